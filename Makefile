@@ -1,0 +1,42 @@
+# make demo   train the two-stage VAE on the 8x8 digits and show what it does
+# make test   lint, types, import order, tests
+#
+# Both make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
+#   make test TORCH="torch --index-url URL-OF-A-CPU-BUILD"
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/poise train digits --out runs/digits
+	$(BIN)/poise sample runs/digits --count 64 --out runs/digits/grid.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf $(VENV) runs/digits
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "poise needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-tests: pyproject.toml | $(VENV)/installed
+	$(PIP) --editable ".[test]"
+	touch $@

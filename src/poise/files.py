@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all, whatever kills the process."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from poise.errors import RunError
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it appears complete or not at all.
+
+    Raises:
+        RunError: the disk is full or cannot be written; a file that was there before is intact.
+    """
+    writing = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(writing, content)
+        writing.replace(path)
+    except OSError as error:
+        writing.unlink(missing_ok=True)
+        raise write_failure(path, error) from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_failure(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact: make room, run again")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
