@@ -1,0 +1,61 @@
+"""A variational autoencoder is an encoder and a decoder; the loss is not its business (see `balance`)."""
+
+import torch
+from torch import Tensor, nn
+
+from poise.latent import DiagonalGaussian
+from poise.shapes import Latents, Values
+
+
+class VAE(nn.Module):
+    """Joins any encoder and any decoder.
+
+    Args:
+        encoder: a module that maps a batch to `(mean, logvar)`, each (n, latents). logvar is the log *variance*.
+        decoder: a module that maps latents (n, latents) back to a batch of the encoder's input shape.
+
+    Example:
+        >>> encoder, decoder = poise.networks.mlp((1, 8, 8), latent_dim=4)
+        >>> vae = poise.VAE(encoder, decoder)
+        >>> reconstruction, posterior = vae(torch.rand(10, 1, 8, 8))
+        >>> reconstruction.shape, posterior.kl().shape
+        (torch.Size([10, 1, 8, 8]), torch.Size([10]))
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def encode(self, images: Values) -> DiagonalGaussian:
+        """The posterior q(z|x) of each image.
+
+        Raises:
+            TypeError: the encoder returned something other than two tensors of equal shape.
+        """
+        codes = self.encoder(images)
+        if isinstance(codes, DiagonalGaussian):
+            return codes
+        if not (isinstance(codes, (tuple, list)) and len(codes) == 2 and codes[0].shape == codes[1].shape):
+            raise TypeError("the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance")
+        return DiagonalGaussian(codes[0], codes[1])
+
+    def decode(self, latents: Latents) -> Values:
+        """The mean of p(x|z) for each latent vector."""
+        return self.decoder(latents)
+
+    def reconstruct(self, images: Values) -> Values:
+        """Each image decoded from its posterior mean. Deterministic in evaluation mode."""
+        return self.decode(self.encode(images).mean)
+
+    def forward(self, images: Values, noise: Tensor | None = None) -> tuple[Values, DiagonalGaussian]:
+        """Reconstructions from sampled latents, and the posteriors they were sampled from.
+
+        Args:
+            images: (n, ...).
+            noise: (n, latents), standard normal; drawn from torch's global generator if absent.
+        """
+        posterior = self.encode(images)
+        if noise is None:
+            noise = torch.randn_like(posterior.mean)
+        return self.decode(posterior.sample(noise)), posterior
