@@ -1,0 +1,128 @@
+"""Arrays of images that may be larger than memory: allocated in memory or in a file, read in blocks or by row.
+
+Two kinds hold a data set's images, NCHW, uint8 or float32: numpy arrays (in memory, or memory-mapped), and `Rows` of a
+memory-mapped array.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.errors import RunError
+from poise.images import to_float
+from poise.shapes import Values
+
+BLOCK_BYTES = 2**24
+
+
+@final
+class Rows:
+    """Some rows of a memory-mapped array, read when indexed: one side of a split that never enters memory whole."""
+
+    def __init__(self, array: np.ndarray, indices: np.ndarray) -> None:
+        self.array = array
+        self.indices = indices
+        self.shape = (len(indices), *array.shape[1:])
+        self.dtype = array.dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        indices = self.indices[rows]
+        return _in_file_order(self.array, indices) if isinstance(indices, np.ndarray) else np.array(self.array[indices])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
+Pixels = np.ndarray | Rows
+
+
+def gather(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> Values:
+    """The images at `indices`, in that order: float32 in [0, 1], contiguous NCHW, on the CPU (or where a tensor is).
+
+    Memory-mapped arrays are read in the order of the file, however the indices are shuffled.
+
+    Args:
+        array: images of a `Dataset`, or others like them: bytes, or floats in [0, 1].
+        indices: row numbers, on the CPU.
+    """
+    rows = np.asarray(indices, np.int64)
+    if isinstance(array, Tensor):
+        tensor = array[torch.from_numpy(rows).to(array.device)].contiguous()
+    else:
+        images = _in_file_order(array, rows) if isinstance(array, np.memmap) else array[rows]
+        tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return to_float(tensor) if tensor.dtype == torch.uint8 else tensor.float()
+
+
+def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    order = np.argsort(indices, kind="stable")
+    rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
+    rows[order] = array[indices[order]]
+    return rows
+
+
+def blocks(array: Pixels) -> Iterator[slice]:
+    """Slices of the first axis, in order, of about 16 MiB each."""
+    bytes_per_row = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
+    step = max(1, BLOCK_BYTES // bytes_per_row)
+    for start in range(0, len(array), step):
+        yield slice(start, min(start + step, len(array)))
+
+
+def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
+    """Some rows: a copy, or for a memory-mapped array a `Rows`."""
+    return Rows(array, indices) if isinstance(array, np.memmap) else np.ascontiguousarray(array[indices])
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None, cache: Path | None) -> np.ndarray:
+    """An array to fill: in memory where it fits the budget, else in a file, deleted when nothing uses the array any more.
+
+    Args:
+        shape, dtype: of the array.
+        memory_budget: bytes; None: half of the memory that is free now.
+        cache: folder for the file; None: the system's folder for temporary files.
+
+    Raises:
+        RunError: too little space on the disk.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size <= (_free_memory() // 2 if memory_budget is None else memory_budget):
+        return np.empty(shape, dtype)
+    folder = Path(tempfile.gettempdir() if cache is None else cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:  # a mapped file on a full disk kills the process instead of raising
+        raise RunError(
+            f"the decoded images need {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
+            f"free some space, or choose a smaller --size"
+        )
+    return _mapped_file(folder, shape, dtype)
+
+
+def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    handle, name = tempfile.mkstemp(".npy", "poise-images-", folder)
+    os.close(handle)
+    array = np.lib.format.open_memmap(name, "w+", dtype, shape)
+    weakref.finalize(array, Path(name).unlink, missing_ok=True)  # views keep the mapping, not the name
+    return array
+
+
+def _free_memory() -> int:
+    """Bytes that could be allocated now (Linux), or all memory (macOS); 4 GiB where the system does not say (Windows)."""
+    report = Path("/proc/meminfo")
+    if report.exists():  # not sysconf's SC_AVPHYS_PAGES, which counts the file cache as taken
+        fields = dict(line.split(":") for line in report.read_text().splitlines())
+        return int(fields["MemAvailable"].removesuffix("kB")) * 1024
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2**32

@@ -1,0 +1,658 @@
+"""Every source gives the same kind of data set; splits never overlap; bad input gets one line that names the remedy."""
+
+import builtins
+import dataclasses
+import gzip
+import io
+import pickle
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from poise import datasets
+from poise.datasets import NAMES, Rows, gather, load
+from poise.datasets.arrays import as_images
+from poise.datasets.dataset import Reading, content_hashes, count_shared, split_by_content
+from poise.errors import InputError, MissingExtraError, MissingInputError
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write_images(folder: Path, pixels: np.ndarray, ending: str = "png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{k:03}.{ending}")
+    return folder
+
+
+def refusal(source, kind: type[InputError] = InputError, **options) -> str:
+    """The one line of an error."""
+    with pytest.raises(kind) as caught:
+        load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def together(dataset: datasets.Dataset) -> list[bytes]:
+    return sorted(content_hashes(dataset.train) + content_hashes(dataset.test))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("POISE_DATA", raising=False)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+# The split
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40), min_size=10, max_size=120), st.randoms())
+def test_the_split_depends_on_the_images_alone_and_never_overlaps(kinds, random):
+    if len(set(kinds)) == 1:
+        kinds[0] += 1
+    images = np.array(kinds, np.uint8).reshape(-1, 1, 1, 1)
+    train, test = split_by_content(images)
+    assert sorted([*train, *test]) == list(range(len(kinds)))
+    sides = {*images[train].ravel()}, {*images[test].ravel()}
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    shuffled = random.sample(kinds, len(kinds))
+    again = split_by_content(np.array(shuffled, np.uint8).reshape(-1, 1, 1, 1))[1]
+    assert sorted(np.array(shuffled)[again]) == sorted(images[test].ravel())
+
+
+@pytest.mark.parametrize(("count", "tested"), [(10, 1), (14, 1), (1797, 180), (120_000, 10_000)])
+def test_one_image_in_ten_is_tested_and_at_most_ten_thousand(count, tested):
+    images = np.arange(count, dtype=np.uint32).view(np.uint8).reshape(count, 1, 2, 2)
+    assert len(split_by_content(images)[1]) == tested
+
+
+def test_identical_images_cannot_be_split():
+    assert "all 12 images are identical" in refusal(np.zeros((12, 4, 4), np.uint8))
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    ("given_shape", "shape"),
+    [
+        ((12, 8, 8), (1, 8, 8)),
+        ((12, 8, 8, 3), (3, 8, 8)),
+        ((12, 8, 8, 1), (1, 8, 8)),
+        ((12, 3, 8, 8), (3, 8, 8)),
+        ((12, 1, 3, 3), (1, 3, 3)),
+    ],
+)
+def test_arrays_and_tensors_come_in_three_layouts(given_shape, shape):
+    array = noise(*given_shape)
+    dataset = load(array)
+    assert dataset.shape == shape and dataset.train.shape == (11, *shape) and dataset.test.shape == (1, *shape)
+    assert (dataset.name, dataset.source, dataset.notes) == ("array", "array", ())
+    last = array.transpose(0, 3, 1, 2) if array.shape[-1] in (1, 3) and shape[1] == 8 and array.ndim == 4 else array
+    assert together(dataset) == sorted(content_hashes(np.ascontiguousarray(last.reshape(12, *shape))))
+    assert load(torch.from_numpy(array)).checksum == dataset.checksum
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", ">f4", "f8"])
+def test_floats_in_the_unit_range_stay_floats(dtype):
+    array = (noise(12, 8, 8) / 255).astype(dtype)
+    dataset = load(array)
+    assert dataset.train.dtype == np.float32
+    images = gather(dataset.train, range(len(dataset.train)))
+    assert images.dtype == torch.float32 and np.allclose(images.numpy(), dataset.train)
+
+
+def test_a_half_precision_tensor_that_numpy_does_not_know_is_taken():
+    assert load(torch.rand(10, 1, 4, 4).bfloat16()).train.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((12, 64), np.uint8), "vectors: poise train takes images"),
+        (np.zeros(12, np.uint8), r"shape (12,): images come as (n, h, w), (n, h, w, c) or (n, c, h, w)"),
+        (np.zeros((64, 48, 3), np.uint8), "looks like a single image"),
+        (np.zeros((12, 8, 8, 2), np.uint8), "images have 1 or 3 channels"),
+        (np.zeros((12, 4, 8, 8), np.uint8), "images have 1 or 3 channels"),
+        (np.zeros((12, 3, 3, 3), np.uint8), "the channels may be first or last"),
+        (np.zeros((12, 0, 0), np.uint8), "shape (12, 0, 0)"),
+        (np.zeros((12, 8, 8), np.int64), "type int64: save as uint8 (0 to 255), or as floats in [0, 1]"),
+        (np.zeros((12, 8, 8), object), "type object"),
+        (np.full((12, 8, 8), 255.0), "values from 255 to 255, allowed are floats in [0, 1]: divide by 255 or save as uint8"),
+        (np.full((12, 8, 8), -0.5), "values from -0.5 to -0.5"),
+        (np.array([0.5] * 700 + [np.nan] * 68).reshape(12, 8, 8), "NaN or infinite values, first in image 10"),
+        (np.full((12, 8, 8), np.inf), "NaN or infinite values, first in image 0"),
+        (noise(12, 8, 6), "images of 6x8, not square: pass --size N"),
+        (noise(3, 8, 8), "3 images are too few: at least 10 are needed"),
+        (noise(1, 8, 8), "1 image is too few"),
+        (noise(0, 8, 8), "0 images are too few"),
+    ],
+)  # fmt: skip
+def test_an_array_that_is_not_images_is_refused(array, message):
+    assert message in refusal(array)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be at least 1"),
+        ({"channels": 4}, "channels must be 1 (grey) or 3 (RGB)"),
+        ({"jpeg_quality": 0}, "1 to 95"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    assert message in refusal(noise(12, 8, 8), **options)
+
+
+def test_the_same_pictures_give_the_same_bytes_as_files_and_as_an_array(tmp_path):
+    pixels = noise(12, 20, 30, 3)
+    folder = write_images(tmp_path / "photos", pixels)
+    for options in ({"size": 8}, {"size": 8, "channels": 1}):
+        assert load(pixels, **options).checksum == load(folder, **options).checksum
+    square = write_images(tmp_path / "square", pixels[:, :, :20])
+    assert load(pixels[:, :, :20], channels=1).checksum == load(square, channels=1).checksum
+
+
+def test_floats_are_resized_and_greyed_like_bytes_within_rounding():
+    pixels, form = noise(12, 20, 30, 3), Reading(size=8, channels=1)
+    floats = as_images(pixels / np.float32(255), "floats", form)
+    assert floats.dtype == np.float32 and floats.shape == (12, 1, 8, 8) and floats.min() >= 0 and floats.max() <= 1
+    assert np.abs(floats * 255 - as_images(pixels, "bytes", form)).max() < 2
+
+
+def test_grey_becomes_colour_on_request():
+    dataset = load(noise(12, 8, 8), channels=3)
+    assert dataset.shape == (3, 8, 8) and np.array_equal(dataset.train[:, 0], dataset.train[:, 2])
+
+
+# Files of arrays
+
+
+def test_an_npy_file_is_mapped_not_loaded(tmp_path):
+    array = noise(40, 8, 8, 3)
+    np.save(tmp_path / "x.npy", array)
+    dataset = load("x.npy")
+    assert isinstance(dataset.train, Rows) and isinstance(dataset.train.array, np.memmap)
+    assert dataset.name == "x" and dataset.checksum == load(array).checksum
+    order = torch.randperm(36)
+    images = gather(dataset.train, order)
+    assert images.is_contiguous() and torch.equal(images, gather(np.asarray(dataset.train), order))
+    assert np.array_equal(dataset.train[3], np.asarray(dataset.train)[3]) and len(dataset.train[2:5]) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 4}, {"channels": 1}])
+def test_a_mapped_file_of_floats_is_converted_block_by_block(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(datasets.storage, "BLOCK_BYTES", 1000)
+    array = np.random.default_rng(0).random((30, 3, 8, 8))
+    np.save(tmp_path / "x.npy", array)
+    mapped = load("x.npy", memory_budget=0, cache=tmp_path / "cache", **options)
+    assert isinstance(mapped.train, Rows) and mapped.checksum == load(array, **options).checksum
+
+
+@pytest.mark.parametrize("keys", [("x_train", "x_test"), ("train", "test"), ("train_images", "test_images")])
+def test_an_npz_file_keeps_its_split(tmp_path, keys):
+    train, test = noise(12, 8, 8), noise(4, 8, 8, seed=1)
+    np.savez(tmp_path / "x.npz", **dict(zip(keys, (train, test), strict=True)), y_train=np.zeros(12))
+    dataset = load("x.npz")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test) and not dataset.notes
+
+
+@pytest.mark.parametrize("key", ["images", "x_train", "anything"])
+def test_an_npz_file_without_a_split_is_split(tmp_path, key):
+    other = {} if key == "anything" else {"labels": np.zeros(12)}
+    np.savez(tmp_path / "x.npz", **{key: noise(12, 8, 8)}, **other)
+    assert load("x.npz").checksum == load(noise(12, 8, 8)).checksum
+
+
+def test_test_images_that_were_trained_on_are_counted(tmp_path):
+    images = noise(15, 8, 8)
+    np.savez(tmp_path / "x.npz", train=images[:12], test=images[10:])
+    assert load("x.npz").notes == ("2 of 5 test images also occur in training",)
+
+
+def test_files_of_arrays_that_cannot_be_used_are_named(tmp_path):
+    np.savez("keys.npz", a=noise(12, 8, 8), b=noise(12, 8, 8))
+    assert "keys.npz has the arrays a, b: name the images x_train and x_test" in refusal("keys.npz")
+    np.savez("pair.npz", train=noise(12, 8, 8), test=noise(12, 4, 4))
+    assert "do not go together" in refusal("pair.npz")
+    np.savez("nan.npz", images=np.full((12, 8, 8), np.nan))
+    assert "nan.npz (images) holds NaN" in refusal("nan.npz")
+    np.save("objects.npy", np.array([noise(2, 2), None], object))
+    np.savez("objects.npz", np.array([noise(2, 2), None], object))
+    for name in ("objects.npy", "objects.npz"):
+        assert f"{name} holds Python objects, which are never loaded" in refusal(name)
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+@pytest.mark.parametrize("content", ["cut", "text", "nothing"])
+def test_damaged_files_of_arrays_are_refused(tmp_path, ending, content):
+    path = tmp_path / f"x.{ending}"
+    np.save(path, noise(12, 8, 8)) if ending == "npy" else np.savez(path, noise(12, 8, 8))
+    path.write_bytes({"cut": path.read_bytes()[:-300], "text": b"no array at all", "nothing": b""}[content])
+    assert f"x.{ending} is {'damaged (' if content == 'cut' else 'not an .np'}" in refusal(path)
+
+
+# Folders of images
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff", "ppm"])
+def test_a_folder_of_any_accepted_kind_is_read(tmp_path, ending):
+    dataset = load(write_images(tmp_path / "photos", noise(12, 8, 8, 3), ending))
+    assert dataset.shape == (3, 8, 8) and (len(dataset.train), len(dataset.test)) == (11, 1)
+    assert dataset.name == "photos" and dataset.source.endswith("photos")
+
+
+def test_a_folder_is_searched_below_and_other_files_are_counted(tmp_path):
+    pixels = noise(12, 8, 8)
+    write_images(tmp_path / "photos" / "deep" / "inside", pixels[:6])
+    write_images(tmp_path / "photos", pixels[6:])
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / ".DS_Store").write_text("hidden")
+    (tmp_path / "photos" / "._000.png").write_text("hidden")
+    dataset = load(tmp_path / "photos")
+    assert dataset.shape == (1, 8, 8) and together(dataset) == together(load(pixels))
+    assert dataset.notes == ("ignored: 1 other file",)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "valid", "Validation"])
+def test_a_folder_keeps_its_split(tmp_path, name):
+    train, test, rest = noise(12, 8, 8), noise(4, 8, 8, seed=1), noise(1, 8, 8, seed=2)
+    write_images(tmp_path / "x" / "train" / "class", train)
+    write_images(tmp_path / "x" / name, test)
+    write_images(tmp_path / "x" / "other", rest)
+    dataset = load("x")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+    assert dataset.notes == ("ignored: 1 image outside the split's two folders",)
+
+
+def test_a_folder_with_one_colour_image_is_colour(tmp_path):
+    write_images(tmp_path / "x", noise(12, 8, 8))
+    write_images(tmp_path / "x" / "more", noise(1, 8, 8, 3))
+    assert load("x").shape == (3, 8, 8) and load("x", channels=1).shape == (1, 8, 8)
+
+
+def test_sixteen_bit_greys_keep_their_levels(tmp_path):
+    levels = noise(12, 8, 8)
+    folder = write_images(tmp_path / "x", levels.astype(np.uint16) * 257)
+    assert together(load(folder)) == together(load(levels))
+
+
+def test_a_damaged_image_is_named_or_skipped_and_listed(tmp_path):
+    folder = write_images(tmp_path / "photos", noise(13, 16, 16, 3), "jpg")
+    whole = (folder / "004.jpg").read_bytes()
+    (folder / "004.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    (folder / "007.jpg").write_text("no image")
+    for options in ({}, {"size": 8}, {"size": 8, "channels": 3}):
+        message = refusal(folder, **options)
+        assert "photos/00" in message and "cannot be decoded" in message and message.endswith("or pass --skip-unreadable")
+        dataset = load(folder, skip_unreadable=True, **options)
+        assert len(dataset.train) + len(dataset.test) == 11
+        assert [note.split("/")[-1][:25] for note in dataset.notes] == [
+            "004.jpg cannot be decoded",
+            "007.jpg cannot be decoded",
+        ]
+    (folder / "004.jpg").unlink()
+    (folder / "007.jpg").unlink()
+    assert load(folder).checksum == load(folder, skip_unreadable=True).checksum
+
+
+def test_skipping_does_not_hide_that_too_few_are_left(tmp_path):
+    folder = write_images(tmp_path / "photos", noise(10, 8, 8))
+    (folder / "000.png").write_text("no image")
+    assert "9 images are too few" in refusal(folder, skip_unreadable=True)
+
+
+def test_folders_that_cannot_be_used_say_what_to_do(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty is empty: put images there (png, jpg" in refusal("empty")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    np.save(tmp_path / "texts" / "x.npy", noise(12, 8, 8))
+    assert "texts holds 2 files, none an image: accepted are png, jpg" in refusal("texts")
+    assert "name the file itself, as texts/x.npy" in refusal("texts")
+    assert "3 images are too few" in refusal(write_images(tmp_path / "few", noise(3, 8, 8)))
+    tall = write_images(tmp_path / "tall", noise(12, 8, 6))
+    assert "not square: " in refusal(tall) and "000.png and " in refusal(tall) and "are 6x8; pass --size N" in refusal(tall)
+    write_images(tmp_path / "mixed", noise(11, 8, 8))
+    write_images(tmp_path / "mixed" / "z", noise(1, 9, 9))
+    message = refusal("mixed")
+    assert "mixed/000.png is 8x8 and mixed/z/000.png is 9x9" in message and "--size N" in message
+    assert "000.png is a single file" in refusal(tmp_path / "few" / "000.png")
+
+
+def test_pictures_are_turned_upright_before_the_cut(tmp_path):
+    folder = write_images(tmp_path / "x", noise(11, 16, 32, 3), "jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.new("RGB", (48, 32), "white")
+    lying.paste("black", (0, 0, 24, 32))
+    lying.save(folder / "phone.jpg", exif=exif)
+    images = np.concatenate([part[:] for part in (lambda d: (d.train, d.test))(load(folder, size=16))])
+    halves = images[:, :, :7].mean((1, 2, 3)), images[:, :, 9:].mean((1, 2, 3))
+    assert ((halves[0] < 5) & (halves[1] > 250)).sum() == 1
+
+
+def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_path):
+    folder = write_images(tmp_path / "photos", noise(30, 8, 8, 3))
+    (folder / "003.png").write_text("no image")
+    mapped = load(folder, memory_budget=1000, cache=tmp_path / "cache", skip_unreadable=True)
+    assert isinstance(mapped.train, Rows) and len(list((tmp_path / "cache").iterdir())) == 1
+    plain = load(folder, skip_unreadable=True)
+    assert mapped.checksum == plain.checksum and isinstance(plain.train, np.ndarray)
+    assert torch.equal(gather(mapped.test, [2, 0, 0]), gather(plain.test, [2, 0, 0]))
+    del mapped
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "photos", noise(12, 8, 8))
+    assert isinstance(load(folder).train, np.ndarray) and datasets.storage._free_memory() > 2**20
+    monkeypatch.setattr(datasets.storage, "_free_memory", lambda: 2 * 12 * 64 - 2)
+    assert isinstance(load(folder).train, Rows)
+
+
+def test_a_disk_too_small_for_the_images_is_noticed_before_it_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(RuntimeError, match="choose a smaller --size"):
+        load(write_images(tmp_path / "x", noise(12, 8, 8)), memory_budget=0)
+
+
+# torchvision's folders, and data sets by name
+
+
+def idx_file(images: np.ndarray) -> bytes:
+    return struct.pack(">IIII", 0x803, *images.shape) + images.tobytes()
+
+
+def write_mnist(folder: Path, packed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir(parents=True)
+    parts = noise(30, 28, 28), noise(10, 28, 28, seed=1)
+    for name, images in zip(("train", "t10k"), parts, strict=True):
+        content = idx_file(images)
+        path = folder / f"{name}-images-idx3-ubyte{'.gz' if packed else ''}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+    return parts
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_mnist_is_read_from_its_idx_files(tmp_path, monkeypatch, name, folder, packed):
+    train, test = write_mnist(tmp_path / "shelf" / folder / "raw", packed)
+    monkeypatch.setenv("POISE_DATA", str(tmp_path / "shelf"))
+    dataset = load(name)
+    assert dataset.name == name and np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+    monkeypatch.delenv("POISE_DATA")
+    for place in ("shelf", f"shelf/{folder}", f"shelf/{folder}/raw"):
+        assert load(place).checksum == dataset.checksum and load(place).name == folder
+    assert load(name, data_dir="shelf", size=8, channels=3).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:7], lambda b: b"\0\0\x08\x01" + b[4:], lambda b: b""])
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_idx_files_are_refused(tmp_path, damage, packed):
+    write_mnist(tmp_path / "raw")
+    path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
+    content = damage(path.read_bytes())
+    path.unlink()
+    path.with_suffix(".gz" if packed else "").write_bytes(gzip.compress(content) if packed else content)
+    assert "t10k-images-idx3-ubyte" in refusal("raw") and "download it again" in refusal("raw")
+    if packed:
+        path.with_suffix(".gz").write_bytes(gzip.compress(content)[:-5])
+        assert "download it again" in refusal("raw")
+
+
+def test_a_missing_idx_file_is_named(tmp_path):
+    write_mnist(tmp_path / "raw")
+    (tmp_path / "raw" / "t10k-images-idx3-ubyte").unlink()
+    assert "t10k-images-idx3-ubyte is missing" in refusal("raw", MissingInputError)
+
+
+def write_cifar10(folder: Path, protocol: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir(parents=True)
+    parts = noise(20, 3072), noise(4, 3072, seed=1)
+    batches = {f"data_batch_{k + 1}": parts[0][4 * k : 4 * k + 4] for k in range(5)} | {"test_batch": parts[1]}
+    for name, data in batches.items():
+        content = pickle.dumps({b"data": data, b"labels": [0, 1, 2, 3], b"batch_label": b"some"}, protocol)
+        (folder / name).write_bytes(content.replace(b"numpy._core", b"numpy.core") if protocol == 3 else content)
+    return parts[0].reshape(-1, 3, 32, 32), parts[1].reshape(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_cifar10_is_read_from_its_batches(tmp_path, protocol):
+    train, test = write_cifar10(tmp_path / "data" / "cifar-10-batches-py", protocol)
+    dataset = load("cifar10")  # ./data is where it is looked for
+    assert np.array_equal(dataset.train, train) and np.array_equal(dataset.test, test)
+    assert load("data").checksum == load("data/cifar-10-batches-py").checksum == dataset.checksum
+
+
+class Malicious:
+    def __reduce__(self):
+        return builtins.exec, ("import poise; poise.was_here = True",)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, protocol):
+    import poise
+
+    write_cifar10(tmp_path / "x")
+    (tmp_path / "x" / "data_batch_3").write_bytes(pickle.dumps({"data": Malicious()}, protocol))
+    message = refusal("x")
+    assert "data_batch_3 is no intact CIFAR-10 batch (it asks for" in message and "exec, which is refused)" in message
+    assert not hasattr(poise, "was_here")
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({b"labels": 1}), pickle.dumps({b"data": [1, 2]})])
+def test_a_damaged_batch_is_refused(tmp_path, content):
+    write_cifar10(tmp_path / "x")
+    (tmp_path / "x" / "test_batch").write_bytes(content)
+    assert "test_batch is no intact CIFAR-10 batch" in refusal("x")
+    (tmp_path / "x" / "test_batch").unlink()
+    assert "test_batch is missing" in refusal("x", MissingInputError)
+
+
+def test_the_jpeg_round_trip_of_the_release_is_named_in_the_notes(tmp_path):
+    train, test = write_cifar10(tmp_path / "data" / "cifar-10-batches-py")
+    dataset = load("cifar10", jpeg_quality=75)
+    for ours, raw in ((dataset.train, train), (dataset.test, test)):
+        for image, original in zip(ours, raw, strict=True):
+            file = io.BytesIO()
+            Image.fromarray(original.transpose(1, 2, 0)).save(file, "JPEG", quality=75)
+            assert np.array_equal(image, np.asarray(Image.open(file)).transpose(2, 0, 1))
+    assert dataset.notes == ("every image went through JPEG at quality 75",)
+    assert "jpeg_quality is for bytes" in refusal(noise(12, 8, 8) / 255, jpeg_quality=75)
+
+
+def write_celeba(folder: Path) -> np.ndarray:
+    pixels = noise(20, 218, 178, 3)
+    write_images(folder / "img_align_celeba", pixels, "jpg")
+    parts = ([0] * 12 + [1] * 3 + [2] * 5)[::-1]  # so that neither names nor listing happen to give the split
+    lines = [f"{k:03}.jpg {part}" for k, part in enumerate(parts)]
+    (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    faces = [Image.open(folder / "img_align_celeba" / f"{k:03}.jpg").crop((25, 45, 153, 173)) for k in range(20)]
+    return np.stack([np.asarray(face.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1) for face in faces])
+
+
+def test_celeba_has_its_official_cut_and_split(tmp_path):
+    faces = write_celeba(tmp_path / "data" / "celeba")
+    dataset = load("celeba64")
+    assert np.array_equal(dataset.train, faces[8:]) and np.array_equal(dataset.test, faces[:5])
+    assert load("data/celeba").checksum == dataset.checksum
+    assert load("celeba64", size=32, channels=1).shape == (1, 32, 32)
+
+
+def test_celeba_split_by_the_order_of_the_listing_is_the_release(tmp_path, monkeypatch):
+    faces = write_celeba(tmp_path / "celeba")
+    order = np.random.default_rng(0).permutation(20)
+    listing = [tmp_path / "celeba" / "img_align_celeba" / f"{k:03}.jpg" for k in order]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter([*listing, Path("readme.jpg")]))
+    dataset = load("celeba", file_order="listing")
+    assert np.array_equal(dataset.train, faces[order[:12]]) and np.array_equal(dataset.test, faces[order[-5:]])
+    assert "file system lists" in dataset.notes[0]
+
+
+def test_an_order_that_has_no_meaning_for_the_source_is_refused():
+    assert "is for CelebA's folder" in refusal(noise(12, 8, 8), file_order="listing")
+
+
+def test_an_incomplete_celeba_is_named(tmp_path):
+    write_celeba(tmp_path / "celeba")
+    (tmp_path / "celeba" / "img_align_celeba" / "004.jpg").unlink()
+    assert "lacks 1 of 20 images, 004.jpg for one" in refusal("celeba", MissingInputError)
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("000.jpg zero\n")
+    assert "list_eval_partition.txt is damaged" in refusal("celeba")
+    (tmp_path / "celeba" / "list_eval_partition.txt").unlink()
+    assert "list_eval_partition.txt is missing" in refusal("celeba", MissingInputError)
+
+
+def test_celeba_images_of_another_size_are_named(tmp_path):
+    write_celeba(tmp_path / "celeba")
+    Image.new("RGB", (64, 64)).save(tmp_path / "celeba" / "img_align_celeba" / "009.jpg")
+    assert "009.jpg: an image of 64x64" in refusal("celeba")
+
+
+def test_the_digits_need_no_file():
+    dataset = load("digits")
+    assert dataset.name == "digits" and dataset.shape == (1, 8, 8)
+    assert (len(dataset.train), len(dataset.test), dataset.train.max(), dataset.train.min()) == (1617, 180, 255, 0)
+    assert len(np.unique(dataset.train)) == 17 and count_shared(dataset.train, dataset.test) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mnist", "mnist"),
+        ("fashion-mnist", "fashion"),
+        ("fashion-mnist", "fashion-mnist"),
+        ("cifar10", "cifar10"),
+        ("celeba64", "celeba64"),
+    ],
+)
+def test_an_npz_file_of_the_name_does_as_well(tmp_path, name, file):
+    np.savez(tmp_path / f"{file}.npz", x_train=noise(12, 8, 8), x_test=noise(4, 8, 8))
+    dataset = load(name, data_dir=tmp_path)
+    assert dataset.name == name and len(dataset.test) == 4
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_data_set_that_is_nowhere_says_where_to_put_it(name):
+    message = refusal(name, MissingInputError)
+    assert f"{name} is not in the data folder data: put " in message and 'pip install "poise[data]"' in message
+    assert "data folder elsewhere does not exist" in refusal(name, MissingInputError, data_dir="elsewhere")
+
+
+def test_a_folder_with_two_data_sets_asks_which(tmp_path):
+    write_mnist(tmp_path / "x" / "MNIST" / "raw")
+    write_cifar10(tmp_path / "x" / "cifar-10-batches-py")
+    assert "x holds 2 data sets: name one, x/MNIST/raw or x/cifar-10-batches-py" in refusal("x")
+
+
+def test_a_source_that_does_not_exist_gets_the_known_names():
+    message = refusal("minst", MissingInputError)
+    assert "'minst' does not exist (did you mean mnist?): give a folder" in message and ", ".join(NAMES) in message
+    assert "(did you mean fashion-mnist?)" in refusal("fashion_mnist", MissingInputError)
+    assert "does not exist: give" in refusal("photos/holiday", MissingInputError)
+    assert "does not exist" in refusal("", MissingInputError)
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(library.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+    library.disable_progress_bars()
+    return library
+
+
+def test_a_folder_of_images_goes_through_the_hub_library(tmp_path, hub):
+    train, test = noise(12, 8, 8), noise(4, 8, 8, seed=1)
+    write_images(tmp_path / "x" / "train", train)
+    write_images(tmp_path / "x" / "test", test)
+    dataset = load("hf:x")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+    assert (dataset.name, dataset.source) == ("x", "hf:x")
+    assert load(f"hf:{tmp_path / 'x'}", size=4, channels=3).shape == (3, 4, 4)
+
+
+def test_a_parquet_file_without_a_split_and_with_a_damaged_image(tmp_path, hub):
+    folder = write_images(tmp_path / "files", noise(13, 8, 8))
+    encoded = [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.iterdir())]
+    encoded[5]["bytes"] = encoded[5]["bytes"][:80]
+    table = hub.Dataset.from_dict({"label": [0] * 13, "img": encoded}).cast_column("img", hub.Image(decode=False))
+    (tmp_path / "hub").mkdir()
+    table.cast_column("img", hub.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
+    assert "hf:hub train[5] cannot be decoded" in refusal("hf:hub")
+    dataset = load("hf:hub", skip_unreadable=True)
+    assert (len(dataset.train), len(dataset.test)) == (11, 1) and len(dataset.notes) == 1
+
+
+def test_celeba_from_the_hub_is_cut_too(tmp_path, hub, monkeypatch):
+    pixels = noise(12, 218, 178, 3)
+    for split, images in (("train", pixels[:8]), ("validation", pixels[8:9]), ("test", pixels[9:])):
+        write_images(tmp_path / "x" / split, images)
+    place = datasets.names._PLACES["celeba64"]
+    monkeypatch.setitem(datasets.names._PLACES, "celeba64", dataclasses.replace(place, hub="x"))
+    dataset = load("celeba64")
+    assert (dataset.name, dataset.source, len(dataset.train), len(dataset.test)) == ("celeba64", "hf:x", 8, 3)
+    face = Image.fromarray(pixels[9]).crop((25, 45, 153, 173)).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(dataset.test[0], np.asarray(face).transpose(2, 0, 1))
+
+
+def test_hub_data_without_images_and_hub_data_that_do_not_exist_are_named(tmp_path, hub):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("a,b\n1,2\n")
+    assert "hf:table has no column of images: its columns are a, b" in refusal("hf:table")
+    assert "hf:nobody/nothing cannot be loaded" in refusal("hf:nobody/nothing", MissingInputError)
+    assert "mnist is not in the data folder data" in refusal("mnist", MissingInputError)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_the_hub_without_its_library_names_the_extra():
+    assert 'hf: data sets needs an optional dependency: pip install "poise[data]"' in refusal("hf:x/y", MissingExtraError)
+
+
+# What a data set can do
+
+
+def test_the_checksum_sees_every_pixel_and_both_sides(tmp_path):
+    images = noise(20, 8, 8)
+    checksum = load(images).checksum
+    assert len(checksum) == 64 and load(images.copy()).checksum == checksum
+    for changed in (images[:, ::-1], images[:-1], images / np.float32(255)):
+        assert load(changed).checksum != checksum
+
+
+@pytest.mark.parametrize("kind", ["bytes", "floats", "tensor"])
+def test_gathered_images_are_floats_in_the_order_asked(kind):
+    images = noise(12, 1, 4, 4)
+    array = {"bytes": images, "floats": (images / np.float32(255)), "tensor": torch.from_numpy(images)}[kind]
+    for indices in ([3, 1, 1], torch.tensor([3, 1, 1]), np.array([3, 1, 1])):
+        assert torch.equal(gather(array, indices), torch.from_numpy(images[[3, 1, 1]]) / 255)
+    assert gather(array, range(0)).shape == (0, 1, 4, 4)
+
+
+def test_importing_the_module_needs_no_heavy_library(run_python):
+    code = "import sys, poise.datasets; print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    assert run_python(code).strip() == "[]"

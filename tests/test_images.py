@@ -1,0 +1,196 @@
+"""Pixels survive every way in and out; pictures are read upright, whole, and in the right range."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from poise import images
+from poise.errors import InputError, MissingInputError, RunError
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def every_byte() -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+
+
+def test_bytes_survive_the_way_to_floats_and_back():
+    floats = images.to_float(every_byte())
+    assert floats.dtype == torch.float32 and floats.min() == 0 and floats.max() == 1
+    assert torch.equal(images.to_bytes(floats), every_byte())
+    assert torch.equal(images.to_bytes(floats.double()), every_byte())
+    assert every_byte().max() == 255  # the argument is left alone
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1, width=32))
+def test_a_float_becomes_the_nearest_byte(value):
+    byte = images.to_bytes(torch.full((1, 1, 1, 1), value)).item()
+    assert abs(byte - 255 * value) <= 0.5001
+
+
+def test_floats_outside_the_range_are_clipped_and_halves_round_upwards():
+    values = torch.tensor([-3.0, 0.5 / 255, 1.5 / 255, 7.0, torch.inf]).reshape(1, 1, 1, 5)
+    assert images.to_bytes(values).flatten().tolist() == [0, 1, 2, 255, 255]
+
+
+def test_nan_never_becomes_a_byte():
+    with pytest.raises(InputError, match="NaN"):
+        images.to_bytes(torch.full((1, 1, 2, 2), torch.nan))
+
+
+def test_a_grid_shows_every_image_enlarged_and_separated():
+    digits = torch.rand(5, 1, 8, 8)
+    picture = images.grid(digits, columns=2)
+    assert picture.dtype == np.uint8 and picture.shape == (3 * 64 + 2 * 2, 2 * 64 + 2, 1)
+    assert (picture[64:66] == 255).all() and (picture[:, 64:66] == 255).all()
+    fourth = torch.from_numpy(picture[66 : 66 + 64 : 8, 66 : 66 + 64 : 8, 0])
+    assert torch.equal(fourth, images.to_bytes(digits)[3, 0])
+    assert (picture[132:, 66:] == 255).all()  # the empty sixth place
+
+
+def test_a_grid_is_about_square_and_leaves_large_images_as_they_are():
+    assert images.grid(torch.zeros(9, 3, 70, 90, dtype=torch.uint8)).shape == (3 * 72 - 2, 3 * 92 - 2, 3)
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(InputError, match="at least one image"):
+        images.grid(torch.zeros(0, 1, 8, 8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_holds_the_pixels_and_nothing_else_is_left_beside_it(tmp_path, channels):
+    pixels = NOISE[:, :, :channels]
+    images.save_png(tmp_path / "new" / "picture.png", pixels)
+    stored = np.asarray(Image.open(tmp_path / "new" / "picture.png")).reshape(pixels.shape)
+    assert np.array_equal(stored, pixels)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture.png"]
+
+
+def test_a_picture_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(RunError, match=r"cannot write .*taken"):
+        images.save_png(tmp_path / "taken", NOISE)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped():
+    levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    picture = images.read_image(encoded(Image.fromarray(levels), "PNG"), "L")
+    assert np.array_equal(np.asarray(picture).ravel(), np.arange(256))
+    assert images.read_image(encoded(Image.fromarray(levels), "TIFF"), "RGB").getpixel((15, 15)) == (255, 255, 255)
+    assert images.read_header(encoded(Image.fromarray(levels), "PNG"), "x") == (16, 16, True)
+
+
+def test_pixels_of_32_bits_are_refused():
+    for values in (np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)):
+        with pytest.raises(InputError, match=r"^scan.tif cannot be decoded: 32-bit pixels"):
+            images.read_image(encoded(Image.fromarray(values), "TIFF"), "L", "scan.tif")
+
+
+def test_transparent_pixels_are_laid_on_white():
+    red = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    red.putpixel((0, 0), (0, 0, 0, 0))
+    for file in (encoded(red, "PNG"), encoded(red.convert("P"), "PNG", transparency=red.convert("P").getpixel((0, 0)))):
+        picture = images.read_image(file, "RGB")
+        assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
+        assert picture.getpixel((1, 0))[0] > 200 and picture.getpixel((1, 0))[1] < 60
+    assert images.read_image(encoded(Image.new("LA", (1, 1), (7, 0)), "PNG"), "L").getpixel((0, 0)) == 255
+
+
+def test_palettes_become_colours_and_a_palette_of_greys_counts_as_grey():
+    colour = Image.fromarray(NOISE).quantize(16)
+    assert np.array_equal(np.asarray(images.read_image(encoded(colour, "PNG"), "RGB")), np.asarray(colour.convert("RGB")))
+    assert not images.read_header(encoded(colour, "PNG"), "x").grey
+    grey = Image.fromarray(NOISE[:, :, 0]).quantize(16)
+    assert images.read_header(encoded(grey, "PNG"), "x").grey
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_turned_upright_once(kind):
+    lying = Image.new("RGB", (40, 20), "white")
+    lying.paste("black", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    file = encoded(lying, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright = images.read_image(file, "L")
+    assert upright.size == (20, 40) and upright.getpixel((10, 5)) < 10 and upright.getpixel((10, 35)) > 245
+    square = images.center_square_resize(upright, 20)  # applies EXIF too, and must find nothing left to do
+    assert square.getpixel((10, 2)) < 10 and square.getpixel((10, 17)) > 245
+    with Image.open(file) as raw:
+        assert np.array_equal(np.asarray(images.center_square_resize(raw, 20).convert("L")), np.asarray(square))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_a_file_that_was_cut_off_is_not_an_image(kind):
+    whole = encoded(Image.fromarray(NOISE), kind).getvalue()
+    with pytest.raises(InputError, match=r"^photo cannot be decoded: \w") as caught:
+        images.read_image(io.BytesIO(whole[: len(whole) * 2 // 3]), "RGB", "photo")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_text_file_are_named(tmp_path):
+    with pytest.raises(MissingInputError, match=r"gone\.png does not exist"):
+        images.read_image(tmp_path / "gone.png", "L")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(InputError, match=r"text\.png cannot be decoded: not an image of a known format$"):
+        images.read_image(tmp_path / "text.png", "L")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP"]), st.data())
+def test_damage_anywhere_gives_a_picture_or_one_clear_error(kind, data):
+    content = bytearray(encoded(Image.fromarray(NOISE), kind).getvalue())
+    for _ in range(3):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert images.read_image(io.BytesIO(content), "RGB", "photo").mode == "RGB"
+        except InputError as error:
+            assert str(error).startswith("photo cannot be decoded: ")
+
+
+@pytest.mark.parametrize(("shape", "rows", "cols"), [((20, 31), (0, 20), (5, 25)), ((33, 20), (6, 26), (0, 20))])
+def test_the_centre_square_is_cut_before_resizing(shape, rows, cols):
+    pixels = NOISE[: shape[0], : shape[1]]
+    square = images.center_square_resize(Image.fromarray(pixels), 20)
+    assert np.array_equal(np.asarray(square), pixels[slice(*rows), slice(*cols)])
+
+
+def test_reduction_is_antialiased():
+    stripes = Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (64, 32)))
+    for small in (images.center_square_resize(stripes, 8), images.crop_and_resize(stripes, (0, 64), (0, 64), size=8)):
+        assert np.abs(np.asarray(small).astype(int) - 127)[:, 1:-1].max() <= 8
+
+
+def test_celeba_is_cut_to_rows_45_to_172_and_columns_25_to_152():
+    pixels = np.random.default_rng(1).integers(0, 256, (218, 178, 3), np.uint8)
+    face = images.crop_and_resize(Image.fromarray(pixels), size=128)
+    assert np.array_equal(np.asarray(face), pixels[45:173, 25:153])
+    assert images.crop_and_resize(Image.fromarray(pixels)).size == (64, 64)
+    with pytest.raises(InputError, match="64x64 pixels has no rows 45:173"):
+        images.crop_and_resize(Image.new("RGB", (64, 64)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_round_trip_is_pillows(channels):
+    batch = torch.from_numpy(NOISE[:32, :32, :channels].copy()).permute(2, 0, 1)[None]
+    stored = Image.open(encoded(Image.fromarray(NOISE[:32, :32, :channels].squeeze()), "JPEG"))
+    expected = torch.from_numpy(np.array(stored).reshape(32, 32, channels)).permute(2, 0, 1)[None]
+    assert torch.equal(images.jpeg_round_trip(batch, 75), expected)  # 75 is Pillow's default
+    assert not torch.equal(images.jpeg_round_trip(batch, 20), expected)
+    assert len(images.jpeg_round_trip(batch[:0])) == 0
