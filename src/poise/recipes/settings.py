@@ -1,0 +1,184 @@
+"""The settings of a run: frozen, typed, complete. Two runs with equal settings and equal data are the same run.
+
+No torch here: the command reads these for its help.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from poise.errors import InputError
+
+NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
+VarianceLaw = Literal["second-moment", "released"]
+Renormalise = Literal["never", "always", "when-lost"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they are prepared.
+
+    Attributes:
+        source: a data set's name, a path, or hf:owner/name.
+        size: side in pixels that images are cropped and resized to; None: as they are.
+        channels: 1 (grey) or 3 (RGB); None: as they are.
+        jpeg_quality: send every image through JPEG at this quality, as the released CIFAR-10 loader did (75); None: never.
+        file_order: CelebA's split: "sorted" (official), or "listing", the order in which the file system lists the files,
+            as released.
+        skip_unreadable: leave out files that cannot be decoded, and list them.
+    """
+
+    source: str
+    size: int | None = None
+    channels: Literal[1, 3] | None = None
+    jpeg_quality: int | None = None
+    file_order: Literal["sorted", "listing"] = "sorted"
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Network:
+    """Encoder and decoder of stage 1, and the width of stage 2.
+
+    Attributes:
+        kind: see `poise.networks`; "custom": modules given to `poise.train`.
+        latent_dim: number of latents.
+        hidden: widths of the hidden layers ("mlp" only).
+        norm_decay: of BatchNorm's running averages. The released 0.999 needs thousands of steps to settle.
+        second_hidden: width of stage 2's three layers on each side.
+    """
+
+    kind: NetworkKind = "resnet"
+    latent_dim: int = 64
+    hidden: tuple[int, ...] = ()
+    norm_decay: float = 0.99
+    second_hidden: int = 1024
+
+    def __post_init__(self) -> None:
+        if bool(self.hidden) != (self.kind == "mlp"):
+            raise InputError(f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}")
+        if self.latent_dim < 1:
+            raise InputError(f"latent_dim must be at least 1, not {self.latent_dim}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage is trained: Adam (0.9, 0.999, 1e-8).
+
+    Attributes:
+        epochs: length in passes over the training images; or
+        steps: length in batches. One of the two is given.
+        batch_size: images per step.
+        learning_rate: Adam's, at the start.
+        halve_every: the learning rate is halved after so many epochs (or steps, where the length is in steps); None: never.
+        balance: see `poise.balance.make_balance`.
+        ema_decay: of a running average of the weights, used in place of them afterwards; None: no average.
+        precision: of the networks' arithmetic; weights, balance and sums are float32 in any case.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 100
+    learning_rate: float = 1e-4
+    halve_every: int | None = None
+    balance: str = "computed"
+    ema_decay: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise InputError("a stage's length is given in epochs or in steps, one of them")
+        for name in ("epochs", "steps", "batch_size", "learning_rate", "halve_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be greater than 0, not {value}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Batches in a pass. The last, smaller one is left out: BatchNorm's statistics would differ in it."""
+        return max(1, num_images // self.batch_size)
+
+    def total_steps(self, num_images: int) -> int:
+        return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_per_epoch(num_images)
+
+    def learning_rate_at(self, step: int, num_images: int) -> float:
+        if self.halve_every is None:
+            return self.learning_rate
+        passed = step if self.steps is not None else step // self.steps_per_epoch(num_images)
+        return self.learning_rate * 0.5 ** (passed // self.halve_every)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How images are drawn and compared. Each departure from Dai & Wipf's two-stage VAE has its switch.
+
+    Attributes:
+        second_stage_noise: add noise of stage 2's decoder variance to its latents (Dai & Wipf do, the release does not).
+        renormalise: scale latents to the variance law: "never", "always", or "when-lost", the released rule: if stage 2 lost
+            more variance than a quarter of its MSE.
+        variance_law: Var(mu) + E[s^2] ("second-moment"), or E[s] in place of E[s^2] ("released").
+        adjust_variance: scale generated images about their mean image to the real images' standard deviation.
+        adjust_reconstructions: the same for reconstructions, before their MSE and FID (the release does).
+        reconstruct_from: the posterior's "mean", or a "sample" (the release).
+    """
+
+    second_stage_noise: bool = True
+    renormalise: Renormalise = "never"
+    variance_law: VarianceLaw = "second-moment"
+    adjust_variance: bool = False
+    adjust_reconstructions: bool = False
+    reconstruct_from: Literal["mean", "sample"] = "mean"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete run.
+
+    Attributes:
+        name: of the recipe.
+        data, network, generation: see there.
+        first: stage 1, which learns images.
+        second: stage 2, which learns the latents of stage 1; None: one stage only.
+        seed: of weights, order and noise.
+        cost: what a run takes, in words, with the machine it was measured on.
+        published: numbers from the literature to stand beside, each with its protocol.
+    """
+
+    name: str
+    data: Data
+    network: Network
+    first: Stage
+    second: Stage | None
+    generation: Generation = Generation()
+    seed: int = 0
+    cost: str = ""
+    published: tuple[str, ...] = field(default=())
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """The settings as plain values. Texts that do not change the run (cost, published) are left out."""
+    return {key: value for key, value in asdict(settings).items() if key not in ("cost", "published")}
+
+
+def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The settings that `to_json` wrote.
+
+    Raises:
+        InputError: a key that the settings do not have, or one that is missing.
+    """
+    known = {f.name: f for f in fields(cls)}
+    unknown = set(values) - set(known)
+    if unknown:
+        raise InputError(f"{where} has unknown keys {sorted(unknown)}; known are {sorted(known)}")
+    try:
+        return cls(**{key: _restore(get_type_hints(cls)[key], value, f"{where}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        inner = next(t for t in (hint, *get_args(hint)) if is_dataclass(t))
+        assert isinstance(inner, type)
+        return from_json(inner, value, where)
+    return tuple(value) if isinstance(value, list) else value
