@@ -1,0 +1,310 @@
+"""The command `poise`: train, sample, reconstruct, evaluate.
+
+Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
+torch is imported after the arguments are read, so that help is instant.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import tyro
+from tyro.conf import Positional, arg
+
+from poise.errors import InputError, RunError
+from poise.recipes import RECIPES, find_recipe
+from poise.recipes.settings import Generation, NetworkKind, Recipe, Renormalise, Stage
+
+if TYPE_CHECKING:
+    from poise.run import Run
+
+DESCRIPTION = "Variational autoencoders that balance themselves."
+RECIPES_OWN = "(default: the recipe's)"
+BALANCES = (
+    "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
+)
+PriorChoice = Literal["normal", "second-stage", "mixture"]
+
+
+def recipes_own(text: str) -> Any:
+    """Help for an option that the recipe decides where it is not given."""
+    return arg(help=text, help_behavior_hint=RECIPES_OWN)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a two-stage VAE whose balance is computed. Run the same command again to go on after an interruption.
+
+    Without DATA it trains on the 8x8 digits that come with scikit-learn, in about a minute.
+    """
+
+    data: Annotated[
+        Positional[str],
+        arg(help=f"a folder of images, an .npz or .npy array, hf:OWNER/NAME, or one of {', '.join(RECIPES)}"),
+    ] = "digits"
+    out: Annotated[Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")] = None
+    recipe: Annotated[
+        str | None, arg(help="complete settings by name", help_behavior_hint="(default: DATA's own, or images)")
+    ] = None
+    size: Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")] = None
+    channels: Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")] = None
+    network: Annotated[NetworkKind | None, recipes_own("architecture of stage 1")] = None
+    latent_dim: Annotated[int | None, recipes_own("number of latents")] = None
+    balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
+    second_balance: Annotated[str | None, recipes_own("balance of stage 2, likewise")] = None
+    epochs: Annotated[int | None, recipes_own("length of stage 1, passes over the training images")] = None
+    second_epochs: Annotated[int | None, recipes_own("length of stage 2, passes over the training codes")] = None
+    stages: Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")] = 2
+    batch_size: Annotated[int | None, recipes_own("images per step, both stages")] = None
+    learning_rate: Annotated[float | None, recipes_own("Adam's, at the start of both stages")] = None
+    seed: Annotated[int, arg(help="of weights, order and noise")] = 0
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
+    save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
+    tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
+
+    def settings(self) -> Recipe:
+        """The recipe with what was given on the command line put in."""
+        recipe = find_recipe(self.recipe, self.data)
+        data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable or None)
+        network = recipe.network
+        if self.network is not None and self.network != network.kind:
+            network = replace(network, kind=self.network, hidden=(512, 512) if self.network == "mlp" else ())
+        network = given(network, latent_dim=self.latent_dim)
+        first = self._stage(recipe.first, self.epochs, self.balance)
+        second = (
+            self._stage(recipe.second, self.second_epochs, self.second_balance) if recipe.second and self.stages == 2 else None
+        )
+        return replace(recipe, data=data, network=network, first=first, second=second, seed=self.seed)
+
+    def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
+        if epochs is not None:
+            stage = replace(stage, epochs=epochs, steps=None, halve_every=stage.halve_every if stage.epochs else None)
+        return given(stage, balance=balance, batch_size=self.batch_size, learning_rate=self.learning_rate)
+
+    def run(self) -> None:
+        recipe = self.settings()
+        from poise.balance import make_balance
+        from poise.pipeline import Options, train
+
+        for stage in filter(None, (recipe.first, recipe.second)):
+            make_balance(stage.balance)  # a wrong balance is said before the data are read
+        options = Options(device=self.device, save_seconds=self.save_seconds, tensorboard=self.tensorboard)
+        run = train(self.data, recipe=recipe, out=self.out, options=options)
+        summary = json.loads((run.folder / "summary.json").read_text())
+        show_table(
+            f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images", figures_table(summary)
+        )
+        for note in run.data["notes"]:
+            print(f"note: {note}")
+        print(f"pictures: {run.folder}/samples.png, reconstructions.png, training.png")
+        print(f"next: poise sample {run.folder} -n 64 --out grid.png; poise evaluate {run.folder}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a trained run. Image i of a seed is always the same, however many are drawn."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images")] = 64
+    out: Annotated[Path, arg(help="a .png (one grid), an .npz (array `images`, bytes), or a folder (one PNG per image)")] = (
+        Path("samples.png")
+    )
+    prior: Annotated[
+        PriorChoice | None,
+        arg(help="normal (GEN-1), second-stage (GEN-2), or mixture", help_behavior_hint="(default: second-stage if trained)"),
+    ] = None
+    seed: Annotated[int, arg(help="any integer")] = 0
+    first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
+    noise: Annotated[bool | None, recipes_own("add stage 2's decoder noise to its latents")] = None
+    renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = None
+    adjust_variance: Annotated[bool | None, recipes_own("scale images to the real images' variance")] = None
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        generation: Generation = given(
+            run.recipe.generation,
+            second_stage_noise=self.noise,
+            renormalise=self.renormalise,
+            adjust_variance=self.adjust_variance,
+        )
+        from poise.sampling import write_images
+
+        images = run.sample(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
+        write_images(images, self.out, first=self.first)
+        print(f"{self.count} images: {self.out}")
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Show images beside their reconstructions."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+    images: Annotated[
+        Positional[str | None],
+        arg(help="a folder, an image file or an array", help_behavior_hint="(default: the run's test images)"),
+    ] = None
+    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images, at most")] = 32
+    out: Annotated[Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")] = Path(
+        "reconstructions.png"
+    )
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.datasets import gather, read_images
+        from poise.sampling import write_images
+
+        channels, size, _ = run.data["shape"]
+        source = run.test_images() if self.images is None else read_images(self.images, size=size, channels=channels)
+        originals = gather(source, range(min(self.count, len(source))))
+        restored = run.reconstruct(originals)
+        write_images(interleave(originals, restored) if self.out.suffix == ".png" else restored, self.out, columns=8)
+        error = float((originals - restored).square().mean())
+        print(f"{len(originals)} images: {self.out}, MSE {error:.5f}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run on its test images: error, likelihood, latents, and FID where Inception is at hand."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+    fid: Annotated[
+        Literal["auto", "always", "never"],
+        arg(help="auto: if torch-fidelity and its weights are here; always: or fail (downloads the weights once)"),
+    ] = "auto"
+    inception: Annotated[
+        Path | None,
+        arg(
+            help="Inception weights, or a TorchScript file",
+            help_behavior_hint="(default: POISE_INCEPTION, or downloaded before)",
+        ),
+    ] = None
+    json: Annotated[bool, arg(help="print JSON instead of a table")] = False
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.files import write_json
+
+        figures = run.evaluate(fid=self.fid, weights=self.inception, quiet=False)
+        write_json(run.folder / "evaluation.json", figures)
+        if self.json:
+            print(json.dumps(figures, indent=2))
+            return
+        show_table(f"{run.folder}: {figures['images']} test images", figures_table(figures))
+        if "fid" not in figures:
+            print('FID: not measured; pip install "poise[eval]", then poise evaluate --fid always (downloads Inception once)')
+
+
+COMMANDS = {"train": Train, "sample": Sample, "reconstruct": Reconstruct, "evaluate": Evaluate}
+
+
+def main() -> None:
+    """Run the command that the arguments name, and exit."""
+    try:
+        parse(sys.argv[1:]).run()
+    except InputError as error:
+        fail(str(error), 2)
+    except BrokenPipeError:
+        os._exit(0)  # the reader of stdout has gone, as `head` does
+    except (RunError, OSError) as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command with its options. A wrong option is one line on stderr and exit code 2."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="poise", description=DESCRIPTION)
+    except SystemExit as exit:
+        if exit.code:
+            name = f"poise {arguments[0]}" if arguments and arguments[0] in COMMANDS else "poise"
+            fail(f"{one_line(complaint.getvalue())} (see {name} --help)", 2)
+        raise
+
+
+def one_line(box: str) -> str:
+    """The message inside the box that the parser draws, on one line."""
+    lines = [line.strip("│╭╰─╮╯ ") for line in box.splitlines()[1:]]
+    end = next((k for k, line in enumerate(lines) if not line), len(lines))
+    return " ".join(lines[:end]) or box.strip()
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, and exit."""
+    print("poise: error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def load_run(folder: Path, device: str) -> "Run":
+    """A run, with its warnings said."""
+    from poise.run import load
+
+    run = load(folder, device=device)
+    for line in run.warnings:
+        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
+    if not run.finished:
+        print(f"poise: warning: {folder} is not finished", file=sys.stderr)
+    return run
+
+
+def given(settings: Any, **values: Any) -> Any:
+    """The settings with those values put in that are not None."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
+
+
+def interleave(left: Any, right: Any) -> Any:
+    """left[0], right[0], left[1], right[1], ..."""
+    import torch
+
+    return torch.stack([left, right], 1).flatten(0, 1)
+
+
+def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of names with units, and values."""
+    stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
+    rows = [
+        ("MSE (per dimension)", stage1.get("mse"), ".5f"),
+        ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
+        ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
+        ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
+        ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
+        ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
+        ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
+        ("active latents", latents.get("active_units"), "d"),
+        ("variance law Var(mu) + E[s^2]", latents.get("variance_law"), ".3f"),
+        ("stage 2: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
+        ("stage 2: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
+        ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
+        ("stage 2: active latents", stage2.get("active_units"), "d"),
+    ]
+    fid = figures.get("fid", {})
+    rows += [
+        (f"FID {name} ({fid['images_on_each_side']} images)", fid[name], ".2f") for name in fid if name[:3] in ("REC", "GEN")
+    ]
+    rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
+    return [(name, format(value, style)) for name, value, style in rows if value is not None]
+
+
+def show_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(escape(name), value)
+    Console().print(table)

@@ -1,0 +1,39 @@
+"""The picture of a training run: error, KL and decoder variance over the images seen."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+CURVES = (("mse", "MSE", "log"), ("kl_nats", "KL (nats per image)", "linear"), ("gamma2", "gamma2", "log"))
+
+
+def training_curves(log: Path) -> bytes:
+    """A PNG of MSE, KL and gamma2 over training, one row per stage.
+
+    Args:
+        log: metrics.jsonl of a run.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    stages = sorted({entry["stage"] for entry in entries})
+    figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
+    for row, stage in zip(axes, stages, strict=True):
+        for axis, curve in zip(row, CURVES, strict=True):
+            _curve(axis, [entry for entry in entries if entry["stage"] == stage], stage, *curve)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _curve(axis: Any, entries: list[dict[str, float]], stage: int, key: str, label: str, scale: str) -> None:
+    axis.plot([e["images_seen"] / 1000 for e in entries], [e[key] for e in entries], linewidth=1.3, color="#1f5fa8")
+    axis.set_yscale(scale)
+    axis.set_title(f"stage {stage}: {label}", fontsize=10)
+    axis.set_xlabel("thousand images seen", fontsize=9)
+    axis.grid(True, which="both", alpha=0.25)
+    axis.tick_params(labelsize=8)

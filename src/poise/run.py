@@ -1,0 +1,410 @@
+"""A run is a folder: what was trained, on what, how far, and everything needed to use it again.
+
+config.json            every setting, the data and its checksum, versions
+checkpoints/           the last two positions, each complete and hashed
+codes/                 the training images' posteriors under stage 1
+metrics.jsonl          one line per log entry of both stages
+training.png, samples.png, reconstructions.png, summary.json
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise import networks
+from poise.balance import Balance, make_balance
+from poise.checkpoint import Saved, newest_checkpoint, read_folder
+from poise.datasets import Dataset, gather
+from poise.datasets import load as load_data
+from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
+from poise.features import Extractor, available_inception, extract, inception
+from poise.images import to_bytes
+from poise.latent import DiagonalGaussian
+from poise.metrics import encode_all, frechet_distance, latent_statistics, reconstruction
+from poise.priors import (
+    LOST_SHARE,
+    MixturePrior,
+    NormalPrior,
+    Prior,
+    RenormalisedPrior,
+    SecondStagePrior,
+    fit_mixture,
+    renormalisation_factor,
+)
+from poise.recipes.settings import Generation, Network, Recipe, from_json
+from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample
+from poise.seeds import REFERENCE_SEED, derive, generator
+from poise.shapes import Images, Latents
+from poise.training import under
+from poise.vae import VAE
+
+PriorName = Literal["normal", "second-stage", "mixture"]
+WhenFID = Literal["auto", "always", "never"]
+GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
+MOST_IMAGES = 10_000  # on each side of a comparison
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained stage."""
+
+    vae: VAE
+    balance: Balance
+
+
+@final
+class Run:
+    """A trained model and its folder, as `poise.train` and `poise.load` return it.
+
+    Attributes:
+        folder: where it lives.
+        recipe: its settings.
+        data: what it was trained on: source, shape, numbers, checksum.
+        first: stage 1.
+        second: stage 2, or None.
+        finished: whether training came to its end.
+        warnings: damaged checkpoints that were passed over.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], saved: Saved, warnings: list[str], vae: VAE | None) -> None:
+        self.folder = folder
+        self.recipe: Recipe = from_json(Recipe, config["recipe"], f"{folder / 'config.json'}: recipe")
+        self.data: dict[str, Any] = config["data"]
+        self.finished: bool = saved.meta["finished"]
+        self.warnings = warnings
+        self.first = self._stage(1, saved, vae or first_stage(self.recipe, self.data["shape"]))
+        has_second = self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
+        self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
+
+    def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
+        settings = self.recipe.first if number == 1 else self.recipe.second
+        assert settings is not None
+        balance = make_balance(settings.balance)
+        tensors = under(f"stage{number}", saved.tensors)
+        vae.load_state_dict(under("average", tensors) or under("vae", tensors))
+        balance.load_state_dict(under("balance", tensors))
+        return Trained(vae.eval().requires_grad_(False), balance.eval().requires_grad_(False))
+
+    def to(self, device: str | torch.device) -> "Run":
+        """This run with its networks on a device."""
+        for stage in filter(None, (self.first, self.second)):
+            stage.vae.to(device)
+            stage.balance.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.first.vae.parameters()).device
+
+    @cached_property
+    def codes(self) -> DiagonalGaussian:
+        """The posteriors of the training images, (n, latents).
+
+        Raises:
+            RunError: stage 1 is not finished, or the folder is damaged.
+        """
+        folder = self.folder / "codes"
+        if not folder.exists():
+            raise RunError(f"{self.folder} has no codes yet: stage 1 is not finished; go on with `poise train`")
+        tensors = read_folder(folder).tensors
+        return DiagonalGaussian(tensors["mean"], tensors["logvar"])
+
+    @torch.no_grad()
+    def encode(self, images: Images) -> DiagonalGaussian:
+        """Posteriors (n, latents) of float images (n, channels, height, width) in [0, 1]."""
+        return encode_all(self.first.vae, self._checked(images))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Images) -> Images:
+        """Images decoded from their posterior means (or, if the recipe says so, from a sample), on the CPU."""
+        posterior = self.encode(images)
+        latents = posterior.mean
+        if self.recipe.generation.reconstruct_from == "sample":
+            latents = posterior.sample(torch.randn(latents.shape, generator=generator("reconstruct", self.recipe.seed)))
+        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(100)]
+        images = torch.cat(parts)
+        if self.recipe.generation.adjust_reconstructions:
+            images = fit_adjustment(images, self.data["pixel_std"])(images)
+        return images
+
+    def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
+        """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
+
+        Args:
+            name: None: second-stage where there is one, else normal.
+            generation: None: the recipe's.
+
+        Raises:
+            InputError: this run has no second stage.
+        """
+        generation = generation or self.recipe.generation
+        prior = self._plain_prior(name or ("second-stage" if self.second else "normal"), generation)
+        if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much()):
+            return prior
+        released = generation.variance_law == "released"
+        return RenormalisedPrior(prior, renormalisation_factor(prior, self.codes, released=released))
+
+    def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
+        latent_dim = self.recipe.network.latent_dim
+        if name == "normal":
+            return NormalPrior(latent_dim)
+        if name == "mixture":
+            return self._mixture.to(self.device)
+        if self.second is None:
+            raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
+        gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
+        return SecondStagePrior(self.second.vae, latent_dim, gamma2)
+
+    @cached_property
+    def _mixture(self) -> MixturePrior:
+        return fit_mixture(self.codes, seed=self.recipe.seed)
+
+    def _lost_much(self) -> bool:
+        if self.second is None:
+            return True  # nothing was measured; renormalisation was asked for
+        figures = reconstruction(self.second.vae, self.second.balance, self.latents())
+        return figures.variance_lost > LOST_SHARE * figures.mse_sampled
+
+    def latents(self) -> Latents:
+        """One latent vector drawn from the posterior of each training image, (n, latents): what stage 2 learns."""
+        noise = torch.randn(self.codes.mean.shape, generator=generator("latents", self.recipe.seed))
+        return self.codes.sample(noise)
+
+    def sample(
+        self,
+        count: int,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        first: int = 0,
+        generation: Generation | None = None,
+    ) -> Images:
+        """Generated images, float in [0, 1], on the CPU.
+
+        Args:
+            count: how many, at least 1.
+            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: the best there is.
+            seed: image i of a seed is the same however many are drawn.
+            first: number of the first image.
+            generation: noise, renormalisation, adjustment; None: the recipe's.
+
+        Raises:
+            InputError: count < 1, or there is no second stage.
+        """
+        if count < 1:
+            raise InputError(f"the number of images must be at least 1, not {count}")
+        generation = generation or self.recipe.generation
+        source = self.prior(prior, generation)
+        images = sample(self.first.vae, source, count, seed=seed, first=first)
+        return self._adjustment(source)(images) if generation.adjust_variance else images
+
+    def _adjustment(self, source: Prior) -> VarianceAdjustment:
+        reference = sample(self.first.vae, source, ADJUSTMENT_DRAWS, seed=REFERENCE_SEED)
+        return fit_adjustment(reference, self.data["pixel_std"])
+
+    def evaluate(
+        self, images: Any = None, *, fid: WhenFID = "auto", weights: Path | None = None, quiet: bool = True
+    ) -> dict[str, Any]:
+        """Reconstruction, likelihood, latent and (where Inception is at hand) FID figures on test images.
+
+        Args:
+            images: (n, channels, height, width), bytes or float in [0, 1]; None: the test images of the run's data, which
+                are read again from their source and compared by checksum.
+            fid: "auto": if torch-fidelity and weights are here; "always": or fail; "never".
+            weights: of Inception; None: what `features.available_inception` finds.
+            quiet: no progress display.
+
+        Raises:
+            InputError: the data cannot be read again or have changed; FID was demanded and cannot be had.
+        """
+        images = self.test_images() if images is None else self._checked(images)
+        figures: dict[str, Any] = {"images": len(images)}
+        figures["reconstruction"] = asdict(reconstruction(self.first.vae, self.first.balance, images, seed=self.recipe.seed))
+        released = self.recipe.generation.variance_law == "released"
+        if (self.folder / "codes").exists():
+            figures["latents"] = asdict(latent_statistics(self.codes, released=released))
+        if self.second is not None:
+            figures["second_stage"] = self._second_stage_figures()
+        extractor = self._extractor(fid, weights)
+        if extractor is not None:
+            figures["fid"] = self._fid(extractor, images, quiet)
+        return figures
+
+    def _second_stage_figures(self) -> dict[str, float]:
+        assert self.second is not None
+        figures = reconstruction(self.second.vae, self.second.balance, self.latents(), seed=self.recipe.seed)
+        codes = encode_all(self.second.vae, self.latents())
+        kept = {key: value for key, value in asdict(figures).items() if key != "bits_per_dim"}
+        return kept | asdict(latent_statistics(codes))
+
+    def _extractor(self, fid: WhenFID, weights: Path | None) -> Extractor | None:
+        weights = weights or available_inception()
+        if fid == "never" or (fid == "auto" and weights is None):
+            return None
+        try:
+            return inception(weights, self.device)
+        except MissingExtraError:
+            if fid == "always":
+                raise
+            return None
+
+    def _fid(self, extractor: Extractor, images: Any, quiet: bool) -> dict[str, Any]:
+        count = min(len(images), MOST_IMAGES)
+        chosen = gather(images, range(count))
+        real = extract(extractor, to_bytes(chosen), title="real", quiet=quiet)
+        produced: dict[str, Callable[[], Images]] = {"REC": lambda: self.reconstruct(chosen)}
+        for label, name in GENERATIONS.items():
+            if name != "second-stage" or self.second is not None:
+                produced[label] = lambda name=name: self.sample(count, prior=name)
+        scores: dict[str, Any] = {"images_on_each_side": count, "reference": "test images", "pixels": "8 bits"}
+        for label, make in produced.items():
+            scores[label] = frechet_distance(real, extract(extractor, to_bytes(make()), title=label, quiet=quiet))
+        return scores
+
+    def test_images(self) -> Any:
+        """The test images of the data the run was trained on, read again.
+
+        Raises:
+            InputError: they cannot be read again, or are not the same.
+        """
+        return self.dataset().test
+
+    def dataset(self) -> Dataset:
+        """The data the run was trained on, read again and compared by checksum."""
+        if self.data["source"] == "array":
+            raise InputError(f"{self.folder} was trained on an array, which is not kept: pass the images")
+        settings = self.recipe.data
+        dataset = load_data(
+            settings.source,
+            size=settings.size,
+            channels=settings.channels,
+            jpeg_quality=settings.jpeg_quality,
+            file_order=settings.file_order,
+            skip_unreadable=settings.skip_unreadable,
+        )
+        if dataset.checksum != self.data["checksum"]:
+            raise InputError(f"{settings.source} is not what {self.folder} was trained on: its checksum has changed")
+        return dataset
+
+    def _checked(self, images: Any) -> Any:
+        images = images if isinstance(images, Tensor) else np.asarray(images)
+        if list(images.shape[1:]) != list(self.data["shape"]):
+            raise InputError(
+                f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
+            )
+        return images
+
+
+def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
+    """The run in a folder. Nothing else is needed, but for a network of your own.
+
+    Args:
+        folder: what `poise train --out` or `poise.train(out=...)` wrote.
+        device: "auto", "cpu", "cuda", ...
+        vae: the same modules that were given to `poise.train(vae=...)`; their weights are overwritten.
+
+    Raises:
+        InputError: not a run's folder.
+        RunError: every checkpoint is damaged, or there is none yet.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if (config["recipe"]["network"]["kind"] == "custom") != (vae is not None):
+        needed = (
+            "was trained with a network of your own: pass it as vae=..."
+            if vae is None
+            else "brings its own network: leave vae out"
+        )
+        raise InputError(f"{folder} {needed}")
+    saved, warnings = newest_checkpoint(folder / "checkpoints")
+    if saved is None:
+        raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
+    return Run(folder, config, saved, warnings, vae).to(choose_device(device))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        InputError: not a run's folder.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        missing = {"poise", "recipe", "data"} - set(config)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not a run's folder: it has no config.json; give the one that `poise train` wrote"
+        ) from None
+    except (ValueError, TypeError):
+        raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
+    if missing:
+        raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
+    return config
+
+
+def first_stage(recipe: Recipe, shape: list[int]) -> VAE:
+    """Stage 1's network, its weights a function of the recipe's seed.
+
+    Args:
+        recipe: its network and seed.
+        shape: channels, height, width.
+
+    Raises:
+        InputError: a size that the network cannot take.
+    """
+    with seeded(derive("weights", recipe.seed, 1)):
+        return VAE(*_first_pair(recipe.network, shape))
+
+
+def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
+    channels, size = shape[0], shape[1]
+    match network.kind:
+        case "resnet":
+            return networks.resnet(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "infogan":
+            return networks.infogan(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "wae":
+            return networks.wae(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "mlp":
+            return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
+        case "custom":
+            raise InputError("this run has a network of your own: pass it as vae=...")
+
+
+def second_stage(recipe: Recipe) -> VAE:
+    """Stage 2's network, its weights a function of the recipe's seed."""
+    with seeded(derive("weights", recipe.seed, 2)):
+        return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None

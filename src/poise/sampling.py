@@ -1,0 +1,102 @@
+"""From a prior to pictures. Image i is a function of (seed, i): the same bits whatever the number drawn, and from where.
+
+Latents and images are computed in chunks at fixed places (0-99, 100-199, ...), since a matrix product may round differently
+in a batch of another size.
+
+Image variance adjustment: generated images vary less than real ones. They are rescaled about their mean image by (mean
+per-pixel standard deviation of real images) / (that of produced ones) and clipped to [0, 1].
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.errors import InputError
+from poise.files import write_file
+from poise.images import PixelMoments, grid, save_png, to_bytes
+from poise.priors import Prior
+from poise.seeds import noise_per_image
+from poise.shapes import Images
+from poise.vae import VAE
+
+CHUNK = 100
+ADJUSTMENT_DRAWS = 1_000
+
+
+@dataclass(frozen=True)
+class VarianceAdjustment:
+    """Rescales images about a mean image.
+
+    Args:
+        mean: (channels, height, width).
+        factor: real over produced standard deviation.
+    """
+
+    mean: Tensor
+    factor: float
+
+    def __call__(self, images: Images) -> Images:
+        return (self.mean + self.factor * (images - self.mean)).clamp(0, 1)
+
+
+def fit_adjustment(images: Images, real_std: float) -> VarianceAdjustment:
+    """The adjustment that gives `images` the mean per-pixel standard deviation `real_std`, before clipping."""
+    moments = PixelMoments()
+    moments.add(images)
+    return VarianceAdjustment(images.mean(0), real_std / max(moments.std(), 1e-12))
+
+
+@torch.no_grad()
+def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Images:
+    """Images number `first` to `first + count - 1` of a seed, on the CPU.
+
+    Args:
+        vae: used in evaluation mode.
+        prior: where latents come from.
+        count: how many images.
+        seed: any integer; image i of a seed is always the same image.
+        first: number of the first image, for drawing a set in parts.
+    """
+    chunks = list(_chunks(vae, prior, count, seed, first))
+    return torch.cat(chunks)
+
+
+def _chunks(vae: VAE, prior: Prior, count: int, seed: int, first: int) -> Iterator[Images]:
+    device = next(vae.parameters()).device
+    vae.eval()
+    for start in range(first - first % CHUNK, first + count, CHUNK):
+        noise = noise_per_image(CHUNK, prior.noise_dims, seed, start).to(device)
+        images = vae.decode(prior.latents(noise)).float().cpu()
+        yield images[max(first - start, 0) : first + count - start]
+
+
+def write_images(images: Images, out: Path, *, columns: int | None = None, first: int = 0) -> None:
+    """Writes images as one grid (.png), as an array `images` of bytes (.npz), or as one PNG each (a folder).
+
+    Args:
+        images: float in [0, 1].
+        out: its ending decides.
+        columns: of the grid.
+        first: number of the first file in a folder.
+
+    Raises:
+        InputError: another ending.
+        RunError: the disk is full or cannot be written.
+    """
+    if out.suffix == ".png":
+        return save_png(out, grid(images, columns))
+    pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
+    if out.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=pixels)
+        return write_file(out, buffer.getvalue())
+    if out.suffix:
+        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
+    for number, image in enumerate(pixels, first):
+        save_png(out / f"{number:06d}.png", image)
+    return None
