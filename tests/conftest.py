@@ -1,0 +1,76 @@
+"""While tests run, every call of the package is checked: shapes by jaxtyping, types by beartype.
+
+The hook must be in place before `poise` is imported, and `poise.shapes` reads from `sys.modules` that jaxtyping is there.
+Compiled code cannot be checked so: tests of torch.compile and of several processes run in a clean interpreter.
+"""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+
+assert "poise" not in sys.modules, "poise was imported before the hook that checks its shapes"
+
+_checker = types.ModuleType("poise_checker")
+_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a fine float
+sys.modules["poise_checker"] = _checker
+jaxtyping.install_import_hook("poise", "poise_checker.check")
+
+torch.set_num_threads(2)
+
+SPECS = [
+    "computed",
+    "computed:power=1,decay=0.9",
+    "released:image_size=64,latent_dim=64",
+    "learned:start=0.5",
+    "optimal",
+    "fixed:beta=4",
+    "scheduled:ramp_steps=3",
+    "constrained:target_mse=0.05,rate=0.1",
+    "controlled:target_kl=2,kp=0.1,ki=0.01",
+]
+
+
+@pytest.fixture
+def specs() -> list[str]:
+    """Every kind of balance, as `make_balance` takes it."""
+    return SPECS
+
+
+@pytest.fixture(params=SPECS)
+def spec(request: pytest.FixtureRequest) -> str:
+    """One kind of balance after the other."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the checks off, to see the package's own errors as a user sees them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run_python():
+    """Runs code in a clean interpreter, without hooks, that can import the package and the test modules."""
+
+    def run(code: str, *args: str) -> str:
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        command = [sys.executable, "-c", code, *args]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,192 @@
+"""The command, as a user meets it: right input, wrong input, one line and an exit code for each."""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from poise import checkpoint, cli, files
+
+RANDOM = np.random.default_rng(0)
+QUICK = ["--epochs", "1", "--second-epochs", "1", "--batch-size", "8", "--device", "cpu"]
+
+
+def poise(*arguments: str | Path) -> None:
+    cli.parse([str(argument) for argument in arguments])
+    sys.argv = ["poise", *map(str, arguments)]
+    cli.main()
+
+
+def photos(folder: Path, *, of: list[tuple[int, int]]) -> Path:
+    folder.mkdir()
+    for number, (width, height) in enumerate(of):
+        pixels = RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.jpg")
+    return folder
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["poise"])
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["poise"])
+        poise("train", "digits", "--out", folder, *QUICK)
+    return folder
+
+
+def test_train_ends_with_a_table_and_pictures(capsys, tmp_path):
+    photos(tmp_path / "photos", of=[(20, 30)] * 12)
+    poise("train", "photos", "--size", "8", "--network", "mlp", "--latent-dim", "4", "--out", "run", *QUICK)
+    out = capsys.readouterr().out
+    assert "MSE (per dimension)" in out and "Var(mu) + E[s^2]" in out and "stage 2: gamma2" in out
+    assert all(min(size(tmp_path / "run" / name)) > 8 for name in ("samples.png", "reconstructions.png", "training.png"))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert settings["data"]["source"] == str(tmp_path / "photos") and settings["first"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("out", ["grid.png", "array.npz", "folder"])
+def test_sample_writes_a_grid_an_array_or_a_folder(out, run_folder, tmp_path):
+    poise("sample", run_folder, "-n", "5", "--out", out, "--first", "2", "--prior", "mixture")
+    if out == "grid.png":
+        assert size(Path(out)) == (3 * 66 - 2, 2 * 66 - 2)
+    elif out == "array.npz":
+        assert np.load(out)["images"].shape == (5, 8, 8, 1)
+    else:
+        assert sorted(path.name for path in Path(out).iterdir()) == [f"{k:06d}.png" for k in range(2, 7)]
+
+
+def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys):
+    poise("reconstruct", run_folder, "-n", "4")
+    assert size(Path("reconstructions.png")) == (8 * 66 - 2, 64)
+    np.save("own.npy", RANDOM.integers(0, 256, (3, 8, 8), dtype=np.uint8))
+    poise("reconstruct", run_folder, "own.npy", "--out", "own.npz")
+    assert np.load("own.npz")["images"].shape == (3, 8, 8, 1)
+    assert "3 images" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_table_or_json(run_folder, capsys):
+    poise("evaluate", run_folder, "--fid", "never")
+    assert "FID: not measured" in capsys.readouterr().out
+    poise("evaluate", run_folder, "--fid", "never", "--json")
+    assert json.loads(capsys.readouterr().out)["images"] == 180
+
+
+def text_files(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    return ["train", "texts"]
+
+
+def truncated(tmp_path):
+    photos(tmp_path / "cut", of=[(16, 16)] * 12)
+    blob = (tmp_path / "cut" / "07.jpg").read_bytes()
+    (tmp_path / "cut" / "07.jpg").write_bytes(blob[: len(blob) // 2])
+    return ["train", "cut", *QUICK]
+
+
+def mixed(tmp_path):
+    return ["train", photos(tmp_path / "mixed", of=[(16, 16)] * 11 + [(24, 16)])]
+
+
+def array(values):
+    def save(tmp_path):
+        np.save(tmp_path / "array.npy", values)
+        return ["train", "array.npy", *QUICK]
+
+    return save
+
+
+FLOATS = RANDOM.random((20, 8, 8)).astype(np.float32)
+WRONG = {
+    "missing folder": (lambda tmp_path: ["train", "nowhere/photos"], r"nowhere/photos"),
+    "text files": (text_files, r"texts holds 1 file.*jpg"),
+    "truncated jpeg": (truncated, r"07\.jpg.*--skip-unreadable"),
+    "mixed sizes": (mixed, r"11\.jpg.*--size"),
+    "floats outside [0, 1]": (array(255 * FLOATS), r"array\.npy.*255"),
+    "nan": (array(np.where(FLOATS < 0.01, np.nan, FLOATS)), r"array\.npy.*NaN"),
+    "three images": (array(FLOATS[:3]), r"3 images are too few"),
+    "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
+    "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
+    "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
+    "unknown option": (lambda tmp_path: ["train", "--epoch", "3"], r"--epoch.*poise train --help"),
+    "unknown command": (lambda tmp_path: ["trian"], r"trian.*poise --help"),
+    "no number": (lambda tmp_path: ["train", "--epochs", "many"], r"--epochs.*many"),
+    "unknown recipe": (lambda tmp_path: ["train", "--recipe", "imagenet"], r"imagenet.*cifar10"),
+    "unknown balance": (lambda tmp_path: ["train", "--balance", "zen"], r"zen.*computed"),
+    "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
+    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus"),
+    "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, unchecked):
+    make, expected = WRONG[case]
+    arguments = [str(argument) for argument in make(tmp_path)]
+    before = sorted(tmp_path.rglob("*"))
+    sys.argv = ["poise", *arguments]
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    captured = capsys.readouterr()
+    assert exit.value.code == 2
+    assert len(captured.err.splitlines()) == 1 and captured.err.startswith("poise: error: ")
+    assert captured.out == ""
+    assert re.search(expected, captured.err), captured.err
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in ([], [tmp_path / "runs"])
+
+
+def test_unreadable_images_can_be_skipped_and_are_listed(tmp_path, capsys):
+    arguments = truncated(tmp_path)
+    poise(*arguments, "--skip-unreadable", "--network", "mlp", "--out", "run")
+    assert "07.jpg" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["train"] == 10
+
+
+def test_damaged_checkpoints_are_one_line_and_exit_code_1(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints"):
+        (path / "tensors.safetensors").write_bytes(b"noise")
+    with pytest.raises(SystemExit) as exit:
+        poise("sample", "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and len(error.splitlines()) == 1 and "every checkpoint is damaged" in error
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_synced", full)
+    with pytest.raises(SystemExit) as exit:
+        poise("train", "--out", "run", *QUICK)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert exit.value.code == 1 and len(lines) == 1 and "No space left" in lines[0]
+
+
+def test_help_is_complete_and_does_not_import_torch():
+    code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
+    for command in ((), ("train",), ("sample",), ("reconstruct",), ("evaluate",)):
+        shown = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
+        assert shown.stderr == "" and "--help" in shown.stdout
+    assert (
+        "poise train"
+        in subprocess.run([sys.executable, "-m", "poise", "train", "--help"], capture_output=True, text=True, check=True).stdout
+    )

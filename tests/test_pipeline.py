@@ -1,0 +1,312 @@
+"""Both stages in a folder: what is written, what survives, and that nothing depends on how often it was interrupted."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import poise
+from poise import checkpoint, files, pipeline, training
+from poise.errors import InputError, MissingInputError, RunError
+from poise.pipeline import Options, train
+from poise.recipes import Data, Generation, Network, Recipe, Stage
+from poise.run import load
+from poise.vae import VAE
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
+TINY = Recipe(
+    name="tiny",
+    data=Data("array"),
+    network=Network("mlp", latent_dim=3, hidden=(16,), second_hidden=8),
+    first=Stage(epochs=4, batch_size=20, learning_rate=1e-2, halve_every=2),
+    second=Stage(epochs=3, batch_size=20, learning_rate=1e-2, balance="learned"),
+)
+STEPS = 16 + 12  # 81 training images in batches of 20: 4 steps an epoch
+QUIET = Options(device="cpu", quiet=True, save_seconds=0.0)  # a checkpoint after every step
+
+
+def tiny(out: Path, **changes) -> poise.Run:
+    return train(IMAGES, recipe=replace(TINY, **changes), out=out, options=QUIET)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved, _ = checkpoint.newest_checkpoint(folder / "checkpoints")
+    assert saved is not None and saved.meta["finished"]
+    return saved.tensors
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Tests do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training dies before the given step of the whole run is taken."""
+    taken = iter(range(step))
+
+    def mortal(*arguments):
+        if next(taken, None) is None:
+            raise Killed
+        return real(*arguments)
+
+    real = training.training_step
+    monkeypatch.setattr(training, "training_step", mortal)
+
+
+def test_a_run_folder_describes_itself(finished):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    pictures = {"samples.png", "reconstructions.png", "training.png"}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "codes", *pictures}
+    config = json.loads((finished / "config.json").read_text())
+    assert config["recipe"]["first"]["epochs"] == 4 and config["data"]["train"] == 81 and config["data"]["test"] == 9
+    entries = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [(1, k) for k in range(1, 17)] + [
+        (2, k) for k in range(1, 13)
+    ]
+    assert [entry["learning_rate"] for entry in entries[:16]] == [1e-2] * 8 + [5e-3] * 8
+    assert len(checkpoint.checkpoints(finished / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 15, 16, 17, 27])
+def test_a_run_killed_before_any_step_ends_bit_identical(step, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, step)
+        tiny(tmp_path / "run")
+    tiny(tmp_path / "run")
+    again, undisturbed = weights(tmp_path / "run"), weights(finished)
+    assert again.keys() == undisturbed.keys()
+    assert all(torch.equal(again[name], undisturbed[name]) for name in again)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 17), *range(1, 13)]
+
+
+def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeypatch):
+    def asked(entry):
+        if entry["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(pipeline.Interrupted, match="step 3 of stage 1"):
+        patch.setattr(training, "figures", lambda entry: asked(entry) or {})
+        tiny(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before
+    tiny(tmp_path / "run")
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(finished).items())
+
+
+def test_another_seed_gives_other_weights(finished, tmp_path):
+    tiny(tmp_path / "run", seed=1)
+    name = "stage1.vae.encoder.mean.weight"
+    assert not torch.equal(weights(tmp_path / "run")[name], weights(finished)[name])
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    tiny(tmp_path / "run", first=Stage(steps=2), second=None)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_finished_run_is_not_trained_again(copy, monkeypatch):
+    die_at(monkeypatch, 0)
+    tiny(copy)
+
+
+def test_a_folder_alone_is_enough_to_sample(finished, tmp_path):
+    moved = shutil.copytree(finished, tmp_path / "elsewhere")
+    samples = load(moved, device="cpu").sample(5, seed=3)
+    assert samples.shape == (5, 1, 8, 8) and samples.min() >= 0 and samples.max() <= 1
+    assert torch.equal(samples, load(finished, device="cpu").sample(5, seed=3))
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(copy):
+    newest = checkpoint.checkpoints(copy / "checkpoints")[-1]
+    blob = bytearray((newest / "tensors.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (newest / "tensors.safetensors").write_bytes(blob)
+    run = load(copy, device="cpu")
+    assert "damaged" in run.warnings[0] and newest.name in run.warnings[0]
+    assert not run.finished
+    (checkpoint.checkpoints(copy / "checkpoints")[0] / "manifest.json").unlink()
+    with pytest.raises(RunError, match="every checkpoint is damaged"):
+        load(copy, device="cpu")
+
+
+def test_damage_is_repaired_by_training_again(finished, copy, capsys):
+    (checkpoint.checkpoints(copy / "checkpoints")[-1] / "manifest.json").write_text("{")
+    (copy / "codes" / "tensors.safetensors").write_bytes(b"")
+    tiny(copy)
+    assert "damaged" in capsys.readouterr().err
+    assert all(torch.equal(tensor, weights(copy)[name]) for name, tensor in weights(finished).items())
+    assert torch.equal(load(copy, device="cpu").codes.mean, load(finished, device="cpu").codes.mean)
+
+
+def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
+    real, room = files.write_synced, iter(range(12))
+
+    def full(path, content):
+        if next(room, None) is None:
+            path.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"No space left on device.*intact"):
+        patch.setattr(checkpoint, "write_synced", full)
+        tiny(tmp_path / "run")
+    assert checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")[1] == []
+    tiny(tmp_path / "run")
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(finished).items())
+
+
+def test_a_folder_of_other_settings_or_data_is_refused(copy, tmp_path):
+    with pytest.raises(InputError, match=r"first.learning_rate: 0.01 -> 0.001"):
+        tiny(copy, first=replace(TINY.first, learning_rate=1e-3))
+    with pytest.raises(InputError, match="the images themselves"):
+        train(255 - IMAGES, recipe=TINY, out=copy, options=QUIET)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(InputError, match="not empty"):
+        tiny(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir() if path.name != ".lock"] == ["chapter.tex"]
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    with pipeline.locked(tmp_path / "run"), pytest.raises(InputError, match="another process"):
+        tiny(tmp_path / "run")
+
+
+def test_wrong_images_leave_no_folder_behind(tmp_path):
+    with pytest.raises(InputError, match="too few"):
+        train(IMAGES[:3], recipe=TINY, out=tmp_path / "run", options=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+class Exploding(nn.Module):
+    """A decoder that overflows after some batches."""
+
+    def __init__(self, decoder: nn.Module, after: int) -> None:
+        super().__init__()
+        self.decoder, self.left = decoder, after
+
+    def forward(self, latents):
+        self.left -= self.training
+        return self.decoder(latents) * (1 if self.left >= 0 else torch.inf)
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
+    encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
+    vae = VAE(encoder, Exploding(decoder, after=5))
+    with pytest.raises(RunError, match=r"step 5 of stage 1 \((reconstruction|mse)=.*batch images \d+.*--learning-rate"):
+        train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET)
+    saved, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.meta["step"] == 5
+    held = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("stage1.vae.")}
+    assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
+
+
+def test_any_pair_of_modules_can_be_trained_and_loaded(tmp_path):
+    def network():
+        return VAE(*poise.networks.mlp((1, 8, 8), 5, hidden=(7,)))
+
+    trained = train(IMAGES, recipe=TINY, vae=network(), out=tmp_path / "run", options=QUIET)
+    with pytest.raises(InputError, match="vae="):
+        load(tmp_path / "run")
+    loaded = load(tmp_path / "run", vae=network(), device="cpu")
+    assert torch.equal(loaded.sample(4), trained.sample(4))
+    assert loaded.recipe.network.latent_dim == 5
+
+
+def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
+    stage = replace(TINY.first, ema_decay=0.5, precision="bfloat16")
+    run = tiny(tmp_path / "whole", first=stage)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 9)
+        tiny(tmp_path / "killed", first=stage)
+    tiny(tmp_path / "killed", first=stage)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    name = "decoder.layers.0.weight"
+    assert torch.equal(run.first.vae.state_dict()[name], whole[f"stage1.average.{name}"])
+    assert not torch.equal(whole[f"stage1.average.{name}"], whole[f"stage1.vae.{name}"])
+
+
+def test_the_average_of_weights_follows_its_formula():
+    average, current = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = 0.9 * average.weight.detach() + 0.1 * current.weight.detach()
+    training.update_average(average, current, 0.9)
+    torch.testing.assert_close(average.weight.detach(), expected)
+
+
+def test_one_stage_is_enough(tmp_path):
+    run = tiny(tmp_path / "run", second=None)
+    assert run.finished and run.second is None
+    assert run.sample(3).shape == run.sample(3, prior="mixture").shape == (3, 1, 8, 8)
+    with pytest.raises(InputError, match="no trained second stage"):
+        run.sample(3, prior="second-stage")
+
+
+def test_codes_are_drawn_afresh_at_every_visit():
+    data = training.CodeBatches(torch.zeros(4, 2), torch.zeros(4, 2), torch.device("cpu"))
+    source = torch.Generator().manual_seed(0)
+    first, second = (data.batch(torch.arange(4), source) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_an_unknown_setting_in_a_config_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["recipe"]["first"]["momentum"] = 0.9
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"unknown keys.*momentum"):
+        load(copy)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(MissingInputError, match="no such folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(InputError, match="not a run's folder"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"name": "another program"}')
+    with pytest.raises(InputError, match="not a run's"):
+        load(tmp_path)
+
+
+def test_released_generation_switches_run(finished):
+    run = load(finished, device="cpu")
+    released = Generation(False, "always", "released", adjust_variance=True)
+    adjusted = run.sample(6, generation=released)
+    assert not torch.equal(adjusted, run.sample(6))
+    assert torch.equal(adjusted[:2], run.sample(2, generation=released)), "image i depends on how many are drawn"
+
+
+def test_evaluation_covers_both_stages(finished):
+    figures = load(finished, device="cpu").evaluate(IMAGES[:20, None], fid="never")
+    assert figures["reconstruction"]["kl_nats"] > 0 and figures["latents"]["latent_dim"] == 3
+    assert {"mse_sampled", "variance_lost", "gamma2", "active_units"} <= figures["second_stage"].keys()
+    with pytest.raises(InputError, match="pass the images"):
+        load(finished, device="cpu").evaluate()
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(IMAGES, recipe=replace(TINY, second=None), out=tmp_path / "run", options=replace(QUIET, tensorboard=True))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))

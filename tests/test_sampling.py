@@ -1,0 +1,132 @@
+"""Priors and samples: image i is image i, and every named option does what its formula says."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from sklearn.mixture import GaussianMixture
+from torch import nn
+
+from poise.errors import InputError
+from poise.latent import DiagonalGaussian, variance_law
+from poise.networks import infogan, second_stage
+from poise.priors import (
+    MixturePrior,
+    NormalPrior,
+    RenormalisedPrior,
+    SecondStagePrior,
+    fit_mixture,
+    renormalisation_factor,
+)
+from poise.sampling import fit_adjustment, sample, write_images
+from poise.seeds import derive, generator, noise_per_image
+from poise.vae import VAE
+
+
+@pytest.fixture
+def vae() -> VAE:
+    return VAE(*infogan(8, 1, 4))
+
+
+def codes(n: int = 3000) -> DiagonalGaussian:
+    mean = torch.cat([torch.randn(n // 2, 2) * 0.1 - 0.8, torch.randn(n // 2, 2) * 0.1 + 0.8])
+    return DiagonalGaussian(mean, torch.full_like(mean, 0.2).log())
+
+
+def test_image_i_is_the_same_bits_whatever_the_number_drawn(vae):
+    whole = sample(vae, NormalPrior(4), 230, seed=1)
+    assert torch.equal(sample(vae, NormalPrior(4), 7, seed=1), whole[:7])
+    assert torch.equal(sample(vae, NormalPrior(4), 50, seed=1, first=90), whole[90:140])
+    assert not torch.equal(sample(vae, NormalPrior(4), 7, seed=2), whole[:7])
+
+
+def test_noise_is_standard_normal_and_independent_between_images_and_seeds():
+    noise = noise_per_image(2000, 5, seed=0)
+    assert stats.kstest(noise.flatten(), "norm").pvalue > 1e-3
+    neighbours = np.corrcoef(noise[:-1].flatten(), noise[1:].flatten())[0, 1]
+    seeds = np.corrcoef(noise.flatten(), noise_per_image(2000, 5, seed=1).flatten())[0, 1]
+    assert abs(neighbours) < 0.04 and abs(seeds) < 0.04
+
+
+def test_seeds_differ_by_every_part_and_are_stable():
+    assert len({derive(*parts) for parts in [(1, 2), (2, 1), (12,), ("1", 2, 0), ("order", 0, 1), ("noise", 0, 1)]}) == 6
+    assert generator("a", 1).initial_seed() == derive("a", 1)
+
+
+def test_the_mixture_draws_from_what_scikit_learn_fitted():
+    posterior = codes()
+    prior = fit_mixture(posterior, components=2)
+    latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator("mixture", 0)))
+    fitted = GaussianMixture(2, random_state=0).fit(latents.double().numpy())
+    drawn = prior.latents(noise_per_image(20_000, prior.noise_dims, seed=3))
+    expected_mean = fitted.weights_ @ fitted.means_
+    np.testing.assert_allclose(drawn.mean(0), expected_mean, atol=0.03)
+    centred = fitted.means_ - expected_mean
+    expected_cov = np.einsum("k,kij->ij", fitted.weights_, fitted.covariances_ + centred[:, :, None] * centred[:, None])
+    np.testing.assert_allclose(np.cov(drawn.T.numpy()), expected_cov, atol=0.03)
+    assert abs(float((drawn[:, 0] > 0).float().mean()) - 0.5) < 0.02
+
+
+def test_mixture_components_are_chosen_by_weight():
+    prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3]), torch.tensor([[0.0], [10.0], [20.0]]), torch.zeros(3, 1, 1))
+    drawn = prior.latents(noise_per_image(20_000, 2, seed=0)).squeeze()
+    shares = [(drawn == value).float().mean() for value in (0, 10, 20)]
+    np.testing.assert_allclose(shares, [0.2, 0.5, 0.3], atol=0.01)
+
+
+def test_second_stage_noise_has_the_decoders_variance():
+    vae = VAE(*second_stage(3, 8))
+    plain, noisy = SecondStagePrior(vae, 3, None), SecondStagePrior(vae, 3, torch.tensor(0.25))
+    noise = noise_per_image(5000, 6, seed=0)
+    difference = noisy.latents(noise) - plain.latents(noise[:, :3])
+    torch.testing.assert_close(difference, 0.5 * noise[:, 3:])
+
+
+def test_renormalised_latents_obey_the_variance_law():
+    posterior = codes()
+    target = variance_law(posterior.mean, posterior.logvar).mean().sqrt()
+    assert renormalisation_factor(NormalPrior(2), posterior) == pytest.approx(float(target))
+    prior = MixturePrior(torch.ones(1), torch.zeros(1, 2), 0.3 * torch.eye(2)[None])
+    scaled = RenormalisedPrior(prior, renormalisation_factor(prior, posterior))
+    drawn = scaled.latents(noise_per_image(20_000, 3, seed=9))
+    assert float(drawn.std(0).mean()) == pytest.approx(float(target), rel=0.02)
+
+
+def test_the_variance_adjustment_restores_the_standard_deviation():
+    images = 0.5 + 0.05 * torch.randn(500, 1, 4, 4)
+    adjusted = fit_adjustment(images, real_std=0.1)(images)
+    assert float(adjusted.double().std(0, correction=0).mean()) == pytest.approx(0.1, rel=1e-3)
+    torch.testing.assert_close(adjusted.mean(0), images.mean(0), atol=1e-3, rtol=0)
+    wide = fit_adjustment(images, real_std=5.0)(images)
+    assert wide.min() == 0 and wide.max() == 1
+
+
+class Recorder(nn.Module):
+    """A decoder that shows its latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, latents):
+        return self.weight * latents[:, :, None, None]
+
+
+def test_samples_are_the_decoded_latents_of_their_noise():
+    drawn = sample(VAE(nn.Identity(), Recorder()), NormalPrior(3), 12, seed=4, first=5)
+    torch.testing.assert_close(drawn.squeeze(), noise_per_image(12, 3, seed=4, first=5))
+
+
+def test_images_are_written_as_grid_array_or_files(tmp_path):
+    images = torch.rand(5, 3, 8, 8)
+    write_images(images, tmp_path / "grid.png", columns=5)
+    write_images(images, tmp_path / "array.npz")
+    write_images(images, tmp_path / "folder", first=7)
+    stored = np.load(tmp_path / "array.npz")["images"]
+    assert stored.shape == (5, 8, 8, 3)
+    with Image.open(tmp_path / "folder" / "000009.png") as third, Image.open(tmp_path / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(third), stored[2])
+        assert grid.width > 4 * grid.height
+    with pytest.raises(InputError, match=r"\.png"):
+        write_images(images, tmp_path / "movie.mp4")
