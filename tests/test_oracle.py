@@ -20,10 +20,10 @@ LATENTS = 16
 def train_linear_vae(balance: Balance, data: Tensor, batch: int) -> VAE:
     """Minibatches, each with noise and its mirror image; Adam, its learning rate falling to zero like a cosine.
 
-    Small weights and a gamma2 that starts at 1 bring the principal axes in one after another. From large ones, two axes of
-    nearly equal variance stay mixed for long: 0.001 nats of loss, but 2 % of the covariance.
+    gamma2 is right to 0.1 % long before the covariance is: two axes of nearly equal variance stay mixed for long, at a cost
+    of 0.001 nats of loss, but 2 % of the covariance. Over three seeds the latter ends 0.7 to 1.6 % off.
     """
-    steps = 5000
+    steps = 6000
     encoder, decoder = mlp(data.shape[1], LATENTS, hidden=(), output="linear")
     vae = VAE(encoder, decoder)
     with torch.no_grad():
@@ -46,13 +46,7 @@ def train_linear_vae(balance: Balance, data: Tensor, batch: int) -> VAE:
     return vae
 
 
-@pytest.fixture(autouse=True)
-def one_thread(unchecked):
-    """Steps this small gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of small steps
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def pca(digits) -> tuple[float, Tensor]:
 
 def test_a_linear_vae_ends_at_probabilistic_pca(digits, pca):
     noise_variance, covariance = pca
-    balance = ComputedBalance(start=1.0)
+    balance = ComputedBalance()
     vae = train_linear_vae(balance, digits, batch=599)
     gamma2 = float(balance.gamma2)
     assert gamma2 == pytest.approx(noise_variance, rel=0.01)
@@ -87,6 +81,6 @@ def test_a_linear_vae_ends_at_probabilistic_pca(digits, pca):
 
 
 def test_the_ratchet_of_the_released_code_ends_below_the_optimum(digits, pca):
-    balance = ComputedBalance(start=1.0, monotone=True)
+    balance = ComputedBalance.released(image_size=8, latent_dim=LATENTS)  # its KL weight is 1
     train_linear_vae(balance, digits, batch=100)
     assert 0.85 < float(balance.gamma2) / pca[0] < 0.975, "and still sinking: the running average ends at 1.00"

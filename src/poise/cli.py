@@ -28,6 +28,7 @@ RECIPES_OWN = "(default: the recipe's)"
 BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
 )
+Switch = Literal["on", "off"]
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
 
@@ -121,18 +122,18 @@ class Sample:
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
-    noise: Annotated[bool | None, recipes_own("add stage 2's decoder noise to its latents")] = None
+    noise: Annotated[Switch | None, recipes_own("add stage 2's decoder noise to its latents")] = None
     renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = None
-    adjust_variance: Annotated[bool | None, recipes_own("scale images to the real images' variance")] = None
+    adjust_variance: Annotated[Switch | None, recipes_own("scale images to the real images' variance")] = None
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         generation: Generation = given(
             run.recipe.generation,
-            second_stage_noise=self.noise,
+            second_stage_noise=self.noise and self.noise == "on",
             renormalise=self.renormalise,
-            adjust_variance=self.adjust_variance,
+            adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
         from poise.sampling import write_images
 

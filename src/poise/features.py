@@ -5,8 +5,10 @@ Weights are torch-fidelity's own (downloaded once by it), or a local file. Image
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -57,20 +59,25 @@ def inception(weights: Path | None = None, device: str | torch.device = "cpu") -
     if scripted is not None:
         return lambda images: scripted((resize(images.float(), size=(299, 299), align_corners=False) - 128) / 128)
     try:
+        if weights:
+            torch.load(weights, weights_only=True)  # torch-fidelity would unpickle anything: this refuses all but tensors
         network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights) if weights else None)
     except OSError as error:
         raise MissingInputError(
             f"Inception's weights could not be downloaded ({error}); set {WEIGHTS_VARIABLE} to a local file"
         ) from error
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{weights}: neither torch-fidelity's Inception weights nor a TorchScript file ({error})") from error
+    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{weights}: neither a TorchScript file nor torch-fidelity's Inception weights ({reason})") from error
     network = network.to(device)
     return lambda images: network(images)[0]
 
 
 def _torchscript(path: Path, device: str | torch.device) -> Any | None:
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; this file has no other form
+            return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError:
         return None
 
@@ -88,7 +95,8 @@ def extract(extractor: Extractor, images: Any, *, title: str = "features", quiet
     parts: list[Tensor] = []
     with progress(title, len(images), quiet=quiet) as display:
         for start in range(0, len(images), EXTRACTION_BATCH):
-            batch = torch.as_tensor(np.array(images[start : start + EXTRACTION_BATCH]))
+            batch = images[start : start + EXTRACTION_BATCH]
+            batch = batch if isinstance(batch, Tensor) else torch.from_numpy(np.ascontiguousarray(batch))
             parts.append(extractor(_rgb(batch)).float().cpu())
             display.update(min(start + EXTRACTION_BATCH, len(images)), {})
     return torch.cat(parts)

@@ -55,6 +55,8 @@ def resnet(
     _check_size("resnet", image_size, 4)
     if scales is None:
         scales = max(k for k in range(1, 16) if k == 1 or (image_size % 2 ** (k - 1) == 0 and image_size >> (k - 1) >= 7))
+    if scales < 1:
+        raise InputError(f"scales must be >= 1, not {scales}")
     _check_size(f"resnet with {scales} scales", image_size, 2 ** (scales - 1))
     encoder = ResNetEncoder(channels, latent_dim, scales)
     decoder = ResNetDecoder(image_size, channels, latent_dim)
@@ -190,7 +192,7 @@ class DenseResidualBlock(nn.Module):
         self.branch = nn.Sequential(nn.ReLU(), nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
         self.shortcut = nn.Linear(inputs, outputs)
 
-    def forward(self, features: Values) -> Values:
+    def forward(self, features: Tensor) -> Tensor:
         return self.shortcut(features) + self.branch(features)
 
 

@@ -36,7 +36,8 @@ class VAE(nn.Module):
         codes = self.encoder(images)
         if isinstance(codes, DiagonalGaussian):
             return codes
-        if not (isinstance(codes, (tuple, list)) and len(codes) == 2 and codes[0].shape == codes[1].shape):
+        tensors = isinstance(codes, (tuple, list)) and all(isinstance(code, Tensor) for code in codes)
+        if not (tensors and len(codes) == 2 and codes[0].shape == codes[1].shape):
             raise TypeError("the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance")
         return DiagonalGaussian(codes[0], codes[1])
 

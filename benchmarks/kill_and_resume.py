@@ -1,0 +1,81 @@
+"""Kill a training process (SIGKILL) at random moments over both stages, start it again each time, compare the weights.
+
+    python benchmarks/kill_and_resume.py [--kills 10] [--seed 0] [--epochs 20]
+
+Prints where each kill struck, and exits with 1 unless the final weights are bit-identical to those of an undisturbed run.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def command(folder: Path, epochs: int) -> list[str]:
+    arguments = ["train", "digits", "--epochs", str(epochs), "--second-epochs", str(epochs), "--device", "cpu"]
+    return [sys.executable, "-m", "poise", *arguments, "--save-seconds", "0.05", "--out", str(folder)]
+
+
+def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
+    """Run to the end, or kill after so many seconds of life; whether it came to the end."""
+    process = subprocess.Popen(command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, complaints = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return False
+    if process.returncode != 0:
+        sys.exit(f"training failed: {complaints}")
+    return True
+
+
+def position(folder: Path) -> str:
+    """Where the newest checkpoint stands."""
+    manifests = sorted((folder / "checkpoints").glob("[0-9]*/manifest.json"))
+    if not manifests:
+        return "before the first checkpoint"
+    meta = json.loads(manifests[-1].read_text())["meta"]
+    return f"after step {meta['step']} of stage {meta['stage']}" + (", finished" if meta["finished"] else "")
+
+
+def final_hash(folder: Path) -> str:
+    newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
+    return hashlib.sha256((newest / "tensors.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=20)
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.monotonic()
+        train(Path(scratch, "undisturbed"), options.epochs)
+        whole = time.monotonic() - began
+        print(f"undisturbed: {whole:.1f} s")
+        killed, folder = 0, Path(scratch, "killed")
+        while killed < options.kills:
+            # A life is long enough to start and do a share of the work, and may end at any point of either.
+            life = moments.uniform(0.2 * whole, 0.45 * whole)
+            if train(folder, options.epochs, life):
+                print(f"finished after {killed} kills; starting anew")
+                folder = folder.with_name(folder.name + "-again")
+                continue
+            killed += 1
+            print(f"kill {killed} after {life:.1f} s: {position(folder)}")
+        train(folder, options.epochs)
+        same = final_hash(folder) == final_hash(Path(scratch, "undisturbed"))
+        print(f"{killed} kills: final weights", "bit-identical" if same else "DIFFER")
+        sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Two processes on shards of a batch equal one process on the whole batch."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from poise.balance import make_balance
+
+WORLD, STEPS, BATCH = 2, 3, 16
+SHARDS = {"even": (8, 8), "uneven": (5, 11)}
+
+
+def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
+    """Of each step on these rows of the batch: loss, other terms, gradients of inputs and parameters, state."""
+    balance = make_balance(spec)
+    generator = torch.Generator().manual_seed(0)
+    outcome = []
+    for step in range(STEPS):
+        target = torch.rand(BATCH, 12, generator=generator, dtype=torch.float64)
+        noise, mean, logvar = (torch.randn(BATCH, 12, generator=generator, dtype=torch.float64) for _ in range(3))
+        scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (1 + step)  # the shards differ in their errors
+        inputs = [value[rows].requires_grad_() for value in (target + scale * noise, mean, scale * logvar)]
+        terms = balance(inputs[0], target[rows], *inputs[1:])
+        terms.loss.backward()
+        loss = average(terms.loss.detach())
+        parameters = []
+        for parameter in balance.parameters():
+            parameters.append(average(parameter.grad))
+            parameter.data -= 1e-2 * parameters[-1]
+            parameter.grad = None
+        state = [value.double() for value in balance.state_dict().values()]
+        grads = [value.grad / (dist.get_world_size() if dist.is_initialized() else 1) for value in inputs]
+        outcome.append([loss, *terms[1:], balance.gamma2, *parameters, *state, *grads])
+    return outcome
+
+
+def average(value: Tensor) -> Tensor:
+    """Over ranks, as DistributedDataParallel does."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def work(rank: int, specs: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting_point = f"file://{folder}/meeting_point"
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    outcome = {}
+    for name, sizes in SHARDS.items():
+        start = sum(sizes[:rank])
+        for spec in specs:
+            outcome[name, spec] = run_steps(spec, slice(start, start + sizes[rank]))
+    for spec in specs:
+        balance = make_balance(spec).eval()
+        if rank == 0:  # alone: were this to communicate, it would meet the sum below, or wait until the timeout
+            balance(*torch.rand(4, 3, 12))
+        together = torch.ones(7)
+        dist.all_reduce(together)
+        outcome["silent", spec] = bool(together.eq(WORLD).all())
+    dist.barrier()
+    torch.save(outcome, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, all_specs) -> list[dict]:
+    """What each rank saw. The processes are new ones, in which nothing checks types."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (all_specs, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_ranks_on_shards_equal_one_process_on_their_union(spec, shards, ranks):
+    whole = run_steps(spec, slice(0, BATCH))
+    for step, expected in enumerate(whole):
+        first, second = (rank[shards, spec][step] for rank in ranks)
+        shared = len(expected) - 3
+        torch.testing.assert_close(first[:shared], second[:shared], rtol=0, atol=0, msg="the ranks disagree")
+        union = first[:shared] + [torch.cat(pair) for pair in zip(first[shared:], second[shared:], strict=True)]
+        torch.testing.assert_close(union, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_evaluation_mode_does_not_communicate(spec, ranks):
+    assert [rank["silent", spec] for rank in ranks] == [True, True]
