@@ -21,7 +21,14 @@ import poise
 from poise.recipes import RECIPES
 
 BALANCES = ("computed", "learned", "fixed:gamma2=1")
-COLUMNS = (("mse", ".4f"), ("kl_nats", ".2f"), ("gamma2", ".4f"), ("quadratic_share", ".3f"), ("elbo_nats", ".0f"), ("active_units", ".1f"))
+COLUMNS = (
+    ("mse", ".4f"),
+    ("kl_nats", ".2f"),
+    ("gamma2", ".4f"),
+    ("quadratic_share", ".3f"),
+    ("elbo_nats", ".0f"),
+    ("active_units", ".1f"),
+)
 
 
 def one_run(balance: str, seed: int, epochs: int, runs: Path) -> dict[str, Any]:
@@ -32,7 +39,12 @@ def one_run(balance: str, seed: int, epochs: int, runs: Path) -> dict[str, Any]:
     config = json.loads((run.folder / "config.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     provenance = {"versions": config["versions"], "commit": commit, "machine": f"{platform.machine()}, {summary['device']}"}
-    return {"experiment": "mnist-balances", "settings": config["recipe"], "data": config["data"]["checksum"], **provenance} | summary
+    return {
+        "experiment": "mnist-balances",
+        "settings": config["recipe"],
+        "data": config["data"]["checksum"],
+        **provenance,
+    } | summary
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
@@ -68,7 +80,9 @@ def main() -> None:
             name = f"mnist-balances-{balance.replace(':', '-').replace('=', '-')}-{seed}.json"
             (options.results / name).write_text(json.dumps(result, indent=1) + "\n")
             results.append(result)
-    print(f"torch {torch.__version__}, {options.epochs} epochs, test images, mean ± standard deviation over {options.seeds} seeds")
+    print(
+        f"torch {torch.__version__}, {options.epochs} epochs, test images, mean ± standard deviation over {options.seeds} seeds"
+    )
     print(table(results))
 
 

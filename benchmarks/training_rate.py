@@ -2,10 +2,10 @@
 
     python benchmarks/training_rate.py cifar10.npz --network resnet --batch-size 100 --steps 200 [--json FILE]
 
-The loops take turns, round by round, so that a change of the machine's pace hits all alike. Each keeps its own weights, optimiser
-and balance. Printed are the median rate of each, its spread over rounds, and the ratio round by round. The bare loop reads uint8 from
-memory, scales, runs forward, loss and backward and steps Adam; it logs nothing, saves nothing and checks nothing. It is run
-twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
+The loops take turns, round by round, so that a change of the machine's pace hits all alike. Each keeps its own weights,
+optimiser and balance. Printed are the median rate of each, its spread over rounds, and the ratio round by round. The bare loop
+reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing, saves nothing and checks
+nothing. It is run twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def bare_rounds(recipe: Recipe, data: datasets.Dataset, steps: int, device: torc
     images, batch = torch.from_numpy(data.train[:]), recipe.first.batch_size
     num_dims = images[0].numel()
     gamma2 = 1.0
-    order = itertools.chain.from_iterable(torch.randperm(len(images))[: len(images) // batch * batch].split(batch) for _ in itertools.count())
+    order = itertools.chain.from_iterable(
+        torch.randperm(len(images))[: len(images) // batch * batch].split(batch) for _ in itertools.count()
+    )
 
     def run() -> None:
         nonlocal gamma2

@@ -1,0 +1,187 @@
+"""The balance is set, scheduled, or steered towards a target: the rivals of a gamma2 that follows the error."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from poise.balance.contract import FLOOR, Balance, BatchMeans, checked_decay, positive, whole
+from poise.errors import InputError
+
+
+@final
+class FixedBalance(Balance):
+    """A constant balance: a given decoder variance, or a given beta.
+
+    Args:
+        gamma2: the decoder variance, > 0, with KL weight 1. The default, if beta is absent too, is 1.
+        beta: the KL weight of a beta-VAE, >= 0, at gamma2 = 1: SE/2 + beta KL, both *summed* over dimensions. The
+            gradient is that of gamma2 = beta, scaled by beta. A beta quoted for errors averaged over D pixels is D times
+            larger here.
+        power: see `Balance`.
+
+    Raises:
+        InputError: both gamma2 and beta were given.
+
+    Source: Kingma & Welling 2014 (gamma2); Higgins et al. 2017 (beta).
+    """
+
+    def __init__(self, *, gamma2: float | None = None, beta: float | None = None, power: float = 2) -> None:
+        if gamma2 is not None and beta is not None:
+            raise InputError("FixedBalance takes gamma2=... or beta=..., not both")
+        super().__init__(kl_weight=1.0 if beta is None else beta, power=power)
+        self.register_buffer("gamma2", torch.tensor(1.0 if gamma2 is None else positive("gamma2", gamma2)))
+
+    def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
+        return self.gamma2, self.kl_weight
+
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+        return {}
+
+
+@final
+class ScheduledBalance(Balance):
+    """KL annealing at a constant gamma2: the KL weight rises linearly, once or again and again.
+
+    Args:
+        ramp_steps: training batches over which the weight rises from `start` to `kl_weight`, > 0.
+        period_steps: batches after which the ramp begins anew (cyclical annealing), >= ramp_steps; None: never.
+        start: KL weight at the beginning of a ramp, >= 0.
+        gamma2: the decoder variance, > 0.
+        kl_weight: KL weight at the end of a ramp; power: see `Balance`.
+
+    Source: Bowman et al. 2016 (linear); Fu et al. 2019, arXiv 1903.10145, eq. 6 (cyclical).
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        ramp_steps: int,
+        period_steps: int | None = None,
+        *,
+        start: float = 0.0,
+        gamma2: float = 1.0,
+        kl_weight: float = 1.0,
+        power: float = 2,
+    ) -> None:
+        super().__init__(kl_weight=kl_weight, power=power)
+        self.ramp_steps = whole("ramp_steps", ramp_steps)
+        self.period_steps = None if period_steps is None else whole("period_steps", period_steps)
+        if period_steps is not None and period_steps < ramp_steps:
+            raise InputError(f"period_steps ({period_steps}) must be at least ramp_steps ({ramp_steps})")
+        if not start >= 0:
+            raise InputError(f"start must be >= 0, not {start}")
+        self.start = start
+        self.register_buffer("gamma2", torch.tensor(positive("gamma2", gamma2)))
+        self.register_buffer("step", torch.tensor(0))
+
+    def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
+        phase = self.step if self.period_steps is None else self.step % self.period_steps
+        fraction = (phase / self.ramp_steps).clamp(max=1.0)
+        return self.gamma2, self.start + (self.kl_weight - self.start) * fraction
+
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+        return {"step": self.step + 1}
+
+
+@final
+class ConstrainedBalance(Balance):
+    """Least KL for a given reconstruction error (GECO): a multiplier grows until the error meets the target.
+
+    The multiplier of the squared error is 1 / (2 gamma2), so gamma2 itself is moved: with c = running average of MSE /
+    target - 1, clipped to [-1, 1], gamma2 <- gamma2 * exp(-rate * c).
+
+    Args:
+        target_mse: the error to reach, mean over images and dimensions, > 0.
+        rate: largest relative change of gamma2 per batch, > 0.
+        decay: of the running average of the error, in [0, 1).
+        start: initial gamma2, > 0.
+        kl_weight, power, floor: see `Balance`; gamma2 stays within [floor, 1 / floor].
+
+    Source: Rezende & Viola 2018, arXiv 1810.00597, algorithm 1. Differs: the constraint is relative to its target, hence
+    free of units, and clipped.
+    """
+
+    started: Tensor
+    error_average: Tensor
+
+    def __init__(
+        self,
+        target_mse: float,
+        *,
+        rate: float = 0.01,
+        decay: float = 0.99,
+        start: float = 1.0,
+        kl_weight: float = 1.0,
+        power: float = 2,
+        floor: float = FLOOR,
+    ) -> None:
+        super().__init__(kl_weight=kl_weight, power=power, floor=floor)
+        self.target_mse = positive("target_mse", target_mse)
+        self.rate = positive("rate", rate)
+        self.decay = checked_decay(decay)
+        self.register_buffer("gamma2", torch.tensor(positive("start", start)))
+        self.register_buffer("error_average", torch.tensor(0.0))
+        self.register_buffer("started", torch.tensor(False))
+
+    def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
+        return self.gamma2, self.kl_weight
+
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+        previous = torch.where(self.started, self.error_average, batch.error)
+        average = self._average(self.decay, previous, batch.error)
+        constraint = (average / self.target_mse - 1).clamp(-1, 1)
+        gamma2 = (self.gamma2 * (-self.rate * constraint).exp()).clamp(self.floor, 1 / self.floor)
+        return {"gamma2": gamma2, "error_average": average, "started": torch.ones_like(self.started)}
+
+
+@final
+class ControlledBalance(Balance):
+    """A controller moves the KL weight until KL meets a set point (ControlVAE), at a constant gamma2.
+
+    With e = target_kl - KL of the batch: integral <- integral - ki * e, held within [least, most] against wind-up, and
+    weight = kp / (1 + exp(e)) + integral, held within the same bounds.
+
+    Args:
+        target_kl: the KL to reach, nats per image, > 0.
+        kp, ki: gains of the proportional and of the integral part, >= 0.
+        least, most: bounds of the KL weight.
+        gamma2: the decoder variance, > 0; power: see `Balance`.
+
+    Source: Shao et al. 2020, arXiv 2004.05988, eq. 7 and algorithm 1. Differs: wind-up is met by bounding the integral.
+    """
+
+    integral: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        target_kl: float,
+        *,
+        kp: float = 0.01,
+        ki: float = 1e-4,
+        least: float = 0.0,
+        most: float = 1.0,
+        gamma2: float = 1.0,
+        power: float = 2,
+    ) -> None:
+        super().__init__(power=power)
+        if not 0 <= least <= most:
+            raise InputError(f"the bounds of the KL weight must obey 0 <= least <= most, not {least}, {most}")
+        if not (kp >= 0 and ki >= 0):
+            raise InputError(f"the gains kp and ki must be >= 0, not {kp}, {ki}")
+        self.target_kl = positive("target_kl", target_kl)
+        self.kp, self.ki, self.least, self.most = kp, ki, least, most
+        self.register_buffer("gamma2", torch.tensor(positive("gamma2", gamma2)))
+        self.register_buffer("integral", torch.tensor(float(least)))
+        self.register_buffer("weight", torch.tensor(float(least)))
+
+    def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
+        return self.gamma2, self.weight
+
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+        missing = self.target_kl - batch.kl
+        integral = (self.integral - self.ki * missing).clamp(self.least, self.most)
+        weight = self.kp * torch.sigmoid(-missing) + integral
+        return {"integral": integral, "weight": weight.clamp(self.least, self.most)}
