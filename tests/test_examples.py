@@ -15,7 +15,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_the_minimal_example_learns_both_stages_and_draws(tmp_path):
-    out = run(EXAMPLES / "minimal.py", tmp_path / "samples.png", 20)
+    out = run(EXAMPLES / "minimal.py", tmp_path / "samples.png", 10)
     gamma2 = [float(value) for value in re.findall(r"gamma2 (\S+)", out)]
     assert gamma2[4] < gamma2[0] < 0.2
     with Image.open(tmp_path / "samples.png") as picture:

@@ -16,6 +16,8 @@ from torch import nn
 import poise
 from poise import checkpoint, files, pipeline, training
 from poise.errors import InputError, MissingInputError, RunError
+from poise.images import to_bytes
+from poise.metrics import frechet_distance
 from poise.pipeline import Options, train
 from poise.recipes import Data, Generation, Network, Recipe, Stage
 from poise.run import load
@@ -304,6 +306,22 @@ def test_evaluation_covers_both_stages(finished):
     assert {"mse_sampled", "variance_lost", "gamma2", "active_units"} <= figures["second_stage"].keys()
     with pytest.raises(InputError, match="pass the images"):
         load(finished, device="cpu").evaluate()
+
+
+def test_fid_compares_test_images_with_each_kind_of_image(finished, monkeypatch):
+    def pixels(images):
+        return images[:, 0].flatten(1).float()
+
+    monkeypatch.setattr("poise.run.available_inception", lambda: Path("here"))
+    monkeypatch.setattr("poise.run.inception", lambda weights, device: pixels)
+    run, test = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None])
+    scores = run.evaluate(test)["fid"]
+    assert scores["images_on_each_side"] == 40
+    produced = {"REC": run.reconstruct(test.float() / 255), "GEN-1": run.sample(40, prior="normal")}
+    produced |= {"GEN-2": run.sample(40, prior="second-stage"), "GEN-mixture": run.sample(40, prior="mixture")}
+    for label, images in produced.items():
+        expected = frechet_distance(pixels(test), pixels(to_bytes(images)))
+        assert scores[label] == pytest.approx(expected, rel=1e-9)
 
 
 def test_tensorboard_files_are_written(tmp_path):

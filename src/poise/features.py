@@ -17,7 +17,7 @@ from torch import Tensor
 
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.progress import progress
-from poise.shapes import ByteImages, Features
+from poise.shapes import Features
 
 Extractor = Callable[[Tensor], Tensor]
 EXTRACTION_BATCH = 50
@@ -76,7 +76,7 @@ def inception(weights: Path | None = None, device: str | torch.device = "cpu") -
 def _torchscript(path: Path, device: str | torch.device) -> Any | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; this file has no other form
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")  # the file has no other form
             return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError:
         return None
@@ -102,5 +102,5 @@ def extract(extractor: Extractor, images: Any, *, title: str = "features", quiet
     return torch.cat(parts)
 
 
-def _rgb(images: ByteImages) -> ByteImages:
+def _rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
