@@ -15,7 +15,7 @@ from torch import nn
 
 import poise
 from poise import checkpoint, files, pipeline, training
-from poise.errors import InputError, MissingInputError, RunError
+from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.images import to_bytes
 from poise.metrics import frechet_distance
 from poise.pipeline import Options, train
@@ -108,7 +108,7 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(pipeline.Interrupted, match="step 3 of stage 1"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 3 of stage 1"):
         patch.setattr(training, "figures", lambda entry: asked(entry) or {})
         tiny(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -224,6 +224,21 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
     assert saved is not None and saved.meta["step"] == 5
     held = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("stage1.vae.")}
     assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
+    class Steep(nn.Module):
+        """An identity whose gradient overflows."""
+
+        def forward(self, latents):
+            tiny = (latents * 0).square()
+            return latents + 1e-30 * tiny.sqrt()
+
+    encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
+    vae = VAE(encoder, nn.Sequential(Steep(), decoder))
+    with pytest.raises(RunError, match=r"gradient is not finite at step 0 of stage 1 \(gradient=nan"):
+        train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET)
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
 
 def test_any_pair_of_modules_can_be_trained_and_loaded(tmp_path):

@@ -74,7 +74,7 @@ def test_released_recipes_have_the_released_sizes():
     "make, message",
     [
         (lambda: Stage(epochs=1, steps=1), "epochs or in steps"),
-        (lambda: Stage(epochs=1, batch_size=0), "batch_size"),
+        (lambda: Stage(epochs=1, batch_size=1), "batch_size"),
         (lambda: Stage(steps=1, learning_rate=-1.0), "learning_rate"),
         (lambda: Stage(steps=1, ema_decay=1.0), "ema_decay"),
         (lambda: Network("mlp"), "hidden"),

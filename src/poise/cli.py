@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from poise.errors import InputError, RunError
+from poise.errors import InputError, Interrupted, RunError
 from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Generation, NetworkKind, Recipe, Renormalise, Stage
 
@@ -63,6 +63,10 @@ class Train:
     stages: Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")] = 2
     batch_size: Annotated[int | None, recipes_own("images per step, both stages")] = None
     learning_rate: Annotated[float | None, recipes_own("Adam's, at the start of both stages")] = None
+    ema_decay: Annotated[float | None, recipes_own("of a running average of the weights, used in their place, both stages")] = (
+        None
+    )
+    precision: Annotated[Literal["float32", "bfloat16"] | None, recipes_own("of the networks' arithmetic, both stages")] = None
     seed: Annotated[int, arg(help="of weights, order and noise")] = 0
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
@@ -86,7 +90,8 @@ class Train:
     def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
         if epochs is not None:
             stage = replace(stage, epochs=epochs, steps=None, halve_every=stage.halve_every if stage.epochs else None)
-        return given(stage, balance=balance, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        both = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "ema_decay", "precision")}
+        return given(stage, balance=balance, **both)
 
     def run(self) -> None:
         recipe = self.settings()
@@ -200,6 +205,8 @@ class Evaluate:
             print(json.dumps(figures, indent=2))
             return
         show_table(f"{run.folder}: {figures['images']} test images", figures_table(figures))
+        for line in RECIPES[run.recipe.name].published if run.recipe.name in RECIPES else ():
+            print(f"published: {line}")
         if "fid" not in figures:
             print('FID: not measured; pip install "poise[eval]", then poise evaluate --fid always (downloads Inception once)')
 
@@ -213,9 +220,13 @@ def main() -> None:
         parse(sys.argv[1:]).run()
     except InputError as error:
         fail(str(error), 2)
+    except Interrupted as error:
+        fail(str(error), 130, prefix="poise: ")
+    except RunError as error:
+        fail(str(error), 1)
     except BrokenPipeError:
         os._exit(0)  # the reader of stdout has gone, as `head` does
-    except (RunError, OSError) as error:
+    except OSError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
@@ -241,9 +252,9 @@ def one_line(box: str) -> str:
     return " ".join(lines[:end]) or box.strip()
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:
     """One line on stderr, and exit."""
-    print("poise: error: " + " ".join(message.split()), file=sys.stderr)
+    print(prefix + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -21,3 +21,7 @@ class MissingExtraError(InputError, ImportError):
 
 class RunError(RuntimeError):
     """The input was fine and the work failed: non-finite loss, full disk, no intact checkpoint."""
+
+
+class Interrupted(RunError):
+    """Training was asked to stop (Ctrl-C or SIGTERM), saved its state and stopped."""

@@ -26,7 +26,7 @@ from poise.checkpoint import (
 )
 from poise.datasets import Dataset, gather
 from poise.datasets import load as load_data
-from poise.errors import InputError, MissingExtraError, RunError
+from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.files import write_file, write_json
 from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
@@ -51,10 +51,6 @@ from poise.vae import VAE
 
 PICTURES = 64
 PAIRS = 32
-
-
-class Interrupted(RunError):
-    """Training was asked to stop (Ctrl-C or SIGTERM), saved its state and stopped."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +108,21 @@ def train(
         network = vae or first_stage(recipe, list(dataset.shape))  # a size it cannot take is said before anything is written
         saved = open_folder(folder, recipe, dataset)
         job = Job(folder, recipe, dataset, device, options, saved)
+        if not options.quiet:
+            print(announce(recipe, len(dataset.train), device), file=sys.stderr)
         if not job.meta["finished"]:
             with stop_signals() as stop:
                 job.run_stages(network, stop)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), dataset, job.meta["seconds"])
     return load(folder, device=options.device, vae=vae)
+
+
+def announce(recipe: Recipe, num_images: int, device: torch.device) -> str:
+    """What is about to be done, and what it costs where that is known."""
+    lengths = [f"{stage.total_steps(num_images):,} steps" for stage in (recipe.first, recipe.second) if stage]
+    cost = f" ({recipe.cost})" if recipe.cost else ""
+    return f"{recipe.name}: {num_images:,} training images, {' + '.join(lengths)} on {device}{cost}"
 
 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:

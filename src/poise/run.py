@@ -91,7 +91,7 @@ class Run:
         tensors = under(f"stage{number}", saved.tensors)
         vae.load_state_dict(under("average", tensors) or under("vae", tensors))
         balance.load_state_dict(under("balance", tensors))
-        return Trained(vae.eval().requires_grad_(False), balance.eval().requires_grad_(False))
+        return Trained(vae.eval(), balance.eval())
 
     def to(self, device: str | torch.device) -> "Run":
         """This run with its networks on a device."""

@@ -120,19 +120,20 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     """One step of Adam on the loss of a batch, in place.
 
     Raises:
-        FloatingPointError: a loss term is not finite. Weights and optimiser are as they were.
+        FloatingPointError: the loss or its gradient is not finite. Weights and optimiser are as they were.
     """
     state.vae.train()
     state.balance.train()
-    gamma2 = state.balance.gamma2.clone()
+    gamma2 = state.balance.gamma2.clone()  # the value this step uses, for the error message
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
         reconstruction, posterior = state.vae(batch, noise)
     terms = state.balance(reconstruction, batch, posterior.mean, posterior.logvar)
-    if not math.isfinite(terms.loss.item()):
-        raise FloatingPointError(describe(terms, gamma2))
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
+    gradient = nn.utils.get_total_norm([p.grad for p in parameters_of(state.optimizer) if p.grad is not None])
+    if not math.isfinite((terms.loss.detach() + gradient).item()):
+        raise FloatingPointError(describe(terms, gamma2, gradient))
     state.optimizer.step()
     if state.average is not None and stage.ema_decay is not None:
         update_average(state.average, state.vae, stage.ema_decay)
@@ -142,9 +143,14 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     return terms
 
 
-def describe(terms: LossTerms, gamma2: Tensor) -> str:
-    """The values of the loss terms, those that are not finite first."""
-    values = {"kl": terms.kl, "mse": terms.mse, "reconstruction": terms.reconstruction, "gamma2": gamma2}
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Everything an optimiser moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def describe(terms: LossTerms, gamma2: Tensor, gradient: Tensor) -> str:
+    """The values of the loss terms and the norm of the gradient, those that are not finite first."""
+    values = {"kl": terms.kl, "mse": terms.mse, "reconstruction": terms.reconstruction, "gamma2": gamma2, "gradient": gradient}
     numbers = {name: float(value) for name, value in values.items()}
     return ", ".join(f"{name}={value:g}" for name, value in sorted(numbers.items(), key=lambda item: math.isfinite(item[1])))
 
@@ -162,8 +168,8 @@ def update_average(average: nn.Module, current: nn.Module, decay: float) -> None
 def threads_for(vae: VAE) -> Iterator[None]:
     """One CPU thread inside the block for a small dense network, whose products are too short to share; all for others.
 
-    Measured on two cores with a third of one taken by another process (2026-11-22): a step of the digits' network takes 2 ms
-    with one thread, 18 with two, which wait for each other.
+    On two cores that other processes kept busy, a step of a dense network of 256 took 2 ms with one thread and 18 with two,
+    which wait for each other (2026-11-22).
     """
     convolutions = any(parameter.dim() == 4 for parameter in vae.parameters())
     small = sum(parameter.numel() for parameter in vae.parameters()) < SMALL_PARAMETERS
@@ -282,7 +288,7 @@ def nonfinite(number: int, step: int, terms: str, indices: Tensor) -> RunError:
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
     return RunError(
-        f"the loss is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not touched: "
+        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not touched: "
         "try a lower --learning-rate, a larger start of the balance, or float32"
     )
 
@@ -308,12 +314,10 @@ def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     for name, tensor in under("optimizer", tensors).items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
-    parameters = state.optimizer.param_groups[0]["params"]
-    for index, values in moments.items():  # in the parameters' memory format, which the fused kernel relies on
-        like = parameters[index]
-        moments[index] = {
-            k: torch.empty_like(like).copy_(v) if v.shape == like.shape and k != "step" else v for k, v in values.items()
-        }
+    parameters = parameters_of(state.optimizer)
+    for index, values in moments.items():
+        like = parameters[index]  # its memory format is the one that the fused kernel relies on
+        moments[index] = {key: value if key == "step" else torch.empty_like(like).copy_(value) for key, value in values.items()}
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.sums.copy_(tensors["sums"])

@@ -87,7 +87,9 @@ class Stage:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise InputError("a stage's length is given in epochs or in steps, one of them")
-        for name in ("epochs", "steps", "batch_size", "learning_rate", "halve_every"):
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2, not {self.batch_size}: one image has no batch statistics")
+        for name in ("epochs", "steps", "learning_rate", "halve_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be greater than 0, not {value}")
