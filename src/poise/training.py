@@ -288,8 +288,8 @@ def nonfinite(number: int, step: int, terms: str, indices: Tensor) -> RunError:
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
     return RunError(
-        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not touched: "
-        "try a lower --learning-rate, a larger start of the balance, or float32"
+        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
+        "touched: try a lower --learning-rate, a larger start of the balance, or float32"
     )
 
 
