@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from poise.errors import InputError, Interrupted, RunError
 from poise.recipes import RECIPES, find_recipe
-from poise.recipes.settings import Generation, NetworkKind, Recipe, Renormalise, Stage
+from poise.recipes.settings import Generation, Recipe, Renormalise, Stage
 
 if TYPE_CHECKING:
     from poise.run import Run
@@ -29,6 +29,7 @@ BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
 )
 Switch = Literal["on", "off"]
+NetworkChoice = Literal["resnet", "infogan", "wae", "mlp"]
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
 
@@ -54,7 +55,7 @@ class Train:
     ] = None
     size: Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")] = None
     channels: Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")] = None
-    network: Annotated[NetworkKind | None, recipes_own("architecture of stage 1")] = None
+    network: Annotated[NetworkChoice | None, recipes_own("architecture of stage 1")] = None
     latent_dim: Annotated[int | None, recipes_own("number of latents")] = None
     balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
     second_balance: Annotated[str | None, recipes_own("balance of stage 2, likewise")] = None
@@ -85,7 +86,9 @@ class Train:
         second = (
             self._stage(recipe.second, self.second_epochs, self.second_balance) if recipe.second and self.stages == 2 else None
         )
-        return replace(recipe, data=data, network=network, first=first, second=second, seed=self.seed)
+        as_costed = (network, first, second) == (recipe.network, recipe.first, recipe.second)
+        cost = recipe.cost if as_costed else ""
+        return replace(recipe, data=data, network=network, first=first, second=second, seed=self.seed, cost=cost)
 
     def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
         if epochs is not None:
