@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from poise.vae import VAE
 
 LOGS_PER_STAGE = 400
 SMALL_PARAMETERS = 1_000_000
+SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
 TERMS = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
 
 
@@ -111,20 +112,23 @@ def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) ->
     if any(parameter.dim() == 4 for parameter in vae.parameters()):
         vae = vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
     parameters = [*vae.parameters(), *balance.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
+    optimizer = torch.optim.Adam(parameters, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
     average = copy.deepcopy(vae).requires_grad_(False) if stage.ema_decay is not None else None
     return TrainingState(vae, balance, optimizer, average, torch.zeros(len(TERMS) + 1, device=device))
 
 
-def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> LossTerms:
-    """One step of Adam on the loss of a batch, in place.
+class StepResult(NamedTuple):
+    """What a step tells the loop; on the device, so that reading it is the loop's choice."""
 
-    Raises:
-        FloatingPointError: the loss or its gradient is not finite. Weights and optimiser are as they were.
-    """
+    terms: LossTerms
+    gradient: Tensor  # norm
+    failed: Tensor  # 1 if the loss or its gradient is not finite: weights and optimiser are then as they were
+
+
+def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> StepResult:
+    """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation."""
     state.vae.train()
     state.balance.train()
-    gamma2 = state.balance.gamma2.clone()  # the value this step uses, for the error message
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
         reconstruction, posterior = state.vae(batch, noise)
@@ -132,15 +136,15 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
     gradient = nn.utils.get_total_norm([p.grad for p in parameters_of(state.optimizer) if p.grad is not None])
-    if not math.isfinite((terms.loss.detach() + gradient).item()):
-        raise FloatingPointError(describe(terms, gamma2, gradient))
+    failed = (~torch.isfinite(terms.loss.detach() + gradient)).float()
+    state.optimizer.found_inf = failed  # pyright: ignore[reportAttributeAccessIssue]  (fused Adam then leaves all as it is)
     state.optimizer.step()
     if state.average is not None and stage.ema_decay is not None:
         update_average(state.average, state.vae, stage.ema_decay)
     values = (terms.loss.detach(), terms.reconstruction, terms.kl, terms.mse, state.balance.gamma2)
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
     state.step += 1
-    return terms
+    return StepResult(terms, gradient, failed)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -148,9 +152,10 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def describe(terms: LossTerms, gamma2: Tensor, gradient: Tensor) -> str:
+def describe(result: StepResult) -> str:
     """The values of the loss terms and the norm of the gradient, those that are not finite first."""
-    values = {"kl": terms.kl, "mse": terms.mse, "reconstruction": terms.reconstruction, "gamma2": gamma2, "gradient": gradient}
+    terms = result.terms
+    values = {"kl": terms.kl, "mse": terms.mse, "reconstruction": terms.reconstruction, "gradient": result.gradient}
     numbers = {name: float(value) for name, value in values.items()}
     return ", ".join(f"{name}={value:g}" for name, value in sorted(numbers.items(), key=lambda item: math.isfinite(item[1])))
 
@@ -224,7 +229,8 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
     num_latents = count_latents(state.vae, data)
     source = torch.Generator(device)
     order, order_epoch = torch.empty(0), -1
-    saved_at = logged_at = time.monotonic()
+    saved_at = logged_at = shown_at = time.monotonic()
+    latest: dict[str, str] = {}
     with threads_for(state.vae), progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display:
         while state.step < total:
             epoch, position = divmod(state.step, per_epoch)
@@ -237,17 +243,19 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
             noise = torch.randn(size, num_latents, generator=source, device=device)
             for group in state.optimizer.param_groups:
                 group["lr"] = stage.learning_rate_at(state.step, len(data))
-            try:
-                training_step(state, batch, noise, stage)
-            except FloatingPointError as error:
-                raise nonfinite(number, state.step, str(error), indices) from None
+            result = training_step(state, batch, noise, stage)
+            if result.failed.item():
+                raise nonfinite(number, state.step - 1, describe(result), indices)
             if state.step % log_every == 0 or state.step == total:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
                 entry["images_per_second"] = round(entry.pop("images") / max(now - logged_at, 1e-9), 1)
                 logged_at = now
                 watch.log(entry)
-                display.update(state.step, figures(entry))
+                latest = figures(entry)
+            if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
+                display.update(state.step, latest)
+                shown_at = time.monotonic()
             if watch.stop():
                 watch.save(state)
                 return False
@@ -273,7 +281,6 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
-    entry["nonfinite_batches"] = int(state.balance.nonfinite_batches)
     return entry | {"images": count * batch_size}
 
 
@@ -289,7 +296,7 @@ def nonfinite(number: int, step: int, terms: str, indices: Tensor) -> RunError:
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        "touched: try a lower --learning-rate, a larger start of the balance, or float32"
+        "touched: try a lower --learning-rate, a larger start of the balance, or float32, with another --out"
     )
 
 
