@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
     results = []
+    options.results.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seeds):
         for balance in BALANCES:
             result = one_run(balance, seed, options.epochs, options.runs)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from poise import checkpoint, cli, files
+from poise import checkpoint, cli, files, pipeline
 
 RANDOM = np.random.default_rng(0)
 QUICK = ["--epochs", "1", "--second-epochs", "1", "--batch-size", "8", "--device", "cpu"]
@@ -56,7 +56,7 @@ def test_train_ends_with_a_table_and_pictures(capsys, tmp_path):
     photos(tmp_path / "photos", of=[(20, 30)] * 12)
     poise("train", "photos", "--size", "8", "--network", "mlp", "--latent-dim", "4", "--out", "run", *QUICK)
     out = capsys.readouterr().out
-    assert "MSE (per dimension)" in out and "Var(mu) + E[s^2]" in out and "stage 2: gamma2" in out
+    assert "MSE (per dimension)" in out and "training codes: Var(mu) + E[s^2]" in out and "stage 2: gamma2" in out
     assert all(min(size(tmp_path / "run" / name)) > 8 for name in ("samples.png", "reconstructions.png", "training.png"))
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
     assert settings["data"]["source"] == str(tmp_path / "photos") and settings["first"]["epochs"] == 1
@@ -80,6 +80,29 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
     poise("reconstruct", run_folder, "own.npy", "--out", "own.npz")
     assert np.load("own.npz")["images"].shape == (3, 8, 8, 1)
     assert "3 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_handful_of_pictures_is_enough_to_reconstruct(number, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30)] * number)
+    poise("reconstruct", run_folder, folder / "00.jpg" if number == 1 else folder, "--out", "pairs.png")
+    assert capsys.readouterr().out.startswith(f"{number} images")
+
+
+@pytest.mark.parametrize("options", [["-n", "0"], ["--out", "movie.mp4"]])
+@pytest.mark.parametrize("command", ["sample", "reconstruct"])
+def test_what_cannot_be_written_is_said_before_work_is_done(command, options, run_folder, capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise(command, run_folder, *options)
+    assert exit.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):
+    assert cli.parse(["train", "--recipe", "cifar10"]).settings().data.source == "cifar10"
+    assert cli.parse(["train"]).settings().data.source == "digits"
+    released = cli.parse(["train", "cifar10-released", "--latent-dim", "128"]).settings()
+    weight = pipeline.stage_balance(released.first, released, [3, 32, 32]).kl_weight
+    assert weight == (2 * 32 / 128) ** 2
 
 
 def test_evaluate_prints_a_table_or_json(run_folder, capsys):
@@ -133,6 +156,8 @@ WRONG = {
     "unknown balance": (lambda tmp_path: ["train", "--balance", "zen"], r"zen.*computed"),
     "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
     "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus"),
+    "no images asked for": (lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"], r"--stages 1 leaves out"),
+    "no data": (lambda tmp_path: ["train", "--recipe", "images"], r"no data of its own"),
     "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py"),
 }
 

@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import gzip
 import io
+import os
 import pickle
 import struct
 import sys
@@ -352,7 +353,8 @@ def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_pa
     folder = write_images(tmp_path / "photos", noise(30, 8, 8, 3))
     (folder / "003.png").write_text("no image")
     mapped = load(folder, memory_budget=1000, cache=tmp_path / "cache", skip_unreadable=True)
-    assert isinstance(mapped.train, Rows) and len(list((tmp_path / "cache").iterdir())) == 1
+    assert isinstance(mapped.train, Rows) and isinstance(mapped.train.array, np.memmap)
+    assert os.name != "posix" or not list((tmp_path / "cache").iterdir()), "a kill would leave it behind"
     plain = load(folder, skip_unreadable=True)
     assert mapped.checksum == plain.checksum and isinstance(plain.train, np.ndarray)
     assert torch.equal(gather(mapped.test, [2, 0, 0]), gather(plain.test, [2, 0, 0]))

@@ -226,6 +226,33 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
     assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
 
 
+def test_dropout_and_tied_weights_survive_a_kill(tmp_path, monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
+        decoder.layers[0].weight = nn.Parameter(encoder.mean.weight.detach().T.clone())
+        decoder.tied = decoder.layers[0].weight
+        return VAE(nn.Sequential(nn.Dropout(0.2), encoder), decoder)
+
+    train(IMAGES, recipe=TINY, vae=network(), out=tmp_path / "whole", options=QUIET)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 5)
+        train(IMAGES, recipe=TINY, vae=network(), out=tmp_path / "killed", options=QUIET)
+    train(IMAGES, recipe=TINY, vae=network(), out=tmp_path / "killed", options=QUIET)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
+        patch.setattr(training, "training_step", greedy)
+        tiny(tmp_path / "run")
+    tiny(tmp_path / "run", first=replace(TINY.first, batch_size=10))  # the folder holds nothing to protect
+
+
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
     class Steep(nn.Module):
         """An identity whose gradient overflows."""
@@ -307,6 +334,23 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_reconstructions_do_not_depend_on_their_neighbours(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["recipe"]["generation"] |= {"adjust_reconstructions": True, "reconstruct_from": "sample"}
+    (copy / "config.json").write_text(json.dumps(config))
+    run, images = load(copy, device="cpu"), torch.from_numpy(IMAGES[:, None])
+    torch.testing.assert_close(run.reconstruct(images)[:2], run.reconstruct(images[:2]))
+    figures = run.evaluate(images, fid="never")["reconstruction"]
+    error = (run.reconstruct(images) - images / 255).square().mean()
+    assert figures["mse_as_shown"] == pytest.approx(float(error), rel=1e-4) != figures["mse"]
+
+
+@pytest.mark.parametrize("wrong", [255.0 * torch.rand(3, 1, 8, 8), torch.ones(3, 1, 8, 8).long(), torch.rand(3, 1, 9, 9)])
+def test_images_of_the_wrong_kind_are_refused(wrong, finished, unchecked):
+    with pytest.raises(InputError, match="images must"):
+        load(finished, device="cpu").encode(wrong)
+
+
 def test_released_generation_switches_run(finished):
     run = load(finished, device="cpu")
     released = Generation(False, "always", "released", adjust_variance=True)
@@ -342,4 +386,4 @@ def test_fid_compares_test_images_with_each_kind_of_image(finished, monkeypatch)
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboard")
     train(IMAGES, recipe=replace(TINY, second=None), out=tmp_path / "run", options=replace(QUIET, tensorboard=True))
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events*"))

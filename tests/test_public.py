@@ -9,7 +9,7 @@ import torch
 
 import poise
 from poise.recipes import RECIPES
-from poise.recipes.settings import Network, Recipe, Stage, from_json, to_json
+from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json, to_json
 from poise.run import first_stage, second_stage
 
 SUBMODULES = [name for _, name, _ in pkgutil.walk_packages(poise.__path__, "poise.") if name != "poise.__main__"]
@@ -51,7 +51,7 @@ def test_recipes_survive_json_and_build(name):
     restored = from_json(Recipe, to_json(recipe))
     assert to_json(restored) == to_json(recipe)
     for stage in filter(None, (recipe.first, recipe.second)):
-        poise.balance.make_balance(stage.balance)
+        poise.balance.make_balance(stage.balance, image_size=64, latent_dim=64)
     shape = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "fashion-mnist": [1, 28, 28], "cifar10": [3, 32, 32]}
     first_stage(recipe, shape.get(recipe.data.source, [3, 64, 64]))
 
@@ -77,11 +77,15 @@ def test_released_recipes_have_the_released_sizes():
         (lambda: Stage(epochs=1, batch_size=1), "batch_size"),
         (lambda: Stage(steps=1, learning_rate=-1.0), "learning_rate"),
         (lambda: Stage(steps=1, ema_decay=1.0), "ema_decay"),
+        (lambda: Stage(steps=1, precision="bf16"), "precision must be one of float32, bfloat16"),
+        (lambda: Generation(renormalise="allways"), "renormalise"),
+        (lambda: Network("resnett"), "kind"),
+        (lambda: Data("x", channels=2), "channels"),
         (lambda: Network("mlp"), "hidden"),
         (lambda: Network("resnet", hidden=(3,)), "hidden"),
         (lambda: Network("resnet", latent_dim=0), "latent_dim"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make, message):
+def test_settings_that_make_no_sense_are_refused(make, message, unchecked):
     with pytest.raises(poise.InputError, match=message):
         make()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         OptimalBalance,
         ScheduledBalance,
     )
-    from poise.errors import InputError, RunError
+    from poise.errors import InputError, Interrupted, RunError
     from poise.latent import DiagonalGaussian
     from poise.pipeline import Options, train
     from poise.recipes import Recipe
@@ -39,6 +39,7 @@ __all__ = [
     "DiagonalGaussian",
     "FixedBalance",
     "InputError",
+    "Interrupted",
     "LearnedBalance",
     "LossTerms",
     "OptimalBalance",
@@ -67,7 +68,7 @@ _HOMES = {
         "OptimalBalance",
         "ScheduledBalance",
     ),
-    "errors": ("InputError", "RunError"),
+    "errors": ("InputError", "Interrupted", "RunError"),
     "latent": ("DiagonalGaussian",),
     "pipeline": ("Options", "train"),
     "recipes": ("Recipe",),

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -40,9 +41,11 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        blob = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        blob = save_safetensors(
+            {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        )
         write_synced(writing / "tensors.safetensors", blob)
-        manifest = {"meta": meta, "sha256": {"tensors.safetensors": hashlib.sha256(blob).hexdigest()}}
+        manifest = {"meta": meta, "sha256": {"tensors.safetensors": _sha256(blob), "meta": _sha256(_canonical(meta))}}
         write_synced(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
         replaced = writing.with_name(writing.name + "-old")
         if folder.exists():
@@ -63,13 +66,21 @@ def read_folder(folder: Path) -> Saved:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        blobs = {name: (folder / name).read_bytes() for name in manifest["sha256"]}
+        blobs = {"tensors.safetensors": (folder / "tensors.safetensors").read_bytes(), "meta": _canonical(manifest["meta"])}
         for name, blob in blobs.items():
-            if hashlib.sha256(blob).hexdigest() != manifest["sha256"][name]:
+            if _sha256(blob) != manifest["sha256"][name]:
                 raise RunError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
         return Saved(load_safetensors(blobs["tensors.safetensors"]), manifest["meta"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(meta: Any) -> bytes:
+    return json.dumps(meta, sort_keys=True).encode()
 
 
 def save_checkpoint(folder: Path, position: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

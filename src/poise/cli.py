@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from poise.run import Run
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
+DATA_NAMES = [name for name in RECIPES if name != "images"]
 RECIPES_OWN = "(default: the recipe's)"
 BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
@@ -42,13 +43,16 @@ def recipes_own(text: str) -> Any:
 class Train:
     """Train a two-stage VAE whose balance is computed. Run the same command again to go on after an interruption.
 
-    Without DATA it trains on the 8x8 digits that come with scikit-learn, in about a minute.
+    Without DATA and recipe it trains on the 8x8 digits that come with scikit-learn, in about a minute.
     """
 
     data: Annotated[
-        Positional[str],
-        arg(help=f"a folder of images, an .npz or .npy array, hf:OWNER/NAME, or one of {', '.join(RECIPES)}"),
-    ] = "digits"
+        Positional[str | None],
+        arg(
+            help=f"a folder of images, an .npz or .npy array, hf:OWNER/NAME, or one of {', '.join(DATA_NAMES)}",
+            help_behavior_hint="(default: the recipe's own, or digits)",
+        ),
+    ] = None
     out: Annotated[Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")] = None
     recipe: Annotated[
         str | None, arg(help="complete settings by name", help_behavior_hint="(default: DATA's own, or images)")
@@ -76,7 +80,9 @@ class Train:
 
     def settings(self) -> Recipe:
         """The recipe with what was given on the command line put in."""
-        recipe = find_recipe(self.recipe, self.data)
+        if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
+            raise InputError("--second-epochs and --second-balance are for the second stage, which --stages 1 leaves out")
+        recipe = find_recipe(self.recipe or (None if self.data else "digits"), self.data)
         data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable or None)
         network = recipe.network
         if self.network is not None and self.network != network.kind:
@@ -102,7 +108,7 @@ class Train:
         from poise.pipeline import Options, train
 
         for stage in filter(None, (recipe.first, recipe.second)):
-            make_balance(stage.balance)  # a wrong balance is said before the data are read
+            make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
         options = Options(device=self.device, save_seconds=self.save_seconds, tensorboard=self.tensorboard)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
         summary = json.loads((run.folder / "summary.json").read_text())
@@ -137,14 +143,15 @@ class Sample:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
+        from poise.sampling import check_output, write_images
+
+        check_output(self.out)
         generation: Generation = given(
             run.recipe.generation,
             second_stage_noise=self.noise and self.noise == "on",
             renormalise=self.renormalise,
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
-        from poise.sampling import write_images
-
         images = run.sample(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
         write_images(images, self.out, first=self.first)
         print(f"{self.count} images: {self.out}")
@@ -168,8 +175,11 @@ class Reconstruct:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.datasets import gather, read_images
-        from poise.sampling import write_images
+        from poise.sampling import check_output, write_images
 
+        check_output(self.out)
+        if self.count < 1:
+            raise InputError(f"the number of images must be at least 1, not {self.count}")
         channels, size, _ = run.data["shape"]
         source = run.test_images() if self.images is None else read_images(self.images, size=size, channels=channels)
         originals = gather(source, range(min(self.count, len(source))))
@@ -203,13 +213,18 @@ class Evaluate:
         from poise.files import write_json
 
         figures = run.evaluate(fid=self.fid, weights=self.inception, quiet=False)
-        write_json(run.folder / "evaluation.json", figures)
         if self.json:
             print(json.dumps(figures, indent=2))
-            return
+        else:
+            self._show(run, figures)
+        write_json(run.folder / "evaluation.json", figures)  # last: a full disk takes nothing that was measured
+
+    def _show(self, run: "Run", figures: dict[str, Any]) -> None:
         show_table(f"{run.folder}: {figures['images']} test images", figures_table(figures))
-        for line in RECIPES[run.recipe.name].published if run.recipe.name in RECIPES else ():
-            print(f"published: {line}")
+        recipe = RECIPES.get(run.recipe.name)
+        if recipe is not None and recipe.data == run.recipe.data:
+            for line in recipe.published:
+                print(f"published: {line}")
         if "fid" not in figures:
             print('FID: not measured; pip install "poise[eval]", then poise evaluate --fid always (downloads Inception once)')
 
@@ -288,20 +303,22 @@ def interleave(left: Any, right: Any) -> Any:
 def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of names with units, and values."""
     stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
+    shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
     rows = [
         ("MSE (per dimension)", stage1.get("mse"), ".5f"),
+        ("MSE as reconstructions are shown", shown, ".5f"),
         ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
         ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
         ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
         ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
         ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
         ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
-        ("active latents", latents.get("active_units"), "d"),
-        ("variance law Var(mu) + E[s^2]", latents.get("variance_law"), ".3f"),
-        ("stage 2: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
-        ("stage 2: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
+        ("training codes: active latents", latents.get("active_units"), "d"),
+        (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
+        ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
+        ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
         ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
-        ("stage 2: active latents", stage2.get("active_units"), "d"),
+        ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
     ]
     fid = figures.get("fid", {})
     rows += [

@@ -57,7 +57,7 @@ def inception(weights: Path | None = None, device: str | torch.device = "cpu") -
         raise MissingInputError(f"{weights}: no such file; Inception weights come from torch-fidelity's download page")
     scripted = _torchscript(weights, device) if weights else None
     if scripted is not None:
-        return lambda images: scripted((resize(images.float(), size=(299, 299), align_corners=False) - 128) / 128)
+        return lambda images: scripted((resize(images.to(device).float(), size=(299, 299), align_corners=False) - 128) / 128)
     try:
         if weights:
             torch.load(weights, weights_only=True)  # torch-fidelity would unpickle anything: this refuses all but tensors
@@ -70,7 +70,7 @@ def inception(weights: Path | None = None, device: str | torch.device = "cpu") -
         reason = str(error).partition("\n")[0]
         raise InputError(f"{weights}: neither a TorchScript file nor torch-fidelity's Inception weights ({reason})") from error
     network = network.to(device)
-    return lambda images: network(images)[0]
+    return lambda images: network(images.to(device))[0]
 
 
 def _torchscript(path: Path, device: str | torch.device) -> Any | None:

@@ -235,7 +235,7 @@ class PixelMoments:
 
     def add(self, batch: Values) -> None:
         """Take in a batch (n, ...)."""
-        values = batch.double().cpu()
+        values = batch.cpu().double()  # in this order: not every device has float64
         self.count += len(values)
         self.total = self.total + values.sum(0)
         self.total_squares = self.total_squares + values.square().sum(0)

@@ -64,7 +64,7 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         squared.append(_summed(vae.decode(posterior.mean).float() - batch, 2))
         squared_sampled.append(_summed(sampled - batch, 2))
         error.append(_summed(sampled - batch, balance.power))
-        kl.append(posterior.kl().double())
+        kl.append(posterior.kl().cpu().double())
         real.add(batch)
         produced.add(sampled)
     num_dims = math.prod(images.shape[1:])
@@ -100,11 +100,13 @@ class LatentStatistics:
 
     Attributes:
         variance_law: Var(mu) + E[s^2], mean over latents; 1 where the aggregate posterior fits the prior.
+        noise_term: "E[s^2]", or "E[s]" for the released law.
         active_units: latents with Var(mu) > 0.01.
         latent_dim: latents in all.
     """
 
     variance_law: float
+    noise_term: str
     active_units: int
     latent_dim: int
 
@@ -112,12 +114,18 @@ class LatentStatistics:
 def latent_statistics(codes: DiagonalGaussian, *, released: bool = False) -> LatentStatistics:
     """The variance law (with E[s] for E[s^2] if `released`) and the number of active units of codes (n, latents)."""
     law = variance_law(codes.mean, codes.logvar, released=released)
-    return LatentStatistics(float(law.mean()), active_units(codes.mean), codes.mean.shape[1])
+    return LatentStatistics(float(law.mean()), "E[s]" if released else "E[s^2]", active_units(codes.mean), codes.mean.shape[1])
 
 
 @torch.no_grad()
 def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
-    """The posteriors of all images, (n, latents), float32 on the CPU; the networks in evaluation mode."""
+    """The posteriors of all images, (n, latents), float32 on the CPU; the networks in evaluation mode.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not len(images):
+        raise InputError("there are no images to encode")
     codes = [(posterior.mean.float().cpu(), posterior.logvar.float().cpu()) for _, posterior in _posteriors(vae, images)]
     means, logvars = zip(*codes, strict=True)
     return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
@@ -173,4 +181,4 @@ def _encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, Diagona
 
 
 def _summed(difference: Tensor, power: float) -> PerImage:
-    return difference.double().abs().pow(power).flatten(1).sum(1)
+    return difference.cpu().double().abs().pow(power).flatten(1).sum(1)

@@ -2,38 +2,40 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from poise import plots
-from poise.balance import make_balance
+from poise.balance import Balance
 from poise.checkpoint import (
     Saved,
+    checkpoints,
     newest_checkpoint,
     read_folder,
     save_checkpoint,
     write_folder,
 )
-from poise.datasets import Dataset, gather
-from poise.datasets import load as load_data
+from poise.datasets import NAMES, Dataset, gather
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
-from poise.files import write_file, write_json
+from poise.files import write_failure, write_file, write_json
 from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
 from poise.recipes import find_recipe
-from poise.recipes.settings import Data, Recipe, Stage, to_json
-from poise.run import Run, choose_device, first_stage, load, read_config, second_stage
+from poise.recipes.settings import Recipe, Stage, to_json
+from poise.run import Run, choose_device, first_stage, load, read_config, read_data, second_stage, stage_balance
 from poise.training import (
     Batches,
     CodeBatches,
@@ -71,7 +73,7 @@ class Options:
 
 
 def train(
-    images: Any = "digits",
+    images: Any = None,
     *,
     recipe: str | Recipe | None = None,
     out: str | Path | None = None,
@@ -82,7 +84,7 @@ def train(
 
     Args:
         images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
-            name; or hf:owner/name.
+            name; or hf:owner/name. None: the recipe's own, and without a recipe the digits.
         recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
@@ -90,7 +92,8 @@ def train(
 
     Raises:
         InputError: the data, the recipe or the folder cannot be used.
-        RunError: the loss is not finite, or the disk is full.
+        RunError: the loss is not finite, or the disk or the device's memory is full.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
 
     Example:
         >>> run = poise.train("digits", out="runs/digits")                  # doctest: +SKIP
@@ -100,19 +103,22 @@ def train(
     recipe = resolve(images, recipe, vae)
     folder = Path(out or Path("runs") / recipe.name)
     device = choose_device(options.device)
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise MissingExtraError("TensorBoard", "track")
     with locked(folder):
-        dataset = read_data(images, recipe, folder)
+        dataset = read_data(recipe.data, images if recipe.data.source == "array" else None, folder / "cache")
         if vae is not None:
             num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
             recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-        network = vae or first_stage(recipe, list(dataset.shape))  # a size it cannot take is said before anything is written
+        network = vae or first_stage(recipe, list(dataset.shape))  # what it cannot take is said before anything is written
+        balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
         saved = open_folder(folder, recipe, dataset)
         job = Job(folder, recipe, dataset, device, options, saved)
-        if not options.quiet:
-            print(announce(recipe, len(dataset.train), device), file=sys.stderr)
         if not job.meta["finished"]:
+            if not options.quiet:
+                print(announce(recipe, len(dataset.train), device), file=sys.stderr)
             with stop_signals() as stop:
-                job.run_stages(network, stop)
+                job.run_stages(network, balances, stop)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), dataset, job.meta["seconds"])
     return load(folder, device=options.device, vae=vae)
@@ -127,31 +133,26 @@ def announce(recipe: Recipe, num_images: int, device: torch.device) -> str:
 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
     """The complete settings: a recipe with its source, and with the kind "custom" for a network of the user's own."""
-    named = images if isinstance(images, str) else None
     if not isinstance(recipe, Recipe):
-        recipe = find_recipe(recipe, named)
+        recipe = find_recipe(recipe or ("digits" if images is None else None), images if isinstance(images, str) else None)
     if vae is not None:
         recipe = replace(recipe, network=replace(recipe.network, kind="custom", hidden=()))
+    return replace(recipe, data=replace(recipe.data, source=source_of(images, recipe)))
+
+
+def source_of(images: Any, recipe: Recipe) -> str:
+    """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
+    own = recipe.data.source
+    if images is None:
+        if own not in NAMES:
+            raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")
+        return own
     if not isinstance(images, (str, Path)):
-        return replace(recipe, data=replace(recipe.data, source="array"))
-    is_path = Path(images).exists() and str(images) not in (recipe.data.source, recipe.name)
-    if is_path:
-        return replace(recipe, data=replace(recipe.data, source=str(Path(images).resolve())))
-    return recipe if images == recipe.name else replace(recipe, data=replace(recipe.data, source=str(images)))
-
-
-def read_data(images: Any, recipe: Recipe, folder: Path) -> Dataset:
-    """The images of a run, prepared as its recipe says."""
-    data: Data = recipe.data
-    return load_data(
-        images if data.source == "array" else data.source,
-        size=data.size,
-        channels=data.channels,
-        jpeg_quality=data.jpeg_quality,
-        file_order=data.file_order,
-        skip_unreadable=data.skip_unreadable,
-        cache=folder / "cache",
-    )
+        return "array"
+    if images == recipe.name and own in NAMES:
+        return own
+    named = images in NAMES or not Path(images).exists()
+    return str(images) if named else str(Path(images).resolve())
 
 
 def open_folder(folder: Path, recipe: Recipe, dataset: Dataset) -> Saved | None:
@@ -162,9 +163,12 @@ def open_folder(folder: Path, recipe: Recipe, dataset: Dataset) -> Saved | None:
         RunError: every checkpoint is damaged.
     """
     settings, data = to_json(recipe), describe(dataset)
-    if not (folder / "config.json").exists():
-        if folder.exists() and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
+    for torn in folder.glob(".writing-*"):  # left by a process that was killed
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    is_run = (folder / "config.json").exists()
+    if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
+    if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
         versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
         write_json(folder / "config.json", {"poise": 1, "recipe": settings, "data": data, "versions": versions})
         return None
@@ -219,7 +223,7 @@ class Job:
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
 
-    def run_stages(self, vae: VAE, stop: Callable[[], bool]) -> None:
+    def run_stages(self, vae: VAE, balances: list[Balance], stop: Callable[[], bool]) -> None:
         """Train what is left of stage 1 and stage 2.
 
         Raises:
@@ -227,17 +231,19 @@ class Job:
         """
         with closing(Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)) as log:
             images = ImageBatches(self.dataset.train, self.device)
-            first = self._stage(1, vae, images, log, stop)
+            first = self._stage(1, vae, balances[0], images, log, stop)
             codes = self._codes(first)
             if self.recipe.second is not None:
                 data = CodeBatches(codes.mean, codes.logvar, self.device)
-                second = self._stage(2, second_stage(self.recipe), data, log, stop)
+                second = self._stage(2, second_stage(self.recipe), balances[1], data, log, stop)
                 self._keep(2, second, over=True)
                 self._write(stage=2, step=second.step, finished=True)
 
-    def _stage(self, number: int, vae: VAE, data: Batches, log: "Log", stop: Callable[[], bool]) -> TrainingState:
+    def _stage(
+        self, number: int, vae: VAE, balance: Balance, data: Batches, log: "Log", stop: Callable[[], bool]
+    ) -> TrainingState:
         stage = self._settings(number)
-        state = new_state(vae, make_balance(stage.balance), stage, self.device)
+        state = new_state(vae, balance, stage, self.device)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
             restore_state(state, mine)
@@ -287,29 +293,34 @@ class Job:
 
 
 class Log:
-    """metrics.jsonl, and TensorBoard's files where asked for; what lies after the position resumed from is dropped.
-
-    Raises:
-        MissingExtraError: TensorBoard is asked for and not installed.
-    """
+    """metrics.jsonl, and TensorBoard's files where asked for; what lies after the position resumed from is dropped."""
 
     def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in _entries(path) if (line["stage"], line["step"]) <= (stage, step)]
         write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self._file = open(path, "a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard") if tensorboard else None
+        self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
 
     def write(self, entry: dict[str, float]) -> None:
-        print(json.dumps(entry), file=self._file, flush=True)
-        if self._board is not None:
+        """Add an entry.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        try:
+            print(json.dumps(entry), file=self._file, flush=True)
+        except OSError as error:
+            raise write_failure(Path(self._file.name), error) from error
+        if self._boards:
             for name in set(entry) - {"stage", "step"}:
-                self._board.add_scalar(f"stage{entry['stage']:.0f}/{name}", entry[name], int(entry["step"]))
+                self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # a full disk was reported when the entry was written
+            self._file.close()
+        for board in self._boards.values():
+            board.close()
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
@@ -322,12 +333,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError("TensorBoard", "track") from None
-    return SummaryWriter(str(folder))
+def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
+    """One writer for each stage; in the stage that is resumed, later steps are purged."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}
+    return {stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step) for stage, step in purged.items()}
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.latent import DiagonalGaussian, variance_law
-from poise.seeds import REFERENCE_SEED, generator, noise_per_image
+from poise.seeds import REFERENCE_SEED, derive, generator, noise_per_image
 from poise.shapes import Latents, Noise, Scalar
 from poise.vae import VAE
 
@@ -119,22 +119,27 @@ def fit_mixture(codes: DiagonalGaussian, *, components: int = 10, seed: int = 0)
 
     latents = codes.sample(torch.randn(codes.mean.shape, generator=generator("mixture", seed)))
     number = max(1, min(components, len(latents) // 10))
-    mixture = GaussianMixture(number, covariance_type="full", random_state=seed).fit(latents.double().numpy())
+    mixture = GaussianMixture(number, covariance_type="full", random_state=derive("mixture", seed) % 2**32).fit(
+        latents.double().numpy()
+    )
     factors = torch.linalg.cholesky(torch.as_tensor(mixture.covariances_))
     return MixturePrior(torch.as_tensor(mixture.weights_).float(), torch.as_tensor(mixture.means_).float(), factors.float())
 
 
-def renormalisation_factor(prior: Prior, codes: DiagonalGaussian, *, released: bool = False) -> float:
+def renormalisation_factor(
+    prior: Prior, codes: DiagonalGaussian, *, released: bool = False, device: str | torch.device = "cpu"
+) -> float:
     """The scalar that takes a prior's latents to the standard deviation the codes' variance law demands.
 
     Args:
         prior: a `NormalPrior` is scaled by t; any other by t over its own mean standard deviation.
         codes: the posteriors of the training images.
         released: use the released variance law (E[s] in place of E[s^2]).
+        device: where the prior's networks are.
     """
     target = variance_law(codes.mean, codes.logvar, released=released).mean().sqrt()
     if isinstance(prior, NormalPrior):
         return float(target)
     noise = noise_per_image(REFERENCE_DRAWS, prior.noise_dims, seed=REFERENCE_SEED)
-    produced = prior.latents(noise).double().std(0, correction=0).mean()
+    produced = prior.latents(noise.to(device)).cpu().double().std(0, correction=0).mean()
     return float(target / produced)

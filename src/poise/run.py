@@ -5,6 +5,7 @@ checkpoints/           the last two positions, each complete and hashed
 codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
 training.png, samples.png, reconstructions.png, summary.json
+evaluation.json        what `poise evaluate` printed last
 """
 
 import json
@@ -28,7 +29,7 @@ from poise.errors import InputError, MissingExtraError, MissingInputError, RunEr
 from poise.features import Extractor, available_inception, extract, inception
 from poise.images import to_bytes
 from poise.latent import DiagonalGaussian
-from poise.metrics import encode_all, frechet_distance, latent_statistics, reconstruction
+from poise.metrics import CHUNK, encode_all, frechet_distance, latent_statistics, reconstruction
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -39,9 +40,9 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.recipes.settings import Generation, Network, Recipe, from_json
+from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample
-from poise.seeds import REFERENCE_SEED, derive, generator
+from poise.seeds import REFERENCE_SEED, derive, generator, noise_per_image
 from poise.shapes import Images, Latents
 from poise.training import under
 from poise.vae import VAE
@@ -87,7 +88,7 @@ class Run:
     def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
         settings = self.recipe.first if number == 1 else self.recipe.second
         assert settings is not None
-        balance = make_balance(settings.balance)
+        balance = stage_balance(settings, self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
         vae.load_state_dict(under("average", tensors) or under("vae", tensors))
         balance.load_state_dict(under("balance", tensors))
@@ -118,22 +119,38 @@ class Run:
         return DiagonalGaussian(tensors["mean"], tensors["logvar"])
 
     @torch.no_grad()
-    def encode(self, images: Images) -> DiagonalGaussian:
-        """Posteriors (n, latents) of float images (n, channels, height, width) in [0, 1]."""
+    def encode(self, images: Any) -> DiagonalGaussian:
+        """Posteriors (n, latents) of images (n, channels, height, width), floats in [0, 1] or bytes, on the CPU.
+
+        Raises:
+            InputError: another shape, or values outside that range.
+        """
         return encode_all(self.first.vae, self._checked(images))
 
     @torch.no_grad()
-    def reconstruct(self, images: Images) -> Images:
-        """Images decoded from their posterior means (or, if the recipe says so, from a sample), on the CPU."""
-        posterior = self.encode(images)
+    def reconstruct(self, images: Any) -> Images:
+        """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
+
+        Args:
+            images: see `encode`.
+        """
+        restored = self._decode(self.encode(images))
+        if self.recipe.generation.adjust_reconstructions:
+            restored = self._reconstruction_adjustment(restored)
+        return restored
+
+    def _decode(self, posterior: DiagonalGaussian) -> Images:
         latents = posterior.mean
         if self.recipe.generation.reconstruct_from == "sample":
-            latents = posterior.sample(torch.randn(latents.shape, generator=generator("reconstruct", self.recipe.seed)))
-        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(100)]
-        images = torch.cat(parts)
-        if self.recipe.generation.adjust_reconstructions:
-            images = fit_adjustment(images, self.data["pixel_std"])(images)
-        return images
+            latents = posterior.sample(noise_per_image(*latents.shape, seed=self.recipe.seed))
+        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
+        return torch.cat(parts)
+
+    @cached_property
+    def _reconstruction_adjustment(self) -> VarianceAdjustment:
+        """Fitted to reconstructions of the first training images, so that an image does not depend on its neighbours."""
+        some = DiagonalGaussian(self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS])
+        return fit_adjustment(self._decode(some), self.data["pixel_std"])
 
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
         """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
@@ -147,10 +164,11 @@ class Run:
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or ("second-stage" if self.second else "normal"), generation)
-        if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much()):
+        if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much):
             return prior
         released = generation.variance_law == "released"
-        return RenormalisedPrior(prior, renormalisation_factor(prior, self.codes, released=released))
+        factor = renormalisation_factor(prior, self.codes, released=released, device=self.device)
+        return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
         latent_dim = self.recipe.network.latent_dim
@@ -167,9 +185,11 @@ class Run:
     def _mixture(self) -> MixturePrior:
         return fit_mixture(self.codes, seed=self.recipe.seed)
 
+    @cached_property
     def _lost_much(self) -> bool:
+        """The released rule's condition. Without a second stage nothing was lost by it."""
         if self.second is None:
-            return True  # nothing was measured; renormalisation was asked for
+            return False
         figures = reconstruction(self.second.vae, self.second.balance, self.latents())
         return figures.variance_lost > LOST_SHARE * figures.mse_sampled
 
@@ -213,7 +233,7 @@ class Run:
     def evaluate(
         self, images: Any = None, *, fid: WhenFID = "auto", weights: Path | None = None, quiet: bool = True
     ) -> dict[str, Any]:
-        """Reconstruction, likelihood, latent and (where Inception is at hand) FID figures on test images.
+        """Reconstruction, likelihood and (where Inception is at hand) FID on test images; statistics of the training codes.
 
         Args:
             images: (n, channels, height, width), bytes or float in [0, 1]; None: the test images of the run's data, which
@@ -228,9 +248,9 @@ class Run:
         images = self.test_images() if images is None else self._checked(images)
         figures: dict[str, Any] = {"images": len(images)}
         figures["reconstruction"] = asdict(reconstruction(self.first.vae, self.first.balance, images, seed=self.recipe.seed))
-        released = self.recipe.generation.variance_law == "released"
+        figures["reconstruction"]["mse_as_shown"] = self._shown_error(images)
         if (self.folder / "codes").exists():
-            figures["latents"] = asdict(latent_statistics(self.codes, released=released))
+            figures["latents"] = asdict(latent_statistics(self.codes, released=self._released_law))
         if self.second is not None:
             figures["second_stage"] = self._second_stage_figures()
         extractor = self._extractor(fid, weights)
@@ -238,12 +258,24 @@ class Run:
             figures["fid"] = self._fid(extractor, images, quiet)
         return figures
 
+    def _shown_error(self, images: Any) -> float:
+        """MSE of what `reconstruct` gives: from the mean or a sample, adjusted or not, as the recipe says."""
+        restored, total = self.reconstruct(images), 0.0
+        for start in range(0, len(images), CHUNK):
+            part = restored[start : start + CHUNK]
+            total += float((gather(images, range(start, start + len(part))).cpu() - part).double().square().sum())
+        return total / restored.numel()
+
     def _second_stage_figures(self) -> dict[str, float]:
         assert self.second is not None
         figures = reconstruction(self.second.vae, self.second.balance, self.latents(), seed=self.recipe.seed)
         codes = encode_all(self.second.vae, self.latents())
         kept = {key: value for key, value in asdict(figures).items() if key != "bits_per_dim"}
-        return kept | asdict(latent_statistics(codes))
+        return kept | asdict(latent_statistics(codes, released=self._released_law))
+
+    @property
+    def _released_law(self) -> bool:
+        return self.recipe.generation.variance_law == "released"
 
     def _extractor(self, fid: WhenFID, weights: Path | None) -> Extractor | None:
         weights = weights or available_inception()
@@ -281,17 +313,9 @@ class Run:
         """The data the run was trained on, read again and compared by checksum."""
         if self.data["source"] == "array":
             raise InputError(f"{self.folder} was trained on an array, which is not kept: pass the images")
-        settings = self.recipe.data
-        dataset = load_data(
-            settings.source,
-            size=settings.size,
-            channels=settings.channels,
-            jpeg_quality=settings.jpeg_quality,
-            file_order=settings.file_order,
-            skip_unreadable=settings.skip_unreadable,
-        )
+        dataset = read_data(self.recipe.data)
         if dataset.checksum != self.data["checksum"]:
-            raise InputError(f"{settings.source} is not what {self.folder} was trained on: its checksum has changed")
+            raise InputError(f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed")
         return dataset
 
     def _checked(self, images: Any) -> Any:
@@ -300,7 +324,26 @@ class Run:
             raise InputError(
                 f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
             )
+        if not len(images):
+            raise InputError("there are no images")
+        if images.dtype not in (torch.uint8, np.uint8):
+            least, most = float(images.min()), float(images.max())
+            if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
+                raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")
         return images
+
+
+def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
+    """The images that settings name (or those given in their place), prepared as the settings say."""
+    return load_data(
+        settings.source if images is None else images,
+        size=settings.size,
+        channels=settings.channels,
+        jpeg_quality=settings.jpeg_quality,
+        file_order=settings.file_order,
+        skip_unreadable=settings.skip_unreadable,
+        cache=cache,
+    )
 
 
 def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
@@ -385,6 +428,11 @@ def second_stage(recipe: Recipe) -> VAE:
     """Stage 2's network, its weights a function of the recipe's seed."""
     with seeded(derive("weights", recipe.seed, 2)):
         return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
+
+
+def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
+    """The balance that a stage names; "released" takes image size and latents from the run."""
+    return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def write_images(images: Images, out: Path, *, columns: int | None = None, first
         InputError: another ending.
         RunError: the disk is full or cannot be written.
     """
+    check_output(out)
     if out.suffix == ".png":
         return save_png(out, grid(images, columns))
     pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
@@ -95,8 +96,12 @@ def write_images(images: Images, out: Path, *, columns: int | None = None, first
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=pixels)
         return write_file(out, buffer.getvalue())
-    if out.suffix:
-        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
     for number, image in enumerate(pixels, first):
         save_png(out / f"{number:06d}.png", image)
     return None
+
+
+def check_output(out: Path) -> None:
+    """Raises InputError for a name that `write_images` cannot write to."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")

@@ -186,6 +186,15 @@ def threads_for(vae: VAE) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Torch's global generators are as before after the block; inside it cuDNN uses its deterministic kernels."""
+    devices = [device] if device.type == "cuda" else []
+    kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.random.fork_rng(devices=devices), kernels if devices else nullcontext():
+        yield
+
+
 @dataclass
 class Watch:
     """What happens around the steps.
@@ -231,7 +240,11 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
     order, order_epoch = torch.empty(0), -1
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
-    with threads_for(state.vae), progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display:
+    with (
+        threads_for(state.vae),
+        reproducible(device),
+        progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
+    ):
         while state.step < total:
             epoch, position = divmod(state.step, per_epoch)
             if epoch != order_epoch:
@@ -243,7 +256,11 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
             noise = torch.randn(size, num_latents, generator=source, device=device)
             for group in state.optimizer.param_groups:
                 group["lr"] = stage.learning_rate_at(state.step, len(data))
-            result = training_step(state, batch, noise, stage)
+            torch.manual_seed(derive("modules", seed, number, state.step))  # for dropout and its like, on every device
+            try:
+                result = training_step(state, batch, noise, stage)
+            except torch.OutOfMemoryError as error:
+                raise RunError(f"out of memory on {device}: try a smaller --batch-size, with another --out") from error
             if result.failed.item():
                 raise nonfinite(number, state.step - 1, describe(result), indices)
             if state.step % log_every == 0 or state.step == total:

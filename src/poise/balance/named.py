@@ -19,8 +19,13 @@ BALANCES = {
 }
 
 
-def make_balance(spec: str) -> Balance:
+def make_balance(spec: str, **known: int) -> Balance:
     """The balance that a short text names: a name, then options after a colon, separated by commas.
+
+    Args:
+        spec: for instance "computed", "fixed:gamma2=0.5", "computed:start=1,monotone=true".
+        known: values for options that the text may leave out and the balance may not take: `image_size` and `latent_dim`
+            of the network at hand, for "released".
 
     Raises:
         InputError: unknown name or option, a value that is not a number or true/false, or one out of range.
@@ -34,7 +39,7 @@ def make_balance(spec: str) -> Balance:
         raise InputError(f"unknown balance {name!r}; there are {', '.join(BALANCES)}")
     make = BALANCES[name]
     allowed = inspect.signature(make).parameters
-    values = {}
+    values: dict[str, float | bool | str] = {key: value for key, value in known.items() if key in allowed}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in allowed:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from poise.datasets.dataset import Reading, check_enough
+from poise.datasets.dataset import Reading
 from poise.errors import InputError
 from poise.images import Header, Picture, center_square_resize, crop_and_resize, read_header, read_image
 from poise.progress import progress
@@ -47,9 +47,8 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
 
     Raises:
         InputError: a file cannot be decoded (unless it may be skipped); no size given and the files are not all of one
-            square size; fewer than 10 images.
+            square size; none can be decoded.
     """
-    check_enough(len(files))
     errors: dict[int, InputError] = {}
     form = _form(files, reading, errors)
     images = reading.allocate((len(files), form.channels, form.size, form.size), np.dtype(np.uint8))
@@ -75,7 +74,8 @@ def _form(files: Sequence[Encoded], reading: Reading, errors: dict[int, InputErr
         return read_header(files[position].open(), files[position].label)
 
     headers = dict(_each(header, range(len(files)), errors, reading, "reading headers"))
-    check_enough(len(headers))
+    if not headers:
+        raise InputError(f"none of the {len(files)} images can be decoded: {next(iter(errors.values()), 'there are none')}")
     grey = all(header.grey for header in headers.values())
     return _Form(reading.channels or (1 if grey else 3), reading.size or _common_side(files, headers))
 

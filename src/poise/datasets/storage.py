@@ -114,7 +114,10 @@ def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.me
     handle, name = tempfile.mkstemp(".npy", "poise-images-", folder)
     os.close(handle)
     array = np.lib.format.open_memmap(name, "w+", dtype, shape)
-    weakref.finalize(array, Path(name).unlink, missing_ok=True)  # views keep the mapping, not the name
+    if os.name == "posix":
+        Path(name).unlink()  # the mapping outlives the name, and a kill leaves nothing behind
+    else:
+        weakref.finalize(array, Path(name).unlink, missing_ok=True)
     return array
 
 

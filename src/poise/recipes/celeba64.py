@@ -11,12 +11,14 @@ from dataclasses import replace
 from poise.recipes.cifar10 import RELEASED_GENERATION
 from poise.recipes.settings import Data, Network, Recipe, Stage
 
+SECOND = Stage(epochs=140, batch_size=100, learning_rate=5e-5, halve_every=120)
+
 CELEBA64 = Recipe(
     name="celeba64",
     data=Data("celeba64"),
     network=Network("resnet", latent_dim=64, second_hidden=4096),
     first=Stage(epochs=70, batch_size=100, learning_rate=5e-5, halve_every=60),
-    second=Stage(epochs=140, batch_size=100, learning_rate=5e-5, halve_every=120),
+    second=SECOND,
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 60.5, two-stage GEN-2 44.4",
@@ -29,7 +31,7 @@ CELEBA64_RELEASED = replace(
     name="celeba64-released",
     data=Data("celeba64", file_order="listing"),
     network=replace(CELEBA64.network, norm_decay=0.999),
-    first=replace(CELEBA64.first, balance="released:image_size=64,latent_dim=64"),
-    second=replace(CELEBA64.first, epochs=140, halve_every=120, balance="computed:start=1,monotone=true"),
+    first=replace(CELEBA64.first, balance="released"),
+    second=replace(SECOND, balance="computed:start=1,monotone=true"),
     generation=RELEASED_GENERATION,
 )

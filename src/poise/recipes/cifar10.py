@@ -18,12 +18,14 @@ RELEASED_GENERATION = Generation(
     reconstruct_from="sample",
 )
 
+SECOND = Stage(epochs=1400, batch_size=100, learning_rate=1e-4, halve_every=400)
+
 CIFAR10 = Recipe(
     name="cifar10",
     data=Data("cifar10"),
     network=Network("resnet", latent_dim=64, second_hidden=2048),
     first=Stage(epochs=700, batch_size=100, learning_rate=1e-4, halve_every=250),
-    second=Stage(epochs=1400, batch_size=100, learning_rate=1e-4, halve_every=400),
+    second=SECOND,
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 76.7, two-stage GEN-2 72.9",
@@ -36,7 +38,7 @@ CIFAR10_RELEASED = replace(
     name="cifar10-released",
     data=Data("cifar10", jpeg_quality=75),
     network=replace(CIFAR10.network, norm_decay=0.999),
-    first=replace(CIFAR10.first, balance="released:image_size=32,latent_dim=64"),
-    second=replace(CIFAR10.first, epochs=1400, halve_every=400, balance="computed:start=1,monotone=true"),
+    first=replace(CIFAR10.first, balance="released"),
+    second=replace(SECOND, balance="computed:start=1,monotone=true"),
     generation=RELEASED_GENERATION,
 )

@@ -4,13 +4,22 @@ No torch here: the command reads these for its help.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
 
 NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+
+
+def check_words(settings: Any) -> None:
+    """Raises InputError for a field that takes one of some words (or numbers) and holds another."""
+    for name, hint in get_type_hints(type(settings)).items():
+        allowed = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+        value = getattr(settings, name)
+        if allowed and value not in allowed and not (value is None and type(None) in get_args(hint)):
+            raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,9 @@ class Data:
     file_order: Literal["sorted", "listing"] = "sorted"
     skip_unreadable: bool = False
 
+    def __post_init__(self) -> None:
+        check_words(self)
+
 
 @dataclass(frozen=True)
 class Network:
@@ -54,6 +66,7 @@ class Network:
     second_hidden: int = 1024
 
     def __post_init__(self) -> None:
+        check_words(self)
         if bool(self.hidden) != (self.kind == "mlp"):
             raise InputError(f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}")
         if self.latent_dim < 1:
@@ -85,6 +98,7 @@ class Stage:
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_words(self)
         if (self.epochs is None) == (self.steps is None):
             raise InputError("a stage's length is given in epochs or in steps, one of them")
         if self.batch_size < 2:
@@ -130,6 +144,9 @@ class Generation:
     adjust_variance: bool = False
     adjust_reconstructions: bool = False
     reconstruct_from: Literal["mean", "sample"] = "mean"
+
+    def __post_init__(self) -> None:
+        check_words(self)
 
 
 @dataclass(frozen=True)
