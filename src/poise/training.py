@@ -126,9 +126,10 @@ class StepResult(NamedTuple):
 
 
 def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> StepResult:
-    """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation."""
-    state.vae.train()
-    state.balance.train()
+    """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation.
+
+    Network and balance are to be in training mode.
+    """
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
         reconstruction, posterior = state.vae(batch, noise)
@@ -195,6 +196,13 @@ def reproducible(device: torch.device) -> Iterator[None]:
         yield
 
 
+def seed_modules(seed: int, device: torch.device) -> None:
+    """Seeds what modules draw from: dropout and its like. torch.manual_seed would queue a call for every absent device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @dataclass
 class Watch:
     """What happens around the steps.
@@ -236,6 +244,8 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
     per_epoch, size = stage.steps_per_epoch(len(data)), min(stage.batch_size, len(data))
     log_every = max(1, total // LOGS_PER_STAGE)
     num_latents = count_latents(state.vae, data)
+    state.vae.train()
+    state.balance.train()
     source = torch.Generator(device)
     order, order_epoch = torch.empty(0), -1
     saved_at = logged_at = shown_at = time.monotonic()
@@ -256,7 +266,7 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
             noise = torch.randn(size, num_latents, generator=source, device=device)
             for group in state.optimizer.param_groups:
                 group["lr"] = stage.learning_rate_at(state.step, len(data))
-            torch.manual_seed(derive("modules", seed, number, state.step))  # for dropout and its like, on every device
+            seed_modules(derive("modules", seed, number, state.step), device)
             try:
                 result = training_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
