@@ -19,6 +19,7 @@ CELEBA64 = Recipe(
     network=Network("resnet", latent_dim=64, second_hidden=4096),
     first=Stage(epochs=70, batch_size=100, learning_rate=5e-5, halve_every=60),
     second=SECOND,
+    cost="not timed: 11.4 million images of 64x64 in stage 1, 22.8 million codes in stage 2",
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 60.5, two-stage GEN-2 44.4",

@@ -1,0 +1,35 @@
+"""The documents say what the results say, and their links lead somewhere."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(table: str) -> list[list[str]]:
+    return [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_mnist_table_in_the_log_is_that_of_the_results():
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("mnist-balances-*.json"))]
+    generated = rows(script("mnist_balances").table(results))
+    log = (ROOT / "docs" / "log.md").read_text()
+    assert len(results) == 9 and generated == rows(log[: log.index("### CIFAR-10")])
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
