@@ -23,9 +23,9 @@ import torch
 
 from poise import datasets
 from poise.balance import ComputedBalance
+from poise.build import first_stage
 from poise.recipes import Network, Recipe, Stage
 from poise.recipes.images import IMAGES
-from poise.run import first_stage
 from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
 
 Round = Callable[[], None]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import poise
+from poise.build import first_stage, second_stage
 from poise.recipes import RECIPES
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json, to_json
-from poise.run import first_stage, second_stage
 
 SUBMODULES = [name for _, name, _ in pkgutil.walk_packages(poise.__path__, "poise.") if name != "poise.__main__"]
 

@@ -19,6 +19,7 @@ import torch
 
 from poise import plots
 from poise.balance import Balance
+from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import (
     Saved,
     checkpoints,
@@ -35,7 +36,7 @@ from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
 from poise.recipes import find_recipe
 from poise.recipes.settings import Recipe, Stage, to_json
-from poise.run import Run, choose_device, first_stage, load, read_config, read_data, second_stage, stage_balance
+from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
     CodeBatches,

@@ -9,8 +9,7 @@ evaluation.json        what `poise evaluate` printed last
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise import networks
-from poise.balance import Balance, make_balance
+from poise.balance import Balance
+from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import Saved, newest_checkpoint, read_folder
 from poise.datasets import Dataset, gather
 from poise.datasets import load as load_data
@@ -40,9 +39,9 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json
+from poise.recipes.settings import Data, Generation, Recipe, from_json
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample
-from poise.seeds import REFERENCE_SEED, derive, generator, noise_per_image
+from poise.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.shapes import Images, Latents
 from poise.training import under
 from poise.vae import VAE
@@ -393,66 +392,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
     return config
-
-
-def first_stage(recipe: Recipe, shape: list[int]) -> VAE:
-    """Stage 1's network, its weights a function of the recipe's seed.
-
-    Args:
-        recipe: its network and seed.
-        shape: channels, height, width.
-
-    Raises:
-        InputError: a size that the network cannot take.
-    """
-    with seeded(derive("weights", recipe.seed, 1)):
-        return VAE(*_first_pair(recipe.network, shape))
-
-
-def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
-    channels, size = shape[0], shape[1]
-    match network.kind:
-        case "resnet":
-            return networks.resnet(size, channels, network.latent_dim, norm_decay=network.norm_decay)
-        case "infogan":
-            return networks.infogan(size, channels, network.latent_dim, norm_decay=network.norm_decay)
-        case "wae":
-            return networks.wae(size, channels, network.latent_dim, norm_decay=network.norm_decay)
-        case "mlp":
-            return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
-        case "custom":
-            raise InputError("this run has a network of your own: pass it as vae=...")
-
-
-def second_stage(recipe: Recipe) -> VAE:
-    """Stage 2's network, its weights a function of the recipe's seed."""
-    with seeded(derive("weights", recipe.seed, 2)):
-        return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
-
-
-def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
-    """The balance that a stage names; "released" takes image size and latents from the run."""
-    return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first of cuda, mps and cpu that is there.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,76 @@
+"""From settings to modules: networks whose weights are a function of the seed, balances, and the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from poise import networks
+from poise.balance import Balance, make_balance
+from poise.errors import InputError
+from poise.recipes.settings import Network, Recipe, Stage
+from poise.seeds import derive
+from poise.vae import VAE
+
+
+def first_stage(recipe: Recipe, shape: list[int]) -> VAE:
+    """Stage 1's network, its weights a function of the recipe's seed.
+
+    Args:
+        recipe: its network and seed.
+        shape: channels, height, width.
+
+    Raises:
+        InputError: a size that the network cannot take.
+    """
+    with seeded(derive("weights", recipe.seed, 1)):
+        return VAE(*_first_pair(recipe.network, shape))
+
+
+def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
+    channels, size = shape[0], shape[1]
+    match network.kind:
+        case "resnet":
+            return networks.resnet(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "infogan":
+            return networks.infogan(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "wae":
+            return networks.wae(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+        case "mlp":
+            return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
+        case "custom":
+            raise InputError("this run has a network of your own: pass it as vae=...")
+
+
+def second_stage(recipe: Recipe) -> VAE:
+    """Stage 2's network, its weights a function of the recipe's seed."""
+    with seeded(derive("weights", recipe.seed, 2)):
+        return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
+
+
+def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
+    """The balance that a stage names; "released" takes image size and latents from the run."""
+    return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
