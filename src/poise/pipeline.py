@@ -58,10 +58,11 @@ PAIRS = 32
 
 @dataclass(frozen=True)
 class Options:
-    """What surrounds a run and does not change its numbers.
+    """What surrounds a run and is none of its settings.
 
     Attributes:
-        device: "auto", "cpu", "cuda", ...
+        device: "auto", "cpu", "cuda", ... Each kind of device draws other noise from a seed: numbers differ in the way
+            that those of two seeds do.
         save_seconds: time between checkpoints.
         tensorboard: write TensorBoard files into the run's folder.
         quiet: no progress display.
