@@ -122,6 +122,13 @@ def test_another_seed_gives_other_weights(finished, tmp_path):
     assert not torch.equal(weights(tmp_path / "run")[name], weights(finished)[name])
 
 
+def test_settings_can_be_changed_by_name(tmp_path):
+    run = train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET, epochs=1, latent_dim=2, stages=1, seed=3)
+    assert (run.recipe.first.epochs, run.recipe.network.latent_dim, run.recipe.second, run.recipe.seed) == (1, 2, None, 3)
+    with pytest.raises(InputError, match="no setting epoch;"):
+        train(IMAGES, recipe=TINY, out=tmp_path / "other", epoch=1)
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()

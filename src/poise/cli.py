@@ -9,7 +9,7 @@ import io
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from poise.errors import InputError, Interrupted, RunError
 from poise.recipes import RECIPES, find_recipe
-from poise.recipes.settings import Generation, Recipe, Renormalise, Stage
+from poise.recipes.settings import Changes, Generation, Recipe, Renormalise, given
 
 if TYPE_CHECKING:
     from poise.run import Run
@@ -80,27 +80,9 @@ class Train:
 
     def settings(self) -> Recipe:
         """The recipe with what was given on the command line put in."""
-        if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
-            raise InputError("--second-epochs and --second-balance are for the second stage, which --stages 1 leaves out")
         recipe = find_recipe(self.recipe or (None if self.data else "digits"), self.data)
-        data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable or None)
-        network = recipe.network
-        if self.network is not None and self.network != network.kind:
-            network = replace(network, kind=self.network, hidden=(512, 512) if self.network == "mlp" else ())
-        network = given(network, latent_dim=self.latent_dim)
-        first = self._stage(recipe.first, self.epochs, self.balance)
-        second = (
-            self._stage(recipe.second, self.second_epochs, self.second_balance) if recipe.second and self.stages == 2 else None
-        )
-        as_costed = (network, first, second) == (recipe.network, recipe.first, recipe.second)
-        cost = recipe.cost if as_costed else ""
-        return replace(recipe, data=data, network=network, first=first, second=second, seed=self.seed, cost=cost)
-
-    def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
-        if epochs is not None:
-            stage = replace(stage, epochs=epochs, steps=None, halve_every=stage.halve_every if stage.epochs else None)
-        both = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "ema_decay", "precision")}
-        return given(stage, balance=balance, **both)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Changes)}
+        return Changes(**values).apply(recipe)
 
     def run(self) -> None:
         recipe = self.settings()
@@ -286,11 +268,6 @@ def load_run(folder: Path, device: str) -> "Run":
     if not run.finished:
         print(f"poise: warning: {folder} is not finished", file=sys.stderr)
     return run
-
-
-def given(settings: Any, **values: Any) -> Any:
-    """The settings with those values put in that are not None."""
-    return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def interleave(left: Any, right: Any) -> Any:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
 from poise.recipes import find_recipe
-from poise.recipes.settings import Recipe, Stage, to_json
+from poise.recipes.settings import Changes, Recipe, Stage, to_json
 from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
@@ -81,6 +81,7 @@ def train(
     out: str | Path | None = None,
     vae: VAE | None = None,
     options: Options = Options(),
+    **changes: Any,
 ) -> Run:
     """Train both stages and return the run. Called again with the same arguments, it goes on where it stopped.
 
@@ -91,6 +92,8 @@ def train(
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
         options: device, checkpoints, display.
+        changes: of the recipe, by the names of the command's options: epochs, second_epochs, batch_size, learning_rate,
+            latent_dim, network, balance, size, seed, ... (see `recipes.settings.Changes`).
 
     Raises:
         InputError: the data, the recipe or the folder cannot be used.
@@ -102,7 +105,11 @@ def train(
         >>> run.sample(64, prior="second-stage", seed=0).shape              # doctest: +SKIP
         torch.Size([64, 1, 8, 8])
     """
-    recipe = resolve(images, recipe, vae)
+    unknown = set(changes) - {field.name for field in fields(Changes)}
+    if unknown:
+        known = ", ".join(field.name for field in fields(Changes))
+        raise InputError(f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}")
+    recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = choose_device(options.device)
     if options.tensorboard and find_spec("tensorboard") is None:

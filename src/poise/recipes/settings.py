@@ -3,7 +3,7 @@
 No torch here: the command reads these for its help.
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
@@ -172,6 +172,69 @@ class Recipe:
     seed: int = 0
     cost: str = ""
     published: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What users most often change in a recipe; None: as the recipe has it.
+
+    Attributes:
+        size, channels, skip_unreadable: see `Data`.
+        network, latent_dim: see `Network`; the kind of network and its latents.
+        balance, second_balance: of stage 1 and of stage 2; see `poise.balance.make_balance`.
+        epochs, second_epochs: lengths of stage 1 and of stage 2, passes over the training images.
+        stages: 1 leaves out the second stage.
+        batch_size, learning_rate, ema_decay, precision: of both stages; see `Stage`.
+        seed: of weights, order and noise.
+    """
+
+    size: int | None = None
+    channels: Literal[1, 3] | None = None
+    skip_unreadable: bool | None = None
+    network: NetworkKind | None = None
+    latent_dim: int | None = None
+    balance: str | None = None
+    second_balance: str | None = None
+    epochs: int | None = None
+    second_epochs: int | None = None
+    stages: Literal[1, 2] | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    ema_decay: float | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
+            raise InputError("a length or balance of the second stage makes no sense with one stage: leave one of them out")
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The recipe with these changes. Its cost is dropped where they change it."""
+        data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable)
+        network = given(self._kind(recipe.network), latent_dim=self.latent_dim)
+        first = self._stage(recipe.first, self.epochs, self.balance)
+        second = recipe.second and self._stage(recipe.second, self.second_epochs, self.second_balance)
+        second = None if self.stages == 1 else second
+        as_costed = (network, first, second) == (recipe.network, recipe.first, recipe.second)
+        recipe = replace(recipe, data=data, network=network, first=first, second=second)
+        return given(recipe, seed=self.seed, cost=None if as_costed else "")
+
+    def _kind(self, network: Network) -> Network:
+        if self.network is None or self.network == network.kind:
+            return network
+        return replace(network, kind=self.network, hidden=(512, 512) if self.network == "mlp" else ())
+
+    def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
+        if epochs is not None:
+            stage = replace(stage, epochs=epochs, steps=None, halve_every=stage.halve_every if stage.epochs else None)
+        both = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "ema_decay", "precision")}
+        return given(stage, balance=balance, **both)
+
+
+def given(settings: Any, **values: Any) -> Any:
+    """The settings with those values put in that are not None."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def to_json(settings: Any) -> dict[str, Any]:
