@@ -97,6 +97,28 @@ def test_what_cannot_be_written_is_said_before_work_is_done(command, options, ru
     assert exit.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_memory_that_does_not_suffice_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def hungry(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pipeline, "train", hungry)
+    with pytest.raises(SystemExit) as exit:
+        poise("train", *QUICK)
+    assert exit.value.code == 1 and "not enough memory" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise("--version")
+    assert not exit.value.code and capsys.readouterr().out.startswith("poise 0.")
+
+
+def test_weights_that_are_not_there_are_refused(run_folder, capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise("evaluate", run_folder, "--inception", "nope.pt")
+    assert exit.value.code == 2 and "nope.pt" in capsys.readouterr().err
+
+
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):
     assert cli.parse(["train", "--recipe", "cifar10"]).settings().data.source == "cifar10"
     assert cli.parse(["train"]).settings().data.source == "digits"
@@ -158,6 +180,7 @@ WRONG = {
     "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus"),
     "no images asked for": (lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"], r"second stage.*one stage"),
     "no data": (lambda tmp_path: ["train", "--recipe", "images"], r"no data of its own"),
+    "checkpoints before the past": (lambda tmp_path: ["train", "--save-seconds", "-1"], r"save_seconds"),
     "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py"),
 }
 

@@ -122,6 +122,21 @@ def test_another_seed_gives_other_weights(finished, tmp_path):
     assert not torch.equal(weights(tmp_path / "run")[name], weights(finished)[name])
 
 
+def test_a_prior_that_does_not_exist_is_refused(finished, unchecked):
+    with pytest.raises(InputError, match="unknown prior 'mixtures'"):
+        load(finished, device="cpu").sample(3, prior="mixtures")
+
+
+def test_the_same_images_may_have_moved(tmp_path):
+    def run(where):
+        return train(where, recipe=TINY, out=tmp_path / "run", options=QUIET)
+
+    np.save(tmp_path / "here.npy", IMAGES)
+    run(tmp_path / "here.npy")
+    (tmp_path / "here.npy").rename(tmp_path / "there.npy")
+    assert run(tmp_path / "there.npy").finished
+
+
 def test_settings_can_be_changed_by_name(tmp_path):
     run = train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET, epochs=1, latent_dim=2, stages=1, seed=3)
     assert (run.recipe.first.epochs, run.recipe.network.latent_dim, run.recipe.second, run.recipe.seed) == (1, 2, None, 3)

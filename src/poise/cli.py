@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -55,7 +56,8 @@ class Train:
     ] = None
     out: Annotated[Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")] = None
     recipe: Annotated[
-        str | None, arg(help="complete settings by name", help_behavior_hint="(default: DATA's own, or images)")
+        str | None,
+        arg(help=f"complete settings by name: {', '.join(RECIPES)}", help_behavior_hint="(default: DATA's own, or images)"),
     ] = None
     size: Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")] = None
     channels: Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")] = None
@@ -228,12 +230,19 @@ def main() -> None:
         os._exit(0)  # the reader of stdout has gone, as `head` does
     except OSError as error:
         fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        fail(f"not enough memory: {error}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
 
 def parse(arguments: list[str]) -> Any:
     """The command with its options. A wrong option is one line on stderr and exit code 2."""
+    if arguments == ["--version"]:
+        print(f"poise {version('poise')}")
+        sys.exit()
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -266,7 +275,9 @@ def load_run(folder: Path, device: str) -> "Run":
     for line in run.warnings:
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)
     if not run.finished:
-        print(f"poise: warning: {folder} is not finished", file=sys.stderr)
+        untrained = run.recipe.second is not None and run.second is None
+        without = ", and stage 2 has not begun: the prior is normal unless you choose" if untrained else ""
+        print(f"poise: warning: {folder} is not finished{without}", file=sys.stderr)
     return run
 
 

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whatever kills the process."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -29,7 +30,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_failure(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact: make room, run again")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; what was saved before is intact: make room, run again" if full else ""
+    return RunError(f"cannot write {path}: {error.strerror or error}{remedy}")
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -65,7 +65,7 @@ def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
     tiles = (images if images.dtype == torch.uint8 else to_bytes(images)).cpu().permute(0, 2, 3, 1).numpy()
     factor = max(1, TILE_PIXELS // min(tiles.shape[1:3]))
     tiles = tiles.repeat(factor, 1).repeat(factor, 2)
-    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     rows = math.ceil(len(tiles) / columns)
     height, width = tiles.shape[1] + SEPARATOR_PIXELS, tiles.shape[2] + SEPARATOR_PIXELS
     picture = np.full((rows * height, columns * width, tiles.shape[3]), 255, np.uint8)

@@ -73,6 +73,10 @@ class Options:
     tensorboard: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.save_seconds >= 0:
+            raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
+
 
 def train(
     images: Any = None,
@@ -182,13 +186,13 @@ def open_folder(folder: Path, recipe: Recipe, dataset: Dataset) -> Saved | None:
         write_json(folder / "config.json", {"poise": 1, "recipe": settings, "data": data, "versions": versions})
         return None
     earlier = read_config(folder)
+    if earlier["data"]["checksum"] == data["checksum"]:
+        earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
     differing = differences(earlier["recipe"], json.loads(json.dumps(settings)))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
-        raise InputError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out, or delete it"
-        )
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out")
     saved, complaints = newest_checkpoint(folder / "checkpoints")
     for line in complaints:
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)

@@ -175,6 +175,8 @@ class Run:
             return NormalPrior(latent_dim)
         if name == "mixture":
             return self._mixture.to(self.device)
+        if name != "second-stage":
+            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture")
         if self.second is None:
             raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
         gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
@@ -222,7 +224,7 @@ class Run:
             raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
         source = self.prior(prior, generation)
-        images = sample(self.first.vae, source, count, seed=seed, first=first)
+        images = sample(self.first.vae, source, count, seed=seed, first=first).clamp(0, 1)  # a network of one's own may stray
         return self._adjustment(source)(images) if generation.adjust_variance else images
 
     def _adjustment(self, source: Prior) -> VarianceAdjustment:
@@ -277,6 +279,8 @@ class Run:
         return self.recipe.generation.variance_law == "released"
 
     def _extractor(self, fid: WhenFID, weights: Path | None) -> Extractor | None:
+        if weights is not None and not weights.is_file():
+            raise MissingInputError(f"{weights}: no such file of Inception weights")
         weights = weights or available_inception()
         if fid == "never" or (fid == "auto" and weights is None):
             return None
@@ -361,7 +365,7 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
     config = read_config(folder)
     if (config["recipe"]["network"]["kind"] == "custom") != (vae is not None):
         needed = (
-            "was trained with a network of your own: pass it as vae=..."
+            "was trained with a network of your own: in Python, poise.load(..., vae=...)"
             if vae is None
             else "brings its own network: leave vae out"
         )
