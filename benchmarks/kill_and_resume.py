@@ -49,6 +49,13 @@ def final_hash(folder: Path) -> str:
     return hashlib.sha256((newest / "tensors.safetensors").read_bytes()).hexdigest()
 
 
+def compare(folder: Path, scratch: str) -> str:
+    """The word "bit-identical"; the program ends where that is not so."""
+    if final_hash(folder) != final_hash(Path(scratch, "undisturbed")):
+        sys.exit(f"the weights of {folder.name} DIFFER from those of the undisturbed run")
+    return "bit-identical"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
@@ -66,15 +73,13 @@ def main() -> None:
             # A life is long enough to start and do a share of the work, and may end at any point of either.
             life = moments.uniform(0.2 * whole, 0.45 * whole)
             if train(folder, options.epochs, life):
-                print(f"finished after {killed} kills; starting anew")
+                print(f"finished after {killed} kills, {compare(folder, scratch)}; starting anew")
                 folder = folder.with_name(folder.name + "-again")
                 continue
             killed += 1
             print(f"kill {killed} after {life:.1f} s: {position(folder)}")
         train(folder, options.epochs)
-        same = final_hash(folder) == final_hash(Path(scratch, "undisturbed"))
-        print(f"{killed} kills: final weights", "bit-identical" if same else "DIFFER")
-        sys.exit(not same)
+        print(f"{killed} kills: final weights {compare(folder, scratch)}")
 
 
 if __name__ == "__main__":
