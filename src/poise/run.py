@@ -269,8 +269,9 @@ class Run:
 
     def _second_stage_figures(self) -> dict[str, float]:
         assert self.second is not None
-        figures = reconstruction(self.second.vae, self.second.balance, self.latents(), seed=self.recipe.seed)
-        codes = encode_all(self.second.vae, self.latents())
+        latents = self.latents()
+        figures = reconstruction(self.second.vae, self.second.balance, latents, seed=self.recipe.seed)
+        codes = encode_all(self.second.vae, latents)
         kept = {key: value for key, value in asdict(figures).items() if key != "bits_per_dim"}
         return kept | asdict(latent_statistics(codes, released=self._released_law))
 
