@@ -1,0 +1,61 @@
+"""Images through an encoder in chunks of fixed size, so that no figure depends on a batch size."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.datasets import gather
+from poise.errors import InputError
+from poise.images import PixelMoments
+from poise.latent import DiagonalGaussian
+from poise.seeds import noise_per_image
+from poise.shapes import Values
+from poise.vae import VAE
+
+CHUNK = 100
+
+
+@torch.no_grad()
+def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
+    """The posteriors of all images, (n, latents), float32 on the CPU; the networks in evaluation mode.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not len(images):
+        raise InputError("there are no images to encode")
+    codes = [(posterior.mean.float().cpu(), posterior.logvar.float().cpu()) for _, posterior in posteriors(vae, images)]
+    means, logvars = zip(*codes, strict=True)
+    return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
+
+
+def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian]]:
+    """Chunks of images and their posteriors, on the networks' device; the networks in evaluation mode."""
+    device = next(vae.parameters()).device
+    vae.eval()
+    for start in range(0, len(images), CHUNK):
+        batch = gather(images, range(start, min(start + CHUNK, len(images)))).to(device)
+        yield batch, vae.encode(batch)
+
+
+def encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, DiagonalGaussian, Tensor]]:
+    """`posteriors`, and standard normal noise for one sample per image: image i's is a function of (seed, i)."""
+    first = 0
+    for batch, posterior in posteriors(vae, images):
+        noise = noise_per_image(len(batch), posterior.mean.shape[1], seed, first).to(batch.device)
+        first += len(batch)
+        yield batch, posterior, noise
+
+
+def pixel_std(images: Any) -> float:
+    """Standard deviation of each dimension over all images, averaged over dimensions.
+
+    Args:
+        images: (n, channels, height, width), uint8 or float in [0, 1].
+    """
+    moments = PixelMoments()
+    for start in range(0, len(images), CHUNK):
+        moments.add(gather(images, range(start, min(start + CHUNK, len(images)))))
+    return moments.std()
