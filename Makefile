@@ -39,4 +39,5 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-tests: pyproject.toml | $(VENV)/installed
 	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps "torch-fidelity>=0.4" tqdm  # to compare with; its torchvision would bring gigabytes and is not used
 	touch $@

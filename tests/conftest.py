@@ -4,11 +4,14 @@ The hook must be in place before `poise` is imported, and `poise.shapes` sees in
 Compiled code cannot be checked so: tests of torch.compile and of several processes run in a clean interpreter.
 """
 
+import importlib
 import os
 import subprocess
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jaxtyping
 import pytest
@@ -60,6 +63,18 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity() -> types.ModuleType:
+    """torch-fidelity, to compare with. Its algebra needs no torchvision: where that is missing, an empty one stands in."""
+    if find_spec("torch_fidelity") is None:
+        pytest.skip('torch-fidelity is missing: "make test" installs it')
+    if "torchvision" not in sys.modules and find_spec("torchvision") is None:
+        datasets = types.SimpleNamespace(CIFAR10=object, CIFAR100=type("CIFAR100", (), {}), STL10=type("STL10", (), {}))
+        stand_in = {"": MagicMock(), ".datasets": datasets, ".transforms": MagicMock(), ".transforms.functional": MagicMock()}
+        sys.modules.update({f"torchvision{name}": module for name, module in stand_in.items()})
+    return importlib.import_module("torch_fidelity")
 
 
 @pytest.fixture
