@@ -4,60 +4,21 @@ import math
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from torch import nn
+from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import structural_similarity as ssim_by_skimage
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from poise.balance import ComputedBalance, FixedBalance
-from poise.errors import InputError
 from poise.images import PixelMoments
 from poise.latent import DiagonalGaussian
-from poise.metrics import encode_all, frechet_distance, latent_statistics, pixel_std, reconstruction
+from poise.metrics import encode_all, latent_statistics, pixel_std, reconstruction
+from poise.metrics.reconstruction import peak_signal_to_noise, structural_similarity, summed_error
 from poise.networks import mlp
 from poise.vae import VAE
-
-
-def features(n: int, d: int, seed: int) -> torch.Tensor:
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=source) @ torch.randn(d, d, generator=source) + seed
-
-
-def by_scipy(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double().numpy(), b.double().numpy()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * root))
-
-
-def test_frechet_distance_equals_scipys_matrix_square_root():
-    a, b = features(200, 12, 0), features(150, 12, 1)
-    assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=1e-9)
-
-
-def test_frechet_distance_holds_with_fewer_samples_than_features():
-    a, b = features(20, 64, 0), features(30, 64, 1)
-    # With A, B the centred samples over sqrt(n - 1): the trace term is the nuclear norm of A B^T, whatever the rank.
-    half = [(x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
-    cross = torch.linalg.svdvals(half[0] @ half[1].T).sum()
-    mean = (a.double().mean(0) - b.double().mean(0)).square().sum()
-    expected = float(mean + half[0].square().sum() + half[1].square().sum() - 2 * cross)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_distance_of_known_gaussians():
-    grid = Normal(0.0, 1.0).icdf((torch.arange(2000).double() + 0.5) / 2000)
-    a, b = (grid / grid.std())[:, None], (3 * grid / grid.std() + 2)[:, None]
-    assert frechet_distance(a, b) == pytest.approx(2**2 + (3 - 1) ** 2, rel=1e-9)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_distance_refuses_what_it_cannot_compare(unchecked):
-    for a, b in [(features(5, 3, 0), features(5, 4, 0)), (features(1, 3, 0), features(5, 3, 0))]:
-        with pytest.raises(InputError, match="n >= 2 and equal d"):
-            frechet_distance(a, b)
-    with pytest.raises(InputError, match="NaN"):
-        frechet_distance(features(5, 3, 0).log(), features(5, 3, 0))
+from test_likelihood import LATENTS, ProbabilisticPCA
 
 
 class Affine(nn.Module):
@@ -89,6 +50,110 @@ def test_elbo_equals_torch_distributions(power, distribution):
     assert figures.variance_lost == pytest.approx(float((1 - 1 / 16) * images.var(0, correction=0).mean()), rel=1e-3)
 
 
+def by_skimage(a: Tensor, b: Tensor) -> list[float]:
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1, "channel_axis": 0}
+    return [ssim_by_skimage(x, y, **settings) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+
+
+def noisy(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smooth pictures and their copies under noise of all strengths."""
+    images = torch.rand(shape).cumsum(2).cumsum(3) / (shape[2] * shape[3])
+    return images, images + torch.linspace(0.001, 0.5, len(images)).view(-1, 1, 1, 1) * torch.randn(shape)
+
+
+@pytest.mark.parametrize("shape", [(13, 3, 32, 32), (12, 1, 11, 11), (3, 3, 12, 29), (2, 1, 64, 48)])
+def test_similarities_equal_scikit_images(shape):
+    images, others = noisy(shape)
+    np.testing.assert_allclose(structural_similarity(images, others).numpy(), by_skimage(images, others), atol=1e-9)
+    pairs = zip(images.double().numpy(), others.double().numpy(), strict=True)
+    psnr = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in pairs]
+    np.testing.assert_allclose(peak_signal_to_noise(images, others).numpy(), psnr, rtol=1e-6)
+
+
+def ssim_by_definition(x: np.ndarray, y: np.ndarray, width: int) -> float:
+    """Wang et al. 2004, eq. 13, of one channel: one window after the other."""
+    offsets = np.arange(width) - width // 2
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for top in range(x.shape[0] - width + 1):
+        for left in range(x.shape[1] - width + 1):
+            a, b = (z[top : top + width, left : left + width] for z in (x, y))
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            spread = (window * ((a - mean_a) ** 2 + (b - mean_b) ** 2)).sum()
+            covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+            brightness = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+            values.append(brightness * (2 * covariance + 9e-4) / (spread + 9e-4))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("sides, width", [((8, 8), 7), ((9, 20), 9), ((10, 12), 9), ((12, 15), 11), ((2, 2), 1)])
+def test_in_a_small_image_the_window_is_the_largest_odd_one_that_fits(sides, width):
+    images, others = noisy((2, 2, *sides))
+    expected = [
+        np.mean([ssim_by_definition(a, b, width) for a, b in zip(x, y, strict=True)])
+        for x, y in zip(images.double().numpy(), others.double().numpy(), strict=True)
+    ]
+    np.testing.assert_allclose(structural_similarity(images, others).numpy(), expected, atol=1e-12)
+
+
+def test_similarities_of_equal_and_of_opposite_images():
+    image = torch.rand(2, 3, 16, 16)
+    np.testing.assert_allclose(structural_similarity(image, image).numpy(), 1, atol=1e-12)
+    np.testing.assert_allclose(peak_signal_to_noise(image, image).numpy(), 480 * math.log10(2), rtol=1e-12)  # not infinity
+    black = torch.zeros(1, 1, 16, 16)
+    assert float(structural_similarity(black, 1 - black)) == pytest.approx(1e-4 / (1 + 1e-4), rel=1e-9)
+    assert float(peak_signal_to_noise(black, 1 - black)) == 0
+
+
+def test_similarities_are_of_reconstructions_from_the_posterior_mean_and_means_over_images():
+    vae, images = VAE(*mlp((3, 16, 16), 4, hidden=(8,))), torch.rand(130, 3, 16, 16)
+    figures, restored = reconstruction(vae, FixedBalance(), images), vae.eval().reconstruct(images).detach()
+    assert figures.ssim == pytest.approx(np.mean(by_skimage(images, restored)), abs=1e-6)
+    mse = (images - restored).double().square().mean((1, 2, 3))
+    assert figures.psnr_db == pytest.approx(float((10 * (1 / mse).log10()).mean()), rel=1e-6)
+
+
+def test_vectors_are_no_images_and_have_no_similarities_or_bits():
+    vae, latents = VAE(*mlp(6, 3, hidden=(8,), output="linear")), 3 * torch.randn(40, 6)
+    figures = reconstruction(vae, FixedBalance(), latents)
+    assert figures.psnr_db is figures.ssim is figures.bits_per_dim is None
+    assert all(value is not None and math.isfinite(value) for value in (figures.mse, figures.elbo_nats, figures.variance_lost))
+
+
+def test_variance_lost_is_the_error_where_the_decoder_is_optimal():
+    """Probabilistic PCA gives E[x|z] for its posterior's samples: exactly sigma^2 of variance lost and of error."""
+    digits = torch.from_numpy(load_digits().data).float().view(-1, 1, 8, 8) / 16
+    pca = ProbabilisticPCA(digits)
+    figures = reconstruction(pca.vae(), pca.balance, digits)
+    assert figures.mse_sampled == pytest.approx(pca.gamma2, rel=0.01)
+    assert figures.variance_lost == pytest.approx(pca.gamma2, rel=0.03)
+    assert figures.variance_lost_share == pytest.approx(figures.variance_lost / figures.mse_sampled, rel=1e-12)
+    assert figures.variance_lost_share == pytest.approx(1, abs=0.03)
+
+    v, gamma2 = pca.variances, pca.gamma2  # from the mean instead: error and variance both smaller, and no longer equal
+    restored = pca.vae().reconstruct(digits).detach().double()
+    lost = float((digits.double().var(0, correction=0) - restored.var(0, correction=0)).mean())
+    left_out = (64 - LATENTS) * gamma2
+    assert figures.mse == pytest.approx((float((gamma2**2 / v).sum()) + left_out) / 64, rel=1e-4)
+    assert lost == pytest.approx((float((gamma2 * (2 - gamma2 / v)).sum()) + left_out) / 64, rel=1e-4)
+    assert lost / figures.mse > 1.1
+
+
+def test_no_variance_is_lost_without_an_error():
+    class Copy(nn.Linear):
+        def forward(self, values):
+            return values, torch.full_like(values, -400.0)
+
+    figures = reconstruction(VAE(Copy(3, 3), nn.Identity()), FixedBalance(), torch.randn(20, 3))
+    assert figures.mse_sampled == 0 and figures.variance_lost == 0 and figures.variance_lost_share is None
+
+
+def test_errors_are_summed_in_float64():
+    difference = torch.full((1, 2, 200, 200), 0.1)
+    assert summed_error(difference, 1).item() == pytest.approx(80_000 * float(difference[0, 0, 0, 0]), rel=1e-13)
+
+
 def test_figures_do_not_depend_on_the_batch_or_on_training_mode():
     torch.manual_seed(0)
     vae, images = VAE(*mlp((1, 4, 4), 3, hidden=(8,))), torch.rand(250, 1, 4, 4)
@@ -96,6 +161,9 @@ def test_figures_do_not_depend_on_the_batch_or_on_training_mode():
     halves = [reconstruction(vae, FixedBalance(gamma2=0.1), part) for part in (images[:100], images[100:])]
     assert together.mse == pytest.approx((100 * halves[0].mse + 150 * halves[1].mse) / 250, rel=1e-6)
     assert together.kl_nats == pytest.approx((100 * halves[0].kl_nats + 150 * halves[1].kl_nats) / 250, rel=1e-6)
+    for name in ("ssim", "psnr_db"):
+        first, second = (getattr(half, name) for half in halves)
+        assert getattr(together, name) == pytest.approx((100 * first + 150 * second) / 250, rel=1e-6)
 
 
 def test_bytes_and_floats_give_the_same_figures():

@@ -1,20 +1,45 @@
 """Numbers: how well a model reconstructs, how likely it finds images, how its samples compare, what its latents do.
 
-Statistics are float64. Nothing here depends on the batch size or the order of images.
+Statistics are float64. Nothing here depends on the batch size or the order of images. In reading order: `encoding` (images
+through an encoder), `reconstruction` (error and ELBO), `likelihood` (importance-weighted), `latents` (the latent page),
+`distances` (Frechet, kernel, inception score), `manifold` (precision, recall, density, coverage).
 """
 
-from poise.metrics.distances import frechet_distance
-from poise.metrics.encoding import CHUNK, encode_all, pixel_std
-from poise.metrics.latents import LatentStatistics, latent_statistics
-from poise.metrics.reconstruction import Reconstruction, reconstruction
+from poise.metrics.distances import (
+    Extrapolation,
+    Spread,
+    frechet_distance,
+    frechet_infinity,
+    inception_score,
+    kernel_distance,
+)
+from poise.metrics.encoding import CHUNK, encode_all, encoded, pixel_std
+from poise.metrics.latents import AggregatePosterior, LatentStatistics, latent_statistics
+from poise.metrics.likelihood import ImportanceWeightedNLL, importance_weighted_nll, nll_per_image
+from poise.metrics.manifold import Manifold, manifold_figures
+from poise.metrics.reconstruction import Reconstruction, peak_signal_to_noise, reconstruction, structural_similarity
 
 __all__ = [
     "CHUNK",
+    "AggregatePosterior",
+    "Extrapolation",
+    "ImportanceWeightedNLL",
     "LatentStatistics",
+    "Manifold",
     "Reconstruction",
+    "Spread",
     "encode_all",
+    "encoded",
     "frechet_distance",
+    "frechet_infinity",
+    "importance_weighted_nll",
+    "inception_score",
+    "kernel_distance",
     "latent_statistics",
+    "manifold_figures",
+    "nll_per_image",
+    "peak_signal_to_noise",
     "pixel_std",
     "reconstruction",
+    "structural_similarity",
 ]

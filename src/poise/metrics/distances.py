@@ -1,40 +1,251 @@
-"""Distances between two sets of features, in float64."""
+"""Distances between two sets of features, and the Inception Score, in float64.
 
+    Frechet distance     |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))      m, S: mean and covariance
+    kernel distance      E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x.y/d + 1)^3
+    Inception Score      exp E_x KL(p(y|x) || p(y))
+
+With S = F F^T the Frechet distance's last trace is the sum of the singular values of F_a^T F_b, whatever the shapes and ranks
+of the factors F: no matrix square root. Means and covariances are summed over blocks of rows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from poise.errors import InputError
+from poise.metrics.blocks import ROWS, checked, mean_of
 from poise.shapes import Features
+
+SINGULAR = 1e-12  # relative variance; the rounding of a covariance is some 1e-14, that of float32 features 4e-15
 
 
 def frechet_distance(features_a: Features, features_b: Features) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, in float64.
+    """Frechet distance between Gaussians fitted to two sets of features; FID where these are Inception's.
 
-        |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))
+        |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)),  S with n - 1 in the denominator
 
-    With S = L L^T, the last trace is the sum of the singular values of L_a^T L_b: no matrix square root.
+    Exact whatever the ranks: sets smaller than d, constant and repeated features are all right. What rounding takes below zero
+    (some 1e-14 of the traces) is given as zero. The value is biased upwards, by about 1/n: see `frechet_infinity`.
 
     Args:
-        features_a, features_b: (n, d) each; n may differ, and may be smaller than d.
+        features_a, features_b: (n, d) each; n may differ, and may be smaller than d. Their order makes no difference.
+
+    Returns:
+        The squared distance, at least 0, in the features' units squared.
 
     Raises:
         InputError: fewer than two samples, differing d, or values that are not finite.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6.
     """
-    a, b = (torch.as_tensor(features).double().cpu() for features in (features_a, features_b))
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise InputError(f"features must be (n, d) with n >= 2 and equal d, not {tuple(a.shape)} and {tuple(b.shape)}")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise InputError("features must be finite; there are NaN or infinite values")
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    cross = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    a, b = checked(features_a, features_b)
+    return distance_between(fit_gaussian(a), fit_gaussian(b))
 
 
-def _factor(covariance: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian, float64 on the CPU: its mean (d,), and a factor F (d, rank) of its covariance F F^T."""
+
+    mean: Tensor
+    factor: Tensor
+
+
+def distance_between(a: Gaussian, b: Gaussian) -> float:
+    """Frechet distance between two Gaussians: `frechet_distance` without the fitting. Never negative."""
+    cross = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
+    traces = a.factor.square().sum() + b.factor.square().sum()
+    return float(((a.mean - b.mean).square().sum() + traces - 2 * cross).clamp_min(0))
+
+
+def fit_gaussian(features: Tensor) -> Gaussian:
+    """The Gaussian with the mean and the covariance (n - 1 in the denominator) of features (n, d)."""
+    mean = mean_of(features)
+    if len(features) > features.shape[1]:
+        return Gaussian(mean.cpu(), covariance_factor(covariance(features, mean).cpu()))
+    # The covariance of so few is singular. The samples are its factor themselves, exactly, and no larger than it.
+    return Gaussian(mean.cpu(), ((features.double() - mean).T / math.sqrt(len(features) - 1)).cpu())
+
+
+def covariance(features: Tensor, mean: Tensor) -> Tensor:
+    """Covariance (d, d) of features (n, d) about their mean, n - 1 in the denominator, float64."""
+    total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+    for block in features.split(ROWS):
+        centred = block.double() - mean
+        total.addmm_(centred.T, centred)
+    return total.div_(len(features) - 1)
+
+
+def covariance_factor(covariance: Tensor) -> Tensor:
+    """F (d, rank) with F F^T the covariance (d, d): Cholesky's, or from eigenvalues where the covariance is singular.
+
+    A dependent feature's Cholesky pivot is rounding of either sign; where it is positive its square root, 1e-8, no longer is.
+    So a pivot below SINGULAR of its feature's variance means singular; eigenvalues below SINGULAR of the largest are dropped.
+    """
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed:
+    if not failed and (factor.diagonal().square() > SINGULAR * covariance.diagonal()).all():
         return factor
-    values, vectors = torch.linalg.eigh(covariance)  # singular, as with fewer samples than features
-    return vectors * values.clamp_min(0).sqrt()
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > SINGULAR * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """A value at infinitely many samples, and the standard error that its line's residuals give it."""
+
+    value: float
+    standard_error: float
+
+
+def frechet_infinity(
+    real: Features, generated: Features, *, seed: int = 0, points: int = 15, smallest: int = 5000
+) -> Extrapolation:
+    """Frechet distance for infinitely many generated samples: its values at several N, extrapolated.
+
+        FID(N) = FID(infinity) + slope / N,  least squares over `points` sizes N evenly spaced from `smallest` to all
+
+    The bias of FID is about 1/N with a slope of the generator's own, so that even the order of two models can depend on N.
+    Still biased: the real set is used whole, and its own bias (about 1/n) stays; terms in 1/N^2 stay, and grow with d/N. The
+    subsets come from one set and overlap: the standard error is that of the line's residuals, too small for the spread over
+    generated sets. The value is not clamped: for two equal distributions it can be below zero.
+
+    Args:
+        real: (n, d), fixed.
+        generated: (n, d), at least 2 * smallest samples.
+        seed: of the subsets, each drawn without replacement.
+        points: sizes, at least 3. The cost is that of as many Frechet distances.
+        smallest: size of the smallest subset, more than d; the paper's is 5,000, of 50,000.
+
+    Raises:
+        InputError: too few points, samples or `smallest`, or features that `frechet_distance` refuses.
+
+    Source: Chong & Forsyth 2020, arXiv 1911.07023, for FID; ordinary random subsets.
+    """
+    real, generated = checked(real, generated)
+    n, d = generated.shape
+    if points < 3:
+        raise InputError(f"a line through {points} points has no residuals: points must be at least 3")
+    if smallest <= d:
+        raise InputError(
+            f"the 1/N law needs subsets of more than d = {d} samples: smallest must be larger than that, not {smallest}"
+        )
+    if n < 2 * smallest:
+        raise InputError(f"{n} generated samples are too few: give at least {2 * smallest}, twice smallest, or lower smallest")
+    sizes = torch.linspace(smallest, n, points, dtype=torch.float64).round().long()
+    source, fixed = torch.Generator().manual_seed(seed), fit_gaussian(real)
+    subsets = (torch.randperm(n, generator=source)[:size].to(generated.device) for size in sizes)
+    values = [distance_between(fixed, fit_gaussian(generated[subset])) for subset in subsets]
+    return _intercept(1 / sizes.double(), torch.tensor(values, dtype=torch.float64))
+
+
+def _intercept(x: Tensor, y: Tensor) -> Extrapolation:
+    """Where the least-squares line through points (x, y) meets x = 0, with its standard error."""
+    centred = x - x.mean()
+    slope = (centred * y).sum() / centred.square().sum()
+    residual_variance = (y - y.mean() - slope * centred).square().sum() / (len(x) - 2)
+    variance = residual_variance * (1 / len(x) + x.mean().square() / centred.square().sum())
+    return Extrapolation(float(y.mean() - slope * x.mean()), float(variance.sqrt()))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n in the denominator) over subsets or splits."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(
+    real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> Spread:
+    """Kernel distance: unbiased squared MMD with a cubic kernel, over random subsets; KID where the features are Inception's.
+
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),  k(x, y) = (x.y/d + 1)^3
+
+    Unbiased at any size, and so around zero, on either side, where the distributions are equal. The spread is over subsets of
+    one pair of sets: divided by sqrt(subsets) it is not a standard error, since subsets overlap.
+
+    Args:
+        real, generated: (n, d) each; n may differ.
+        subsets: how many pairs of subsets.
+        subset_size: samples in each, drawn without replacement; at most the smaller n.
+        seed: of the subsets; torch-fidelity's default, and its draws: the generated subset first, then the real one.
+
+    Raises:
+        InputError: a set smaller than subset_size, a subset size below 2, no subsets, or features that cannot be compared.
+
+    Source: Binkowski et al. 2018, arXiv 1801.01401; Gretton et al. 2012, JMLR 13:723, eq. 3.
+    """
+    real, generated = checked(real, generated)
+    if subsets < 1 or subset_size < 2:
+        raise InputError(f"the kernel distance needs subsets >= 1 of subset_size >= 2, not {subsets} of {subset_size}")
+    if subset_size > min(len(real), len(generated)):
+        sizes = f"{len(real)} real and {len(generated)} generated samples"
+        raise InputError(f"subset_size {subset_size} is more than there are, {sizes}: give more, or set subset_size lower")
+    draws = np.random.RandomState(seed)
+    pairs = ([_drawn(features, subset_size, draws) for features in (generated, real)] for _ in range(subsets))
+    return _spread([_squared_mmd(x, y) for x, y in pairs])
+
+
+def _drawn(features: Tensor, size: int, draws: np.random.RandomState) -> Tensor:
+    chosen = draws.choice(len(features), size, replace=False)
+    return features[torch.from_numpy(chosen).to(features.device)].double()
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy of two equally large sets, (m, d) each, float64."""
+    m = len(x)
+    within = sum(kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y)))
+    return float(within / (m * (m - 1)) - 2 * _cubic_kernel(x, y).mean())
+
+
+def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1).pow(3)
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(float(np.mean(values)), float(np.std(values)))
+
+
+def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> Spread:
+    """Inception Score of generated images: exp of the mean KL from each image's classes to the mean over a split.
+
+        exp( H(p(y)) - mean_x H(p(y|x)) ),  p(y) = mean_x p(y|x), H the entropy in nats
+
+    Between 1 and the number of classes, and biased downwards in small splits (at most the images in one). It knows no real
+    images: nothing but variety and confidence of an ImageNet classifier.
+
+    Args:
+        logits: (n, classes), finite, before the softmax.
+        splits: parts of (almost) equal size, at most n.
+        seed: of the order in which images go into splits; torch-fidelity's default, and its draw.
+
+    Returns:
+        Mean and standard deviation over splits.
+
+    Raises:
+        InputError: logits that are not (n, classes) or not finite, or splits outside 1 ... n.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498, section 4.
+    """
+    logits = torch.as_tensor(logits).detach().cpu()
+    if logits.dim() != 2 or not logits.isfinite().all():
+        raise InputError(
+            f"logits must be (n, classes) and finite; these are {tuple(logits.shape)}, or have NaN or infinite values"
+        )
+    if not 1 <= splits <= len(logits):
+        raise InputError(f"splits must be from 1 to the {len(logits)} images there are, not {splits}")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    bounds = [split * len(logits) // splits for split in range(splits + 1)]
+    return _spread([_score(logits[order[first:last]]) for first, last in pairwise(bounds)])
+
+
+def _score(logits: Tensor) -> float:
+    probabilities = logits.double().softmax(1)
+    entropy_of_mean = torch.special.entr(probabilities.mean(0)).sum()  # p = 0 counts 0, where p log(p/q) would be NaN
+    return float((entropy_of_mean - torch.special.entr(probabilities).sum(1).mean()).exp())

@@ -17,27 +17,32 @@ from poise.vae import VAE
 CHUNK = 100
 
 
-@torch.no_grad()
 def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
     """The posteriors of all images, (n, latents), float32 on the CPU; the networks in evaluation mode.
 
     Raises:
         InputError: there are none.
     """
-    if not len(images):
-        raise InputError("there are no images to encode")
     codes = [(posterior.mean.float().cpu(), posterior.logvar.float().cpu()) for _, posterior in posteriors(vae, images)]
     means, logvars = zip(*codes, strict=True)
     return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
 
 
 def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian]]:
-    """Chunks of images and their posteriors, on the networks' device; the networks in evaluation mode."""
+    """Chunks of images and their posteriors, on the networks' device; the networks in evaluation mode.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not len(images):
+        raise InputError("there are no images to encode")
     device = next(vae.parameters()).device
     vae.eval()
     for start in range(0, len(images), CHUNK):
         batch = gather(images, range(start, min(start + CHUNK, len(images)))).to(device)
-        yield batch, vae.encode(batch)
+        with torch.no_grad():
+            posterior = vae.encode(batch)
+        yield batch, posterior
 
 
 def encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, DiagonalGaussian, Tensor]]:

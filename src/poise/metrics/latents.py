@@ -1,28 +1,138 @@
-"""What the codes of a data set say about a model."""
+"""What the codes of a data set say about a model: the latent page, of stage 1 and of stage 2 alike.
 
+Notation as in `poise.latent`: mu and s^2 are the posterior's mean and variance of one latent for one image. The aggregate
+posterior is the mixture of all posteriors, q(z) = 1/n sum_i q(z|x_i). By the law of total covariance
+
+    m = E[mu],        C = Cov(mu) + diag(E[s^2])                                                                  (1)
+
+are its mean and covariance, exactly (so moments here divide by n, not n - 1). Its divergence from the prior has two parts,
+since the prior is normal too:
+
+    KL(q(z) || N(0, I)) = KL(q(z) || N(m, C)) + KL(N(m, C) || N(0, I)).                                           (2)
+
+The second has a closed form, 1/2 (tr C + |m|^2 - L - log det C). It bounds the whole from below; the mean over images of
+KL(q(z|x) || N(0, I)) bounds it from above, the difference being the information that z carries of x (Hoffman & Johnson 2016).
+Statistics are float64.
+"""
+
+import math
 from dataclasses import dataclass
 
-from poise.latent import DiagonalGaussian, active_units, variance_law
+import torch
+from torch import Tensor
+
+from poise.errors import InputError
+from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian, variance_law
+
+
+@dataclass(frozen=True)
+class AggregatePosterior:
+    """The mixture of all posteriors against the prior N(0, I): how far from it latents are that the decoder has learned.
+
+    Attributes:
+        mean_norm: |m|, 0 for the prior.
+        covariance_eigenvalues: of C, in descending order, each 1 for the prior; their mean is the variance law.
+        gaussian_kl_nats: KL(N(m, C) || N(0, I)), what of the divergence a rotation, scaling and shift of the prior would mend;
+            infinite where C is singular to float64's precision.
+    """
+
+    mean_norm: float
+    covariance_eigenvalues: tuple[float, ...]
+    gaussian_kl_nats: float
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What the codes of a data set say.
+    """What the codes of a data set say. Tuples have one value per latent, in the encoder's order.
 
     Attributes:
         variance_law: Var(mu) + E[s^2], mean over latents; 1 where the aggregate posterior fits the prior.
-        noise_term: "E[s^2]", or "E[s]" for the released law.
+        variance_law_active: the same over active latents only; None where there are none.
+        noise_term: of these two: "E[s^2]", or "E[s]" for the released law.
         active_units: latents with Var(mu) > 0.01.
         latent_dim: latents in all.
+        variance_of_mean: Var(mu).
+        mean_variance: E[s^2], whatever `noise_term`.
+        kl_nats_per_latent: KL(q(z|x) || N(0, I)) of each latent, mean over images; their sum is the KL term of the loss.
+        aggregate: the aggregate posterior against the prior.
     """
 
     variance_law: float
+    variance_law_active: float | None
     noise_term: str
     active_units: int
     latent_dim: int
+    variance_of_mean: tuple[float, ...]
+    mean_variance: tuple[float, ...]
+    kl_nats_per_latent: tuple[float, ...]
+    aggregate: AggregatePosterior
 
 
 def latent_statistics(codes: DiagonalGaussian, *, released: bool = False) -> LatentStatistics:
-    """The variance law (with E[s] for E[s^2] if `released`) and the number of active units of codes (n, latents)."""
-    law = variance_law(codes.mean, codes.logvar, released=released)
-    return LatentStatistics(float(law.mean()), "E[s]" if released else "E[s^2]", active_units(codes.mean), codes.mean.shape[1])
+    """The latent page: variance law, active units, KL and variances of each latent, aggregate posterior.
+
+    Args:
+        codes: (n, latents), the posteriors of a data set, n >= 2.
+        released: in the variance law use E[s] for E[s^2], as the released code does.
+
+    Raises:
+        InputError: fewer than two codes, or values that are not finite.
+
+    Example:
+        >>> codes = DiagonalGaussian(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[-4.0, 0.0], [-4.0, 0.0]]))
+        >>> statistics = latent_statistics(codes)
+        >>> statistics.active_units, statistics.variance_of_mean, statistics.kl_nats_per_latent[1]
+        (1, (1.0, 0.0), 0.0)
+    """
+    mean, logvar = _checked(codes)
+    law = variance_law(mean, logvar, released=released)
+    variance_of_mean, kl = mean.var(0, correction=0), 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(0)
+    active = variance_of_mean > ACTIVE_VARIANCE
+    return LatentStatistics(
+        variance_law=float(law.mean()),
+        variance_law_active=float(law[active].mean()) if active.any() else None,
+        noise_term="E[s]" if released else "E[s^2]",
+        active_units=int(active.sum()),
+        latent_dim=len(law),
+        variance_of_mean=tuple(variance_of_mean.tolist()),
+        mean_variance=tuple(logvar.exp().mean(0).tolist()),
+        kl_nats_per_latent=tuple(kl.tolist()),
+        aggregate=_aggregate(codes),
+    )
+
+
+def _checked(codes: DiagonalGaussian) -> tuple[Tensor, Tensor]:
+    mean, logvar = codes.mean.detach().cpu().double(), codes.logvar.detach().cpu().double()
+    if mean.dim() != 2 or mean.shape != logvar.shape or len(mean) < 2:
+        shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
+        raise InputError(f"codes must be a mean and a logvar of one shape (n, latents) with n >= 2, not {shapes}")
+    if not (mean.isfinite().all() and logvar.isfinite().all() and logvar.exp().isfinite().all()):
+        raise InputError("codes and their variances must be finite; there are NaN or infinite values")
+    return mean, logvar
+
+
+def aggregate_moments(codes: DiagonalGaussian) -> tuple[Tensor, Tensor]:
+    """Mean (latents,) and covariance (latents, latents) of the aggregate posterior (eq. 1), float64.
+
+    Args:
+        codes: (n, latents), the posteriors of a data set, n >= 2.
+
+    Raises:
+        InputError: fewer than two codes, or values that are not finite.
+    """
+    mean, logvar = _checked(codes)
+    centred = mean - mean.mean(0)
+    return mean.mean(0), centred.T @ centred / len(mean) + logvar.exp().mean(0).diag()
+
+
+def _aggregate(codes: DiagonalGaussian) -> AggregatePosterior:
+    centre, covariance = aggregate_moments(codes)
+    eigenvalues = torch.linalg.eigvalsh(covariance).flip(0)
+    rounding = torch.finfo(torch.float64).eps * len(eigenvalues) * eigenvalues[0]
+    singular = bool(eigenvalues[-1] <= rounding)  # what eigvalsh gives below this is noise, of either sign
+    kl = 0.5 * (eigenvalues.sum() + centre.square().sum() - len(eigenvalues) - eigenvalues.log().sum())
+    return AggregatePosterior(
+        mean_norm=float(centre.norm()),
+        covariance_eigenvalues=tuple(eigenvalues.clamp_min(0).tolist()),
+        gaussian_kl_nats=math.inf if singular else float(kl),
+    )

@@ -1,0 +1,160 @@
+"""How likely a VAE finds images: -log p(x), estimated with importance weights.
+
+The posterior is an imperfect guess of where p(x|z) p(z) is large. With z_1 ... z_K drawn from it,
+
+    -log p(x)  ~  -log 1/K sum_k w_k,        w_k = p(x|z_k) p(z_k) / q(z_k|x).                                    (1)
+
+(Burda et al. 2016, arXiv 1509.00519, eq. 8.) In expectation this is the negative ELBO for K = 1, falls as K grows, and never
+falls below -log p(x), which it reaches as K goes to infinity. If q(z|x) is the true posterior, every w_k is p(x) and K = 1
+does; else K has to be as large as exp(KL(p(z|x) || q(z|x))) (Chatterjee & Diaconis 2018, arXiv 1511.01437): ten nats between
+the two, usual for large images, take tens of thousands of samples.
+
+What to trust. The effective sample size (sum w)^2 / sum w^2, divided by K, is 1 where all samples count alike and 1/K where
+one outweighs all others: then (1) is still an upper bound, but its value means little. A share near 1 is no proof: samples
+that all miss some part of the true posterior (a second mode, or tails wider than q's) agree with each other and say nothing
+of what they miss. Twice the samples must then change nothing, and even that may deceive.
+
+p(x|z) is that of `poise.balance`, with its gamma2 and power; p(z) is N(0, I). Weights and sums are float64, decoders run
+in their own precision.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from poise.balance import Balance, negative_log_likelihood
+from poise.errors import InputError
+from poise.latent import DiagonalGaussian
+from poise.metrics.encoding import posteriors
+from poise.metrics.reconstruction import bits_per_dim, summed_error
+from poise.progress import progress
+from poise.seeds import generator
+from poise.shapes import Noise, PerImage
+from poise.vae import VAE
+
+BLOCK = 100  # samples of one image that are decoded together; a different size would give different noise
+
+
+@dataclass(frozen=True)
+class ImportanceWeightedNLL:
+    """An estimate of -log p(x), and whether to trust it.
+
+    Attributes:
+        mean_nats: mean over images, in nats per image: log density of values in [0, 1].
+        standard_error_nats: of that mean, from the spread over images. The estimate's bias, which is never negative, is
+            not in it.
+        bits_per_dim: `mean_nats` in bits per dimension, see `bits_per_dim`; None where the data are no images.
+        samples: K.
+        effective_share: effective sample size over K, between 1/K and 1, mean over images.
+    """
+
+    mean_nats: float
+    standard_error_nats: float
+    bits_per_dim: float | None
+    samples: int
+    effective_share: float
+
+
+def importance_weighted_nll(
+    vae: VAE, balance: Balance, images: Any, *, samples: int = 1000, seed: int = 0, quiet: bool = True
+) -> ImportanceWeightedNLL:
+    """Mean of -log p(x) over images, estimated with importance weights (eq. 1), and the share of samples that count.
+
+    Args:
+        vae, balance: used in evaluation mode.
+        images: (n, channels, height, width), uint8 or float in [0, 1], or (n, features); n >= 2.
+        samples: K, at least 1: each image is encoded once and K of its latents are decoded, `BLOCK` at a time.
+        seed: of the samples; see `nll_per_image`.
+        quiet: no progress display.
+
+    Raises:
+        InputError: fewer than two images, samples < 1, or codes that are not finite.
+
+    Example:
+        >>> vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=4))
+        >>> likelihood = importance_weighted_nll(vae, poise.FixedBalance(), torch.rand(10, 1, 8, 8), samples=200)
+        >>> 1 / 200 <= likelihood.effective_share <= 1
+        True
+    """
+    if len(images) < 2:
+        raise InputError(f"a mean with a standard error needs at least 2 images, not {len(images)}")
+    nll, share = nll_per_image(vae, balance, images, samples=samples, seed=seed, quiet=quiet)
+    return ImportanceWeightedNLL(
+        mean_nats=float(nll.mean()),
+        standard_error_nats=float(nll.std() / math.sqrt(len(nll))),
+        bits_per_dim=bits_per_dim(float(nll.mean()), math.prod(images.shape[1:])) if len(images.shape) == 4 else None,
+        samples=samples,
+        effective_share=float(share.mean()),
+    )
+
+
+class NLLPerImage(NamedTuple):
+    """One value per image, float64, on the CPU.
+
+    Attributes:
+        nll_nats: the estimate of -log p(x).
+        effective_share: effective sample size over K, between 1/K and 1.
+    """
+
+    nll_nats: Tensor
+    effective_share: Tensor
+
+
+@torch.no_grad()
+def nll_per_image(
+    vae: VAE, balance: Balance, images: Any, *, samples: int = 1000, seed: int = 0, quiet: bool = True
+) -> NLLPerImage:
+    """-log p(x) of each image, estimated with importance weights (eq. 1), and the share of samples that count.
+
+    The noise of image i is a function of (seed, i), and more samples begin with the fewer. So a value depends on no other
+    image, nor on how many there are; the memory needed depends on neither number.
+
+    Args:
+        As for `importance_weighted_nll`, but n >= 1.
+
+    Raises:
+        InputError: no images, samples < 1, or codes that are not finite.
+    """
+    if samples < 1:
+        raise InputError(f"the number of samples must be at least 1, not {samples}")
+    sums = []
+    with progress("likelihood", len(images), quiet=quiet) as bar:
+        for batch, posterior in posteriors(vae, images):
+            codes = DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
+            if not (codes.mean.isfinite().all() and codes.logvar.isfinite().all()):
+                raise InputError("the codes must be finite; the encoder gives NaN or infinite values for some image")
+            for image, mean, logvar in zip(batch, codes.mean, codes.logvar, strict=True):
+                noise = _noise_in_blocks(samples, len(mean), seed, len(sums))
+                code = DiagonalGaussian(mean[None], logvar[None])
+                sums.append(_log_sums(_log_weights(vae, balance, image, code, block) for block in noise))
+                bar.update(len(sums), {})
+    log_sum, log_sum_of_squares = torch.stack(sums).unbind(1)
+    return NLLPerImage(math.log(samples) - log_sum, (2 * log_sum - log_sum_of_squares).exp() / samples)
+
+
+def _noise_in_blocks(samples: int, latents: int, seed: int, image: int) -> Iterator[Noise]:
+    for block, start in enumerate(range(0, samples, BLOCK)):
+        source = generator("likelihood", seed, image, block)
+        yield torch.randn(BLOCK, latents, generator=source)[: samples - start]  # torch draws fewer numbers differently
+
+
+def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
+    """log sum w and log sum w^2 over all blocks, (2,)."""
+    sums = torch.full((2,), -math.inf, dtype=torch.float64)
+    for block in log_weights:
+        sums = sums.logaddexp(torch.stack([block, 2 * block]).logsumexp(1))
+    return sums
+
+
+def _log_weights(vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise) -> PerImage:
+    """log p(x|z) + log p(z) - log q(z|x) of each sample; in the last two the terms L/2 log 2 pi cancel."""
+    latents = code.sample(noise)
+    error = summed_error(vae.decode(latents.to(image.device)).float() - image, balance.power)
+    gamma2 = balance.gamma2.cpu().double()
+    log_likelihood = -negative_log_likelihood(error, gamma2, image.numel(), power=balance.power)
+    log_ratio = 0.5 * (noise.double().square() + code.logvar.double() - latents.double().square()).sum(1)
+    return log_likelihood + log_ratio

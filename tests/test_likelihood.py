@@ -1,0 +1,252 @@
+"""Importance-weighted likelihoods against probabilistic PCA, quadrature, and what must hold of any estimate."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import laplace, multivariate_normal, norm
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from poise.balance import Balance, FixedBalance
+from poise.errors import InputError
+from poise.metrics import encoding, reconstruction
+from poise.metrics.likelihood import BLOCK, importance_weighted_nll, nll_per_image
+from poise.networks import mlp
+from poise.vae import VAE
+
+LATENTS, IMAGES = 5, 60
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    return torch.from_numpy(load_digits().data[:IMAGES]).float().view(-1, 1, 8, 8) / 16
+
+
+class ProbabilisticPCA:
+    """Probabilistic PCA of images, as a VAE whose posterior is the true one, widened and shifted as one likes.
+
+    With orthogonal columns u sqrt(v - gamma2) of W, the true posterior has independent latents, of variance gamma2 / v.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        pixels = images.flatten(1).double()
+        self.mean = pixels.mean(0)
+        variances, axes = torch.linalg.eigh(pixels.T.cov(correction=0))
+        self.gamma2 = float(variances[:-LATENTS].mean())
+        self.variances, axes = variances[-LATENTS:], axes[:, -LATENTS:]
+        self.weight = axes * (self.variances - self.gamma2).sqrt()
+        self.covariance = self.weight @ self.weight.T + self.gamma2 * torch.eye(len(self.mean))
+
+    @property
+    def balance(self) -> Balance:
+        return FixedBalance(gamma2=self.gamma2)
+
+    def vae(self, *, wider: float = 1.0, shifted: float = 0.0) -> VAE:
+        """The posterior's standard deviations times `wider`, its means moved by `shifted` of the true ones."""
+        encoder, decoder = mlp((1, 8, 8), LATENTS, hidden=(), output="linear")
+        std = (self.gamma2 / self.variances).sqrt()
+        infer = (self.weight / self.variances).T
+        with torch.no_grad():
+            encoder.mean.weight.copy_(infer)
+            encoder.mean.bias.copy_(shifted * std - infer @ self.mean)
+            encoder.log_std.weight.zero_()
+            encoder.log_std.bias.copy_((wider * std).log())
+            decoder.layers[0].weight.copy_(self.weight)
+            decoder.layers[0].bias.copy_(self.mean)
+        return VAE(encoder, decoder)
+
+    def nll(self, images: Tensor) -> np.ndarray:
+        return -multivariate_normal(self.mean.numpy(), self.covariance.numpy()).logpdf(images.flatten(1).double().numpy())
+
+    def elbo_gap(self, wider: float, shifted: float) -> float:
+        """KL(q(z|x) || p(z|x)), the same for all images."""
+        return LATENTS * (0.5 * (wider**2 + shifted**2 - 1) - math.log(wider))
+
+
+@pytest.fixture(scope="module")
+def pca(digits) -> ProbabilisticPCA:
+    return ProbabilisticPCA(digits)
+
+
+def test_with_the_true_posterior_one_sample_gives_each_images_exact_likelihood(digits, pca):
+    one = nll_per_image(pca.vae(), pca.balance, digits, samples=1)
+    many = nll_per_image(pca.vae(), pca.balance, digits, samples=250)
+    np.testing.assert_allclose(one.nll_nats.numpy(), pca.nll(digits), atol=2e-3)
+    np.testing.assert_allclose(many.nll_nats.numpy(), pca.nll(digits), atol=2e-3)
+    np.testing.assert_allclose(many.effective_share.numpy(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("wider, shifted", [(1.4, 0.0), (1.0, 0.5), (1.3, -0.4)])
+def test_with_a_wrong_posterior_enough_samples_come_within_a_tenth_of_a_nat_where_the_elbo_is_below(
+    digits, pca, wider, shifted
+):
+    vae = pca.vae(wider=wider, shifted=shifted)
+    exact = pca.nll(digits)
+    nll = nll_per_image(vae, pca.balance, digits, samples=500).nll_nats.numpy()
+    assert nll.mean() == pytest.approx(exact.mean(), abs=0.03)
+    assert np.abs(nll - exact).max() < 0.3
+    elbo = np.mean([reconstruction(vae, pca.balance, digits, seed=seed).elbo_nats for seed in range(20)])
+    gap = pca.elbo_gap(wider, shifted)
+    assert gap > 0.3 and elbo == pytest.approx(-exact.mean() - gap, abs=0.2)
+    assert elbo < -nll.mean()
+
+
+def test_one_sample_gives_the_negative_elbo_on_average_and_more_samples_less(digits, pca):
+    wider, shifted = 1.3, 0.5
+    vae = pca.vae(wider=wider, shifted=shifted)
+    means = [
+        np.mean([importance_weighted_nll(vae, pca.balance, digits, samples=k, seed=s).mean_nats for s in range(8)])
+        for k in (1, 4, 16, 64)
+    ]
+    assert means[0] == pytest.approx(pca.nll(digits).mean() + pca.elbo_gap(wider, shifted), abs=0.2)
+    assert all(few - more > 0.03 for few, more in pairwise(means)), means
+    assert means[-1] > pca.nll(digits).mean()
+
+
+def test_the_figures_are_those_of_the_images(digits, pca):
+    vae = pca.vae(wider=1.5)
+    likelihood, each = (f(vae, pca.balance, digits, samples=30) for f in (importance_weighted_nll, nll_per_image))
+    nll = each.nll_nats.numpy()
+    assert likelihood.samples == 30
+    assert likelihood.mean_nats == pytest.approx(nll.mean(), rel=1e-12)
+    assert likelihood.standard_error_nats == pytest.approx(nll.std(ddof=1) / math.sqrt(IMAGES), rel=1e-12)
+    assert likelihood.bits_per_dim == pytest.approx((nll.mean() / 64 + math.log(255)) / math.log(2), rel=1e-12)
+    assert likelihood.effective_share == pytest.approx(float(each.effective_share.mean()), rel=1e-12)
+    assert 1 / 30 <= float(each.effective_share.min()) < likelihood.effective_share < 1
+
+
+def test_the_effective_share_is_what_the_weights_second_moment_says(digits, pca):
+    """For q = N(0, c^2) and target N(0, 1), K / ESS tends to E_q[w^2] / E_q[w]^2 = c^2 / sqrt(2 c^2 - 1) per latent."""
+    share = nll_per_image(pca.vae(wider=1.5), pca.balance, digits[:20], samples=4000).effective_share
+    assert float(share.mean()) == pytest.approx((math.sqrt(2 * 1.5**2 - 1) / 1.5**2) ** LATENTS, rel=0.02)
+
+
+def test_an_image_does_not_depend_on_the_others_or_on_the_chunks(digits, pca, monkeypatch):
+    vae = pca.vae(wider=1.5)
+    together = nll_per_image(vae, pca.balance, digits, samples=BLOCK + 5)
+    alone = nll_per_image(vae, pca.balance, digits[:7], samples=BLOCK + 5)
+    torch.testing.assert_close(together.nll_nats[:7], alone.nll_nats, rtol=0, atol=1e-3)
+    others = digits.flip(0)
+    others[3] = digits[3]
+    swapped = nll_per_image(vae, pca.balance, others, samples=BLOCK + 5)
+    torch.testing.assert_close(together.nll_nats[3], swapped.nll_nats[3], rtol=0, atol=1e-3)
+    monkeypatch.setattr(encoding, "CHUNK", 13)
+    torch.testing.assert_close(
+        nll_per_image(vae, pca.balance, digits, samples=BLOCK + 5).nll_nats, together.nll_nats, rtol=0, atol=1e-3
+    )
+
+
+def test_seeds_differ_images_differ_and_blocks_differ(digits, pca):
+    vae, same = pca.vae(wider=1.5), digits[:1].expand(4, 1, 8, 8)
+    first, again, second = (nll_per_image(vae, pca.balance, same, samples=3, seed=seed).nll_nats for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert len(set(first.tolist() + second.tolist())) == 8
+    share = nll_per_image(vae, pca.balance, digits[:1], samples=2 * BLOCK).effective_share
+    once = nll_per_image(vae, pca.balance, digits[:1], samples=BLOCK).effective_share
+    assert float(share) != pytest.approx(float(once), rel=1e-3), "the second block would be the first again"
+
+
+def test_samples_beyond_a_whole_block_count(digits, pca):
+    """The first K weights of one stream are summed, across the end of a block too: each more adds between 0 and 1.5^5."""
+    vae, image = pca.vae(wider=1.5), digits[:1]
+
+    def total(samples: int) -> float:
+        nll = nll_per_image(vae, pca.balance, image, samples=samples).nll_nats
+        return samples * math.exp(pca.nll(image).item() - nll.item())
+
+    totals = [total(samples) for samples in range(BLOCK - 3, BLOCK + 5)]
+    assert all(0 < more - less < 1.5**LATENTS + 0.1 for less, more in pairwise(totals))
+
+
+class Counting(nn.Module):
+    """A decoder that notes how many latents it is given at a time."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.sizes = decoder, []
+
+    def forward(self, latents):
+        self.sizes.append(len(latents))
+        return self.decoder(latents)
+
+
+def test_no_more_than_a_block_of_latents_is_decoded_at_a_time(digits, pca):
+    vae = pca.vae()
+    vae.decoder = Counting(vae.decoder)
+    nll_per_image(vae, pca.balance, digits[:3], samples=5 * BLOCK + 1)
+    assert max(vae.decoder.sizes) == BLOCK and sum(vae.decoder.sizes) == 3 * (5 * BLOCK + 1)
+
+
+class Bent(nn.Module):
+    """A decoder of one latent and two values that no closed form covers."""
+
+    def forward(self, latents):
+        return torch.cat([latents.sin(), 0.5 * latents.square()], 1)
+
+
+class Constant(nn.Module):
+    """An encoder that gives all images one posterior."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean, self.std = nn.Parameter(torch.tensor(mean)), std
+
+    def forward(self, values):
+        shape = (len(values), 1)
+        return self.mean.expand(shape), torch.full(shape, 2 * math.log(self.std))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_any_decoder_and_error_agree_with_quadrature(power):
+    values, gamma2 = torch.tensor([[0.3, 0.1], [-0.6, 0.9], [0.9, 0.2]]), 0.2
+    noise = laplace(scale=gamma2) if power == 1 else norm(scale=math.sqrt(gamma2))
+    likelihood = nll_per_image(
+        VAE(Constant(0.2, 1.2), Bent()), FixedBalance(gamma2=gamma2, power=power), values, samples=20_000
+    )
+    for (a, b), nll in zip(values.tolist(), likelihood.nll_nats.tolist(), strict=True):
+        density = lambda z, a=a, b=b: norm.pdf(z) * noise.pdf(a - math.sin(z)) * noise.pdf(b - z * z / 2)  # noqa: E731
+        exact, _ = quad(density, -6, 6, limit=200, points=[math.asin(a), math.sqrt(2 * b), -math.sqrt(2 * b)])
+        assert nll == pytest.approx(-math.log(exact), abs=0.03)
+    figures = importance_weighted_nll(VAE(Constant(0.2, 1.2), Bent()), FixedBalance(), values, samples=5)
+    assert figures.bits_per_dim is None, "two numbers are not an image"
+
+
+class Folded(nn.Module):
+    """z and -z look alike: the true posterior has two modes."""
+
+    def forward(self, latents):
+        return latents.abs()
+
+
+def test_a_posterior_that_misses_a_mode_looks_trustworthy_and_is_wrong_by_log_2():
+    """The trap that the documentation names. p(z|x) is half N(mu, s^2), half N(-mu, s^2), for x far from 0."""
+    value, gamma2 = 2.0, 0.01
+    mean, variance = value / (1 + gamma2), gamma2 / (1 + gamma2)
+    exact = -norm.logpdf(value, scale=math.sqrt(1 + gamma2)) - math.log(2)
+    vae = VAE(Constant(mean, math.sqrt(variance)), Folded())
+    blind = nll_per_image(vae, FixedBalance(gamma2=gamma2), torch.tensor([[value]]), samples=1000)
+    assert float(blind.nll_nats) == pytest.approx(exact + math.log(2), abs=1e-3)
+    assert float(blind.effective_share) > 0.99
+    seeing = nll_per_image(
+        VAE(Constant(0.0, 2.0), Folded()), FixedBalance(gamma2=gamma2), torch.tensor([[value]]), samples=20_000
+    )
+    assert float(seeing.nll_nats) == pytest.approx(exact, abs=0.05)
+    assert float(seeing.effective_share) < 0.2
+
+
+def test_what_cannot_be_estimated_is_refused(digits, pca, unchecked):
+    vae = pca.vae()
+    with pytest.raises(InputError, match="samples must be at least 1, not 0"):
+        nll_per_image(vae, pca.balance, digits, samples=0)
+    with pytest.raises(InputError, match="at least 2 images, not 1"):
+        importance_weighted_nll(vae, pca.balance, digits[:1])
+    with pytest.raises(InputError, match="no images"):
+        nll_per_image(vae, pca.balance, digits[:0])
+    with torch.no_grad():
+        vae.encoder.log_std.bias.fill_(math.nan)
+    with pytest.raises(InputError, match="NaN"):
+        nll_per_image(vae, pca.balance, digits, samples=1)
