@@ -1,97 +1,144 @@
-"""Feature extraction around an extractor that needs no weights, and what is said where Inception is not to be had."""
+"""Extraction around networks that need no weights: what an extractor is given, gives and is called, and the resizes."""
 
-import sys
-import types
-import warnings
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from poise import features
-from poise.errors import InputError, MissingExtraError, MissingInputError
+from poise.datasets import Rows
+from poise.errors import InputError, RunError
+from poise.features import Extractor, extract, make_extractor
+from poise.features.resize import resize_like_tensorflow1
 
 BYTES = np.random.default_rng(0).integers(0, 256, (123, 1, 4, 4), dtype=np.uint8)
 
 
-def pixels(images: torch.Tensor) -> torch.Tensor:
-    assert images.dtype == torch.uint8 and images.shape[1] == 3
-    return images.flatten(1).double()
+def levels(images: torch.Tensor) -> torch.Tensor:
+    assert images.dtype == torch.float32 and images.shape[1] == 3
+    return images.flatten(1)
+
+
+def extractor_of(network, name: str = "net") -> Extractor:
+    return Extractor(name, "0" * 64, "none", network, torch.device("cpu"))
+
+
+LEVELS = extractor_of(levels)
+EXPECTED = torch.from_numpy(BYTES).expand(-1, 3, -1, -1).flatten(1).float()
 
 
 def test_every_image_is_seen_once_and_in_order():
-    expected = torch.from_numpy(BYTES).expand(-1, 3, -1, -1).flatten(1).float()
-    assert torch.equal(features.extract(pixels, BYTES, quiet=True), expected)
-    assert torch.equal(features.extract(pixels, torch.from_numpy(BYTES), quiet=True), expected)
+    rows = Rows(np.concatenate([BYTES, BYTES]), np.arange(123))
+    for images in (BYTES, torch.from_numpy(BYTES), rows):
+        assert torch.equal(extract(LEVELS, images), EXPECTED)
+    assert torch.equal(LEVELS(BYTES), EXPECTED)
 
 
-@pytest.fixture
-def fidelity(monkeypatch):
-    """Stands for torch-fidelity: its two modules, with a network of no weights."""
-
-    class Network(torch.nn.Module):
-        def __init__(self, name, features_list, weights):
-            super().__init__()
-            torch.load(weights)
-
-    def resize(images, size, align_corners):
-        return torch.nn.functional.interpolate(images, size, mode="nearest")
-
-    modules = {
-        "torch_fidelity": types.ModuleType("torch_fidelity"),
-        "torch_fidelity.feature_extractor_inceptionv3": types.SimpleNamespace(FeatureExtractorInceptionV3=Network),
-        "torch_fidelity.interpolate_compat_tensorflow": types.SimpleNamespace(interpolate_bilinear_2d_like_tensorflow1x=resize),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+@pytest.mark.parametrize("total", [None, 123])
+def test_batches_of_any_size_can_come_from_a_generator(total):
+    batches = (BYTES[start : start + 17] for start in range(0, 123, 17))
+    assert torch.equal(extract(LEVELS, batches, total=total), EXPECTED)
 
 
-def test_a_torchscript_file_gets_resized_images_around_zero(fidelity, tmp_path):
-    class Corner(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([x[:, 0, 0, 0], x[:, 0, 298, 298]], 1)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.save(torch.jit.trace(Corner(), torch.zeros(1, 3, 299, 299)), str(tmp_path / "net.pt"))
-    extracted = features.extract(features.inception(tmp_path / "net.pt"), BYTES[:7], quiet=True)
-    corners = torch.from_numpy(BYTES[:7, 0][:, [0, -1], [0, -1]]).float()
-    torch.testing.assert_close(extracted, (corners - 128) / 128)
+@pytest.mark.parametrize("total", [122, 124])
+def test_a_generator_of_another_number_of_images_is_an_error(total):
+    with pytest.raises(InputError, match=f"123 images, not {total}"):
+        extract(LEVELS, iter([BYTES]), total=total)
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("code was run",))
+def test_a_generator_of_nothing_is_an_error():
+    with pytest.raises(InputError, match="0 images"):
+        extract(LEVELS, iter([]))
 
 
-def test_a_weights_file_cannot_run_code(fidelity, tmp_path, capsys):
-    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match=r"evil\.pth: neither"):
-        features.inception(tmp_path / "evil.pth")
-    assert "code was run" not in capsys.readouterr().out
+def test_progress_goes_to_stderr_and_only_if_asked_for(capsys):
+    extract(LEVELS, BYTES)
+    assert capsys.readouterr().err == ""
+    extract(LEVELS, BYTES, title="real", quiet=False)
+    out, err = capsys.readouterr()
+    assert out == "" and "real 123/123" in err
 
 
-def test_what_is_no_weights_file_is_named(fidelity, tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing of the kind")
-    with pytest.raises(InputError, match=r"notes\.txt: neither"):
-        features.inception(tmp_path / "notes.txt")
-    with pytest.raises(MissingInputError, match=r"lost\.pt: no such file"):
-        features.inception(tmp_path / "lost.pt")
+def test_floats_are_levels_that_are_not_rounded():
+    images = torch.rand(5, 3, 4, 4)
+    assert torch.equal(LEVELS(images), (images * 255).flatten(1))
+    torch.testing.assert_close(LEVELS(BYTES / np.float32(255)), EXPECTED, rtol=1e-6, atol=0)
 
 
-def test_a_missing_extra_names_the_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "poise\[eval\]"'):
-        features.inception()
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 2, 4, 4), r"1 or 3"),
+        (torch.zeros(3, 4, 4), r"1 or 3"),
+        (torch.zeros(0, 3, 4, 4), "no images"),
+        (torch.full((1, 1, 2, 2), 1.5), r"\[0, 1\], not floats from 1.5 to 1.5"),
+        (torch.full((1, 1, 2, 2), -0.5), r"\[0, 1\]"),
+        (torch.full((1, 1, 2, 2), math.nan), r"\[0, 1\]"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), "int64"),
+    ],
+)
+def test_what_are_no_images_is_an_error(images, message):
+    with pytest.raises(InputError, match=message):
+        LEVELS(images)
 
 
-def test_local_weights_are_found_by_variable_or_in_torch_hubs_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.delenv("POISE_INCEPTION", raising=False)
-    assert features.available_inception() is None
-    cached = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    cached.parent.mkdir()
-    cached.touch()
-    assert features.available_inception() == cached
-    monkeypatch.setenv("POISE_INCEPTION", str(tmp_path / "mine.pt"))
-    assert features.available_inception() == tmp_path / "mine.pt"
+def test_what_are_no_features_is_an_error():
+    with pytest.raises(InputError, match=r"gives \(5, 3, 4, 4\) for 5 images"):
+        extractor_of(lambda images: images)(BYTES)
+    with pytest.raises(RunError, match="not finite"):
+        extractor_of(lambda images: images.flatten(1).log())(np.zeros((1, 1, 2, 2), np.uint8))
+
+
+def test_only_inception_may_call_its_distance_fid():
+    inception, mine = extractor_of(levels, "inception"), extractor_of(levels, "mynet")
+    assert [inception.distance, inception.metric_name("KID"), inception.metric_name("IS")] == ["FID", "KID", "IS"]
+    assert [mine.distance, mine.metric_name("KID"), mine.metric_name("IS")] == ["FD-mynet", "KID-mynet", "IS-mynet"]
+
+
+def test_pixels_are_averages_over_cells():
+    extractor = make_extractor("pixels")
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 32, 48), dtype=np.uint8)
+    expected = images.reshape(3, 3, 16, 2, 16, 3).mean((3, 5)).reshape(3, -1) / 255
+    torch.testing.assert_close(extractor(images), torch.from_numpy(expected).float())
+    torch.testing.assert_close(extractor(BYTES), EXPECTED / 255)
+    assert extractor.distance == "FD-pixels" and len(extractor.checksum) == 64
+
+
+def test_an_unknown_extractor_is_named_with_those_there_are():
+    with pytest.raises(InputError, match=r"no extractor 'incept': give inception, light, dinov2, pixels, or a TorchScript"):
+        make_extractor("incept")
+
+
+SIZES = [
+    ((32, 32), (299, 299)),
+    ((7, 13), (20, 9)),
+    ((64, 48), (31, 50)),
+    ((90, 61), (29, 31)),
+    ((1, 1), (3, 2)),
+    ((9, 9), (9, 9)),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), SIZES)
+def test_the_resize_is_torch_fidelitys_bit_by_bit(torch_fidelity, given, wanted):
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    images = torch.rand(2, 3, *given) * 255
+    expected = interpolate_bilinear_2d_like_tensorflow1x(images, size=wanted, align_corners=False)
+    assert torch.equal(resize_like_tensorflow1(images, *wanted), expected)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [((7, 13), (20, 9)), ((5, 4), (3, 11))])
+def test_the_resize_is_bilinear_without_half_pixel_centres(given, wanted):
+    image = np.random.default_rng(2).random(given)
+    expected = np.empty(wanted)
+    for i in range(wanted[0]):
+        for j in range(wanted[1]):
+            y, x = i * given[0] / wanted[0], j * given[1] / wanted[1]
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, given[0] - 1), min(left + 1, given[1] - 1)
+            above = image[top, left] * (1 - x % 1) + image[top, right] * (x % 1)
+            below = image[bottom, left] * (1 - x % 1) + image[bottom, right] * (x % 1)
+            expected[i, j] = above * (1 - y % 1) + below * (y % 1)
+    resized = resize_like_tensorflow1(torch.from_numpy(image).float()[None, None], *wanted)
+    np.testing.assert_allclose(resized[0, 0], expected, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,23 @@ def write_file(path: Path, content: bytes) -> None:
         write_synced(writing, content)
         writing.replace(path)
     except OSError as error:
-        writing.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may be what is wrong
+            writing.unlink()
         raise write_failure(path, error) from error
 
 
 def write_json(path: Path, values: Any) -> None:
-    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+    """Write values as JSON, those that are no numbers as null: see `strict`."""
+    write_file(path, (json.dumps(strict(values), indent=2, allow_nan=False) + "\n").encode())
+
+
+def strict(values: Any) -> Any:
+    """Values that JSON can hold: it has neither infinity nor NaN, which become None."""
+    if isinstance(values, dict):
+        return {key: strict(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [strict(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def write_failure(path: Path, error: OSError) -> RunError:
