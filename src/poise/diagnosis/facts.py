@@ -1,0 +1,118 @@
+"""What was measured of one model, and what follows from it about balance and overfitting."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
+from poise.diagnosis.generation import Comparison
+from poise.diagnosis.subject import Seen
+from poise.diagnosis.weight import InferredWeight, LossWeights
+
+IMBALANCED = 1.5  # equivalent beta read from the loss; computed, learned and optimal balances: 0.9 to 1.1
+INFERRED_IMBALANCED = 2.0  # equivalent beta inferred from the model; balanced models: 0.65 to 1.6
+CROSS_ENTROPY_CLOSE = 0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
+SURE = 2.0  # standard errors by which two MSEs must differ
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured of a model whose numbers are finite, whose images fit, and whose decoder lives.
+
+    Attributes:
+        seen, train: what it makes of the images, and of training images where they are known.
+        num_train: training images in all; 0: not known.
+        balance: the loss, where it is one of Poise's.
+        loss: weights by the loss; None: it was not given.
+        inferred: weights by the model; None: every latent has collapsed.
+        largest_variance: of the images along any direction.
+        comparison: samples against images; None: too few images.
+    """
+
+    seen: Seen
+    train: Seen | None = None
+    num_train: int = 0
+    balance: Balance | None = None
+    loss: LossWeights | None = None
+    inferred: InferredWeight | None = None
+    largest_variance: float = 0.0
+    comparison: Comparison | None = None
+
+    @property
+    def trained_on(self) -> Seen:
+        return self.train or self.seen
+
+    @property
+    def num_latents(self) -> int:
+        return self.seen.codes.mean.shape[1]
+
+    @property
+    def inactive(self) -> list[int]:
+        return (~self.seen.active).nonzero().flatten().tolist()
+
+    @cached_property
+    def followed(self) -> float | None:
+        """The training error, where it is known only by a balance that has followed it to below that of the images."""
+        if not isinstance(self.balance, (ComputedBalance, LearnedBalance, OptimalBalance)):
+            return None
+        gamma2 = float(self.balance.gamma2)
+        return gamma2 if gamma2 < float(self.seen.error(self.balance.power).mean()) else None
+
+    @cached_property
+    def train_mse(self) -> float | None:
+        if self.train is not None:
+            return self.train.mse
+        return self.followed if self.balance is not None and self.balance.power == 2 else None
+
+    @cached_property
+    def overfitted(self) -> float:
+        """MSE of new images over that of training images, or 1 where the difference is within the errors, or not known."""
+        if self.train_mse is None:
+            return 1.0
+        variances = [seen.error().var() / len(seen.images) for seen in (self.seen, self.train) if seen is not None]
+        difference = self.seen.mse - self.train_mse
+        return self.seen.mse / max(self.train_mse, 1e-12) if difference > SURE * float(sum(variances)) ** 0.5 else 1.0
+
+    @cached_property
+    def weighing(self) -> "Weighing | None":
+        """How the KL is weighed, by the loss, or by the model; None: neither is known."""
+        if self.loss is not None and self.loss.known:
+            new = self.loss.balanced_gamma2(self.seen)
+            right = self.loss.balanced_gamma2(self.train) if self.train else self.followed or new
+            return Weighing("loss", self.loss.gamma2, right, new, IMBALANCED)
+        if self.inferred is None or (self.loss is None and abs(self.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE):
+            return None
+        doubt = 1 + SURE * self.inferred.relative_error
+        train_mse = self.train_mse or self.seen.mse
+        return Weighing("model", self.inferred.gamma2, train_mse, self.seen.mse, INFERRED_IMBALANCED * doubt)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """The decoder variance that a loss amounts to, and the errors that it should equal.
+
+    A model that learned its training images by heart has two errors; a gamma2 anywhere between them is no imbalance.
+
+    Attributes:
+        by: what tells: the loss or the model.
+        gamma2: eq. 1 or 3.
+        right, new: the error of training images, and of new ones.
+        factor: beyond which it is an imbalance.
+    """
+
+    by: Literal["loss", "model"]
+    gamma2: float
+    right: float
+    new: float
+    factor: float
+
+    @property
+    def beta(self) -> float:
+        return self.gamma2 / max(self.right, 1e-12)
+
+    @property
+    def side(self) -> Literal["over", "under", "balanced"]:
+        low, high = sorted((self.right, self.new))
+        if self.gamma2 > self.factor * high:
+            return "over"
+        return "under" if self.gamma2 < low / self.factor else "balanced"

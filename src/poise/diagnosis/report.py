@@ -1,0 +1,102 @@
+"""What a diagnosis says."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Name = Literal[
+    "not-finite",  # NaN or infinite values in images, weights, outputs or KL
+    "data-range",  # images have values that the decoder cannot produce
+    "dead-decoder",  # the output is the same for every latent, to rounding
+    "norm-unsettled",  # BatchNorm's running averages are far from the statistics of the images
+    "kl-formula",  # the loss's KL term is not that of (mean, logvar)
+    "reduction",  # means where the evidence lower bound has sums
+    "over-regularised",  # the KL counts for too much
+    "under-regularised",  # the KL counts for too little
+    "posterior-collapse",  # latents that should carry information carry none
+    "too-few-images",  # trained on so few that it learned them by heart
+    "overfitting",  # new images are reconstructed much worse than training images
+    "prior-gap",  # samples are much worse than reconstructions, and another prior helps
+    "variance-lost",  # samples vary too little, and renormalising the latents helps
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        name: of the cause, see `Name`.
+        sentence: what it is, in plain words, with the figures that show it.
+        figures: those figures.
+        remedy: the one thing to try.
+    """
+
+    name: Name
+    sentence: str
+    figures: Mapping[str, float]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that is wrong, and all that was measured. `print` it to read it.
+
+    Attributes:
+        findings: the most fundamental cause first; empty for a healthy model.
+        figures: everything that was measured, by name: `mse` and the like per dimension, from posterior samples; `kl_nats`
+            per image; `distance_...`: Frechet distance between pixels as a share of the images' variance.
+        notes: what limits the diagnosis.
+    """
+
+    findings: tuple[Finding, ...]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        return not self.findings
+
+    @property
+    def cause(self) -> Finding | None:
+        """The most fundamental finding: what to cure first."""
+        return self.findings[0] if self.findings else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values. Numbers that JSON does not know (NaN, infinite) become the words "nan", "inf", "-inf"."""
+        parts = {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+        return _plain(parts | {"figures": dict(self.figures), "notes": list(self.notes)})
+
+    def __str__(self) -> str:
+        healthy = ["Healthy: nothing wrong was found.", *(f"- {line}" for line in evidence(self.figures))]
+        lines = healthy if self.healthy else []
+        for number, finding in enumerate(self.findings, 1):
+            lines += [f"{number}. {finding.name}: {finding.sentence}", f"   Try: {finding.remedy}"]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def evidence(figures: Mapping[str, Any]) -> list[str]:
+    """The figures that show health, in words; what was not measured is left out."""
+    samples = ", ".join(f"{{{key}:.3f}} ({label})" for key, label in _PRIORS.items() if key in figures)
+    templates = {
+        "images_least": "the images' values, {images_least:.3g} to {images_most:.3g}, are within the decoder's reach",
+        "equivalent_beta": "the KL counts {equivalent_beta:.2f} times what balances the training error; about 1 is right",
+        "active_latents": "{active_latents} of {latents} latents are active; those that are not cost nothing",
+        "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average over latents",
+        "mse_train": "the MSE is {mse_train:.4g} on training images and {mse:.4g} on the others",
+        "distance_normal": "Frechet distance from the images, as a share of their variance: reconstructions "
+        f"{{distance_reconstructions:.3f}}, samples {samples}",
+    }
+    return [text.format(**figures) for name, text in templates.items() if name in figures]
+
+
+_PRIORS = {"distance_normal": "normal", "distance_second-stage": "second stage", "distance_mixture": "mixture"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,267 @@
+"""How a loss weighs its parts: read from its gradients, or from the model that it trained. Equations: `poise.diagnosis`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poise.diagnosis.subject import Seen, device_of
+from poise.errors import InputError
+from poise.metrics import CHUNK
+from poise.seeds import generator
+from poise.shapes import Latents, Values
+from poise.vae import VAE
+
+Error = Literal["squared", "absolute", "cross-entropy"]
+KLFormula = Literal["exact", "log-std", "reversed", "other", "absent"]
+
+PROPORTIONAL = 0.99  # cosine of two gradients: squared and absolute errors have 0.8 or less, rounding keeps 1 - 1e-6
+BATCH = 128  # images at which a loss is tried, and half of them: a sum over the batch doubles with it, a mean does not
+NO_SLOPE = 1e-5  # of the loss: what remains of an error that is divided by itself is rounding, 1e-7
+FEW_IMAGES = 256  # 512 antithetic draws: the inferred weight is then known to about 2 %
+PAIRS = 2
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """A loss as error_weight * error + kl_weight * KL, both summed over dimensions and averaged over the batch.
+
+    Attributes:
+        error: which error it takes; None: none of these.
+        error_weight, kl_weight: per image, at a batch of 128.
+        kl_formula: whether its KL is that of N(mean, exp(logvar)); "log-std": of N(mean, exp(2 logvar)).
+        batch_mismatch: whether one of the two is summed over the batch and the other averaged.
+        error_averaged: whether its error is averaged over the values of an image; None: it takes images of one size only.
+        kl_averaged: whether its KL is averaged over latents; likewise.
+    """
+
+    error: Error | None
+    error_weight: float
+    kl_weight: float
+    kl_formula: KLFormula
+    batch_mismatch: bool
+    error_averaged: bool | None
+    kl_averaged: bool | None
+
+    @property
+    def known(self) -> bool:
+        """Whether `gamma2` and `equivalent_beta` have a meaning."""
+        return self.error is not None and self.kl_formula in ("exact", "absent")
+
+    @property
+    def gamma2(self) -> float:
+        """k / (p c), eq. 1 for any power p of the error; for cross-entropy k / c, which is 1 at balance."""
+        power = 2 if self.error == "squared" else 1
+        return self.kl_weight / (power * self.error_weight) if self.error_weight else math.inf
+
+    def equivalent_beta(self, seen: Seen) -> float:
+        return self.gamma2 / self.balanced_gamma2(seen)
+
+    def balanced_gamma2(self, seen: Seen) -> float:
+        """What gamma2 should be: the mean error (for cross-entropy, a likelihood without scale, 1)."""
+        if self.error == "cross-entropy":
+            return 1.0
+        return float(seen.error(1 if self.error == "absolute" else 2).mean())
+
+
+def loss_weights(loss: Callable[..., Any], seen: Seen, device: torch.device, seed: int) -> LossWeights:
+    """The weights that a loss gives its parts, by its gradients at reconstructions and at drawn means and logvars.
+
+    Args:
+        loss: loss(reconstruction, images, mean, logvar) -> a scalar, or a tuple with a field `loss`.
+        seen: images and their reconstructions.
+        device: where the loss is computed.
+        seed: of the drawn means and logvars.
+
+    Raises:
+        InputError: the loss does not take these arguments, or does not give a scalar.
+    """
+    count = seen.codes.mean.shape[1]
+    drawn = torch.randn(2, BATCH, count, generator=generator("loss", seed))
+    rows = torch.arange(BATCH) % len(seen.images)
+    points = [point.to(device) for point in (seen.restored[rows], seen.images[rows], drawn[0], drawn[1] / 2)]
+    whole = _gradients(loss, *points)
+    half = _gradients(loss, *(point[: BATCH // 2] for point in points))
+    try:
+        wide = _gradients(loss, *(torch.cat([point, point], -1) for point in points))
+    except InputError:  # it knows the size of its images by heart
+        wide = None
+    return _compared(whole, half, wide)
+
+
+def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None") -> LossWeights:
+    """Weights, and how they change with half the batch, and with twice the values and latents."""
+    (error, error_slope), (formula, kl_slope) = _error(whole), _kl(whole)
+    kind = error or "squared"
+    return LossWeights(
+        error=error,
+        error_weight=error_slope * BATCH,
+        kl_weight=kl_slope * BATCH,
+        kl_formula=formula,
+        batch_mismatch=_doubles(error_slope, half.error_slope(kind)) != _doubles(kl_slope, half.kl_slope()),
+        error_averaged=None if wide is None else _doubles(error_slope, wide.error_slope(kind)),
+        kl_averaged=None if wide is None else _doubles(kl_slope, wide.kl_slope()),
+    )
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of a loss by reconstruction (error) and by mean and logvar (kl), its value, and where they were taken; float64."""
+
+    reconstruction: Tensor
+    images: Tensor
+    mean: Tensor
+    logvar: Tensor
+    error: Tensor
+    kl: Tensor
+    value: float
+
+    def errors(self) -> dict[Error, Tensor]:
+        """Gradients of errors summed over everything."""
+        difference = self.reconstruction - self.images
+        variance = (self.reconstruction * (1 - self.reconstruction)).clamp_min(1e-12)
+        kinds: dict[Error, Tensor] = {"squared": 2 * difference, "absolute": difference.sign()}
+        if float(self.reconstruction.min()) >= 0 and float(self.reconstruction.max()) <= 1:
+            kinds["cross-entropy"] = difference / variance
+        return kinds
+
+    def kls(self) -> dict[KLFormula, Tensor]:
+        """Gradients of KL(N(mean, exp(logvar)) || N(0, I)), and of it with logvar taken for log s."""
+        return {
+            "exact": torch.cat([self.mean, (self.logvar.exp() - 1) / 2]),
+            "log-std": torch.cat([self.mean, (2 * self.logvar).exp() - 1]),
+        }
+
+    def error_slope(self, kind: Error) -> float:
+        return _slope(self.error, self.errors().get(kind, self.error))
+
+    def kl_slope(self) -> float:
+        return _slope(self.kl, self.kls()["exact"])
+
+
+def _gradients(loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Latents, logvar: Latents) -> _Gradients:
+    at = [point.detach().clone().requires_grad_() for point in (reconstruction, mean, logvar)]
+    value = _scalar(loss, at[0], images, at[1], at[2])
+    slopes = torch.autograd.grad(value, at, materialize_grads=True) if value.requires_grad else map(torch.zeros_like, at)
+    by_error, by_mean, by_logvar = (slope.detach().cpu().double() for slope in slopes)
+    values = (tensor.detach().cpu().double() for tensor in (reconstruction, images, mean, logvar))
+    return _Gradients(*values, error=by_error, kl=torch.cat([by_mean, by_logvar]), value=float(value.detach()))
+
+
+def _scalar(loss: Callable[..., Any], *arguments: Tensor) -> Tensor:
+    try:
+        value = loss(*arguments)
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"loss(reconstruction, images, mean, logvar) failed: {reason}") from error
+    value = getattr(value, "loss", value)
+    if not (isinstance(value, Tensor) and value.numel() == 1):
+        raise InputError(f"loss must return one number as a tensor, the loss of the batch, not {type(value).__name__}")
+    return value.reshape(())
+
+
+def _error(found: _Gradients) -> tuple[Error | None, float]:
+    """The error whose gradient is proportional to the loss's, and the factor."""
+    if found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(found.value):
+        return "squared", 0.0
+    for kind, gradient in found.errors().items():
+        if _cosine(found.error, gradient) > PROPORTIONAL:
+            return kind, _slope(found.error, gradient)
+    return None, 0.0
+
+
+def _kl(found: _Gradients) -> tuple[KLFormula, float]:
+    gradients = found.kls()
+    slope = found.kl_slope()
+    if not found.kl.any():
+        return "absent", 0.0
+    for formula, gradient in gradients.items():
+        if _cosine(found.kl, gradient) > PROPORTIONAL:
+            return formula, slope
+    return ("reversed" if _cosine(found.kl, gradients["exact"]) < -PROPORTIONAL else "other"), slope
+
+
+def _slope(values: Tensor, by: Tensor) -> float:
+    return float((values * by).sum() / by.square().sum().clamp_min(1e-300))
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300))
+
+
+def _doubles(weight: float, other: float) -> bool:
+    """Whether the weight of a sum became about twice, or half, what it was: an average has changed its count."""
+    return weight * other > 0 and abs(math.log2(other / weight)) > 0.5
+
+
+@dataclass(frozen=True)
+class InferredWeight:
+    """What a trained model tells of the loss that trained it.
+
+    Attributes:
+        gamma2: eq. 3.
+        relative_error: its standard error, over images, divided by it.
+        cross_entropy: the same of a cross-entropy in place of SE / 2: 1 for a model trained with it. NaN where images or
+            outputs leave [0, 1].
+    """
+
+    gamma2: float
+    relative_error: float
+    cross_entropy: float
+
+
+def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
+    """The weight of the loss that trained a VAE, from its posteriors (eq. 3); None where no latent is active.
+
+    Args:
+        vae: in evaluation mode.
+        seen: best what it makes of its training images.
+        seed: of the posterior samples.
+    """
+    if not seen.active.any():
+        return None
+    count, device = min(len(seen.images), FEW_IMAGES), device_of(vae)
+    source = generator("inferred", seed)
+    felt = torch.zeros(len(ERRORS), count, dtype=torch.float64)
+    for start in range(0, count, CHUNK):
+        rows = slice(start, min(start + CHUNK, count))
+        mean, std, images = (part[rows].to(device) for part in (seen.codes.mean, seen.codes.std, seen.images))
+        for _ in range(PAIRS):
+            noise = torch.randn(mean.shape, generator=source).to(device)
+            for signed in (noise, -noise):  # antithetic: the part of the error that is linear in the noise cancels
+                felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(2) / (2 * PAIRS)
+    spent = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
+    (gamma2, relative_error), (cross_entropy, _) = (_ratio(each, spent) for each in felt)
+    within = all(float(part.min()) >= 0 and float(part.max()) <= 1 for part in (seen.images, seen.restored))
+    return InferredWeight(gamma2, relative_error, cross_entropy if within else math.nan)
+
+
+@torch.enable_grad()
+def _felt(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
+    """s dE/ds of each error for each image and latent, (errors, n, latents), at one draw z = mean + step, step = s eps."""
+    latents = (mean + step).requires_grad_()
+    restored = vae.decode(latents).float()
+    slopes = [torch.autograd.grad(error(restored, images), latents, retain_graph=True)[0] for error in ERRORS]
+    return torch.stack([(slope * step).cpu().double() for slope in slopes])
+
+
+def _half_squares(reconstruction: Tensor, images: Tensor) -> Tensor:
+    return (reconstruction - images).square().sum() / 2
+
+
+def _cross_entropy(reconstruction: Tensor, images: Tensor) -> Tensor:
+    return F.binary_cross_entropy(reconstruction.clamp(0, 1), images.clamp(0, 1), reduction="sum")
+
+
+ERRORS = (_half_squares, _cross_entropy)
+
+
+def _ratio(above: Tensor, below: Tensor) -> tuple[float, float]:
+    """Ratio of two sums over images, and its relative standard error."""
+    ratio = float(above.sum() / below.sum())
+    scatter = (above - ratio * below).square().sum() * len(above) / max(len(above) - 1, 1)
+    return ratio, float(scatter.sqrt() / above.sum().abs())

@@ -1,0 +1,567 @@
+"""Broken VAEs are named right, healthy ones are left alone, and what is inferred equals what is known."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import poise
+from poise.balance import Balance, ComputedBalance, FixedBalance
+from poise.diagnosis import Diagnosis, Finding, diagnose
+from poise.diagnosis.decoder import reachable_range
+from poise.diagnosis.generation import largest_variance
+from poise.diagnosis.subject import Seen, look
+from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
+from poise.errors import InputError
+from poise.latent import DiagonalGaussian, gaussian_kl
+from poise.networks import mlp
+from poise.pipeline import Options
+from poise.vae import VAE
+
+Loss = Callable[..., object]
+CPU = torch.device("cpu")
+LATENTS = 6
+
+
+@cache
+def digits() -> Tensor:
+    images = torch.from_numpy(load_digits().images).float()[:, None] / 16
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
+def train_images() -> Tensor:
+    return digits()[:1500]
+
+
+def held_out() -> Tensor:
+    return digits()[1500:]
+
+
+@contextmanager
+def fast() -> Iterator[None]:
+    """Training without the checks of shapes, in thousands of small steps."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def train_vae(
+    images: Tensor, loss: Loss, *, steps: int = 500, prepare: Callable[[VAE], object] | None = None, **network
+) -> VAE:
+    """A user's own loop: Adam, its learning rate falling to zero like a cosine."""
+    torch.manual_seed(0)
+    vae = VAE(*mlp(tuple(images.shape[1:]), network.pop("latent_dim", LATENTS), hidden=(64, 64), **network))
+    if prepare is not None:
+        prepare(vae)
+    optimizer = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with fast():
+        for _ in range(steps):
+            batch = images[torch.randint(len(images), (min(100, len(images)),))]
+            reconstruction, posterior = vae(batch)
+            value = loss(reconstruction, batch, posterior.mean, posterior.logvar)
+            optimizer.zero_grad()
+            getattr(value, "loss", value).backward()
+            optimizer.step()
+            schedule.step()
+    return vae
+
+
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(1)
+
+
+def summed(reconstruction: Tensor, images: Tensor) -> Tensor:
+    return (reconstruction - images).square().flatten(1).sum(1)
+
+
+def sums(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    """Gamma2 fixed at 1, as in a textbook."""
+    return summed(r, x).mean() / 2 + kl(m, v).mean()
+
+
+def balanced(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    """About what this network's error on the digits asks for."""
+    return summed(r, x).mean() / (2 * 0.025) + kl(m, v).mean()
+
+
+def means(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    return F.mse_loss(r, x) - 0.5 * torch.mean(1 + v - m.square() - v.exp())
+
+
+def mean_error(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    return F.mse_loss(r, x) + kl(m, v).mean()
+
+
+def smaller_first_layer(vae: VAE) -> None:
+    """An encoder that bears large values: it divides by 255 itself."""
+    with torch.no_grad():
+        vae.encoder.features[1].weight /= 255
+
+
+def drown(vae: VAE) -> None:
+    with torch.no_grad():
+        vae.decoder.layers[0].bias.fill_(-100)
+
+
+def zero(vae: VAE) -> None:
+    vae.decoder.layers[2].weight.requires_grad_(False).zero_()
+
+
+BROKEN = {
+    "bytes": (lambda: sums, {"scale": 255, "steps": 30}),
+    "bytes, encoder that bears them": (lambda: sums, {"scale": 255, "prepare": smaller_first_layer}),
+    "kl times 100": (lambda: ComputedBalance(kl_weight=100), {}),
+    "kl times 3": (lambda: ComputedBalance(kl_weight=3), {}),
+    "kl times 0.1": (lambda: ComputedBalance(kl_weight=0.1), {}),
+    "gamma2 = 1": (FixedBalance, {}),
+    "gamma2 = 1, own loop": (lambda: sums, {}),
+    "means": (lambda: means, {}),
+    "mean error, summed KL": (lambda: mean_error, {}),
+    "20 images": (ComputedBalance, {"number": 20}),
+    "drowned": (ComputedBalance, {"prepare": drown, "steps": 100}),
+    "zeroed": (ComputedBalance, {"prepare": zero, "steps": 100}),
+    "healthy": (ComputedBalance, {}),
+    "healthy, own loop": (lambda: balanced, {}),
+}
+
+
+@cache
+def case(name: str) -> tuple[VAE, Loss, Tensor, Tensor]:
+    """A trained VAE, its loss, its training images, and test images. Trained once; tests do not change it."""
+    make_loss, settings = BROKEN[name]
+    settings, loss = dict(settings), make_loss()
+    scale, number = settings.pop("scale", 1), settings.pop("number", 1500)
+    images = train_images()[:number] * scale
+    return train_vae(images, loss, **settings), loss, images, held_out() * scale
+
+
+def named(diagnosis: Diagnosis) -> list[str]:
+    return [finding.name for finding in diagnosis.findings]
+
+
+@pytest.mark.parametrize(
+    "name, cause, words, remedy",
+    [
+        ("bytes", "data-range", "from 0 to 255, but the decoder's outputs stay between 0 and 1", "Divide the images by 255"),
+        ("bytes, encoder that bears them", "data-range", "stay between 0 and 1: ", "Divide the images by 255"),
+        ("kl times 100", "over-regularised", "multiplies it by 100", "Leave out kl_weight"),
+        ("kl times 3", "over-regularised", "multiplies it by 3", "Leave out kl_weight"),
+        ("kl times 0.1", "under-regularised", "multiplies it by 0.1", "Leave out kl_weight"),
+        ("gamma2 = 1", "over-regularised", "a decoder variance gamma2 of 1 where", "ComputedBalance"),
+        ("gamma2 = 1, own loop", "over-regularised", "a decoder variance gamma2 of 1 where", "ComputedBalance"),
+        ("means", "reduction", "averages the squared error over the 64 values of an image and the KL over", "ComputedBalance"),
+        ("mean error, summed KL", "reduction", "over the 64 values of an image, where it should sum", "ComputedBalance"),
+        ("20 images", "too-few-images", "trained on 20 images", "at least 200"),
+        ("drowned", "dead-decoder", "64 units of its layer layers.1 (ReLU) are dead", "LeakyReLU"),
+        ("zeroed", "dead-decoder", "all weights of its layer layers.2 (Linear) are 0", "layers.2"),
+    ],
+)
+def test_with_its_loss_a_broken_vae_is_named_right(name, cause, words, remedy):
+    vae, loss, train, test = case(name)
+    diagnosis = diagnose(vae, test, train_images=train, loss=loss)
+    assert diagnosis.cause is not None and diagnosis.cause.name == cause, str(diagnosis)
+    assert words in diagnosis.cause.sentence and remedy in diagnosis.cause.remedy
+    assert not diagnosis.healthy
+
+
+@pytest.mark.parametrize(
+    "name, cause",
+    [
+        ("bytes", "data-range"),
+        ("bytes, encoder that bears them", "data-range"),
+        ("kl times 100", "posterior-collapse"),
+        ("kl times 3", "over-regularised"),
+        ("kl times 0.1", "under-regularised"),
+        ("gamma2 = 1", "posterior-collapse"),
+        ("means", "posterior-collapse"),
+        ("mean error, summed KL", "posterior-collapse"),
+        ("20 images", "too-few-images"),
+        ("drowned", "dead-decoder"),
+        ("zeroed", "dead-decoder"),
+    ],
+)
+def test_without_its_loss_the_model_tells(name, cause):
+    vae, _, train, test = case(name)
+    diagnosis = diagnose(vae, test, train_images=train)
+    assert named(diagnosis)[0] == cause, str(diagnosis)
+    if cause == "posterior-collapse":
+        assert "averaged over pixels" in diagnosis.findings[0].sentence and "pass loss=" in diagnosis.findings[0].sentence
+
+
+@pytest.mark.parametrize("name", ["healthy", "healthy, own loop"])
+def test_a_healthy_vae_is_said_to_be_healthy(name):
+    vae, loss, train, test = case(name)
+    for settings in ({}, {"loss": loss}, {"train_images": train}, {"loss": loss, "train_images": train}):
+        diagnosis = diagnose(vae, test, **settings)
+        assert diagnosis.healthy and diagnosis.cause is None, f"{settings.keys()} {diagnosis}"
+    assert str(diagnosis).startswith("Healthy") and "6 of 6 latents are active" in str(diagnosis)
+
+
+def test_what_follows_from_a_cause_stands_below_it():
+    vae, loss, train, test = case("kl times 100")
+    assert named(diagnose(vae, test, train_images=train, loss=loss)) == ["over-regularised", "posterior-collapse"]
+    vae, loss, train, test = case("kl times 0.1")
+    diagnosis = diagnose(vae, test, train_images=train, loss=loss)
+    assert named(diagnosis) == ["under-regularised", "prior-gap"]
+    assert "mixture" in diagnosis.findings[1].remedy and diagnosis.findings[1].figures["closed"] > 0.5
+
+
+def test_a_following_balance_tells_of_overfitting_without_training_images():
+    vae, loss, _, test = case("20 images")
+    assert named(diagnose(vae, test, loss=loss)) == ["overfitting"]
+    vae, _, _, test = case("kl times 0.1")
+    guess = diagnose(vae, test).cause
+    assert guess is not None and "by heart looks the same: pass train_images" in guess.sentence
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> poise.Run:
+    options = Options(device="cpu", quiet=True, save_seconds=1e9)
+    with fast():
+        folder = tmp_path_factory.mktemp("runs") / "digits"
+        return poise.train("digits", out=folder, epochs=40, batch_size=100, second_epochs=16, options=options)
+
+
+def test_a_healthy_run_is_said_to_be_healthy(run):
+    diagnosis = diagnose(run)
+    assert diagnosis.healthy, str(diagnosis)
+    figures = diagnosis.figures
+    assert (figures["images"], figures["train_images"]) == (180, 1617)
+    assert figures["equivalent_beta"] == pytest.approx(1.2, abs=0.2), "its gamma2 still follows a falling error"
+    assert figures["inferred_gamma2"] == pytest.approx(float(run.first.balance.gamma2), rel=0.2)
+    assert {"distance_normal", "distance_second-stage", "distance_mixture"} <= set(figures)
+
+
+def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
+    images = torch.from_numpy(np.asarray(run.test_images())).float()
+    images = images / 255 if images.max() > 1 else images
+    assert named(diagnose(run, images * 255))[0] == "data-range"
+    assert named(diagnose(run, images, loss=FixedBalance()))[0] == "over-regularised"
+    with pytest.raises(InputError, match=r"images must have shape \(n, 1, 8, 8\), not \(180, 8, 8, 1\)"):
+        diagnose(run, images.permute(0, 2, 3, 1))
+
+
+def seen_by_linear_vae(gamma2: float, norms: list[float]) -> tuple[VAE, Seen]:
+    """Probabilistic PCA's optimum: orthogonal weights w_j, s_j^2 = gamma2 / (gamma2 + |w_j|^2)."""
+    vae = VAE(nn.Flatten(), nn.Linear(len(norms), 20, bias=False))
+    scales = torch.tensor(norms)
+    vae.decoder.weight.data = torch.linalg.qr(torch.randn(20, len(norms)))[0] * scales
+    variance = gamma2 / (gamma2 + scales.square())
+    mean = torch.randn(500, len(norms)) * (1 - variance).sqrt()
+    images = vae.decode(torch.randn(500, len(norms))).detach()
+    codes = DiagonalGaussian(mean, variance.log().expand(500, -1).contiguous())
+    return vae, Seen(images, codes, images)
+
+
+@pytest.mark.parametrize("gamma2", [0.01, 0.3, 2.0])
+def test_the_weight_inferred_from_a_linear_vae_is_the_one_of_its_optimum(gamma2):
+    vae, seen = seen_by_linear_vae(gamma2, [1.0, 0.5, 2.0, 3.0])
+    inferred = inferred_weight(vae, seen, seed=0)
+    assert inferred is not None and inferred.relative_error < 0.06
+    assert inferred.gamma2 == pytest.approx(gamma2, rel=3 * inferred.relative_error)
+
+
+@pytest.mark.parametrize("name", ["kl times 3", "kl times 0.1", "healthy", "healthy, own loop"])
+def test_the_weight_inferred_from_a_trained_vae_is_that_of_its_loss(name):
+    vae, loss, train, _ = case(name)
+    vae.eval()
+    seen = look(vae, train, 0)
+    inferred, known = inferred_weight(vae, seen, seed=0), loss_weights(loss, seen, CPU, 0)
+    assert inferred is not None and inferred.gamma2 == pytest.approx(known.gamma2, rel=0.15)
+
+
+def test_a_model_trained_with_cross_entropy_is_known_by_it():
+    def cross_entropy(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return F.binary_cross_entropy(r, x, reduction="sum") / len(x) + kl(m, v).mean()
+
+    vae = train_vae(train_images(), cross_entropy)
+    by_model = diagnose(vae, held_out(), train_images=train_images())
+    assert by_model.figures["inferred_cross_entropy_weight"] == pytest.approx(1, abs=0.1)
+    assert by_model.healthy and "cross-entropy" in by_model.notes[0]
+    by_loss = diagnose(vae, held_out(), loss=cross_entropy)
+    assert by_loss.healthy and by_loss.figures["equivalent_beta"] == pytest.approx(1, rel=1e-4)
+
+
+def weights_of(loss: Loss) -> LossWeights:
+    images = torch.rand(50, 1, 4, 4)
+    restored = (images + 0.2 * torch.randn(50, 1, 4, 4)).clamp(0.01, 0.99)
+    return loss_weights(loss, Seen(images, DiagonalGaussian(torch.randn(50, 3), torch.zeros(50, 3)), restored), CPU, 0)
+
+
+@pytest.mark.parametrize("c, k", [(0.5, 1.0), (12.0, 1.0), (1.0, 100.0), (1e-3, 2.5e-4)])
+def test_weights_are_read_from_a_loss(c, k):
+    weights = weights_of(lambda r, x, m, v: c * summed(r, x).mean() + k * kl(m, v).mean())
+    assert (weights.error, weights.kl_formula, weights.batch_mismatch) == ("squared", "exact", False)
+    assert (weights.error_averaged, weights.kl_averaged) == (False, False)
+    assert weights.error_weight == pytest.approx(c, rel=1e-4) and weights.kl_weight == pytest.approx(k, rel=1e-4)
+    assert weights.gamma2 == pytest.approx(k / (2 * c), rel=1e-4)
+
+
+@pytest.mark.parametrize("balance", [ComputedBalance(start=0.03), FixedBalance(beta=4), ComputedBalance(start=0.2, power=1)])
+def test_a_balances_weights_are_its_own(balance):
+    weights = weights_of(balance.eval())
+    assert weights.error == ("squared" if balance.power == 2 else "absolute")
+    assert weights.gamma2 == pytest.approx(float(balance.gamma2) * balance.kl_weight, rel=1e-4)
+
+
+def test_means_in_place_of_sums_are_told_apart():
+    assert weights_of(means).error_averaged and weights_of(means).kl_averaged
+    assert weights_of(mean_error).error_averaged and not weights_of(mean_error).kl_averaged
+    assert weights_of(lambda r, x, m, v: summed(r, x).mean() + kl(m, v).sum()).batch_mismatch
+    assert not weights_of(lambda r, x, m, v: summed(r, x).sum() + kl(m, v).sum()).batch_mismatch
+    by_heart = weights_of(lambda r, x, m, v: (r.reshape(-1, 4, 4) - x.view(-1, 4, 4)).square().sum() / 16 + kl(m, v).sum())
+    assert by_heart.kl_averaged is False
+
+
+def test_wrong_formulas_of_the_kl_are_told_apart():
+    def with_kl(formula: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+        return lambda r, x, m, v: summed(r, x).mean() + formula(m, v).mean()
+
+    assert weights_of(with_kl(kl)).kl_formula == "exact"
+    assert weights_of(with_kl(lambda m, v: gaussian_kl(m, 2 * v))).kl_formula == "log-std"
+    assert weights_of(with_kl(lambda m, v: -kl(m, v))).kl_formula == "reversed"
+    assert weights_of(with_kl(lambda m, v: m.abs().sum(1) + v.abs().sum(1))).kl_formula == "other"
+    assert weights_of(with_kl(lambda m, v: 0 * m.sum(1))).kl_formula == "absent"
+
+
+@pytest.mark.parametrize(
+    "loss, name, words",
+    [
+        (lambda r, x, m, v: 20 * summed(r, x).mean() - kl(m, v).mean(), "kl-formula", "wrong sign"),
+        (lambda r, x, m, v: 20 * summed(r, x).mean() + gaussian_kl(m, 2 * v).mean(), "kl-formula", "log standard deviation"),
+        (lambda r, x, m, v: 20 * summed(r, x).mean(), "under-regularised", "it has no KL"),
+        (lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(), "over-regularised", "undetached"),
+        (lambda r, x, m, v: summed(r, x).mean() / 0.04 + kl(m, v).sum(), "reduction", "over the batch"),
+    ],
+)
+def test_mistakes_in_a_loss_are_named(loss, name, words):
+    vae, _, _, test = case("healthy")
+    cause = diagnose(vae, test, loss=loss).cause
+    assert cause is not None and cause.name == name and words in cause.sentence
+
+
+def test_a_loss_that_is_not_known_is_said_to_be_unknown():
+    vae, _, train, test = case("healthy")
+    diagnosis = diagnose(
+        vae, test, train_images=train, loss=lambda r, x, m, v: (r - x).square().sum((1, 2, 3)).sqrt().mean() + m.abs().sum()
+    )
+    assert diagnosis.healthy and "inferred from the model" in diagnosis.notes[0]
+
+
+def test_idle_latents_in_a_balanced_model_are_healthy():
+    source = torch.Generator().manual_seed(0)
+    factors, noise = torch.randn(1000, 2, generator=source), 0.1 * torch.randn(1000, 1, 4, 4, generator=source)
+    images = torch.sigmoid(2 * factors @ torch.randn(2, 16, generator=source)).view(-1, 1, 4, 4) + noise
+    loss = ComputedBalance()
+    vae = train_vae(images[:800], loss, latent_dim=8, output="linear")
+    diagnosis = diagnose(vae, images[800:], train_images=images[:800], loss=loss)
+    assert 2 <= diagnosis.figures["active_latents"] <= 5 and len(diagnosis.figures["inactive"]) >= 3
+    assert diagnosis.healthy, str(diagnosis)
+
+
+def test_a_collapse_under_a_balanced_loss_asks_for_a_better_start():
+    vae, _, _, test = case("kl times 100")
+    cause = diagnose(vae, test, loss=ComputedBalance(start=0.0735)).cause
+    assert cause is not None and cause.name == "posterior-collapse" and "start=0.001" in cause.remedy
+
+
+def test_noise_is_not_worth_encoding():
+    vae = VAE(*mlp((1, 4, 4), 3, hidden=(8,)))
+    for head in (vae.encoder.mean, vae.encoder.log_std):
+        nn.init.zeros_(head.weight)
+    cause = diagnose(vae, torch.rand(1000, 1, 4, 4)).cause
+    assert cause is not None and cause.name == "posterior-collapse" and "look like noise" in cause.sentence
+
+
+def test_the_largest_variance_is_the_largest_eigenvalue_whichever_side_is_longer():
+    for shape in ((200, 1, 3, 3), (20, 1, 8, 8)):
+        images = torch.randn(shape)
+        expected = np.linalg.eigvalsh(np.cov(images.flatten(1).double().numpy(), rowvar=False, bias=True))[-1]
+        assert largest_variance(images) == pytest.approx(expected, rel=1e-6)
+
+
+class Times255(nn.Module):
+    def forward(self, values):
+        return 255 * values
+
+
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        ([nn.Sigmoid()], (0, 1)),
+        ([nn.Tanh()], (-1, 1)),
+        ([nn.Hardtanh(0, 1)], (0, 1)),
+        ([nn.Sigmoid(), Times255()], (0, 255)),
+        ([nn.ReLU()], (0, math.inf)),
+        ([], (-math.inf, math.inf)),
+    ],
+)
+def test_the_decoders_range_is_found_whatever_its_weights(end, expected):
+    for spoil in (0.0, math.nan, 1.0):
+        decoder = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 16), *end).eval()
+        for parameter in decoder.parameters():
+            parameter.data *= spoil
+        assert reachable_range(decoder, torch.randn(64, 3)) == pytest.approx(expected)
+
+
+def test_other_ranges_have_other_remedies():
+    loss = ComputedBalance()
+    images = 2 * train_images() - 1
+    cause = diagnose(train_vae(images, loss, steps=200), images, loss=loss).cause
+    assert cause is not None and cause.name == "data-range" and "(x + 1) / 2" in cause.remedy
+
+
+def test_linear_decoders_have_no_range_to_leave():
+    loss = ComputedBalance(decay=0.9)
+    vae = train_vae(16 * train_images(), loss, steps=1000, output="linear")
+    diagnosis = diagnose(vae, 16 * held_out(), train_images=16 * train_images(), loss=loss)
+    assert diagnosis.healthy, str(diagnosis)
+
+
+class Half(nn.Module):
+    """An encoder of known codes: the mean is a half of the values, the variance 1/4 everywhere."""
+
+    def forward(self, values):
+        return values.flatten(1) * 0.5, torch.full_like(values.flatten(1), math.log(0.25))
+
+
+def test_narrow_latents_are_to_be_renormalised():
+    vae = VAE(Half(), nn.Sequential(nn.Linear(4, 4, bias=False), nn.Unflatten(1, (1, 2, 2))))
+    vae.decoder[0].weight.data = 2 * torch.eye(4)
+    images = 2.6 * torch.randn(2000, 1, 2, 2)  # codes of variance 1.69 + 0.25
+    diagnosis = diagnose(vae, images, loss=FixedBalance(gamma2=1.0))
+    finding = diagnosis.findings[-1]
+    assert finding.name == "variance-lost" and finding.figures["factor"] == pytest.approx(1.94**0.5, rel=0.05)
+    assert finding.figures["renormalised"] < 0.3 * finding.figures["distance"]
+
+
+def with_norm() -> VAE:
+    encoder, _ = mlp((1, 8, 8), LATENTS, hidden=(16,))
+    layers = [
+        nn.Linear(LATENTS, 16),
+        nn.BatchNorm1d(16),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Linear(16, 64),
+        nn.Unflatten(1, (1, 8, 8)),
+    ]
+    return VAE(encoder, nn.Sequential(*layers))
+
+
+def test_running_averages_that_are_not_settled_are_named():
+    vae = with_norm()
+    vae.decoder[1].running_var.fill_(1e-3)
+    assert named(diagnose(vae, held_out())) == ["norm-unsettled"]
+
+
+def test_nothing_of_the_model_is_changed():
+    vae, balance = with_norm(), ComputedBalance()
+    vae.train()
+    vae.decoder[2].eval()
+    before = {name: value.clone() for name, value in (vae.state_dict() | balance.state_dict()).items()}
+    modes = [part.training for part in (*vae.modules(), *balance.modules())]
+    images = held_out().clone()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    diagnose(vae, images, train_images=train_images(), loss=balance)
+    assert torch.equal(torch.rand(2), expected), "the global generator"
+    for name, value in (vae.state_dict() | balance.state_dict()).items():
+        assert torch.equal(value, before[name]), name
+    assert [part.training for part in (*vae.modules(), *balance.modules())] == modes
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+    assert not any(part._forward_hooks for part in vae.modules())
+    assert torch.equal(images, held_out())
+
+
+def test_the_same_seed_gives_the_same_figures_and_bytes_those_of_floats():
+    vae, loss, _, _ = case("healthy")
+    pixels = (held_out() * 255).round().to(torch.uint8)
+    first, again = (diagnose(vae, images, loss=loss) for images in (pixels.numpy(), pixels.float() / 255))
+    assert first.figures == again.figures
+    assert diagnose(vae, pixels, loss=loss, seed=1).figures != first.figures
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda vae, images: images.index_put_((torch.tensor(3),), torch.tensor(math.nan)), "1 of 297 images hold NaN"),
+        (
+            lambda vae, images: vae.decoder.layers[2].bias.data.fill_(math.inf),
+            "100% of decoder.layers.2.bias is NaN or infinite",
+        ),
+        (lambda vae, images: vae.encoder.log_std.bias.data.fill_(80.0), "KL is NaN or infinite though all weights are finite"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named(spoil, words):
+    vae, images = VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,))), held_out().clone()
+    spoil(vae, images)
+    cause = diagnose(vae, images).cause
+    assert cause is not None and cause.name == "not-finite" and words in cause.sentence
+
+
+def test_few_images_limit_the_diagnosis_and_say_so():
+    vae, loss, _, test = case("healthy")
+    diagnosis = diagnose(vae, test[:20], loss=loss)
+    assert "20 images are few" in diagnosis.notes[0] and "distance_normal" not in diagnosis.figures
+
+
+def test_a_diagnosis_can_be_read_and_stored():
+    vae, loss, train, test = case("means")
+    diagnosis = diagnose(vae, test, train_images=train, loss=loss)
+    lines = str(diagnosis).splitlines()
+    assert lines[0].startswith("1. reduction: The KL counts") and lines[1].startswith("   Try: Use poise.ComputedBalance()")
+    assert lines[2].startswith("2. posterior-collapse: None of the 6 latents")
+    stored = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))
+    assert stored["healthy"] is False and stored["findings"][0]["figures"]["equivalent_beta"] > 10
+    unbounded = Diagnosis((Finding("data-range", "words", {"most": math.inf}, "remedy"),), {"least": -math.inf})
+    assert json.dumps(unbounded.to_json(), allow_nan=False).count("inf") == 2
+
+
+def test_what_cannot_be_diagnosed_is_refused_in_one_line(unchecked, tmp_path: Path):
+    vae, images = VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,))), torch.rand(60, 1, 8, 8)
+    wrong = VAE(vae.encoder, mlp((8, 8), LATENTS, hidden=(16,))[1])
+    attempts = [
+        (lambda: diagnose(vae), "images are needed"),
+        (lambda: diagnose(vae, "folder"), "must be an array or a tensor"),
+        (lambda: diagnose(vae, images[:1]), "at least two images"),
+        (lambda: diagnose(vae, images[:0]), "at least two images"),
+        (lambda: diagnose(vae, images[:, :, :4]), r"does not take images of shape \(1, 4, 8\)"),
+        (lambda: diagnose(vae, images, train_images=images[:, :, :4]), "does not take train_images of shape"),
+        (lambda: diagnose(wrong, images), r"gives images of shape \(8, 8\)"),
+        (lambda: diagnose(vae, torch.zeros(60, 1, 8, 8)), "all 60 images are the same"),
+        (lambda: diagnose(vae, images, loss=lambda r, x: r.mean()), r"loss\(reconstruction, images, mean, logvar\) failed"),
+        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: (r - x).square()), "must return one number"),
+    ]
+    for attempt, words in attempts:
+        with pytest.raises(InputError, match=words) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+def test_progress_is_shown_on_request(capfd):
+    vae, loss, _, test = case("healthy")
+    diagnose(vae, test, loss=loss)
+    assert capfd.readouterr() == ("", "")
+    diagnose(vae, test, loss=loss, quiet=False)
+    assert "diagnose 5/5" in capfd.readouterr().err
+
+
+def test_every_balance_can_be_the_loss(spec):
+    vae, _, train, test = case("healthy")
+    balance: Balance = poise.balance.make_balance(spec)
+    if spec.startswith("computed"):
+        balance = poise.balance.make_balance(f"{spec}{',' if ':' in spec else ':'}start=0.02")
+    diagnosis = diagnose(vae, test[:60], train_images=train[:60], loss=balance)
+    assert "loss_kl_weight" in diagnosis.figures
