@@ -115,8 +115,59 @@ def test_the_version_is_told(capsys):
 
 def test_weights_that_are_not_there_are_refused(run_folder, capsys):
     with pytest.raises(SystemExit) as exit:
-        poise("evaluate", run_folder, "--inception", "nope.pt")
+        poise("evaluate", run_folder, "--extractor", "nope.pt")
     assert exit.value.code == 2 and "nope.pt" in capsys.readouterr().err
+
+
+def test_evaluation_is_json_on_stdout_with_progress_on_stderr(run_folder, capsys):
+    poise("evaluate", run_folder, "--extractor", "pixels", "--nll-samples", "5")
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert {m["of"] for m in values["measurements"]} == {"REC", "model", "GEN-1", "GEN-2", "GEN-mixture"}
+    assert "GEN-2 180/180" in err and values == json.loads((run_folder / "evaluation.json").read_text())
+
+
+def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(cli.Evaluate, "_for_people", True)
+    poise("evaluate", run_folder, "--extractor", "pixels", "--protocol", "dai-wipf")
+    out = capsys.readouterr().out
+    assert "FD-pixels" in out and "GEN-2" in out and "SSIM" in out
+    assert "protocol dai-wipf" in out and "each stretched" in out and "biased upwards" in out
+
+
+def test_two_folders_are_compared(run_folder, capsys, tmp_path):
+    photos(tmp_path / "a", of=[(20, 30)] * 12)
+    np.save(tmp_path / "b.npy", RANDOM.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
+    poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels")
+    values = json.loads(capsys.readouterr().out)
+    protocol = next(iter(values["protocols"].values()))
+    assert (protocol["real"], protocol["generated"]) == (12, 15)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "a run's folder, or two sets"),
+        (["--real", "a"], "a run's folder, or two sets"),
+        (["runs", "--real", "a", "--generated", "b"], "not both"),
+        (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
+        (["runs", "--size", "32"], "a run has its own"),
+        (["runs", "--protocol", "mine"], "no such folder"),
+    ],
+)
+def test_what_evaluate_cannot_do_is_said(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise("evaluate", *arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and expected in error and len(error.splitlines()) == 1
+
+
+def test_diagnosis_is_in_words_or_in_json(run_folder, capsys):
+    poise("diagnose", run_folder)
+    words = capsys.readouterr().out
+    poise("diagnose", run_folder, "--json")
+    values = json.loads(capsys.readouterr().out)
+    assert all(finding["sentence"] in words for finding in values["findings"])
 
 
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):
@@ -231,7 +282,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, m
 
 def test_help_is_complete_and_does_not_import_torch():
     code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
-    for command in ((), ("train",), ("sample",), ("reconstruct",), ("evaluate",)):
+    for command in ((), ("train",), ("sample",), ("reconstruct",), ("evaluate",), ("diagnose",)):
         shown = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
         assert shown.stderr == "" and "--help" in shown.stdout
     assert (

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 import poise
-from poise import checkpoint, files, pipeline, training
+from poise import checkpoint, datasets, files, pipeline, training
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
-from poise.images import to_bytes
+from poise.features import make_extractor
+from poise.images import jpeg_round_trip, to_bytes
 from poise.metrics import frechet_distance
 from poise.pipeline import Options, train
+from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import Data, Generation, Network, Recipe, Stage
 from poise.run import load
 from poise.vae import VAE
@@ -362,7 +364,7 @@ def test_reconstructions_do_not_depend_on_their_neighbours(copy):
     (copy / "config.json").write_text(json.dumps(config))
     run, images = load(copy, device="cpu"), torch.from_numpy(IMAGES[:, None])
     torch.testing.assert_close(run.reconstruct(images)[:2], run.reconstruct(images[:2]))
-    figures = run.evaluate(images, fid="never")["reconstruction"]
+    figures = run.evaluate(images, extractor="none").pages["reconstruction"]
     error = (run.reconstruct(images) - images / 255).square().mean()
     assert figures["mse_as_shown"] == pytest.approx(float(error), rel=1e-4) != figures["mse"]
 
@@ -382,27 +384,59 @@ def test_released_generation_switches_run(finished):
 
 
 def test_evaluation_covers_both_stages(finished):
-    figures = load(finished, device="cpu").evaluate(IMAGES[:20, None], fid="never")
-    assert figures["reconstruction"]["kl_nats"] > 0 and figures["latents"]["latent_dim"] == 3
-    assert {"mse_sampled", "variance_lost", "gamma2", "active_units"} <= figures["second_stage"].keys()
+    run = load(finished, device="cpu")
+    evaluation = run.evaluate(IMAGES[:20, None], extractor="none", nll_samples=30)
+    pages = evaluation.pages
+    assert pages["reconstruction"]["kl_nats"] > 0 and pages["latents"]["latent_dim"] == 3
+    assert {"mse_sampled", "variance_lost", "gamma2", "active_units", "aggregate"} <= pages["second_stage"].keys()
+    assert evaluation.value("MSE", "REC") == pages["reconstruction"]["mse"]
+    assert evaluation.value("NLL (30 samples)", "model") < -evaluation.value("ELBO", "model")
+    assert all(m.protocol.real == 20 for m in evaluation.measurements)
     with pytest.raises(InputError, match="pass the images"):
-        load(finished, device="cpu").evaluate()
+        run.evaluate()
 
 
-def test_fid_compares_test_images_with_each_kind_of_image(finished, monkeypatch):
-    def pixels(images):
-        return images[:, 0].flatten(1).float()
-
-    monkeypatch.setattr("poise.run.available_inception", lambda: Path("here"))
-    monkeypatch.setattr("poise.run.inception", lambda weights, device: pixels)
-    run, test = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None])
-    scores = run.evaluate(test)["fid"]
-    assert scores["images_on_each_side"] == 40
-    produced = {"REC": run.reconstruct(test.float() / 255), "GEN-1": run.sample(40, prior="normal")}
-    produced |= {"GEN-2": run.sample(40, prior="second-stage"), "GEN-mixture": run.sample(40, prior="mixture")}
+def test_test_images_are_compared_with_each_kind_of_image(finished):
+    run, test, pixels = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None]), make_extractor("pixels")
+    evaluation = run.evaluate(test, extractor="pixels", seed=3)
+    produced = {"REC": run.reconstruct(test.float() / 255), "GEN-1": run.sample(40, prior="normal", seed=3)}
+    produced |= {"GEN-2": run.sample(40, prior="second-stage", seed=3), "GEN-mixture": run.sample(40, prior="mixture", seed=3)}
     for label, images in produced.items():
         expected = frechet_distance(pixels(test), pixels(to_bytes(images)))
-        assert scores[label] == pytest.approx(expected, rel=1e-9)
+        assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
+    assert {m.seed for m in evaluation.measurements if m.metric == "FD-pixels"} == {3}
+
+
+def test_a_protocol_says_how_images_are_made_and_how_many(finished):
+    run, test, pixels = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None]), make_extractor("pixels")
+    sampled = Generation(reconstruct_from="sample", second_stage_noise=False)
+    protocol = Protocol("mine", real=30, generated=25, generation=sampled)
+    evaluation = run.evaluate(test, protocol=protocol, extractor="pixels")
+    restored, drawn = run.reconstruct(test[:25], generation=sampled), run.sample(25, generation=sampled)
+    for label, images in {"REC": restored, "GEN-2": drawn}.items():
+        expected = frechet_distance(pixels(test[:30]), pixels(to_bytes(images)))
+        assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
+    assert not torch.equal(restored, run.reconstruct(test[:25]))
+
+
+@pytest.mark.parametrize("trained_on, wanted", [(None, None), (None, 40), (40, None), (40, 40), (40, 60)])
+def test_the_reference_is_as_the_protocol_says_whatever_the_run_was_trained_on(trained_on, wanted, tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", IMAGES)
+    recipe = replace(TINY, data=Data(str(tmp_path / "images.npy"), jpeg_quality=trained_on), second=None)
+    run = train(tmp_path / "images.npy", recipe=recipe, out=tmp_path / "run", options=QUIET)
+    seen = []
+    monkeypatch.setattr("poise.run.compare", lambda real, *arguments, **options: seen.append(real) or [])
+    run.evaluate(protocol=replace(PROTOCOLS["default"], reference_jpeg=wanted), extractor="pixels")
+    raw = torch.from_numpy(datasets.load(tmp_path / "images.npy").test[:])
+    expected = raw if wanted is None else jpeg_round_trip(raw, wanted)
+    assert torch.equal(torch.from_numpy(np.asarray(seen[0])), expected)
+
+
+def test_the_training_images_are_the_reference_where_the_protocol_says_so(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    run = train(tmp_path / "images.npy", recipe=replace(TINY, second=None), out=tmp_path / "run", options=QUIET)
+    counts = {name: run.evaluate(protocol=name, extractor="pixels").measurements[-1].protocol for name in PROTOCOLS}
+    assert (counts["50k-train"].real, counts["default"].real, counts["50k-train"].generated) == (81, 9, 81)
 
 
 def test_tensorboard_files_are_written(tmp_path):

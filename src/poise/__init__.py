@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poise import balance, metrics, networks, recipes
+    from poise import balance, features, metrics, networks, protocols, recipes
     from poise.balance import (
         Balance,
         ComputedBalance,
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
         OptimalBalance,
         ScheduledBalance,
     )
+    from poise.diagnosis import Diagnosis, diagnose
     from poise.errors import InputError, Interrupted, RunError
+    from poise.evaluation import Evaluation, evaluate
     from poise.latent import DiagonalGaussian
     from poise.pipeline import Options, train
+    from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
     from poise.run import Run, load
     from poise.vae import VAE
@@ -36,22 +39,30 @@ __all__ = [
     "ComputedBalance",
     "ConstrainedBalance",
     "ControlledBalance",
+    "Diagnosis",
     "DiagonalGaussian",
+    "Evaluation",
     "FixedBalance",
     "InputError",
     "Interrupted",
     "LearnedBalance",
     "LossTerms",
+    "Measurement",
     "OptimalBalance",
     "Options",
+    "Protocol",
     "Recipe",
     "Run",
     "RunError",
     "ScheduledBalance",
     "balance",
+    "diagnose",
+    "evaluate",
+    "features",
     "load",
     "metrics",
     "networks",
+    "protocols",
     "recipes",
     "train",
 ]
@@ -68,9 +79,12 @@ _HOMES = {
         "OptimalBalance",
         "ScheduledBalance",
     ),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("InputError", "Interrupted", "RunError"),
+    "evaluation": ("Evaluation", "evaluate"),
     "latent": ("DiagonalGaussian",),
     "pipeline": ("Options", "train"),
+    "protocols": ("Measurement", "Protocol"),
     "recipes": ("Recipe",),
     "run": ("Run", "load"),
     "vae": ("VAE",),

@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, reconstruct, evaluate.
+"""The command `poise`: train, sample, reconstruct, evaluate, diagnose.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -18,14 +18,17 @@ import tyro
 from tyro.conf import Positional, arg
 
 from poise.errors import InputError, Interrupted, RunError
+from poise.protocols import NO_EXTRACTOR, PROTOCOLS, table
 from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Generation, Recipe, Renormalise, given
 
 if TYPE_CHECKING:
+    from poise.evaluation import Evaluation
     from poise.run import Run
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
 DATA_NAMES = [name for name in RECIPES if name != "images"]
+ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
 BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
@@ -175,45 +178,133 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run on its test images: error, likelihood, latents, and FID where Inception is at hand."""
+    """Measure a run on its test images, or compare any two sets of images. Every number carries its protocol.
 
-    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
-    fid: Annotated[
-        Literal["auto", "always", "never"],
-        arg(help="auto: if torch-fidelity and its weights are here; always: or fail (downloads the weights once)"),
-    ] = "auto"
-    inception: Annotated[
-        Path | None,
+    A run: error, likelihood, latents, and how reconstructions and samples of each prior compare with real images (FID, KID,
+    precision, recall, density, coverage). A table on a terminal, JSON into a file or a pipe; progress goes to stderr.
+    """
+
+    run_folder: Annotated[
+        Positional[Path | None],
+        arg(metavar="RUN", help="the folder that `poise train` wrote", help_behavior_hint="(or --real and --generated)"),
+    ] = None
+    real: Annotated[str | None, arg(help=f"real images: {ANY_IMAGES}", help_behavior_hint="(instead of a run)")] = None
+    generated: Annotated[str | None, arg(help="images to compare with them, likewise", help_behavior_hint="")] = None
+    size: Annotated[
+        int | None, arg(help="crop both sets to squares and resize to this side, in pixels", help_behavior_hint="(as they are)")
+    ] = None
+    protocol: Annotated[
+        str | None,
         arg(
-            help="Inception weights, or a TorchScript file",
-            help_behavior_hint="(default: POISE_INCEPTION, or downloaded before)",
+            help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md",
+            help_behavior_hint="(default: default, of two sets every-image)",
         ),
     ] = None
-    json: Annotated[bool, arg(help="print JSON instead of a table")] = False
+    extractor: Annotated[
+        str,
+        arg(
+            help="whose features are compared: inception (FID; downloaded once), light, dinov2, pixels, FILE.pt:range=-1..1; "
+            "auto: inception if it is here, else light; none: no comparison"
+        ),
+    ] = "auto"
+    infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
+    nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
+    json: Annotated[bool, arg(help="JSON even on a terminal")] = False
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
 
     def run(self) -> None:
-        run = load_run(self.run_folder, self.device)
+        if self.run_folder is not None and (self.real or self.generated):
+            raise InputError("give a run, or --real and --generated, not both")
+        if self.run_folder is None and not (self.real and self.generated):
+            raise InputError("give a run's folder, or two sets of images with --real and --generated")
+        if self.run_folder is None:
+            self._compare()
+        else:
+            self._measure(self.run_folder)
+
+    def _compare(self) -> None:
+        if self.nll_samples:
+            raise InputError("--nll-samples needs a run: two sets of images have no likelihood")
+        from poise.evaluation import evaluate
+
+        evaluation = evaluate(
+            self.real,
+            self.generated,
+            protocol=self.protocol or "every-image",
+            extractor=self.extractor,
+            size=self.size,
+            infinity=self.infinity,
+            device=self.device,
+            quiet=False,
+        )
+        self._show(evaluation, f"{self.generated} against {self.real}")
+
+    def _measure(self, folder: Path) -> None:
+        if self.size is not None:
+            raise InputError("--size is for --real and --generated: a run has its own")
         from poise.files import write_json
 
-        figures = run.evaluate(fid=self.fid, weights=self.inception, quiet=False)
-        if self.json:
-            print(json.dumps(figures, indent=2))
-        else:
-            self._show(run, figures)
-        write_json(run.folder / "evaluation.json", figures)  # last: a full disk takes nothing that was measured
+        run = load_run(folder, self.device)
+        evaluation = run.evaluate(
+            protocol=self.protocol or "default",
+            extractor=self.extractor,
+            infinity=self.infinity,
+            nll_samples=self.nll_samples,
+            quiet=False,
+        )
+        self._show(evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images")
+        if self._for_people:
+            self._show_published(run)
+        write_json(folder / "evaluation.json", evaluation.to_json())  # last: a full disk takes nothing that was measured
 
-    def _show(self, run: "Run", figures: dict[str, Any]) -> None:
-        show_table(f"{run.folder}: {figures['images']} test images", figures_table(figures))
+    @property
+    def _for_people(self) -> bool:
+        return sys.stdout.isatty() and not self.json
+
+    def _show(self, evaluation: "Evaluation", title: str) -> None:
+        if not self._for_people:
+            print(json.dumps(evaluation.to_json(), indent=2))
+            return
+        if evaluation.pages:
+            show_table(title, figures_table(evaluation.pages))
+        compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
+        if compared:
+            show_cells("" if evaluation.pages else title, table(compared))
+        for protocol in {m.protocol.hash: m.protocol for m in evaluation.measurements}.values():
+            print(f"protocol {protocol}")
+        for note in evaluation.notes:
+            print(f"note: {note}")
+
+    def _show_published(self, run: "Run") -> None:
         recipe = RECIPES.get(run.recipe.name)
         if recipe is not None and recipe.data == run.recipe.data:
             for line in recipe.published:
                 print(f"published: {line}")
-        if "fid" not in figures:
-            print('FID: not measured; pip install "poise[eval]", then poise evaluate --fid always (downloads Inception once)')
 
 
-COMMANDS = {"train": Train, "sample": Sample, "reconstruct": Reconstruct, "evaluate": Evaluate}
+@dataclass(frozen=True)
+class Diagnose:
+    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+    json: Annotated[bool, arg(help="print JSON instead of sentences")] = False
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.diagnosis import diagnose
+
+        diagnosis = diagnose(run, quiet=False)
+        print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
+
+
+COMMANDS = {
+    "train": Train,
+    "sample": Sample,
+    "reconstruct": Reconstruct,
+    "evaluate": Evaluate,
+    "diagnose": Diagnose,
+}
 
 
 def main() -> None:
@@ -291,26 +382,34 @@ def interleave(left: Any, right: Any) -> Any:
 def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of names with units, and values."""
     stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
+    likelihood = figures.get("likelihood", {})
     shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
     rows = [
         ("MSE (per dimension)", stage1.get("mse"), ".5f"),
         ("MSE as reconstructions are shown", shown, ".5f"),
+        ("PSNR (dB)", stage1.get("psnr_db"), ".2f"),
+        ("SSIM", stage1.get("ssim"), ".3f"),
         ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
         ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
         ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
+        (f"NLL, {likelihood.get('samples')} samples (nats per image)", likelihood.get("mean_nats"), ".1f"),
+        ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
         ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
         ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
         ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
+        ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
         ("training codes: active latents", latents.get("active_units"), "d"),
         (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
+        (
+            "training codes: KL of their Gaussian from N(0, I), nats",
+            latents.get("aggregate", {}).get("gaussian_kl_nats"),
+            ".3f",
+        ),
         ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
         ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
         ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
         ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
-    ]
-    fid = figures.get("fid", {})
-    rows += [
-        (f"FID {name} ({fid['images_on_each_side']} images)", fid[name], ".2f") for name in fid if name[:3] in ("REC", "GEN")
+        (f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}", stage2.get("variance_law"), ".3f"),
     ]
     rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
     return [(name, format(value, style)) for name, value, style in rows if value is not None]
@@ -328,3 +427,20 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(escape(name), value)
     Console().print(table)
+
+
+def show_cells(title: str, rows: list[list[str]]) -> None:
+    """A table with a head on stdout, whole even where the terminal is too narrow for it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(escape(name), justify="right" if name else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*map(escape, row))
+    console = Console()
+    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False)

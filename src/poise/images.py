@@ -47,6 +47,16 @@ def to_bytes(images: Images) -> ByteImages:
     return images.detach().float().clamp(0, 1).mul_(255).add_(0.5).floor_().to(torch.uint8)
 
 
+def stretch_each(images: Images) -> Images:
+    """Each image mapped so that its least value becomes 0 and its greatest 1, as Dai & Wipf's evaluation does.
+
+    An image of one value becomes 0.
+    """
+    flat = images.flatten(1)
+    least, most = flat.amin(1)[:, None], flat.amax(1)[:, None]
+    return ((flat - least) / (most - least).clamp_min(1e-12)).reshape(images.shape)
+
+
 def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
     """One picture of all images, row by row: uint8 (height, width, channels), with white lines of 2 pixels between.
 

@@ -362,7 +362,7 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))
     write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
     figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
-    write_json(run.folder / "summary.json", figures | run.evaluate(dataset.test, fid="never"))
+    write_json(run.folder / "summary.json", figures | run.evaluate(dataset.test, extractor="none").pages)
 
 
 @contextmanager

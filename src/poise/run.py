@@ -9,9 +9,9 @@ evaluation.json        what `poise evaluate` printed last
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,13 +22,24 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import Saved, newest_checkpoint, read_folder
-from poise.datasets import Dataset, gather
+from poise.datasets import Dataset, head
 from poise.datasets import load as load_data
-from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
-from poise.features import Extractor, available_inception, extract, inception
-from poise.images import to_bytes
+from poise.errors import InputError, MissingInputError, RunError
+from poise.evaluation import (
+    AUTO,
+    Evaluation,
+    Produced,
+    choose_extractor,
+    chunks_of,
+    compare,
+    mean_squared_error,
+    model_measurements,
+    nll_measurement,
+    remarks,
+    through_jpeg,
+)
 from poise.latent import DiagonalGaussian
-from poise.metrics import CHUNK, encode_all, frechet_distance, latent_statistics, reconstruction
+from poise.metrics import CHUNK, encode_all, encoded, importance_weighted_nll, latent_statistics, reconstruction
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -39,17 +50,16 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
+from poise.protocols import Measurement, Protocol, find_protocol, model_protocol
 from poise.recipes.settings import Data, Generation, Recipe, from_json
-from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample
+from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.shapes import Images, Latents
 from poise.training import under
 from poise.vae import VAE
 
 PriorName = Literal["normal", "second-stage", "mixture"]
-WhenFID = Literal["auto", "always", "never"]
 GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
-MOST_IMAGES = 10_000  # on each side of a comparison
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,6 @@ class Run:
         tensors = read_folder(folder).tensors
         return DiagonalGaussian(tensors["mean"], tensors["logvar"])
 
-    @torch.no_grad()
     def encode(self, images: Any) -> DiagonalGaussian:
         """Posteriors (n, latents) of images (n, channels, height, width), floats in [0, 1] or bytes, on the CPU.
 
@@ -126,30 +135,34 @@ class Run:
         """
         return encode_all(self.first.vae, self._checked(images))
 
-    @torch.no_grad()
-    def reconstruct(self, images: Any) -> Images:
+    def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
 
         Args:
             images: see `encode`.
+            generation: from mean or sample, adjusted or not; None: the recipe's.
         """
-        restored = self._decode(self.encode(images))
-        if self.recipe.generation.adjust_reconstructions:
-            restored = self._reconstruction_adjustment(restored)
-        return restored
+        return torch.cat(list(self.reconstruct_chunks(images, generation=generation)))
 
-    def _decode(self, posterior: DiagonalGaussian) -> Images:
-        latents = posterior.mean
-        if self.recipe.generation.reconstruct_from == "sample":
-            latents = posterior.sample(noise_per_image(*latents.shape, seed=self.recipe.seed))
-        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
-        return torch.cat(parts)
+    def reconstruct_chunks(self, images: Any, *, generation: Generation | None = None) -> Iterator[Images]:
+        """What `reconstruct` gives, in parts, so that any number fits into memory."""
+        generation = generation or self.recipe.generation
+        source = generation.reconstruct_from
+        adjust = self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
+        for _, posterior, noise in encoded(self.first.vae, self._checked(images), self.recipe.seed):
+            latents = posterior.sample(noise) if source == "sample" else posterior.mean
+            with torch.no_grad():
+                restored = self.first.vae.decode(latents).float().cpu()
+            yield adjust(restored) if adjust else restored
 
-    @cached_property
-    def _reconstruction_adjustment(self) -> VarianceAdjustment:
+    @torch.no_grad()
+    def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
         """Fitted to reconstructions of the first training images, so that an image does not depend on its neighbours."""
         some = DiagonalGaussian(self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS])
-        return fit_adjustment(self._decode(some), self.data["pixel_std"])
+        noise = noise_per_image(*some.mean.shape, seed=self.recipe.seed)
+        latents = some.sample(noise) if source == "sample" else some.mean
+        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
+        return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
         """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
@@ -222,88 +235,112 @@ class Run:
         """
         if count < 1:
             raise InputError(f"the number of images must be at least 1, not {count}")
+        return torch.cat(list(self.sample_chunks(count, prior=prior, seed=seed, first=first, generation=generation)))
+
+    def sample_chunks(
+        self,
+        count: int,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        first: int = 0,
+        generation: Generation | None = None,
+    ) -> Iterator[Images]:
+        """What `sample` gives, in parts, so that any number fits into memory."""
         generation = generation or self.recipe.generation
         source = self.prior(prior, generation)
-        images = sample(self.first.vae, source, count, seed=seed, first=first).clamp(0, 1)  # a network of one's own may stray
-        return self._adjustment(source)(images) if generation.adjust_variance else images
+        adjust = self._adjustment(source) if generation.adjust_variance else None
+        for images in sample_chunks(self.first.vae, source, count, seed=seed, first=first):
+            images = images.clamp(0, 1)  # a network of one's own may stray
+            yield adjust(images) if adjust else images
 
     def _adjustment(self, source: Prior) -> VarianceAdjustment:
         reference = sample(self.first.vae, source, ADJUSTMENT_DRAWS, seed=REFERENCE_SEED)
         return fit_adjustment(reference, self.data["pixel_std"])
 
     def evaluate(
-        self, images: Any = None, *, fid: WhenFID = "auto", weights: Path | None = None, quiet: bool = True
-    ) -> dict[str, Any]:
-        """Reconstruction, likelihood and (where Inception is at hand) FID on test images; statistics of the training codes.
+        self,
+        images: Any = None,
+        *,
+        protocol: str | Protocol = "default",
+        extractor: str = AUTO,
+        infinity: bool = False,
+        nll_samples: int = 0,
+        seed: int = 0,
+        quiet: bool = True,
+    ) -> Evaluation:
+        """Error, likelihood, latents; reconstructions and samples of each prior compared with real images by a protocol.
 
         Args:
-            images: (n, channels, height, width), bytes or float in [0, 1]; None: the test images of the run's data, which
-                are read again from their source and compared by checksum.
-            fid: "auto": if torch-fidelity and weights are here; "always": or fail; "never".
-            weights: of Inception; None: what `features.available_inception` finds.
+            images: real ones, (n, channels, height, width), bytes or float in [0, 1]; None: the protocol's side of the run's
+                data, read again from their source and compared by checksum.
+            protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
+            extractor: see `poise.evaluate`; "none" leaves comparisons out.
+            infinity: extrapolate Frechet distances to infinitely many images as well.
+            nll_samples: importance samples for each image's log likelihood; 0: not estimated.
+            seed: of generated images.
             quiet: no progress display.
 
         Raises:
-            InputError: the data cannot be read again or have changed; FID was demanded and cannot be had.
+            InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had.
         """
-        images = self.test_images() if images is None else self._checked(images)
-        figures: dict[str, Any] = {"images": len(images)}
-        figures["reconstruction"] = asdict(reconstruction(self.first.vae, self.first.balance, images, seed=self.recipe.seed))
-        figures["reconstruction"]["mse_as_shown"] = self._shown_error(images)
+        conditions, network, notes = choose_extractor(find_protocol(protocol), extractor, self.device)
+        images = self._side(conditions.reference) if images is None else self._checked(images)
+        images = head(images, conditions.real or len(images))
+        pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
+        if network is not None:
+            reference = self._reference(images, conditions)
+            produced = self._produced(images, conditions, seed)
+            measured += compare(reference, produced, conditions, network, infinity=infinity, seed=seed, quiet=quiet)
+        return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
+
+    def _side(self, side: str) -> Any:
+        """The training or the test images of the data the run was trained on, read again."""
+        dataset = self.dataset()
+        return dataset.train if side == "train" else dataset.test
+
+    def _model_figures(
+        self, images: Any, protocol: Protocol, nll_samples: int, quiet: bool
+    ) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
+        generation = protocol.generation or self.recipe.generation
+        released = generation.variance_law == "released"
+        vae, balance, seed = self.first.vae, self.first.balance, self.recipe.seed
+        figures = reconstruction(vae, balance, images, seed=seed)
+        measured = model_measurements(figures, model_protocol(protocol, len(images)), seed=seed, device=str(self.device))
+        shown = mean_squared_error(chunks_of(images, len(images)), self.reconstruct_chunks(images, generation=generation))
+        pages: dict[str, dict[str, Any]] = {"reconstruction": asdict(figures) | {"mse_as_shown": shown, "images": len(images)}}
+        if nll_samples:
+            likelihood = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=seed, quiet=quiet)
+            measured.append(nll_measurement(likelihood, measured[0]))
+            pages["likelihood"] = asdict(likelihood)
         if (self.folder / "codes").exists():
-            figures["latents"] = asdict(latent_statistics(self.codes, released=self._released_law))
+            pages["latents"] = asdict(latent_statistics(self.codes, released=released))
         if self.second is not None:
-            figures["second_stage"] = self._second_stage_figures()
-        extractor = self._extractor(fid, weights)
-        if extractor is not None:
-            figures["fid"] = self._fid(extractor, images, quiet)
-        return figures
+            pages["second_stage"] = self._second_stage_page(released)
+        return pages, measured
 
-    def _shown_error(self, images: Any) -> float:
-        """MSE of what `reconstruct` gives: from the mean or a sample, adjusted or not, as the recipe says."""
-        restored, total = self.reconstruct(images), 0.0
-        for start in range(0, len(images), CHUNK):
-            part = restored[start : start + CHUNK]
-            total += float((gather(images, range(start, start + len(part))).cpu() - part).double().square().sum())
-        return total / restored.numel()
-
-    def _second_stage_figures(self) -> dict[str, float]:
+    def _second_stage_page(self, released: bool) -> dict[str, Any]:
         assert self.second is not None
         latents = self.latents()
         figures = reconstruction(self.second.vae, self.second.balance, latents, seed=self.recipe.seed)
-        codes = encode_all(self.second.vae, latents)
-        kept = {key: value for key, value in asdict(figures).items() if key != "bits_per_dim"}
-        return kept | asdict(latent_statistics(codes, released=self._released_law))
+        return asdict(figures) | asdict(latent_statistics(encode_all(self.second.vae, latents), released=released))
 
-    @property
-    def _released_law(self) -> bool:
-        return self.recipe.generation.variance_law == "released"
+    def _reference(self, images: Any, protocol: Protocol) -> Any:
+        """The real images to compare with: raw, or through JPEG, as the protocol says and whatever the run was trained on."""
+        own, wanted = self.recipe.data.jpeg_quality, protocol.reference_jpeg
+        if own == wanted:
+            return images
+        if own is not None:
+            raw = read_data(replace(self.recipe.data, jpeg_quality=None))
+            images = head(raw.train if protocol.reference == "train" else raw.test, len(images))
+        return images if wanted is None else through_jpeg(images, wanted)
 
-    def _extractor(self, fid: WhenFID, weights: Path | None) -> Extractor | None:
-        if weights is not None and not weights.is_file():
-            raise MissingInputError(f"{weights}: no such file of Inception weights")
-        weights = weights or available_inception()
-        if fid == "never" or (fid == "auto" and weights is None):
-            return None
-        try:
-            return inception(weights, self.device)
-        except MissingExtraError:
-            if fid == "always":
-                raise
-            return None
-
-    def _fid(self, extractor: Extractor, images: Any, quiet: bool) -> dict[str, Any]:
-        count = min(len(images), MOST_IMAGES)
-        chosen = gather(images, range(count))
-        real = extract(extractor, to_bytes(chosen), title="real", quiet=quiet)
-        produced: dict[str, Callable[[], Images]] = {"REC": lambda: self.reconstruct(chosen)}
+    def _produced(self, images: Any, protocol: Protocol, seed: int) -> Iterator[Produced]:
+        generation = protocol.generation
+        yield Produced("REC", lambda count: self.reconstruct_chunks(head(images, count), generation=generation), len(images))
         for label, name in GENERATIONS.items():
             if name != "second-stage" or self.second is not None:
-                produced[label] = lambda name=name: self.sample(count, prior=name)
-        scores: dict[str, Any] = {"images_on_each_side": count, "reference": "test images", "pixels": "8 bits"}
-        for label, make in produced.items():
-            scores[label] = frechet_distance(real, extract(extractor, to_bytes(make()), title=label, quiet=quiet))
-        return scores
+                yield Produced(label, partial(self.sample_chunks, prior=name, seed=seed, generation=generation))
 
     def test_images(self) -> Any:
         """The test images of the data the run was trained on, read again.

@@ -51,7 +51,6 @@ def fit_adjustment(images: Images, real_std: float) -> VarianceAdjustment:
     return VarianceAdjustment(images.mean(0), real_std / max(moments.std(), 1e-12))
 
 
-@torch.no_grad()
 def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Images:
     """Images number `first` to `first + count - 1` of a seed, on the CPU.
 
@@ -62,16 +61,17 @@ def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0)
         seed: any integer; image i of a seed is always the same image.
         first: number of the first image, for drawing a set in parts.
     """
-    chunks = list(_chunks(vae, prior, count, seed, first))
-    return torch.cat(chunks)
+    return torch.cat(list(sample_chunks(vae, prior, count, seed=seed, first=first)))
 
 
-def _chunks(vae: VAE, prior: Prior, count: int, seed: int, first: int) -> Iterator[Images]:
+def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Iterator[Images]:
+    """What `sample` gives, in parts, so that any number fits into memory."""
     device = next(vae.parameters()).device
     vae.eval()
     for start in range(first - first % CHUNK, first + count, CHUNK):
         noise = noise_per_image(CHUNK, prior.noise_dims, seed, start).to(device)
-        images = vae.decode(prior.latents(noise)).float().cpu()
+        with torch.no_grad():
+            images = vae.decode(prior.latents(noise)).float().cpu()
         yield images[max(first - start, 0) : first + count - start]
 
 

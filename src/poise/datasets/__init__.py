@@ -7,6 +7,6 @@ files), `folders`, `layouts` (torchvision's folders), `hub`, `names` (MNIST and 
 from poise.datasets.dataset import Dataset
 from poise.datasets.loading import load, read_images
 from poise.datasets.names import NAMES
-from poise.datasets.storage import Rows, gather
+from poise.datasets.storage import Rows, gather, head
 
-__all__ = ["NAMES", "Dataset", "Rows", "gather", "load", "read_images"]
+__all__ = ["NAMES", "Dataset", "Rows", "gather", "head", "load", "read_images"]

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -76,22 +77,29 @@ def load(
     return Dataset(found.name, train, test, found.source, tuple(notes))
 
 
-def read_images(source: str | Path, *, size: int, channels: int) -> Pixels:
-    """Images to be looked at rather than learned from: any number, not split; of an official split, the test side.
+def read_images(
+    source: str | Path | np.ndarray | Tensor,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    side: Literal["train", "test"] = "test",
+) -> Pixels:
+    """Images to be looked at rather than learned from: any number, not split; of an official split, one side.
 
     Args:
         source: as for `load`, or a single image file.
-        size: side in pixels that they are cropped and resized to.
-        channels: 1 (grey) or 3 (RGB).
+        size: side in pixels that they are cropped and resized to; None: they must be square and of one size.
+        channels: 1 (grey) or 3 (RGB); None: as they are.
+        side: of an official split.
 
     Raises:
         InputError: see `load`.
     """
     reading = Reading(size=size, channels=channels)
-    if Path(source).is_file() and Path(source).suffix.lower() in IMAGE_ENDINGS:
+    if isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix.lower() in IMAGE_ENDINGS:
         return read_files([Path(source)], [], reading)[0]
     found = _find(source, None, reading)
-    return found.train if found.test is None else found.test
+    return found.train if found.test is None or side == "train" else found.test
 
 
 def _find(source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None, reading: Reading) -> Found:

@@ -85,6 +85,11 @@ def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
     return Rows(array, indices) if isinstance(array, np.memmap) else np.ascontiguousarray(array[indices])
 
 
+def head(images: Any, count: int) -> Any:
+    """The first `count` images; those of a `Rows` are not read."""
+    return Rows(images.array, images.indices[:count]) if isinstance(images, Rows) else images[:count]
+
+
 def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None, cache: Path | None) -> np.ndarray:
     """An array to fill: in memory where it fits the budget, else in a file, deleted when nothing uses the array any more.
 

@@ -1,0 +1,223 @@
+"""A number about images means nothing without the conditions it was measured under: a protocol, short enough to hash.
+
+Papers quarrel over FIDs that differ by their protocol alone: training or test images as the reference, how many of them,
+JPEG, rounding to bytes, each image stretched to its own range. docs/metrics.md shows what each choice moves.
+
+No torch here: the command reads this for its help.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Any, Literal
+
+from poise.errors import InputError
+from poise.recipes.settings import Generation, check_words
+
+HASH_LENGTH = 10
+NO_EXTRACTOR = "none"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that moves a comparison of images and is not the model.
+
+    Attributes:
+        name: for people; the hash does not see it.
+        reference: where the real images come from: the data's "test" or "train" side, or "given" by the user.
+        real: real images, the first so many; None: all.
+        generated: images produced for each label; None: as many as there are real ones (of a given set, all).
+        pixels: "8-bit": rounded to the nearest of 256 levels; "float": as the network gives them.
+        stretch: each produced image is stretched to its own minimum and maximum first (Dai & Wipf's evaluation).
+        reference_jpeg: real images come back from JPEG at this quality (the released CIFAR-10 loader: 75); None: raw.
+        generation: how images are sampled and reconstructed; None: as the run's recipe says.
+        extractor: which network's features are compared: see `poise.features.make_extractor`.
+        extractor_checksum: SHA-256 of its weights; empty until it is loaded.
+        resize: what the extractor does to images first, in words; empty until it is loaded.
+        kid_subsets, kid_subset_size: of the kernel distance.
+        precision_neighbours, coverage_neighbours: of precision and recall, and of density and coverage.
+        score_splits: of the inception score.
+    """
+
+    name: str
+    reference: Literal["test", "train", "given"] = "test"
+    real: int | None = 10_000
+    generated: int | None = None
+    pixels: Literal["8-bit", "float"] = "8-bit"
+    stretch: bool = False
+    reference_jpeg: int | None = None
+    generation: Generation | None = None
+    extractor: str = "inception"
+    extractor_checksum: str = ""
+    resize: str = ""
+    kid_subsets: int = 100
+    kid_subset_size: int = 1_000
+    precision_neighbours: int = 3
+    coverage_neighbours: int = 5
+    score_splits: int = 10
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        for name in ("real", "generated"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise InputError(f"a protocol needs at least 2 {name} images, not {value}")
+
+    @property
+    def hash(self) -> str:
+        """Ten hexadecimal digits that change with every attribute but the name.
+
+        Of what differs from the defaults, so that an attribute added later leaves the hashes of older numbers as they are.
+        """
+        settings = _differing(self) | ({"generation": _differing(self.generation)} if self.generation else {})
+        settings.pop("name")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left open: counts are known, and the weights of the extractor."""
+        known = self.extractor == NO_EXTRACTOR or self.extractor_checksum
+        return bool(self.real and self.generated is not None and known)
+
+    def __str__(self) -> str:
+        produced = f"{self.generated} produced" + (", each stretched to its own range" if self.stretch else "")
+        jpeg = f" after JPEG {self.reference_jpeg}" if self.reference_jpeg else ""
+        against = f"{self.real} {self.reference} images{jpeg}"
+        network = "" if self.extractor == NO_EXTRACTOR else f", {self.extractor} {self.extractor_checksum[:8]}, {self.resize}"
+        return f"{self.name} ({self.hash}): {against} against {produced}, {self.pixels}{network}"
+
+
+def _differing(settings: Any) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+
+
+def model_protocol(protocol: Protocol, count: int) -> Protocol:
+    """The part of a protocol that moves figures of the model itself (error, likelihood), where no features are compared.
+
+    Args:
+        protocol: its name, reference and generation are kept.
+        count: images looked at.
+    """
+    same = Protocol(protocol.name, protocol.reference, generation=protocol.generation)
+    return replace(same, real=count, generated=count, pixels="float", extractor=NO_EXTRACTOR)
+
+
+RELEASED_GENERATION = Generation(
+    second_stage_noise=False,
+    renormalise="when-lost",
+    variance_law="released",
+    adjust_reconstructions=True,
+    reconstruct_from="sample",
+)
+DEFAULT = Protocol("default")
+RELEASED_CELEBA = Protocol("released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION)
+
+PROTOCOLS: dict[str, Protocol] = {
+    "default": DEFAULT,
+    "released": replace(RELEASED_CELEBA, name="released", reference_jpeg=75),
+    "released-celeba": RELEASED_CELEBA,
+    "dai-wipf": replace(DEFAULT, name="dai-wipf", stretch=True),
+    "50k-train": replace(DEFAULT, name="50k-train", reference="train", real=50_000),
+    "every-image": replace(DEFAULT, name="every-image", reference="given", real=None),
+}
+"""default: raw test images, 8 bits. released: the authors' CIFAR-10 evaluation, released-celeba the same without JPEG;
+generation as released. dai-wipf: as Dai & Wipf 2019 scored. 50k-train: as the GAN and diffusion literature scores CIFAR-10.
+every-image: two given sets, all of each."""
+
+
+def find_protocol(protocol: str | Protocol) -> Protocol:
+    """A protocol by name, or as it is.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        close = get_close_matches(protocol, PROTOCOLS, 1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"there is no protocol {protocol!r}: there are {', '.join(PROTOCOLS)}{guess}")
+    return PROTOCOLS[protocol]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number with all that is needed to compare it.
+
+    Attributes:
+        metric: "FID", "KID", "precision", "MSE", "ELBO", ...
+        of: what was measured: REC, GEN-1, GEN-2, GEN-mixture, or a name the user gave.
+        value: in `unit`.
+        protocol: complete.
+        spread: standard deviation or standard error, where the metric has one of its own.
+        unit: "" for a pure number.
+        seed: of the images' noise.
+        device: where the networks ran.
+        version: of Poise.
+    """
+
+    metric: str
+    of: str
+    value: float
+    protocol: Protocol
+    spread: float | None = None
+    unit: str = ""
+    seed: int = 0
+    device: str = "cpu"
+    version: str = field(default_factory=lambda: version("poise"))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.protocol, Protocol) or not self.protocol.complete:
+            raise InputError(f"{self.metric} of {self.of} needs a complete protocol: counts, and the extractor's checksum")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the protocol as its hash. A value that is no number (an undefined one) is None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        value = self.value if math.isfinite(self.value) else None
+        return values | {"value": value, "protocol": self.protocol.hash}
+
+
+def protocols_json(measurements: Iterable[Measurement]) -> dict[str, Any]:
+    """The protocols that measurements were made under, by hash."""
+    return {m.protocol.hash: asdict(m.protocol) for m in measurements}
+
+
+def table(measurements: Iterable[Measurement], *, mixed: bool = False) -> list[list[str]]:
+    """Rows of cells, the first one a head: a row for each thing measured, a column for each metric.
+
+    Args:
+        measurements: of one protocol for each metric.
+        mixed: allow several, and give the hash of each in a column of its own.
+
+    Raises:
+        InputError: a metric was measured under several protocols, and `mixed` is not set; or a cell has two values.
+    """
+    measurements = list(measurements)
+    metrics = list(dict.fromkeys(m.metric for m in measurements))
+    hashes = {metric: {m.protocol.hash for m in measurements if m.metric == metric} for metric in metrics}
+    several = sorted(metric for metric in metrics if len(hashes[metric]) > 1)
+    if several and not mixed:
+        raise InputError(f"{', '.join(several)} measured under several protocols cannot stand in one table: show them (mixed)")
+    rows: dict[tuple[str, str], dict[str, Measurement]] = {}
+    for m in measurements:
+        cells = rows.setdefault((m.of, m.protocol.hash if several else ""), {})
+        if m.metric in cells:
+            raise InputError(f"{m.metric} of {m.of} is given twice: a table needs a mean and spread over seeds, or one of them")
+        cells[m.metric] = m
+    head = ["", *(["protocol"] if several else []), *metrics]
+    return [head, *([of, *([code] if several else []), *_cells(cells, metrics)] for (of, code), cells in rows.items())]
+
+
+def _cells(cells: dict[str, Measurement], metrics: list[str]) -> list[str]:
+    return [show(cells[metric]) if metric in cells else "" for metric in metrics]
+
+
+def show(measurement: Measurement) -> str:
+    """A value with as many digits as are worth reading, and its spread."""
+    digits = 2 if abs(measurement.value) >= 10 else 4
+    spread = f" ± {measurement.spread:.{digits}f}" if measurement.spread is not None else ""
+    return f"{measurement.value:.{digits}f}{spread}"

@@ -1,0 +1,161 @@
+"""Sets of images compared under a protocol, from Python; the command is tested in test_cli."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from poise import evaluation, features
+from poise.errors import InputError, MissingExtraError
+from poise.evaluation import choose_extractor, compare, evaluate, prepare, remarks
+from poise.images import jpeg_round_trip, stretch_each, to_bytes
+from poise.metrics import frechet_distance, kernel_distance
+from poise.protocols import PROTOCOLS, Protocol
+from poise.sampling import write_images
+
+GENERATOR = np.random.default_rng(0)
+REAL = GENERATOR.integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+OTHER = GENERATOR.integers(30, 200, (50, 3, 8, 8), dtype=np.uint8)
+PIXELS = features.make_extractor("pixels")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("POISE_INCEPTION", raising=False)
+
+
+def test_two_arrays_are_compared_by_every_image():
+    result = evaluate(REAL, OTHER, extractor="pixels")
+    expected = frechet_distance(PIXELS(REAL), PIXELS(OTHER))
+    assert result.value("FD-pixels", "generated") == pytest.approx(expected, rel=1e-9)
+    protocol = result.measurements[0].protocol
+    assert (protocol.real, protocol.generated, protocol.kid_subset_size) == (60, 50, 50)
+    kid = kernel_distance(PIXELS(REAL), PIXELS(OTHER), subset_size=50)
+    assert result.value("KID-pixels", "generated") == pytest.approx(kid.mean, rel=1e-9)
+    assert protocol.extractor == "pixels" and protocol.extractor_checksum == PIXELS.checksum and protocol.complete
+
+
+def test_folders_and_files_are_compared_as_arrays_are(tmp_path):
+    write_images(torch.from_numpy(REAL).float() / 255, tmp_path / "real")
+    np.savez(tmp_path / "other.npz", images=OTHER.transpose(0, 2, 3, 1))
+    read = evaluate(str(tmp_path / "real"), tmp_path / "other.npz", extractor="pixels")
+    given = evaluate(REAL, torch.from_numpy(OTHER), extractor="pixels")
+    assert [m.value for m in read.measurements] == pytest.approx([m.value for m in given.measurements], rel=1e-9)
+
+
+def test_identical_sets_are_at_distance_zero():
+    result = evaluate(REAL, REAL, extractor="pixels")
+    assert result.value("FD-pixels", "generated") == pytest.approx(0, abs=1e-6)
+    assert result.value("precision", "generated") == result.value("coverage", "generated") == 1
+
+
+def test_every_choice_of_a_protocol_has_an_effect():
+    base = Protocol("mine", reference="given", real=None)
+    floats = torch.from_numpy(OTHER).float() / 300
+    values = {}
+    for name, change in {
+        "base": {},
+        "fewer real": {"real": 40},
+        "fewer generated": {"generated": 40},
+        "float": {"pixels": "float"},
+        "stretch": {"stretch": True},
+        "jpeg": {"reference_jpeg": 75},
+    }.items():
+        values[name] = evaluate(REAL, floats, protocol=replace(base, **change), extractor="pixels").value(
+            "FD-pixels", "generated"
+        )
+    assert len(set(values.values())) == len(values), values
+
+
+def test_the_reference_goes_through_jpeg_and_produced_images_are_stretched():
+    protocol = Protocol("mine", reference="given", real=None, stretch=True, reference_jpeg=50)
+    result = evaluate(REAL, OTHER, protocol=protocol, extractor="pixels")
+    stored = jpeg_round_trip(torch.from_numpy(REAL), 50)
+    stretched = to_bytes(stretch_each(torch.from_numpy(OTHER).float() / 255))
+    expected = frechet_distance(PIXELS(stored), PIXELS(stretched))
+    assert result.value("FD-pixels", "generated") == pytest.approx(expected, rel=1e-9)
+
+
+def test_stretching_takes_each_image_to_its_own_range():
+    images = torch.rand(5, 3, 4, 4) * 0.5 + 0.2
+    flat = stretch_each(images).flatten(1)
+    torch.testing.assert_close(flat.amin(1), torch.zeros(5))
+    torch.testing.assert_close(flat.amax(1), torch.ones(5))
+    assert torch.equal(stretch_each(torch.full((1, 1, 2, 2), 0.3)), torch.zeros(1, 1, 2, 2))
+
+
+def test_float_pixels_are_not_rounded():
+    images = torch.rand(3, 1, 4, 4)
+    assert torch.equal(prepare(images, replace(PROTOCOLS["default"], pixels="float")), images)
+    assert torch.equal(prepare(images, PROTOCOLS["default"]), to_bytes(images))
+
+
+def test_real_features_are_extracted_once(monkeypatch):
+    seen = []
+    counted = replace(PIXELS, network=lambda levels: seen.append(len(levels)) or PIXELS.network(levels))
+    protocol = replace(PROTOCOLS["every-image"], extractor=PIXELS.name, extractor_checksum=PIXELS.checksum)
+    produced = evaluation.Produced("generated", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER))
+    first = compare(REAL, [produced], protocol, counted)
+    assert sum(seen) == len(REAL) + len(OTHER)
+    again = compare(REAL, [produced], protocol, counted)
+    assert sum(seen) == len(REAL) + 2 * len(OTHER) and again == first
+    compare(REAL[::-1].copy(), [produced], protocol, counted)
+    assert sum(seen) == 2 * len(REAL) + 3 * len(OTHER), "other images, or their order, were taken for these"
+
+
+def test_extrapolation_is_done_where_there_are_enough_images():
+    grey = GENERATOR.integers(0, 256, (300, 1, 2, 2), dtype=np.uint8)
+    result = evaluate(grey, grey[:200], extractor="pixels", infinity=True)
+    assert "FD-pixels infinity" in {m.metric for m in result.measurements}
+    refused = evaluate(REAL, OTHER, extractor="pixels", infinity=True)
+    assert any("too few images to extrapolate" in note for note in refused.notes)
+
+
+def test_few_images_are_remarked_upon():
+    assert "biased upwards" in evaluate(REAL, OTHER, extractor="pixels").notes[0]
+    assert remarks([], infinity=True) == ()
+
+
+def test_without_inception_the_light_network_is_used_under_its_own_name(monkeypatch):
+    monkeypatch.setattr(evaluation, "available_inception", lambda: None)
+    monkeypatch.setattr(evaluation, "make_extractor", lambda spec, device="cpu": replace(PIXELS, name=spec))
+    protocol, network, notes = choose_extractor(PROTOCOLS["default"], "auto", torch.device("cpu"))
+    assert network is not None and network.distance == "FD-light" and "not FID" in notes[0]
+    assert protocol.extractor == "light" and protocol.hash != PROTOCOLS["default"].hash
+
+
+def test_with_no_network_at_all_nothing_is_compared(monkeypatch):
+    def missing(spec, device="cpu"):
+        raise MissingExtraError("light comparisons", "light")
+
+    monkeypatch.setattr(evaluation, "available_inception", lambda: None)
+    monkeypatch.setattr(evaluation, "make_extractor", missing)
+    protocol, network, notes = choose_extractor(PROTOCOLS["default"], "auto", torch.device("cpu"))
+    assert network is None and protocol.extractor == "none" and 'pip install "poise[light]"' in notes[0]
+    with pytest.raises(InputError, match="Inception is not at hand"):
+        evaluate(REAL, OTHER)
+
+
+def test_what_was_not_measured_is_said():
+    with pytest.raises(InputError, match="FID of generated was not measured; there are FD-pixels of generated"):
+        evaluate(REAL, OTHER, extractor="pixels").value("FID", "generated")
+
+
+def test_json_is_strict_and_holds_each_protocol_once():
+    result = evaluate(REAL, OTHER, extractor="pixels")
+    values = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert {m["protocol"] for m in values["measurements"]} == set(values["protocols"])
+    protocol = next(iter(values["protocols"].values()))
+    assert protocol["real"] == 60 and protocol["extractor_checksum"] == PIXELS.checksum
+
+
+def test_wrong_sets_are_refused(unchecked):
+    with pytest.raises(InputError, match="no-such-folder"):
+        evaluate(REAL, "no-such-folder", extractor="pixels")
+    with pytest.raises(InputError):
+        evaluate(REAL, OTHER[:1], extractor="pixels")
+    with pytest.raises(InputError, match="no protocol"):
+        evaluate(REAL, OTHER, protocol="mine", extractor="pixels")
