@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from poise.protocols import PROTOCOLS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,6 +20,10 @@ def script(name: str):
     return module
 
 
+def section(page: str, title: str) -> str:
+    return (ROOT / page).read_text().split(f"{title}\n")[1].split("\n## ")[0]
+
+
 def rows(table: str) -> list[list[str]]:
     return [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines() if line.startswith("|")][2:]
 
@@ -27,6 +33,11 @@ def test_the_mnist_table_in_the_log_is_that_of_the_results():
     generated = rows(script("mnist_balances").table(results))
     log = (ROOT / "docs" / "log.md").read_text()
     assert len(results) == 9 and generated == rows(log[: log.index("### CIFAR-10")])
+
+
+def test_the_page_on_metrics_lists_every_protocol_with_its_hash():
+    listed = {row[0].strip("`"): row[1] for row in rows(section("docs/metrics.md", "## Protocols"))}
+    assert listed == {name: protocol.hash for name, protocol in PROTOCOLS.items()}
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)

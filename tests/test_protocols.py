@@ -115,7 +115,7 @@ def test_a_name_that_is_none_is_answered_with_those_that_are():
 
 
 def test_impossible_protocols_are_refused(unchecked):
-    with pytest.raises(InputError, match="at least 2 real images, not 1"):
-        Protocol("mine", real=1)
+    with pytest.raises(InputError, match="at least 1 real image, not 0"):
+        Protocol("mine", real=0)
     with pytest.raises(InputError, match="pixels must be one of 8-bit, float"):
         Protocol("mine", pixels="16-bit")

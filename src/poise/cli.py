@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Variational autoencoders that balance themselves."
 DATA_NAMES = [name for name in RECIPES if name != "images"]
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
+WHOLE_TABLE = 160  # columns: numbers are never cut off, whatever the terminal's width
 RECIPES_OWN = "(default: the recipe's)"
 BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
@@ -442,5 +443,4 @@ def show_cells(title: str, rows: list[list[str]]) -> None:
         table.add_column(escape(name), justify="right" if name else "left", no_wrap=True)
     for row in body:
         table.add_row(*map(escape, row))
-    console = Console()
-    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False)
+    Console(width=max(Console().width, WHOLE_TABLE)).print(table)

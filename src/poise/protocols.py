@@ -64,8 +64,8 @@ class Protocol:
         check_words(self)
         for name in ("real", "generated"):
             value = getattr(self, name)
-            if value is not None and value < 2:
-                raise InputError(f"a protocol needs at least 2 {name} images, not {value}")
+            if value is not None and value < 1:
+                raise InputError(f"a protocol needs at least 1 {name} image, not {value}")
 
     @property
     def hash(self) -> str:
