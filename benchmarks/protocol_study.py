@@ -10,6 +10,7 @@ among it, stays. "other samples" repeats GEN-2 with other seeds: less than its s
 """
 
 import argparse
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -35,6 +36,18 @@ RESIZES: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic", "antialias": True},
 }
 SEEDS = (0, 1, 2)
+RANKED = (  # one of each kind: sets that differ by noise alone would say nothing of the order
+    "train",
+    "REC",
+    "REC sampled",
+    "REC, stretched",
+    "GEN-1",
+    "GEN-2 seed 0",
+    "GEN-2 without noise",
+    "GEN-2 renormalised",
+    "GEN-2 seed 0, stretched",
+    "GEN-mixture",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Sets:
 
 
 def features_of(name: str, make: Callable[[], Chunks], extractor: Extractor, count: int, work: Path) -> torch.Tensor:
-    path = work / f"{extractor.name}-{extractor.resize}-{count}-{name}.npy".replace(" ", "_").replace("/", "_")
+    path = work / f"{extractor.name}-{extractor.checksum[:8]}-{extractor.resize}-{count}-{name}.npy".replace(" ", "_")
     if not path.exists():
         features = extract(extractor, make(), total=count, title=f"{extractor.name}: {name}", quiet=False)
         work.mkdir(parents=True, exist_ok=True)
@@ -92,7 +105,7 @@ def resized_otherwise(extractor: Extractor, name: str) -> Extractor:
     side = int(extractor.resize.split()[-1])
     other = Prepared(
         prepared.network,
-        lambda levels: F.interpolate(levels, (side, side), **RESIZES[name]),
+        lambda levels: F.interpolate(levels, (side, side), **RESIZES[name]).clamp(0, 255),
         shift=float(prepared.shift.flatten()[0]),
         divisor=float(prepared.divisor.flatten()[0]),
     )
@@ -121,7 +134,7 @@ def study(run: poise.Run, extractor: Extractor, count: int, work: Path) -> dict[
     row(f"half as many images ({half})", test[:half], rec[:half], gen[:half])
     dropped = count // 64 * 64
     row(f"only whole batches of 64 ({dropped} images)", test[:dropped], rec[:dropped], gen[:dropped])
-    row("reconstructions from a sample of q(z|x)", test, known["REC sampled"], None)
+    row("reconstructions from a posterior sample", test, known["REC sampled"], None)
     row("stage 2 without its noise (as released)", test, None, known["GEN-2 without noise"])
     row("latents renormalised", test, None, known["GEN-2 renormalised"])
     if extractor.name == "inception":
@@ -129,7 +142,7 @@ def study(run: poise.Run, extractor: Extractor, count: int, work: Path) -> dict[
             other = resized_otherwise(extractor, name)
             again = {key: features_of(key, sets[key], other, count, work) for key in ("test", "REC", "GEN-2 seed 0")}
             row(f"resize: {name}", again["test"], again["REC"], again["GEN-2 seed 0"])
-    ranked = {name: frechet_distance(test, features) for name, features in known.items() if not name.startswith("test")}
+    ranked = {name: frechet_distance(test, known[name]) for name in RANKED}
     return {"checksum": extractor.checksum, "resize": extractor.resize, "rows": rows, "ranked": ranked}
 
 
@@ -164,6 +177,7 @@ def agreement(studies: dict[str, Any]) -> dict[str, float]:
     ]
     return {
         "sets": len(a),
+        "pairs": len(within),
         "spearman": float(spearmanr(a, b).statistic),  # pyright: ignore[reportAttributeAccessIssue]
         "kendall": float(kendalltau(a, b).statistic),  # pyright: ignore[reportAttributeAccessIssue]
         "pairs_in_the_same_order": sum(within) / len(within),
@@ -183,8 +197,9 @@ def main() -> None:
         print(tables(json.loads(options.tables.read_text())))
         return
     run = poise.load(options.run)
-    studies = {spec: study(run, make_extractor(spec, run.device), options.count, options.work) for spec in options.extractors}
     config = json.loads((run.folder / "config.json").read_text())
+    work = options.work / f"{run.folder.name}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]}"
+    studies = {spec: study(run, make_extractor(spec, run.device), options.count, work) for spec in options.extractors}
     report = {
         "experiment": "protocol-study",
         "settings": config["recipe"],

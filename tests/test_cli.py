@@ -127,6 +127,26 @@ def test_evaluation_is_json_on_stdout_with_progress_on_stderr(run_folder, capsys
     assert "GEN-2 180/180" in err and values == json.loads((run_folder / "evaluation.json").read_text())
 
 
+def test_options_of_evaluate_reach_the_evaluation(run_folder, capsys):
+    poise("evaluate", run_folder, "--extractor", "pixels", "--infinity", "--seed", "3")
+    values = json.loads(capsys.readouterr().out)
+    assert any("extrapolate" in note for note in values["notes"])
+    assert {m["seed"] for m in values["measurements"] if m["of"] == "GEN-2"} == {3}
+
+
+def test_figures_are_on_disk_before_they_are_shown(run_folder, monkeypatch):
+    (run_folder / "evaluation.json").unlink(missing_ok=True)
+    monkeypatch.setattr(cli.Evaluate, "_show", lambda self, evaluation, title: sys.exit("the reader of stdout has gone"))
+    with pytest.raises(SystemExit):
+        poise("evaluate", run_folder, "--extractor", "none")
+    assert (run_folder / "evaluation.json").exists()
+
+
+def test_errors_of_the_parser_are_plain_even_on_a_terminal():
+    box = "\x1b[31m╭─ \x1b[0mParsing error ─╮\n\x1b[31m│\x1b[0m \x1b[1mnot a number\x1b[0m │\n│ ──── │"
+    assert cli.one_line(box).startswith("not a number") and "\x1b" not in cli.one_line(box)
+
+
 def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(cli.Evaluate, "_for_people", True)
     poise("evaluate", run_folder, "--extractor", "pixels", "--protocol", "dai-wipf")

@@ -40,6 +40,12 @@ def test_the_page_on_metrics_lists_every_protocol_with_its_hash():
     assert listed == {name: protocol.hash for name, protocol in PROTOCOLS.items()}
 
 
+def test_the_table_of_what_each_choice_moves_is_that_of_the_results():
+    report = json.loads((ROOT / "results" / "protocol-study.json").read_text())
+    assert rows(script("protocol_study").tables(report)) == rows(section("docs/metrics.md", "## What each choice moves"))
+    assert f"(Spearman) {report['agreement']['spearman']:.2f}" in (ROOT / "docs" / "metrics.md").read_text()
+
+
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

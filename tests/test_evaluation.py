@@ -11,7 +11,7 @@ from poise import evaluation, features
 from poise.errors import InputError, MissingExtraError
 from poise.evaluation import choose_extractor, compare, evaluate, prepare, remarks
 from poise.images import jpeg_round_trip, stretch_each, to_bytes
-from poise.metrics import frechet_distance, kernel_distance
+from poise.metrics import frechet_distance, frechet_infinity, inception_score, kernel_distance, manifold_figures
 from poise.protocols import PROTOCOLS, Protocol
 from poise.sampling import write_images
 
@@ -62,7 +62,7 @@ def test_every_choice_of_a_protocol_has_an_effect():
         "fewer generated": {"generated": 40},
         "float": {"pixels": "float"},
         "stretch": {"stretch": True},
-        "jpeg": {"reference_jpeg": 75},
+        "jpeg": {"jpeg": 75},
     }.items():
         values[name] = evaluate(REAL, floats, protocol=replace(base, **change), extractor="pixels").value(
             "FD-pixels", "generated"
@@ -71,7 +71,7 @@ def test_every_choice_of_a_protocol_has_an_effect():
 
 
 def test_the_reference_goes_through_jpeg_and_produced_images_are_stretched():
-    protocol = Protocol("mine", reference="given", real=None, stretch=True, reference_jpeg=50)
+    protocol = Protocol("mine", reference="given", real=None, stretch=True, jpeg=50)
     result = evaluate(REAL, OTHER, protocol=protocol, extractor="pixels")
     stored = jpeg_round_trip(torch.from_numpy(REAL), 50)
     stretched = to_bytes(stretch_each(torch.from_numpy(OTHER).float() / 255))
@@ -139,9 +139,71 @@ def test_with_no_network_at_all_nothing_is_compared(monkeypatch):
         evaluate(REAL, OTHER)
 
 
-def test_what_was_not_measured_is_said():
-    with pytest.raises(InputError, match="FID of generated was not measured; there are FD-pixels of generated"):
-        evaluate(REAL, OTHER, extractor="pixels").value("FID", "generated")
+def test_numbers_are_asked_for_by_name():
+    result = evaluate(REAL, OTHER, extractor="pixels")
+    assert result.distance() == result.value("FD-pixels") == result.value("FD-pixels", "generated")
+    with pytest.raises(InputError, match="FID of what is not measured; there are FD-pixels, KID-pixels"):
+        result.value("FID")
+    assert str(result).splitlines()[0].split()[:2] == ["FD-pixels", "KID-pixels"] and "note: " in str(result)
+
+
+def test_every_distance_is_of_the_right_set_with_the_right_settings():
+    """Sets of unequal size and unequal neighbours, so that nothing can be swapped unseen."""
+    classifier = torch.randn(7, PIXELS(REAL).shape[1], generator=torch.Generator().manual_seed(1))
+    extractor = replace(PIXELS, classifier=classifier)
+    settings = {"kid_subset_size": 20, "kid_subsets": 7, "draws_seed": 5, "precision_neighbours": 2, "coverage_neighbours": 4}
+    protocol = Protocol("mine", reference="given", real=None, score_splits=3, **settings)
+    produced = evaluation.Produced("x", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER), seed=9)
+    known = {"extractor": extractor.name, "extractor_checksum": extractor.checksum}
+    measured = {m.metric: m for m in compare(REAL, [produced], replace(protocol, **known), extractor, infinity=True)}
+    real, other = PIXELS(REAL), PIXELS(OTHER)
+    kid = kernel_distance(real, other, subsets=7, subset_size=20, seed=5)
+    assert (measured["KID-pixels"].value, measured["KID-pixels"].spread) == pytest.approx((kid.mean, kid.std), rel=1e-9)
+    expected = manifold_figures(real, other, neighbours=2, density_neighbours=4)
+    names = ("precision", "recall", "density", "coverage")
+    assert [measured[name].value for name in names] == [getattr(expected, name) for name in names]
+    assert len({measured[name].value for name in names}) > 1, "the sets are too alike to tell"
+    score = inception_score(other @ classifier.T, splits=3, seed=5)
+    assert (measured["IS-pixels"].value, measured["IS-pixels"].spread) == pytest.approx((score.mean, score.std), rel=1e-6)
+    assert {m.seed for m in measured.values()} == {9} and {m.protocol.side for m in measured.values()} == {8}
+
+
+def test_an_extrapolation_has_its_standard_error():
+    grey = GENERATOR.integers(0, 256, (300, 1, 2, 2), dtype=np.uint8)
+    other = GENERATOR.integers(40, 256, (200, 1, 2, 2), dtype=np.uint8)
+    found = next(m for m in evaluate(grey, other, extractor="pixels", infinity=True).measurements if "infinity" in m.metric)
+    expected = frechet_infinity(PIXELS(grey), PIXELS(other), smallest=100)
+    assert (found.value, found.spread) == pytest.approx((expected.value, expected.standard_error), rel=1e-6)
+
+
+def test_a_spread_over_equal_subsets_is_none():
+    measured = evaluate(REAL[:50], OTHER, extractor="pixels").measurements
+    assert next(m for m in measured if m.metric == "KID-pixels").spread is None
+
+
+def test_two_settings_that_give_different_numbers_have_different_hashes(tmp_path):
+    big = np.random.default_rng(3).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+    sizes = [evaluate(big, big[::-1].copy() // 2, extractor="pixels", size=size).measurements[0] for size in (16, 8)]
+    assert sizes[0].value != sizes[1].value and sizes[0].protocol.hash != sizes[1].protocol.hash
+
+
+def test_the_real_images_are_on_record():
+    first, second = (evaluate(real, OTHER, extractor="pixels").measurements[0] for real in (REAL, REAL // 2))
+    assert first.protocol.hash == second.protocol.hash and first.data != second.data
+
+
+def test_a_named_data_set_is_compared_by_the_side_that_the_protocol_names(tmp_path):
+    np.savez(tmp_path / "split.npz", x_train=REAL.transpose(0, 2, 3, 1), x_test=OTHER.transpose(0, 2, 3, 1))
+    for name, side, count in (("50k-train", "train", 60), ("default", "test", 50)):
+        protocol = evaluate(tmp_path / "split.npz", OTHER, protocol=name, extractor="pixels").measurements[0].protocol
+        assert (protocol.reference, protocol.real) == (side, count)
+    folder = evaluate(REAL, OTHER, protocol="released", extractor="pixels").measurements[0].protocol
+    assert folder.reference == "given" and folder.generation is None
+
+
+def test_strange_pairs_are_remarked_upon():
+    assert "the two sets are the same images" in evaluate(REAL, REAL, extractor="pixels").notes
+    assert any("grey" in note for note in evaluate(REAL, OTHER[:, :1], extractor="pixels").notes)
 
 
 def test_json_is_strict_and_holds_each_protocol_once():
@@ -152,10 +214,20 @@ def test_json_is_strict_and_holds_each_protocol_once():
     assert protocol["real"] == 60 and protocol["extractor_checksum"] == PIXELS.checksum
 
 
-def test_wrong_sets_are_refused(unchecked):
-    with pytest.raises(InputError, match="no-such-folder"):
-        evaluate(REAL, "no-such-folder", extractor="pixels")
-    with pytest.raises(InputError):
+def test_wrong_sets_are_refused(unchecked, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for others, message in {
+        "no-such-folder": "no-such-folder",
+        str(tmp_path): "is a run: poise evaluate",
+        3: "not int",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            evaluate(REAL, others, extractor="pixels")
+    with pytest.raises(InputError, match="60 and 1 images cannot be compared"):
         evaluate(REAL, OTHER[:1], extractor="pixels")
+    with pytest.raises(InputError, match=r"8x8 and 4x4 pixels.*--size"):
+        evaluate(REAL, OTHER[:, :, ::2, ::2], extractor="pixels")
+    with pytest.raises(InputError, match="only be compared by an extractor"):
+        evaluate(REAL, OTHER, extractor="none")
     with pytest.raises(InputError, match="no protocol"):
         evaluate(REAL, OTHER, protocol="mine", extractor="pixels")

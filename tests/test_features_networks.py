@@ -23,9 +23,9 @@ BYTES = np.random.default_rng(0).integers(0, 256, (7, 3, 24, 20), dtype=np.uint8
 class Pretender(nn.Module):
     """Gives the 2015 Inception's features of the test picture, whatever it sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, off: float = 0.0) -> None:
         super().__init__()
-        self.values = nn.Buffer(torch.zeros(1, 2048).index_copy(1, torch.arange(0, 2048, 128), EXPECTED[None]))
+        self.values = nn.Buffer(torch.zeros(1, 2048).index_copy(1, torch.arange(0, 2048, 128), EXPECTED[None] + off))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.values + 0 * x[:, 0, 0, :1]
@@ -54,6 +54,19 @@ def test_a_network_with_inceptions_features_is_inception_whatever_its_file_is_ca
         assert extractor.classifier is None and extractor(BYTES).shape == (7, 2048)
 
 
+def test_a_network_that_is_off_by_little_is_not_inception(tmp_path):
+    with pytest.raises(InputError, match="is not the 2015 Inception"):
+        make_extractor(saved(Pretender(off=0.003), tmp_path / "mine.pt"))
+
+
+def test_two_ranges_of_one_file_are_two_extractors_for_the_cache(tmp_path):
+    path = saved(Corner(), tmp_path / "corner.pt")
+    for text in ("-1..1", "0..255"):
+        extractor = make_extractor(f"{path}:range={text}")
+        kept = features.cached_features(extractor, BYTES, "content", cache=tmp_path / "cache")
+        assert torch.equal(kept, extractor(BYTES))
+
+
 @pytest.mark.parametrize(
     ("text", "low", "high"), [("-1..1", -1, 1), ("0..1", 0, 1), ("0..255", 0, 255), ("-0.5..1.5", -0.5, 1.5)]
 )
@@ -61,7 +74,7 @@ def test_another_network_is_given_its_declared_range_and_keeps_its_own_name(tmp_
     extractor = make_extractor(f"{saved(Corner(), tmp_path / 'corner.pt')}:range={text}")
     share = torch.from_numpy(BYTES[:, [0, 2], [0, -1], [0, -1]]).float() / 255
     torch.testing.assert_close(extractor(BYTES)[:, 0], (low + share * (high - low))[:, 0])
-    assert extractor.distance == "FD-corner" and extractor.resize == "TF1 bilinear to 299"
+    assert extractor.distance == "FD-corner" and extractor.resize == f"TF1 bilinear to 299, scaled to {text}"
 
 
 def test_another_network_cannot_take_the_name_of_one_of_ours(tmp_path):

@@ -18,7 +18,7 @@ from poise import checkpoint, datasets, files, pipeline, training
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.features import make_extractor
 from poise.images import jpeg_round_trip, to_bytes
-from poise.metrics import frechet_distance
+from poise.metrics import frechet_distance, structural_similarity
 from poise.pipeline import Options, train
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import Data, Generation, Network, Recipe, Stage
@@ -404,7 +404,8 @@ def test_test_images_are_compared_with_each_kind_of_image(finished):
     for label, images in produced.items():
         expected = frechet_distance(pixels(test), pixels(to_bytes(images)))
         assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
-    assert {m.seed for m in evaluation.measurements if m.metric == "FD-pixels"} == {3}
+    seeds = {m.of: m.seed for m in evaluation.measurements if m.metric == "FD-pixels"}
+    assert seeds["GEN-2"] == 3 and seeds["REC"] == run.recipe.seed
 
 
 def test_a_protocol_says_how_images_are_made_and_how_many(finished):
@@ -420,16 +421,76 @@ def test_a_protocol_says_how_images_are_made_and_how_many(finished):
 
 
 @pytest.mark.parametrize("trained_on, wanted", [(None, None), (None, 40), (40, None), (40, 40), (40, 60)])
-def test_the_reference_is_as_the_protocol_says_whatever_the_run_was_trained_on(trained_on, wanted, tmp_path, monkeypatch):
+def test_images_are_as_the_protocol_says_whatever_the_run_was_trained_on(trained_on, wanted, tmp_path, monkeypatch):
     np.save(tmp_path / "images.npy", IMAGES)
     recipe = replace(TINY, data=Data(str(tmp_path / "images.npy"), jpeg_quality=trained_on), second=None)
     run = train(tmp_path / "images.npy", recipe=recipe, out=tmp_path / "run", options=QUIET)
-    seen = []
-    monkeypatch.setattr("poise.run.compare", lambda real, *arguments, **options: seen.append(real) or [])
-    run.evaluate(protocol=replace(PROTOCOLS["default"], reference_jpeg=wanted), extractor="pixels")
     raw = torch.from_numpy(datasets.load(tmp_path / "images.npy").test[:])
     expected = raw if wanted is None else jpeg_round_trip(raw, wanted)
-    assert torch.equal(torch.from_numpy(np.asarray(seen[0])), expected)
+    protocol = replace(PROTOCOLS["default"], jpeg=wanted)
+    evaluation = run.evaluate(protocol=protocol, extractor="pixels")
+    pixels, restored = make_extractor("pixels"), run.reconstruct(expected)
+    assert evaluation.distance("REC") == pytest.approx(frechet_distance(pixels(expected), pixels(to_bytes(restored))), rel=1e-9)
+    error = (restored - expected / 255).double().square().mean()
+    assert evaluation.value("MSE", "REC") == pytest.approx(float(error), rel=1e-5)
+    assert {m.protocol.jpeg for m in evaluation.measurements} == {wanted}
+    given = run.evaluate(raw, protocol=protocol, extractor="pixels")
+    assert given.distance("REC") == evaluation.distance("REC")
+    assert {m.protocol.reference for m in given.measurements} == {"given"}
+
+
+def test_errors_are_of_the_images_that_the_protocol_describes(finished):
+    run, test = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None])
+    for name in ("default", "released-celeba"):
+        evaluation, generation = run.evaluate(test, protocol=name, extractor="none"), PROTOCOLS[name].generation
+        restored = run.reconstruct(test, generation=generation)
+        error = float((restored - test / 255).double().square().mean())
+        assert evaluation.value("MSE", "REC") == pytest.approx(error, rel=1e-5)
+        assert evaluation.value("SSIM", "REC") == pytest.approx(
+            float(structural_similarity(test / 255, restored).mean()), rel=1e-5
+        )
+    same = {m.protocol.hash for e in (run.evaluate(test, protocol=n, extractor="none") for n in ("default", "released-celeba"))
+            for m in e.measurements if m.metric == "ELBO"}  # fmt: skip
+    assert len(same) == 1, "the way images are made does not move the ELBO"
+
+
+def test_what_the_recipe_says_of_generation_is_in_the_hash(finished, copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["recipe"]["generation"] |= {"second_stage_noise": False}
+    (copy / "config.json").write_text(json.dumps(config))
+    plain, other = (load(folder, device="cpu").evaluate(IMAGES[:40, None], extractor="pixels") for folder in (finished, copy))
+    assert plain.distance("GEN-2") != other.distance("GEN-2")
+    assert plain.measurements[-1].protocol.hash != other.measurements[-1].protocol.hash
+
+
+def test_figures_of_the_model_are_of_as_many_images_as_the_protocol_says(finished):
+    run, protocol = load(finished, device="cpu"), replace(PROTOCOLS["default"], real=30)
+    part, whole = (run.evaluate(IMAGES[:count, None], protocol=protocol, extractor="none") for count in (30, 50))
+    assert [m.value for m in part.measurements] == [m.value for m in whole.measurements]
+
+
+def test_arrays_are_evaluated_as_they_are_trained_on(finished):
+    run = load(finished, device="cpu")
+    flat, hwc, chw = (run.evaluate(x, extractor="none") for x in (IMAGES[:20], IMAGES[:20, ..., None], IMAGES[:20, None]))
+    assert flat.measurements == hwc.measurements == chw.measurements
+
+
+def test_an_unfinished_run_is_evaluated_without_what_needs_its_codes(tmp_path, monkeypatch):
+    die_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        tiny(tmp_path / "run")
+    monkeypatch.undo()
+    evaluation = load(tmp_path / "run", device="cpu").evaluate(IMAGES[:40, None], extractor="pixels")
+    assert {m.of for m in evaluation.measurements} == {"REC", "GEN-1", "model"}
+    assert any("not finished" in note for note in evaluation.notes)
+
+
+def test_mapped_images_are_not_read_whole(finished, tmp_path):
+    np.save(tmp_path / "many.npy", IMAGES[:, None])
+    rows = datasets.Rows(np.load(tmp_path / "many.npy", mmap_mode="r"), np.arange(40))
+    run = load(finished, device="cpu")
+    assert run.evaluate(rows, extractor="none").measurements == run.evaluate(IMAGES[:40, None], extractor="none").measurements
+    assert run._checked(rows) is rows
 
 
 def test_the_training_images_are_the_reference_where_the_protocol_says_so(tmp_path):

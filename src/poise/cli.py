@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -210,6 +211,7 @@ class Evaluate:
     ] = "auto"
     infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
     nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
+    seed: Annotated[int, arg(help="of generated images")] = 0
     json: Annotated[bool, arg(help="JSON even on a terminal")] = False
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
 
@@ -251,12 +253,15 @@ class Evaluate:
             extractor=self.extractor,
             infinity=self.infinity,
             nll_samples=self.nll_samples,
+            seed=self.seed,
             quiet=False,
         )
-        self._show(evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images")
-        if self._for_people:
-            self._show_published(run)
-        write_json(folder / "evaluation.json", evaluation.to_json())  # last: a full disk takes nothing that was measured
+        try:
+            write_json(folder / "evaluation.json", evaluation.to_json())
+        finally:  # a full disk takes nothing that was measured
+            self._show(evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images")
+            if self._for_people:
+                self._show_published(run)
 
     @property
     def _for_people(self) -> bool:
@@ -270,7 +275,7 @@ class Evaluate:
             show_table(title, figures_table(evaluation.pages))
         compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
         if compared:
-            show_cells("" if evaluation.pages else title, table(compared))
+            show_cells("" if evaluation.pages else title, table(compared, mixed=True))
         for protocol in {m.protocol.hash: m.protocol for m in evaluation.measurements}.values():
             print(f"protocol {protocol}")
         for note in evaluation.notes:
@@ -347,10 +352,11 @@ def parse(arguments: list[str]) -> Any:
 
 
 def one_line(box: str) -> str:
-    """The message inside the box that the parser draws, on one line."""
-    lines = [line.strip("│╭╰─╮╯ ") for line in box.splitlines()[1:]]
+    """The message inside the box that the parser draws, on one line, without the colours it has on a terminal."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│╭╰─╮╯ ") for line in plain.splitlines()[1:]]
     end = next((k for k, line in enumerate(lines) if not line), len(lines))
-    return " ".join(lines[:end]) or box.strip()
+    return " ".join(lines[:end]) or plain.strip()
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:

@@ -33,12 +33,15 @@ class Protocol:
         generated: images produced for each label; None: as many as there are real ones (of a given set, all).
         pixels: "8-bit": rounded to the nearest of 256 levels; "float": as the network gives them.
         stretch: each produced image is stretched to its own minimum and maximum first (Dai & Wipf's evaluation).
-        reference_jpeg: real images come back from JPEG at this quality (the released CIFAR-10 loader: 75); None: raw.
-        generation: how images are sampled and reconstructed; None: as the run's recipe says.
+        jpeg: real images, those that are reconstructed among them, come back from JPEG at this quality (the released CIFAR-10
+            loader: 75); None: raw.
+        generation: how images are sampled and reconstructed; None: as the run's recipe says, filled in when measured.
+        side: of the compared images, in pixels; None: not known yet.
         extractor: which network's features are compared: see `poise.features.make_extractor`.
         extractor_checksum: SHA-256 of its weights; empty until it is loaded.
         resize: what the extractor does to images first, in words; empty until it is loaded.
         kid_subsets, kid_subset_size: of the kernel distance.
+        draws_seed: of these subsets, and of the inception score's splits.
         precision_neighbours, coverage_neighbours: of precision and recall, and of density and coverage.
         score_splits: of the inception score.
     """
@@ -49,23 +52,28 @@ class Protocol:
     generated: int | None = None
     pixels: Literal["8-bit", "float"] = "8-bit"
     stretch: bool = False
-    reference_jpeg: int | None = None
+    jpeg: int | None = None
     generation: Generation | None = None
+    side: int | None = None
     extractor: str = "inception"
     extractor_checksum: str = ""
     resize: str = ""
     kid_subsets: int = 100
     kid_subset_size: int = 1_000
+    draws_seed: int = 2020
     precision_neighbours: int = 3
     coverage_neighbours: int = 5
     score_splits: int = 10
 
     def __post_init__(self) -> None:
         check_words(self)
-        for name in ("real", "generated"):
+        least = {"real": 1, "generated": 1, "side": 1, "jpeg": 1, "kid_subsets": 1, "kid_subset_size": 2, "score_splits": 1}
+        for name, bound in (least | {"precision_neighbours": 1, "coverage_neighbours": 1}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"a protocol needs at least 1 {name} image, not {value}")
+            if value is not None and value < bound:
+                raise InputError(f"a protocol's {name} must be at least {bound}, not {value}")
+        if self.jpeg is not None and self.jpeg > 95:
+            raise InputError(f"a protocol's jpeg must be at most 95, not {self.jpeg}")
 
     @property
     def hash(self) -> str:
@@ -84,26 +92,29 @@ class Protocol:
         return bool(self.real and self.generated is not None and known)
 
     def __str__(self) -> str:
+        jpeg = f" after JPEG {self.jpeg}" if self.jpeg else ""
+        side = f" of side {self.side}" if self.side else ""
+        images = f"{self.real} {self.reference} images{side}{jpeg}"
+        if self.extractor == NO_EXTRACTOR:
+            return f"{self.name} ({self.hash}), figures of the model: {images}"
         produced = f"{self.generated} produced" + (", each stretched to its own range" if self.stretch else "")
-        jpeg = f" after JPEG {self.reference_jpeg}" if self.reference_jpeg else ""
-        against = f"{self.real} {self.reference} images{jpeg}"
-        network = "" if self.extractor == NO_EXTRACTOR else f", {self.extractor} {self.extractor_checksum[:8]}, {self.resize}"
-        return f"{self.name} ({self.hash}): {against} against {produced}, {self.pixels}{network}"
+        network = f"{self.extractor} {self.extractor_checksum[:8]}, {self.resize}"
+        return f"{self.name} ({self.hash}): {images} against {produced}, {self.pixels}, {network}"
 
 
 def _differing(settings: Any) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
 
 
-def model_protocol(protocol: Protocol, count: int) -> Protocol:
+def model_protocol(protocol: Protocol, *, generation: Generation | None = None) -> Protocol:
     """The part of a protocol that moves figures of the model itself (error, likelihood), where no features are compared.
 
     Args:
-        protocol: its name, reference and generation are kept.
-        count: images looked at.
+        protocol: with its number of real images and their side.
+        generation: how the images were made, for figures that depend on it.
     """
-    same = Protocol(protocol.name, protocol.reference, generation=protocol.generation)
-    return replace(same, real=count, generated=count, pixels="float", extractor=NO_EXTRACTOR)
+    images = Protocol(protocol.name, protocol.reference, jpeg=protocol.jpeg, side=protocol.side, generation=generation)
+    return replace(images, real=protocol.real, generated=protocol.real, pixels="float", extractor=NO_EXTRACTOR)
 
 
 RELEASED_GENERATION = Generation(
@@ -118,7 +129,7 @@ RELEASED_CELEBA = Protocol("released-celeba", real=9_984, pixels="float", genera
 
 PROTOCOLS: dict[str, Protocol] = {
     "default": DEFAULT,
-    "released": replace(RELEASED_CELEBA, name="released", reference_jpeg=75),
+    "released": replace(RELEASED_CELEBA, name="released", jpeg=75),
     "released-celeba": RELEASED_CELEBA,
     "dai-wipf": replace(DEFAULT, name="dai-wipf", stretch=True),
     "50k-train": replace(DEFAULT, name="50k-train", reference="train", real=50_000),
@@ -153,8 +164,10 @@ class Measurement:
         of: what was measured: REC, GEN-1, GEN-2, GEN-mixture, or a name the user gave.
         value: in `unit`.
         protocol: complete.
-        spread: standard deviation or standard error, where the metric has one of its own.
+        spread: where the metric has one of its own: standard deviation over subsets (KID) or splits (IS), standard error
+            (NLL, and of an extrapolation to infinity).
         unit: "" for a pure number.
+        data: SHA-256 of the real images, twelve digits: numbers of other images do not belong beside this one.
         seed: of the images' noise.
         device: where the networks ran.
         version: of Poise.
@@ -166,6 +179,7 @@ class Measurement:
     protocol: Protocol
     spread: float | None = None
     unit: str = ""
+    data: str = ""
     seed: int = 0
     device: str = "cpu"
     version: str = field(default_factory=lambda: version("poise"))
@@ -190,25 +204,27 @@ def table(measurements: Iterable[Measurement], *, mixed: bool = False) -> list[l
     """Rows of cells, the first one a head: a row for each thing measured, a column for each metric.
 
     Args:
-        measurements: of one protocol for each metric.
-        mixed: allow several, and give the hash of each in a column of its own.
+        measurements: each metric of one protocol and of the same real images.
+        mixed: allow several of both, with a column that tells them apart by hash.
 
     Raises:
-        InputError: a metric was measured under several protocols, and `mixed` is not set; or a cell has two values.
+        InputError: a metric was measured under several protocols or against several sets of real images, and `mixed` is not
+            set; or a cell has two values.
     """
     measurements = list(measurements)
     metrics = list(dict.fromkeys(m.metric for m in measurements))
-    hashes = {metric: {m.protocol.hash for m in measurements if m.metric == metric} for metric in metrics}
-    several = sorted(metric for metric in metrics if len(hashes[metric]) > 1)
+    conditions = {metric: {(m.protocol.hash, m.data) for m in measurements if m.metric == metric} for metric in metrics}
+    several = sorted(metric for metric in metrics if len(conditions[metric]) > 1)
     if several and not mixed:
-        raise InputError(f"{', '.join(several)} measured under several protocols cannot stand in one table: show them (mixed)")
+        what = f"{', '.join(several)} measured under several protocols, or against other real images,"
+        raise InputError(f"{what} cannot stand in one table: show the hashes with mixed=True")
     rows: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in measurements:
-        cells = rows.setdefault((m.of, m.protocol.hash if several else ""), {})
+        cells = rows.setdefault((m.of, f"{m.protocol.hash} {m.data}".strip() if several else ""), {})
         if m.metric in cells:
             raise InputError(f"{m.metric} of {m.of} is given twice: a table needs a mean and spread over seeds, or one of them")
         cells[m.metric] = m
-    head = ["", *(["protocol"] if several else []), *metrics]
+    head = ["", *(["protocol, images"] if several else []), *metrics]
     return [head, *([of, *([code] if several else []), *_cells(cells, metrics)] for (of, code), cells in rows.items())]
 
 
@@ -218,6 +234,7 @@ def _cells(cells: dict[str, Measurement], metrics: list[str]) -> list[str]:
 
 def show(measurement: Measurement) -> str:
     """A value with as many digits as are worth reading, and its spread."""
-    digits = 2 if abs(measurement.value) >= 10 else 4
-    spread = f" ± {measurement.spread:.{digits}f}" if measurement.spread is not None else ""
-    return f"{measurement.value:.{digits}f}{spread}"
+    size = abs(measurement.value)
+    style = ".2f" if size >= 10 else ".4f" if size >= 0.1 or size == 0 else ".3g"
+    spread = f" ± {measurement.spread:{style}}" if measurement.spread is not None else ""
+    return f"{measurement.value:{style}}{spread}"

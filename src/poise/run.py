@@ -9,7 +9,9 @@ evaluation.json        what `poise evaluate` printed last
 """
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import Saved, newest_checkpoint, read_folder
-from poise.datasets import Dataset, head
+from poise.datasets import Dataset, Rows, head, read_images
 from poise.datasets import load as load_data
 from poise.errors import InputError, MissingInputError, RunError
 from poise.evaluation import (
@@ -32,10 +34,9 @@ from poise.evaluation import (
     choose_extractor,
     chunks_of,
     compare,
-    mean_squared_error,
-    model_measurements,
-    nll_measurement,
+    likelihood_measurements,
     remarks,
+    restored_measurements,
     through_jpeg,
 )
 from poise.latent import DiagonalGaussian
@@ -50,7 +51,7 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.protocols import Measurement, Protocol, find_protocol, model_protocol
+from poise.protocols import Measurement, Protocol, find_protocol
 from poise.recipes.settings import Data, Generation, Recipe, from_json
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.seeds import REFERENCE_SEED, generator, noise_per_image
@@ -59,6 +60,7 @@ from poise.training import under
 from poise.vae import VAE
 
 PriorName = Literal["normal", "second-stage", "mixture"]
+MANY = sys.maxsize
 GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
 
 
@@ -152,7 +154,7 @@ class Run:
         for _, posterior, noise in encoded(self.first.vae, self._checked(images), self.recipe.seed):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
-                restored = self.first.vae.decode(latents).float().cpu()
+                restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)  # a network of one's own may stray
             yield adjust(restored) if adjust else restored
 
     @torch.no_grad()
@@ -284,40 +286,56 @@ class Run:
         Raises:
             InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had.
         """
-        conditions, network, notes = choose_extractor(find_protocol(protocol), extractor, self.device)
-        images = self._side(conditions.reference) if images is None else self._checked(images)
-        images = head(images, conditions.real or len(images))
+        conditions, network, notes = choose_extractor(self._completed(protocol, images), extractor, self.device)
+        images = self._images_for(conditions) if images is None else self._given(images, conditions)
+        conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
         if network is not None:
-            reference = self._reference(images, conditions)
-            produced = self._produced(images, conditions, seed)
-            measured += compare(reference, produced, conditions, network, infinity=infinity, seed=seed, quiet=quiet)
+            produced, left_out = self._produced(images, conditions, seed)
+            measured += compare(images, produced, conditions, network, infinity=infinity, quiet=quiet)
+            notes += left_out
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
 
-    def _side(self, side: str) -> Any:
-        """The training or the test images of the data the run was trained on, read again."""
+    def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
+        """With this run's way to make images, where the protocol leaves that open, and the side the images are from."""
+        found = find_protocol(protocol)
+        found = replace(found, generation=found.generation or self.recipe.generation)
+        if images is not None:
+            return replace(found, reference="given")
+        return replace(found, reference="test") if found.reference == "given" else found
+
+    def _images_for(self, protocol: Protocol) -> Any:
+        """The images of one side of the run's data, raw or through JPEG as the protocol says, whatever the run learned."""
         dataset = self.dataset()
-        return dataset.train if side == "train" else dataset.test
+        if self.recipe.data.jpeg_quality != protocol.jpeg:
+            dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
+        return head(dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY)
+
+    def _given(self, images: Any, protocol: Protocol) -> Any:
+        images = head(self._checked(images), protocol.real or MANY)
+        return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
     def _model_figures(
         self, images: Any, protocol: Protocol, nll_samples: int, quiet: bool
     ) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
-        generation = protocol.generation or self.recipe.generation
+        generation, vae, balance = protocol.generation, self.first.vae, self.first.balance
+        assert generation is not None
         released = generation.variance_law == "released"
-        vae, balance, seed = self.first.vae, self.first.balance, self.recipe.seed
-        figures = reconstruction(vae, balance, images, seed=seed)
-        measured = model_measurements(figures, model_protocol(protocol, len(images)), seed=seed, device=str(self.device))
-        shown = mean_squared_error(chunks_of(images, len(images)), self.reconstruct_chunks(images, generation=generation))
-        pages: dict[str, dict[str, Any]] = {"reconstruction": asdict(figures) | {"mse_as_shown": shown, "images": len(images)}}
+        common = {"seed": self.recipe.seed, "device": str(self.device)}
+        figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
+        restored = self.reconstruct_chunks(images, generation=generation)
+        measured = restored_measurements(chunks_of(images, len(images)), restored, protocol, **common)
+        pages: dict[str, dict[str, Any]] = {
+            "reconstruction": asdict(figures) | {"mse_as_shown": measured[0].value, "images": len(images)}
+        }
         if nll_samples:
-            likelihood = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=seed, quiet=quiet)
-            measured.append(nll_measurement(likelihood, measured[0]))
-            pages["likelihood"] = asdict(likelihood)
-        if (self.folder / "codes").exists():
+            nll = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet)
+            pages["likelihood"] = asdict(nll)
+        if self._has_codes:
             pages["latents"] = asdict(latent_statistics(self.codes, released=released))
         if self.second is not None:
             pages["second_stage"] = self._second_stage_page(released)
-        return pages, measured
+        return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
 
     def _second_stage_page(self, released: bool) -> dict[str, Any]:
         assert self.second is not None
@@ -325,22 +343,31 @@ class Run:
         figures = reconstruction(self.second.vae, self.second.balance, latents, seed=self.recipe.seed)
         return asdict(figures) | asdict(latent_statistics(encode_all(self.second.vae, latents), released=released))
 
-    def _reference(self, images: Any, protocol: Protocol) -> Any:
-        """The real images to compare with: raw, or through JPEG, as the protocol says and whatever the run was trained on."""
-        own, wanted = self.recipe.data.jpeg_quality, protocol.reference_jpeg
-        if own == wanted:
-            return images
-        if own is not None:
-            raw = read_data(replace(self.recipe.data, jpeg_quality=None))
-            images = head(raw.train if protocol.reference == "train" else raw.test, len(images))
-        return images if wanted is None else through_jpeg(images, wanted)
+    @property
+    def _has_codes(self) -> bool:
+        return (self.folder / "codes").exists()
 
-    def _produced(self, images: Any, protocol: Protocol, seed: int) -> Iterator[Produced]:
+    def _produced(self, images: Any, protocol: Protocol, seed: int) -> tuple[list[Produced], tuple[str, ...]]:
+        """The sets of images to compare, and what is left out since stage 1 is not finished."""
         generation = protocol.generation
-        yield Produced("REC", lambda count: self.reconstruct_chunks(head(images, count), generation=generation), len(images))
-        for label, name in GENERATIONS.items():
-            if name != "second-stage" or self.second is not None:
-                yield Produced(label, partial(self.sample_chunks, prior=name, seed=seed, generation=generation))
+        assert generation is not None
+        restored = Produced(
+            "REC",
+            lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
+            len(images),
+            self.recipe.seed,
+        )
+        names: dict[str, PriorName] = {
+            label: name for label, name in GENERATIONS.items() if name != "second-stage" or self.second is not None
+        }
+        notes: tuple[str, ...] = ()
+        if not self._has_codes:
+            names = {"GEN-1": names["GEN-1"]} if generation.renormalise == "never" else {}
+            notes = ("stage 1 is not finished: what needs its codes is left out",)
+        drawn = {
+            label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation) for label, name in names.items()
+        }
+        return [restored, *(Produced(label, chunks, seed=seed) for label, chunks in drawn.items())], notes
 
     def test_images(self) -> Any:
         """The test images of the data the run was trained on, read again.
@@ -360,7 +387,11 @@ class Run:
         return dataset
 
     def _checked(self, images: Any) -> Any:
+        if isinstance(images, Rows):  # checked when they were loaded, and perhaps too large for memory
+            return images
         images = images if isinstance(images, Tensor) else np.asarray(images)
+        if images.ndim == 3 or (images.ndim == 4 and list(images.shape[1:]) != list(self.data["shape"])):
+            images = self._arranged(images)
         if list(images.shape[1:]) != list(self.data["shape"]):
             raise InputError(
                 f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
@@ -372,6 +403,17 @@ class Run:
             if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
                 raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")
         return images
+
+    @staticmethod
+    def _arranged(images: Any) -> Any:
+        """(n, h, w) and (n, h, w, c) as (n, c, h, w), as `poise.train` takes them; others as they are."""
+        with suppress(InputError):
+            return read_images(images if isinstance(images, Tensor) else np.asarray(images))
+        return images
+
+    def __repr__(self) -> str:
+        state = "" if self.finished else ", not finished"
+        return f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, {self.data['train']} training images{state})"
 
 
 def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:

@@ -5,8 +5,8 @@ files), `folders`, `layouts` (torchvision's folders), `hub`, `names` (MNIST and 
 """
 
 from poise.datasets.dataset import Dataset
-from poise.datasets.loading import load, read_images
+from poise.datasets.loading import find_images, load, read_images
 from poise.datasets.names import NAMES
 from poise.datasets.storage import Rows, gather, head
 
-__all__ = ["NAMES", "Dataset", "Rows", "gather", "head", "load", "read_images"]
+__all__ = ["NAMES", "Dataset", "Rows", "find_images", "gather", "head", "load", "read_images"]

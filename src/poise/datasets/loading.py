@@ -95,11 +95,24 @@ def read_images(
     Raises:
         InputError: see `load`.
     """
+    return find_images(source, size=size, channels=channels, side=side)[0]
+
+
+def find_images(
+    source: str | Path | np.ndarray | Tensor,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    side: Literal["train", "test"] = "test",
+) -> tuple[Pixels, Literal["train", "test", "given"]]:
+    """What `read_images` gives, and which side of an official split it is; "given" where the source has none: all images."""
     reading = Reading(size=size, channels=channels)
     if isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix.lower() in IMAGE_ENDINGS:
-        return read_files([Path(source)], [], reading)[0]
+        return read_files([Path(source)], [], reading)[0], "given"
     found = _find(source, None, reading)
-    return found.train if found.test is None or side == "train" else found.test
+    if found.test is None:
+        return found.train, "given"
+    return (found.train if side == "train" else found.test), side
 
 
 def _find(source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None, reading: Reading) -> Found:
@@ -108,6 +121,8 @@ def _find(source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None,
         return Found("array", as_images(array, "the array", reading), None, "array")
     if isinstance(source, Path):
         return _read_path(source.expanduser(), reading)
+    if not isinstance(source, str):
+        raise InputError(f"images must be a path, a name, an array or a tensor, not {type(source).__name__}")
     if source in NAMES:
         return read_named(source, data_dir, reading)
     if source.startswith(HUB_PREFIX):

@@ -98,7 +98,7 @@ def network_file(path: Path, bounds: tuple[float, float] | None = None, *, devic
     levels = 255 / (high - low)
     network = Prepared(scripted, _resize, shift=-low * levels, divisor=levels)
     _is_original(path, network)  # fails if it cannot take such images
-    return _extractor(_own_name(path), checksum, network, device)
+    return _extractor(_own_name(path), checksum, network, device, scale=f", scaled to {low:g}..{high:g}")
 
 
 def _not_inception(path: Path, remedy: str) -> InputError:
@@ -125,10 +125,15 @@ def _is_original(path: Path, network: Prepared) -> bool:
 
 
 def _extractor(
-    name: str, checksum: str, network: Prepared, device: str | torch.device, classifier: Tensor | None = None
+    name: str,
+    checksum: str,
+    network: Prepared,
+    device: str | torch.device,
+    classifier: Tensor | None = None,
+    scale: str = "",
 ) -> Extractor:
     placed = network.to(device=torch.device(device))
-    return Extractor(name, checksum, f"TF1 bilinear to {SIDE}", placed, torch.device(device), classifier)
+    return Extractor(name, checksum, f"TF1 bilinear to {SIDE}{scale}", placed, torch.device(device), classifier)
 
 
 def _fidelity_extractor(path: Path, checksum: str, bounds: tuple[float, float] | None, device: str | torch.device) -> Extractor:

@@ -43,7 +43,14 @@ class Manifold:
 
 
 @torch.no_grad()
-def manifold_figures(real: Features, generated: Features, *, neighbours: int = 3, density_neighbours: int = 5) -> Manifold:
+def manifold_figures(
+    real: Features,
+    generated: Features,
+    *,
+    neighbours: int = 3,
+    density_neighbours: int = 5,
+    real_reaches: list[Tensor] | None = None,
+) -> Manifold:
     """Improved precision and recall, density and coverage (formulas above); one pass over the distances serves all four.
 
     Balls are closed: ties count as within, as in torch-fidelity. Naeem et al.'s released code takes open balls instead, which
@@ -53,6 +60,7 @@ def manifold_figures(real: Features, generated: Features, *, neighbours: int = 3
         real, generated: (n, d) each; n may differ, and must be more than either number of neighbours.
         neighbours: k of precision and recall, at least 1.
         density_neighbours: k of density and coverage, at least 1.
+        real_reaches: what `squared_reaches` gives of the real samples for the two numbers, where it is known already.
 
     Raises:
         InputError: k below 1, n <= k, differing d, or values that are not finite.
@@ -66,8 +74,8 @@ def manifold_figures(real: Features, generated: Features, *, neighbours: int = 3
         raise InputError(
             f"{given} are too few for {most} neighbours: give at least {most + 1} of each, or ask for fewer neighbours"
         )
-    real_reach, density_reach = _squared_reaches(real, [neighbours, density_neighbours])
-    (generated_reach,) = _squared_reaches(generated, [neighbours])
+    real_reach, density_reach = real_reaches or squared_reaches(real, [neighbours, density_neighbours])
+    (generated_reach,) = squared_reaches(generated, [neighbours])
     precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
     recalled = covered = pairs = first = 0
     for squared in _squared_distances(real, generated, mean_of(real), tie=TIE):
@@ -85,7 +93,7 @@ def manifold_figures(real: Features, generated: Features, *, neighbours: int = 3
     )
 
 
-def _squared_reaches(features: Tensor, neighbours: list[int]) -> list[Tensor]:
+def squared_reaches(features: Features, neighbours: list[int]) -> list[Tensor]:
     """For each k, the squared distances (n,) from samples to their k-th nearest neighbours: the (k + 1)-th with themselves."""
     most = max(neighbours) + 1
     blocks = _squared_distances(features, features, mean_of(features))
