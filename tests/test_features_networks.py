@@ -219,6 +219,9 @@ def test_local_weights_are_found_by_variable_or_in_torch_hubs_cache(monkeypatch,
     cached.touch()
     assert features.available_inception() == cached
     monkeypatch.setenv("POISE_INCEPTION", str(tmp_path / "mine.pt"))
+    with pytest.raises(MissingInputError, match=r"POISE_INCEPTION names .*mine\.pt, which is no file"):
+        features.available_inception()
+    (tmp_path / "mine.pt").touch()
     assert features.available_inception() == tmp_path / "mine.pt"
 
 

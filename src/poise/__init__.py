@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poise import balance, features, metrics, networks, protocols, recipes
+    from poise import balance, features, metrics, networks, priors, protocols, recipes
     from poise.balance import (
         Balance,
         ComputedBalance,
@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "metrics",
     "networks",
+    "priors",
     "protocols",
     "recipes",
     "train",

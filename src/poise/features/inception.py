@@ -28,8 +28,14 @@ TAKEN_NAMES = ("inception", "light", "dinov2", "pixels")
 
 
 def available_inception() -> Path | None:
-    """Local Inception weights: the file that POISE_INCEPTION names, or the one that was downloaded before."""
+    """Local Inception weights: the file that POISE_INCEPTION names, or the one that was downloaded before.
+
+    Raises:
+        MissingInputError: POISE_INCEPTION names something else than a file.
+    """
     named = os.environ.get(WEIGHTS_VARIABLE)
+    if named and not Path(named).is_file():
+        raise MissingInputError(f"{WEIGHTS_VARIABLE} names {named}, which is no file: correct or unset it")
     if named:
         return Path(named)
     return _downloaded() if _downloaded().exists() else None
@@ -170,6 +176,6 @@ def _fidelity_network(path: Path) -> Any:
 def _fidelity_class() -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtraError("FID", "eval") from None
+    except ImportError as error:
+        raise MissingExtraError(f"FID (module {error.name})", "eval") from None
     return FeatureExtractorInceptionV3
