@@ -73,8 +73,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return real(*arguments)
 
-    real = training.training_step
-    monkeypatch.setattr(training, "training_step", mortal)
+    real = training.loop.training_step
+    monkeypatch.setattr(training.loop, "training_step", mortal)
 
 
 def test_a_run_folder_describes_itself(finished):
@@ -111,7 +111,7 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeyp
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 3 of stage 1"):
-        patch.setattr(training, "figures", lambda entry: asked(entry) or {})
+        patch.setattr(training.loop, "figures", lambda entry: asked(entry) or {})
         tiny(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
     tiny(tmp_path / "run")
@@ -272,7 +272,7 @@ def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
-        patch.setattr(training, "training_step", greedy)
+        patch.setattr(training.loop, "training_step", greedy)
         tiny(tmp_path / "run")
     tiny(tmp_path / "run", first=replace(TINY.first, batch_size=10))  # the folder holds nothing to protect
 
@@ -321,7 +321,7 @@ def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
 def test_the_average_of_weights_follows_its_formula():
     average, current = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = 0.9 * average.weight.detach() + 0.1 * current.weight.detach()
-    training.update_average(average, current, 0.9)
+    training.step.update_average(average, current, 0.9)
     torch.testing.assert_close(average.weight.detach(), expected)
 
 
@@ -335,8 +335,7 @@ def test_one_stage_is_enough(tmp_path):
 
 def test_codes_are_drawn_afresh_at_every_visit():
     data = training.CodeBatches(torch.zeros(4, 2), torch.zeros(4, 2), torch.device("cpu"))
-    source = torch.Generator().manual_seed(0)
-    first, second = (data.batch(torch.arange(4), source) for _ in range(2))
+    first, second = (data.place(data.fetch(torch.arange(4)), lambda columns: torch.randn(4, columns)) for _ in range(2))
     assert not torch.equal(first, second)
 
 

@@ -92,6 +92,7 @@ class Train:
 
     def run(self) -> None:
         recipe = self.settings()
+        from poise import parallel
         from poise.balance import make_balance
         from poise.pipeline import Options, train
 
@@ -99,6 +100,8 @@ class Train:
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
         options = Options(device=self.device, save_seconds=self.save_seconds, tensorboard=self.tensorboard)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
+        if parallel.rank() > 0:
+            return
         summary = json.loads((run.folder / "summary.json").read_text())
         show_table(
             f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images", figures_table(summary)
@@ -354,7 +357,9 @@ def one_line(box: str) -> str:
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:
-    """One line on stderr, and exit."""
+    """One line on stderr, and exit. Of several processes, those after the first give their number."""
+    number = os.environ.get("RANK", "0")
+    prefix += f"process {number}: " if number != "0" else ""
     print(prefix + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

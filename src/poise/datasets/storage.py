@@ -95,14 +95,14 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None,
 
     Args:
         shape, dtype: of the array.
-        memory_budget: bytes; None: half of the memory that is free now.
+        memory_budget: bytes; None: half of the memory that is free now, shared by the processes that train together.
         cache: folder for the file; None: the system's folder for temporary files.
 
     Raises:
         RunError: too little space on the disk.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if size <= (_free_memory() // 2 if memory_budget is None else memory_budget):
+    if size <= (_free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget):
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if cache is None else cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,11 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None,
             f"free some space, or choose a smaller --size"
         )
     return _mapped_file(folder, shape, dtype)
+
+
+def _processes_here() -> int:
+    """How many processes torchrun started on this machine: each reads the images for itself."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
