@@ -250,6 +250,24 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
     assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
 
 
+def test_a_failure_read_steps_later_names_its_step_and_leaves_the_weights_of_then(tmp_path, monkeypatch):
+    def failing(out):
+        vae = VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(16,)))
+        vae.decoder = Exploding(vae.decoder, after=5)
+        with pytest.raises(RunError) as caught:
+            train(IMAGES, recipe=replace(TINY, first=Stage(steps=401, batch_size=20)), vae=vae, out=out, options=QUIET)
+        return str(caught.value), vae.state_dict()
+
+    torch.manual_seed(1)
+    (message, expected), _ = failing(tmp_path / "at-once"), torch.manual_seed(1)
+    monkeypatch.setitem(training.loop.STEPS_BETWEEN_READS, "cpu", 7)
+    monkeypatch.setattr(training.loop, "LOGS_PER_STAGE", 1)
+    later, weights = failing(tmp_path / "later")
+    assert later == message and "step 5 of stage 1" in later
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert checkpoint.checkpoints(tmp_path / "later" / "checkpoints") == []
+
+
 def test_dropout_and_tied_weights_survive_a_kill(tmp_path, monkeypatch):
     def network():
         torch.manual_seed(0)

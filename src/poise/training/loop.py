@@ -27,7 +27,11 @@ from poise.vae import VAE
 LOGS_PER_STAGE = 400
 SMALL_PARAMETERS = 1_000_000
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
-STEPS_BETWEEN_READS = 50  # of the verdict, where reading it makes the host wait for the device
+STEPS_BETWEEN_READS = {
+    "cpu": 1,
+    "cuda": 50,
+    "mps": 50,
+}  # of the verdict: elsewhere than on a CPU, reading it waits for all before
 
 
 @dataclass
@@ -74,7 +78,7 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
         raise InputError(f"a batch of {size} images cannot be shared by {parallel.ranks()} processes: start fewer")
     share = parallel.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
-    read_every = 1 if device.type == "cpu" else STEPS_BETWEEN_READS
+    read_every = STEPS_BETWEEN_READS.get(device.type, 50)
     num_latents = count_latents(state.vae, data)
     state.vae.train()
     state.balance.train()
