@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -355,6 +356,42 @@ def test_codes_are_drawn_afresh_at_every_visit():
     data = training.CodeBatches(torch.zeros(4, 2), torch.zeros(4, 2), torch.device("cpu"))
     first, second = (data.place(data.fetch(torch.arange(4)), lambda columns: torch.randn(4, columns)) for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def batches_seen(images, wanted) -> list[torch.Tensor]:
+    data = training.ImageBatches(images, torch.device("cpu"))
+    with training.batches.fetched_ahead(data, iter(wanted), slice(1, 4)) as fetched:
+        return [data.place(one, lambda columns: torch.zeros(3, columns)) for one in fetched]
+
+
+def test_images_read_ahead_or_resident_are_those_read_in_time(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", IMAGES[:, None])
+    wanted = [torch.randperm(90)[:5] for _ in range(7)]
+    expected = [torch.from_numpy(IMAGES[:, None])[indices[1:4]] / 255 for indices in wanted]
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    for images in (IMAGES[:, None], mapped, datasets.storage.Rows(mapped, np.arange(90))):
+        seen = batches_seen(images, wanted)
+        assert len(seen) == 7 and all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(training.batches, "fits", lambda images, device: True)
+            assert all(torch.equal(one, other) for one, other in zip(batches_seen(images, wanted), expected, strict=True))
+
+
+def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES[:, None])
+    mapped, before = np.load(tmp_path / "images.npy", mmap_mode="r"), threading.active_count()
+    with pytest.raises(IndexError):
+        batches_seen(mapped, [torch.arange(5), torch.arange(88, 93), torch.arange(5)])
+    with (
+        pytest.raises(Killed),
+        training.batches.fetched_ahead(
+            training.ImageBatches(mapped, torch.device("cpu")), iter([torch.arange(5)] * 9), slice(5)
+        ) as fetched,
+    ):
+        next(fetched)
+        assert threading.active_count() == before + 1
+        raise Killed
+    assert threading.active_count() == before
 
 
 def test_an_unknown_setting_in_a_config_is_refused(copy):

@@ -56,13 +56,21 @@ def gather(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor)
         array: images of a `Dataset`, or others like them: bytes, or floats in [0, 1].
         indices: row numbers, on the CPU.
     """
+    return scale(gather_rows(array, indices))
+
+
+def gather_rows(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    """What `gather` gives, before it is scaled: bytes stay bytes."""
     rows = np.asarray(indices, np.int64)
     if isinstance(array, Tensor):
-        tensor = array[torch.from_numpy(rows).to(array.device)].contiguous()
-    else:
-        images = _in_file_order(array, rows) if isinstance(array, np.memmap) else array[rows]
-        tensor = torch.from_numpy(np.ascontiguousarray(images))
-    return to_float(tensor) if tensor.dtype == torch.uint8 else tensor.float()
+        return array[torch.from_numpy(rows).to(array.device)].contiguous()
+    images = _in_file_order(array, rows) if isinstance(array, np.memmap) else array[rows]
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def scale(rows: Tensor) -> Values:
+    """Float32 images: bytes are scaled to [0, 1], floats stay as they are."""
+    return to_float(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:

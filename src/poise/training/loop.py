@@ -19,7 +19,7 @@ from poise.errors import InputError, RunError
 from poise.progress import progress
 from poise.recipes.settings import Stage
 from poise.seeds import derive
-from poise.training.batches import Batches, global_batches
+from poise.training.batches import Batches, fetched_ahead, global_batches
 from poise.training.state import TERMS, TrainingState, Verdict
 from poise.training.step import training_step
 from poise.vae import VAE
@@ -27,11 +27,7 @@ from poise.vae import VAE
 LOGS_PER_STAGE = 400
 SMALL_PARAMETERS = 1_000_000
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
-STEPS_BETWEEN_READS = {
-    "cpu": 1,
-    "cuda": 50,
-    "mps": 50,
-}  # of the verdict: elsewhere than on a CPU, reading it waits for all before
+STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
 
 
 @dataclass
@@ -78,11 +74,12 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
         raise InputError(f"a batch of {size} images cannot be shared by {parallel.ranks()} processes: start fewer")
     share = parallel.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
-    read_every = STEPS_BETWEEN_READS.get(device.type, 50)
+    read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     num_latents = count_latents(state.vae, data)
     state.vae.train()
     state.balance.train()
     state.verdict.zero_()
+    wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
@@ -95,10 +92,11 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
         threads_for(state.vae),
         reproducible(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
+        fetched_ahead(data, wanted, share) as fetched_batches,
     ):
-        for indices in global_batches(stage, len(data), number=number, seed=seed, start=state.step):
+        for fetched in fetched_batches:
             source.manual_seed(derive("noise", seed, number, state.step))
-            batch = data.place(data.fetch(indices[share]), draw)
+            batch = data.place(fetched, draw)
             noise = draw(num_latents)
             for group in state.optimizer.param_groups:
                 group["lr"] = stage.learning_rate_at(state.step, len(data))
