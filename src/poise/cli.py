@@ -82,6 +82,7 @@ class Train:
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
+    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:
@@ -98,7 +99,7 @@ class Train:
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
-        options = Options(device=self.device, save_seconds=self.save_seconds, tensorboard=self.tensorboard)
+        options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
         if parallel.rank() > 0:
             return

@@ -34,11 +34,12 @@ from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, to_json
+from poise.recipes.settings import Changes, Recipe, Stage, check_words, to_json
 from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
     CodeBatches,
+    Engine,
     ImageBatches,
     TrainingState,
     Watch,
@@ -65,14 +66,18 @@ class Options:
         save_seconds: time between checkpoints.
         tensorboard: write TensorBoard files into the run's folder.
         quiet: no progress display.
+        engine: "captured" records a step as a CUDA graph and replays it, with the same numbers; for one process and for
+            networks that decide nothing in Python from step to step (all of `poise.networks`).
     """
 
     device: str = "auto"
     save_seconds: float = 60.0
     tensorboard: bool = False
     quiet: bool = False
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.save_seconds >= 0:
             raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
 
@@ -117,6 +122,8 @@ def train(
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = parallel.device_of_rank(choose_device(options.device))
+    if options.engine == "captured" and (device.type != "cuda" or parallel.launched()):
+        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
     given = images if recipe.data.source == "array" else None
@@ -304,7 +311,7 @@ class Job:
         if self.meta["stage"] > number:
             return state
         watch = Watch(self._write_log, lambda s: self._save(number, s), stop, self.options.save_seconds, self.options.quiet)
-        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch):
+        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch, engine=self.options.engine):
             parallel.wait()  # or a process that ends first would have the one that saves killed
             raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
         return state

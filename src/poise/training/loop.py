@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from poise.progress import progress
 from poise.recipes.settings import Stage
 from poise.seeds import derive
 from poise.training.batches import Batches, fetched_ahead, global_batches
+from poise.training.captured import CapturedStep
 from poise.training.state import TERMS, TrainingState, Verdict
 from poise.training.step import training_step
 from poise.vae import VAE
 
+Engine = Literal["eager", "captured"]
 LOGS_PER_STAGE = 400
 SMALL_PARAMETERS = 1_000_000
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
@@ -49,7 +52,9 @@ class Watch:
     quiet: bool = False
 
 
-def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed: int, watch: Watch) -> bool:
+def fit(
+    state: TrainingState, data: Batches, stage: Stage, *, number: int, seed: int, watch: Watch, engine: Engine = "eager"
+) -> bool:
     """Train from `state.step` to the end of the stage.
 
     Args:
@@ -59,6 +64,7 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
         number: of the stage, 1 or 2: shown, logged, and part of every seed.
         seed: of order and noise.
         watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
+        engine: "captured" replays a recorded step (CUDA, one process): see `CapturedStep`.
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -75,6 +81,7 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
     share = parallel.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
+    take_step = CapturedStep() if engine == "captured" else training_step
     num_latents = count_latents(state.vae, data)
     state.vae.train()
     state.balance.train()
@@ -98,13 +105,12 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
             source.manual_seed(derive("noise", seed, number, state.step))
             batch = data.place(fetched, draw)
             noise = draw(num_latents)
-            for group in state.optimizer.param_groups:
-                group["lr"] = stage.learning_rate_at(state.step, len(data))
+            set_learning_rate(state.optimizer, stage.learning_rate_at(state.step, len(data)))
             seed_modules(device, "modules", seed, number, state.step)
             if not alone and watch.stop():
                 state.asked.fill_(1)
             try:
-                training_step(state, batch, noise, stage)
+                take_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
                 raise RunError(f"out of memory on {device}: try a smaller --batch-size, with another --out") from error
             state.step += 1
@@ -134,6 +140,15 @@ def fit(state: TrainingState, data: Batches, stage: Stage, *, number: int, seed:
                 watch.save(state)
                 saved_at = time.monotonic()
     return True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Where it is a tensor, its value."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @torch.no_grad()

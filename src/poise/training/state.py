@@ -73,7 +73,9 @@ def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) ->
         copy_from_first(vae)
         copy_from_first(balance)
     parameters = [*vae.parameters(), *balance.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    on_cuda = device.type == "cuda"  # there the learning rate is a tensor, so that a recorded step follows it
+    rate = torch.tensor(stage.learning_rate, device=device) if on_cuda else stage.learning_rate
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
     average = copy.deepcopy(vae).requires_grad_(False) if stage.ema_decay is not None else None
     sums, verdict = torch.zeros(len(TERMS) + 1, device=device), torch.zeros(len(Verdict._fields), device=device)
     return TrainingState(vae, balance, optimizer, average, sums, verdict, torch.zeros((), device=device))
