@@ -6,8 +6,11 @@ is moved by Adam in a direction of its own, and no tolerance would mean anything
 
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -217,6 +220,38 @@ def test_an_error_of_one_process_reaches_all(seen):
 def test_a_process_that_dies_brings_the_others_down(seen):
     assert seen[0]["death"].startswith("RunError: lost contact with another process")
     assert seen[0]["seconds"] < 60
+
+
+def torchrun(out: Path) -> subprocess.Popen[str]:
+    """`poise train digits` in two processes, once it has begun to learn."""
+    options = ["--epochs", "300", "--stages", "1", "--device", "cpu", "--out", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "poise", "train", "digits", *options]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    written = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(curve(out)) > written):
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path):
+    process = torchrun(tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, complaints = process.communicate(timeout=60)
+    stopped = re.search(r"poise: stopped at step (\d+) of stage 1, and saved", complaints)
+    assert process.returncode != 0 and stopped is not None, complaints
+    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [int(stopped[1])]
+    process = torchrun(tmp_path / "run")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("finds its processes in /proc")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode != 0 and "exitcode  : -9" in complaints, complaints
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -147,8 +147,8 @@ def copy_from_first(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def average(gradients: Sequence[Tensor], values: Tensor) -> Tensor:
-    """Average gradients over ranks in place, and return the averages of some values, in one all-reduce.
+def average(gradients: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+    """Average gradients over ranks in place, and return the averages of some scalars, in one all-reduce.
 
     Not DistributedDataParallel: at each forward pass it overwrites all buffers with rank 0's, so that gamma2 and the
     statistics of BatchNorm would be estimates from one rank's images, silently; it fits no model that is entered through
@@ -157,10 +157,10 @@ def average(gradients: Sequence[Tensor], values: Tensor) -> Tensor:
     """
     if not is_up():
         return values
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), values])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack(values)])
     dist.all_reduce(flat)
     flat /= ranks()
-    *averages, values = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
+    *averages, means = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
     for gradient, averaged in zip(gradients, averages, strict=True):
         gradient.copy_(averaged.view_as(gradient))
-    return values
+    return tuple(means)

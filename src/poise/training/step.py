@@ -25,7 +25,7 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
     gradients = [p.grad for p in parameters_of(state.optimizer) if p.grad is not None]
-    loss, asked = parallel.average(gradients, torch.stack([terms.loss.detach(), state.asked]))
+    loss, asked = parallel.average(gradients, terms.loss.detach(), state.asked)
     note(state, terms, loss, asked, nn.utils.get_total_norm(gradients))
     state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]  (fused Adam then leaves all as it is)
     state.optimizer.step()
