@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return real(*arguments)
 
-    real = training.training_step
-    monkeypatch.setattr(training, "training_step", mortal)
+    real = training.loop.training_step
+    monkeypatch.setattr(training.loop, "training_step", mortal)
 
 
 def test_a_run_folder_describes_itself(finished):
@@ -111,7 +112,7 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeyp
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 3 of stage 1"):
-        patch.setattr(training, "figures", lambda entry: asked(entry) or {})
+        patch.setattr(training.loop, "figures", lambda entry: asked(entry) or {})
         tiny(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
     tiny(tmp_path / "run")
@@ -250,6 +251,24 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
     assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
 
 
+def test_a_failure_read_steps_later_names_its_step_and_leaves_the_weights_of_then(tmp_path, monkeypatch):
+    def failing(out):
+        vae = VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(16,)))
+        vae.decoder = Exploding(vae.decoder, after=5)
+        with pytest.raises(RunError) as caught:
+            train(IMAGES, recipe=replace(TINY, first=Stage(steps=401, batch_size=20)), vae=vae, out=out, options=QUIET)
+        return str(caught.value), vae.state_dict()
+
+    torch.manual_seed(1)
+    (message, expected), _ = failing(tmp_path / "at-once"), torch.manual_seed(1)
+    monkeypatch.setitem(training.loop.STEPS_BETWEEN_READS, "cpu", 7)
+    monkeypatch.setattr(training.loop, "LOGS_PER_STAGE", 1)
+    later, weights = failing(tmp_path / "later")
+    assert later == message and "step 5 of stage 1" in later
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert checkpoint.checkpoints(tmp_path / "later" / "checkpoints") == []
+
+
 def test_dropout_and_tied_weights_survive_a_kill(tmp_path, monkeypatch):
     def network():
         torch.manual_seed(0)
@@ -272,7 +291,7 @@ def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
-        patch.setattr(training, "training_step", greedy)
+        patch.setattr(training.loop, "training_step", greedy)
         tiny(tmp_path / "run")
     tiny(tmp_path / "run", first=replace(TINY.first, batch_size=10))  # the folder holds nothing to protect
 
@@ -321,7 +340,7 @@ def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
 def test_the_average_of_weights_follows_its_formula():
     average, current = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = 0.9 * average.weight.detach() + 0.1 * current.weight.detach()
-    training.update_average(average, current, 0.9)
+    training.step.update_average(average, current, 0.9)
     torch.testing.assert_close(average.weight.detach(), expected)
 
 
@@ -335,9 +354,44 @@ def test_one_stage_is_enough(tmp_path):
 
 def test_codes_are_drawn_afresh_at_every_visit():
     data = training.CodeBatches(torch.zeros(4, 2), torch.zeros(4, 2), torch.device("cpu"))
-    source = torch.Generator().manual_seed(0)
-    first, second = (data.batch(torch.arange(4), source) for _ in range(2))
+    first, second = (data.place(data.fetch(torch.arange(4)), lambda columns: torch.randn(4, columns)) for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def batches_seen(images, wanted) -> list[torch.Tensor]:
+    data = training.ImageBatches(images, torch.device("cpu"))
+    with training.batches.fetched_ahead(data, iter(wanted), slice(1, 4)) as fetched:
+        return [data.place(one, lambda columns: torch.zeros(3, columns)) for one in fetched]
+
+
+def test_images_read_ahead_or_resident_are_those_read_in_time(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", IMAGES[:, None])
+    wanted = [torch.randperm(90)[:5] for _ in range(7)]
+    expected = [torch.from_numpy(IMAGES[:, None])[indices[1:4]] / 255 for indices in wanted]
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    for images in (IMAGES[:, None], mapped, datasets.storage.Rows(mapped, np.arange(90))):
+        seen = batches_seen(images, wanted)
+        assert len(seen) == 7 and all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(training.batches, "fits", lambda images, device: True)
+            assert all(torch.equal(one, other) for one, other in zip(batches_seen(images, wanted), expected, strict=True))
+
+
+def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES[:, None])
+    mapped, before = np.load(tmp_path / "images.npy", mmap_mode="r"), threading.active_count()
+    with pytest.raises(IndexError):
+        batches_seen(mapped, [torch.arange(5), torch.arange(88, 93), torch.arange(5)])
+    with (
+        pytest.raises(Killed),
+        training.batches.fetched_ahead(
+            training.ImageBatches(mapped, torch.device("cpu")), iter([torch.arange(5)] * 9), slice(5)
+        ) as fetched,
+    ):
+        next(fetched)
+        assert threading.active_count() == before + 1
+        raise Killed
+    assert threading.active_count() == before
 
 
 def test_an_unknown_setting_in_a_config_is_refused(copy):

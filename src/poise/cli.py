@@ -83,6 +83,7 @@ class Train:
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
+    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:
@@ -93,13 +94,16 @@ class Train:
 
     def run(self) -> None:
         recipe = self.settings()
+        from poise import parallel
         from poise.balance import make_balance
         from poise.pipeline import Options, train
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
-        options = Options(device=self.device, save_seconds=self.save_seconds, tensorboard=self.tensorboard)
+        options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
+        if parallel.rank() > 0:
+            return
         summary = json.loads((run.folder / "summary.json").read_text())
         show_table(
             f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images", figures_table(summary)
@@ -360,7 +364,9 @@ def one_line(box: str) -> str:
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:
-    """One line on stderr, and exit."""
+    """One line on stderr, and exit. Of several processes, those after the first give their number."""
+    number = os.environ.get("RANK", "0")
+    prefix += f"process {number}: " if number != "0" else ""
     print(prefix + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

@@ -1,23 +1,21 @@
 """The main job: images -> stage 1 -> codes -> stage 2 -> pictures and figures, in a folder, resumed if it was interrupted."""
 
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from poise import plots
+from poise import parallel, plots
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import (
@@ -31,15 +29,17 @@ from poise.checkpoint import (
 from poise.datasets import NAMES, Dataset, gather
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.files import write_failure, write_file, write_json
+from poise.guards import locked, stop_signals
 from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, to_json
+from poise.recipes.settings import Changes, Recipe, Stage, check_words, to_json
 from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
     CodeBatches,
+    Engine,
     ImageBatches,
     TrainingState,
     Watch,
@@ -66,14 +66,18 @@ class Options:
         save_seconds: time between checkpoints.
         tensorboard: write TensorBoard files into the run's folder.
         quiet: no progress display.
+        engine: "captured" records a step as a CUDA graph and replays it, with the same numbers; for one process and for
+            networks that decide nothing in Python from step to step (all of `poise.networks`).
     """
 
     device: str = "auto"
     save_seconds: float = 60.0
     tensorboard: bool = False
     quiet: bool = False
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.save_seconds >= 0:
             raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
 
@@ -88,6 +92,8 @@ def train(
     **changes: Any,
 ) -> Run:
     """Train both stages and return the run. Called again with the same arguments, it goes on where it stopped.
+
+    Started by torchrun, several processes train together: docs/distributed.md.
 
     Args:
         images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
@@ -115,33 +121,55 @@ def train(
         raise InputError(f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}")
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
-    device = choose_device(options.device)
+    device = parallel.device_of_rank(choose_device(options.device))
+    if options.engine == "captured" and (device.type != "cuda" or parallel.launched()):
+        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
-    with locked(folder):
-        dataset = read_data(recipe.data, images if recipe.data.source == "array" else None, folder / "cache")
-        if vae is not None:
-            num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
-            recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-        network = vae or first_stage(recipe, list(dataset.shape))  # what it cannot take is said before anything is written
-        balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
-        saved = open_folder(folder, recipe, dataset)
-        job = Job(folder, recipe, dataset, device, options, saved)
-        if not job.meta["finished"]:
-            if not options.quiet:
-                print(announce(recipe, len(dataset.train), device), file=sys.stderr)
-            with stop_signals() as stop:
-                job.run_stages(network, balances, stop)
+    given = images if recipe.data.source == "array" else None
+    with ExitStack() as held:
+        with parallel.processes(device):
+            parallel.on_first(lambda: held.enter_context(locked(folder)))
+            job = prepare(folder, recipe, vae, device, options, given)
+            if not job.meta["finished"]:
+                with stop_signals() as stop:
+                    job.run_stages(stop)
+        if parallel.rank() > 0:  # the files may not be visible on its machine yet
+            return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
-            finish(load(folder, device=options.device, vae=vae), dataset, job.meta["seconds"])
+            finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
     return load(folder, device=options.device, vae=vae)
+
+
+def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any) -> "Job":
+    """Everything that training needs; what cannot be used is said before anything is written.
+
+    Args:
+        folder: of the run, locked.
+        recipe, vae, device, options: of the run.
+        given: images that the source does not name.
+    """
+    dataset = read_data(recipe.data, given, folder / "cache")
+    if vae is not None:
+        num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
+        recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
+    networks = [vae or first_stage(recipe, list(dataset.shape))] + ([second_stage(recipe)] if recipe.second else [])
+    balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
+    config = configuration(recipe, dataset)
+    parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
+    saved = parallel.on_first(lambda: open_folder(folder, config))
+    options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
+    if not (saved and saved.meta["finished"]) and not options.quiet:
+        print(announce(recipe, len(dataset.train), device), file=sys.stderr)
+    return Job(folder, recipe, config, dataset, list(zip(networks, balances, strict=True)), options, saved)
 
 
 def announce(recipe: Recipe, num_images: int, device: torch.device) -> str:
     """What is about to be done, and what it costs where that is known."""
     lengths = [f"{stage.total_steps(num_images):,} steps" for stage in (recipe.first, recipe.second) if stage]
     cost = f" ({recipe.cost})" if recipe.cost else ""
-    return f"{recipe.name}: {num_images:,} training images, {' + '.join(lengths)} on {device}{cost}"
+    where = str(device) if parallel.ranks() == 1 else f"{parallel.ranks()} processes ({device.type})"
+    return f"{recipe.name}: {num_images:,} training images, {' + '.join(lengths)} on {where}{cost}"
 
 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
@@ -168,22 +196,27 @@ def source_of(images: Any, recipe: Recipe) -> str:
     return str(images) if named else str(Path(images).resolve())
 
 
-def open_folder(folder: Path, recipe: Recipe, dataset: Dataset) -> Saved | None:
+def configuration(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What config.json holds."""
+    versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
+    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "versions": versions}
+
+
+def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     """Prepare a new folder (None), or find where an earlier run of the same settings and data stopped.
 
     Raises:
         InputError: the folder holds something else, or a run of other settings or data.
         RunError: every checkpoint is damaged.
     """
-    settings, data = to_json(recipe), describe(dataset)
+    settings, data = config["recipe"], config["data"]
     for torn in folder.glob(".writing-*"):  # left by a process that was killed
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     is_run = (folder / "config.json").exists()
     if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
     if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
-        versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
-        write_json(folder / "config.json", {"poise": 1, "recipe": settings, "data": data, "versions": versions})
+        write_json(folder / "config.json", config)
         return None
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
@@ -225,45 +258,61 @@ def differences(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -
 
 
 class Job:
-    """Both stages of one run, from wherever it stands."""
+    """Both stages of one run, from wherever it stands. Of several processes the first alone writes.
+
+    Args:
+        folder, recipe, config, dataset: of the run.
+        stages: network and balance of each.
+        options: with the device of this process.
+        saved: where an earlier run stopped.
+    """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, dataset: Dataset, device: torch.device, options: Options, saved: Saved | None
+        self,
+        folder: Path,
+        recipe: Recipe,
+        config: dict[str, Any],
+        dataset: Dataset,
+        stages: list[tuple[VAE, Balance]],
+        options: Options,
+        saved: Saved | None,
     ) -> None:
-        self.folder, self.recipe, self.dataset, self.device, self.options = folder, recipe, dataset, device, options
+        self.folder, self.recipe, self.config, self.dataset = folder, recipe, config, dataset
+        self.stages, self.options, self.device = stages, options, torch.device(options.device)
         self.meta = saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
         self.tensors = saved.tensors if saved else {}
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
+        self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
 
-    def run_stages(self, vae: VAE, balances: list[Balance], stop: Callable[[], bool]) -> None:
+    def run_stages(self, stop: Callable[[], bool]) -> None:
         """Train what is left of stage 1 and stage 2.
 
         Raises:
             Interrupted: `stop` asked for it; the state is saved.
         """
-        with closing(Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)) as log:
-            images = ImageBatches(self.dataset.train, self.device)
-            first = self._stage(1, vae, balances[0], images, log, stop)
+        with ExitStack() as files:
+            if parallel.rank() == 0:
+                log = Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)
+                self._write_log = files.enter_context(closing(log)).write
+            first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
             codes = self._codes(first)
             if self.recipe.second is not None:
-                data = CodeBatches(codes.mean, codes.logvar, self.device)
-                second = self._stage(2, second_stage(self.recipe), balances[1], data, log, stop)
+                second = self._stage(2, CodeBatches(codes.mean, codes.logvar, self.device), stop)
                 self._keep(2, second, over=True)
                 self._write(stage=2, step=second.step, finished=True)
 
-    def _stage(
-        self, number: int, vae: VAE, balance: Balance, data: Batches, log: "Log", stop: Callable[[], bool]
-    ) -> TrainingState:
-        stage = self._settings(number)
+    def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState:
+        stage, (vae, balance) = self._settings(number), self.stages[number - 1]
         state = new_state(vae, balance, stage, self.device)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
             restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
-        watch = Watch(log.write, lambda s: self._save(number, s), stop, self.options.save_seconds, self.options.quiet)
-        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch):
+        watch = Watch(self._write_log, lambda s: self._save(number, s), stop, self.options.save_seconds, self.options.quiet)
+        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch, engine=self.options.engine):
+            parallel.wait()  # or a process that ends first would have the one that saves killed
             raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
         return state
 
@@ -274,19 +323,26 @@ class Job:
 
     def _codes(self, first: TrainingState) -> DiagonalGaussian:
         """The training images' posteriors; where they are computed, stage 1 is over."""
-        folder = self.folder / "codes"
-        if self.meta["stage"] == 2:
-            try:
-                tensors = read_folder(folder).tensors
-                return DiagonalGaussian(tensors["mean"], tensors["logvar"])
-            except RunError as error:
-                print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
-        codes = encode_all(first.trained, self.dataset.train)
-        write_folder(folder, {"mean": codes.mean, "logvar": codes.logvar}, {"images": len(codes.mean)})
+        mean, logvar = parallel.on_first(lambda: self._read_codes() or self._compute_codes(first.trained))
         if self.meta["stage"] == 1:
             self._keep(1, first, over=True)
             self._write(stage=2, step=0, finished=self.recipe.second is None)
-        return codes
+        return DiagonalGaussian(mean, logvar)
+
+    def _read_codes(self) -> tuple[Tensor, Tensor] | None:
+        if self.meta["stage"] == 1:
+            return None
+        try:
+            tensors = read_folder(self.folder / "codes").tensors
+            return tensors["mean"], tensors["logvar"]
+        except RunError as error:
+            print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
+            return None
+
+    def _compute_codes(self, vae: VAE) -> tuple[Tensor, Tensor]:
+        codes = encode_all(vae, self.dataset.train)
+        write_folder(self.folder / "codes", {"mean": codes.mean, "logvar": codes.logvar}, {"images": len(codes.mean)})
+        return codes.mean, codes.logvar
 
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
         """Replace what is held of a stage by its present state; without the optimiser's if the stage is over."""
@@ -302,7 +358,8 @@ class Job:
         seconds = self.seconds + time.monotonic() - self._began
         self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
-        save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
+        if parallel.rank() == 0:
+            save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
 
 
 class Log:
@@ -363,59 +420,3 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
     figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
     write_json(run.folder / "summary.json", figures | run.evaluate(dataset.test, extractor="none").pages)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block, a first Ctrl-C or SIGTERM only sets what the yielded function tells; a second acts at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for known in before:
-        signal.signal(known, handle)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, made if need be, against a second process; a folder left empty is removed.
-
-    Raises:
-        InputError: another process is training there, or the folder cannot be made.
-    """
-    lock = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise InputError(f"cannot use {folder} for the run: {error.strerror or error}") from None
-    with file:
-        _hold(file, folder)
-        try:
-            yield
-        finally:
-            if list(folder.iterdir()) == [lock]:
-                lock.unlink()
-                folder.rmdir()
-
-
-def _hold(file: IO[str], folder: Path) -> None:
-    if os.name != "posix":  # no advisory locks there
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{folder}: another process is training there") from None

@@ -56,13 +56,21 @@ def gather(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor)
         array: images of a `Dataset`, or others like them: bytes, or floats in [0, 1].
         indices: row numbers, on the CPU.
     """
+    return scale(gather_rows(array, indices))
+
+
+def gather_rows(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    """What `gather` gives, before it is scaled: bytes stay bytes."""
     rows = np.asarray(indices, np.int64)
     if isinstance(array, Tensor):
-        tensor = array[torch.from_numpy(rows).to(array.device)].contiguous()
-    else:
-        images = _in_file_order(array, rows) if isinstance(array, np.memmap) else array[rows]
-        tensor = torch.from_numpy(np.ascontiguousarray(images))
-    return to_float(tensor) if tensor.dtype == torch.uint8 else tensor.float()
+        return array[torch.from_numpy(rows).to(array.device)].contiguous()
+    images = _in_file_order(array, rows) if isinstance(array, np.memmap) else array[rows]
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def scale(rows: Tensor) -> Values:
+    """Float32 images: bytes are scaled to [0, 1], floats stay as they are."""
+    return to_float(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -95,14 +103,14 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None,
 
     Args:
         shape, dtype: of the array.
-        memory_budget: bytes; None: half of the memory that is free now.
+        memory_budget: bytes; None: half of the memory that is free now, shared by the processes that train together.
         cache: folder for the file; None: the system's folder for temporary files.
 
     Raises:
         RunError: too little space on the disk.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if size <= (_free_memory() // 2 if memory_budget is None else memory_budget):
+    if size <= (_free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget):
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if cache is None else cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +121,11 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None,
             f"free some space, or choose a smaller --size"
         )
     return _mapped_file(folder, shape, dtype)
+
+
+def _processes_here() -> int:
+    """How many processes torchrun started on this machine: each reads the images for itself."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

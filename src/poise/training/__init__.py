@@ -1,0 +1,22 @@
+"""Training of one stage. `batches` say what is learned from, `state` is what a step changes, `step` changes it, `loop` repeats
+it; `batch_norm` is for several processes, `captured` for CUDA.
+"""
+
+from poise.training.batches import Batches, CodeBatches, ImageBatches
+from poise.training.loop import Engine, Watch, count_latents, fit
+from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
+
+__all__ = [
+    "Batches",
+    "CodeBatches",
+    "Engine",
+    "ImageBatches",
+    "TrainingState",
+    "Watch",
+    "count_latents",
+    "fit",
+    "new_state",
+    "restore_state",
+    "state_tensors",
+    "under",
+]

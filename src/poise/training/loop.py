@@ -1,0 +1,227 @@
+"""The one loop, for both stages: what varies is where a batch comes from, and the balance.
+
+A step is a function of (state, batch, noise). The order of an epoch is f(seed, stage, epoch), the noise of a step
+f(seed, stage, step), and the position is one integer, so that a run stopped anywhere and resumed from a checkpoint ends with
+bit-identical weights on the same machine.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from poise import parallel
+from poise.errors import InputError, RunError
+from poise.progress import progress
+from poise.recipes.settings import Stage
+from poise.seeds import derive
+from poise.training.batches import Batches, fetched_ahead, global_batches
+from poise.training.captured import CapturedStep
+from poise.training.state import TERMS, TrainingState, Verdict
+from poise.training.step import training_step
+from poise.vae import VAE
+
+Engine = Literal["eager", "captured"]
+LOGS_PER_STAGE = 400
+SMALL_PARAMETERS = 1_000_000
+SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
+STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
+
+
+@dataclass
+class Watch:
+    """What happens around the steps.
+
+    Attributes:
+        log: receives one dictionary per log entry.
+        save: called with the state when a checkpoint is due.
+        stop: asked after every step; if true, the loop saves and returns early.
+        save_seconds: time between checkpoints.
+        quiet: no progress display.
+    """
+
+    log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
+    save: Callable[[TrainingState], None] = field(default=lambda state: None)
+    stop: Callable[[], bool] = field(default=lambda: False)
+    save_seconds: float = 60.0
+    quiet: bool = False
+
+
+def fit(
+    state: TrainingState, data: Batches, stage: Stage, *, number: int, seed: int, watch: Watch, engine: Engine = "eager"
+) -> bool:
+    """Train from `state.step` to the end of the stage.
+
+    Args:
+        state: changed in place.
+        data: where batches come from.
+        stage: length, batch size, learning rate, balance.
+        number: of the stage, 1 or 2: shown, logged, and part of every seed.
+        seed: of order and noise.
+        watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
+        engine: "captured" replays a recorded step (CUDA, one process): see `CapturedStep`.
+
+    Returns:
+        Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
+
+    Raises:
+        RunError: the loss is not finite. Says which term, which step, which images, and what to try.
+        InputError: there are more processes than images in a batch.
+    """
+    device = state.sums.device
+    total = stage.total_steps(len(data))
+    size, alone = min(stage.batch_size, len(data)), parallel.ranks() == 1
+    if size < parallel.ranks():
+        raise InputError(f"a batch of {size} images cannot be shared by {parallel.ranks()} processes: start fewer")
+    share = parallel.share(size)
+    log_every = max(1, total // LOGS_PER_STAGE)
+    read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
+    take_step = CapturedStep() if engine == "captured" else training_step
+    num_latents = count_latents(state.vae, data)
+    state.vae.train()
+    state.balance.train()
+    state.verdict.zero_()
+    wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
+    source, began = torch.Generator(device), state.step
+    saved_at = logged_at = shown_at = time.monotonic()
+    latest: dict[str, str] = {}
+
+    def draw(columns: int) -> Tensor:
+        """This process's rows of the noise that a whole batch gets."""
+        return torch.randn(size, columns, generator=source, device=device)[share]
+
+    with (
+        threads_for(state.vae),
+        reproducible(device),
+        progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
+        fetched_ahead(data, wanted, share) as fetched_batches,
+    ):
+        for fetched in fetched_batches:
+            source.manual_seed(derive("noise", seed, number, state.step))
+            batch = data.place(fetched, draw)
+            noise = draw(num_latents)
+            set_learning_rate(state.optimizer, stage.learning_rate_at(state.step, len(data)))
+            seed_modules(device, "modules", seed, number, state.step)
+            if not alone and watch.stop():
+                state.asked.fill_(1)
+            try:
+                take_step(state, batch, noise, stage)
+            except torch.OutOfMemoryError as error:
+                raise RunError(f"out of memory on {device}: try a smaller --batch-size, with another --out") from error
+            state.step += 1
+            logs = state.step % log_every == 0 or state.step == total
+            if not (logs or state.step % read_every == 0 or (alone and watch.stop())):
+                continue
+            verdict = Verdict(*state.verdict.tolist())
+            if verdict.failed:
+                step = began + int(verdict.steps) - 1
+                raise nonfinite(
+                    number, step, verdict, next(global_batches(stage, len(data), number=number, seed=seed, start=step))
+                )
+            if logs:
+                now = time.monotonic()
+                entry = log_entry(state, stage, number, len(data))
+                entry["images_per_second"] = round(entry.pop("images") / max(now - logged_at, 1e-9), 1)
+                logged_at = now
+                watch.log(entry)
+                latest = figures(entry)
+            if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
+                display.update(state.step, latest)
+                shown_at = time.monotonic()
+            if verdict.asked or (alone and watch.stop()):
+                watch.save(state)
+                return False
+            if time.monotonic() - saved_at > watch.save_seconds:
+                watch.save(state)
+                saved_at = time.monotonic()
+    return True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Where it is a tensor, its value."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+@torch.no_grad()
+def count_latents(vae: VAE, data: Batches) -> int:
+    """The number of latents, asked of the encoder with one image; leaves no trace in its statistics."""
+    device = next(vae.parameters()).device
+    one = data.place(data.fetch(torch.zeros(1, dtype=torch.long)), lambda columns: torch.zeros(1, columns, device=device))
+    return vae.eval().encode(one).mean.shape[1]
+
+
+@contextmanager
+def threads_for(vae: VAE) -> Iterator[None]:
+    """One CPU thread inside the block for a small dense network, whose products are too short to share; all for others.
+
+    On two cores that other processes kept busy, a step of a dense network of 256 took 2 ms with one thread and 18 with two,
+    which wait for each other (2026-11-22).
+    """
+    convolutions = any(parameter.dim() == 4 for parameter in vae.parameters())
+    small = sum(parameter.numel() for parameter in vae.parameters()) < SMALL_PARAMETERS
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small and not convolutions else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Torch's global generators are as before after the block; inside it cuDNN uses its deterministic kernels."""
+    devices = [device] if device.type == "cuda" else []
+    kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.random.fork_rng(devices=devices), kernels if devices else nullcontext():
+        yield
+
+
+def seed_modules(device: torch.device, *place: int | str) -> None:
+    """Seeds what modules draw from: dropout and its like, for each process apart.
+
+    torch.manual_seed would queue a call for every absent device.
+    """
+    seed = derive(*place) if parallel.rank() == 0 else derive(*place, parallel.rank())
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) -> dict[str, float]:
+    """Means since the last entry, for the log; the sums start anew."""
+    *sums, count = state.sums.tolist()
+    state.sums.zero_()
+    batch_size = min(stage.batch_size, num_images)
+    entry: dict[str, float] = {"stage": number, "step": state.step, "images_seen": state.step * batch_size}
+    entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
+    entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
+    entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
+    return entry | {"images": count * batch_size}
+
+
+def figures(entry: dict[str, float]) -> dict[str, str]:
+    """The part of a log entry that a progress bar has room for."""
+    shown = {"MSE": f"{entry['mse']:.5f}", "KL": f"{entry['kl_nats']:.1f}", "gamma2": f"{entry['gamma2']:.5f}"}
+    return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
+
+
+def nonfinite(number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
+    """The error of a loss that is not finite; values that are not finite come first."""
+    numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
+    ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
+    terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
+    images = "batch images" if number == 1 else "batch codes"
+    some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
+    return RunError(
+        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
+        "touched: try a lower --learning-rate, a larger start of the balance, or float32, with another --out"
+    )

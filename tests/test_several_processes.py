@@ -1,0 +1,266 @@
+"""Two processes train one model: the same numbers as one, one fate, and only the first writes.
+
+Stage 1's network computes in double precision. In float32 a bias before BatchNorm, whose gradient is nothing but rounding,
+is moved by Adam in a direction of its own, and no tolerance would mean anything.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import poise
+from poise import checkpoint, training
+from poise.errors import InputError, RunError
+from poise.pipeline import Options, train
+from poise.recipes import Data, Network, Recipe, Stage
+from poise.training.batch_norm import GlobalBatchNorm
+
+WORLD = 2
+IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
+SHARED = Recipe(
+    name="shared",
+    data=Data("array"),
+    network=Network("resnet", latent_dim=3, second_hidden=8),
+    first=Stage(epochs=3, batch_size=21, learning_rate=1e-3, ema_decay=0.9),  # 81 images: 3 steps; shares of 10 and 11
+    second=Stage(epochs=2, batch_size=20, learning_rate=1e-3, balance="learned"),  # 4 steps
+)
+NORM_SHARES = (2, 5)
+
+
+class Double(nn.Module):
+    """A network in double precision."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, values):
+        return self.network(values.double())
+
+
+class Exploding(nn.Module):
+    """A decoder that overflows after some batches."""
+
+    def __init__(self, decoder: nn.Module, after: int) -> None:
+        super().__init__()
+        self.decoder, self.left = decoder, after
+
+    def forward(self, latents):
+        self.left -= self.training
+        return self.decoder(latents) * (1 if self.left >= 0 else torch.inf)
+
+
+def network(seed: int = 0) -> poise.VAE:
+    torch.manual_seed(seed)
+    return poise.VAE(*map(Double, poise.networks.resnet(8, 1, 3, norm_decay=0.9)))
+
+
+def run(out: Path, vae: poise.VAE | None = None, **changes: Any) -> poise.Run:
+    options = Options(device="cpu", quiet=True, save_seconds=0.0)
+    return train(IMAGES, recipe=replace(SHARED, **changes), vae=vae or network(), out=out, options=options)
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The kind and the text of the error that a call raises."""
+    try:
+        call()
+    except (RunError, InputError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Lets something happen in this process before a step, counted from now."""
+    left = iter(range(step))
+
+    def acting(*arguments: Any) -> None:
+        if next(left, None) is None:
+            training.loop.training_step = real
+            act()
+        real(*arguments)
+
+    real, training.loop.training_step = training.loop.training_step, acting
+
+
+def interrupted(out: Path, rank: int) -> list[str]:
+    """A run that each process in turn is asked to stop, once in each stage."""
+    stops = []
+    for asked, step in ((1, 4), (0, 6)):
+        if rank == asked:
+            at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stops.append(error_of(lambda: run(out)))
+    run(out)
+    return stops
+
+
+def norm_outcome(layer: nn.Module, rows: slice) -> list[torch.Tensor]:
+    """Output, gradients and state of a BatchNorm layer on some rows of a batch, after two batches."""
+    source = torch.Generator().manual_seed(0)
+    shape = (sum(NORM_SHARES), 3, *[4] * (2 * isinstance(layer, nn.BatchNorm2d)))
+    layer = layer.double().train()
+    layer = layer if rows == slice(None) else GlobalBatchNorm.of(layer)
+    outcome = []
+    for _ in range(2):
+        values, weight = (torch.randn(shape, generator=source, dtype=torch.float64)[rows] for _ in range(2))
+        output = layer(values.requires_grad_())
+        (output * weight).square().sum().backward()
+        outcome += [output.detach(), values.grad]
+    return [*outcome, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()]
+
+
+LAYERS = {"plain": lambda: nn.BatchNorm1d(3), "images": lambda: nn.BatchNorm2d(3, momentum=None, affine=False)}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """What each process does, in a clean interpreter without checks."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    runs, seen = Path(folder), {}
+    trained = run(runs / "whole", network(seed=rank))
+    seen["sample"] = trained.sample(3)
+    seen["stops"] = interrupted(runs / "interrupted", rank)
+    seen["disagree"] = error_of(lambda: run(runs / "seeds", seed=rank))
+    seen["occupied"] = error_of(lambda: run(runs / "whole", seed=5))
+    broken = network()
+    broken.decoder = Exploding(broken.decoder, after=5) if rank == 1 else broken.decoder
+    seen["nonfinite"] = error_of(lambda: run(runs / "nonfinite", broken))
+    seen["few"] = error_of(lambda: run(runs / "few", second=None, first=Stage(steps=1, batch_size=2)))
+    with poise.parallel.processes(torch.device("cpu")):
+        start = sum(NORM_SHARES[:rank])
+        rows = slice(start, start + NORM_SHARES[rank])
+        seen["norms"] = {name: norm_outcome(make(), rows) for name, make in LAYERS.items()}
+    if rank == 1:
+        torch.save(seen, runs / "1.pt")
+        at_step(3, lambda: os._exit(0))
+    began = time.monotonic()
+    seen["death"] = error_of(lambda: run(runs / "death"))
+    seen["seconds"] = time.monotonic() - began
+    torch.save(seen, runs / "0.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two processes, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("several")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved, _ = checkpoint.newest_checkpoint(folder / "checkpoints")
+    assert saved is not None and saved.meta["finished"]
+    return saved.tensors
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    one = run(tmp_path / "one")
+    torch.testing.assert_close(weights(folder / "whole"), weights(tmp_path / "one"), rtol=1e-6, atol=1e-7)
+    for entry, expected in zip(curve(folder / "whole"), curve(tmp_path / "one"), strict=True):
+        assert entry | {"images_per_second": 0} == pytest.approx(expected | {"images_per_second": 0}, rel=1e-5)
+    codes = poise.load(folder / "whole", vae=network(), device="cpu").codes
+    torch.testing.assert_close(codes.mean, one.codes.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_stop_together_whichever_was_asked_and_go_on_bit_identically(folder, seen):
+    for rank in seen:
+        expected = ["step 6 of stage 1", "step 5 of stage 2"]
+        assert [text.split(",")[0] for text in rank["stops"]] == [f"Interrupted: stopped at {place}" for place in expected]
+    again, whole = weights(folder / "interrupted"), weights(folder / "whole")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    steps = [(entry["stage"], entry["step"]) for entry in curve(folder / "interrupted")]
+    assert steps == [(1, k) for k in range(1, 10)] + [(2, k) for k in range(1, 9)]
+
+
+def test_every_process_returns_the_run(folder, seen):
+    assert torch.equal(seen[0]["sample"], seen[1]["sample"])
+    assert torch.equal(seen[0]["sample"], poise.load(folder / "whole", vae=network(), device="cpu").sample(3))
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_weights_change(folder, seen):
+    assert seen[0]["nonfinite"] == seen[1]["nonfinite"]
+    assert "not finite at step 5 of stage 1" in seen[0]["nonfinite"]
+    saved, _ = checkpoint.newest_checkpoint(folder / "nonfinite" / "checkpoints")
+    assert saved is not None and saved.meta["step"] == 5
+
+
+def test_an_error_of_one_process_reaches_all(seen):
+    for rank in seen:
+        assert "processes 1 were started with settings or images other than process 0's" in rank["disagree"]
+        assert "seed: 0 -> 5" in rank["occupied"]
+        assert rank["few"] == "no error"
+
+
+def test_a_process_that_dies_brings_the_others_down(seen):
+    assert seen[0]["death"].startswith("RunError: lost contact with another process")
+    assert seen[0]["seconds"] < 60
+
+
+def torchrun(out: Path) -> subprocess.Popen[str]:
+    """`poise train digits` in two processes, once it has begun to learn."""
+    options = ["--epochs", "300", "--stages", "1", "--device", "cpu", "--out", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "poise", "train", "digits", *options]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    written = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(curve(out)) > written):
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path):
+    process = torchrun(tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, complaints = process.communicate(timeout=60)
+    stopped = re.search(r"poise: stopped at step (\d+) of stage 1, and saved", complaints)
+    assert process.returncode != 0 and stopped is not None, complaints
+    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [int(stopped[1])]
+    process = torchrun(tmp_path / "run")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("finds its processes in /proc")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode != 0 and "exitcode  : -9" in complaints, complaints
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batch_norm_over_processes_equals_batch_norm(name, seen):
+    whole = norm_outcome(LAYERS[name](), slice(None))
+    first, second = (rank["norms"][name] for rank in seen)
+    torch.testing.assert_close([torch.cat(pair) for pair in zip(first[:4], second[:4], strict=True)], whole[:4])
+    shared = len(list(LAYERS[name]().parameters()))
+    summed = [a + b for a, b in zip(first[4 : 4 + shared], second[4 : 4 + shared], strict=True)]
+    torch.testing.assert_close(summed, whole[4 : 4 + shared])
+    for rank in (first, second):
+        torch.testing.assert_close(rank[4 + shared :], whole[4 + shared :])
