@@ -22,7 +22,7 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import Saved, newest_checkpoint, read_folder
-from poise.datasets import Dataset, head
+from poise.datasets import Dataset, Rows, head
 from poise.datasets import load as load_data
 from poise.errors import InputError, MissingInputError, RunError
 from poise.evaluation import (
@@ -39,7 +39,15 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.latent import DiagonalGaussian
-from poise.metrics import CHUNK, encode_all, encoded, importance_weighted_nll, latent_statistics, reconstruction
+from poise.metrics import (
+    CHUNK,
+    encode_all,
+    encode_chunks,
+    encoded,
+    importance_weighted_nll,
+    latent_statistics,
+    reconstruction,
+)
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -134,6 +142,10 @@ class Run:
             InputError: another shape, or values outside that range.
         """
         return encode_all(self.first.vae, self._checked(images))
+
+    def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
+        """What `encode` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        return encode_chunks(self.first.vae, self._checked(images))
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
@@ -233,8 +245,6 @@ class Run:
         Raises:
             InputError: count < 1, or there is no second stage.
         """
-        if count < 1:
-            raise InputError(f"the number of images must be at least 1, not {count}")
         return torch.cat(list(self.sample_chunks(count, prior=prior, seed=seed, first=first, generation=generation)))
 
     def sample_chunks(
@@ -246,13 +256,15 @@ class Run:
         first: int = 0,
         generation: Generation | None = None,
     ) -> Iterator[Images]:
-        """What `sample` gives, in parts, so that any number fits into memory."""
+        """What `sample` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        if count < 1:
+            raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
         source = self.prior(prior, generation)
         adjust = self._adjustment(source) if generation.adjust_variance else None
-        for images in sample_chunks(self.first.vae, source, count, seed=seed, first=first):
-            images = images.clamp(0, 1)  # a network of one's own may stray
-            yield adjust(images) if adjust else images
+        chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
+        images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of one's own may stray
+        return map(adjust, images) if adjust else images
 
     def _adjustment(self, source: Prior) -> VarianceAdjustment:
         reference = sample(self.first.vae, source, ADJUSTMENT_DRAWS, seed=REFERENCE_SEED)
@@ -360,14 +372,14 @@ class Run:
         return dataset
 
     def _checked(self, images: Any) -> Any:
-        images = images if isinstance(images, Tensor) else np.asarray(images)
+        images = images if isinstance(images, (Tensor, Rows)) else np.asarray(images)
         if list(images.shape[1:]) != list(self.data["shape"]):
             raise InputError(
                 f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
             )
         if not len(images):
             raise InputError("there are no images")
-        if images.dtype not in (torch.uint8, np.uint8):
+        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(images, Rows):  # which were looked at when read
             least, most = float(images.min()), float(images.max())
             if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
                 raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")
