@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -341,6 +342,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
     try:
         parse(sys.argv[1:]).run()
     except InputError as error:
