@@ -4,6 +4,7 @@ Machines change their pace from minute to minute, so nothing is compared that wa
 """
 
 import json
+import math
 import platform
 import statistics
 import sys
@@ -44,10 +45,17 @@ def take_turns(tasks: Mapping[str, Task], rounds: int, device: torch.device) -> 
     return times
 
 
-def matrix_product(device: torch.device, side: int = MATRIX_SIDE) -> tuple[Task, float]:
-    """A large float32 matrix product, and its FLOPs: what the machine sustains."""
-    matrix = torch.randn(side, side, device=device)
-    return lambda: torch.mm(matrix, matrix), 2.0 * side**3
+def matrix_products(device: torch.device, at_least: float) -> tuple[Task, float]:
+    """Large float32 matrix products for so many seconds, about, and their FLOPs: what the machine sustains."""
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
+    torch.mm(matrix, matrix)
+    number = math.ceil(at_least / seconds(lambda: torch.mm(matrix, matrix), device))
+
+    def multiply() -> None:
+        for _ in range(number):
+            torch.mm(matrix, matrix)
+
+    return multiply, 2.0 * number * MATRIX_SIDE**3
 
 
 def summary(values: Sequence[float], digits: int = 3) -> dict[str, float]:

@@ -7,7 +7,7 @@ copy of the weights, its own optimiser and balance. Printed are the median rate 
 round by round. The bare loop reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing,
 saves nothing and checks nothing. It is run twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
 The share of the matrix rate is the step's FLOPs (counted by torch, a multiply-add as two) times steps per second, over the
-FLOPs per second of a large float32 matrix product in the same round.
+FLOPs per second of large float32 matrix products, which take their turn in every round for as long.
 
 The rival is pythae's trainer on pythae's own networks (an MLP, the convolutional one for MNIST, the ResNet for CIFAR-10) in
 batches of 64, its default: `BaseTrainer.train_step`, which is an epoch, on as many images as the others see in a round.
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, matrix_product, over, seconds, show, summary, take_turns, write_report
+from measuring import machine, matrix_products, over, seconds, show, summary, take_turns, write_report
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -201,9 +201,9 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
             images = datasets.gather(data.train, range(steps * size))
             tasks["pythae"] = pythae_steps(copy.deepcopy(model), images, size, device, folder)
             take_turns({"pythae": tasks["pythae"]}, 1, device)
-        product, product_flops = matrix_product(device)
-        times = take_turns({**tasks, "matrix": product}, rounds, device)
-    matrix_rate = [product_flops / second for second in times.pop("matrix")]
+        products, products_flops = matrix_products(device, round_seconds)
+        times = take_turns({**tasks, "matrix": products}, rounds, device)
+    matrix_rate = [products_flops / second for second in times.pop("matrix")]
     return {
         "data": data.name,
         "shape": data.shape,
