@@ -1,58 +1,151 @@
-"""Images per second of the training loop beside a bare hand-written PyTorch loop of the same network, in one run.
+"""Images per second of the training loop beside bare PyTorch loops, the machine's matrix rate, and pythae's trainer.
 
-    python benchmarks/training_rate.py cifar10.npz --network resnet --batch-size 100 --steps 200 [--json FILE]
+    POISE_DATA=... python benchmarks/training_rate.py [--only digits pythae-mlp ...] [--rounds 10] [--seconds 3]
 
-The loops take turns, round by round, so that a change of the machine's pace hits all alike. Each keeps its own weights,
-optimiser and balance. Printed are the median rate of each, its spread over rounds, and the ratio round by round. The bare loop
-reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing, saves nothing and checks
-nothing. It is run twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
+For each network the loops take turns, round by round, so that a change of the machine's pace hits all alike. Each has its own
+copy of the weights, its own optimiser and balance. Printed are the median rate of each, its spread over rounds, and the ratio
+round by round. The bare loop reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing,
+saves nothing and checks nothing. It is run twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
+The share of the matrix rate is the step's FLOPs (counted by torch, a multiply-add as two) times steps per second, over the
+FLOPs per second of large float32 matrix products, which take their turn in every round for as long.
+
+The rival is pythae's trainer on pythae's own networks (an MLP, the convolutional one for MNIST, the ResNet for CIFAR-10) in
+batches of 64, its default: `BaseTrainer.train_step`, which is an epoch, on as many images as the others see in a round.
+Without pythae (`pip install pythae`) its networks are left out, with a note.
 """
 
 import argparse
+import contextlib
+import copy
+import io
 import itertools
-import json
+import logging
 import math
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import machine, matrix_products, over, seconds, show, summary, take_turns, write_report
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from poise import datasets
 from poise.balance import ComputedBalance
 from poise.build import first_stage
-from poise.recipes import Network, Recipe, Stage
-from poise.recipes.images import IMAGES
-from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
+from poise.recipes import RECIPES, Stage
+from poise.training import ImageBatches, Watch, fit, new_state
+from poise.vae import VAE
 
-Round = Callable[[], None]
+Steps = Callable[[int], None]  # trains for so many steps
+LEARNING_RATE = 1e-4
+PYTHAE_LATENTS = 16
 
 
-def poise_rounds(recipe: Recipe, data: datasets.Dataset, steps: int, device: torch.device) -> tuple[Round, TrainingState]:
-    state = new_state(first_stage(recipe, list(data.shape)), ComputedBalance(), recipe.first, device)
+@dataclass(frozen=True)
+class Subject:
+    """What is trained.
+
+    Attributes:
+        data: a data set's name.
+        batch_size: images per step.
+        recipe: whose network it is; None: pythae's.
+    """
+
+    data: str
+    batch_size: int
+    recipe: str | None = None
+
+
+SUBJECTS = {
+    "digits": Subject("digits", 50, "digits"),
+    "cifar10-released": Subject("cifar10", 100, "cifar10-released"),
+    "mnist": Subject("mnist", 64, "mnist"),
+    "pythae-mlp": Subject("mnist", 64),
+    "pythae-mnist-conv": Subject("mnist", 64),
+    "pythae-cifar-resnet": Subject("cifar10", 64),
+}
+
+
+class PythaeEncoder(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.encoder(images)
+        return output.embedding, output.log_covariance
+
+
+class PythaeDecoder(nn.Module):
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents).reconstruction
+
+
+def pythae_model(name: str, shape: tuple[int, ...]) -> Any:
+    """pythae's VAE with the network of a subject."""
+    from pythae import models  # pyright: ignore[reportMissingImports]
+    from pythae.models.nn.benchmarks import cifar, mnist  # pyright: ignore[reportMissingImports]
+
+    config = models.VAEConfig(input_dim=shape, latent_dim=PYTHAE_LATENTS)
+    if name == "pythae-mlp":
+        return models.VAE(config)
+    if name == "pythae-mnist-conv":
+        return models.VAE(config, mnist.Encoder_Conv_VAE_MNIST(config), mnist.Decoder_Conv_AE_MNIST(config))
+    return models.VAE(config, cifar.Encoder_ResNet_VAE_CIFAR(config), cifar.Decoder_ResNet_AE_CIFAR(config))
+
+
+def pythae_steps(model: Any, images: Tensor, batch_size: int, device: torch.device, folder: str) -> Callable[[], None]:
+    """An epoch of pythae's trainer over the images."""
+    from pythae.data.datasets import BaseDataset  # pyright: ignore[reportMissingImports]
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig  # pyright: ignore[reportMissingImports]
+
+    logging.disable(logging.INFO)  # it tells of every folder it makes
+    config = BaseTrainerConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        learning_rate=LEARNING_RATE,
+        no_cuda=device.type == "cpu",
+    )
+    trainer = BaseTrainer(model, BaseDataset(images, torch.zeros(len(images))), training_config=config)
+    trainer.prepare_training()
+
+    def run() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            trainer.train_step(1)
+
+    return run
+
+
+def poise_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device) -> Steps:
+    stage = Stage(steps=1, batch_size=batch_size, learning_rate=LEARNING_RATE)
+    state = new_state(vae, ComputedBalance(), stage, device)
     batches = ImageBatches(data.train, device)
 
-    def run() -> None:
-        stage = replace(recipe.first, steps=state.step + steps)
-        fit(state, batches, stage, number=1, seed=0, watch=Watch(quiet=True, save_seconds=math.inf))
+    def run(steps: int) -> None:
+        longer = Stage(steps=state.step + steps, batch_size=batch_size, learning_rate=LEARNING_RATE)
+        fit(state, batches, longer, number=1, seed=0, watch=Watch(quiet=True, save_seconds=math.inf))
 
-    return run, state
+    return run
 
 
-def bare_rounds(recipe: Recipe, data: datasets.Dataset, steps: int, device: torch.device, layout: torch.memory_format) -> Round:
-    vae = first_stage(recipe, list(data.shape)).to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.first.learning_rate)
-    images, batch = torch.from_numpy(data.train[:]), recipe.first.batch_size
+def bare_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, layout: torch.memory_format) -> Steps:
+    vae = vae.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+    images = torch.from_numpy(data.train[:])
     num_dims = images[0].numel()
     gamma2 = 1.0
-    order = itertools.chain.from_iterable(
-        torch.randperm(len(images))[: len(images) // batch * batch].split(batch) for _ in itertools.count()
-    )
+    order = shuffled(len(images), batch_size)
 
-    def run() -> None:
+    def run(steps: int) -> None:
         nonlocal gamma2
         vae.train()
         for indices in itertools.islice(order, steps):
@@ -70,58 +163,88 @@ def bare_rounds(recipe: Recipe, data: datasets.Dataset, steps: int, device: torc
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="anything `poise train` takes")
-    parser.add_argument("--network", default="resnet")
-    parser.add_argument("--latent-dim", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=200, help="of each loop, in all")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device, steps = torch.device(options.device), options.steps // options.rounds
-    hidden = (256, 256) if options.network == "mlp" else ()
-    network = Network(options.network, latent_dim=options.latent_dim, hidden=hidden)
-    recipe = replace(IMAGES, network=network, first=Stage(steps=1, batch_size=options.batch_size, learning_rate=1e-4))
-    data = datasets.load(options.data)
-    run_poise, state = poise_rounds(recipe, data, steps, device)
+def shuffled(count: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches of row numbers, for ever."""
+    while True:
+        yield from torch.randperm(count)[: count // batch_size * batch_size].split(batch_size)
+
+
+def step_flops(vae: VAE, images: Tensor) -> float:
+    """FLOPs of forward and backward of one batch."""
+    with FlopCounterMode(display=False) as counter:
+        reconstruction, posterior = copy.deepcopy(vae)(images)
+        (reconstruction.sum() + posterior.mean.sum() + posterior.logvar.sum()).backward()
+    return float(counter.get_total_flops())
+
+
+def measure(name: str, device: torch.device, rounds: int, round_seconds: float) -> dict[str, Any]:
+    """All loops on one subject."""
+    subject = SUBJECTS[name]
+    data, size = datasets.load(subject.data), subject.batch_size
+    model: Any = None if subject.recipe else pythae_model(name, data.shape)
+    if subject.recipe:
+        vae = first_stage(RECIPES[subject.recipe], list(data.shape))
+    else:
+        vae = VAE(PythaeEncoder(model.encoder), PythaeDecoder(model.decoder))
+    flops = step_flops(vae, datasets.gather(data.train, range(size)))
     loops = {
-        "poise": run_poise,
-        "bare": bare_rounds(recipe, data, steps, device, torch.contiguous_format),
-        "bare, channels_last": bare_rounds(recipe, data, steps, device, torch.channels_last),
+        "poise": poise_steps(copy.deepcopy(vae), data, size, device),
+        "bare": bare_steps(copy.deepcopy(vae), data, size, device, torch.contiguous_format),
+        "bare, channels_last": bare_steps(copy.deepcopy(vae), data, size, device, torch.channels_last),
     }
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(options.rounds):
-        for name, run in loops.items():
-            began = time.perf_counter()
-            run()
-            rates[name].append(steps * options.batch_size / (time.perf_counter() - began))
-    report = {
+    for run in loops.values():
+        run(2)
+    steps = max(2, min(round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)), len(data.train) // size))
+    tasks: dict[str, Callable[[], Any]] = {name: lambda run=run: run(steps) for name, run in loops.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        if model is not None:
+            images = datasets.gather(data.train, range(steps * size))
+            tasks["pythae"] = pythae_steps(copy.deepcopy(model), images, size, device, folder)
+            take_turns({"pythae": tasks["pythae"]}, 1, device)
+        products, products_flops = matrix_products(device, round_seconds)
+        times = take_turns({**tasks, "matrix": products}, rounds, device)
+    matrix_rate = [products_flops / second for second in times.pop("matrix")]
+    return {
         "data": data.name,
         "shape": data.shape,
-        "network": options.network,
-        "batch_size": options.batch_size,
-        "steps_of_each": steps * options.rounds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
-        "images_per_second": {name: summary(values) for name, values in rates.items()},
-        "poise_over": {
-            name: summary([p / b for p, b in zip(rates["poise"], values, strict=True)])
-            for name, values in rates.items()
-            if name != "poise"
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "batch_size": size,
+        "steps_of_each": steps * rounds,
+        "images_per_second": {name: summary([steps * size / second for second in values]) for name, values in times.items()},
+        "poise_over": {name: over(values, times["poise"]) for name, values in times.items() if name != "poise"},
+        "gflop_per_step": round(flops / 1e9, 4),
+        "matrix_gflop_per_second": summary([rate / 1e9 for rate in matrix_rate]),
+        "share_of_matrix_rate": {
+            name: over([steps * flops / second for second in values], matrix_rate) for name, values in times.items()
         },
-        "gamma2_at_the_end": float(state.balance.gamma2),
     }
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
+def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["network", "loop", "images per second", "Poise over it", "share of the matrix rate"]]
+    for name, report in reports.items():
+        for loop, rate in report["images_per_second"].items():
+            rows.append([name, loop, rate, report["poise_over"].get(loop, ""), report["share_of_matrix_rate"][loop]])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="*", choices=SUBJECTS, default=list(SUBJECTS), metavar="NETWORK", help=", ".join(SUBJECTS)
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each loop in a round, about")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))
+    options = parser.parse_args()
+    device, chosen = torch.device(options.device), options.only
+    if find_spec("pythae") is None:
+        chosen = [name for name in chosen if SUBJECTS[name].recipe]
+        print("note: pythae is not installed (pip install pythae): its networks are left out", file=sys.stderr)
+    reports = {name: measure(name, device, options.rounds, options.seconds) for name in chosen}
+    show(table(reports))
+    write_report(options.json, {**machine(device), "rounds": options.rounds, "networks": reports})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
-from poise import checkpoint, cli, files, pipeline
+from poise import checkpoint, cli, files, load, pipeline
 
 RANDOM = np.random.default_rng(0)
 QUICK = ["--epochs", "1", "--second-epochs", "1", "--batch-size", "8", "--device", "cpu"]
@@ -80,6 +81,40 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
     poise("reconstruct", run_folder, "own.npy", "--out", "own.npz")
     assert np.load("own.npz")["images"].shape == (3, 8, 8, 1)
     assert "3 images" in capsys.readouterr().out
+
+
+def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
+    poise("sample", run_folder, "-n", "250", "--out", "whole.npz")
+    poise("sample", run_folder, "-n", "130", "--first", "120", "--out", "rest.npz")
+    np.testing.assert_array_equal(np.load("whole.npz")["images"][120:], np.load("rest.npz")["images"])
+    assert "images 250/250" in capsys.readouterr().err
+
+
+def test_encode_writes_the_posteriors_of_test_images_or_of_ones_own(run_folder, capsys):
+    run = load(run_folder)
+    poise("encode", run_folder, "--out", "codes.npz")
+    expected = run.encode(run.test_images())
+    with np.load("codes.npz") as codes:
+        np.testing.assert_array_equal(codes["mean"], expected.mean)
+        np.testing.assert_array_equal(codes["logvar"], expected.logvar)
+    np.save("own.npy", RANDOM.integers(0, 256, (3, 8, 8), dtype=np.uint8))
+    poise("encode", run_folder, "own.npy", "--out", "own.safetensors")
+    assert load_file("own.safetensors")["mean"].shape == (3, 10)
+    assert "3 codes: own.safetensors" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(run_folder, tmp_path):
+    code = f"""
+import resource, sys
+from poise.cli import main
+sys.argv = ["poise", "sample", {str(run_folder)!r}, "-n", "2000", "--out", "big.npz"]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("images ")]
+    assert len(errors) == 1 and errors[0].startswith("poise: error: cannot write big.npz")
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -302,7 +337,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, m
 
 def test_help_is_complete_and_does_not_import_torch():
     code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
-    for command in ((), ("train",), ("sample",), ("reconstruct",), ("evaluate",), ("diagnose",)):
+    for command in ((), ("train",), ("sample",), ("encode",), ("reconstruct",), ("evaluate",), ("diagnose",)):
         shown = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
         assert shown.stderr == "" and "--help" in shown.stdout
     assert (

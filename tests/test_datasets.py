@@ -17,9 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from poise import datasets
-from poise.datasets import NAMES, Rows, gather, load
+from poise.datasets import NAMES, Rows, gather, load, read_images
 from poise.datasets.arrays import as_images
 from poise.datasets.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.errors import InputError, MissingExtraError, MissingInputError
@@ -526,6 +527,11 @@ def test_celeba_images_of_another_size_are_named(tmp_path):
     write_celeba(tmp_path / "celeba")
     Image.new("RGB", (64, 64)).save(tmp_path / "celeba" / "img_align_celeba" / "009.jpg")
     assert "009.jpg: an image of 64x64" in refusal("celeba")
+
+
+def test_the_digits_are_scikit_learns():
+    levels = load_digits(return_X_y=True)[0].reshape(-1, 1, 8, 8)
+    np.testing.assert_array_equal(read_images("digits"), np.floor(levels * 255 / 16 + 0.5).astype(np.uint8))
 
 
 def test_the_digits_need_no_file():

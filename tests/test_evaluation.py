@@ -13,7 +13,7 @@ from poise.evaluation import choose_extractor, compare, evaluate, prepare, remar
 from poise.images import jpeg_round_trip, stretch_each, to_bytes
 from poise.metrics import frechet_distance, frechet_infinity, inception_score, kernel_distance, manifold_figures
 from poise.protocols import PROTOCOLS, Protocol
-from poise.sampling import write_images
+from poise.writing import write_images
 
 GENERATOR = np.random.default_rng(0)
 REAL = GENERATOR.integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
@@ -39,7 +39,7 @@ def test_two_arrays_are_compared_by_every_image():
 
 
 def test_folders_and_files_are_compared_as_arrays_are(tmp_path):
-    write_images(torch.from_numpy(REAL).float() / 255, tmp_path / "real")
+    write_images([torch.from_numpy(REAL).float() / 255], tmp_path / "real", len(REAL))
     np.savez(tmp_path / "other.npz", images=OTHER.transpose(0, 2, 3, 1))
     read = evaluate(str(tmp_path / "real"), tmp_path / "other.npz", extractor="pixels")
     given = evaluate(REAL, torch.from_numpy(OTHER), extractor="pixels")

@@ -31,10 +31,22 @@ with_torch = set(sys.modules)
 import poise
 poise.ComputedBalance(), poise.VAE, poise.networks
 extra = {name.partition('.')[0] for name in set(sys.modules) - with_torch}
-heavy = {'sklearn', 'scipy', 'PIL', 'matplotlib', 'rich', 'tyro', 'safetensors', 'tqdm', 'jaxtyping', 'beartype', 'pandas'}
-print(sorted(extra & heavy))
+print(sorted(extra - set(sys.stdlib_module_names) - {'poise', 'torch', 'numpy'}))
 """
     assert run_python(code).strip() == "[]"
+
+
+def test_training_on_the_digits_begins_without_the_slow_libraries(run_python, tmp_path):
+    code = """
+import sys
+from poise import pipeline, training
+def step(*arguments):
+    print(sorted({'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'} & set(sys.modules)))
+    raise SystemExit
+training.training_step = step
+pipeline.train("digits", out=sys.argv[1], options=pipeline.Options(quiet=True))
+"""
+    assert run_python(code, str(tmp_path / "run")).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", SUBMODULES)

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
-from poise.errors import InputError
 from poise.latent import DiagonalGaussian, variance_law
 from poise.networks import infogan, second_stage
 from poise.priors import (
@@ -19,7 +17,7 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.sampling import fit_adjustment, sample, write_images
+from poise.sampling import fit_adjustment, sample
 from poise.seeds import derive, generator, noise_per_image
 from poise.vae import VAE
 
@@ -47,6 +45,12 @@ def test_noise_is_standard_normal_and_independent_between_images_and_seeds():
     neighbours = np.corrcoef(noise[:-1].flatten(), noise[1:].flatten())[0, 1]
     seeds = np.corrcoef(noise.flatten(), noise_per_image(2000, 5, seed=1).flatten())[0, 1]
     assert abs(neighbours) < 0.04 and abs(seeds) < 0.04
+
+
+def test_noise_of_an_image_is_what_its_generator_gives():
+    for dims in (3, 16, 33):
+        rows = [torch.randn(dims, generator=generator("image", 7, number)) for number in range(-2, 5)]
+        assert torch.equal(noise_per_image(7, dims, seed=7, first=-2), torch.stack(rows))
 
 
 def test_seeds_differ_by_every_part_and_are_stable():
@@ -116,17 +120,3 @@ class Recorder(nn.Module):
 def test_samples_are_the_decoded_latents_of_their_noise():
     drawn = sample(VAE(nn.Identity(), Recorder()), NormalPrior(3), 12, seed=4, first=5)
     torch.testing.assert_close(drawn.squeeze(), noise_per_image(12, 3, seed=4, first=5))
-
-
-def test_images_are_written_as_grid_array_or_files(tmp_path):
-    images = torch.rand(5, 3, 8, 8)
-    write_images(images, tmp_path / "grid.png", columns=5)
-    write_images(images, tmp_path / "array.npz")
-    write_images(images, tmp_path / "folder", first=7)
-    stored = np.load(tmp_path / "array.npz")["images"]
-    assert stored.shape == (5, 8, 8, 3)
-    with Image.open(tmp_path / "folder" / "000009.png") as third, Image.open(tmp_path / "grid.png") as grid:
-        np.testing.assert_array_equal(np.asarray(third), stored[2])
-        assert grid.width > 4 * grid.height
-    with pytest.raises(InputError, match=r"\.png"):
-        write_images(images, tmp_path / "movie.mp4")

@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, reconstruct, evaluate, diagnose.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -136,18 +137,48 @@ class Sample:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
-        from poise.sampling import check_output, write_images
+        from poise.progress import counted, progress
+        from poise.writing import check_output, write_images
 
-        check_output(self.out)
+        check_output(self.out, self.count)
         generation: Generation = given(
             run.recipe.generation,
             second_stage_noise=self.noise and self.noise == "on",
             renormalise=self.renormalise,
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
-        images = run.sample(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
-        write_images(images, self.out, first=self.first)
+        chunks = run.sample_chunks(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
+        with progress("images", self.count) as display:
+            write_images(counted(chunks, display), self.out, self.count, first=self.first)
         print(f"{self.count} images: {self.out}")
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Write the posterior of each image: arrays `mean` and `logvar` (log variance), one row per image, float32.
+
+    Rows are in the order of the images: those of a folder sorted by path.
+    """
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+    images: Annotated[
+        Positional[str | None],
+        arg(help="a folder, an image file or an array", help_behavior_hint="(default: the run's test images)"),
+    ] = None
+    out: Annotated[Path, arg(help="an .npz or a .safetensors file")] = Path("codes.npz")
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.progress import counted, progress
+        from poise.writing import check_codes_output, write_codes
+
+        check_codes_output(self.out)
+        images = images_for(run, self.images)
+        chunks = run.encode_chunks(images)
+        with progress("images", len(images)) as display:
+            write_codes(counted(chunks, display), self.out, len(images))
+        print(f"{len(images)} codes: {self.out}")
 
 
 @dataclass(frozen=True)
@@ -167,17 +198,17 @@ class Reconstruct:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
-        from poise.datasets import gather, read_images
-        from poise.sampling import check_output, write_images
+        from poise.datasets import gather
+        from poise.writing import check_output, write_images
 
         check_output(self.out)
         if self.count < 1:
             raise InputError(f"the number of images must be at least 1, not {self.count}")
-        channels, size, _ = run.data["shape"]
-        source = run.test_images() if self.images is None else read_images(self.images, size=size, channels=channels)
+        source = images_for(run, self.images)
         originals = gather(source, range(min(self.count, len(source))))
         restored = run.reconstruct(originals)
-        write_images(interleave(originals, restored) if self.out.suffix == ".png" else restored, self.out, columns=8)
+        shown = interleave(originals, restored) if self.out.suffix == ".png" else restored
+        write_images([shown], self.out, len(shown), columns=8)
         error = float((originals - restored).square().mean())
         print(f"{len(originals)} images: {self.out}, MSE {error:.5f}")
 
@@ -311,6 +342,7 @@ class Diagnose:
 COMMANDS = {
     "train": Train,
     "sample": Sample,
+    "encode": Encode,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
@@ -319,6 +351,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
     try:
         parse(sys.argv[1:]).run()
     except InputError as error:
@@ -383,6 +416,14 @@ def load_run(folder: Path, device: str) -> "Run":
         without = ", and stage 2 has not begun: the prior is normal unless you choose" if untrained else ""
         print(f"poise: warning: {folder} is not finished{without}", file=sys.stderr)
     return run
+
+
+def images_for(run: "Run", source: str | None) -> Any:
+    """Images of a source in the form that a run takes; by default its test images."""
+    from poise.datasets import read_images
+
+    channels, size, _ = run.data["shape"]
+    return run.test_images() if source is None else read_images(source, size=size, channels=channels)
 
 
 def interleave(left: Any, right: Any) -> Any:

@@ -4,11 +4,12 @@ import errno
 import json
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from poise.errors import RunError
+from poise.errors import InputError, RunError
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -17,15 +18,28 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         RunError: the disk is full or cannot be written; a file that was there before is intact.
     """
+    with appearing(path) as writing:
+        write_synced(writing, content)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name to write under in place of `path`, which the file gets when the block ends, and never if the block fails.
+
+    Raises:
+        RunError: the disk is full or cannot be written; a file that was there before is intact.
+    """
     writing = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(writing, content)
+        yield writing
         writing.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # the folder itself may be what is wrong
             writing.unlink()
-        raise write_failure(path, error) from error
+        if isinstance(error, OSError) and not isinstance(error, InputError):
+            raise write_failure(path, error) from error
+        raise
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -52,5 +66,10 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Wait until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -95,9 +95,19 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     Raises:
         RunError: the file cannot be written.
     """
+    write_file(Path(path), to_png(pixels))
+
+
+def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
+    """The bytes of a PNG file.
+
+    Args:
+        pixels: see `save_png`.
+        effort: of the compression, 0 to 9; the pixels are the same.
+    """
     file = io.BytesIO()
-    _picture(pixels).save(file, "PNG")
-    write_file(Path(path), file.getvalue())
+    _picture(pixels).save(file, "PNG", compress_level=effort)
+    return file.getvalue()
 
 
 def _picture(pixels: np.ndarray) -> Picture:

@@ -36,6 +36,9 @@ class DiagonalGaussian:
     mean: Tensor
     logvar: Tensor
 
+    def __len__(self) -> int:
+        return len(self.mean)
+
     @property
     def std(self) -> Latents:
         return (0.5 * self.logvar).exp()

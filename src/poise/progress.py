@@ -2,9 +2,11 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import TracebackType
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, TypeVar, final, runtime_checkable
+
+Part = TypeVar("Part", bound=Sized)
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -23,6 +25,15 @@ def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> P
     if quiet:
         return Silence()
     return Bar(title, total, done) if sys.stderr.isatty() else Lines(title, total, done)
+
+
+def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
+    """The same parts; the display learns how many items have been used up, and at what rate."""
+    done, began = 0, time.monotonic()
+    for part in parts:
+        yield part
+        done += len(part)
+        display.update(done, {"per second": f"{done / max(time.monotonic() - began, 1e-9):.0f}"})
 
 
 @final

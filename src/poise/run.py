@@ -40,7 +40,15 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.latent import DiagonalGaussian
-from poise.metrics import CHUNK, encode_all, encoded, importance_weighted_nll, latent_statistics, reconstruction
+from poise.metrics import (
+    CHUNK,
+    encode_all,
+    encode_chunks,
+    encoded,
+    importance_weighted_nll,
+    latent_statistics,
+    reconstruction,
+)
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -136,6 +144,10 @@ class Run:
             InputError: another shape, or values outside that range.
         """
         return encode_all(self.first.vae, self._checked(images))
+
+    def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
+        """What `encode` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        return encode_chunks(self.first.vae, self._checked(images))
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
@@ -235,8 +247,6 @@ class Run:
         Raises:
             InputError: count < 1, or there is no second stage.
         """
-        if count < 1:
-            raise InputError(f"the number of images must be at least 1, not {count}")
         return torch.cat(list(self.sample_chunks(count, prior=prior, seed=seed, first=first, generation=generation)))
 
     def sample_chunks(
@@ -248,13 +258,15 @@ class Run:
         first: int = 0,
         generation: Generation | None = None,
     ) -> Iterator[Images]:
-        """What `sample` gives, in parts, so that any number fits into memory."""
+        """What `sample` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        if count < 1:
+            raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
         source = self.prior(prior, generation)
         adjust = self._adjustment(source) if generation.adjust_variance else None
-        for images in sample_chunks(self.first.vae, source, count, seed=seed, first=first):
-            images = images.clamp(0, 1)  # a network of one's own may stray
-            yield adjust(images) if adjust else images
+        chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
+        images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of one's own may stray
+        return map(adjust, images) if adjust else images
 
     def _adjustment(self, source: Prior) -> VarianceAdjustment:
         reference = sample(self.first.vae, source, ADJUSTMENT_DRAWS, seed=REFERENCE_SEED)
@@ -387,10 +399,8 @@ class Run:
         return dataset
 
     def _checked(self, images: Any) -> Any:
-        if isinstance(images, Rows):  # checked when they were loaded, and perhaps too large for memory
-            return images
-        images = images if isinstance(images, Tensor) else np.asarray(images)
-        if images.ndim == 3 or (images.ndim == 4 and list(images.shape[1:]) != list(self.data["shape"])):
+        images = images if isinstance(images, (Tensor, Rows)) else np.asarray(images)
+        if len(images.shape) in (3, 4) and list(images.shape[1:]) != list(self.data["shape"]) and not isinstance(images, Rows):
             images = self._arranged(images)
         if list(images.shape[1:]) != list(self.data["shape"]):
             raise InputError(
@@ -398,7 +408,7 @@ class Run:
             )
         if not len(images):
             raise InputError("there are no images")
-        if images.dtype not in (torch.uint8, np.uint8):
+        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(images, Rows):  # which were looked at when read
             least, most = float(images.min()), float(images.max())
             if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
                 raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")

@@ -7,18 +7,13 @@ Image variance adjustment: generated images vary less than real ones. They are r
 per-pixel standard deviation of real images) / (that of produced ones) and clipped to [0, 1].
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from poise.errors import InputError
-from poise.files import write_file
-from poise.images import PixelMoments, grid, save_png, to_bytes
+from poise.images import PixelMoments
 from poise.priors import Prior
 from poise.seeds import noise_per_image
 from poise.shapes import Images
@@ -68,40 +63,10 @@ def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: i
     """What `sample` gives, in parts, so that any number fits into memory."""
     device = next(vae.parameters()).device
     vae.eval()
-    for start in range(first - first % CHUNK, first + count, CHUNK):
-        noise = noise_per_image(CHUNK, prior.noise_dims, seed, start).to(device)
+    starts = range(first - first % CHUNK, first + count, CHUNK)
+    noise = noise_per_image(CHUNK, prior.noise_dims, seed, starts.start)
+    for start in starts:
         with torch.no_grad():
-            images = vae.decode(prior.latents(noise)).float().cpu()
-        yield images[max(first - start, 0) : first + count - start]
-
-
-def write_images(images: Images, out: Path, *, columns: int | None = None, first: int = 0) -> None:
-    """Writes images as one grid (.png), as an array `images` of bytes (.npz), or as one PNG each (a folder).
-
-    Args:
-        images: float in [0, 1].
-        out: its ending decides.
-        columns: of the grid.
-        first: number of the first file in a folder.
-
-    Raises:
-        InputError: another ending.
-        RunError: the disk is full or cannot be written.
-    """
-    check_output(out)
-    if out.suffix == ".png":
-        return save_png(out, grid(images, columns))
-    pixels = to_bytes(images).permute(0, 2, 3, 1).numpy()
-    if out.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, images=pixels)
-        return write_file(out, buffer.getvalue())
-    for number, image in enumerate(pixels, first):
-        save_png(out / f"{number:06d}.png", image)
-    return None
-
-
-def check_output(out: Path) -> None:
-    """Raises InputError for a name that `write_images` cannot write to."""
-    if out.suffix not in (".png", ".npz", ""):
-        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
+            images = vae.decode(prior.latents(noise.to(device))).float()
+        noise = noise_per_image(CHUNK, prior.noise_dims, seed, start + CHUNK)  # while a device of its own decodes
+        yield images.cpu()[max(first - start, 0) : first + count - start]

@@ -13,6 +13,10 @@ REFERENCE_SEED = -1  # of draws that measure a prior or a model, apart from the 
 def derive(*parts: int | str) -> int:
     """A 63-bit seed from any integers and words; unrelated inputs give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return _to_seed(digest)
+
+
+def _to_seed(digest: bytes) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -22,9 +26,15 @@ def generator(*parts: int | str, device: str | torch.device = "cpu") -> torch.Ge
 
 
 def noise_per_image(count: int, dims: int, seed: int, first: int = 0) -> torch.Tensor:
-    """Standard normal noise (count, dims), row i a function of (seed, first + i) alone."""
+    """Standard normal noise (count, dims), row i a function of (seed, first + i) alone.
+
+    Row i is torch.randn(dims, generator=generator("image", seed, first + i)), written out: a million rows pass through here.
+    """
     rows = torch.empty(count, dims)
     source = torch.Generator()
-    for row in range(count):
-        torch.randn(dims, generator=source.manual_seed(derive("image", seed, first + row)), out=rows[row])
+    start = hashlib.blake2b(f"image/{seed}/".encode(), digest_size=8)
+    for number, row in enumerate(rows.unbind(), first):
+        digest = start.copy()
+        digest.update(b"%d" % number)
+        row.normal_(generator=source.manual_seed(_to_seed(digest.digest())))
     return rows

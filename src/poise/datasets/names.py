@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,19 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
 
 def read_digits(reading: Reading) -> Found:
     """The 1,797 handwritten digits of 8x8 pixels inside scikit-learn, their 17 levels spread over 0 to 255."""
+    pixels = np.floor(_digits_levels() * 255 / 16 + 0.5).astype(np.uint8)
+    return Found("digits", as_images(pixels, "digits", reading), None, "scikit-learn's load_digits")
+
+
+def _digits_levels() -> np.ndarray:
+    """What scikit-learn's load_digits gives, (1797, 8, 8), from its file: to import scikit-learn takes a second or more."""
+    package = find_spec("sklearn")
+    file = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package else Path()
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",", usecols=range(64)).reshape(-1, 8, 8)
     from sklearn.datasets import load_digits
 
-    levels = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
-    pixels = np.floor(levels * 255 / 16 + 0.5).astype(np.uint8)
-    return Found("digits", as_images(pixels, "digits", reading), None, "scikit-learn's load_digits")
+    return np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
 
 
 def _read_local(place: _Place, root: Path, reading: Reading) -> Found | None:

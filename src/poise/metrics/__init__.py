@@ -13,7 +13,7 @@ from poise.metrics.distances import (
     inception_score,
     kernel_distance,
 )
-from poise.metrics.encoding import CHUNK, encode_all, encoded, pixel_std
+from poise.metrics.encoding import CHUNK, encode_all, encode_chunks, encoded, pixel_std
 from poise.metrics.latents import AggregatePosterior, LatentStatistics, latent_statistics
 from poise.metrics.likelihood import ImportanceWeightedNLL, importance_weighted_nll, nll_per_image
 from poise.metrics.manifold import Manifold, manifold_figures
@@ -29,6 +29,7 @@ __all__ = [
     "Reconstruction",
     "Spread",
     "encode_all",
+    "encode_chunks",
     "encoded",
     "frechet_distance",
     "frechet_infinity",

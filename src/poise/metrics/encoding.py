@@ -23,9 +23,14 @@ def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
     Raises:
         InputError: there are none.
     """
-    codes = [(posterior.mean.float().cpu(), posterior.logvar.float().cpu()) for _, posterior in posteriors(vae, images)]
-    means, logvars = zip(*codes, strict=True)
-    return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
+    codes = list(encode_chunks(vae, images))
+    return DiagonalGaussian(torch.cat([part.mean for part in codes]), torch.cat([part.logvar for part in codes]))
+
+
+def encode_chunks(vae: VAE, images: Any) -> Iterator[DiagonalGaussian]:
+    """What `encode_all` gives, in parts, so that any number of images can be encoded."""
+    for _, posterior in posteriors(vae, images):
+        yield DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
 
 
 def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian]]:

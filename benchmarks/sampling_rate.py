@@ -1,0 +1,118 @@
+"""Images per second of sampling as a share of the bare decoder's rate, and the memory of few and of many images.
+
+    python benchmarks/sampling_rate.py [RUN] [--images 500] [--rounds 7] [--many 100000]
+
+Measured in turn, round by round: the decoder alone, on latents that lie on its device, in batches as sampling makes them;
+`run.sample_chunks` from each prior; and the same into an .npz file and into a folder of PNGs. Without RUN, an untrained
+network of the CIFAR-10 recipe is used (its rate is that of a trained one).
+
+Memory: a dense network for 32x32 RGB images (12,288 bytes each as floats) writes `--many` images, and a hundredth of them, to
+an .npz, each in a process of its own. The most anonymous memory of each is reported; it is flat if the two are alike.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import PeakMemory, machine, over, show, summary, take_turns, write_report
+
+import poise
+from poise.pipeline import Options
+from poise.run import Run, load
+from poise.sampling import CHUNK
+from poise.writing import write_images
+
+
+def untrained(folder: Path, **changes: Any) -> Path:
+    """A run of a few steps on noise."""
+    images = np.random.default_rng(0).integers(0, 256, (220, 32, 32, 3), dtype=np.uint8)
+    options = Options(device="cpu", quiet=True)
+    poise.train(images, recipe="cifar10", out=folder, epochs=1, options=options, **changes)
+    return folder
+
+
+def bare_decoder(run: Run, count: int) -> Callable[[], None]:
+    decoder = run.first.vae.decoder.eval()
+    latents = torch.randn(CHUNK, run.recipe.network.latent_dim, device=run.device)
+
+    @torch.no_grad()
+    def decode() -> None:
+        for _ in range(count // CHUNK):
+            decoder(latents)
+
+    return decode
+
+
+def sampling(run: Run, count: int, prior: Any) -> Callable[[], None]:
+    def draw() -> None:
+        for _ in run.sample_chunks(count, prior=prior):
+            pass
+
+    return draw
+
+
+def measure_rates(run: Run, count: int, rounds: int, folder: Path) -> dict[str, Any]:
+    def write(out: Path) -> Callable[[], None]:
+        return lambda: write_images(run.sample_chunks(count, prior="normal"), out, count)
+
+    tasks = {"decoder alone": bare_decoder(run, count), "sample, normal": sampling(run, count, "normal")}
+    if run.second is not None:
+        tasks["sample, second-stage"] = sampling(run, count, "second-stage")
+    tasks |= {"into an .npz": write(folder / "images.npz"), "into a folder of PNGs": write(folder / "images")}
+    take_turns(tasks, 1, run.device)
+    times = take_turns(tasks, rounds, run.device)
+    return {
+        name: {
+            "images_per_second": summary([count / second for second in values], 1),
+            "share_of_decoder": over(times["decoder alone"], values),
+        }
+        for name, values in times.items()
+    }
+
+
+def peak_memory(folder: Path, count: int) -> float:
+    """MiB that writing so many images takes, in the process that calls this."""
+    run = load(folder)
+    with PeakMemory() as memory:
+        write_images(run.sample_chunks(count, prior="normal"), folder / "many.npz", count)
+    (folder / "many.npz").unlink()
+    return round(memory.mib, 1)
+
+
+def in_a_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--images", type=int, default=500, help="in a round; a multiple of 100")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--many", type=int, default=100_000, help="images whose memory is measured")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path("results/bench-sampling-rate.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = load(options.run or untrained(Path(folder, "run"), second_epochs=1), device=options.device)
+        rates = measure_rates(run, options.images, options.rounds, Path(folder))
+        dense = untrained(Path(folder, "dense"), network="mlp", latent_dim=32, stages=1)
+        counts = (options.many // 100, options.many)
+        memory = {str(count): in_a_process_of_its_own(peak_memory, dense, count) for count in counts}
+    show(
+        [["", "images per second", "share of the decoder's rate"]]
+        + [[name, row["images_per_second"], row["share_of_decoder"]] for name, row in rates.items()]
+    )
+    print("\npeak memory: " + ", ".join(f"{mib} MiB for {count} images" for count, mib in memory.items()))
+    report = {**machine(run.device), "network": run.recipe.network.kind, "shape": run.data["shape"], "rounds": options.rounds}
+    write_report(options.json, {**report, "images_in_a_round": options.images, "rates": rates, "peak_mib_of_images": memory})
+
+
+if __name__ == "__main__":
+    main()
