@@ -1,7 +1,9 @@
 """Broken VAEs are named right, healthy ones are left alone, and what is inferred equals what is known."""
 
+import copy
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,15 +19,17 @@ from torch import Tensor, nn
 
 import poise
 from poise.balance import Balance, ComputedBalance, FixedBalance
-from poise.diagnosis import Diagnosis, Finding, diagnose
+from poise.diagnosis import Diagnosis, Finding, causes, diagnose
 from poise.diagnosis.decoder import reachable_range
-from poise.diagnosis.generation import largest_variance
+from poise.diagnosis.facts import Facts
+from poise.diagnosis.generation import Comparison, largest_variance
 from poise.diagnosis.subject import Seen, look
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian, gaussian_kl
 from poise.networks import mlp
 from poise.pipeline import Options
+from poise.priors import fit_mixture
 from poise.vae import VAE
 
 Loss = Callable[..., object]
@@ -206,6 +210,9 @@ def test_a_healthy_vae_is_said_to_be_healthy(name):
         diagnosis = diagnose(vae, test, **settings)
         assert diagnosis.healthy and diagnosis.cause is None, f"{settings.keys()} {diagnosis}"
     assert str(diagnosis).startswith("Healthy") and "6 of 6 latents are active" in str(diagnosis)
+    low, high = (diagnosis.figures[name] for name in ("balanced_from", "balanced_to"))
+    assert low < diagnosis.figures["equivalent_beta"] < high
+    assert f"of the balanced one; from {low:.2g} to {high:.2g} counts as balanced" in str(diagnosis)
 
 
 def test_what_follows_from_a_cause_stands_below_it():
@@ -215,6 +222,30 @@ def test_what_follows_from_a_cause_stands_below_it():
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
     assert named(diagnosis) == ["under-regularised", "prior-gap"]
     assert "mixture" in diagnosis.findings[1].remedy and diagnosis.findings[1].figures["closed"] > 0.5
+    assert "follows from the imbalance above" in diagnosis.findings[1].sentence
+
+
+def test_the_remedy_for_a_gap_can_be_followed():
+    vae, loss, train_images, test = case("kl times 0.1")
+    remedy, n = diagnose(vae, test, train_images=train_images, loss=loss).findings[1].remedy, 20
+    assert "poise.priors.fit_mixture(vae.encode(train_images))" in remedy
+    with torch.no_grad():
+        prior = fit_mixture(vae.encode(train_images))
+        assert vae.decode(prior.latents(torch.randn(n, prior.noise_dims))).shape == (n, 1, 8, 8)
+    facts = Facts(
+        look(vae.eval(), test, 0), comparison=Comparison(0.0, 0.1, {"normal": 0.5, "mixture": 0.2}, {}, {}), is_run=True
+    )
+    finding = causes.prior_gap(facts)
+    assert finding is not None and 'run.sample(n, prior="mixture")' in finding.remedy
+
+
+def test_samples_are_called_unlike_codes_only_where_the_variance_says_so():
+    vae, loss, _, test = case("healthy")
+    told = diagnose(vae, test, loss=lambda r, x, m, v: 10 * loss(r, x, m, v).loss - 9 * kl(m, v).mean()).cause
+    assert told is not None and told.name == "under-regularised" and "N(0, I)" not in told.sentence
+    vae, _, train, test = case("kl times 0.1")
+    told = diagnose(vae, test, train_images=train).cause
+    assert told is not None and "unlike any code" in told.sentence
 
 
 def test_a_following_balance_tells_of_overfitting_without_training_images():
@@ -223,6 +254,15 @@ def test_a_following_balance_tells_of_overfitting_without_training_images():
     vae, _, _, test = case("kl times 0.1")
     guess = diagnose(vae, test).cause
     assert guess is not None and "by heart looks the same: pass train_images" in guess.sentence
+    assert guess.remedy.startswith("Pass train_images")
+
+
+def test_an_error_that_a_balance_followed_is_not_said_to_be_measured():
+    vae, loss, train, test = case("20 images")
+    followed, measured = diagnose(vae, test, loss=loss).cause, diagnose(vae, test, loss=loss, train_images=train).cause
+    assert followed is not None and measured is not None
+    assert "followed the training error to gamma2" in followed.sentence and "on training images" not in followed.sentence
+    assert "on training images" in measured.sentence
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +288,11 @@ def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
     images = images / 255 if images.max() > 1 else images
     assert named(diagnose(run, images * 255))[0] == "data-range"
     assert named(diagnose(run, images, loss=FixedBalance()))[0] == "over-regularised"
-    with pytest.raises(InputError, match=r"images must have shape \(n, 1, 8, 8\), not \(180, 8, 8, 1\)"):
-        diagnose(run, images.permute(0, 2, 3, 1))
+    with pytest.raises(InputError, match=r"images must have shape \(n, 1, 8, 8\), as the run .* not \(180, 4, 16\)"):
+        diagnose(run, images.reshape(-1, 4, 16))
+    expected = diagnose(run, images).figures
+    for same in (images[:, 0], images.permute(0, 2, 3, 1).numpy(), (images[:, 0] * 255).round().to(torch.uint8).numpy()):
+        assert diagnose(run, same).figures == expected
 
 
 def seen_by_linear_vae(gamma2: float, norms: list[float]) -> tuple[VAE, Seen]:
@@ -291,6 +334,8 @@ def test_a_model_trained_with_cross_entropy_is_known_by_it():
     assert by_model.healthy and "cross-entropy" in by_model.notes[0]
     by_loss = diagnose(vae, held_out(), loss=cross_entropy)
     assert by_loss.healthy and by_loss.figures["equivalent_beta"] == pytest.approx(1, rel=1e-4)
+    assert "these are grey" in by_loss.notes[-1] and "these are grey" in by_model.notes[0]
+    assert not any("cross-entropy" in note for note in diagnose(vae, held_out().round(), loss=cross_entropy).notes)
 
 
 def weights_of(loss: Loss) -> LossWeights:
@@ -341,7 +386,11 @@ def test_wrong_formulas_of_the_kl_are_told_apart():
         (lambda r, x, m, v: 20 * summed(r, x).mean() - kl(m, v).mean(), "kl-formula", "wrong sign"),
         (lambda r, x, m, v: 20 * summed(r, x).mean() + gaussian_kl(m, 2 * v).mean(), "kl-formula", "log standard deviation"),
         (lambda r, x, m, v: 20 * summed(r, x).mean(), "under-regularised", "it has no KL"),
-        (lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(), "over-regularised", "undetached"),
+        (lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(), "no-gradient", "undetached"),
+        (lambda r, x, m, v: FixedBalance()(r, x, m, v).reconstruction + kl(m, v).mean(), "no-gradient", "which is detached"),
+        (lambda r, x, m, v: torch.tensor(3.0), "no-gradient", "depends on nothing"),
+        (lambda r, x, m, v: r.sum() * math.nan, "not-finite", "The loss or its gradient is NaN"),
+        (lambda r, x, m, v: summed(r, x).mean() / 2e4 + kl(m, v).mean(), "data-range", "trained on another range than these"),
         (lambda r, x, m, v: summed(r, x).mean() / 0.04 + kl(m, v).sum(), "reduction", "over the batch"),
     ],
 )
@@ -357,6 +406,7 @@ def test_a_loss_that_is_not_known_is_said_to_be_unknown():
         vae, test, train_images=train, loss=lambda r, x, m, v: (r - x).square().sum((1, 2, 3)).sqrt().mean() + m.abs().sum()
     )
     assert diagnosis.healthy and "inferred from the model" in diagnosis.notes[0]
+    assert str(diagnosis).startswith("Nothing wrong was found in the model; the loss could not be read")
 
 
 def test_idle_latents_in_a_balanced_model_are_healthy():
@@ -427,6 +477,86 @@ def test_linear_decoders_have_no_range_to_leave():
     vae = train_vae(16 * train_images(), loss, steps=1000, output="linear")
     diagnosis = diagnose(vae, 16 * held_out(), train_images=16 * train_images(), loss=loss)
     assert diagnosis.healthy, str(diagnosis)
+
+
+def plain(images: Tensor, loss: Loss, encoder: nn.Module, **settings) -> VAE:
+    """An encoder that bounds nothing and a linear end, as in many a tutorial."""
+    return train_vae(images, loss, output="linear", prepare=lambda vae: setattr(vae, "encoder", encoder), **settings)
+
+
+class Heads(nn.Module):
+    """An encoder whose logvar is a linear layer's, of weights that are `widen` times as large at first."""
+
+    def __init__(self, scale: float = 1.0, widen: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU())
+        self.mean, self.logvar = nn.Linear(64, LATENTS), nn.Linear(64, LATENTS)
+        self.logvar.weight.data *= widen
+
+    def forward(self, values):
+        features = self.features(values * self.scale)
+        return self.mean(features), self.logvar(features)
+
+
+def test_a_model_that_has_diverged_is_told_so_and_nothing_else():
+    loss, train, test = ComputedBalance(), 255 * train_images(), 255 * held_out()
+    vae = plain(train, loss, Heads(widen=1.5), steps=60)
+    for settings in ({}, {"loss": loss}, {"train_images": train}, {"loss": loss, "train_images": train}):
+        diagnosis = diagnose(vae, test, **settings)
+        assert named(diagnosis) == ["diverged"], str(diagnosis)
+        assert "Divide the images by 255, bound logvar" in diagnosis.findings[0].remedy
+    vae = VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,), output="linear"))
+    vae.decoder.layers[2].weight.data *= 1e4
+    cause = diagnose(vae, held_out()).cause
+    assert cause is not None and cause.name == "diverged" and "a tenth of the learning rate" in cause.remedy
+
+
+def test_a_gamma2_that_is_no_variance_is_not_told():
+    vae, seen = seen_by_linear_vae(0.3, [1.0, 0.5])
+    wide = DiagonalGaussian(seen.codes.mean, torch.full_like(seen.codes.logvar, 2.0))
+    assert inferred_weight(vae, Seen(seen.images, wide, seen.restored), seed=0) is None
+
+
+def test_a_mixture_that_cannot_be_fitted_is_a_note(monkeypatch):
+    def fail(codes):
+        raise ValueError("ill-defined empirical covariance")
+
+    monkeypatch.setattr("poise.diagnosis.generation.fit_mixture", fail)
+    vae, loss, train, test = case("healthy")
+    diagnosis = diagnose(vae, test, train_images=train, loss=loss)
+    assert diagnosis.healthy and "No mixture of Gaussians could be fitted" in diagnosis.notes[0]
+
+
+@pytest.mark.parametrize(
+    "change, remedy", [(lambda x: 255 * x, "by 255"), (lambda x: 2 * x - 1, "that the model was trained on")]
+)
+def test_images_and_training_images_of_two_ranges_are_told_apart(change, remedy):
+    vae, _, train, test = case("healthy")
+    for images, train_images in ((test, change(train)), (change(test), train)):
+        cause = diagnose(vae, images, train_images=train_images).cause
+        assert cause is not None and cause.name == "data-range" and remedy in cause.remedy
+        assert "train_images go from" in cause.sentence
+
+
+def test_training_images_that_fit_worse_than_others_are_no_training_images():
+    vae, loss, train, test = case("healthy")
+    assert named(diagnose(vae, test, train_images=1 - train, loss=loss)) == ["other-images"]
+
+
+def test_a_loss_trained_on_bytes_is_told_when_it_meets_other_images():
+    loss = ComputedBalance(decay=0.9)
+    vae = plain(255 * train_images(), loss, Heads(1 / 255))
+    for images in (held_out(), (255 * held_out()).to(torch.uint8)):
+        for settings in ({}, {"train_images": train_images()}):
+            assert named(diagnose(vae, images, loss=loss, **settings)) == ["data-range"]
+    assert "data-range" not in named(diagnose(vae, 255 * held_out(), loss=loss, train_images=255 * train_images()))
+
+
+def test_a_model_that_is_hardly_trained_is_told_to_be_trained():
+    for vae in (VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,))), train_vae(train_images(), ComputedBalance(), steps=5)):
+        for settings in ({}, {"loss": ComputedBalance()}, {"train_images": train_images()}):
+            assert named(diagnose(vae, held_out(), **settings)) == ["hardly-trained"]
 
 
 class Half(nn.Module):
@@ -511,6 +641,60 @@ def test_numbers_that_are_not_finite_are_named(spoil, words):
     assert cause is not None and cause.name == "not-finite" and words in cause.sentence
 
 
+class Nowhere(nn.Module):
+    """An encoder whose means are NaN."""
+
+    def forward(self, values):
+        flat = values.flatten(1)[:, :LATENTS]
+        return (flat - 1e3).log(), torch.full_like(flat, 0.4)
+
+
+def test_logvar_is_not_blamed_for_means_that_are_not_finite():
+    vae = VAE(Nowhere(), mlp((1, 8, 8), LATENTS, hidden=(16,))[1])
+    cause = diagnose(vae, held_out()).cause
+    assert cause is not None and cause.name == "not-finite" and "|logvar| goes up to 0.4" in cause.sentence
+    assert "logvar" not in cause.remedy and "encoder's forward method" in cause.remedy
+
+
+def random_case(seed: int) -> tuple[VAE, Callable[[], Tensor], Loss | None]:
+    """A small VAE, spoilt somehow, with images and a loss."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    shape, latents = draw.choice([(1, 1, 1), (1, 4, 4), (3, 4, 4), (5,), (1, 20, 20)]), draw.choice([1, 3])
+    encoder = mlp(shape, latents, hidden=(8,))[0]
+    norm, end = draw.choice([[], [nn.BatchNorm1d(8)]]), draw.choice([[], [nn.Sigmoid()], [nn.ReLU()]])
+    layers = [nn.Linear(latents, 8), *norm, nn.ReLU(), nn.Linear(8, math.prod(shape)), *end, nn.Unflatten(1, shape)]
+    vae = VAE(encoder, nn.Sequential(*layers))
+    spoilt = list(vae.parameters()) if draw.random() < 0.5 else [draw.choice(list(vae.parameters()))]
+    factor = draw.choice([1.0, 1.0, 0.0, 100.0, 1e10, -30.0, math.nan])
+    for parameter in spoilt:
+        parameter.data *= factor
+    vae = draw.choice([vae, vae, vae.half(), vae.double()]) if draw.random() < 0.1 else vae
+    number = draw.choice([2, 20, 60])
+    makers = [
+        lambda: torch.rand(number, *shape),
+        lambda: torch.randn(number, *shape, dtype=torch.float64),
+        lambda: 0.5 + 1e-7 * torch.randn(number, *shape),
+        lambda: (255 * torch.rand(number, *shape)).to(torch.uint8),
+        lambda: 255 * torch.rand(number, *shape),
+        lambda: 1e30 * torch.rand(number, *shape),
+    ]
+    losses = [None, ComputedBalance(), sums, means, lambda r, x, m, v: (r - x).sqrt().sum(), lambda r, x, m, v: 1 / 0]
+    return vae, draw.choice(makers), draw.choice(losses)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_the_model_it_is_diagnosed_or_refused_in_one_line(unchecked, seed):
+    vae, make_images, loss = random_case(seed)
+    train = make_images() if seed % 2 else None
+    try:
+        diagnosis = diagnose(vae, make_images(), train_images=train, loss=loss)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    assert str(diagnosis) and json.dumps(diagnosis.to_json(), allow_nan=False)
+
+
 def test_few_images_limit_the_diagnosis_and_say_so():
     vae, loss, _, test = case("healthy")
     diagnosis = diagnose(vae, test[:20], loss=loss)
@@ -534,6 +718,18 @@ def test_what_cannot_be_diagnosed_is_refused_in_one_line(unchecked, tmp_path: Pa
     wrong = VAE(vae.encoder, mlp((8, 8), LATENTS, hidden=(16,))[1])
     attempts = [
         (lambda: diagnose(vae), "images are needed"),
+        (lambda: diagnose(nn.Linear(3, 3), images), r"not Linear: poise.diagnose\(poise.VAE\(encoder, decoder\)"),
+        (lambda: diagnose((vae.encoder, vae.decoder), images), r"not two networks: poise.diagnose\(poise.VAE\(encoder"),
+        (lambda: diagnose(None, images), "a run or a VAE, not None"),
+        (lambda: diagnose("runs/digits"), r"not a name: poise.diagnose\(poise.load\('runs/digits'\)\)"),
+        (lambda: diagnose(vae, list(images)), "not a list: torch.stack or np.stack"),
+        (lambda: diagnose(vae, np.array(["a", "b"])), "must be numbers"),
+        (lambda: diagnose(VAE(nn.Flatten(), vae.decoder), images), r"the encoder must return \(mean, logvar\)"),
+        (lambda: diagnose(copy.deepcopy(vae).half(), images), r"is float16, .*copy.deepcopy\(vae\).float\(\)"),
+        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: 1 / 0), "failed: division by zero"),
+        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: 1.0), "one number as a tensor"),
+        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: kl(m, v)), r"has shape \(128,\): return its mean or sum"),
+        (lambda: diagnose(vae, images, loss="mse"), "loss must be a balance or a function"),
         (lambda: diagnose(vae, "folder"), "must be an array or a tensor"),
         (lambda: diagnose(vae, images[:1]), "at least two images"),
         (lambda: diagnose(vae, images[:0]), "at least two images"),

@@ -22,9 +22,9 @@ exact at a minimum whatever the decoder, since the bias of the head that gives l
 within 5 % of the truth (tests/test_diagnosis.py). Where every latent has collapsed, (3) is 0/0, and a bound remains: in a
 linear VAE a direction of variance lambda is encoded as soon as lambda > gamma2_eff (Tipping & Bishop 1999).
 
-In reading order: `report` (what comes out), `subject` (the model and its images), `decoder` (range and dead layers),
-`weight` (how the loss weighs its parts), `generation` (samples against images), `facts` (all of that), `broken` and `causes`
-(figures -> findings), `examine`.
+In reading order: `limits` and `report` (what comes out), `subject` (the model and what it makes of images), `inputs` (what is
+given), `decoder` (range and dead layers), `weight` (how the loss weighs its parts), `generation` (samples against images),
+`facts` (all of that), `broken`, `faulty_loss` and `causes` (figures -> findings), `notes`, `examine`.
 """
 
 from poise.diagnosis.examine import diagnose

@@ -1,4 +1,4 @@
-"""What makes every other figure meaningless: numbers, ranges, layers and formulas that are broken."""
+"""What makes every other figure of a model meaningless: numbers, ranges and layers that are broken, or not yet trained."""
 
 import math
 
@@ -6,24 +6,27 @@ import torch
 from torch import Tensor
 
 from poise.diagnosis.decoder import Layer
+from poise.diagnosis.limits import LARGE_LOGVAR, LARGE_VALUES, OUT_OF_REACH, SURE, white
 from poise.diagnosis.report import Finding
 from poise.diagnosis.subject import Seen, device_of
-from poise.diagnosis.weight import LossWeights
 from poise.metrics import CHUNK
 from poise.shapes import Values
 from poise.vae import VAE
 
-LARGE_VALUES = 5.0  # of images: standardised ones stay within, bytes do not
-OUT_OF_REACH = 0.5  # share of the squared error: with more, no training can mend it; a sigmoid that misses 1 by little has 1e-3
+OTHER_RANGE = 1.7  # of widths and of standard deviations: [-1, 1] and [0, 1] differ by 2, 50 of the 8x8 digits from all by 1.02
+BYTES = (200, 300)  # ratio of two ranges that are bytes and [0, 1]
+OTHER_IMAGES = 2.0  # MSE of training images over that of others; otherwise at most 1
+EXPLODED = 10.0  # MSE over the mean square of the images (at least 1): an untrained network gives small values
+HARDLY = 1.2  # MSE over the images' variance; a decoder that has learned nothing but the mean image has 1.00 to 1.01
 UNSETTLED = 2.0  # MSE with running averages over MSE with batch statistics; settled ones: 1.0 to 1.2
 
 
 @torch.no_grad()
-def not_finite(vae: VAE, images: Values) -> Finding | None:
+def not_finite(vae: VAE, images: Values, name: str = "images") -> Finding | None:
     """NaN or infinite values, and where they come first: in images, weights, codes, KL or outputs."""
     bad = ~images.flatten(1).isfinite().all(1)
     if bad.any():
-        sentence = f"{int(bad.sum())} of {len(images)} images hold NaN or infinite values."
+        sentence = f"{int(bad.sum())} of {len(images)} {name} hold NaN or infinite values."
         return Finding("not-finite", sentence, {"images": float(bad.sum())}, "Repair or leave out these images.")
     for name, value in (*vae.named_parameters(), *vae.named_buffers()):
         if not value.isfinite().all():
@@ -40,7 +43,7 @@ def not_finite(vae: VAE, images: Values) -> Finding | None:
 def _divergence_remedy(images: Values) -> str:
     most = float(images.abs().max())
     if most > LARGE_VALUES:
-        return f"Divide the images by {_white(most):.4g}: from values so large an encoder's logvar overflows at once."
+        return f"Divide the images by {white(most):.4g}: from values so large an encoder's logvar overflows at once."
     return "Train again at a tenth of the learning rate."
 
 
@@ -49,13 +52,99 @@ def _overflow(vae: VAE, images: Tensor) -> Finding | None:
     outputs = {"means": posterior.mean, "logvars": posterior.logvar, "KL": posterior.kl(), "images": vae.decode(posterior.mean)}
     for name, value in outputs.items():
         if not value.isfinite().all():
-            most = float(posterior.logvar.nan_to_num(0.0).abs().max())
+            finite = posterior.logvar[posterior.logvar.isfinite()].abs()
+            most = float(finite.max()) if len(finite) else math.nan
             where = "decoder's" if name == "images" else "encoder's"
-            sentence = f"The {where} {name} are NaN or infinite though all weights are finite; |logvar| goes up to {most:.3g}."
-            bound = "Bound logvar in the encoder, as with logvar.clamp(-20, 20), and train again."
-            remedy = _divergence_remedy(images) if float(images.abs().max()) > LARGE_VALUES else bound
+            logvar = "no logvar is finite" if math.isnan(most) else f"|logvar| goes up to {most:.3g}"
+            sentence = f"The {where} {name} are NaN or infinite though all weights are finite; {logvar}."
+            remedy = _overflow_remedy(images, most, where)
             return Finding("not-finite", sentence.replace("KL are", "KL is"), {"largest_logvar": most}, remedy)
     return None
+
+
+def _overflow_remedy(images: Tensor, largest_logvar: float, where: str) -> str:
+    if float(images.abs().max()) > LARGE_VALUES:
+        return _divergence_remedy(images)
+    if largest_logvar > LARGE_LOGVAR:
+        return "Bound logvar in the encoder, as with logvar.clamp(-20, 20), and train again."
+    network = where.removesuffix("'s")
+    return f"Look in the {network}'s forward method for a division by 0, or a logarithm or root of a negative number."
+
+
+def other_range(images: Tensor, train: Tensor) -> Finding | None:
+    """Training images of other units than the images."""
+    ranges = [tuple(float(value) for value in part.aminmax()) for part in (images, train)]
+    (least, most), (train_least, train_most) = ranges
+    widths = (train_most - train_least) / (most - least)
+    stds = float(train.double().std() / images.double().std())
+    if min(max(widths, 1 / widths), max(stds, 1 / stds)) < OTHER_RANGE:
+        return None
+    sentence = f"train_images go from {train_least:.3g} to {train_most:.3g}, but images from {least:.3g} to {most:.3g}."
+    figures = {"images_least": least, "images_most": most, "train_least": train_least, "train_most": train_most}
+    larger = "train_images" if widths > 1 else "images"
+    divided = f"; divide {larger} by 255" if BYTES[0] < max(widths, 1 / widths) < BYTES[1] else ""
+    remedy = "Give both with the values that the model was trained on: bytes (uint8) count as [0, 1], floats as they are"
+    return Finding("data-range", sentence, figures, f"{remedy}{divided}.")
+
+
+def other_images(seen: Seen, train: Seen) -> Finding | None:
+    """Training images on which the model does far worse than on others."""
+    error = SURE * float(sum(each.error().var() / len(each.images) for each in (seen, train))) ** 0.5
+    if train.mse - seen.mse <= error or train.mse < OTHER_IMAGES * seen.mse:
+        return None
+    sentence = (
+        f"The MSE is {train.mse:.3g} on train_images and {seen.mse:.3g} on images, although a model does best on what it was "
+        f"trained on: these are not its training images, or not prepared in the same way."
+    )
+    figures = {"mse_train": train.mse, "mse": seen.mse}
+    return Finding(
+        "other-images", sentence, figures, "Pass the training images as they went into training, or exchange the two."
+    )
+
+
+def diverged(seen: Seen) -> Finding | None:
+    """A model whose numbers are finite and beyond all measure."""
+    logvar, square = float(seen.codes.logvar.max()), float(seen.images.double().square().mean())
+    exploded = not seen.mse < EXPLODED * max(1.0, square)
+    if logvar <= LARGE_LOGVAR and not exploded:
+        return None
+    sentence = (
+        f"Training has diverged: the MSE is {seen.mse:.3g}, {seen.mse / seen.variance:.3g} times the images' variance, and "
+        f"logvar goes up to {logvar:.3g}."
+    )
+    figures = {"mse": seen.mse, "image_variance": seen.variance, "scale": max(1.0, square), "largest_logvar": logvar}
+    return Finding("diverged", sentence, figures, _exploded_remedy(seen.images))
+
+
+def _exploded_remedy(images: Values) -> str:
+    most = float(images.abs().max())
+    bound = "bound logvar in the encoder, as with logvar.clamp(-20, 20)"
+    if most > LARGE_VALUES:
+        return f"Divide the images by {white(most):.4g}, {bound}, and train again."
+    return f"{bound[0].upper()}{bound[1:]}, and train again at a tenth of the learning rate, on images of these very values."
+
+
+def hardly_trained(seen: Seen, *, surely_trained_on: bool) -> Finding | None:
+    """A model that does worse than the mean image would.
+
+    Args:
+        seen: best what it makes of its training images.
+        surely_trained_on: whether these are its training images; others it may also know too little.
+    """
+    error = float(seen.error().std()) / len(seen.images) ** 0.5
+    if seen.mse - SURE * error < HARDLY * seen.variance:
+        return None
+    sentence = (
+        f"It is hardly trained yet: the MSE is {seen.mse:.3g}, {seen.mse / seen.variance:.3g} times the images' variance, more "
+        f"than if it gave the mean image always."
+    )
+    most = float(seen.images.abs().max())
+    divide = f"Divide the images by {white(most):.4g}, for training and here. " if most > LARGE_VALUES else ""
+    remedy = f"{divide}Train longer; if the MSE stays there, at another learning rate."
+    if not surely_trained_on:
+        sentence += " (A model that knows other images by heart, or learned from values of another range, looks the same.)"
+        remedy += " If it is trained, pass train_images."
+    return Finding("hardly-trained", sentence, {"mse": seen.mse, "image_variance": seen.variance}, remedy)
 
 
 def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) -> Finding | None:
@@ -68,7 +157,7 @@ def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) 
     """
     (least, most), (low, high) = (float(value) for value in images.aminmax()), reach
     missed = float((images - images.clamp(low, high)).double().square().mean())
-    variance = float((images - images.mean(0)).double().square().mean())
+    variance = float(images.double().var(0, correction=0).mean())
     share = min(1.0, missed / max(variance if mse is None else mse, 1e-30))
     if share < OUT_OF_REACH:
         return None
@@ -84,17 +173,12 @@ def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) 
 def _range_remedy(least: float, most: float, low: float, high: float) -> str:
     if (round(low, 2), round(high, 2)) not in ((0, 1), (-1, 1)):
         return "Take the last activation out of the decoder, or map the images into its range."
-    top = _white(most)
+    top = white(most)
     if least >= 0:
         return f"Divide the images by {top:.4g}{', times 2, minus 1' if low < -0.5 else ''}: for training, and here."
     if least >= -1.01 and most <= 1.01:
         return "Map the images from [-1, 1] to [0, 1] by (x + 1) / 2, or end the decoder with tanh in place of sigmoid."
     return f"Map the images to [{low:.0f}, {high:.0f}] instead of standardising them, or end the decoder with a linear layer."
-
-
-def _white(most: float) -> float:
-    """What to divide by: 255 for bytes, whose greatest value may be missing."""
-    return 255.0 if 128 < most <= 255 else most
 
 
 def dead_decoder(change: float, layer: Layer | None) -> Finding:
@@ -133,16 +217,3 @@ def unsettled_norm(seen: Seen, batch_mse: float) -> Finding | None:
         {"mse": seen.mse, "mse_batch_statistics": batch_mse},
         "Train longer or with a larger BatchNorm momentum (0.1), or pass a few hundred training batches in training mode.",
     )
-
-
-def wrong_formula(loss: LossWeights | None) -> Finding | None:
-    """A KL term of another formula."""
-    if loss is None or loss.kl_formula not in ("log-std", "reversed"):
-        return None
-    if loss.kl_formula == "log-std":
-        sentence = "The loss's KL takes the encoder's second output for the log standard deviation; it is the log variance."
-        remedy = "Write the KL as (mean^2 + exp(logvar) - logvar - 1) / 2, and sample with std = exp(logvar / 2)."
-    else:
-        sentence = f"The loss's KL has the wrong sign (its weight is {loss.kl_weight:.3g}): training makes the KL larger."
-        remedy = "Write the KL as +1/2 sum(mean^2 + exp(logvar) - logvar - 1), and add it to the error."
-    return Finding("kl-formula", sentence, {"kl_weight": loss.kl_weight}, remedy)

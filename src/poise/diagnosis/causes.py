@@ -3,26 +3,27 @@
 import math
 
 from poise.balance import ComputedBalance, LearnedBalance, OptimalBalance
-from poise.diagnosis.facts import IMBALANCED, Facts, Weighing
+from poise.diagnosis.facts import Facts, Weighing
 from poise.diagnosis.generation import Comparison
+from poise.diagnosis.limits import CLOSED, GAP, IMBALANCED, OVERFITTED
 from poise.diagnosis.report import Finding
 from poise.diagnosis.weight import BATCH, LossWeights
 from poise.latent import variance_law
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
+FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
 NO_WEIGHT = 1e-6  # of the KL, relative to its weight at balance
-OVERFITTED = 2.0  # MSE of new over training images: gamma2, right for these, is then as wrong for new ones as an imbalance;
-# 8x8 digits: 1.1 after 1,500 steps on 1,500 images, 1.6 after the recipe's 3,200, 10 with 100 images, 700 with 20
 FEW_PER_LATENT = 20  # with N images and L latents even a linear VAE errs (1 + L/N) / (1 - L/N) more on new ones: here 10 %
 FEW = 200  # with so few, no network of some thousand weights does without learning them by heart
 WORTH_ENCODING = 2.0  # largest variance of a direction over gamma2: in noise alone it is (1 + sqrt(D/n))^2
 MOST_NAMED = 16  # latents in a sentence
-GAP = 0.1  # distance of samples less that of reconstructions, share of variance; healthy 8x8 digits: 0.08, with KL x 0.1: 0.21
-CLOSED = 0.5  # share of that gap that another prior must close
 RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy: 0.92
 GAIN = 0.05  # what renormalisation must take off the distance, share of variance; healthy 8x8 digits: 0.01
+BEGIN_SMALL = "begin with a small decoder variance, poise.ComputedBalance(start=0.001): latents are then used first."
 CURE_THE_ABOVE = "Cure the above, and train again."
 USUAL_CAUSES = "an error averaged over pixels where it should be summed, a decoder variance held at 1, a KL weight above 1"
+BY_HEART = "A model that knows its training images by heart looks the same: pass train_images to tell."
+PASS_TRAINING_IMAGES = "Pass train_images, to tell an imbalance from overfitting."
 USE_COMPUTED = (
     "Use poise.ComputedBalance() as the loss, or poise train --balance computed: it sums both parts and follows the error."
 )
@@ -40,12 +41,20 @@ def imbalance(facts: Facts) -> Finding | None:
     if weighing is None or weighing.side == "balanced":
         return None
     reason, reduced = (_by_loss if weighing.by == "loss" else _by_model)(facts, weighing)
-    over = weighing.side == "over"
+    over, unsure = weighing.side == "over", not reduced and _by_heart(facts, weighing)
     name = "reduction" if reduced else "over-regularised" if over else "under-regularised"
     times = _times(weighing.beta if over else 1 / weighing.beta if weighing.beta else math.inf)
-    sentence = f"The KL counts {times} too {'much' if over else 'little'}: {reason}. {(_blocked if over else _unlike)(facts)}"
+    effects = [_blocked(facts)] if over else [*_unlike(facts), *([BY_HEART] if unsure else [])]
+    sentence = f"The KL counts {times} too {'much' if over else 'little'}: {' '.join([f'{reason}.', *effects])}"
     figures = {"equivalent_beta": weighing.beta, "effective_gamma2": weighing.gamma2, "balanced_gamma2": weighing.right}
-    return Finding(name, sentence, figures, _balance_remedy(facts))
+    return Finding(name, sentence, figures, PASS_TRAINING_IMAGES if unsure else _balance_remedy(facts))
+
+
+def _by_heart(facts: Facts, weighing: Weighing) -> bool:
+    """Whether a KL that seems too weak may be one that was right for training images, which are not known."""
+    if weighing.side == "over" or facts.train is not None or facts.followed is not None:
+        return False
+    return weighing.by == "model" or (facts.loss is not None and _near(facts.loss.kl_weight, 1, IMBALANCED - 1))
 
 
 def _times(factor: float) -> str:
@@ -57,8 +66,6 @@ def _by_loss(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
     loss = facts.loss
     assert loss is not None and loss.error is not None
     error, over = _ERRORS[loss.error], weighing.side == "over"
-    if not loss.error_weight:
-        return "the loss does not change with the reconstruction (is an error divided by itself, undetached?)", False
     if loss.kl_weight < NO_WEIGHT * loss.error_weight * weighing.right:
         return "the loss does not change with mean and logvar, it has no KL", False
     if loss.batch_mismatch or (loss.error_averaged if over else loss.kl_averaged):
@@ -109,15 +116,14 @@ def _by_model(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
 
 
 def _blocked(facts: Facts) -> str:
-    variance = float((facts.seen.images - facts.seen.images.mean(0)).double().square().mean())
-    return f"The error stays at {facts.seen.mse / variance:.0%} of the images' variance."
+    return f"The error stays at {facts.seen.mse / facts.seen.variance:.0%} of the images' variance."
 
 
-def _unlike(facts: Facts) -> str:
+def _unlike(facts: Facts) -> list[str]:
     law = float(variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean())
-    words = f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."
-    by_heart = " A model that knows its training images by heart looks the same: pass train_images to tell."
-    return words if facts.train is not None or facts.followed is not None else words + by_heart
+    if _near(law, 1, FAR_LAW - 1):
+        return []
+    return [f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."]
 
 
 def _balance_remedy(facts: Facts) -> str:
@@ -152,8 +158,11 @@ def _why_collapsed(facts: Facts) -> tuple[str, str]:
         noise = "In no direction do the images vary enough to be worth encoding: they look like noise."
         return noise, "Look at the images: are they what you mean to learn?"
     if facts.weighing is not None:
-        stuck = f"The loss's balance allows it (the images vary by {ratio:.3g} times the MSE): the KL was too strong at first."
-        return stuck, "Begin with a small decoder variance, poise.ComputedBalance(start=0.001): latents are then used first."
+        stuck = (
+            f"The loss's balance allows it (the images vary by {ratio:.3g} times the MSE): the KL was too strong at first, or "
+            f"training has only begun."
+        )
+        return stuck, f"Train longer if it was short; else {BEGIN_SMALL}"
     blocked = (
         f"A latent is used as soon as images vary in one direction by more than gamma2: they do by "
         f"{facts.largest_variance:.3g}, and the MSE is {facts.seen.mse:.3g}, so the KL counts at least {ratio:.3g} times too "
@@ -168,8 +177,12 @@ def overfitting(facts: Facts) -> Finding | None:
     if facts.overfitted < OVERFITTED or train_mse is None:
         return None
     ratio, number = facts.overfitted, facts.num_train
-    sentence = f"The MSE is {train_mse:.3g} on training images and {facts.seen.mse:.3g} on others, {ratio:.3g} times as much"
-    figures = {"mse_train": train_mse, "mse": facts.seen.mse, "ratio": ratio}
+    known = f"The MSE is {train_mse:.3g} on training images and {facts.seen.mse:.3g} on others"
+    followed = (
+        f"The loss followed the training error to gamma2 = {train_mse:.3g}, and the MSE on these images is {facts.seen.mse:.3g}"
+    )
+    sentence = f"{followed if facts.train is None else known}, {ratio:.3g} times as much"
+    figures = {"followed_gamma2" if facts.train is None else "mse_train": train_mse, "mse": facts.seen.mse, "ratio": ratio}
     enough = max(FEW, FEW_PER_LATENT * facts.num_latents)
     if 0 < number < enough:
         figures |= {"train_images": float(number), "enough": float(enough)}
@@ -187,18 +200,28 @@ def prior_gap(facts: Facts) -> Finding | None:
         return None
     used = _used_prior(found)
     gap = found.priors[used] - found.reconstructions
-    rivals = {name: distance for name, distance in found.priors.items() if name != used}
-    best = min(rivals, key=lambda name: rivals[name])
-    closed = (found.priors[used] - rivals[best]) / gap if gap > 0 else 0.0
-    if gap < max(GAP, found.halves) or closed < CLOSED:
+    rivals = {name: distance for name, distance in found.priors.items() if name != used and distance < math.inf}
+    best = min(rivals, key=lambda name: rivals[name], default=None)
+    if best is None or not gap >= max(GAP, found.halves):
+        return None
+    closed = (found.priors[used] - rivals[best]) / gap if gap < math.inf else 1.0
+    if closed < CLOSED:
         return None
     sentence = (
         f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_PRIORS[used]}) against "
         f"{found.reconstructions:.2f}, in shares of the images' variance; with {_PRIORS[best]} it is {rivals[best]:.2f}, "
-        f"which closes {min(closed, 1):.0%} of the gap."
+        f"which closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
     )
     figures = {"distance": found.priors[used], "reconstructions": found.reconstructions, "best": rivals[best], "closed": closed}
-    return Finding("prior-gap", sentence, figures, _PRIOR_REMEDIES[best])
+    remedies = _OF_RUNS if facts.is_run else _OF_VAES
+    return Finding("prior-gap", sentence, figures, remedies[best])
+
+
+def _following(facts: Facts) -> str:
+    imbalanced = facts.weighing is not None and facts.weighing.side != "balanced"
+    return (
+        " This follows from the imbalance above: cure that first, and use the other prior for the model as it is." * imbalanced
+    )
 
 
 _PRIORS = {
@@ -206,10 +229,16 @@ _PRIORS = {
     "second-stage": "latents from the second stage",
     "mixture": "latents from a mixture of Gaussians fitted to the training codes",
 }
-_PRIOR_REMEDIES = {
+_OF_RUNS = {
     "normal": 'Sample from N(0, I): run.sample(n, prior="normal").',
     "second-stage": 'Sample from the second stage: run.sample(n, prior="second-stage").',
-    "mixture": 'Draw latents from the mixture: poise.priors.fit_mixture(codes), or run.sample(n, prior="mixture").',
+    "mixture": 'Draw latents from the mixture: run.sample(n, prior="mixture").',
+}
+_OF_VAES = {
+    "mixture": (
+        "Draw latents from such a mixture, under torch.no_grad(): prior = poise.priors.fit_mixture(vae.encode(train_images)), "
+        "then vae.decode(prior.latents(torch.randn(n, prior.noise_dims)))."
+    ),
 }
 
 
@@ -224,13 +253,14 @@ def lost_variance(facts: Facts) -> Finding | None:
         return None
     used = _used_prior(found)
     before, after, factor = found.priors[used], found.renormalised[used], found.factors[used]
-    if after > RENORMALISED * before or before - after < max(GAIN, found.halves):
+    if not (after <= RENORMALISED * before < math.inf) or before - after < max(GAIN, found.halves):
         return None
     sentence = (
         f"{_PRIORS[used].capitalize()} are narrower than the codes by a factor of {factor:.3g}; scaled by it, the samples' "
         f"distance from the images falls from {before:.2f} to {after:.2f} of the images' variance."
     )
-    remedy = f"Multiply latents by {factor:.3g} before decoding (poise.priors.RenormalisedPrior, or --renormalise always)."
+    how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"
+    remedy = f"Multiply latents by {factor:.3g} before decoding ({how})."
     return Finding("variance-lost", sentence, {"distance": before, "renormalised": after, "factor": factor}, remedy)
 
 

@@ -92,10 +92,14 @@ def _range_at(decoder: nn.Module, last: str, latents: Latents, scale: float, see
     own = {name for name, _ in decoder.named_parameters() if name.startswith(prefix) and "." not in name[len(prefix) :]}
     for name, parameter in decoder.named_parameters():
         random = torch.randn(parameter.shape, generator=source).to(parameter)
-        state[name] = random * (scale if name in own else max(1, parameter[0].numel()) ** -0.5)
+        state[name] = random * (scale if name in own else max(1, _fan_in(parameter)) ** -0.5)
     opposite = {name: -value if name in own else value for name, value in state.items()}
     outputs = torch.cat([functional_call(decoder, each, (latents,)).float() for each in (state, opposite)])
     return float(outputs.min()), float(outputs.max())
+
+
+def _fan_in(parameter: Tensor) -> int:
+    return math.prod(parameter.shape[1:])
 
 
 @torch.no_grad()

@@ -1,31 +1,31 @@
 """A model and images -> a diagnosis. Each step needs the ones before it to have found nothing."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.balance import Balance
 from poise.diagnosis import broken, causes, decoder
-from poise.diagnosis.facts import CROSS_ENTROPY_CLOSE, Facts
+from poise.diagnosis.facts import Facts
+from poise.diagnosis.faulty_loss import BYTES_SQUARED, faulty_loss
 from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance
+from poise.diagnosis.inputs import Case, Loss, as_case, chosen
+from poise.diagnosis.limits import LARGE_LOGVAR
+from poise.diagnosis.notes import notes_on
 from poise.diagnosis.report import Diagnosis, Finding
-from poise.diagnosis.subject import Seen, check_fit, device_of, look, some_images, undisturbed
+from poise.diagnosis.subject import Seen, device_of, look, undisturbed
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
-from poise.errors import InputError
 from poise.latent import variance_law
 from poise.metrics import CHUNK
-from poise.priors import NormalPrior, Prior
+from poise.priors import NormalPrior
 from poise.progress import Progress, progress
 from poise.run import Run
 from poise.shapes import Values
 from poise.vae import VAE
 
-Loss = Balance | Callable[..., Any]
-DISAGREE = 3.0  # inferred over measured weight: healthy models 0.9 to 1.1; larger, the loss is not what trained the model
 STEPS = 5
 
 
@@ -54,7 +54,8 @@ def diagnose(
         quiet: no progress display.
 
     Raises:
-        InputError: no images; they do not fit the model, or are all the same; the loss does not give a number.
+        InputError: no model or no images; they do not fit the model, or are all the same; the loss raises something, or does
+            not give a number.
 
     Example:
         >>> vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=4))
@@ -62,73 +63,34 @@ def diagnose(
         1. posterior-collapse: None of the 4 latents carries information: ...
            Try: Use poise.ComputedBalance() as the loss, ...
     """
-    case = (
-        _case_of_run(model, images, train_images, loss) if isinstance(model, Run) else _case(model, images, train_images, loss)
-    )
+    case = as_case(model, images, train_images, loss)
     disturbed = [module for module in (case.vae, case.loss) if isinstance(module, nn.Module)]
     with undisturbed(*disturbed), progress("diagnose", STEPS, quiet=quiet) as display:
         return _examine(case, seed, display)
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is to be looked at: a model, images (n, ...), training images, the loss, and priors besides N(0, I)."""
-
-    vae: VAE
-    images: Any
-    train_images: Any
-    loss: Loss | None
-    priors: Mapping[str, Prior]
-
-
-def _case(vae: VAE, images: Any, train_images: Any, loss: Loss | None) -> Case:
-    if images is None:
-        raise InputError("images are needed to diagnose a VAE: diagnose(vae, images), the values that it is trained on")
-    return Case(vae, images, train_images, loss, {})
-
-
-def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) -> Case:
-    if images is None:
-        dataset = run.dataset()
-        images, train_images = dataset.test, dataset.train if train_images is None else train_images
-    for name, given in (("images", images), ("train_images", train_images)):
-        if given is not None and list(getattr(given, "shape", ()))[1:] != list(run.data["shape"]):
-            wanted = f"(n, {', '.join(map(str, run.data['shape']))})"
-            raise InputError(f"{name} must have shape {wanted}, not {tuple(getattr(given, 'shape', ()))}")
-    second = {} if run.second is None else {"second-stage": run.prior("second-stage")}
-    return Case(run.first.vae, images, train_images, run.first.balance if loss is None else loss, second)
-
-
 def _examine(case: Case, seed: int, display: Progress) -> Diagnosis:
-    images = _chosen(case.vae, case.images, "images", seed)
-    train = None if case.train_images is None else _chosen(case.vae, case.train_images, "train_images", seed)
-    diverged = broken.not_finite(case.vae, images)
+    images = chosen(case.vae, case.images, "images", seed)
+    train = None if case.train_images is None else chosen(case.vae, case.train_images, "train_images", seed)
     figures = _sizes(case, images)
-    if diverged is not None:
-        wrong_range = _out_of_range(case.vae, images, None, figures, seed) if images.isfinite().all() else None
-        follows = replace(diverged, remedy=causes.CURE_THE_ABOVE)
-        return Diagnosis((diverged,) if wrong_range is None else (wrong_range, follows), figures)
+    unusable = _unusable(case.vae, images, train, figures, seed)
+    if unusable:
+        return Diagnosis(unusable, figures)
     seen = look(case.vae, images, seed)
+    trained = None if train is None else look(case.vae, train, seed)
     display.update(1, {})
-    figures |= {"mse": seen.mse, "kl_nats": float(seen.codes.kl().double().mean())}
-    trained_on = seen if train is None else look(case.vae, train, seed)
-    weights = None if case.loss is None else loss_weights(case.loss, trained_on, device_of(case.vae), seed)
-    formula = broken.wrong_formula(weights)
-    fatal = _out_of_range(case.vae, images, seen.mse, figures, seed) or _fatal(case.vae, seen, figures, seed)
+    figures |= {"mse": seen.mse, "kl_nats": float(seen.codes.kl().double().mean()), "image_variance": seen.variance}
+    wrong_range = _out_of_range(case.vae, images, seen.mse, figures, seed)
+    if wrong_range is not None:
+        return Diagnosis((wrong_range,), figures)
+    weights = None if case.loss is None else loss_weights(case.loss, trained or seen, device_of(case.vae), seed)
+    fatal = _fatal(case, seen, trained, weights, figures, seed)
     display.update(2, {})
-    if fatal is not None or formula is not None:
-        return Diagnosis(tuple(filter(None, (fatal, formula))), figures)
-    facts = _facts(case, seen, None if train is None else trained_on, weights, seed, display)
+    if fatal:
+        return Diagnosis(fatal, figures)
+    facts = _facts(case, seen, trained, weights, seed, display)
     figures |= _figures(facts)
-    return Diagnosis(tuple(causes.find_causes(facts)), figures, tuple(_notes(case, facts)))
-
-
-def _chosen(vae: VAE, images: Any, name: str, seed: int) -> Values:
-    images = some_images(images, name, seed)
-    check_fit(vae, images, name)
-    if bool((images == images[:1]).all()):
-        raise InputError(f"all {len(images)} {name} are the same: there is nothing to learn")
-    return images
+    return Diagnosis(tuple(causes.find_causes(facts)), figures, tuple(notes_on(case, facts)))
 
 
 def _sizes(case: Case, images: Values) -> dict[str, Any]:
@@ -142,6 +104,20 @@ def _sizes(case: Case, images: Values) -> dict[str, Any]:
     }
 
 
+def _unusable(vae: VAE, images: Tensor, train: Tensor | None, figures: dict[str, Any], seed: int) -> tuple[Finding, ...]:
+    """What makes it impossible to look at the images."""
+    finite = bool(images.isfinite().all())
+    if train is not None and finite and train.isfinite().all():
+        other = broken.other_range(images, train)
+        if other is not None:
+            return (other,)
+    diverged = broken.not_finite(vae, images) or (None if train is None else broken.not_finite(vae, train, "train_images"))
+    if diverged is None:
+        return ()
+    wrong_range = _out_of_range(vae, images, None, figures, seed) if finite else None
+    return (diverged,) if wrong_range is None else (wrong_range, replace(diverged, remedy=causes.CURE_THE_ABOVE))
+
+
 def _out_of_range(vae: VAE, images: Values, mse: float | None, figures: dict[str, Any], seed: int) -> Finding | None:
     with torch.no_grad():
         mean = vae.encode(images[: decoder.PROBES].to(device_of(vae))).mean.float().cpu()
@@ -151,8 +127,37 @@ def _out_of_range(vae: VAE, images: Values, mse: float | None, figures: dict[str
     return broken.out_of_range(images, reach, mse)
 
 
-def _fatal(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
-    """What makes every other figure meaningless."""
+def _fatal(
+    case: Case, seen: Seen, train: Seen | None, weights: LossWeights | None, figures: dict[str, Any], seed: int
+) -> tuple[Finding, ...]:
+    """What makes every other figure meaningless: of the loss, and of the model."""
+    balance, known = case.loss if isinstance(case.loss, Balance) else None, train is not None
+    of_loss = faulty_loss(weights, balance, train or seen, surely_trained_on=known)
+    found = _most_telling(of_loss, _broken_model(case.vae, seen, figures, seed))
+    if found:
+        return found
+    late = None if train is None else broken.other_images(seen, train)
+    late = late or broken.hardly_trained(train or seen, surely_trained_on=known)
+    return () if late is None else (late,)
+
+
+def _most_telling(*found: Finding | None) -> tuple[Finding, ...]:
+    """The findings, less one of two that say the same: that the loss is of another range, and that the model has diverged."""
+    by_name = {finding.name: finding for finding in found if finding is not None}
+    if {"data-range", "diverged"} <= set(by_name):
+        finite = by_name["data-range"].figures.get("gamma2", 0.0) < BYTES_SQUARED * by_name["diverged"].figures["scale"]
+        del by_name["diverged" if finite else "data-range"]
+    return tuple(by_name.values())
+
+
+def _broken_model(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
+    exploded = broken.diverged(seen)
+    if exploded is not None and exploded.figures["largest_logvar"] > LARGE_LOGVAR:
+        return exploded
+    return _deaf_or_unsettled(vae, seen, figures, seed) or exploded
+
+
+def _deaf_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
     latents = decoder.probes(seen.codes.mean, seed).to(device_of(vae))
     with torch.no_grad():
         figures["decoder_response"] = change = decoder.response(vae.decode(latents))
@@ -198,22 +203,25 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
         inferred=inferred,
         largest_variance=largest_variance(seen.images),
         comparison=comparison,
+        is_run=case.is_run,
     )
 
 
 def _figures(facts: Facts) -> dict[str, Any]:
     seen, loss, inferred, found = facts.seen, facts.loss, facts.inferred, facts.comparison
-    real, produced = (part.double().var(0, correction=0).mean() for part in (seen.images, seen.restored))
+    produced = float(seen.restored.double().var(0).mean())
     law = variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean()
-    figures: dict[str, Any] = {"image_variance": float(real), "variance_lost": float(real - produced)}
+    figures: dict[str, Any] = {"variance_lost": seen.variance - produced}
     figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": float(law)}
     figures["largest_variance"] = facts.largest_variance
     if facts.train_mse is not None:
-        figures["mse_train"] = facts.train_mse
+        figures["followed_gamma2" if facts.train is None else "mse_train"] = facts.train_mse
     if facts.weighing is not None:
         figures |= {"effective_gamma2": facts.weighing.gamma2, "equivalent_beta": facts.weighing.beta}
+        figures["balanced_from"], figures["balanced_to"] = facts.weighing.bounds
     if loss is not None:
         figures |= {"loss_error": loss.error, "loss_error_weight": loss.error_weight, "loss_kl_weight": loss.kl_weight}
+        figures["loss_known"] = loss.known
     if inferred is not None:
         figures |= {"inferred_gamma2": inferred.gamma2, "inferred_relative_error": inferred.relative_error}
         figures["inferred_cross_entropy_weight"] = inferred.cross_entropy
@@ -223,36 +231,3 @@ def _figures(facts: Facts) -> dict[str, Any]:
         figures |= {f"distance_{name}_renormalised": distance for name, distance in found.renormalised.items()}
         figures |= {f"renormalisation_{name}": factor for name, factor in found.factors.items()}
     return figures
-
-
-def _notes(case: Case, facts: Facts) -> list[str]:
-    count, notes = len(facts.seen.images), []
-    if count < len(case.images):
-        notes.append(f"{count} of {len(case.images)} images were looked at, drawn at random.")
-    if count < FEWEST_IMAGES:
-        notes.append(
-            f"{count} images are few: the figures are rough, and samples were not compared; give {FEWEST_IMAGES} or more."
-        )
-    if facts.train is None:
-        notes.append("Without train_images overfitting cannot be told from an imbalance: pass them too.")
-    if facts.loss is not None and not facts.loss.known:
-        notes.append(
-            "The loss is no squared, absolute or cross-entropy error plus KL: its weights were inferred from the model."
-        )
-    if facts.inferred is not None and facts.loss is None and abs(facts.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE:
-        notes.append("It looks trained with a cross-entropy, which has no scale to balance; right for images of 0 and 1 only.")
-    if facts.inferred is not None and facts.weighing is not None and facts.weighing.by == "loss":
-        notes += _disagreement(facts, facts.inferred.gamma2)
-    return notes
-
-
-def _disagreement(facts: Facts, inferred: float) -> list[str]:
-    loss = facts.loss
-    if loss is None or loss.error != "squared" or not 0 < loss.gamma2 < math.inf or inferred <= 0:
-        return []
-    if abs(math.log(inferred / loss.gamma2)) < math.log(DISAGREE):
-        return []
-    return [
-        f"The loss amounts to gamma2 = {loss.gamma2:.3g}, the model to {inferred:.3g}: is this the loss that trained it, and "
-        f"had it come to rest?"
-    ]

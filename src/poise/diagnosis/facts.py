@@ -6,13 +6,11 @@ from typing import Literal
 
 from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
 from poise.diagnosis.generation import Comparison
+from poise.diagnosis.limits import IMBALANCED, INFERRED_IMBALANCED, SURE
 from poise.diagnosis.subject import Seen
 from poise.diagnosis.weight import InferredWeight, LossWeights
 
-IMBALANCED = 1.5  # equivalent beta read from the loss; computed, learned and optimal balances: 0.9 to 1.1
-INFERRED_IMBALANCED = 2.0  # equivalent beta inferred from the model; balanced models: 0.65 to 1.6
 CROSS_ENTROPY_CLOSE = 0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
-SURE = 2.0  # standard errors by which two MSEs must differ
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,10 @@ class Facts:
         num_train: training images in all; 0: not known.
         balance: the loss, where it is one of Poise's.
         loss: weights by the loss; None: it was not given.
-        inferred: weights by the model; None: every latent has collapsed.
+        inferred: weights by the model; None: every latent has collapsed, or the model is not at rest.
         largest_variance: of the images along any direction.
         comparison: samples against images; None: too few images.
+        is_run: whether the model is one of Poise's runs.
     """
 
     seen: Seen
@@ -37,6 +36,7 @@ class Facts:
     inferred: InferredWeight | None = None
     largest_variance: float = 0.0
     comparison: Comparison | None = None
+    is_run: bool = False
 
     @property
     def trained_on(self) -> Seen:
@@ -111,8 +111,14 @@ class Weighing:
         return self.gamma2 / max(self.right, 1e-12)
 
     @property
-    def side(self) -> Literal["over", "under", "balanced"]:
+    def bounds(self) -> tuple[float, float]:
+        """The equivalent betas between which the loss counts as balanced."""
         low, high = sorted((self.right, self.new))
-        if self.gamma2 > self.factor * high:
+        return low / self.factor / max(self.right, 1e-12), self.factor * high / max(self.right, 1e-12)
+
+    @property
+    def side(self) -> Literal["over", "under", "balanced"]:
+        low, high = self.bounds
+        if self.beta > high:
             return "over"
-        return "under" if self.gamma2 < low / self.factor else "balanced"
+        return "under" if self.beta < low else "balanced"

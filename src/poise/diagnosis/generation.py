@@ -3,6 +3,7 @@
 Pixels, averaged down to 16x16, are a coarse measure, but need no network, and tell priors of one decoder apart.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from poise.seeds import derive
 from poise.vae import VAE
 
 MOST_SAMPLES = 1_000  # of each prior
+SAME = 1e-6  # variance of averaged images over that of images: with less, they differ in a pattern that averages out
 FEWEST_IMAGES = 50  # of fewer, the distance between two halves of the images is larger than any gap
 
 
@@ -42,8 +44,10 @@ class Comparison:
     factors: Mapping[str, float]
 
 
-def compare(vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int) -> Comparison:
+def compare(vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int) -> Comparison | None:
     """Distances from images of reconstructions and of samples from the given priors and a mixture of Gaussians.
+
+    None where the images are the same once averaged down. Without a mixture where none can be fitted to the codes.
 
     Args:
         vae: in evaluation mode.
@@ -55,27 +59,37 @@ def compare(vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, 
     device = device_of(vae)
     images = small(seen.images[:MOST_SAMPLES]).double()
     variance = float(images.var(0).sum())
+    if variance / images.shape[1] <= SAME * seen.variance:
+        return None
 
     def distance(produced: Tensor) -> float:
+        if not produced.isfinite().all():
+            return math.inf
         return frechet_distance(images, small(produced)) / variance
 
     def sampled(prior: Prior) -> float:
         return distance(sample(vae, prior, len(images), seed=derive("diagnosis", seed)))
 
+    mixture = _mixture(codes)
+    mixtures = {} if mixture is None else {"mixture": mixture.to(device)}
     factors = {name: renormalisation_factor(prior, codes, device=device) for name, prior in priors.items()}
     return Comparison(
         halves=frechet_distance(images[::2], images[1::2]) / variance / 2,  # it goes like 1/n + 1/n, and the halves have n/2
         reconstructions=distance(seen.restored[:MOST_SAMPLES]),
-        priors={name: sampled(prior) for name, prior in priors.items()} | {"mixture": sampled(_mixture(codes).to(device))},
+        priors={name: sampled(prior) for name, prior in {**priors, **mixtures}.items()},
         renormalised={name: sampled(RenormalisedPrior(prior, factors[name])) for name, prior in priors.items()},
         factors=factors,
     )
 
 
-def _mixture(codes: DiagonalGaussian) -> MixturePrior:
+def _mixture(codes: DiagonalGaussian) -> MixturePrior | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is compared, whatever it has converged to
-        return fit_mixture(codes)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of codes so large that their squares overflow
+        try:
+            return fit_mixture(codes)
+        except (ValueError, RuntimeError):  # covariances that are singular to rounding: codes far too large
+            return None
 
 
 def largest_variance(images: Tensor) -> float:

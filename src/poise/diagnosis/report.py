@@ -5,9 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from poise.diagnosis.limits import GAP, OVERFITTED
+
 Name = Literal[
     "not-finite",  # NaN or infinite values in images, weights, outputs or KL
-    "data-range",  # images have values that the decoder cannot produce
+    "data-range",  # images have values that the decoder cannot produce, or other ones than in training
+    "no-gradient",  # the loss does not change with the reconstruction, or with nothing at all
+    "diverged",  # numbers are finite, but beyond all measure
+    "hardly-trained",  # worse than a decoder that gives the mean image
+    "other-images",  # train_images that the model was not trained on
     "dead-decoder",  # the output is the same for every latent, to rounding
     "norm-unsettled",  # BatchNorm's running averages are far from the statistics of the images
     "kl-formula",  # the loss's KL term is not that of (mean, logvar)
@@ -69,24 +75,37 @@ class Diagnosis:
         return _plain(parts | {"figures": dict(self.figures), "notes": list(self.notes)})
 
     def __str__(self) -> str:
-        healthy = ["Healthy: nothing wrong was found.", *(f"- {line}" for line in evidence(self.figures))]
-        lines = healthy if self.healthy else []
+        lines = [_verdict(self.figures), *(f"- {line}" for line in evidence(self.figures))] if self.healthy else []
         for number, finding in enumerate(self.findings, 1):
             lines += [f"{number}. {finding.name}: {finding.sentence}", f"   Try: {finding.remedy}"]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
+def _verdict(figures: Mapping[str, Any]) -> str:
+    if figures.get("loss_known", True):
+        return "Healthy: nothing wrong was found."
+    return "Nothing wrong was found in the model; the loss could not be read, see the note."
+
+
 def evidence(figures: Mapping[str, Any]) -> list[str]:
-    """The figures that show health, in words; what was not measured is left out."""
+    """The figures that show health, and how far they may go, in words; what was not measured is left out."""
     samples = ", ".join(f"{{{key}:.3f}} ({label})" for key, label in _PRIORS.items() if key in figures)
     templates = {
-        "images_least": "the images' values, {images_least:.3g} to {images_most:.3g}, are within the decoder's reach",
-        "equivalent_beta": "the KL counts {equivalent_beta:.2f} times what balances the training error; about 1 is right",
-        "active_latents": "{active_latents} of {latents} latents are active; those that are not cost nothing",
-        "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average over latents",
-        "mse_train": "the MSE is {mse_train:.4g} on training images and {mse:.4g} on the others",
+        "images_least": "the images' values, {images_least:.3g} to {images_most:.3g}, are within the decoder's reach; half of "
+        "the squared error outside would be a fault",
+        "equivalent_beta": "the KL's weight is {equivalent_beta:.2f} of the balanced one; from {balanced_from:.2g} to "
+        "{balanced_to:.2g} counts as balanced",
+        "active_latents": "{active_latents} of {latents} latents are active; those that are not cost nothing, but none would "
+        "be a collapse",
+        "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average over latents; 1 is ideal, and "
+        "alone it is no fault",
+        "mse_train": "the MSE is {mse_train:.4g} on training images and {mse:.4g} on the others; "
+        f"{OVERFITTED:g} times as much would be overfitting",
+        "followed_gamma2": "the loss followed the training error to {followed_gamma2:.4g}, and the MSE is {mse:.4g} on these "
+        f"images; {OVERFITTED:g} times as much would be overfitting",
         "distance_normal": "Frechet distance from the images, as a share of their variance: reconstructions "
-        f"{{distance_reconstructions:.3f}}, samples {samples}",
+        f"{{distance_reconstructions:.3f}}, samples {samples}; a gap of {GAP:g} that another prior closes by half would be a "
+        "fault",
     }
     return [text.format(**figures) for name, text in templates.items() if name in figures]
 

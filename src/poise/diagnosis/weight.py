@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poise.diagnosis.subject import Seen, device_of
+from poise.diagnosis.subject import Seen, device_of, first_line
 from poise.errors import InputError
 from poise.metrics import CHUNK
 from poise.seeds import generator
@@ -37,6 +37,8 @@ class LossWeights:
         batch_mismatch: whether one of the two is summed over the batch and the other averaged.
         error_averaged: whether its error is averaged over the values of an image; None: it takes images of one size only.
         kl_averaged: whether its KL is averaged over latents; likewise.
+        finite: whether it and its gradients are numbers.
+        flat: whether it does not change with the reconstruction, but for rounding.
     """
 
     error: Error | None
@@ -46,11 +48,13 @@ class LossWeights:
     batch_mismatch: bool
     error_averaged: bool | None
     kl_averaged: bool | None
+    finite: bool = True
+    flat: bool = False
 
     @property
     def known(self) -> bool:
         """Whether `gamma2` and `equivalent_beta` have a meaning."""
-        return self.error is not None and self.kl_formula in ("exact", "absent")
+        return self.finite and self.error is not None and self.kl_formula in ("exact", "absent")
 
     @property
     def gamma2(self) -> float:
@@ -78,13 +82,16 @@ def loss_weights(loss: Callable[..., Any], seen: Seen, device: torch.device, see
         seed: of the drawn means and logvars.
 
     Raises:
-        InputError: the loss does not take these arguments, or does not give a scalar.
+        InputError: the loss raises anything, or does not give a scalar.
     """
     count = seen.codes.mean.shape[1]
     drawn = torch.randn(2, BATCH, count, generator=generator("loss", seed))
     rows = torch.arange(BATCH) % len(seen.images)
-    points = [point.to(device) for point in (seen.restored[rows], seen.images[rows], drawn[0], drawn[1] / 2)]
+    restored = seen.restored[rows].nan_to_num(0.0, 0.0, 0.0)  # of a model that has diverged the loss can still be read
+    points = [point.to(device) for point in (restored, seen.images[rows], drawn[0], drawn[1] / 2)]
     whole = _gradients(loss, *points)
+    if not whole.finite:
+        return LossWeights(None, math.nan, math.nan, "other", False, None, None, finite=False)
     half = _gradients(loss, *(point[: BATCH // 2] for point in points))
     try:
         wide = _gradients(loss, *(torch.cat([point, point], -1) for point in points))
@@ -105,6 +112,7 @@ def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None"
         batch_mismatch=_doubles(error_slope, half.error_slope(kind)) != _doubles(kl_slope, half.kl_slope()),
         error_averaged=None if wide is None else _doubles(error_slope, wide.error_slope(kind)),
         kl_averaged=None if wide is None else _doubles(kl_slope, wide.kl_slope()),
+        flat=error is not None and not error_slope,
     )
 
 
@@ -119,6 +127,10 @@ class _Gradients:
     error: Tensor
     kl: Tensor
     value: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.value) and bool(self.error.isfinite().all() and self.kl.isfinite().all())
 
     def errors(self) -> dict[Error, Tensor]:
         """Gradients of errors summed over everything."""
@@ -145,33 +157,37 @@ class _Gradients:
 
 def _gradients(loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Latents, logvar: Latents) -> _Gradients:
     at = [point.detach().clone().requires_grad_() for point in (reconstruction, mean, logvar)]
-    value = _scalar(loss, at[0], images, at[1], at[2])
-    slopes = torch.autograd.grad(value, at, materialize_grads=True) if value.requires_grad else map(torch.zeros_like, at)
+    try:
+        value = _scalar(loss(*(point.clone() for point in (at[0], images, at[1], at[2]))))  # it may change them
+        slopes = torch.autograd.grad(value, at, materialize_grads=True) if value.requires_grad else map(torch.zeros_like, at)
+    except InputError:
+        raise
+    except Exception as error:  # a loss of a user's own can raise anything
+        raise InputError(f"loss(reconstruction, images, mean, logvar) failed: {first_line(error)}") from error
     by_error, by_mean, by_logvar = (slope.detach().cpu().double() for slope in slopes)
     values = (tensor.detach().cpu().double() for tensor in (reconstruction, images, mean, logvar))
     return _Gradients(*values, error=by_error, kl=torch.cat([by_mean, by_logvar]), value=float(value.detach()))
 
 
-def _scalar(loss: Callable[..., Any], *arguments: Tensor) -> Tensor:
-    try:
-        value = loss(*arguments)
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"loss(reconstruction, images, mean, logvar) failed: {reason}") from error
-    value = getattr(value, "loss", value)
-    if not (isinstance(value, Tensor) and value.numel() == 1):
+def _scalar(returned: Any) -> Tensor:
+    value = getattr(returned, "loss", returned)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(
+            f"loss must return one number, the loss of the batch, but what it returned has shape {tuple(value.shape)}: return "
+            f"its mean or sum"
+        )
+    if not isinstance(value, Tensor) or value.is_complex():
         raise InputError(f"loss must return one number as a tensor, the loss of the batch, not {type(value).__name__}")
     return value.reshape(())
 
 
 def _error(found: _Gradients) -> tuple[Error | None, float]:
     """The error whose gradient is proportional to the loss's, and the factor."""
-    if found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(found.value):
-        return "squared", 0.0
     for kind, gradient in found.errors().items():
         if _cosine(found.error, gradient) > PROPORTIONAL:
             return kind, _slope(found.error, gradient)
-    return None, 0.0
+    flat = found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(found.value)
+    return ("squared" if flat or not found.error.any() else None), 0.0
 
 
 def _kl(found: _Gradients) -> tuple[KLFormula, float]:
@@ -215,7 +231,9 @@ class InferredWeight:
 
 
 def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
-    """The weight of the loss that trained a VAE, from its posteriors (eq. 3); None where no latent is active.
+    """The weight of the loss that trained a VAE, from its posteriors (eq. 3).
+
+    None where it cannot be told: no latent is active, or what comes out is no variance, as with a model that is not at rest.
 
     Args:
         vae: in evaluation mode.
@@ -236,6 +254,8 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
                 felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(2) / (2 * PAIRS)
     spent = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
     (gamma2, relative_error), (cross_entropy, _) = (_ratio(each, spent) for each in felt)
+    if not (0 < gamma2 < math.inf and math.isfinite(relative_error)):
+        return None
     within = all(float(part.min()) >= 0 and float(part.max()) <= 1 for part in (seen.images, seen.restored))
     return InferredWeight(gamma2, relative_error, cross_entropy if within else math.nan)
 
@@ -245,7 +265,11 @@ def _felt(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
     """s dE/ds of each error for each image and latent, (errors, n, latents), at one draw z = mean + step, step = s eps."""
     latents = (mean + step).requires_grad_()
     restored = vae.decode(latents).float()
-    slopes = [torch.autograd.grad(error(restored, images), latents, retain_graph=True)[0] for error in ERRORS]
+    if not restored.requires_grad:  # a decoder without gradients, as of a network that rounds
+        return torch.zeros(len(ERRORS), *latents.shape, dtype=torch.float64)
+    slopes = [
+        torch.autograd.grad(error(restored, images), latents, retain_graph=True, materialize_grads=True)[0] for error in ERRORS
+    ]
     return torch.stack([(slope * step).cpu().double() for slope in slopes])
 
 
@@ -254,7 +278,7 @@ def _half_squares(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def _cross_entropy(reconstruction: Tensor, images: Tensor) -> Tensor:
-    return F.binary_cross_entropy(reconstruction.clamp(0, 1), images.clamp(0, 1), reduction="sum")
+    return F.binary_cross_entropy(reconstruction.nan_to_num(0.0).clamp(0, 1), images.clamp(0, 1), reduction="sum")
 
 
 ERRORS = (_half_squares, _cross_entropy)
