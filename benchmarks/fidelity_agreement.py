@@ -9,7 +9,11 @@ with its own resize and network (FILE must be its own format then).
 
 import argparse
 import json
+import os
 import platform
+import tempfile
+import unittest.mock
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import poise
 from poise import datasets
+from poise.evaluation import Produced, chunks_of, compare
 from poise.features import make_extractor
+from poise.protocols import PROTOCOLS
 
 NAMES = {
     "FID": "frechet_inception_distance",
@@ -72,8 +77,7 @@ def from_images(generated: np.ndarray, real: np.ndarray, weights: Path) -> dict[
         cuda=torch.cuda.is_available(),
         fid=True,
         kid=True,
-        prc=True,
-        isc=True,
+        isc=True,  # its precision and recall take VGG's features, not these
         samples_shuffle=True,
         rng_seed=2020,
         verbose=False,
@@ -96,18 +100,25 @@ def main() -> None:
     data = datasets.load(options.data)
     generated, real = (np.asarray(side[: options.count]) for side in (data.test, data.train))
     extractor = make_extractor(options.inception)
-    features = {"generated": extractor(generated), "real": extractor(real)}
-    evaluation = poise.evaluate(real, generated, extractor=options.inception)
-    ours = {m.metric: m.value for m in evaluation.measurements}
+    produced = Produced("test", lambda count: chunks_of(generated, count), len(generated))
+    known = {"extractor": extractor.name, "extractor_checksum": extractor.checksum, "resize": extractor.resize}
+    protocol = replace(PROTOCOLS["every-image"], **known)
+    kept: list[torch.Tensor] = []
+    recording = replace(extractor, network=lambda levels: kept.append(extractor.network(levels)) or kept[-1])
+    with tempfile.TemporaryDirectory() as cache, unittest.mock.patch.dict(os.environ, POISE_CACHE=cache):
+        measured = compare(real, [produced], protocol, recording, quiet=False)
+    ours = {m.metric: m.value for m in measured}
+    features = dict(zip(("real", "generated"), torch.cat(kept).split(options.count), strict=True))
     report: dict[str, Any] = {
         "experiment": "fidelity-agreement",
         "data": data.checksum,
         "images": f"{options.count} test images against {options.count} training images",
-        "protocol": evaluation.measurements[0].protocol.hash,
+        "protocol": measured[0].protocol.hash,
         "versions": {name: version(name) for name in ("poise", "torch", "torch-fidelity")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "same_features": beside(ours, on_the_same_features(features["generated"], features["real"])),
     }
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
     if options.end_to_end:
         report["end_to_end"] = beside(ours, from_images(generated, real, Path(options.inception)))
     options.out.write_text(json.dumps(report, indent=2) + "\n")
