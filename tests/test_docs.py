@@ -32,7 +32,7 @@ def test_the_mnist_table_in_the_log_is_that_of_the_results():
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("mnist-balances-*.json"))]
     generated = rows(script("mnist_balances").table(results))
     log = (ROOT / "docs" / "log.md").read_text()
-    assert len(results) == 9 and generated == rows(log[: log.index("### CIFAR-10")])
+    assert len(results) == 9 and generated == rows(log[log.index("### MNIST") : log.index("### CIFAR-10")])
 
 
 def test_the_page_on_metrics_lists_every_protocol_with_its_hash():
