@@ -39,11 +39,12 @@ print(sorted(extra - set(sys.stdlib_module_names) - {'poise', 'torch', 'numpy'})
 def test_training_on_the_digits_begins_without_the_slow_libraries(run_python, tmp_path):
     code = """
 import sys
-from poise import pipeline, training
+from poise import pipeline
+from poise.training import loop
 def step(*arguments):
     print(sorted({'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'} & set(sys.modules)))
     raise SystemExit
-training.training_step = step
+loop.training_step = step
 pipeline.train("digits", out=sys.argv[1], options=pipeline.Options(quiet=True))
 """
     assert run_python(code, str(tmp_path / "run")).strip() == "[]"
