@@ -88,6 +88,7 @@ def fit(
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
+    logged = began  # of the sums since the last entry, a checkpoint may have brought some along
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
 
@@ -126,8 +127,8 @@ def fit(
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
-                entry["images_per_second"] = round(entry.pop("images") / max(now - logged_at, 1e-9), 1)
-                logged_at = now
+                entry["images_per_second"] = round((state.step - logged) * size / max(now - logged_at, 1e-9), 1)
+                logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
@@ -204,8 +205,7 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry: dict[str, float] = {"stage": number, "step": state.step, "images_seen": state.step * batch_size}
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
-    entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
-    return entry | {"images": count * batch_size}
+    return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
