@@ -97,7 +97,8 @@ def train(
 
     Args:
         images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
-            name; or hf:owner/name. None: the recipe's own, and without a recipe the digits.
+            name; or hf:owner/name; or a `Dataset`, what the recipe's data settings give, read before. None: the recipe's own,
+            and without a recipe the digits.
         recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
@@ -126,7 +127,7 @@ def train(
         raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
-    given = images if recipe.data.source == "array" else None
+    given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
         with parallel.processes(device):
             parallel.on_first(lambda: held.enter_context(locked(folder)))
@@ -138,7 +139,7 @@ def train(
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
-    return load(folder, device=options.device, vae=vae)
+    return load(folder, device=options.device, vae=vae).remember(job.dataset)
 
 
 def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any) -> "Job":
@@ -149,7 +150,7 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
         recipe, vae, device, options: of the run.
         given: images that the source does not name.
     """
-    dataset = read_data(recipe.data, given, folder / "cache")
+    dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
@@ -184,6 +185,8 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
 def source_of(images: Any, recipe: Recipe) -> str:
     """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
     own = recipe.data.source
+    if isinstance(images, Dataset):
+        return own
     if images is None:
         if own not in NAMES:
             raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")

@@ -125,13 +125,18 @@ def safe_name(*parts: str | int) -> str:
 
 
 def result_of(
-    run: "Run", evaluation: "Evaluation", *, experiment: str, label: str, seconds: dict[str, float] | None = None
+    run: "Run",
+    evaluation: "Evaluation | dict[str, Any]",
+    *,
+    experiment: str,
+    label: str,
+    seconds: dict[str, float] | None = None,
 ) -> Result:
     """The result of a finished run.
 
     Args:
         run: trained.
-        evaluation: of it.
+        evaluation: of it, or what its `to_json` gives.
         experiment, label: see `Result`.
         seconds: times to add to "training", which the run's summary has.
     """
@@ -144,7 +149,7 @@ def result_of(
         provenance=provenance(run.device),
         seconds=_training_seconds(run.folder) | (seconds or {}),
         curves=curves(run.folder / "metrics.jsonl"),
-        evaluation=evaluation.to_json(),
+        evaluation=evaluation if isinstance(evaluation, dict) else evaluation.to_json(),
     )
 
 
