@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 POINTS = 100  # of a curve, at most
-CURVES = ("mse", "kl_nats", "gamma2", "reconstruction_nats")
+CURVES = ("mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")  # a penalty is in place of KL where there is none
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Result:
         provenance: versions, commit, machine, device and date: see `provenance`.
         seconds: "training" and "evaluation".
         curves: of each stage, "1" and "2": `images_seen`, `seconds` of training since the stage began, and the means of mse,
-            kl_nats, gamma2 and reconstruction_nats since the point before.
+            kl_nats (or of an objective that has none its penalty), gamma2 and reconstruction_nats since the point before.
         evaluation: what `Evaluation.to_json` gives: measurements, their protocols, pages and notes.
     """
 
@@ -223,7 +223,7 @@ def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
     groups = np.array_split(np.arange(len(entries)), min(POINTS, len(entries)))
     ends = [group[-1] for group in groups]
     curve = {"images_seen": [entries[end]["images_seen"] for end in ends], "seconds": [_short(elapsed[end]) for end in ends]}
-    for name in CURVES:
+    for name in [name for name in CURVES if name in entries[0]]:
         values = np.array([entry[name] for entry in entries])
         curve[name] = [_short(np.average(values[group], weights=images[group])) for group in groups]
     return curve

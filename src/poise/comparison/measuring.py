@@ -62,7 +62,7 @@ class Measuring:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Measuring":
         protocols = tuple(from_json(Protocol, p, "protocol") for p in values["protocols"])
-        words = {name: tuple(values[name]) for name in ("priors", "notes")}
+        words: dict[str, Any] = {name: tuple(values[name]) for name in ("priors", "notes")}
         return cls(**values | words | {"protocols": protocols})
 
 

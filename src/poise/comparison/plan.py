@@ -71,7 +71,11 @@ class Task:
         return found if same_images and self._same_settings(found.settings) and self.measuring.covers(found) else None
 
     def _same_settings(self, earlier: dict[str, Any]) -> bool:
-        return unsourced(earlier) == unsourced(to_json(self.recipe))
+        try:
+            known = to_json(from_json(Recipe, earlier))  # with settings that are newer than it
+        except InputError:  # of a newer version
+            return False
+        return unsourced(known) == unsourced(to_json(self.recipe))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the same task."""
