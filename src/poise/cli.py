@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -345,6 +345,84 @@ class Diagnose:
         print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Train and measure several balances or models under the same conditions, with several seeds: one table, one page of plots.
+
+    All labels have the images, network, order, noise, length and protocol in common; only stage 1's balance (or objective)
+    differs. Run the same command again to go on after an interruption; what is finished is not done again.
+    """
+
+    data: Annotated[
+        Positional[str | None],
+        arg(help=ANY_IMAGES, help_behavior_hint="(default: the recipe's own, or digits)"),
+    ] = None
+    balances: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            help=f"balances of stage 1, the first is the reference: {BALANCES}",
+            help_behavior_hint="(default: computed learned optimal fixed; beside models computed)",
+        ),
+    ] = None
+    models: Annotated[
+        tuple[str, ...], arg(help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ...")
+    ] = ()
+    priors: Annotated[
+        tuple[PriorChoice, ...] | None,
+        arg(help="whose samples are compared; without second-stage no stage 2 is trained", help_behavior_hint="(default: all)"),
+    ] = None
+    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 3
+    recipe: Annotated[
+        str | None,
+        arg(help=f"complete settings by name: {', '.join(RECIPES)}", help_behavior_hint="(default: DATA's own, or images)"),
+    ] = None
+    out: Annotated[Path | None, arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)")] = None
+    second_balance: Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each balance label's own")] = (
+        None
+    )
+    size: Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")] = None
+    network: Annotated[NetworkChoice | None, recipes_own("architecture of stage 1")] = None
+    latent_dim: Annotated[int | None, recipes_own("number of latents")] = None
+    epochs: Annotated[int | None, recipes_own("length of stage 1, passes over the training images")] = None
+    second_epochs: Annotated[int | None, recipes_own("length of stage 2, passes over the training codes")] = None
+    stages: Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")] = 2
+    batch_size: Annotated[int | None, recipes_own("images per step, both stages")] = None
+    learning_rate: Annotated[float | None, recipes_own("Adam's, at the start of both stages")] = None
+    protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
+    images: Annotated[
+        int | None, arg(help="real images to compare with as many others", help_behavior_hint="(default: the protocol's)")
+    ] = None
+    extractor: Annotated[
+        str,
+        arg(
+            help="see poise evaluate; auto: pixels for images of at most 16x16, else the first of inception, light and pixels "
+            "that is here"
+        ),
+    ] = "auto"
+    jobs: Annotated[
+        int | None,
+        arg(help="runs at the same time", help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)"),
+    ] = None
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
+    save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
+
+    def run(self) -> None:
+        own = ("data", "device", "engine", "save_seconds", "stages")
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        chosen |= {"stages": 1} if self.stages == 1 else {}
+        from poise.comparison import compare
+        from poise.pipeline import Options
+
+        options = Options(self.device, self.save_seconds, engine=self.engine)
+        comparison = compare(self.data, options=options, **chosen)
+        print(comparison)
+        print(f"table: {comparison.folder}/table.md; runs: {comparison.folder}/LABEL-SEED")
+        if comparison.failed:
+            count = len(comparison.failed)
+            raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
+
+
 COMMANDS = {
     "train": Train,
     "sample": Sample,
@@ -352,6 +430,7 @@ COMMANDS = {
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
+    "compare": Compare,
 }
 
 

@@ -80,8 +80,9 @@ class Lines:
             return
         self._last = now
         left = (now - self._began) / max(done - self.start, 1) * (self.total - done)
+        known = f", {left:.0f} s left" if done > self.start or done == self.total else ""
         text = "  ".join(f"{k} {v}" for k, v in figures.items())
-        print(f"{self.title} {done}/{self.total}, {left:.0f} s left  {text}", file=sys.stderr, flush=True)
+        print(f"{self.title} {done}/{self.total}{known}  {text}", file=sys.stderr, flush=True)
 
 
 @final

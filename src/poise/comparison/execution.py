@@ -41,15 +41,14 @@ class Outcome:
 
 
 def execute(
-    tasks: Sequence[Task], crew: Crew, num_images: int, *, folder: Path, title: str, until: float | None, quiet: bool
+    tasks: Sequence[Task], crew: Crew, num_images: int, *, title: str, until: float | None = None, quiet: bool = False
 ) -> Outcome:
     """Do tasks; one that fails is told in the outcome, and the others go on.
 
     Args:
-        tasks: to be done, in this order.
+        tasks: to be done, in this order; of one experiment.
         crew: processes.
         num_images: to train on.
-        folder: for what the processes print.
         title: of the display.
         until: by `time.monotonic`: all stop then, with their state saved; None: never.
         quiet: no display.
@@ -61,7 +60,7 @@ def execute(
     waiting, failed = deque(tasks), dict[str, str]()
     with (
         stop_signals() as asked,
-        Workers(crew, folder).running() as workers,
+        Workers(crew, tasks[0].folder.parent).running() as workers,
         progress(title, following.total, following.done(), quiet=quiet) as display,
     ):
         stopping = late = False
@@ -72,6 +71,7 @@ def execute(
                 workers.stop()
             workers.assign(waiting)
             for task, answer in workers.answers(POLL_SECONDS):
+                following.ended.add(task.name)
                 if answer["state"] == "failed" and not stopping:
                     failed[task.name] = answer["message"]
             display.update(following.done(), following.figures(workers.busy))
@@ -213,16 +213,23 @@ class Workers:
 
 @final
 class Following:
-    """How far tasks are, read from the logs of their runs."""
+    """How far tasks are, in steps, read from the logs of their runs.
+
+    Attributes:
+        ended: names of the tasks that are done, or have failed.
+    """
 
     def __init__(self, tasks: Sequence[Task], num_images: int) -> None:
         self.tasks, self.num_images = tasks, num_images
-        self.total = sum(task.total_steps(num_images) for task in tasks)
+        self.total = sum(task.total_steps(num_images) + 1 for task in tasks)  # the last is measuring
+        self.ended: set[str] = set()
+        self._first_seen: dict[int, int] = {}
         self._said: set[int] = set()
 
     def done(self) -> int:
         """Steps of all tasks."""
-        return sum(map(self._steps, self.tasks))
+        over, going = [[t for t in self.tasks if (t.name in self.ended) == ended] for ended in (True, False)]
+        return sum(task.total_steps(self.num_images) + 1 for task in over) + sum(map(self._steps, going))
 
     def _steps(self, task: Task) -> int:
         entry = last_entry(task.folder / "metrics.jsonl")
@@ -250,6 +257,8 @@ class Following:
             if entry is None or entry["stage"] in self._said or not entry["images_per_second"]:
                 continue
             stage = int(entry["stage"])
+            if self._first_seen.setdefault(stage, entry["step"]) == entry["step"]:  # the first steps of a process are slow
+                continue
             self._said.add(stage)
             seconds = self._batch(task, stage) / entry["images_per_second"]
             left = sum(self._left(other, stage) for other in self.tasks) * seconds / min(jobs, len(self.tasks))

@@ -62,8 +62,7 @@ class Measuring:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Measuring":
         protocols = tuple(from_json(Protocol, p, "protocol") for p in values["protocols"])
-        words: dict[str, Any] = {name: tuple(values[name]) for name in ("priors", "notes")}
-        return cls(**values | words | {"protocols": protocols})
+        return cls(protocols, values["extractor"], tuple(values["priors"]), tuple(values["notes"]))
 
 
 def measuring_for(

@@ -5,7 +5,7 @@ Everything that can be wrong is found here, before anything starts.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from poise.comparison.measuring import Measuring
 from poise.datasets import Dataset
 from poise.errors import InputError
 from poise.files import strict
+from poise.objectives import make_objective
 from poise.pipeline import Options
 from poise.recipes.settings import Changes, Recipe, from_json, to_json
 from poise.results import Result, read_results, safe_name
@@ -31,7 +32,7 @@ class Task:
     Attributes:
         experiment, label: see `poise.results.Result`.
         recipe: complete, with its seed and the source of its data.
-        folder: of the run.
+        folder: of the run, in the experiment's.
         results: the folder for its result.
         measuring: how it is evaluated.
         engine, save_seconds: see `poise.Options`.
@@ -115,10 +116,11 @@ def variants(balances: Sequence[str], models: Sequence[str], second_balance: str
     return named | {label: {"objective": label} | own for label in models}
 
 
-def check_balances(recipe: Recipe) -> None:
-    """Raises InputError for a balance that cannot be made."""
+def check_specs(recipe: Recipe) -> None:
+    """Raises InputError for a balance or an objective that cannot be made."""
     for stage in filter(None, (recipe.first, recipe.second)):
         make_balance(stage.balance, image_size=1, latent_dim=1)
+        make_objective(stage.objective)
 
 
 def recipes(base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> Iterator[tuple[str, Recipe]]:
@@ -128,7 +130,7 @@ def recipes(base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[
             yield label, Changes(**changes, seed=seed).apply(base)
 
 
-def check_network(recipe: Recipe, dataset: Dataset, options: Options) -> torch.device:
+def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.device:
     """The device; what every run would fail of is said once, before the first.
 
     Raises:
@@ -182,7 +184,3 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
     count = max(1, min(jobs or usual, tasks))
     threads = max(1, min(torch.get_num_threads(), cores // count))
     return Crew(tuple(places[number % len(places)] for number in range(count)), threads)
-
-
-def with_source(recipe: Recipe, source: str) -> Recipe:
-    return replace(recipe, data=replace(recipe.data, source=source))
