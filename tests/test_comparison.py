@@ -1,0 +1,388 @@
+"""Several labels and seeds: what statistics say, who does the work, and that nothing finished is ever done again."""
+
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import poise
+from poise import cli
+from poise.checkpoint import newest_checkpoint
+from poise.comparison import differences, execution, markdown, measuring, speed, table
+from poise.comparison.execution import execute
+from poise.comparison.measuring import Measuring, resolve_extractor
+from poise.comparison.plan import Crew, Task, crew_for, variants
+from poise.comparison.statistics import bootstrap, reached, spread, threshold
+from poise.pipeline import Options
+from poise.protocols import DEFAULT
+from poise.recipes import Data, Network, Recipe, Stage
+from poise.recipes.settings import Changes
+from poise.results import Result, read_results, write_result
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
+TINY = Recipe(
+    name="tiny",
+    data=Data("array"),
+    network=Network("mlp", latent_dim=3, hidden=(16,), second_hidden=8),
+    first=Stage(epochs=4, batch_size=20, learning_rate=1e-2),
+    second=Stage(epochs=3, batch_size=20, learning_rate=1e-2),
+)
+BROKEN = "fixed:gamma2=1e-38"  # a loss beyond float32
+QUIET = Options(device="cpu", quiet=True)
+
+
+def result(label: str, seed: int, mse: float, curve: list[float] | None = None) -> Result:
+    """A result with an error, and no other figures."""
+    curve = curve or [mse]
+    points = {"images_seen": [1000 * (k + 1) for k in range(len(curve))], "seconds": [2.0 * (k + 1) for k in range(len(curve))]}
+    made = {"poise": "0", "machine": {"processor": "p", "threads": 1}, "device": "cpu"}
+    evaluation = {"protocols": {}, "measurements": [], "notes": [], "reconstruction": {"mse": mse}}
+    return Result("trial", label, seed, {}, {}, made, {"training": 5.0}, {"1": points | {"mse": curve}}, evaluation)
+
+
+# statistics
+
+
+def test_of_three_values_the_bootstrap_interval_is_their_range():
+    """The mean of three draws is the least value with probability 1/27, which is more than 2.5 %."""
+    assert bootstrap([3.0, -1.0, 2.0]) == (-1.0, 3.0)
+
+
+def test_the_bootstrap_interval_is_the_quantile_of_all_resamples():
+    values = [0.3, -1.2, 2.5, 0.9]
+    means = [statistics.fmean(chosen) for chosen in itertools.product(values, repeat=4)]
+    assert bootstrap(values) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.1)
+
+
+def test_the_bootstrap_interval_is_scipys():
+    values = np.random.default_rng(3).normal(size=30)
+    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(4))
+    width = theirs.confidence_interval.high - theirs.confidence_interval.low
+    assert bootstrap(values.tolist()) == pytest.approx(tuple(theirs.confidence_interval), abs=0.03 * width)
+
+
+def test_a_spread_is_the_sample_standard_deviation():
+    values = [1.0, 4.0, 9.0]
+    found = spread(values)
+    assert found is not None and (found.mean, found.n) == (np.mean(values), 3)
+    assert found.deviation == pytest.approx(np.std(values, ddof=1)) and spread([2.0]).deviation is None and spread([]) is None
+
+
+def test_differences_are_paired_by_seed_so_that_what_a_seed_does_to_both_cancels():
+    effects = {0: 0.0, 1: 50.0, 2: -30.0, 3: 7.0}
+    mine = [result("b", seed, 2.0 + 0.5 * (seed % 2) + effect) for seed, effect in effects.items()]
+    theirs = [result("a", seed, 1.0 + effect) for seed, effect in reversed(effects.items())] + [result("a", 9, 1e6)]
+    rows = {name: cell for name, cell in differences([*theirs, *mine], "a")}
+    assert rows["pairs"] == "4" and rows["test MSE (per dimension)"] == "+1.250 [+1.000, +1.500]"
+    assert differences([*theirs, *mine], "a")[0] == ["", "b - a"]
+
+
+def test_of_fewer_than_three_pairs_there_is_no_interval():
+    rows = dict(differences([result(label, seed, ord(label) / 100) for label in "ab" for seed in (0, 1)], "a"))
+    assert rows["test MSE (per dimension)"] == "+0.01000" and rows["pairs"] == "2"
+
+
+def test_a_table_has_mean_spread_and_number_of_seeds_and_says_what_failed():
+    results = [result("a", 0, 0.1), result("a", 1, 0.3), result("b", 0, 0.01)]
+    rows = table(results, {"b": 1, "c": 2})
+    assert rows[0] == ["", "a", "b", "c"] and rows[1] == ["seeds", "2", "1 (1 failed)", "0 (2 failed)"]
+    assert rows[2] == ["test MSE (per dimension)", "0.2000 ± 0.1414", "0.01000", "-"]
+    assert rows[-1][0] == "training seconds" and not any("GEN" in row[0] for row in rows)
+
+
+def test_markdown_has_the_cells_of_the_table():
+    rows = table([result("a", 0, 0.1), result("b", 0, 0.2)])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(rows).splitlines()]
+    assert [lines[0], *lines[2:]] == rows and set("".join(lines[1])) == {"-", ":"}
+
+
+def test_speed_counts_images_until_the_error_is_near_the_references_last():
+    fast, slow, never = [0.5, 0.2, 0.105, 0.1], [0.5, 0.4, 0.3, 0.11], [0.5, 0.4, 0.3, 0.2]
+    results = [result("a", 0, 0, fast), result("b", 0, 0, slow), result("b", 1, 0, never)]
+    assert threshold(results[:1]) == pytest.approx(0.11)
+    assert reached(results[0], 0.11).images == 3000 and reached(results[0], 0.11).seconds == 6.0
+    assert reached(results[2], 0.11) is None
+    assert speed(results, "a") == [
+        ["until training MSE <= 0.11", "a", "b"],
+        ["runs that reached it", "1 of 1", "1 of 2"],
+        ["thousand training images", "3.000", "4.000"],
+        ["training seconds", "6.000", "8.000"],
+    ]
+
+
+# plan
+
+
+def test_labels_change_stage_1_and_nothing_else():
+    labels = variants(["computed", "fixed:beta=4"], ["rae-l2"], None)
+    made = {label: Changes(**changes).apply(TINY) for label, changes in labels.items()}
+    assert [recipe.first.balance for recipe in made.values()] == ["computed", "fixed:beta=4", "fixed:gamma2=0.5"]
+    assert [recipe.first.objective for recipe in made.values()] == ["vae", "vae", "rae-l2"]
+    assert all(replace(recipe, first=TINY.first) == TINY for recipe in made.values())
+
+
+@pytest.mark.parametrize(("second", "expected"), [("same", ["learned", "computed"]), ("optimal", ["optimal", "optimal"])])
+def test_stage_2_may_follow_the_label_or_have_a_balance_for_all(second, expected):
+    labels = variants(["learned"], ["autoencoder"], second)
+    assert [Changes(**changes).apply(TINY).second.balance for changes in labels.values()] == expected
+
+
+def test_threads_depend_on_all_tasks_and_cores_are_not_shared_twice(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    cpu = torch.device("cpu")
+    shapes = [(len(crew.devices), crew.threads) for crew in (crew_for(cpu, None, n) for n in (1, 2, 3, 8, 30))]
+    assert shapes == [(1, 8), (2, 4), (3, 2), (8, 1), (8, 1)]
+    assert crew_for(cpu, 2, 30) == Crew(("cpu", "cpu"), 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert crew_for(torch.device("cuda"), None, 3).devices == ("cuda:0", "cuda:1")
+    assert crew_for(torch.device("cuda"), 3, 3).devices == ("cuda:0", "cuda:1", "cuda:0")
+    assert crew_for(torch.device("cuda:1"), 2, 3).devices == ("cuda:1", "cuda:1")
+
+
+def test_small_images_are_compared_by_pixels_and_others_by_what_is_at_hand(monkeypatch):
+    device = torch.device("cpu")
+    assert resolve_extractor("light", 8, device) == ("light", ())
+    assert resolve_extractor("auto", 8, device)[0] == "pixels"
+    monkeypatch.setattr(measuring, "choose_extractor", lambda *arguments: (DEFAULT, None, ("nothing",)))
+    spec, notes = resolve_extractor("auto", 32, device)
+    assert spec == "pixels" and "poise[light]" in notes[0]
+
+
+# execution, by processes that need no torch
+
+DOUBLE = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    task = json.loads(line)["task"]
+    if task["label"] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task["label"] == "complains":
+        sys.exit("what it said")
+    if task["label"] == "sleeps":
+        time.sleep(60)
+    state = {"state": "failed", "message": "too bad"} if task["label"] == "fails" else {"state": "done"}
+    print(json.dumps(state), flush=True)
+"""
+
+
+def tasks(folder: Path, *labels: str) -> list[Task]:
+    how = Measuring((DEFAULT,), "none", ())
+    return [Task("trial", label, TINY, folder / label, folder / "results", how) for label in labels]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_process_that_dies_or_a_task_that_fails_stops_no_other(jobs, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(execution, "START", DOUBLE)
+    todo = tasks(tmp_path, "good", "dies", "fails", "complains", "better")
+    outcome = execute(todo, Crew(("cpu",) * jobs, 1), 90, title="trial")
+    assert {name.split(",")[0]: message for name, message in outcome.failed.items()} == {
+        "dies": "its process ended by signal 9",
+        "fails": "too bad",
+        "complains": f"its process ended with exit code 1: what it said (see {tmp_path}/worker-{min(jobs, 3) and outcome_place(outcome)}.log)",
+    }
+    assert not outcome.late and "trial 145/145" in capfd.readouterr().err
+
+
+def outcome_place(outcome) -> str:
+    return outcome.failed["complains, seed 0"].split("worker-")[1].split(".")[0]
+
+
+def test_when_the_time_is_up_all_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "START", DOUBLE)
+    began = time.monotonic()
+    outcome = execute(
+        tasks(tmp_path, "good", "sleeps", "sleeps", "better"), Crew(("cpu",), 1), 90, title="t", until=began + 1, quiet=True
+    )
+    assert outcome.late and not outcome.failed and time.monotonic() - began < 30
+
+
+def test_a_task_survives_json(tmp_path):
+    (task,) = tasks(tmp_path, "fixed:beta=4")
+    task = replace(task, measuring=Measuring((DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)))
+    assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+# whole comparisons
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved, _ = newest_checkpoint(folder / "checkpoints")
+    assert saved is not None and saved.meta["finished"]
+    return saved.tensors
+
+
+def tiny(folder: Path, *balances: str, seeds: int = 1, **options) -> poise.Comparison:
+    return poise.compare(IMAGES, recipe=TINY, balances=balances, seeds=seeds, out=folder, jobs=1, options=QUIET, **options)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> poise.Comparison:
+    return tiny(tmp_path_factory.mktemp("comparisons") / "one", "computed", BROKEN, "learned")
+
+
+def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
+    run = poise.train(IMAGES, recipe=replace(TINY, first=replace(TINY.first, balance="learned")), out=tmp_path, options=QUIET)
+    mine, theirs = weights(compared.folder / "learned-0"), weights(tmp_path)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    evaluation = run.evaluate(extractor="pixels")
+    (found,) = [r for r in compared.results if r.label == "learned"]
+    assert found.value("FD-pixels", "GEN-2") == evaluation.value("FD-pixels", "GEN-2")
+    assert found.measurements()[0]["protocol"] == evaluation.to_json()["measurements"][0]["protocol"]
+
+
+def test_a_failed_run_is_in_the_table_and_the_others_are_finished(compared):
+    assert [r.label for r in compared.results] == ["computed", "learned"]
+    ((label, _), message), *others = compared.failed.items()
+    assert label == BROKEN and "not finite" in message and not others
+    assert compared.table()[1] == ["seeds", "1", "1", "0 (1 failed)"]
+    page = (compared.folder / "table.md").read_text()
+    assert page == str(compared) and f"failed: {BROKEN}, seed 0: the loss" in page and "FD-pixels of GEN-mixture" in page
+    assert read_results([compared.folder]) == sorted(compared.results, key=lambda r: r.label)
+
+
+def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_path, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("nothing was left to do")
+
+    monkeypatch.setattr(poise.comparison.experiment, "execute", forbidden)
+    again = tiny(compared.folder, "computed", "learned")
+    assert again.results == compared.results and not again.failed
+    for changed in ({"seeds": 2}, {"images": 5}, {"protocol": "dai-wipf"}, {"extractor": FLAT}):
+        with pytest.raises(AssertionError, match="nothing was left"):
+            tiny(compared.folder, "computed", **changed)
+
+
+FLAT = "light"
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 5}, {"latent_dim": 2}, {"second_balance": "same"}])
+def test_another_comparison_in_the_same_folder_is_refused(compared, changes):
+    with pytest.raises(poise.InputError, match="holds another experiment"):
+        tiny(compared.folder, "learned", **changes)
+
+
+def test_a_result_that_is_damaged_or_of_other_images_or_seeds_does_not_count(compared, tmp_path):
+    (good, *_) = compared.results
+    how = Measuring((), "pixels", ())
+    recipe = replace(TINY, data=Data(good.settings["data"]["source"]))
+    task = Task(good.experiment, good.label, recipe, tmp_path, tmp_path, how, checksum=good.data["checksum"])
+    path = write_result(good, tmp_path)
+    assert task.result_path == path and task.result() == good
+    assert replace(task, checksum="another").result() is None
+    assert replace(task, recipe=replace(recipe, first=replace(recipe.first, epochs=9))).result() is None
+    assert replace(task, recipe=replace(recipe, data=Data("elsewhere"))).result() == good
+    path.write_text(path.read_text()[:-9])
+    assert task.result() is None
+
+
+def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path):
+    found = tiny(tmp_path, "computed", priors=["normal"]).results[0]
+    assert found.settings["second"] is None and list(found.curves) == ["1"]
+    assert {m["of"] for m in found.measurements() if m["metric"] == "FD-pixels"} == {"REC", "GEN-1"}
+
+
+WRONG = {
+    "a balance": (["--balances", "computd"], "unknown balance 'computd'"),
+    "an option of a balance": (["--balances", "fixed:beta=x"], "beta='x' is not a number"),
+    "a label twice": (["--balances", "fixed", "fixed"], "fixed is given twice"),
+    "a model": (["--models", "gan"], "unknown objective 'gan'"),
+    "no stage 2": (["--priors", "second-stage", "--stages", "1"], "needs a second stage"),
+    "a stage 2 of nothing": (["--priors", "normal", "--second-epochs", "3"], "makes no sense with one stage"),
+    "seeds": (["--seeds", "0"], "seeds must be at least 1"),
+    "jobs": (["--jobs", "0"], "jobs must be at least 1"),
+    "data": (["nowhere"], "'nowhere' does not exist"),
+    "a recipe": (["--recipe", "nothing"], "unknown recipe"),
+    "a protocol": (["--protocol", "nothing"], "no protocol 'nothing'"),
+    "an extractor": (["--extractor", "nothing"], "no extractor 'nothing'"),
+    "a number of images": (["--images", "0"], "real must be at least 1"),
+    "a network": (["--network", "resnet"], "resnet"),
+    "an engine": (["--engine", "captured"], "captured step is for cuda"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_line_before_anything_starts(case, tmp_path, monkeypatch, capsys):
+    arguments, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["poise", "compare", *arguments, "--device", "cpu", "--out", "it"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    complaint = capsys.readouterr().err
+    assert exit.value.code == 2 and complaint.count("\n") == 1 and message in complaint and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(poise.InputError, match="not empty"):
+        tiny(tmp_path, "computed")
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts `poise compare` in a process group of its own, on images long to learn; what is left of it is killed."""
+    np.save(tmp_path / "it.npy", IMAGES)
+    how = "--network mlp --latent-dim 3 --epochs 400 --batch-size 20 --priors normal --seeds 1 --jobs 1 --device cpu"
+    command = [sys.executable, "-m", "poise", "compare", "it.npy", *how.split(), "--save-seconds", "0.05"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    processes: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        surroundings = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([*command, *arguments], start_new_session=True, **surroundings))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_an_experiment_killed_and_stopped_goes_on_to_the_same_numbers(started, tmp_path):
+    labels = ("--balances", "computed", "learned")
+    undisturbed = started(*labels, "--out", "undisturbed")
+    assert undisturbed.wait(120) == 0
+    first, second = (tmp_path / "it" / "results" / f"compare-it-{label}-0.json" for label in labels[1:])
+
+    process = started(*labels, "--out", "it")
+    wait_for(lambda: first.exists() and (tmp_path / "it" / "learned-0" / "checkpoints").exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    written = first.stat().st_mtime_ns
+    position = len((tmp_path / "it" / "learned-0" / "metrics.jsonl").read_text().splitlines())
+
+    process = started(*labels, "--out", "it")
+    log = tmp_path / "it" / "learned-0" / "metrics.jsonl"
+    wait_for(lambda: len(log.read_text().splitlines()) > position, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command to go on" in errors and "1 of them finished" in errors
+    assert not second.exists()
+
+    process = started(*labels, "--out", "it")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and first.stat().st_mtime_ns == written, errors
+    for label in ("computed-0", "learned-0"):
+        mine, theirs = weights(tmp_path / "it" / label), weights(tmp_path / "undisturbed" / label)
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    again, once = (read_results([tmp_path / name]) for name in ("it", "undisturbed"))
+    assert [r.evaluation for r in again] == [r.evaluation for r in once]
+    assert "learned - computed" in output
