@@ -90,7 +90,7 @@ def digits() -> torch.Tensor:
 
 def test_a_linear_autoencoder_reaches_the_error_of_pca():
     data = digits()
-    vae = fitted("autoencoder", data, 4, 400, learning_rate=3e-2, halve_every=80).vae
+    vae = fitted("autoencoder", data, 4, 300, learning_rate=3e-2, halve_every=60).vae
     pca = PCA(4).fit(data.numpy())
     error = np.square(data.numpy() - pca.inverse_transform(pca.transform(data.numpy()))).mean()
     with torch.no_grad():
@@ -178,13 +178,13 @@ def test_the_discrepancy_is_zero_on_average_for_equal_distributions_and_positive
 def test_the_discrepancy_weighs_as_much_as_asked_for_and_is_one_number_for_the_batch():
     vae, images, noise = linear_vae(6, 3), torch.randn(10, 6, dtype=torch.double), torch.randn(10, 3)
     terms = make_objective("wae-mmd:weight=7")(vae, poise.FixedBalance(), images, noise)
-    expected = 7 * squared_mmd(vae.encode(images).mean.float(), noise)
+    expected = 7 * squared_mmd(vae.encode(images).mean, noise.double())
     assert float(terms.kl) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_with_a_discrepancy_codes_come_to_look_like_the_prior():
     data = 5 * torch.randn(200, 3, dtype=torch.double) + 3
-    codes = fitted("wae-mmd:weight=1000", data, 3, 200, learning_rate=6e-2, halve_every=50).vae.encode(data).mean.detach()
+    codes = fitted("wae-mmd:weight=1000", data, 3, 120, learning_rate=1e-1, halve_every=30).vae.encode(data).mean.detach()
     assert float(codes.mean(0).abs().max()) < 0.15
     assert torch.cov(codes.T) == pytest.approx(torch.eye(3).numpy(), abs=0.2)
 
@@ -382,4 +382,4 @@ def test_half_a_square_and_the_weights_norm_are_exact():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
         layer.bias.fill_(9.0)
-    assert float(weight_norm(nn.Sequential(layer, nn.BatchNorm1d(1)))) == 5
+    assert float(weight_norm(nn.Sequential(layer, nn.BatchNorm1d(1))).detach()) == 5
