@@ -83,7 +83,7 @@ def test_differences_are_paired_by_seed_so_that_what_a_seed_does_to_both_cancels
     effects = {0: 0.0, 1: 50.0, 2: -30.0, 3: 7.0}
     mine = [result("b", seed, 2.0 + 0.5 * (seed % 2) + effect) for seed, effect in effects.items()]
     theirs = [result("a", seed, 1.0 + effect) for seed, effect in reversed(effects.items())] + [result("a", 9, 1e6)]
-    rows = {name: cell for name, cell in differences([*theirs, *mine], "a")}
+    rows = dict(differences([*theirs, *mine], "a"))
     assert rows["pairs"] == "4" and rows["test MSE (per dimension)"] == "+1.250 [+1.000, +1.500]"
     assert differences([*theirs, *mine], "a")[0] == ["", "b - a"]
 
@@ -187,16 +187,11 @@ def test_a_process_that_dies_or_a_task_that_fails_stops_no_other(jobs, tmp_path,
     monkeypatch.setattr(execution, "START", DOUBLE)
     todo = tasks(tmp_path, "good", "dies", "fails", "complains", "better")
     outcome = execute(todo, Crew(("cpu",) * jobs, 1), 90, title="trial")
-    assert {name.split(",")[0]: message for name, message in outcome.failed.items()} == {
-        "dies": "its process ended by signal 9",
-        "fails": "too bad",
-        "complains": f"its process ended with exit code 1: what it said (see {tmp_path}/worker-{min(jobs, 3) and outcome_place(outcome)}.log)",
-    }
+    messages = {name.removesuffix(", seed 0"): message for name, message in outcome.failed.items()}
+    complaint = messages.pop("complains")
+    assert messages == {"dies": "its process ended by signal 9", "fails": "too bad"}
+    assert complaint.startswith("its process ended with exit code 1: what it said (see ")
     assert not outcome.late and "trial 145/145" in capfd.readouterr().err
-
-
-def outcome_place(outcome) -> str:
-    return outcome.failed["complains, seed 0"].split("worker-")[1].split(".")[0]
 
 
 def test_when_the_time_is_up_all_stop(tmp_path, monkeypatch):
@@ -259,12 +254,9 @@ def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_
     monkeypatch.setattr(poise.comparison.experiment, "execute", forbidden)
     again = tiny(compared.folder, "computed", "learned")
     assert again.results == compared.results and not again.failed
-    for changed in ({"seeds": 2}, {"images": 5}, {"protocol": "dai-wipf"}, {"extractor": FLAT}):
+    for changed in ({"seeds": 2}, {"images": 5}, {"protocol": "dai-wipf"}, {"extractor": "light"}):
         with pytest.raises(AssertionError, match="nothing was left"):
             tiny(compared.folder, "computed", **changed)
-
-
-FLAT = "light"
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 5}, {"latent_dim": 2}, {"second_balance": "same"}])
@@ -307,7 +299,7 @@ WRONG = {
     "a protocol": (["--protocol", "nothing"], "no protocol 'nothing'"),
     "an extractor": (["--extractor", "nothing"], "no extractor 'nothing'"),
     "a number of images": (["--images", "0"], "real must be at least 1"),
-    "a network": (["--network", "resnet"], "resnet"),
+    "a network": (["--network", "infogan", "--size", "9"], "not 9"),
     "an engine": (["--engine", "captured"], "captured step is for cuda"),
 }
 
