@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ TINY = Recipe(
 )
 BROKEN = "fixed:gamma2=1e-38"  # a loss beyond float32
 QUIET = Options(device="cpu", quiet=True)
+OFTEN = replace(QUIET, save_seconds=0.05)
 
 
 def result(label: str, seed: int, mse: float, curve: list[float] | None = None) -> Result:
@@ -203,6 +205,15 @@ def test_when_the_time_is_up_all_stop(tmp_path, monkeypatch):
     assert outcome.late and not outcome.failed and time.monotonic() - began < 30
 
 
+def test_a_signal_stops_all_and_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "START", DOUBLE)
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    began, todo = time.monotonic(), tasks(tmp_path, "sleeps", "better")
+    with pytest.raises(poise.Interrupted, match="run the same command to go on"):
+        execute(todo, Crew(("cpu",), 1), 90, title="t", quiet=True)
+    assert time.monotonic() - began < 30
+
+
 def test_a_task_survives_json(tmp_path):
     (task,) = tasks(tmp_path, "fixed:beta=4")
     task = replace(task, measuring=Measuring((DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)))
@@ -321,60 +332,37 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         tiny(tmp_path, "computed")
 
 
-@pytest.fixture
-def started(tmp_path):
-    """Starts `poise compare` in a process group of its own, on images long to learn; what is left of it is killed."""
-    np.save(tmp_path / "it.npy", IMAGES)
-    how = "--network mlp --latent-dim 3 --epochs 400 --batch-size 20 --priors normal --seeds 1 --jobs 1 --device cpu"
-    command = [sys.executable, "-m", "poise", "compare", "it.npy", *how.split(), "--save-seconds", "0.05"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    processes: list[subprocess.Popen] = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        surroundings = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([*command, *arguments], start_new_session=True, **surroundings))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+LONG = replace(TINY, first=replace(TINY.first, epochs=200), second=None)
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def start(folder: Path) -> subprocess.Popen:
+    """A comparison of LONG in a process group of its own."""
+    code = f"""
+import poise, test_comparison as t
+labels = dict(recipe=t.LONG, balances=["computed", "learned"], stages=1, seeds=1)
+poise.compare(t.IMAGES, **labels, out={str(folder)!r}, jobs=1, options=t.OFTEN)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, start_new_session=True)
 
 
 @pytest.mark.slow
-def test_an_experiment_killed_and_stopped_goes_on_to_the_same_numbers(started, tmp_path):
-    labels = ("--balances", "computed", "learned")
-    undisturbed = started(*labels, "--out", "undisturbed")
-    assert undisturbed.wait(120) == 0
-    first, second = (tmp_path / "it" / "results" / f"compare-it-{label}-0.json" for label in labels[1:])
-
-    process = started(*labels, "--out", "it")
-    wait_for(lambda: first.exists() and (tmp_path / "it" / "learned-0" / "checkpoints").exists(), process)
+def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_numbers(tmp_path):
+    first, second = (tmp_path / "results" / f"compare-tiny-{label}-0.json" for label in ("computed", "learned"))
+    process = start(tmp_path)
+    while not (first.exists() and any((tmp_path / "learned-0" / "checkpoints").glob("[0-9]*"))):
+        assert process.poll() is None
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    written = first.stat().st_mtime_ns
-    position = len((tmp_path / "it" / "learned-0" / "metrics.jsonl").read_text().splitlines())
-
-    process = started(*labels, "--out", "it")
-    log = tmp_path / "it" / "learned-0" / "metrics.jsonl"
-    wait_for(lambda: len(log.read_text().splitlines()) > position, process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command to go on" in errors and "1 of them finished" in errors
+    process.wait()
     assert not second.exists()
-
-    process = started(*labels, "--out", "it")
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and first.stat().st_mtime_ns == written, errors
-    for label in ("computed-0", "learned-0"):
-        mine, theirs = weights(tmp_path / "it" / label), weights(tmp_path / "undisturbed" / label)
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    again, once = (read_results([tmp_path / name]) for name in ("it", "undisturbed"))
-    assert [r.evaluation for r in again] == [r.evaluation for r in once]
-    assert "learned - computed" in output
+    written = first.stat().st_mtime_ns
+    again = poise.compare(
+        IMAGES, recipe=LONG, balances=["computed", "learned"], stages=1, seeds=1, out=tmp_path, jobs=1, options=QUIET
+    )
+    assert len(again.results) == 2 and first.stat().st_mtime_ns == written
+    alone = poise.train(
+        IMAGES, recipe=replace(LONG, first=replace(LONG.first, balance="learned")), out=tmp_path / "alone", options=QUIET
+    )
+    mine, theirs = weights(tmp_path / "learned-0"), weights(alone.folder)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

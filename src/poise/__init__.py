@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from poise.pipeline import Options, train
     from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
+    from poise.reproduction import reproduce
     from poise.results import Result, read_results
     from poise.run import Run, load
     from poise.vae import VAE
@@ -71,6 +72,7 @@ __all__ = [
     "protocols",
     "read_results",
     "recipes",
+    "reproduce",
     "train",
 ]
 
@@ -94,6 +96,7 @@ _HOMES = {
     "pipeline": ("Options", "train"),
     "protocols": ("Measurement", "Protocol"),
     "recipes": ("Recipe",),
+    "reproduction": ("reproduce",),
     "results": ("Result", "read_results"),
     "run": ("Run", "load"),
     "vae": ("VAE",),

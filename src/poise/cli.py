@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare, reproduce.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -21,10 +21,11 @@ from tyro.conf import Positional, arg
 
 from poise.errors import InputError, Interrupted, RunError
 from poise.protocols import NO_EXTRACTOR, PROTOCOLS, table
-from poise.recipes import RECIPES, find_recipe
+from poise.recipes import EXPERIMENTS, RECIPES, find_recipe
 from poise.recipes.settings import Changes, Generation, Recipe, Renormalise, given
 
 if TYPE_CHECKING:
+    from poise.comparison import Comparison
     from poise.evaluation import Evaluation
     from poise.run import Run
 
@@ -418,9 +419,58 @@ class Compare:
         comparison = compare(self.data, options=options, **chosen)
         print(comparison)
         print(f"table: {comparison.folder}/table.md; runs: {comparison.folder}/LABEL-SEED")
-        if comparison.failed:
-            count = len(comparison.failed)
-            raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
+        fail_if_any(comparison)
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Do a published experiment: both stages, all ways to sample, each protocol it was scored under, beside published numbers.
+
+    Run the same command again to go on after an interruption, or after --minutes.
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
+    data: Annotated[
+        str | None, arg(help="where its images are, if not in ./data or POISE_DATA", help_behavior_hint="(default: by name)")
+    ] = None
+    balances: Annotated[
+        tuple[str, ...] | None,
+        arg(help="balances of stage 1, for instance computed learned optimal", help_behavior_hint=RECIPES_OWN),
+    ] = None
+    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
+    length: Annotated[float, arg(help="share of the full length, for a trial; its label says so")] = 1.0
+    minutes: Annotated[float | None, arg(help="stop after so many, with all saved", help_behavior_hint="(default: never)")] = (
+        None
+    )
+    out: Annotated[Path | None, arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)")] = None
+    results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
+    extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
+    jobs: Annotated[
+        int | None,
+        arg(help="runs at the same time", help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)"),
+    ] = None
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
+
+    def run(self) -> None:
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
+        from poise.pipeline import Options
+        from poise.reproduction import reproduce, text
+
+        comparison = reproduce(self.name, options=Options(self.device, engine=self.engine), **chosen)
+        if comparison.results or comparison.failed:
+            print(text(comparison))
+            print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
+        if comparison.late:
+            print(f"stopped after {self.minutes:g} minutes; run the same command again to go on")
+        fail_if_any(comparison)
+
+
+def fail_if_any(comparison: "Comparison") -> None:
+    """Raises RunError where a run has failed."""
+    if comparison.failed:
+        count = len(comparison.failed)
+        raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
 
 
 COMMANDS = {
@@ -431,6 +481,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "diagnose": Diagnose,
     "compare": Compare,
+    "reproduce": Reproduce,
 }
 
 

@@ -7,7 +7,7 @@ same noise), so that what a seed does to both cancels. Its interval is the perce
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,11 +35,18 @@ SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 def figures(result: Result) -> dict[str, float]:
     """The numbers of a result that tables show, by name; those that were not measured, or are undefined, are left out."""
     values = {name: _value(result, where) for name, where in PAGES.items()}
-    if (distance := result.distance_name) is not None:
-        first = next(m["protocol"] for m in result.evaluation["measurements"] if m["metric"] == distance)
-        values |= {f"{distance} of {of}": _value(result, distance, of, first) for of in SETS}
-    values["training seconds"] = _value(result, "seconds.training")
+    values |= dict(_distances(result)) | {"training seconds": _value(result, "seconds.training")}
     return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _distances(result: Result) -> Iterator[tuple[str, float]]:
+    """Frechet distances of all sets, with their protocols' names where there are several."""
+    distance = result.distance_name
+    codes = dict.fromkeys(m["protocol"] for m in result.evaluation["measurements"] if m["metric"] == distance)
+    for code in codes:
+        under = f", {result.evaluation['protocols'][code]['name']}" if len(codes) > 1 else ""
+        for of in SETS:
+            yield f"{distance} of {of}{under}", _value(result, str(distance), of, code)
 
 
 def _value(result: Result, *where: str) -> float:

@@ -4,7 +4,7 @@ from poise.errors import InputError
 from poise.recipes import celeba64, cifar10, digits, fashion_mnist, images, mnist
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage
 
-__all__ = ["RECIPES", "Data", "Generation", "Network", "Recipe", "Stage", "find_recipe"]
+__all__ = ["EXPERIMENTS", "RECIPES", "Data", "Generation", "Network", "Recipe", "Stage", "find_recipe"]
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -21,6 +21,9 @@ RECIPES: dict[str, Recipe] = {
         images.IMAGES,
     )
 }
+
+EXPERIMENTS = tuple(name for name in RECIPES if name not in (digits.DIGITS.name, images.IMAGES.name))
+"""Recipes of published experiments, and shorter ones on the same data."""
 
 
 def find_recipe(name: str | None, data: str | None = None) -> Recipe:

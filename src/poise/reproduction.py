@@ -1,0 +1,136 @@
+"""Published experiments, complete: both stages, every way to sample, the protocols they were scored under, published numbers.
+
+The settings are a recipe's (`poise.recipes`), each departure a named switch there. An experiment can be done in pieces.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from poise.comparison import Comparison, Experiment, conduct
+from poise.comparison.plan import variants
+from poise.datasets import NAMES as DATA_NAMES
+from poise.errors import InputError
+from poise.files import write_file
+from poise.pipeline import Options, resolve
+from poise.protocols import PROTOCOLS, Protocol
+from poise.recipes import EXPERIMENTS, RECIPES
+from poise.recipes.settings import Generation, Recipe, Stage
+from poise.results import safe_name
+from poise.run import GENERATIONS
+
+AUTHORS = {"cifar10": "released", "celeba64": "released-celeba"}  # the authors' own evaluation, by data set
+
+
+def reproduce(
+    name: str,
+    *,
+    data: str | Path | None = None,
+    balances: Sequence[str] | None = None,
+    seeds: int = 1,
+    length: float = 1.0,
+    minutes: float | None = None,
+    out: str | Path | None = None,
+    results: str | Path = "results",
+    extractor: str = "auto",
+    jobs: int | None = None,
+    options: Options = Options(),
+) -> Comparison:
+    """The experiment of a recipe, or what is left of it; called again with the same arguments, it goes on where it stopped.
+
+    Every run is measured under the `default` protocol with latent renormalisation and without, as Dai & Wipf scored, and, on
+    the data sets of the paper, as its authors scored.
+
+    Args:
+        name: of the recipe: cifar10, cifar10-released, celeba64, celeba64-released, mnist, fashion-mnist, ...
+        data: in place of the recipe's own name: a folder, an .npz or .npy file, hf:owner/name.
+        balances: of stage 1, one label each; None: the recipe's own.
+        seeds: 0, 1, ... so many.
+        length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
+        minutes: after so many all stops, with its state saved; None: never.
+        out: folder of the runs; None: runs/reproduce-NAME.
+        results: folder of the results.
+        extractor: see `poise.evaluate`.
+        jobs, options: see `poise.compare`.
+
+    Raises:
+        InputError: an unknown name, a wrong option, data that are not there.
+        Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
+    """
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    if name not in EXPERIMENTS:
+        raise InputError(f"there is no experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
+    if not 0 < length <= 1:
+        raise InputError(f"length must be a share of the whole, above 0 and at most 1, not {length}")
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"minutes must be greater than 0, not {minutes}")
+    experiment = experiment_of(name, data, balances, seeds, length, extractor)
+    if not options.quiet:
+        print(cost(RECIPES[name], experiment, length), file=sys.stderr, flush=True)
+    folder = Path(out or Path("runs") / safe_name("reproduce", name))
+    comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
+    write_file(folder / "table.md", text(comparison).encode())
+    return comparison
+
+
+def experiment_of(
+    name: str, data: str | Path | None, balances: Sequence[str] | None, seeds: int, length: float, extractor: str
+) -> Experiment:
+    """What is to be done."""
+    recipe = RECIPES[name]
+    base = with_data(shortened(recipe, length), data)
+    trial = "" if length == 1 else f" (length {length:g})"
+    labels = variants(balances or [recipe.first.balance], (), None)
+    named = {label + trial: changes for label, changes in labels.items()}
+    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor)
+
+
+def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
+    """The recipe with another source of the same images. Only CelebA's folder of files has an order to be listed in."""
+    if data is None:
+        return recipe
+    found = resolve(str(data), recipe, None)
+    if found.data.source not in DATA_NAMES and Path(found.data.source).is_file():
+        return replace(found, data=replace(found.data, file_order="sorted"))
+    return found
+
+
+def shortened(recipe: Recipe, length: float) -> Recipe:
+    """The recipe with a share of its epochs, at least one, and its learning rates halved at the same shares."""
+    second = recipe.second and _shortened_stage(recipe.second, length)
+    return recipe if length == 1 else replace(recipe, first=_shortened_stage(recipe.first, length), second=second)
+
+
+def _shortened_stage(stage: Stage, length: float) -> Stage:
+    assert stage.epochs is not None
+    halve_every = stage.halve_every and max(1, round(stage.halve_every * length))
+    return replace(stage, epochs=max(1, round(stage.epochs * length)), halve_every=halve_every)
+
+
+def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
+    """The default one as the recipe samples, with renormalisation and without; Dai & Wipf's; the authors' for their data."""
+    default, own = PROTOCOLS["default"], recipe.generation
+    ways: dict[str, Generation] = {
+        "default-renormalised": replace(own, renormalise="always"),
+        "default-not-renormalised": replace(own, renormalise="never"),
+    }
+    others = [replace(default, name=name, generation=way) for name, way in ways.items() if way != own]
+    authors = [PROTOCOLS[AUTHORS[recipe.data.source]]] if recipe.data.source in AUTHORS else []
+    return (default, *others, PROTOCOLS["dai-wipf"], *authors)
+
+
+def cost(recipe: Recipe, experiment: Experiment, length: float) -> str:
+    """What the experiment takes, before it starts."""
+    runs = len(experiment.planned())
+    share = "" if length == 1 else f", of which {length:g} is done"
+    departs = recipe.data.file_order != experiment.base.data.file_order
+    note = "; the file's own order of images in place of the listing of a folder" if departs else ""
+    return f"{recipe.name}: {runs} run{'s' * (runs > 1)}; cost of each in full: {recipe.cost}{share}{note}"
+
+
+def text(comparison: Comparison) -> str:
+    """Our numbers and, below them, the published ones."""
+    published = [f"- published: {line}" for line in RECIPES[comparison.name].published]
+    return f"{comparison}\n" + "\n".join([*published, "" if published else "- nothing comparable is published"]).strip() + "\n"
