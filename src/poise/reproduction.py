@@ -67,8 +67,8 @@ def reproduce(
     if minutes is not None and not minutes > 0:
         raise InputError(f"minutes must be greater than 0, not {minutes}")
     experiment = experiment_of(name, data, balances, seeds, length, extractor)
-    if not options.quiet:
-        print(cost(RECIPES[name], experiment, length), file=sys.stderr, flush=True)
+    if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
+        print("poise: note: the order of images is the file's own: only a folder of files can be listed", file=sys.stderr)
     folder = Path(out or Path("runs") / safe_name("reproduce", name))
     comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
     write_file(folder / "table.md", text(comparison).encode())
@@ -99,8 +99,11 @@ def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
 
 def shortened(recipe: Recipe, length: float) -> Recipe:
     """The recipe with a share of its epochs, at least one, and its learning rates halved at the same shares."""
+    if length == 1:
+        return recipe
     second = recipe.second and _shortened_stage(recipe.second, length)
-    return recipe if length == 1 else replace(recipe, first=_shortened_stage(recipe.first, length), second=second)
+    cost = f"in full {recipe.cost}"
+    return replace(recipe, first=_shortened_stage(recipe.first, length), second=second, cost=cost)
 
 
 def _shortened_stage(stage: Stage, length: float) -> Stage:
@@ -119,15 +122,6 @@ def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
     others = [replace(default, name=name, generation=way) for name, way in ways.items() if way != own]
     authors = [PROTOCOLS[AUTHORS[recipe.data.source]]] if recipe.data.source in AUTHORS else []
     return (default, *others, PROTOCOLS["dai-wipf"], *authors)
-
-
-def cost(recipe: Recipe, experiment: Experiment, length: float) -> str:
-    """What the experiment takes, before it starts."""
-    runs = len(experiment.planned())
-    share = "" if length == 1 else f", of which {length:g} is done"
-    departs = recipe.data.file_order != experiment.base.data.file_order
-    note = "; the file's own order of images in place of the listing of a folder" if departs else ""
-    return f"{recipe.name}: {runs} run{'s' * (runs > 1)}; cost of each in full: {recipe.cost}{share}{note}"
 
 
 def text(comparison: Comparison) -> str:

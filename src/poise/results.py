@@ -121,7 +121,8 @@ def safe_name(*parts: str | int) -> str:
         >>> safe_name("compare-digits", "fixed:beta=4", 0)
         'compare-digits-fixed-beta=4-0'
     """
-    return re.sub(r"[^\w.,=+-]+", "-", "-".join(map(str, parts)), flags=re.ASCII).strip("-.")
+    plain = re.sub(r"[^\w.,=+-]+", "-", "-".join(map(str, parts)), flags=re.ASCII)
+    return re.sub("-{2,}", "-", plain).strip("-.")
 
 
 def result_of(

@@ -128,7 +128,7 @@ def conduct(
         crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
         open_folder(folder, experiment, dataset)
         del dataset  # the processes read it for themselves
-        outcome = carry_out(tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet)
+        outcome = carry_out(tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost)
     return collected(experiment, tasks, outcome, folder)
 
 
@@ -176,26 +176,38 @@ def tasks_of(
 
 
 def carry_out(
-    tasks: Sequence[Task], crew: Crew, num_images: int, *, title: str, until: float | None = None, quiet: bool = False
+    tasks: Sequence[Task],
+    crew: Crew,
+    num_images: int,
+    *,
+    title: str,
+    until: float | None = None,
+    quiet: bool = False,
+    cost: str = "",
 ) -> Outcome:
-    """Do the tasks that have no result yet, after saying what they are."""
+    """Do the tasks that have no result yet, after saying what they are.
+
+    Args:
+        tasks: all, finished or not.
+        crew, num_images, title, until, quiet: see `execute`.
+        cost: of a run, in words.
+    """
     undone = [task for task in tasks if task.result() is None]
     if not quiet:
-        print(announce(title, tasks, undone, crew, num_images), file=sys.stderr, flush=True)
+        print(announce(title, tasks, undone, crew, num_images) + (f"; {cost}" if cost else ""), file=sys.stderr, flush=True)
     if not undone or (until is not None and time.monotonic() > until):
         return Outcome(late=bool(undone))
     return execute(undone, crew, num_images, title=title, until=until, quiet=quiet)
 
 
 def announce(title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int) -> str:
-    """What is about to be done, and what it costs where that is known."""
+    """What is about to be done."""
     recipe = tasks[0].recipe
     lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in (recipe.first, recipe.second) if stage)
     labels, seeds = len({task.label for task in tasks}), len({task.recipe.seed for task in tasks})
     runs = f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths} steps"
     finished = f", {len(tasks) - len(undone)} of them finished" if len(undone) < len(tasks) else ""
-    cost = f"; {recipe.cost}" if recipe.cost else ""
-    return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}{cost}"
+    return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}"
 
 
 def collected(experiment: Experiment, tasks: Sequence[Task], outcome: Outcome, folder: Path) -> Comparison:
