@@ -1,0 +1,215 @@
+"""The parts of a report, each as HTML; what has no content is left out, what is missing is said."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from poise.diagnosis import Diagnosis
+from poise.errors import InputError
+from poise.report import tables, words
+from poise.report.curves import styles_of
+from poise.report.markup import legend, paragraphs, picture, plot, section, subhead, table, text, toggle
+from poise.report.models import PRIORS, Exhibit
+from poise.report.records import Record, labels_of
+
+TILES = (
+    ("MSE", "reconstruction", "mse_as_shown", ".4g", "per dimension"),
+    ("PSNR", "reconstruction", "psnr_db", ".2f", "dB"),
+    ("KL", "reconstruction", "kl_nats", ".2f", "nats per image"),
+    ("ELBO", "reconstruction", "elbo_nats", ".1f", "nats per image"),
+    ("active latents", "latents", "active_units", "d", ""),
+)
+
+
+def summary(records: Sequence[Record], exhibits: Sequence[Exhibit]) -> str:
+    """What this is, what came out, what to do."""
+    several = len(records) > 1
+    what = [words.group_sentence(records)] if several else []
+    what += [words.model_sentence(exhibits[0].record)] if len(exhibits) == 1 else []
+    came = words.group_results(records) if several else words.result_sentences(records[0])
+    tiles = "" if several else _tiles(records[0])
+    return section(
+        "summary",
+        "In short",
+        '<div class="short">',
+        _part("What this is", what),
+        _part("What came out", came or ["Nothing was measured yet."]),
+        _part("What to do", _advice(exhibits)),
+        "</div>",
+        tiles,
+    )
+
+
+def _part(title: str, sentences: Sequence[str]) -> str:
+    return f"<div>{subhead(title)}{paragraphs(sentences)}</div>"
+
+
+def _advice(exhibits: Sequence[Exhibit]) -> list[str]:
+    if len(exhibits) == 1:
+        return words.advice(exhibits[0].record, exhibits[0].diagnosis)
+    lines = [f"{e.record.label}: {line}" for e in exhibits for line in words.advice(e.record, e.diagnosis)[:1]]
+    return list(dict.fromkeys(lines))
+
+
+def _tiles(record: Record) -> str:
+    shown = [_tile(name, record.figures.get(page, {}).get(key), style, unit) for name, page, key, style, unit in _tiles_of(record)]
+    name = words.distance_name([record])
+    for measured in tables.measurements_or_none(record):
+        if measured.metric == name:
+            shown.append(_tile(f"{name} {measured.of}", measured.value, ".4g", f"protocol {measured.protocol.hash}"))
+    return f'<dl class="tiles">{"".join(shown)}</dl>' if any(shown) else ""
+
+
+def _tiles_of(record: Record) -> list[tuple[str, str, str, str, str]]:
+    return [tile for tile in TILES if record.has_kl or tile[2] not in ("kl_nats", "elbo_nats", "active_units")]
+
+
+def _tile(name: str, value: float | None, style: str, unit: str) -> str:
+    if value is None:
+        return ""
+    return f"<div><dt>{text(name)}</dt><dd>{words.number(value, style)} <small>{text(unit)}</small></dd></div>"
+
+
+def samples(exhibits: Sequence[Exhibit]) -> str:
+    """Grids of each prior beside real images, and reconstructions below their originals."""
+    return section("samples", "Samples and reconstructions", *(_pictures_of(e, named=len(exhibits) > 1) for e in exhibits))
+
+
+def _pictures_of(shown: Exhibit, *, named: bool) -> str:
+    head = subhead(shown.record.name) if named else ""
+    return head + paragraphs(shown.missing, "missing") + _grids(shown) + _pairs(shown)
+
+
+def _grids(shown: Exhibit) -> str:
+    grids = [picture(shown.real, "grid of real test images", "Real test images")] if shown.real else []
+    for label, uri in shown.samples.items():
+        grids.append(picture(uri, f"grid of generated images, {label}", f"{label}: {PRIORS[label]}"))
+    if shown.kept_samples:
+        grids.append(picture(shown.kept_samples, "grid of generated images", "Samples, as drawn at the end of training"))
+    return f'<div class="grids">{"".join(grids)}</div>' if grids else ""
+
+
+def _pairs(shown: Exhibit) -> str:
+    if shown.pairs:
+        made = "mean" if shown.record.recipe["generation"]["reconstruct_from"] == "mean" else "sample"
+        caption = f"Test images, and below each its reconstruction from the {made} of its posterior"
+        return f'<div class="wide">{picture(shown.pairs, "test images above their reconstructions", caption)}</div>'
+    if shown.kept_pairs:
+        caption = "Test images, each with its reconstruction to the right, as drawn at the end of training"
+        return f'<div class="wide">{picture(shown.kept_pairs, "test images beside their reconstructions", caption)}</div>'
+    return ""
+
+
+def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> str:
+    """The curves of both stages."""
+    if not figures:
+        return section("training", "Training", paragraphs(["No curves: there is no log (metrics.jsonl)."], "missing"))
+    toggled = toggle("axis", {"images": "images seen", "seconds": "training time"})
+    parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))]
+    no_kl = labels_of([record for record in records if not record.has_kl])
+    notes = [f"{words.listed(no_kl)}: deterministic, without KL and balance; their curves are those of the error."] if no_kl else []
+    keys = legend(styles_of(labels_of(records)))
+    intro = "One thin line for each seed, one colour for each label." if len(records) > 1 else ""
+    return section("training", "Training", f'<div class="bar">{toggled}{keys}</div>', paragraphs([intro, *notes] if intro else notes), *parts)
+
+
+def _figures_of(stage: int, figures: Sequence[dict[str, Any]], title: str) -> str:
+    mine = [plot(figure) for figure in figures if figure["stage"] == stage]
+    return f'{subhead(title)}<div class="charts">{"".join(mine)}</div>' if mine else ""
+
+
+def latents(exhibits: Sequence[Exhibit], records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> str:
+    """The latent page of the first seed of each label."""
+    if not figures:
+        return section("latents", "Latents", paragraphs(["There are no codes yet: stage 1 is not finished."], "missing"))
+    several = len(records) > len(exhibits)
+    notes = [f"Of the first seed of each label: {words.listed([e.record.name for e in exhibits])}."] if several else []
+    no_kl = [e.record.label for e in exhibits if not e.record.has_kl]
+    notes += [f"{words.listed(no_kl)}: deterministic; codes without a posterior variance, and so without a KL."] if no_kl else []
+    notes.append("From the posteriors of the training images.")
+    parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1"), (2, "Stage 2: latents of latents"))]
+    return section("latents", "Latents", legend(styles_of(labels_of(records))), paragraphs(notes), *parts)
+
+
+def diagnosis(exhibits: Sequence[Exhibit]) -> str:
+    """What `poise.diagnose` says."""
+    return section("diagnosis", "Diagnosis", *(_diagnosis_of(shown, named=len(exhibits) > 1) for shown in exhibits))
+
+
+def _diagnosis_of(shown: Exhibit, *, named: bool) -> str:
+    head = subhead(shown.record.name) if named else ""
+    if shown.diagnosis is None:
+        reasons = [line for line in shown.missing if "diagnosis" in line] or ["No diagnosis: the model cannot be loaded."]
+        return head + paragraphs(reasons, "missing")
+    return head + _findings(shown.diagnosis)
+
+
+def _findings(found: Diagnosis) -> str:
+    verdict = f'<p class="verdict good">{text(found.verdict)}</p><ul>{"".join(f"<li>{text(line)}</li>" for line in found.evidence)}</ul>'
+    causes = "".join(
+        f"<li><strong>{text(finding.name)}</strong> {text(finding.sentence)}<br><em>Try:</em> {text(finding.remedy)}</li>"
+        for finding in found.findings
+    )
+    return (verdict if found.healthy else f'<ol class="findings">{causes}</ol>') + paragraphs(found.notes, "note")
+
+
+def numbers(records: Sequence[Record]) -> str:
+    """The comparison, and the figures of each run with their protocols."""
+    compared = _comparison(records) if len(records) > 1 else ""
+    return section("numbers", "Numbers", compared, *(_numbers_of(record, named=len(records) > 1) for record in records))
+
+
+def _comparison(records: Sequence[Record]) -> str:
+    note = "Means over the seeds of each label, ± their standard deviation."
+    return subhead("Comparison", "comparison") + paragraphs([note]) + table(tables.comparison_rows(records), kind="numbers")
+
+
+def _numbers_of(record: Record, *, named: bool) -> str:
+    figures = [["figure", "value"], *map(list, tables.figures_table(record.figures))]
+    content = table(figures, kind="numbers figures") if len(figures) > 1 else ""
+    content += paragraphs(record.missing, "missing") + _measured(record)
+    content += paragraphs((record.evaluation or {}).get("notes", []), "note")
+    if not named:
+        return content
+    return f'<details><summary>{text(record.name)}</summary>{content}</details>'
+
+
+def _measured(record: Record) -> str:
+    if record.evaluation is None:
+        return ""
+    try:
+        return subhead("Measured under the protocols below") + table(tables.evaluation_rows(record), kind="numbers")
+    except InputError as error:
+        return paragraphs([f"evaluation.json cannot be shown: {error}."], "missing")
+
+
+def settings(records: Sequence[Record]) -> str:
+    """Every setting; where there are several labels, what differs is set off."""
+    rows = tables.settings_rows(records)
+    marked = tables.varying(rows)
+    note = ["Settings that differ are set off."] if marked else []
+    seeds = [f"Seed{'s' if len(records) > 1 else ''}: {words.listed(sorted({str(r.seed) for r in records}))}."]
+    return section("settings", "Settings", paragraphs(seeds + note), table(rows, marked=marked, kind="settings"))
+
+
+def data(records: Sequence[Record]) -> str:
+    """What the runs were trained on."""
+    notes = list(dict.fromkeys(note for record in records for note in record.data.get("notes", [])))
+    return section("data", "Data", table(tables.data_rows(records), kind="data"), paragraphs(notes, "note"))
+
+
+def protocols(records: Sequence[Record]) -> str:
+    """Every protocol in full."""
+    try:
+        found = tables.protocols_of(records)
+    except InputError as error:
+        return section("protocols", "Protocols", paragraphs([f"The protocols cannot be shown: {error}."], "missing"))
+    if not found:
+        none = "No protocol: nothing was measured by `poise evaluate`. The figures above are those of training's end, on test images."
+        return section("protocols", "Protocols", paragraphs([none], "missing"))
+    lines = [str(protocol) for protocol in found.values()]
+    return section("protocols", "Protocols", paragraphs(lines), table(tables.protocol_rows(found), kind="settings"))
+
+
+def versions(records: Sequence[Record]) -> str:
+    """What trained the runs."""
+    return section("versions", "Versions", table(tables.version_rows(records)))

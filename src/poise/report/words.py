@@ -1,0 +1,176 @@
+"""Numbers and sentences of a report."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from poise.diagnosis import Diagnosis
+from poise.report.curves import stage_entries
+from poise.report.records import Record, labels_of
+
+NETWORKS = {"mlp": "an MLP", "resnet": "a ResNet", "infogan": "an InfoGAN-type network", "wae": "a WAE-type network"}
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c". """
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def number(value: float | None, style: str = ".4g") -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, style)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def spread(values: Sequence[float], style: str = ".4g") -> str:
+    """Mean and standard deviation."""
+    if len(values) < 2:
+        return number(values[0] if values else None, style)
+    return f"{fmean(values):{style}} ± {stdev(values):.2g}"
+
+
+def images_word(shape: Sequence[int]) -> str:
+    """ "8×8, grey". """
+    channels, height, width = shape
+    return f"{height}×{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
+
+
+def model_sentence(record: Record) -> str:
+    """What was trained, on what, how long."""
+    recipe, data = record.recipe, record.data
+    network = recipe["network"]
+    kind = NETWORKS.get(network["kind"], "a network of the user's own")
+    what = "A two-stage model" if recipe.get("second") else "A one-stage model"
+    if record.has_kl:
+        what = what.replace("model", "VAE")
+    return (
+        f"{what} ({kind}, {network['latent_dim']} latents; recipe {recipe['name']}), trained on {data['train']:,} images of "
+        f"{data['source']} ({images_word(data['shape'])}). {_lengths(recipe)}{_time(record)}"
+    )
+
+
+def _lengths(recipe: dict[str, Any]) -> str:
+    parts = [f"stage {k}: {_length(recipe[name])}" for k, name in ((1, "first"), (2, "second")) if recipe.get(name)]
+    return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def _length(stage: dict[str, Any]) -> str:
+    long = f"{stage['epochs']} epochs" if stage.get("epochs") else f"{stage.get('steps')} steps"
+    objective = stage.get("objective", "vae")
+    goal = f"balance {stage['balance']}" if objective == "vae" else f"objective {objective}"
+    return f"{long} of batches of {stage['batch_size']}, {goal}"
+
+
+def _time(record: Record) -> str:
+    if not record.summary or record.summary.get("seconds") is None:
+        return ""
+    return f" Training took {duration(record.summary['seconds'])} on {record.summary.get('device', 'an unnamed device')}."
+
+
+def result_sentences(record: Record) -> list[str]:
+    """What came out, in words."""
+    figures = record.figures
+    codes = f"{_latents(figures)} {_balance(record)}".strip() if record.has_kl else ""
+    return [line for line in (_error(figures), codes, _distances(record)) if line]
+
+
+def _error(figures: dict[str, Any]) -> str:
+    page = figures.get("reconstruction")
+    if not page:
+        return "Nothing was measured yet."
+    images = f" of {page['images']:,} test images" if page.get("images") else ""
+    return (
+        f"Reconstructions{images} have a mean squared error of {number(page.get('mse_as_shown'))} "
+        f"(PSNR {number(page.get('psnr_db'), '.2f')} dB, SSIM {number(page.get('ssim'), '.3f')})."
+    )
+
+
+def _latents(figures: dict[str, Any]) -> str:
+    page, codes = figures.get("reconstruction", {}), figures.get("latents", {})
+    if not page:
+        return ""
+    active = f", over {codes['active_units']} active latents of {codes['latent_dim']}" if codes else ""
+    return f"The codes carry {number(page.get('kl_nats'))} nats per image{active}."
+
+
+def _balance(record: Record) -> str:
+    """Over the last tenth of the log of stage 1."""
+    entries = stage_entries(record, 1)
+    shares = [entry["mse"] / entry["gamma2"] for entry in entries[-max(1, len(entries) // 10) :] if entry.get("gamma2")]
+    if not shares:
+        return ""
+    return f"At the end of stage 1 the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
+
+
+def _distances(record: Record) -> str:
+    measured = (record.evaluation or {}).get("measurements", [])
+    name = next((m["metric"] for m in measured if m["metric"].startswith(("FID", "FD-"))), None)
+    found = {m["of"]: m["value"] for m in measured if m["metric"] == name and m["value"] is not None}
+    if not found:
+        return ""
+    best = min((of for of in found if of.startswith("GEN")), key=lambda of: found[of], default=None)
+    tail = f" (lower is better): of the priors, {best} comes closest to the real images" if best else ""
+    return f"{name}: {listed([f'{of} {number(value)}' for of, value in found.items()])}{tail}."
+
+
+def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
+    """What to do next: the diagnosis's first remedy, and what is missing."""
+    lines = [] if diagnosis is None else [_remedy(diagnosis)]
+    return [*lines, *(line for line in record.missing if "one stage only" not in line)] or ["Nothing is left to do."]
+
+
+def _remedy(diagnosis: Diagnosis) -> str:
+    if diagnosis.cause is None:
+        return "Nothing wrong was found: see the diagnosis for how far each figure may go."
+    return f"{diagnosis.cause.name}: {diagnosis.cause.sentence} Try: {diagnosis.cause.remedy}"
+
+
+def group_sentence(records: Sequence[Record]) -> str:
+    """What several runs are."""
+    labels, seeds = labels_of(records), sorted({record.seed for record in records})
+    sources = listed(list(dict.fromkeys(record.data["source"] for record in records)))
+    several = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return f"{len(records)} runs on {sources}: {listed(labels)} ({several})."
+
+
+def group_results(records: Sequence[Record]) -> list[str]:
+    """Which label did best at error and at samples; ± is the standard deviation over seeds."""
+    lines = [_best(records, "The least error is that of", "an MSE of", _mse)]
+    name = distance_name(records)
+    if name:
+        lines.append(_best(records, "The best samples are those of", f"a {name} of", lambda r: best_distance(r, name)))
+    return [line for line in lines if line]
+
+
+def _best(records: Sequence[Record], head: str, unit: str, value: Any) -> str:
+    groups = {label: [v for r in records if r.label == label and (v := value(r)) is not None] for label in labels_of(records)}
+    ranked = sorted((fmean(values), label) for label, values in groups.items() if values)
+    if not ranked:
+        return ""
+    others = [f"{label} {spread(groups[label])}" for _, label in ranked[1:]]
+    tail = f"; then {listed(others)}" if others else ""
+    return f"{head} {ranked[0][1]}, {unit} {spread(groups[ranked[0][1]])}{tail}."
+
+
+def _mse(record: Record) -> float | None:
+    return record.figures.get("reconstruction", {}).get("mse_as_shown")
+
+
+def distance_name(records: Sequence[Record]) -> str | None:
+    """The Frechet distance that all evaluated runs share; None: there is none."""
+    names = [{m["metric"] for m in r.evaluation.get("measurements", [])} for r in records if r.evaluation]
+    common = set.intersection(*names) if names else set()
+    return min((name for name in common if name.startswith(("FID", "FD-")) and "infinity" not in name), default=None)
+
+
+def best_distance(record: Record, name: str) -> float | None:
+    """Of the generations of a run, the least."""
+    measured = (record.evaluation or {}).get("measurements", [])
+    values = [m["value"] for m in measured if m["metric"] == name and m["of"].startswith("GEN") and m["value"] is not None]
+    return min(values, default=None)
