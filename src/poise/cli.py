@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, report.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -98,6 +98,7 @@ class Train:
         from poise import parallel
         from poise.balance import make_balance
         from poise.pipeline import Options, train
+        from poise.report.tables import figures_table
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
@@ -307,6 +308,8 @@ class Evaluate:
             print(json.dumps(evaluation.to_json(), indent=2))
             return
         if evaluation.pages:
+            from poise.report.tables import figures_table
+
             show_table(title, figures_table(evaluation.pages))
         compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
         if compared:
@@ -339,6 +342,27 @@ class Diagnose:
         print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
+
+    The page is complete in itself and loads nothing: send it, or print it.
+    """
+
+    folders: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="PATHS...", help="folders of runs, or of comparisons: the runs that lie in a folder"),
+    ]
+    out: Annotated[Path, arg(help="the page, an .html file")] = Path("report.html")
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        from poise.report import write_report
+
+        out = write_report(self.folders, self.out, device=self.device, quiet=False)
+        print(f"report: {out}")
+
+
 COMMANDS = {
     "train": Train,
     "sample": Sample,
@@ -346,6 +370,7 @@ COMMANDS = {
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
+    "report": Report,
 }
 
 

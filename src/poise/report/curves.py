@@ -66,7 +66,7 @@ QUANTITIES = (
         "−log p(x|z) per image: SE/(2γ²) + D/2·log(2πγ²). It may be negative: it is a density.",
     ),
     Quantity("kl", "KL, nats", lambda e: e["kl_nats"], "KL of the posterior from N(0, I), per image.", needs_kl=True),
-    Quantity("gamma2", "γ², decoder variance", lambda e: e["gamma2"], "What the squared error is divided by, twice.", "log"),
+    Quantity("gamma2", "γ², decoder variance", lambda e: e["gamma2"], "The loss divides the squared error SE by 2γ².", "log"),
     Quantity(
         "share",
         "Quadratic term over D/2",

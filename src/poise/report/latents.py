@@ -31,9 +31,7 @@ def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
     traces = [_trace(styles[record.label], record, kl) for (record, _), kl in zip(shown, values, strict=True)]
     if len(shown) == 1:
         traces = [_bars("", values[0], next(iter(styles.values()))["color"])]
-    caption = (
-        "Each latent's share of the KL, sorted; the sum is the KL term. A latent at zero is switched off: the decoder ignores it."
-    )
+    caption = "Each latent's share of the KL, sorted; the sum is the KL term. At zero a latent is off: the decoder ignores it."
     return _figure(stage, "kl", "KL of each latent, nats", caption, traces)
 
 
@@ -45,7 +43,7 @@ def _variance_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
     if len(shown) > 1:
         traces = [_trace(styles[record.label], record, [a + b for a, b in _variances(page)]) for record, page in shown]
         return _figure(stage, "law", "Variance law of each latent", caption, traces, line=1.0)
-    (record, page) = shown[0]
+    page = shown[0][1]
     mean, noise = zip(*_variances(page), strict=True)
     parts = [_bars("Var(μ)", mean, "#3b7dd8"), _bars("E[s²]", noise, "#a9b4c2")]
     return _figure(stage, "law", "Variance law of each latent", caption, parts, line=1.0, stacked=True)

@@ -27,9 +27,8 @@ def section(name: str, title: str, *content: str) -> str:
     return f'<section id="{name}"><h2>{text(title)} {anchor}</h2>{body}</section>'
 
 
-def subhead(title: str, name: str = "") -> str:
-    anchor = f' id="{name}"' if name else ""
-    return f"<h3{anchor}>{text(title)}</h3>"
+def subhead(title: str) -> str:
+    return f"<h3>{text(title)}</h3>"
 
 
 def table(rows: Sequence[Sequence[str]], *, marked: Collection[int] = (), kind: str = "") -> str:
@@ -46,7 +45,9 @@ def table(rows: Sequence[Sequence[str]], *, marked: Collection[int] = (), kind: 
     body = "".join(_row(row, k in marked) for k, row in enumerate(rows[1:]))
     label = f'role="region" tabindex="0" aria-label="table: {text(", ".join(filter(None, rows[0][:3])))}"'
     shape = "scroll pairs" if len(rows[0]) == 2 else "scroll"
-    return f'<div class="{shape}" {label}><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="{shape}" {label}><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _row(cells: Sequence[str], marked: bool) -> str:
@@ -58,7 +59,8 @@ def _row(cells: Sequence[str], marked: bool) -> str:
 def picture(uri: str, alt: str, caption: str) -> str:
     """An image with its caption; a click enlarges it."""
     shown = f'<img src="{uri}" alt="{text(alt)}" loading="lazy">'
-    return f'<figure class="picture"><button type="button" class="enlarge">{shown}</button><figcaption>{text(caption)}</figcaption></figure>'
+    button = f'<button type="button" class="enlarge" title="enlarge">{shown}</button>'
+    return f'<figure class="picture">{button}<figcaption>{text(caption)}</figcaption></figure>'
 
 
 def plot(figure: dict[str, Any]) -> str:
@@ -68,7 +70,7 @@ def plot(figure: dict[str, Any]) -> str:
     return f'<figure class="chart"><h4>{title}</h4>{drawn}<figcaption>{caption}</figcaption></figure>'
 
 
-def legend(styles: Styles, *, solid: bool = False) -> str:
+def legend(styles: Styles) -> str:
     """A button for each label that shows and hides its lines in all figures; none for a single label."""
     if len(styles) < 2:
         return ""

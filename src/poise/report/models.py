@@ -17,7 +17,8 @@ from poise.run import GENERATIONS, PriorName, Run, load
 
 TILES = 36
 COLUMNS = 6
-PAIRS = 16
+PAIRS = 32
+PAIRS_OF_A_SHEET = 16
 MOST_PNG = 1_500_000  # bytes of a picture that is taken over from the run's folder
 PRIORS = {"GEN-1": "prior N(0, I)", "GEN-2": "second stage", "GEN-mixture": "mixture of Gaussians fitted to the training codes"}
 
@@ -38,7 +39,7 @@ class Exhibit:
 
     record: Record
     real: str | None = None
-    pairs: str | None = None
+    pairs: list[str] = field(default_factory=list)
     kept_pairs: str | None = None
     kept_samples: str | None = None
     samples: dict[str, str] = field(default_factory=dict)
@@ -102,7 +103,9 @@ def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
 
 def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
     if isinstance(dataset, str):
-        shown.missing.append(f"No real images are shown, and no diagnosis was made, since the data cannot be read again: {dataset}.")
+        shown.missing.append(
+            f"No real images are shown, and no diagnosis was made, since the data cannot be read again: {dataset}."
+        )
         _take_kept_pictures(shown)
         return
     test = gather(dataset.test, range(min(TILES, len(dataset.test))))
@@ -112,7 +115,9 @@ def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
 
 
 def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
-    shown.pairs = paired_sheet(originals, run.reconstruct(originals))
+    restored = run.reconstruct(originals)
+    both = zip(originals.split(PAIRS_OF_A_SHEET), restored.split(PAIRS_OF_A_SHEET), strict=True)
+    shown.pairs = [paired_sheet(*part) for part in both]
 
 
 def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:

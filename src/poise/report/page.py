@@ -33,7 +33,12 @@ PAGE = Template(
 <style>$style</style>
 </head>
 <body>
-<header><p class="mark">poise report</p><h1>$title</h1><p class="sub">$subtitle</p><nav aria-label="sections">$contents</nav></header>
+<header>
+<p class="mark">poise report</p>
+<h1>$title</h1>
+<p class="sub">$subtitle</p>
+<nav aria-label="sections">$contents</nav>
+</header>
 <main>
 <noscript><p class="missing">The plots need JavaScript, which is switched off; everything else is here.</p></noscript>
 $body
@@ -48,6 +53,7 @@ $values
 )
 CONTENTS = {
     "summary": "In short",
+    "comparison": "Comparison",
     "samples": "Samples",
     "training": "Training",
     "latents": "Latents",
@@ -60,7 +66,9 @@ CONTENTS = {
 }
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path = "report.html", *, device: str = "auto", quiet: bool = True) -> Path:
+def write_report(
+    folders: Sequence[str | Path], out: str | Path = "report.html", *, device: str = "auto", quiet: bool = True
+) -> Path:
     """The path of a page about runs: one HTML file that needs nothing else.
 
     Args:
@@ -128,6 +136,7 @@ def _parts(
     return "\n".join(
         (
             sections.summary(records, exhibits),
+            sections.comparison(records),
             sections.samples(exhibits),
             sections.training(records, curves),
             sections.latents(exhibits, records, codes),

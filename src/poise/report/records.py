@@ -129,7 +129,8 @@ def _entries(path: Path) -> Iterable[dict[str, float]]:
 def _missing(folder: Path, config: dict[str, Any], entries: Sequence[Any], *files: dict[str, Any] | None) -> Iterable[str]:
     summary, evaluation = files
     if summary is None:
-        yield f"Training is not finished: there is no readable summary.json. `poise train` with the same options and --out {folder} goes on."
+        goes_on = f"`poise train` with the same options and --out {folder} goes on"
+        yield f"Training is not finished (there is no readable summary.json): {goes_on}."
     if not entries:
         yield "There is no log (metrics.jsonl): no curves can be drawn."
     if config["recipe"].get("second") is None:

@@ -46,12 +46,13 @@ def _part(title: str, sentences: Sequence[str]) -> str:
 def _advice(exhibits: Sequence[Exhibit]) -> list[str]:
     if len(exhibits) == 1:
         return words.advice(exhibits[0].record, exhibits[0].diagnosis)
-    lines = [f"{e.record.label}: {line}" for e in exhibits for line in words.advice(e.record, e.diagnosis)[:1]]
-    return list(dict.fromkeys(lines))
+    return [words.group_advice(shown.record, shown.diagnosis) for shown in exhibits]
 
 
 def _tiles(record: Record) -> str:
-    shown = [_tile(name, record.figures.get(page, {}).get(key), style, unit) for name, page, key, style, unit in _tiles_of(record)]
+    shown = [
+        _tile(name, record.figures.get(page, {}).get(key), style, unit) for name, page, key, style, unit in _tiles_of(record)
+    ]
     name = words.distance_name([record])
     for measured in tables.measurements_or_none(record):
         if measured.metric == name:
@@ -92,7 +93,8 @@ def _pairs(shown: Exhibit) -> str:
     if shown.pairs:
         made = "mean" if shown.record.recipe["generation"]["reconstruct_from"] == "mean" else "sample"
         caption = f"Test images, and below each its reconstruction from the {made} of its posterior"
-        return f'<div class="wide">{picture(shown.pairs, "test images above their reconstructions", caption)}</div>'
+        sheets = (picture(uri, "test images above their reconstructions", caption) for uri in shown.pairs)
+        return f'<div class="wide">{"".join(sheets)}</div>'
     if shown.kept_pairs:
         caption = "Test images, each with its reconstruction to the right, as drawn at the end of training"
         return f'<div class="wide">{picture(shown.kept_pairs, "test images beside their reconstructions", caption)}</div>'
@@ -104,12 +106,22 @@ def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> st
     if not figures:
         return section("training", "Training", paragraphs(["No curves: there is no log (metrics.jsonl)."], "missing"))
     toggled = toggle("axis", {"images": "images seen", "seconds": "training time"})
-    parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))]
+    parts = [
+        _figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))
+    ]
     no_kl = labels_of([record for record in records if not record.has_kl])
-    notes = [f"{words.listed(no_kl)}: deterministic, without KL and balance; their curves are those of the error."] if no_kl else []
+    notes = (
+        [f"{words.listed(no_kl)}: deterministic, without KL and balance; their curves are those of the error."] if no_kl else []
+    )
     keys = legend(styles_of(labels_of(records)))
     intro = "One thin line for each seed, one colour for each label." if len(records) > 1 else ""
-    return section("training", "Training", f'<div class="bar">{toggled}{keys}</div>', paragraphs([intro, *notes] if intro else notes), *parts)
+    return section(
+        "training",
+        "Training",
+        f'<div class="bar">{toggled}{keys}</div>',
+        paragraphs([intro, *notes] if intro else notes),
+        *parts,
+    )
 
 
 def _figures_of(stage: int, figures: Sequence[dict[str, Any]], title: str) -> str:
@@ -124,7 +136,9 @@ def latents(exhibits: Sequence[Exhibit], records: Sequence[Record], figures: Seq
     several = len(records) > len(exhibits)
     notes = [f"Of the first seed of each label: {words.listed([e.record.name for e in exhibits])}."] if several else []
     no_kl = [e.record.label for e in exhibits if not e.record.has_kl]
-    notes += [f"{words.listed(no_kl)}: deterministic; codes without a posterior variance, and so without a KL."] if no_kl else []
+    notes += (
+        [f"{words.listed(no_kl)}: deterministic; codes without a posterior variance, and so without a KL."] if no_kl else []
+    )
     notes.append("From the posteriors of the training images.")
     parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1"), (2, "Stage 2: latents of latents"))]
     return section("latents", "Latents", legend(styles_of(labels_of(records))), paragraphs(notes), *parts)
@@ -144,7 +158,8 @@ def _diagnosis_of(shown: Exhibit, *, named: bool) -> str:
 
 
 def _findings(found: Diagnosis) -> str:
-    verdict = f'<p class="verdict good">{text(found.verdict)}</p><ul>{"".join(f"<li>{text(line)}</li>" for line in found.evidence)}</ul>'
+    shown = "".join(f"<li>{text(line)}</li>" for line in found.evidence)
+    verdict = f'<p class="verdict good">{text(found.verdict)}</p><ul>{shown}</ul>'
     causes = "".join(
         f"<li><strong>{text(finding.name)}</strong> {text(finding.sentence)}<br><em>Try:</em> {text(finding.remedy)}</li>"
         for finding in found.findings
@@ -153,14 +168,18 @@ def _findings(found: Diagnosis) -> str:
 
 
 def numbers(records: Sequence[Record]) -> str:
-    """The comparison, and the figures of each run with their protocols."""
-    compared = _comparison(records) if len(records) > 1 else ""
-    return section("numbers", "Numbers", compared, *(_numbers_of(record, named=len(records) > 1) for record in records))
+    """The figures of each run, and what was measured under protocols."""
+    return section("numbers", "Numbers", *(_numbers_of(record, named=len(records) > 1) for record in records))
 
 
-def _comparison(records: Sequence[Record]) -> str:
+def comparison(records: Sequence[Record]) -> str:
+    """Labels against each other; empty for a single run."""
+    if len(records) < 2:
+        return ""
     note = "Means over the seeds of each label, ± their standard deviation."
-    return subhead("Comparison", "comparison") + paragraphs([note]) + table(tables.comparison_rows(records), kind="numbers")
+    return section(
+        "comparison", "Comparison", paragraphs([note]), table(tables.upright(tables.comparison_rows(records)), kind="numbers")
+    )
 
 
 def _numbers_of(record: Record, *, named: bool) -> str:
@@ -170,14 +189,16 @@ def _numbers_of(record: Record, *, named: bool) -> str:
     content += paragraphs((record.evaluation or {}).get("notes", []), "note")
     if not named:
         return content
-    return f'<details><summary>{text(record.name)}</summary>{content}</details>'
+    return f"<details><summary>{text(record.name)}</summary>{content}</details>"
 
 
 def _measured(record: Record) -> str:
     if record.evaluation is None:
         return ""
     try:
-        return subhead("Measured under the protocols below") + table(tables.evaluation_rows(record), kind="numbers")
+        return subhead("Measured under the protocols below") + table(
+            tables.upright(tables.evaluation_rows(record)), kind="numbers"
+        )
     except InputError as error:
         return paragraphs([f"evaluation.json cannot be shown: {error}."], "missing")
 
@@ -204,7 +225,7 @@ def protocols(records: Sequence[Record]) -> str:
     except InputError as error:
         return section("protocols", "Protocols", paragraphs([f"The protocols cannot be shown: {error}."], "missing"))
     if not found:
-        none = "No protocol: nothing was measured by `poise evaluate`. The figures above are those of training's end, on test images."
+        none = "None: nothing was measured by `poise evaluate`. The figures above are those of training's end, on test images."
         return section("protocols", "Protocols", paragraphs([none], "missing"))
     lines = [str(protocol) for protocol in found.values()]
     return section("protocols", "Protocols", paragraphs(lines), table(tables.protocol_rows(found), kind="settings"))

@@ -157,6 +157,13 @@ def protocol_rows(protocols: dict[str, Protocol]) -> Rows:
     return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
 
 
+def upright(rows: Rows) -> Rows:
+    """A table with many columns and few rows, on its side: it then fits a phone and a sheet of paper."""
+    if not rows or len(rows[0]) <= max(len(rows), 6):
+        return rows
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 def comparison_rows(records: Sequence[Record]) -> Rows:
     """A row for each label: means over seeds, ± the standard deviation."""
     columns = [(name, path) for name, path in COMPARED if any(_at(record, path) is not None for record in records)]

@@ -13,7 +13,7 @@ NETWORKS = {"mlp": "an MLP", "resnet": "a ResNet", "infogan": "an InfoGAN-type n
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "a, b and c". """
+    """ "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
@@ -28,15 +28,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def spread(values: Sequence[float], style: str = ".4g") -> str:
-    """Mean and standard deviation."""
-    if len(values) < 2:
-        return number(values[0] if values else None, style)
-    return f"{fmean(values):{style}} ± {stdev(values):.2g}"
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, to as many decimals as make two digits of the latter.
+
+    Example:
+        >>> spread([0.013, 0.0132])
+        '0.01310 ± 0.00014'
+    """
+    if len(values) < 2 or not stdev(values) > 0:
+        return number(values[0] if values else None)
+    decimals = max(0, 1 - math.floor(math.log10(stdev(values))))
+    return f"{fmean(values):.{decimals}f} ± {stdev(values):.{decimals}f}"
 
 
 def images_word(shape: Sequence[int]) -> str:
-    """ "8×8, grey". """
+    """ "8×8, grey"."""
     channels, height, width = shape
     return f"{height}×{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
 
@@ -125,6 +131,13 @@ def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
     return [*lines, *(line for line in record.missing if "one stage only" not in line)] or ["Nothing is left to do."]
 
 
+def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
+    """What to do next with one of several runs, in short."""
+    if diagnosis is None or diagnosis.cause is None:
+        return f"{record.label}: {advice(record, diagnosis)[0]}"
+    return f"{record.label}: {diagnosis.cause.name}. Try: {diagnosis.cause.remedy}"
+
+
 def _remedy(diagnosis: Diagnosis) -> str:
     if diagnosis.cause is None:
         return "Nothing wrong was found: see the diagnosis for how far each figure may go."
@@ -135,7 +148,7 @@ def group_sentence(records: Sequence[Record]) -> str:
     """What several runs are."""
     labels, seeds = labels_of(records), sorted({record.seed for record in records})
     sources = listed(list(dict.fromkeys(record.data["source"] for record in records)))
-    several = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    several = f"seed{'s' if len(seeds) > 1 else ''} {listed(list(map(str, seeds)))}"
     return f"{len(records)} runs on {sources}: {listed(labels)} ({several})."
 
 
