@@ -124,7 +124,7 @@ def _last_of_parts(values: np.ndarray) -> list[float]:
     return [float(part[-1]) for part in np.array_split(values, min(POINTS, len(values)) or 1) if len(part)]
 
 
-def thinned(values: Sequence[float]) -> list[float | None]:
+def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
     """Means over at most `POINTS` equal parts, to five digits; None where nothing is finite."""
     parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)) or 1)
     finite = (part[np.isfinite(part)] for part in parts)

@@ -33,7 +33,7 @@ class Exhibit:
         kept_pairs, kept_samples: pictures made at the end of training, where the model or the data are not to be had.
         samples: data URI of each generation, by "GEN-1", ...
         latents: pages by "latents" and "second_stage", as in summary.json.
-        diagnosis: None: it could not be made.
+        diagnosis: None: it could not be made; `undiagnosed` says why.
         missing: a sentence for each thing that is not there.
     """
 
@@ -45,6 +45,7 @@ class Exhibit:
     samples: dict[str, str] = field(default_factory=dict)
     latents: dict[str, dict[str, Any]] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
+    undiagnosed: str = "No diagnosis: the model cannot be loaded."
     missing: list[str] = field(default_factory=list)
 
 
@@ -56,6 +57,8 @@ class Shelf:
 
     def dataset(self, run: Run) -> Dataset | str:
         """The data of a run, or why they cannot be had."""
+        if run.data["source"] == "array":
+            return "they were an array, which a run does not keep"
         key = run.data["checksum"]
         if key not in self._kept:
             try:
@@ -103,15 +106,14 @@ def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
 
 def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
     if isinstance(dataset, str):
-        shown.missing.append(
-            f"No real images are shown, and no diagnosis was made, since the data cannot be read again: {dataset}."
-        )
+        shown.missing.append(f"No real images are shown, since the data cannot be read again: {dataset}.")
+        shown.undiagnosed = f"No diagnosis, since the data cannot be read again: {dataset}."
         _take_kept_pictures(shown)
         return
     test = gather(dataset.test, range(min(TILES, len(dataset.test))))
     shown.real = contact_sheet(test, COLUMNS)
     _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test[:PAIRS]))
-    _attempt(shown, "No diagnosis", lambda: _show_diagnosis(shown, run, dataset))
+    _show_diagnosis(shown, run, dataset)
 
 
 def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
@@ -122,9 +124,12 @@ def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
 
 def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
     if not shown.record.has_kl:
-        shown.missing.append("No diagnosis: it is of VAEs, and this model is deterministic.")
+        shown.undiagnosed = "No diagnosis: it is of VAEs, and this model is deterministic."
         return
-    shown.diagnosis = diagnose(run, dataset.test, train_images=dataset.train)
+    try:
+        shown.diagnosis = diagnose(run, dataset.test, train_images=dataset.train)
+    except (InputError, RunError) as error:
+        shown.undiagnosed = f"No diagnosis: {_sentence(error)}."
 
 
 def _add_codes(shown: Exhibit, run: Run) -> None:

@@ -45,6 +45,7 @@
     const all = figure.traces.flatMap((trace) => trace.y).filter((value) => value > 0);
     if (figure.line) all.push(figure.line);
     const [low, high] = [Math.log10(Math.min(...all)), Math.log10(Math.max(...all))];
+    if (high - low < 0.3) return { tickformat: "~g" };
     const steps = high - low < 0.7 ? [1, 1.5, 2, 3, 4, 5, 7] : high - low < 2.2 ? [1, 2, 5] : [1];
     const every = Math.max(1, Math.ceil((high - low) / 6));
     const tickvals = [];
@@ -101,5 +102,4 @@
   for (const button of document.querySelectorAll(".enlarge")) {
     button.addEventListener("click", () => button.closest("figure").classList.toggle("large"));
   }
-  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
 })();

@@ -1,14 +1,13 @@
 """Images into the page: one PNG for each grid, as a data URI."""
 
 import base64
-from collections.abc import Sequence
 
 import torch
 
 from poise.images import grid, to_png
 from poise.shapes import ByteImages, Images
 
-ENLARGED = 8  # columns of pairs
+PAIRS_IN_A_ROW = 8
 
 
 def data_uri(png: bytes) -> str:
@@ -21,11 +20,9 @@ def contact_sheet(images: Images | ByteImages, columns: int) -> str:
     return data_uri(to_png(grid(images, columns=columns), effort=9))
 
 
-def paired_sheet(originals: Images, restored: Images, columns: int = ENLARGED) -> str:
-    """Rows of originals, each with the row of their reconstructions below it, as a data URI."""
-    rows: Sequence[Images] = [
-        part
-        for start in range(0, len(originals), columns)
-        for part in (originals[start : start + columns], restored[start : start + columns])
-    ]
-    return contact_sheet(torch.cat(list(rows)), min(columns, len(originals)))
+def paired_sheet(originals: Images, restored: Images, columns: int = PAIRS_IN_A_ROW) -> str:
+    """Rows of originals, each with the row of their reconstructions below it, as a data URI; a short last row ends white."""
+    columns = min(columns, len(originals))
+    white = originals.new_ones(-len(originals) % columns, *originals.shape[1:])
+    rows = zip(torch.cat([originals, white]).split(columns), torch.cat([restored, white]).split(columns), strict=True)
+    return contact_sheet(torch.cat([row for pair in rows for row in pair]), columns)

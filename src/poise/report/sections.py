@@ -152,8 +152,7 @@ def diagnosis(exhibits: Sequence[Exhibit]) -> str:
 def _diagnosis_of(shown: Exhibit, *, named: bool) -> str:
     head = subhead(shown.record.name) if named else ""
     if shown.diagnosis is None:
-        reasons = [line for line in shown.missing if "diagnosis" in line] or ["No diagnosis: the model cannot be loaded."]
-        return head + paragraphs(reasons, "missing")
+        return head + paragraphs([shown.undiagnosed], "missing")
     return head + _findings(shown.diagnosis)
 
 
@@ -169,7 +168,15 @@ def _findings(found: Diagnosis) -> str:
 
 def numbers(records: Sequence[Record]) -> str:
     """The figures of each run, and what was measured under protocols."""
-    return section("numbers", "Numbers", *(_numbers_of(record, named=len(records) > 1) for record in records))
+    if len(records) == 1:
+        return section("numbers", "Numbers", _numbers_of(records[0]))
+    folded = "".join(_folded(record) for record in records)
+    return section("numbers", "Numbers", table(tables.figures_of_all(records), kind="numbers figures"), folded)
+
+
+def _folded(record: Record) -> str:
+    content = paragraphs(record.missing, "missing") + _measured(record)
+    return f"<details><summary>{text(record.name)}</summary>{content}</details>" if content else ""
 
 
 def comparison(records: Sequence[Record]) -> str:
@@ -182,25 +189,21 @@ def comparison(records: Sequence[Record]) -> str:
     )
 
 
-def _numbers_of(record: Record, *, named: bool) -> str:
+def _numbers_of(record: Record) -> str:
     figures = [["figure", "value"], *map(list, tables.figures_table(record.figures))]
     content = table(figures, kind="numbers figures") if len(figures) > 1 else ""
-    content += paragraphs(record.missing, "missing") + _measured(record)
-    content += paragraphs((record.evaluation or {}).get("notes", []), "note")
-    if not named:
-        return content
-    return f"<details><summary>{text(record.name)}</summary>{content}</details>"
+    return content + paragraphs(record.missing, "missing") + _measured(record)
 
 
 def _measured(record: Record) -> str:
     if record.evaluation is None:
         return ""
     try:
-        return subhead("Measured under the protocols below") + table(
-            tables.upright(tables.evaluation_rows(record)), kind="numbers"
-        )
+        rows = tables.upright(tables.evaluation_rows(record))
     except InputError as error:
         return paragraphs([f"evaluation.json cannot be shown: {error}."], "missing")
+    notes = paragraphs(record.evaluation.get("notes", []), "note")
+    return subhead("Measured under the protocols below") + table(rows, kind="numbers") + notes
 
 
 def settings(records: Sequence[Record]) -> str:

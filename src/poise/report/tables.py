@@ -109,6 +109,13 @@ def _distinct(rows: Rows) -> Rows:
     return [list(row) for row in dict.fromkeys(map(tuple, rows))]
 
 
+def figures_of_all(records: Sequence[Record]) -> Rows:
+    """A row for each figure, a column for each run."""
+    columns = {record.name: dict(figures_table(record.figures)) for record in records}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+
+
 def measurements_of(record: Record) -> list[Measurement]:
     """The measurements of the last evaluation with their protocols.
 

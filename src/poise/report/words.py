@@ -17,6 +17,11 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
+def counted(count: int, thing: str) -> str:
+    """ "1 run", "1,000 runs"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def number(value: float | None, style: str = ".4g") -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, style)
 
@@ -47,6 +52,10 @@ def images_word(shape: Sequence[int]) -> str:
     return f"{height}×{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
 
 
+def source_word(record: Record) -> str:
+    return "an array" if record.data["source"] == "array" else str(record.data["source"])
+
+
 def model_sentence(record: Record) -> str:
     """What was trained, on what, how long."""
     recipe, data = record.recipe, record.data
@@ -55,9 +64,10 @@ def model_sentence(record: Record) -> str:
     what = "A two-stage model" if recipe.get("second") else "A one-stage model"
     if record.has_kl:
         what = what.replace("model", "VAE")
+    images = f"{counted(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
     return (
-        f"{what} ({kind}, {network['latent_dim']} latents; recipe {recipe['name']}), trained on {data['train']:,} images of "
-        f"{data['source']} ({images_word(data['shape'])}). {_lengths(recipe)}{_time(record)}"
+        f"{what} ({kind}, {counted(network['latent_dim'], 'latent')}; recipe {recipe['name']}), trained on "
+        f"{images}. {_lengths(recipe)}{_time(record)}"
     )
 
 
@@ -67,7 +77,8 @@ def _lengths(recipe: dict[str, Any]) -> str:
 
 
 def _length(stage: dict[str, Any]) -> str:
-    long = f"{stage['epochs']} epochs" if stage.get("epochs") else f"{stage.get('steps')} steps"
+    unit = "epochs" if stage.get("epochs") else "steps"
+    long = counted(stage.get(unit) or 0, unit[:-1])
     objective = stage.get("objective", "vae")
     goal = f"balance {stage['balance']}" if objective == "vae" else f"objective {objective}"
     return f"{long} of batches of {stage['batch_size']}, {goal}"
@@ -111,7 +122,7 @@ def _balance(record: Record) -> str:
     shares = [entry["mse"] / entry["gamma2"] for entry in entries[-max(1, len(entries) // 10) :] if entry.get("gamma2")]
     if not shares:
         return ""
-    return f"At the end of stage 1 the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
+    return f"At the end of stage 1's log the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
 
 
 def _distances(record: Record) -> str:
@@ -147,7 +158,7 @@ def _remedy(diagnosis: Diagnosis) -> str:
 def group_sentence(records: Sequence[Record]) -> str:
     """What several runs are."""
     labels, seeds = labels_of(records), sorted({record.seed for record in records})
-    sources = listed(list(dict.fromkeys(record.data["source"] for record in records)))
+    sources = listed(list(dict.fromkeys(map(source_word, records))))
     several = f"seed{'s' if len(seeds) > 1 else ''} {listed(list(map(str, seeds)))}"
     return f"{len(records)} runs on {sources}: {listed(labels)} ({several})."
 
