@@ -33,8 +33,9 @@ from poise.guards import locked, stop_signals
 from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
+from poise.objectives import make_objective
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, check_words, to_json
+from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
 from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
@@ -97,7 +98,8 @@ def train(
 
     Args:
         images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
-            name; or hf:owner/name. None: the recipe's own, and without a recipe the digits.
+            name; or hf:owner/name; or a `Dataset`, what the recipe's data settings give, read before. None: the recipe's own,
+            and without a recipe the digits.
         recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
@@ -126,7 +128,8 @@ def train(
         raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
-    given = images if recipe.data.source == "array" else None
+    check_objective(recipe.first.objective)
+    given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
         with parallel.processes(device):
             parallel.on_first(lambda: held.enter_context(locked(folder)))
@@ -138,7 +141,13 @@ def train(
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
-    return load(folder, device=options.device, vae=vae)
+    return load(folder, device=options.device, vae=vae).remember(job.dataset)
+
+
+def check_objective(spec: str) -> None:
+    """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
+    if make_objective(spec).alone and (parallel.launched() or parallel.is_up()):
+        raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
 
 
 def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any) -> "Job":
@@ -149,11 +158,11 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
         recipe, vae, device, options: of the run.
         given: images that the source does not name.
     """
-    dataset = read_data(recipe.data, given, folder / "cache")
+    dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-    networks = [vae or first_stage(recipe, list(dataset.shape))] + ([second_stage(recipe)] if recipe.second else [])
+    networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
     balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
     config = configuration(recipe, dataset)
     parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
@@ -184,6 +193,8 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
 def source_of(images: Any, recipe: Recipe) -> str:
     """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
     own = recipe.data.source
+    if isinstance(images, Dataset):
+        return own
     if images is None:
         if own not in NAMES:
             raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")
@@ -221,7 +232,8 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
         earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
-    differing = differences(earlier["recipe"], json.loads(json.dumps(settings)))
+    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
+    differing = differences(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
@@ -419,4 +431,6 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))
     write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
     figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
-    write_json(run.folder / "summary.json", figures | run.evaluate(dataset.test, extractor="none").pages)
+    evaluation = run.evaluate(dataset.test, extractor="none")
+    notes = {"notes": list(evaluation.notes)} if evaluation.notes else {}
+    write_json(run.folder / "summary.json", figures | evaluation.pages | notes)

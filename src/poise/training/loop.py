@@ -17,6 +17,7 @@ from torch import Tensor
 
 from poise import parallel
 from poise.errors import InputError, RunError
+from poise.objectives import is_deterministic
 from poise.progress import progress
 from poise.recipes.settings import Stage
 from poise.seeds import derive
@@ -88,6 +89,7 @@ def fit(
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
+    logged = began  # of the sums since the last entry, a checkpoint may have brought some along
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
 
@@ -126,8 +128,8 @@ def fit(
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
-                entry["images_per_second"] = round(entry.pop("images") / max(now - logged_at, 1e-9), 1)
-                logged_at = now
+                entry["images_per_second"] = round((state.step - logged) * size / max(now - logged_at, 1e-9), 1)
+                logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
@@ -204,13 +206,15 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry: dict[str, float] = {"stage": number, "step": state.step, "images_seen": state.step * batch_size}
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
-    entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
-    return entry | {"images": count * batch_size}
+    if is_deterministic(stage.objective):
+        entry["penalty"] = entry.pop("kl_nats")  # in its place in the loss, and no KL
+    return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """The part of a log entry that a progress bar has room for."""
-    shown = {"MSE": f"{entry['mse']:.5f}", "KL": f"{entry['kl_nats']:.1f}", "gamma2": f"{entry['gamma2']:.5f}"}
+    penalty = {"penalty": f"{entry['penalty']:.3f}"} if "penalty" in entry else {"KL": f"{entry['kl_nats']:.1f}"}
+    shown = {"MSE": f"{entry['mse']:.5f}", **penalty, "gamma2": f"{entry['gamma2']:.5f}"}
     return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
 
 
