@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from PIL import Image
 
 import poise
 from poise import cli
+from poise.comparison import table
 from poise.report import curves, write_report
 from poise.report import page as page_module
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_records
-from poise.report.tables import comparison_rows
-from poise.report.words import spread
+from poise.report.tables import results_of
+from poise.results import write_result
 
 QUICK = {"epochs": 2, "second_epochs": 1, "batch_size": 100, "options": poise.Options(device="cpu", quiet=True)}
 SECTIONS = ["summary", "samples", "training", "latents", "diagnosis", "numbers", "settings", "data", "protocols", "versions"]
@@ -153,18 +155,22 @@ def test_a_run_given_twice_is_shown_once_and_equal_names_are_told_apart(runs, ch
     assert {record.label for record in read_records([changed, again])} == {f"{tmp_path.name}/run", "other/run"}
 
 
-def test_the_comparison_is_of_means_over_seeds(runs):
+def test_the_comparison_is_that_of_poise_compare(compared, runs):
+    results = results_of(read_records([runs]))
+    assert cells(compared)["test MSE (per dimension)"] == table(results)[2][1:] and table(results)[1][1:] == ["2", "1"]
     errors = [json.loads((runs / f"computed-{k}" / "summary.json").read_text())["reconstruction"]["mse"] for k in (0, 1)]
-    head, computed, fixed = comparison_rows(read_records([runs]))
-    assert computed[:2] == ["computed", "2"] and fixed[:2] == ["fixed-beta=4", "1"]
-    mean, deviation = map(float, computed[head.index("MSE")].split(" ± "))
-    assert mean == pytest.approx(np.mean(errors), abs=deviation / 20)
-    assert deviation == pytest.approx(np.std(errors, ddof=1), rel=0.05)
+    assert float(table(results)[2][1].split(" ± ")[0]) == pytest.approx(np.mean(errors), rel=1e-3)
 
 
-def test_a_spread_has_two_digits_and_its_mean_the_same_decimals():
-    assert spread([1.0, 1.2, 1.4]) == "1.20 ± 0.20" and spread([100.0, 300.0]) == "200 ± 141"
-    assert spread([0.5]) == "0.5" and spread([2.0, 2.0]) == "2" and spread([]) == "–"
+def test_labels_and_numbers_are_those_that_a_comparison_wrote(changed, tmp_path):
+    folder = Path(shutil.move(changed, tmp_path / "compared" / "fixed-beta=4-0"))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").unlink()
+    (record,) = read_records([folder.parent])
+    assert record.evaluation is None and record.label == "fixed-beta=4"
+    write_result(replace(results_of([record])[0], label="fixed:beta=4", evaluation=evaluation), folder.parent / "results")
+    (record,) = read_records([folder.parent])
+    assert record.evaluation == evaluation and record.label == "fixed:beta=4"
 
 
 def entry(step: int, **more: float) -> dict[str, float]:
@@ -232,13 +238,12 @@ def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):
     assert "as drawn at the end of training" in content and "GEN-1: prior N(0, I)" in content
 
 
-def test_a_deterministic_rival_has_no_kl(changed, tmp_path):
-    config = json.loads((changed / "config.json").read_text())
-    config["recipe"]["first"]["objective"] = "autoencoder"
-    (changed / "config.json").write_text(json.dumps(config))
-    out = write_report([changed], tmp_path / "report.html")
-    assert "deterministic, without KL and balance" in words(out) and "objective autoencoder" in words(out)
-    assert not {"stage1-kl", "stage1-beta", "latents1-kl"} & {figure["id"] for figure in values(out)["figures"]}
+def test_a_deterministic_rival_has_no_kl(tmp_path):
+    run = poise.train("digits", out=tmp_path / "run", objective="autoencoder", **QUICK)
+    out = write_report([run.folder], tmp_path / "report.html")
+    assert "deterministic, without a KL" in words(out) and "objective autoencoder" in words(out)
+    drawn = {figure["id"] for figure in values(out)["figures"]}
+    assert not {"stage1-kl", "stage1-beta", "latents1-kl"} & drawn and {"stage2-kl", "latents1-spectrum"} <= drawn
 
 
 def test_wrong_paths_are_said_in_one_line(tmp_path, runs):

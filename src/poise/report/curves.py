@@ -133,7 +133,8 @@ def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
 
 def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[str, Any]:
     colours = styles_of(labels_of(records))
-    shown = [r for r in records if stage_entries(r, stage) and (r.has_kl or not quantity.needs_kl)]
+    lacking = stage == 1 and quantity.needs_kl  # stage 2 is a VAE, whatever stage 1 is
+    shown = [r for r in records if stage_entries(r, stage) and (r.has_kl or not lacking)]
     traces = [_trace(record, stage, quantity, colours[record.label], thin=len(records) > 1) for record in shown]
     traces = [trace for trace in traces if any(value is not None for value in trace["y"])]
     values = [value for trace in traces for value in trace["y"] if value is not None]

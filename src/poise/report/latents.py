@@ -20,9 +20,10 @@ def latent_figures(pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styl
     """
     figures = []
     for stage, name in ((1, "latents"), (2, "second_stage")):
-        shown = [(record, page[name]) for record, page in pages if page.get(name, {}).get("kl_nats_per_latent")]
-        if shown:
-            figures += [make(stage, shown, styles) for make in (_kl_figure, _variance_figure, _spectrum_figure)]
+        shown = [(record, page[name]) for record, page in pages if name in page]
+        with_kl = [(record, page) for record, page in shown if page.get("kl_nats_per_latent")]
+        figures += [make(stage, with_kl, styles) for make in (_kl_figure, _variance_figure) if with_kl]
+        figures += [_spectrum_figure(stage, shown, styles)] if shown else []
     return figures
 
 

@@ -111,7 +111,7 @@ def title_of(paths: Sequence[Path], records: Sequence[Record]) -> str:
 def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> str:
     """The HTML of runs that were read, and of what their models show."""
     axes, curves = training_figures(records)
-    pages = [(shown.record, shown.latents) for shown in exhibits if shown.record.has_kl]
+    pages = [(shown.record, shown.latents) for shown in exhibits]
     codes = latent_figures(pages, styles_of(labels_of(records)))
     parts = _parts(records, exhibits, curves, codes)
     values = embedded_json("values", {"axes": axes, "figures": [*curves, *codes]})

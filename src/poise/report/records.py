@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError, MissingInputError
+from poise.objectives import is_deterministic
+from poise.results import Result, read_results, safe_name
 from poise.run import read_config
+
+REFERENCE = "computed"  # what others are compared with, where it is among them
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Record:
         config: config.json: "recipe", "data", "versions".
         entries: metrics.jsonl, line by line.
         summary: summary.json; None: there is none, training is not finished.
-        evaluation: evaluation.json; None: `poise evaluate` was not run.
+        evaluation: evaluation.json, or of the comparison's result; None: nothing was measured.
+        result: what `poise compare` wrote of the run.
         missing: a sentence for each thing that is not there.
     """
 
@@ -35,6 +40,7 @@ class Record:
     summary: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     missing: tuple[str, ...] = ()
+    result: Result | None = None
 
     @property
     def name(self) -> str:
@@ -56,11 +62,11 @@ class Record:
     @property
     def has_kl(self) -> bool:
         """Whether it is a VAE: deterministic models have neither KL nor likelihood."""
-        return self.recipe["first"].get("objective", "vae") == "vae"
+        return not is_deterministic(self.recipe["first"].get("objective", "vae"))
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The runs in these folders, by label and seed.
+    """The runs in these folders, by label and seed, those of the reference first.
 
     Args:
         paths: each a run's folder, or a folder with runs in it.
@@ -70,8 +76,17 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     if not paths:
         raise InputError("give the folder of a run, or of a comparison")
+    results = {folder: result for path in paths for folder, result in _results_in(path)}
     folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
-    return sorted(_told_apart([read_record(folder) for folder in folders]), key=lambda record: (record.label, record.seed))
+    records = [read_record(folder, results.get(folder)) for folder in folders]
+    return sorted(_told_apart(records), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
+
+
+def _results_in(path: Path) -> Iterable[tuple[Path, Result]]:
+    """The results that lie in a comparison's folder, with the folders of their runs."""
+    written = sorted((path / "results").glob("*.json"))
+    for result in read_results(written) if written else []:
+        yield path.resolve() / safe_name(result.label, result.seed), result
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -91,8 +106,8 @@ def run_folders(path: Path) -> list[Path]:
     return inside
 
 
-def read_record(folder: Path) -> Record:
-    """What the files of a run say.
+def read_record(folder: Path, result: Result | None = None) -> Record:
+    """What the files of a run say, and the result that a comparison wrote of it.
 
     Raises:
         InputError: config.json is damaged, or not a run's.
@@ -100,9 +115,11 @@ def read_record(folder: Path) -> Record:
     config = read_config(folder)
     seed = config["recipe"]["seed"]
     summary, evaluation = _optional(folder / "summary.json"), _optional(folder / "evaluation.json")
+    evaluation = evaluation or (result and result.evaluation)
     entries = tuple(_entries(folder / "metrics.jsonl"))
     missing = tuple(_missing(folder, config, entries, summary, evaluation))
-    return Record(_label(folder.name, seed), seed, folder, config, entries, summary, evaluation, missing)
+    label = result.label if result else _label(folder.name, seed)
+    return Record(label, seed, folder, config, entries, summary, evaluation, missing, result)
 
 
 def _label(name: str, seed: int) -> str:

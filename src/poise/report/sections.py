@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from poise.comparison import differences
+from poise.comparison import table as compared_table
+from poise.comparison.statistics import COVERED, NEAR
+from poise.comparison.tables import ABOUT_SPEED
 from poise.diagnosis import Diagnosis
 from poise.errors import InputError
 from poise.report import tables, words
@@ -10,9 +14,10 @@ from poise.report.curves import styles_of
 from poise.report.markup import legend, paragraphs, picture, plot, section, subhead, table, text, toggle
 from poise.report.models import PRIORS, Exhibit
 from poise.report.records import Record, labels_of
+from poise.results import Result
 
 TILES = (
-    ("MSE", "reconstruction", "mse_as_shown", ".4g", "per dimension"),
+    ("MSE", "reconstruction", "mse", ".4g", "per dimension"),
     ("PSNR", "reconstruction", "psnr_db", ".2f", "dB"),
     ("KL", "reconstruction", "kl_nats", ".2f", "nats per image"),
     ("ELBO", "reconstruction", "elbo_nats", ".1f", "nats per image"),
@@ -54,9 +59,8 @@ def _tiles(record: Record) -> str:
         _tile(name, record.figures.get(page, {}).get(key), style, unit) for name, page, key, style, unit in _tiles_of(record)
     ]
     name = words.distance_name([record])
-    for measured in tables.measurements_or_none(record):
-        if measured.metric == name:
-            shown.append(_tile(f"{name} {measured.of}", measured.value, ".4g", f"protocol {measured.protocol.hash}"))
+    for of, value, code in words.distances(record, name):
+        shown.append(_tile(f"{name} {of}", value, ".4g", f"protocol {code}"))
     return f'<dl class="tiles">{"".join(shown)}</dl>' if any(shown) else ""
 
 
@@ -109,10 +113,7 @@ def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> st
     parts = [
         _figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))
     ]
-    no_kl = labels_of([record for record in records if not record.has_kl])
-    notes = (
-        [f"{words.listed(no_kl)}: deterministic, without KL and balance; their curves are those of the error."] if no_kl else []
-    )
+    notes = _without_kl(records, "what their loss adds to the error is a penalty")
     keys = legend(styles_of(labels_of(records)))
     intro = "One thin line for each seed, one colour for each label." if len(records) > 1 else ""
     return section(
@@ -122,6 +123,11 @@ def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> st
         paragraphs([intro, *notes] if intro else notes),
         *parts,
     )
+
+
+def _without_kl(records: Sequence[Record], reason: str) -> list[str]:
+    labels = labels_of(record for record in records if not record.has_kl)
+    return [f"{words.listed(labels)}: deterministic, without a KL; {reason}."] if labels else []
 
 
 def _figures_of(stage: int, figures: Sequence[dict[str, Any]], title: str) -> str:
@@ -135,10 +141,7 @@ def latents(exhibits: Sequence[Exhibit], records: Sequence[Record], figures: Seq
         return section("latents", "Latents", paragraphs(["There are no codes yet: stage 1 is not finished."], "missing"))
     several = len(records) > len(exhibits)
     notes = [f"Of the first seed of each label: {words.listed([e.record.name for e in exhibits])}."] if several else []
-    no_kl = [e.record.label for e in exhibits if not e.record.has_kl]
-    notes += (
-        [f"{words.listed(no_kl)}: deterministic; codes without a posterior variance, and so without a KL."] if no_kl else []
-    )
+    notes += _without_kl([e.record for e in exhibits], "their codes are points, without a posterior's variance")
     notes.append("From the posteriors of the training images.")
     parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1"), (2, "Stage 2: latents of latents"))]
     return section("latents", "Latents", legend(styles_of(labels_of(records))), paragraphs(notes), *parts)
@@ -180,13 +183,27 @@ def _folded(record: Record) -> str:
 
 
 def comparison(records: Sequence[Record]) -> str:
-    """Labels against each other; empty for a single run."""
-    if len(records) < 2:
+    """Labels against each other, as `poise compare` shows them; empty for a single run."""
+    results, reference = tables.results_of(records), tables.reference_of(records)
+    if len(results) < 2:
         return ""
-    note = "Means over the seeds of each label, ± their standard deviation."
-    return section(
-        "comparison", "Comparison", paragraphs([note]), table(tables.upright(tables.comparison_rows(records)), kind="numbers")
-    )
+    means = paragraphs(["Mean ± sample standard deviation over seeds, on test images."])
+    parts = [means, table(compared_table(results), kind="numbers"), _differences(results, reference)]
+    return section("comparison", "Comparison", *parts, _speed(results, reference))
+
+
+def _differences(results: Sequence[Result], reference: str) -> str:
+    if len({result.label for result in results}) < 2:
+        return ""
+    words = f"Paired by seed; with three pairs or more, in brackets the {COVERED:.0%} bootstrap interval of the mean."
+    rows = table(differences(results, reference), kind="numbers")
+    return subhead(f"Differences from {reference}") + paragraphs([words]) + rows
+
+
+def _speed(results: Sequence[Result], reference: str) -> str:
+    rows = tables.speed_rows(results, reference)
+    about = ABOUT_SPEED.format(near=NEAR, reference=reference)
+    return subhead("Speed") + paragraphs([about]) + table(rows, kind="numbers") if rows else ""
 
 
 def _numbers_of(record: Record) -> str:

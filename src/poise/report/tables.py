@@ -1,14 +1,16 @@
 """Tables of a report as rows of cells, the first one the head."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from poise.comparison import speed
 from poise.errors import InputError
 from poise.protocols import Measurement, Protocol, table
 from poise.recipes.settings import from_json
 from poise.report.records import Record, first_of_each, labels_of
-from poise.report.words import distance_name, spread
+from poise.results import Result, curves
 
 Rows = list[list[str]]
 
@@ -130,14 +132,6 @@ def measurements_of(record: Record) -> list[Measurement]:
         raise InputError(f"evaluation.json cannot be read: {error}") from error
 
 
-def measurements_or_none(record: Record) -> list[Measurement]:
-    """The measurements, or none where they cannot be read."""
-    try:
-        return measurements_of(record)
-    except InputError:
-        return []
-
-
 def _measurement(values: dict[str, Any], protocols: dict[str, Protocol]) -> Measurement:
     value = float("nan") if values["value"] is None else values["value"]
     return Measurement(**values | {"value": value, "protocol": protocols[values["protocol"]]})
@@ -171,43 +165,39 @@ def upright(rows: Rows) -> Rows:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def comparison_rows(records: Sequence[Record]) -> Rows:
-    """A row for each label: means over seeds, ± the standard deviation."""
-    columns = [(name, path) for name, path in COMPARED if any(_at(record, path) is not None for record in records)]
-    distance = distance_name(records)
-    generations = list(dict.fromkeys(m["of"] for r in records for m in _distances(r, distance)))
-    rows = [["", "runs", *(name for name, _ in columns), *(f"{distance} {of}" for of in generations)]]
-    for label in labels_of(records):
-        mine = [record for record in records if record.label == label]
-        cells = [spread(_present(_at(record, path) for record in mine)) for _, path in columns]
-        further = [spread([m["value"] for r in mine for m in _distances(r, distance) if m["of"] == of]) for of in generations]
-        rows.append([label, str(len(mine)), *cells, *further])
-    return rows
+def results_of(records: Iterable[Record]) -> list[Result]:
+    """The results of the finished runs: what `poise compare` wrote, or what the run's own files say."""
+    return [record.result or _as_result(record) for record in records if record.summary]
 
 
-COMPARED = (
-    ("MSE", "reconstruction.mse_as_shown"),
-    ("PSNR, dB", "reconstruction.psnr_db"),
-    ("SSIM", "reconstruction.ssim"),
-    ("KL, nats", "reconstruction.kl_nats"),
-    ("ELBO, nats", "reconstruction.elbo_nats"),
-    ("γ²", "reconstruction.gamma2"),
-    ("active latents", "latents.active_units"),
-    ("training, s", "seconds"),
-)
+def _as_result(record: Record) -> Result:
+    nothing: dict[str, Any] = {"protocols": {}, "measurements": [], "notes": []}
+    pages = {name: page for name, page in record.figures.items() if isinstance(page, dict)}
+    return Result(
+        experiment="report",
+        label=record.label,
+        seed=record.seed,
+        settings=record.recipe,
+        data=record.data,
+        provenance={},
+        seconds={"training": (record.summary or {}).get("seconds", math.nan)},
+        curves=_curves(record),
+        evaluation=nothing | pages | (record.evaluation or {}),
+    )
 
 
-def _at(record: Record, path: str) -> float | None:
-    value: Any = record.figures
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
+    try:
+        return curves(record.folder / "metrics.jsonl")
+    except (OSError, ValueError, KeyError):  # no log, or one that is torn
+        return {}
 
 
-def _present(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+def reference_of(records: Sequence[Record]) -> str:
+    """The label that others are compared with."""
+    return labels_of(records)[0]
 
 
-def _distances(record: Record, name: str | None) -> list[dict[str, Any]]:
-    measured = (record.evaluation or {}).get("measurements", [])
-    return [m for m in measured if name is not None and m["metric"] == name and m["value"] is not None]
+def speed_rows(results: Sequence[Result], reference: str) -> Rows:
+    """See `poise.comparison.speed`; none where a run has no curves."""
+    return speed(results, reference) if all("1" in result.curves for result in results) else []

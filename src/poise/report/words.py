@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from poise.comparison.statistics import spread as spread_of
+from poise.comparison.tables import show
 from poise.diagnosis import Diagnosis
 from poise.report.curves import stage_entries
 from poise.report.records import Record, labels_of
@@ -34,16 +36,8 @@ def duration(seconds: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation, to as many decimals as make two digits of the latter.
-
-    Example:
-        >>> spread([0.013, 0.0132])
-        '0.01310 ± 0.00014'
-    """
-    if len(values) < 2 or not stdev(values) > 0:
-        return number(values[0] if values else None)
-    decimals = max(0, 1 - math.floor(math.log10(stdev(values))))
-    return f"{fmean(values):.{decimals}f} ± {stdev(values):.{decimals}f}"
+    """Mean and sample standard deviation, as tables of a comparison show them."""
+    return show(spread_of(values))
 
 
 def images_word(shape: Sequence[int]) -> str:
@@ -103,7 +97,7 @@ def _error(figures: dict[str, Any]) -> str:
         return "Nothing was measured yet."
     images = f" of {page['images']:,} test images" if page.get("images") else ""
     return (
-        f"Reconstructions{images} have a mean squared error of {number(page.get('mse_as_shown'))} "
+        f"Reconstructions{images} have a mean squared error of {number(page.get('mse'))} "
         f"(PSNR {number(page.get('psnr_db'), '.2f')} dB, SSIM {number(page.get('ssim'), '.3f')})."
     )
 
@@ -126,14 +120,23 @@ def _balance(record: Record) -> str:
 
 
 def _distances(record: Record) -> str:
-    measured = (record.evaluation or {}).get("measurements", [])
-    name = next((m["metric"] for m in measured if m["metric"].startswith(("FID", "FD-"))), None)
-    found = {m["of"]: m["value"] for m in measured if m["metric"] == name and m["value"] is not None}
+    name = distance_name([record])
+    found = {of: value for of, value, _ in distances(record, name)}
     if not found:
         return ""
     best = min((of for of in found if of.startswith("GEN")), key=lambda of: found[of], default=None)
     tail = f" (lower is better): of the priors, {best} comes closest to the real images" if best else ""
     return f"{name}: {listed([f'{of} {number(value)}' for of, value in found.items()])}{tail}."
+
+
+def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
+    """What was compared by a distance, its value, and the protocol's hash: the first protocol of a run that has several."""
+    measured = [m for m in (record.evaluation or {}).get("measurements", []) if m["metric"] == name]
+    return [
+        (m["of"], m["value"], m["protocol"])
+        for m in measured
+        if m["value"] is not None and m["protocol"] == measured[0]["protocol"]
+    ]
 
 
 def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
@@ -183,7 +186,7 @@ def _best(records: Sequence[Record], head: str, unit: str, value: Any) -> str:
 
 
 def _mse(record: Record) -> float | None:
-    return record.figures.get("reconstruction", {}).get("mse_as_shown")
+    return record.figures.get("reconstruction", {}).get("mse")
 
 
 def distance_name(records: Sequence[Record]) -> str | None:
@@ -195,6 +198,4 @@ def distance_name(records: Sequence[Record]) -> str | None:
 
 def best_distance(record: Record, name: str) -> float | None:
     """Of the generations of a run, the least."""
-    measured = (record.evaluation or {}).get("measurements", [])
-    values = [m["value"] for m in measured if m["metric"] == name and m["of"].startswith("GEN") and m["value"] is not None]
-    return min(values, default=None)
+    return min((value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None)
