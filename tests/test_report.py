@@ -81,9 +81,9 @@ def values(path: Path) -> dict:
 
 
 def cells(path: Path) -> dict[str, list[str]]:
-    """Rows of all tables by their first cell."""
+    """Rows of all tables by their first cell; of several the first."""
     rows = re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', body(path))
-    return {html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in rows}
+    return {html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in reversed(rows)}
 
 
 def test_a_page_loads_nothing(page):
@@ -141,7 +141,7 @@ def test_what_users_wrote_is_never_markup(runs, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     out = write_report([folder, runs / "computed-0"], tmp_path / "report.html")
     assert "<img src=x" not in body(out) and "onerror" in words(out)
-    assert values(out)["figures"][0]["traces"][0]["label"].startswith("<img src=x")
+    assert values(out)["figures"][0]["traces"][1]["label"].startswith("<img src=x")
 
 
 def test_labels_of_a_comparison_are_folders_without_their_seeds(runs):
