@@ -357,7 +357,11 @@ class Report:
 
     folders: Annotated[
         Positional[tuple[Path, ...]],
-        arg(metavar="PATHS...", help="folders of runs, or of comparisons: the runs that lie in a folder"),
+        arg(
+            metavar="PATHS...",
+            help="folders of runs, or of comparisons: the runs that lie in a folder",
+            help_behavior_hint="(one or more)",
+        ),
     ]
     out: Annotated[Path, arg(help="the page, an .html file")] = Path("report.html")
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"

@@ -113,7 +113,7 @@ def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> st
     parts = [
         _figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))
     ]
-    notes = _without_kl(records, "what their loss adds to the error is a penalty")
+    notes = _without_kl(records, "a penalty stands in its place")
     keys = legend(styles_of(labels_of(records)))
     intro = "One thin line for each seed, one colour for each label." if len(records) > 1 else ""
     return section(

@@ -142,7 +142,9 @@ def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
 def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
     """What to do next: the diagnosis's first remedy, and what is missing."""
     lines = [] if diagnosis is None else [_remedy(diagnosis)]
-    return [*lines, *(line for line in record.missing if "one stage only" not in line)] or ["Nothing is left to do."]
+    return [*lines, *(line for line in record.missing if "one stage only" not in line)] or [
+        "Nothing wrong is known, but the model was not diagnosed."
+    ]
 
 
 def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
