@@ -184,9 +184,10 @@ def _folded(record: Record) -> str:
 
 def comparison(records: Sequence[Record]) -> str:
     """Labels against each other, as `poise compare` shows them; empty for a single run."""
-    results, reference = tables.results_of(records), tables.reference_of(records)
+    results = tables.results_of(records)
     if len(results) < 2:
         return ""
+    reference = results[0].label
     means = paragraphs(["Mean ± sample standard deviation over seeds, on test images."])
     parts = [means, table(compared_table(results), kind="numbers"), _differences(results, reference)]
     return section("comparison", "Comparison", *parts, _speed(results, reference))
@@ -195,7 +196,7 @@ def comparison(records: Sequence[Record]) -> str:
 def _differences(results: Sequence[Result], reference: str) -> str:
     if len({result.label for result in results}) < 2:
         return ""
-    words = f"Paired by seed; with three pairs or more, in brackets the {COVERED:.0%} bootstrap interval of the mean."
+    words = f"Paired by seed; with three pairs or more, in brackets the {COVERED:.0%} bootstrap interval of the mean (too narrow of few seeds)."
     rows = table(differences(results, reference), kind="numbers")
     return subhead(f"Differences from {reference}") + paragraphs([words]) + rows
 

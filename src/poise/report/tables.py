@@ -9,7 +9,7 @@ from poise.comparison import speed
 from poise.errors import InputError
 from poise.protocols import Measurement, Protocol, table
 from poise.recipes.settings import from_json
-from poise.report.records import Record, first_of_each, labels_of
+from poise.report.records import Record, first_of_each
 from poise.results import Result, curves
 
 Rows = list[list[str]]
@@ -191,11 +191,6 @@ def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
         return curves(record.folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError):  # no log, or one that is torn
         return {}
-
-
-def reference_of(records: Sequence[Record]) -> str:
-    """The label that others are compared with."""
-    return labels_of(records)[0]
 
 
 def speed_rows(results: Sequence[Result], reference: str) -> Rows:
