@@ -5,7 +5,7 @@ from typing import Any
 
 from poise.comparison import differences
 from poise.comparison import table as compared_table
-from poise.comparison.statistics import COVERED, NEAR
+from poise.comparison.statistics import COVERED, FEWEST, NEAR
 from poise.comparison.tables import ABOUT_SPEED
 from poise.diagnosis import Diagnosis
 from poise.errors import InputError
@@ -196,9 +196,12 @@ def comparison(records: Sequence[Record]) -> str:
 def _differences(results: Sequence[Result], reference: str) -> str:
     if len({result.label for result in results}) < 2:
         return ""
-    words = f"Paired by seed; with three pairs or more, in brackets the {COVERED:.0%} bootstrap interval of the mean (too narrow of few seeds)."
+    about = (
+        f"Paired by seed; with {FEWEST} pairs or more, in brackets the {COVERED:.0%} bootstrap interval of the mean, "
+        "which is too narrow where seeds are few."
+    )
     rows = table(differences(results, reference), kind="numbers")
-    return subhead(f"Differences from {reference}") + paragraphs([words]) + rows
+    return subhead(f"Differences from {reference}") + paragraphs([about]) + rows
 
 
 def _speed(results: Sequence[Result], reference: str) -> str:
