@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poise import balance, features, metrics, networks, priors, protocols, recipes
+    from poise import balance, features, metrics, networks, priors, protocols, recipes, report
     from poise.balance import (
         Balance,
         ComputedBalance,
@@ -72,6 +72,7 @@ __all__ = [
     "protocols",
     "read_results",
     "recipes",
+    "report",
     "reproduce",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare, reproduce.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare, reproduce, report.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -104,6 +104,7 @@ class Train:
         from poise.balance import make_balance
         from poise.objectives import make_objective
         from poise.pipeline import Options, train
+        from poise.report.tables import figures_table
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
@@ -314,6 +315,8 @@ class Evaluate:
             print(json.dumps(evaluation.to_json(), indent=2))
             return
         if evaluation.pages:
+            from poise.report.tables import figures_table
+
             show_table(title, figures_table(evaluation.pages))
         compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
         if compared:
@@ -418,7 +421,8 @@ class Compare:
         options = Options(self.device, self.save_seconds, engine=self.engine)
         comparison = compare(self.data, options=options, **chosen)
         print(comparison)
-        print(f"table: {comparison.folder}/table.md; runs: {comparison.folder}/LABEL-SEED")
+        page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
+        print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
         fail_if_any(comparison)
 
 
@@ -466,11 +470,43 @@ class Reproduce:
         fail_if_any(comparison)
 
 
+def write_page(comparison: "Comparison", device: str) -> Path:
+    """The comparison's page of plots."""
+    from poise.report import write_report
+
+    return write_report([comparison.folder], comparison.folder / "report.html", device=device, quiet=False)
+
+
 def fail_if_any(comparison: "Comparison") -> None:
     """Raises RunError where a run has failed."""
     if comparison.failed:
         count = len(comparison.failed)
         raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
+
+    The page is complete in itself and loads nothing: send it, or print it.
+    """
+
+    folders: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(
+            metavar="PATHS...",
+            help="folders of runs, or of comparisons: the runs that lie in a folder",
+            help_behavior_hint="(one or more)",
+        ),
+    ]
+    out: Annotated[Path, arg(help="the page, an .html file")] = Path("report.html")
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        from poise.report import write_report
+
+        out = write_report(self.folders, self.out, device=self.device, quiet=False)
+        print(f"report: {out}")
 
 
 COMMANDS = {
@@ -482,6 +518,7 @@ COMMANDS = {
     "diagnose": Diagnose,
     "compare": Compare,
     "reproduce": Reproduce,
+    "report": Report,
 }
 
 
@@ -567,42 +604,6 @@ def interleave(left: Any, right: Any) -> Any:
     import torch
 
     return torch.stack([left, right], 1).flatten(0, 1)
-
-
-def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of names with units, and values."""
-    stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
-    likelihood = figures.get("likelihood", {})
-    shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
-    rows = [
-        ("MSE (per dimension)", stage1.get("mse"), ".5f"),
-        ("MSE as reconstructions are shown", shown, ".5f"),
-        ("PSNR (dB)", stage1.get("psnr_db"), ".2f"),
-        ("SSIM", stage1.get("ssim"), ".3f"),
-        ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
-        ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
-        ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
-        (f"NLL, {likelihood.get('samples')} samples (nats per image)", likelihood.get("mean_nats"), ".1f"),
-        ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
-        ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
-        ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
-        ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
-        ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
-        ("training codes: active latents", latents.get("active_units"), "d"),
-        (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
-        (
-            "training codes: KL of their Gaussian from N(0, I), nats",
-            latents.get("aggregate", {}).get("gaussian_kl_nats"),
-            ".3f",
-        ),
-        ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
-        ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
-        ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
-        ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
-        (f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}", stage2.get("variance_law"), ".3f"),
-    ]
-    rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
-    return [(name, format(value, style)) for name, value, style in rows if value is not None]
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:

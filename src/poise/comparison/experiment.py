@@ -128,7 +128,9 @@ def conduct(
         crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
         open_folder(folder, experiment, dataset)
         del dataset  # the processes read it for themselves
-        outcome = carry_out(tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost)
+        outcome = carry_out(
+            tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost
+        )
     return collected(experiment, tasks, outcome, folder)
 
 
