@@ -258,6 +258,16 @@ def test_a_failed_run_is_in_the_table_and_the_others_are_finished(compared):
     assert read_results([compared.folder]) == sorted(compared.results, key=lambda r: r.label)
 
 
+def test_the_command_prints_the_table_writes_a_page_and_fails_if_a_run_did(compared, monkeypatch, capsys):
+    monkeypatch.setattr(poise.comparison, "compare", lambda *arguments, **options: compared)
+    monkeypatch.setattr(sys, "argv", ["poise", "compare", "--seeds", "1", "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    out, errors = capsys.readouterr()
+    assert exit.value.code == 1 and errors.splitlines()[-1].startswith("poise: error: 1 of 3 runs failed")
+    assert str(compared) in out and (compared.folder / "report.html").stat().st_size > 10_000
+
+
 def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_path, monkeypatch):
     def forbidden(*arguments, **options):
         raise AssertionError("nothing was left to do")
