@@ -182,12 +182,14 @@ def check_sides(real: Any, others: Any) -> None:
         raise InputError(f"{len(real)} and {len(others)} images cannot be compared: at least 2 are needed on each side")
 
 
-def choose_extractor(protocol: Protocol, spec: str, device: torch.device) -> tuple[Protocol, Extractor | None, tuple[str, ...]]:
+def choose_extractor(
+    protocol: Protocol, spec: str | Extractor, device: torch.device
+) -> tuple[Protocol, Extractor | None, tuple[str, ...]]:
     """The network a protocol and the user ask for, the protocol with its name and checksum, and what there is to say.
 
     Args:
         protocol: what to use if `spec` is "auto".
-        spec: "auto", "none", or see `features.make_extractor`.
+        spec: "auto", "none", or see `features.make_extractor`; or what that made.
         device: where it runs.
     """
     network, notes = _at_hand(protocol.extractor, device) if spec == AUTO else (_named(spec, device), ())
@@ -197,7 +199,9 @@ def choose_extractor(protocol: Protocol, spec: str, device: torch.device) -> tup
     return replace(protocol, **known), network, notes
 
 
-def _named(spec: str, device: torch.device) -> Extractor | None:
+def _named(spec: str | Extractor, device: torch.device) -> Extractor | None:
+    if isinstance(spec, Extractor):
+        return spec
     return None if spec == NO_EXTRACTOR else make_extractor(spec, device)
 
 

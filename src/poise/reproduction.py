@@ -50,7 +50,7 @@ def reproduce(
         seeds: 0, 1, ... so many.
         length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
         minutes: after so many all stops, with its state saved; None: never.
-        out: folder of the runs; None: runs/reproduce-NAME.
+        out: folder of the runs; None: runs/reproduce-NAME, of a trial with its length.
         results: folder of the results.
         extractor: see `poise.evaluate`.
         jobs, options: see `poise.compare`.
@@ -69,7 +69,8 @@ def reproduce(
     experiment = experiment_of(name, data, balances, seeds, length, extractor)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
         print("poise: note: the order of images is the file's own: only a folder of files can be listed", file=sys.stderr)
-    folder = Path(out or Path("runs") / safe_name("reproduce", name))
+    trial = [] if length == 1 else ["length", f"{length:g}"]
+    folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
     comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
     write_file(folder / "table.md", text(comparison).encode())
     return comparison

@@ -39,6 +39,7 @@ from poise.evaluation import (
     restored_measurements,
     through_jpeg,
 )
+from poise.features import Extractor
 from poise.latent import DiagonalGaussian
 from poise.metrics import (
     CHUNK,
@@ -285,7 +286,7 @@ class Run:
         images: Any = None,
         *,
         protocol: str | Protocol = "default",
-        extractor: str = AUTO,
+        extractor: str | Extractor = AUTO,
         priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
         infinity: bool = False,
         nll_samples: int = 0,
@@ -298,7 +299,7 @@ class Run:
             images: real ones, (n, channels, height, width), bytes or float in [0, 1]; None: the protocol's side of the run's
                 data, read again from their source and compared by checksum.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
-            extractor: see `poise.evaluate`; "none" leaves comparisons out.
+            extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
             priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
             infinity: extrapolate Frechet distances to infinitely many images as well.
             nll_samples: importance samples for each image's log likelihood; 0: not estimated.

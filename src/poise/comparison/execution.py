@@ -21,6 +21,7 @@ from poise.guards import stop_signals
 from poise.progress import progress
 
 POLL_SECONDS = 0.5
+SHOWN = 4  # tasks of which the display tells
 TAIL_BYTES = 2_000  # of a log, in which its last line lies
 START = (  # Ctrl-C while the imports run ends the process without a traceback
     "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from poise.comparison.worker import main; main()"
@@ -239,8 +240,9 @@ class Following:
         return before + entry["step"]
 
     def figures(self, busy: Sequence[Task]) -> Mapping[str, str]:
-        """What each worker does."""
-        return {task.name: self._state(task) for task in busy}
+        """What each worker does, or the first few."""
+        more = {"and": f"{len(busy) - SHOWN} more"} if len(busy) > SHOWN else {}
+        return {task.name: self._state(task) for task in busy[:SHOWN]} | more
 
     def _state(self, task: Task) -> str:
         steps, total = self._steps(task), task.total_steps(self.num_images)

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from poise.checkpoint import MANIFEST, checkpoints
 from poise.datasets import Dataset
 from poise.evaluation import AUTO, choose_extractor, complete
+from poise.features import Extractor, make_extractor
 from poise.files import strict, write_json
 from poise.protocols import DEFAULT, NO_EXTRACTOR, Protocol, model_protocol
 from poise.recipes.settings import Generation, from_json
@@ -81,8 +83,9 @@ def measuring_for(
         InputError: an extractor that cannot be had.
     """
     spec, notes = resolve_extractor(extractor, dataset.shape[1], device)
-    filled = [choose_extractor(protocol, spec, device)[0] for protocol in protocols]
-    completed = tuple(_counted(protocol, dataset) for protocol in filled)
+    network, _, _ = choose_extractor(DEFAULT, spec, device)
+    known = {name: getattr(network, name) for name in ("extractor", "extractor_checksum", "resize")}
+    completed = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
     return Measuring(completed, spec, tuple(priors), notes)
 
 
@@ -108,7 +111,8 @@ def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
 
     What was measured under a protocol is kept in the run's folder, so that a stop loses one protocol's work at most.
     """
-    parts = [_part(run, measuring, protocol, seed) for protocol in measuring.protocols]
+    network = cache(lambda: _loaded(measuring.extractor, run.device))
+    parts = [_part(run, measuring, protocol, seed, network) for protocol in measuring.protocols]
     joined: dict[str, Any] = dict(parts[0]["evaluation"])
     joined["protocols"] = {code: p for part in parts for code, p in part["evaluation"]["protocols"].items()}
     measurements = [m for part in parts for m in part["evaluation"]["measurements"]]
@@ -117,7 +121,13 @@ def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
     return joined | {"seconds": round(sum(part["seconds"] for part in parts), 2)}
 
 
-def _part(run: Run, measuring: Measuring, protocol: Protocol, seed: int) -> dict[str, Any]:
+def _loaded(spec: str, device: torch.device) -> str | Extractor:
+    return spec if spec == NO_EXTRACTOR else make_extractor(spec, device)
+
+
+def _part(
+    run: Run, measuring: Measuring, protocol: Protocol, seed: int, network: Callable[[], str | Extractor]
+) -> dict[str, Any]:
     """What a protocol gives, from the run's folder if it was measured before."""
     asked = {"priors": measuring.priors, "seed": seed, "weights": _weights(run.folder)}
     request = strict({"protocol": asdict(protocol)} | asked)
@@ -125,7 +135,7 @@ def _part(run: Run, measuring: Measuring, protocol: Protocol, seed: int) -> dict
     if (kept := _kept(path)) and kept["request"] == request:
         return kept
     began = time.monotonic()
-    evaluation = run.evaluate(protocol=protocol, extractor=measuring.extractor, priors=measuring.priors, seed=seed)
+    evaluation = run.evaluate(protocol=protocol, extractor=network(), priors=measuring.priors, seed=seed)
     part = {"request": request, "seconds": time.monotonic() - began, "evaluation": evaluation.to_json()}
     write_json(path, part)
     return strict(part)

@@ -154,15 +154,19 @@ def _about_differences(groups: Mapping[str, Mapping[int, Result]], reference: st
 
 
 def conditions(results: Iterable[Result]) -> list[str]:
-    """What a reader must know: protocols, notes, versions and machines, each said once."""
-    lines: dict[str, None] = {}
+    """What a reader must know: protocols, notes, versions and machines, each said once, of which labels if not of all."""
+    of: dict[str, dict[str, None]] = {}
     for result in results:
-        evaluation = result.evaluation
-        used = {m["protocol"]: None for m in evaluation["measurements"] if m["metric"] == result.distance_name}
-        lines |= {f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}": None for code in used}
-        lines |= dict.fromkeys(map(str, evaluation["notes"]))
-        lines[made_by(result)] = None
-    return list(lines)
+        for line in [*_protocols(result), *result.evaluation["notes"], made_by(result)]:
+            of.setdefault(line, {})[result.label] = None
+    everyone = max((len(labels) for labels in of.values()), default=0)
+    return [line if len(labels) == everyone else f"{', '.join(labels)}: {line}" for line, labels in of.items()]
+
+
+def _protocols(result: Result) -> list[str]:
+    evaluation = result.evaluation
+    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] == result.distance_name)
+    return [f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}" for code in used]
 
 
 def made_by(result: Result) -> str:
