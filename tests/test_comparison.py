@@ -342,14 +342,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         tiny(tmp_path, "computed")
 
 
-LONG = replace(TINY, first=replace(TINY.first, epochs=200), second=None)
+LONG = replace(TINY, first=replace(TINY.first, epochs=200), second=None)  # so that second-stage is no prior of it
 
 
 def start(folder: Path) -> subprocess.Popen:
     """A comparison of LONG in a process group of its own."""
     code = f"""
 import poise, test_comparison as t
-labels = dict(recipe=t.LONG, balances=["computed", "learned"], stages=1, seeds=1)
+labels = dict(recipe=t.LONG, balances=["computed", "learned"], seeds=1)
 poise.compare(t.IMAGES, **labels, out={str(folder)!r}, jobs=1, options=t.OFTEN)
 """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -367,9 +367,7 @@ def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_number
     process.wait()
     assert not second.exists()
     written = first.stat().st_mtime_ns
-    again = poise.compare(
-        IMAGES, recipe=LONG, balances=["computed", "learned"], stages=1, seeds=1, out=tmp_path, jobs=1, options=QUIET
-    )
+    again = poise.compare(IMAGES, recipe=LONG, balances=["computed", "learned"], seeds=1, out=tmp_path, jobs=1, options=QUIET)
     assert len(again.results) == 2 and first.stat().st_mtime_ns == written
     alone = poise.train(
         IMAGES, recipe=replace(LONG, first=replace(LONG.first, balance="learned")), out=tmp_path / "alone", options=QUIET

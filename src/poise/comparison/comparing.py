@@ -72,7 +72,8 @@ def compare(
         >>> print(poise.compare("digits", balances=["computed", "fixed:beta=4"], seeds=3))      # doctest: +SKIP
     """
     labels = variants(balances if balances is not None else ("computed",) if models else BALANCES, models, second_balance)
-    chosen = choose_priors(priors, changes.get("stages"))
+    one_stage = isinstance(recipe, Recipe) and recipe.second is None
+    chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
     base = base_recipe(data, recipe, changes if "second-stage" in chosen else {**changes, "stages": 1})
     name = f"compare-{_name(data, base)}"
     folder = Path(out or Path("runs") / name)
