@@ -8,23 +8,26 @@ import torch
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.errors import InputError
+from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import Network, Recipe, Stage
 from poise.seeds import derive
 from poise.vae import VAE
 
 
-def first_stage(recipe: Recipe, shape: list[int]) -> VAE:
-    """Stage 1's network, its weights a function of the recipe's seed.
+def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> VAE:
+    """Stage 1's network, its weights a function of the recipe's seed. Its posterior vanishes where the objective has none.
 
     Args:
-        recipe: its network and seed.
+        recipe: its network, objective and seed.
         shape: channels, height, width.
+        given: a network of the user's own in place of the recipe's.
 
     Raises:
         InputError: a size that the network cannot take.
     """
     with seeded(derive("weights", recipe.seed, 1)):
-        return VAE(*_first_pair(recipe.network, shape))
+        vae = given or VAE(*_first_pair(recipe.network, shape))
+    return VAE(Deterministic(vae.encoder), vae.decoder) if is_deterministic(recipe.first.objective) else vae
 
 
 def _first_pair(network: Network, shape: list[int]) -> networks.Pair:

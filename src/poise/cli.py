@@ -36,6 +36,9 @@ RECIPES_OWN = "(default: the recipe's)"
 BALANCES = (
     "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
 )
+OBJECTIVES = (
+    "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance then fixed:gamma2=0.5)"
+)
 Switch = Literal["on", "off"]
 NetworkChoice = Literal["resnet", "infogan", "wae", "mlp"]
 PriorChoice = Literal["normal", "second-stage", "mixture"]
@@ -71,6 +74,7 @@ class Train:
     latent_dim: Annotated[int | None, recipes_own("number of latents")] = None
     balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
     second_balance: Annotated[str | None, recipes_own("balance of stage 2, likewise")] = None
+    objective: Annotated[str | None, recipes_own(f"what stage 1's loss is made of: {OBJECTIVES}")] = None
     epochs: Annotated[int | None, recipes_own("length of stage 1, passes over the training images")] = None
     second_epochs: Annotated[int | None, recipes_own("length of stage 2, passes over the training codes")] = None
     stages: Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")] = 2
@@ -97,10 +101,12 @@ class Train:
         recipe = self.settings()
         from poise import parallel
         from poise.balance import make_balance
+        from poise.objectives import make_objective
         from poise.pipeline import Options, train
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
+        make_objective(recipe.first.objective)
         options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
         if parallel.rank() > 0:
@@ -109,7 +115,7 @@ class Train:
         show_table(
             f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images", figures_table(summary)
         )
-        for note in run.data["notes"]:
+        for note in [*run.data["notes"], *summary.get("notes", [])]:
             print(f"note: {note}")
         print(f"pictures: {run.folder}/samples.png, reconstructions.png, training.png")
         print(f"next: poise sample {run.folder} -n 64 --out grid.png; poise evaluate {run.folder}")

@@ -335,9 +335,10 @@ def distances(
 def likelihood_measurements(
     figures: Reconstruction, nll: ImportanceWeightedNLL | None, protocol: Protocol, *, seed: int, device: str
 ) -> list[Measurement]:
-    """KL, ELBO and, where it was estimated, the importance-weighted likelihood of a model."""
+    """KL, ELBO and, where it was estimated, the importance-weighted likelihood of a model; nothing of one that has none."""
     common = {"protocol": model_protocol(protocol), "unit": "nats per image", "seed": seed, "device": device}
-    named = [Measurement("KL", "model", figures.kl_nats, **common), Measurement("ELBO", "model", figures.elbo_nats, **common)]
+    known = {"KL": figures.kl_nats, "ELBO": figures.elbo_nats}
+    named = [Measurement(metric, "model", value, **common) for metric, value in known.items() if value is not None]
     if nll is not None:
         metric = f"NLL ({nll.samples} samples)"
         named.append(Measurement(metric, "model", nll.mean_nats, spread=nll.standard_error_nats, **common))

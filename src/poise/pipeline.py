@@ -33,8 +33,9 @@ from poise.guards import locked, stop_signals
 from poise.images import grid, save_png
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, pixel_std
+from poise.objectives import make_objective
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, check_words, to_json
+from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
 from poise.run import Run, load, read_config, read_data
 from poise.training import (
     Batches,
@@ -126,6 +127,7 @@ def train(
         raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
+    check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" else None
     with ExitStack() as held:
         with parallel.processes(device):
@@ -141,6 +143,12 @@ def train(
     return load(folder, device=options.device, vae=vae)
 
 
+def check_objective(spec: str) -> None:
+    """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
+    if make_objective(spec).alone and (parallel.launched() or parallel.is_up()):
+        raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
+
+
 def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any) -> "Job":
     """Everything that training needs; what cannot be used is said before anything is written.
 
@@ -153,7 +161,7 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-    networks = [vae or first_stage(recipe, list(dataset.shape))] + ([second_stage(recipe)] if recipe.second else [])
+    networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
     balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
     config = configuration(recipe, dataset)
     parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
@@ -221,7 +229,8 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
         earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
-    differing = differences(earlier["recipe"], json.loads(json.dumps(settings)))
+    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
+    differing = differences(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
@@ -419,4 +428,6 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))
     write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
     figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
-    write_json(run.folder / "summary.json", figures | run.evaluate(dataset.test, extractor="none").pages)
+    evaluation = run.evaluate(dataset.test, extractor="none")
+    notes = {"notes": list(evaluation.notes)} if evaluation.notes else {}
+    write_json(run.folder / "summary.json", figures | evaluation.pages | notes)

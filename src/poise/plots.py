@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 CURVES = (("mse", "MSE", "log"), ("kl_nats", "KL (nats per image)", "linear"), ("gamma2", "gamma2", "log"))
+PENALTY = ("penalty", "penalty", "linear")  # in place of KL, of a model that has none
 
 
 def training_curves(log: Path) -> bytes:
@@ -23,8 +24,9 @@ def training_curves(log: Path) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
     for row, stage in zip(axes, stages, strict=True):
+        of_stage = [entry for entry in entries if entry["stage"] == stage]
         for axis, curve in zip(row, CURVES, strict=True):
-            _curve(axis, [entry for entry in entries if entry["stage"] == stage], stage, *curve)
+            _curve(axis, of_stage, stage, *(curve if curve[0] in of_stage[0] else PENALTY))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -49,6 +49,7 @@ from poise.metrics import (
     latent_statistics,
     reconstruction,
 )
+from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -69,6 +70,7 @@ from poise.vae import VAE
 
 PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
+NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
 GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
 
 
@@ -100,7 +102,7 @@ class Run:
         self.data: dict[str, Any] = config["data"]
         self.finished: bool = saved.meta["finished"]
         self.warnings = warnings
-        self.first = self._stage(1, saved, vae or first_stage(self.recipe, self.data["shape"]))
+        self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
         has_second = self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
         self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
 
@@ -119,6 +121,11 @@ class Run:
             stage.vae.to(device)
             stage.balance.to(device)
         return self
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether stage 1's codes are points: an autoencoder or its like, which has no KL and no likelihood."""
+        return is_deterministic(self.recipe.first.objective)
 
     @property
     def device(self) -> torch.device:
@@ -296,8 +303,11 @@ class Run:
             quiet: no progress display.
 
         Raises:
-            InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had.
+            InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had; the
+                likelihood of a model that has none was asked for.
         """
+        if nll_samples and self.deterministic:
+            raise InputError(f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out")
         conditions, network, notes = choose_extractor(self._completed(protocol, images), extractor, self.device)
         images = self._images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
@@ -306,6 +316,7 @@ class Run:
             produced, left_out = self._produced(images, conditions, seed)
             measured += compare(images, produced, conditions, network, infinity=infinity, quiet=quiet)
             notes += left_out
+        notes += (NO_POSTERIOR,) if self.deterministic else ()
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
 
     def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
@@ -335,6 +346,7 @@ class Run:
         released = generation.variance_law == "released"
         common = {"seed": self.recipe.seed, "device": str(self.device)}
         figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
+        figures = figures.without_posterior() if self.deterministic else figures
         restored = self.reconstruct_chunks(images, generation=generation)
         measured = restored_measurements(chunks_of(images, len(images)), restored, protocol, **common)
         pages: dict[str, dict[str, Any]] = {
@@ -344,7 +356,8 @@ class Run:
             nll = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet)
             pages["likelihood"] = asdict(nll)
         if self._has_codes:
-            pages["latents"] = asdict(latent_statistics(self.codes, released=released))
+            statistics = latent_statistics(self.codes, released=released)
+            pages["latents"] = asdict(statistics.without_posterior() if self.deterministic else statistics)
         if self.second is not None:
             pages["second_stage"] = self._second_stage_page(released)
         return pages, measured + likelihood_measurements(figures, nll, protocol, **common)

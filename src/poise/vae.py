@@ -1,5 +1,7 @@
 """A variational autoencoder is an encoder and a decoder; the loss is not its business (see `balance`)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,13 +35,7 @@ class VAE(nn.Module):
         Raises:
             TypeError: the encoder returned something other than two tensors of equal shape.
         """
-        codes = self.encoder(images)
-        if isinstance(codes, DiagonalGaussian):
-            return codes
-        tensors = isinstance(codes, (tuple, list)) and all(isinstance(code, Tensor) for code in codes)
-        if not (tensors and len(codes) == 2 and codes[0].shape == codes[1].shape):
-            raise TypeError("the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance")
-        return DiagonalGaussian(codes[0], codes[1])
+        return as_posterior(self.encoder(images))
 
     def decode(self, latents: Latents) -> Values:
         """The mean of p(x|z) for each latent vector."""
@@ -60,3 +56,17 @@ class VAE(nn.Module):
         if noise is None:
             noise = torch.randn_like(posterior.mean)
         return self.decode(posterior.sample(noise)), posterior
+
+
+def as_posterior(codes: Any) -> DiagonalGaussian:
+    """What an encoder returned, as a distribution.
+
+    Raises:
+        TypeError: it is something other than two tensors of equal shape.
+    """
+    if isinstance(codes, DiagonalGaussian):
+        return codes
+    tensors = isinstance(codes, (tuple, list)) and all(isinstance(code, Tensor) for code in codes)
+    if not (tensors and len(codes) == 2 and codes[0].shape == codes[1].shape):
+        raise TypeError("the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance")
+    return DiagonalGaussian(codes[0], codes[1])

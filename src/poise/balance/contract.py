@@ -91,15 +91,24 @@ class Balance(nn.Module, ABC):
             >>> float(terms.kl)
             0.0
         """
+        error = self.error_per_image(reconstruction, target)
+        if mean.shape != logvar.shape or len(mean) != len(target):
+            raise InputError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree, with {len(target)} rows")
+        return self.combine(error, gaussian_kl(mean, logvar), num_dims=target[0].numel())
+
+    def error_per_image(self, reconstruction: Values, target: Values) -> PerImage:
+        """The error |x - x^|^power of each image, summed over its dimensions, in float32 or better: (n,).
+
+        Raises:
+            InputError: the shapes do not agree, or bytes were passed.
+        """
         if reconstruction.shape != target.shape:
             raise InputError(f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} differ in shape")
         if not (reconstruction.is_floating_point() and target.is_floating_point()):
             raise InputError(f"reconstruction and target must be floating point, not {reconstruction.dtype} and {target.dtype}")
-        if mean.shape != logvar.shape or len(mean) != len(target):
-            raise InputError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree, with {len(target)} rows")
         difference = at_least_float32(reconstruction) - at_least_float32(target)
         error = difference.square() if self.power == 2 else difference.abs().pow(self.power)
-        return self.combine(error.flatten(1).sum(1), gaussian_kl(mean, logvar), num_dims=target[0].numel())
+        return error.flatten(1).sum(1)
 
     def combine(self, error: PerImage, kl: PerImage, num_dims: int) -> LossTerms:
         """The loss for any other posterior, likelihood or network.

@@ -15,6 +15,7 @@ from poise.datasets import Rows, gather
 from poise.diagnosis.subject import device_of, first_line
 from poise.errors import InputError
 from poise.metrics import CHUNK
+from poise.objectives import Deterministic
 from poise.priors import Prior
 from poise.run import Run
 from poise.seeds import derive
@@ -42,10 +43,14 @@ def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Ca
     """The case of a run or of a VAE.
 
     Raises:
-        InputError: something else, no images, images that are no array, or a loss that cannot be called.
+        InputError: something else, a model without a posterior, no images, images that are no array, or a loss that
+            cannot be called.
     """
     if loss is not None and not callable(loss):
         raise InputError(f"loss must be a balance or a function (reconstruction, images, mean, logvar), not {_kind(loss)}")
+    vae = model.first.vae if isinstance(model, Run) else model
+    if isinstance(vae, VAE) and isinstance(vae.encoder, Deterministic):
+        raise InputError("a deterministic autoencoder has no posterior to diagnose: poise evaluate measures it")
     if isinstance(model, Run):
         return _case_of_run(model, images, train_images, loss)
     if not isinstance(model, VAE):

@@ -16,7 +16,7 @@ Statistics are float64.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class AggregatePosterior:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What the codes of a data set say. Tuples have one value per latent, in the encoder's order.
+    """What the codes of a data set say. Tuples have one value per latent, in the encoder's order. What needs a posterior's
+    variance (variance law, E[s^2], KL) is None where codes are points.
 
     Attributes:
         variance_law: Var(mu) + E[s^2], mean over latents; 1 where the aggregate posterior fits the prior.
@@ -57,15 +58,20 @@ class LatentStatistics:
         aggregate: the aggregate posterior against the prior.
     """
 
-    variance_law: float
+    variance_law: float | None
     variance_law_active: float | None
-    noise_term: str
+    noise_term: str | None
     active_units: int
     latent_dim: int
     variance_of_mean: tuple[float, ...]
-    mean_variance: tuple[float, ...]
-    kl_nats_per_latent: tuple[float, ...]
+    mean_variance: tuple[float, ...] | None
+    kl_nats_per_latent: tuple[float, ...] | None
     aggregate: AggregatePosterior
+
+    def without_posterior(self) -> "LatentStatistics":
+        """These figures for codes that are points: what needs a posterior's variance left out."""
+        none = dict.fromkeys(("variance_law", "variance_law_active", "noise_term", "mean_variance", "kl_nats_per_latent"))
+        return replace(self, **none)
 
 
 def latent_statistics(codes: DiagonalGaussian, *, released: bool = False) -> LatentStatistics:

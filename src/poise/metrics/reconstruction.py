@@ -12,7 +12,7 @@ sigma^2 (2 - sigma^2 / v) of the variance lost. Hence `variance_lost_share` divi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Reconstruction:
         mse_sampled: of reconstructions from one posterior sample per image, per dimension.
         psnr_db: peak signal-to-noise ratio of reconstructions from the posterior mean; None where the data are no images.
         ssim: structural similarity of the same; None where the data are no images.
-        kl_nats: KL(q(z|x) || N(0, I)) per image.
+        kl_nats: KL(q(z|x) || N(0, I)) per image; like the next two None where there is no posterior.
         elbo_nats: evidence lower bound per image: log density of values in [0, 1], KL weight 1, one posterior sample.
         bits_per_dim: -ELBO in bits per dimension, see `bits_per_dim`; None where the data are no images.
         gamma2: the decoder variance used.
@@ -51,13 +51,17 @@ class Reconstruction:
     mse_sampled: float
     psnr_db: float | None
     ssim: float | None
-    kl_nats: float
-    elbo_nats: float
+    kl_nats: float | None
+    elbo_nats: float | None
     bits_per_dim: float | None
     gamma2: float
     quadratic_share: float
     variance_lost: float
     variance_lost_share: float | None
+
+    def without_posterior(self) -> "Reconstruction":
+        """These figures for a model whose codes are points: KL and likelihood left out."""
+        return replace(self, kl_nats=None, elbo_nats=None, bits_per_dim=None)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from poise.errors import InputError
 NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+VAE_OBJECTIVE = "vae"
+RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
 
 
 def check_words(settings: Any) -> None:
@@ -84,6 +86,7 @@ class Stage:
         learning_rate: Adam's, at the start.
         halve_every: the learning rate is halved after so many epochs (or steps, where the length is in steps); None: never.
         balance: see `poise.balance.make_balance`.
+        objective: what the loss is made of: see `poise.objectives.make_objective`. Of stage 1; stage 2 is a VAE.
         ema_decay: of a running average of the weights, used in place of them afterwards; None: no average.
         precision: of the networks' arithmetic; weights, balance and sums are float32 in any case.
     """
@@ -94,6 +97,7 @@ class Stage:
     learning_rate: float = 1e-4
     halve_every: int | None = None
     balance: str = "computed"
+    objective: str = VAE_OBJECTIVE
     ema_decay: float | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -173,6 +177,10 @@ class Recipe:
     cost: str = ""
     published: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if self.second is not None and self.second.objective != VAE_OBJECTIVE:
+            raise InputError(f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}")
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -182,6 +190,8 @@ class Changes:
         size, channels, skip_unreadable: see `Data`.
         network, latent_dim: see `Network`; the kind of network and its latents.
         balance, second_balance: of stage 1 and of stage 2; see `poise.balance.make_balance`.
+        objective: of stage 1; see `poise.objectives.make_objective`. Where it is another than vae and no balance is given, the
+            balance of stage 1 is "fixed:gamma2=0.5", with which the objective is the published one.
         epochs, second_epochs: lengths of stage 1 and of stage 2, passes over the training images.
         stages: 1 leaves out the second stage.
         batch_size, learning_rate, ema_decay, precision: of both stages; see `Stage`.
@@ -195,6 +205,7 @@ class Changes:
     latent_dim: int | None = None
     balance: str | None = None
     second_balance: str | None = None
+    objective: str | None = None
     epochs: int | None = None
     second_epochs: int | None = None
     stages: Literal[1, 2] | None = None
@@ -213,7 +224,9 @@ class Changes:
         """The recipe with these changes. Its cost is dropped where they change it."""
         data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable)
         network = given(self._kind(recipe.network), latent_dim=self.latent_dim)
-        first = self._stage(recipe.first, self.epochs, self.balance)
+        rival = self.objective not in (None, VAE_OBJECTIVE)
+        balance = RIVALS_BALANCE if rival and self.balance is None else self.balance
+        first = given(self._stage(recipe.first, self.epochs, balance), objective=self.objective)
         second = recipe.second and self._stage(recipe.second, self.second_epochs, self.second_balance)
         second = None if self.stages == 1 else second
         as_costed = (network, first, second) == (recipe.network, recipe.first, recipe.second)

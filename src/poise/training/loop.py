@@ -17,6 +17,7 @@ from torch import Tensor
 
 from poise import parallel
 from poise.errors import InputError, RunError
+from poise.objectives import is_deterministic
 from poise.progress import progress
 from poise.recipes.settings import Stage
 from poise.seeds import derive
@@ -204,13 +205,16 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry: dict[str, float] = {"stage": number, "step": state.step, "images_seen": state.step * batch_size}
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
+    if is_deterministic(stage.objective):
+        entry["penalty"] = entry.pop("kl_nats")  # in its place in the loss, and no KL
     entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
     return entry | {"images": count * batch_size}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """The part of a log entry that a progress bar has room for."""
-    shown = {"MSE": f"{entry['mse']:.5f}", "KL": f"{entry['kl_nats']:.1f}", "gamma2": f"{entry['gamma2']:.5f}"}
+    penalty = {"penalty": f"{entry['penalty']:.3f}"} if "penalty" in entry else {"KL": f"{entry['kl_nats']:.1f}"}
+    shown = {"MSE": f"{entry['mse']:.5f}", **penalty, "gamma2": f"{entry['gamma2']:.5f}"}
     return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
 
 

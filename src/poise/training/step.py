@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from poise import parallel
 from poise.balance import LossTerms
+from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
 from poise.training.state import TrainingState, Verdict, parameters_of
@@ -20,8 +21,7 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     """
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
-        reconstruction, posterior = state.vae(batch, noise)
-    terms = state.balance(reconstruction, batch, posterior.mean, posterior.logvar)
+        terms = make_objective(stage.objective)(state.vae, state.balance, batch, noise)
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
     gradients = [p.grad for p in parameters_of(state.optimizer) if p.grad is not None]

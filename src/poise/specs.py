@@ -1,0 +1,52 @@
+"""Objects by a short text, for the command and for recipes: a name, then options after a colon, separated by commas."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from poise.errors import InputError
+
+Made = TypeVar("Made")
+
+
+def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: int) -> Made:
+    """What a text such as "fixed:gamma2=0.5" names.
+
+    Args:
+        kind: what errors call it: "balance", "objective".
+        makers: a class or function for each name; its parameters are the options.
+        spec: the text.
+        known: values for options that the text may leave out and the maker may not take.
+
+    Raises:
+        InputError: unknown name or option, a value that is not a number or true/false, or one out of range.
+    """
+    name, _, options = spec.partition(":")
+    if name not in makers:
+        raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}")
+    make = makers[name]
+    allowed = inspect.signature(make).parameters
+    values: dict[str, float | bool | str] = {key: value for key, value in known.items() if key in allowed}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in allowed:
+            raise InputError(f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}")
+        values[key] = _parse(key, value, allowed[key].default)
+    missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
+    if missing:
+        raise InputError(f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER")
+    return make(**values)
+
+
+def _parse(key: str, value: str, default: object) -> float | bool | str:
+    if isinstance(default, bool):
+        if value not in ("true", "false"):
+            raise InputError(f"{key}={value!r} is neither true nor false")
+        return value == "true"
+    if value == default:  # an option that takes a word: start=first-batch
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        raise InputError(f"{key}={value!r} is not a number") from None
+    return int(number) if number.is_integer() else number
