@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import gzip
 import io
+import mmap
 import os
 import pickle
 import struct
@@ -348,6 +349,20 @@ def test_pictures_are_turned_upright_before_the_cut(tmp_path):
     images = np.concatenate([part[:] for part in (lambda d: (d.train, d.test))(load(folder, size=16))])
     halves = images[:, :, :7].mean((1, 2, 3)), images[:, :, 9:].mean((1, 2, 3))
     assert ((halves[0] < 5) & (halves[1] > 250)).sum() == 1
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["channels first", "channels last"])
+def test_the_pages_of_the_wanted_rows_are_asked_for_and_no_others(tmp_path, layout, monkeypatch):
+    np.save(tmp_path / "x.npy", noise(1000, 3, 32, 32))
+    rows = np.load(tmp_path / "x.npy", mmap_mode="r").transpose(layout)[5:]
+    mapping, wanted = rows.base.base, np.sort(np.random.default_rng(0).integers(0, 995, 60))
+    origin = np.frombuffer(mapping, np.uint8).ctypes.data
+    monkeypatch.setattr(datasets.storage, "PIECE_BYTES", 2 * mmap.PAGESIZE)
+    pieces = list(datasets.storage._pieces(rows, wanted, origin))
+    asked = [page for start, length in pieces for page in range(start, start + length, mmap.PAGESIZE)]
+    touched = {(rows[i : i + 1].ctypes.data - origin + byte) // mmap.PAGESIZE for i in wanted for byte in range(3072)}
+    assert [page // mmap.PAGESIZE for page in asked] == sorted(touched)
+    assert all(length <= 2 * mmap.PAGESIZE for _, length in pieces) and len(pieces) < len(asked)
 
 
 def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_path):
