@@ -47,7 +47,7 @@ def refusal(source, kind: type[InputError] = InputError, **options) -> str:
 
 
 def together(dataset: datasets.Dataset) -> list[bytes]:
-    return sorted(content_hashes(dataset.train) + content_hashes(dataset.test))
+    return sorted([*content_hashes(dataset.train), *content_hashes(dataset.test)])
 
 
 @pytest.fixture(autouse=True)
