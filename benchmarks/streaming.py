@@ -235,6 +235,7 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
         "streamed_over_in_memory": over(rates["streamed"], rates["in memory"]),
         "processor_us_per_image": {trainer: summary(values, 1) for trainer, values in work.items()},
         "anonymous_mib": {"first half": round(fmean(memory[:half]), 1), "second half": round(fmean(memory[-half:]), 1)},
+        "anonymous_mib_by_round": [round(mib, 1) for mib in memory],
         "group_peak_mib": peak,
         "read_per_byte": summary([answer["read_per_byte"] for answer in answers["streamed"]]),
     }
