@@ -385,6 +385,21 @@ def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkey
     assert isinstance(load(folder).train, Rows)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_control_group_denies_is_not_free(tmp_path, version):
+    controllers, limit, usage = ("memory", "limit_in_bytes", "usage_in_bytes") if version == 1 else ("", "max", "current")
+    (tmp_path / "membership").write_text(f"9:cpu:/elsewhere\n4:{controllers}:/job/step\n")
+    for place, allowed, used in (("job", "1000", 700), ("job/step", "max" if version == 2 else "5000", 650)):
+        folder = tmp_path / controllers / place
+        folder.mkdir(parents=True)
+        (folder / f"memory.{limit}").write_text(f"{allowed}\n")
+        (folder / f"memory.{usage}").write_text(f"{used}\n")
+        stat = "anon 300\nactive_file 40\ninactive_file 60\n"
+        (folder / "memory.stat").write_text(stat + ("total_active_file 140\ntotal_inactive_file 160\n" if version == 1 else ""))
+    left = list(datasets.storage._left_in_groups(tmp_path / "membership", tmp_path))
+    assert left == ([5000 - 650 + 300, 1000 - 700 + 300] if version == 1 else [1000 - 700 + 100])
+
+
 def test_a_disk_too_small_for_the_images_is_noticed_before_it_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(RuntimeError, match="choose a smaller --size"):

@@ -188,7 +188,38 @@ def _free_memory() -> int:
     """Bytes that could be allocated now (Linux), or all memory (macOS); 4 GiB where the system does not say (Windows)."""
     report = Path("/proc/meminfo")
     if report.exists():  # not sysconf's SC_AVPHYS_PAGES, which counts the file cache as taken
-        fields = dict(line.split(":") for line in report.read_text().splitlines())
-        return int(fields["MemAvailable"].removesuffix("kB")) * 1024
+        free = 1024 * int(_fields(report)["MemAvailable:"])
+        return min([free, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2**32
+
+
+def _left_in_groups(membership: Path, mounted: Path) -> Iterator[int]:
+    """Bytes that each control group around this process still allows, as of a container or a batch job: Linux kills beyond.
+
+    Args:
+        membership: the system's list of the groups of a process.
+        mounted: where versions 1 and 2 of control groups are found.
+    """
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        group = mounted / controllers / path.lstrip("/")
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        for folder in [group, *group.parents]:
+            allowed = folder / f"memory.{limit}"
+            if allowed.exists() and (number := allowed.read_text().strip()) != "max":
+                yield int(number) - int((folder / f"memory.{usage}").read_text()) + _cached(folder / "memory.stat")
+
+
+def _cached(report: Path) -> int:
+    """Bytes of pages of files, which the system takes back when memory is wanted, in a control group and those below it."""
+    found = _fields(report)  # version 1 says "total_" where those below are counted
+    return sum(int(found.get(f"total_{name}", found.get(name, "0"))) for name in ("active_file", "inactive_file"))
+
+
+def _fields(report: Path) -> dict[str, str]:
+    """The first two words of each line."""
+    words = (line.split()[:2] for line in report.read_text().splitlines())
+    return {pair[0]: pair[1] for pair in words if len(pair) == 2}
