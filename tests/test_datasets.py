@@ -363,6 +363,9 @@ def test_the_pages_of_the_wanted_rows_are_asked_for_and_no_others(tmp_path, layo
     touched = {(rows[i : i + 1].ctypes.data - origin + byte) // mmap.PAGESIZE for i in wanted for byte in range(3072)}
     assert [page // mmap.PAGESIZE for page in asked] == sorted(touched)
     assert all(length <= 2 * mmap.PAGESIZE for _, length in pieces) and len(pieces) < len(asked)
+    assert torch.equal(gather(rows, [-1, 3]), gather(rows, [994, 3]))
+    with pytest.raises(IndexError):
+        gather(rows, [995])
 
 
 def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_path):

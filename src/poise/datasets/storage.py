@@ -93,17 +93,19 @@ def _asked_for(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
 
     Args:
         array: perhaps a view of a mapped file; of others nothing is asked.
-        indices: ascending, not negative.
+        indices: ascending; for those outside the array, which are the reader's to refuse, nothing is asked.
     """
-    mapping = _mapping(array)
+    mapping, indices = _mapping(array), indices[(indices >= 0) & (indices < len(array))]
     if mapping is None or not len(indices):
         yield
         return
     mapping.madvise(mmap.MADV_RANDOM)
-    for start, length in _pieces(array, indices, np.frombuffer(mapping, np.uint8).ctypes.data):
-        mapping.madvise(mmap.MADV_WILLNEED, start, length)
-    yield
-    mapping.madvise(mmap.MADV_NORMAL)  # what is read in blocks is served well by the system's own reading ahead
+    try:
+        for start, length in _pieces(array, indices, np.frombuffer(mapping, np.uint8).ctypes.data):
+            mapping.madvise(mmap.MADV_WILLNEED, start, length)
+        yield
+    finally:
+        mapping.madvise(mmap.MADV_NORMAL)  # what is read in blocks is served well by the system's own reading ahead
 
 
 def _mapping(array: Any) -> mmap.mmap | None:
