@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -268,6 +269,7 @@ def main() -> None:
     if options.train:
         train(options.train, options.file)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the file and the group go in that case too
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file = Path(folder, "images.npy")
         write_noise(file, int(options.times * max(1, options.cap) * 2**20) // math.prod(SHAPE))
