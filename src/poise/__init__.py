@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poise import balance, features, metrics, networks, priors, protocols, recipes
+    from poise import balance, features, metrics, networks, priors, protocols, recipes, report
     from poise.balance import (
         Balance,
         ComputedBalance,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OptimalBalance,
         ScheduledBalance,
     )
+    from poise.comparison import Comparison, compare
     from poise.diagnosis import Diagnosis, diagnose
     from poise.errors import InputError, Interrupted, RunError
     from poise.evaluation import Evaluation, evaluate
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from poise.pipeline import Options, train
     from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
+    from poise.results import Result, read_results
     from poise.run import Run, load
     from poise.vae import VAE
 
 __all__ = [
     "VAE",
     "Balance",
+    "Comparison",
     "ComputedBalance",
     "ConstrainedBalance",
     "ControlledBalance",
@@ -52,10 +55,12 @@ __all__ = [
     "Options",
     "Protocol",
     "Recipe",
+    "Result",
     "Run",
     "RunError",
     "ScheduledBalance",
     "balance",
+    "compare",
     "diagnose",
     "evaluate",
     "features",
@@ -64,7 +69,9 @@ __all__ = [
     "networks",
     "priors",
     "protocols",
+    "read_results",
     "recipes",
+    "report",
     "train",
 ]
 
@@ -80,6 +87,7 @@ _HOMES = {
         "OptimalBalance",
         "ScheduledBalance",
     ),
+    "comparison": ("Comparison", "compare"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("InputError", "Interrupted", "RunError"),
     "evaluation": ("Evaluation", "evaluate"),
@@ -87,6 +95,7 @@ _HOMES = {
     "pipeline": ("Options", "train"),
     "protocols": ("Measurement", "Protocol"),
     "recipes": ("Recipe",),
+    "results": ("Result", "read_results"),
     "run": ("Run", "load"),
     "vae": ("VAE",),
 }

@@ -1,4 +1,4 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose.
+"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, report.
 
 Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
 torch is imported after the arguments are read, so that help is instant.
@@ -106,6 +106,7 @@ class Train:
         from poise.balance import make_balance
         from poise.objectives import make_objective
         from poise.pipeline import Options, train
+        from poise.report.tables import figures_table
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
@@ -316,6 +317,8 @@ class Evaluate:
             print(json.dumps(evaluation.to_json(), indent=2))
             return
         if evaluation.pages:
+            from poise.report.tables import figures_table
+
             show_table(title, figures_table(evaluation.pages))
         compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
         if compared:
@@ -348,6 +351,31 @@ class Diagnose:
         print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
+
+    The page is complete in itself and loads nothing: send it, or print it.
+    """
+
+    folders: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(
+            metavar="PATHS...",
+            help="folders of runs, or of comparisons: the runs that lie in a folder",
+            help_behavior_hint="(one or more)",
+        ),
+    ]
+    out: Annotated[Path, arg(help="the page, an .html file")] = Path("report.html")
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
+
+    def run(self) -> None:
+        from poise.report import write_report
+
+        out = write_report(self.folders, self.out, device=self.device, quiet=False)
+        print(f"report: {out}")
+
+
 COMMANDS = {
     "train": Train,
     "sample": Sample,
@@ -355,6 +383,7 @@ COMMANDS = {
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
+    "report": Report,
 }
 
 
@@ -440,42 +469,6 @@ def interleave(left: Any, right: Any) -> Any:
     import torch
 
     return torch.stack([left, right], 1).flatten(0, 1)
-
-
-def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of names with units, and values."""
-    stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
-    likelihood = figures.get("likelihood", {})
-    shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
-    rows = [
-        ("MSE (per dimension)", stage1.get("mse"), ".5f"),
-        ("MSE as reconstructions are shown", shown, ".5f"),
-        ("PSNR (dB)", stage1.get("psnr_db"), ".2f"),
-        ("SSIM", stage1.get("ssim"), ".3f"),
-        ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
-        ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
-        ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
-        (f"NLL, {likelihood.get('samples')} samples (nats per image)", likelihood.get("mean_nats"), ".1f"),
-        ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
-        ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
-        ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
-        ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
-        ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
-        ("training codes: active latents", latents.get("active_units"), "d"),
-        (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
-        (
-            "training codes: KL of their Gaussian from N(0, I), nats",
-            latents.get("aggregate", {}).get("gaussian_kl_nats"),
-            ".3f",
-        ),
-        ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
-        ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
-        ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
-        ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
-        (f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}", stage2.get("variance_law"), ".3f"),
-    ]
-    rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
-    return [(name, format(value, style)) for name, value, style in rows if value is not None]
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -244,11 +244,17 @@ def compare(
         number = _number(item, protocol)
         chunks = (prepare(part, protocol) for part in item.chunks(number))
         features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
-        complete = replace(protocol, generated=number, kid_subset_size=min(protocol.kid_subset_size, len(real), number))
-        for metric, value, spread in distances(reference, features, complete, extractor, infinity=infinity):
+        conditions = complete(protocol, number)
+        for metric, value, spread in distances(reference, features, conditions, extractor, infinity=infinity):
             common = {"spread": spread, "data": checksum[:12], "seed": item.seed, "device": str(extractor.device)}
-            measured.append(Measurement(metric, item.label, value, complete, **common))
+            measured.append(Measurement(metric, item.label, value, conditions, **common))
     return measured
+
+
+def complete(protocol: Protocol, generated: int) -> Protocol:
+    """A protocol whose number of real images is known, with that of produced ones; subsets are no larger than either."""
+    assert protocol.real is not None
+    return replace(protocol, generated=generated, kid_subset_size=min(protocol.kid_subset_size, protocol.real, generated))
 
 
 class Reference:

@@ -101,7 +101,8 @@ def train(
 
     Args:
         images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
-            name; or hf:owner/name. None: the recipe's own, and without a recipe the digits.
+            name; or hf:owner/name; or a `Dataset`, what the recipe's data settings give, read before. None: the recipe's own,
+            and without a recipe the digits.
         recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
@@ -131,7 +132,7 @@ def train(
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
     check_objective(recipe.first.objective)
-    given = images if recipe.data.source == "array" else None
+    given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
         held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
         with parallel.processes(device):
@@ -144,7 +145,7 @@ def train(
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
-    return load(folder, device=options.device, vae=vae)
+    return load(folder, device=options.device, vae=vae).remember(job.dataset)
 
 
 def check_objective(spec: str) -> None:
@@ -161,7 +162,7 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
         recipe, vae, device, options: of the run.
         given: images that the source does not name.
     """
-    dataset = read_data(recipe.data, given, folder / "cache")
+    dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
@@ -196,6 +197,8 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
 def source_of(images: Any, recipe: Recipe) -> str:
     """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
     own = recipe.data.source
+    if isinstance(images, Dataset):
+        return own
     if images is None:
         if own not in NAMES:
             raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")

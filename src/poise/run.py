@@ -10,7 +10,7 @@ evaluation.json        what `poise evaluate` printed last
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -102,6 +102,7 @@ class Run:
         self.data: dict[str, Any] = config["data"]
         self.finished: bool = saved.meta["finished"]
         self.warnings = warnings
+        self._dataset: Dataset | None = None
         self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
         has_second = self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
         self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
@@ -285,6 +286,7 @@ class Run:
         *,
         protocol: str | Protocol = "default",
         extractor: str = AUTO,
+        priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
         infinity: bool = False,
         nll_samples: int = 0,
         seed: int = 0,
@@ -297,6 +299,7 @@ class Run:
                 data, read again from their source and compared by checksum.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`; "none" leaves comparisons out.
+            priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
             infinity: extrapolate Frechet distances to infinitely many images as well.
             nll_samples: importance samples for each image's log likelihood; 0: not estimated.
             seed: of generated images.
@@ -313,7 +316,7 @@ class Run:
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
         if network is not None:
-            produced, left_out = self._produced(images, conditions, seed)
+            produced, left_out = self._produced(images, conditions, priors, seed)
             measured += compare(images, produced, conditions, network, infinity=infinity, quiet=quiet)
             notes += left_out
         notes += (NO_POSTERIOR,) if self.deterministic else ()
@@ -329,10 +332,11 @@ class Run:
 
     def _images_for(self, protocol: Protocol) -> Any:
         """The images of one side of the run's data, raw or through JPEG as the protocol says, whatever the run learned."""
-        dataset = self.dataset()
-        if self.recipe.data.jpeg_quality != protocol.jpeg:
+        dataset, own = self.dataset(), self.recipe.data.jpeg_quality
+        if own not in (None, protocol.jpeg):  # what JPEG took away is only in the source
             dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
-        return head(dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY)
+        images = head(dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY)
+        return through_jpeg(images, protocol.jpeg) if own is None and protocol.jpeg is not None else images
 
     def _given(self, images: Any, protocol: Protocol) -> Any:
         images = head(self._checked(images), protocol.real or MANY)
@@ -372,10 +376,14 @@ class Run:
     def _has_codes(self) -> bool:
         return (self.folder / "codes").exists()
 
-    def _produced(self, images: Any, protocol: Protocol, seed: int) -> tuple[list[Produced], tuple[str, ...]]:
+    def _produced(
+        self, images: Any, protocol: Protocol, priors: Sequence[PriorName], seed: int
+    ) -> tuple[list[Produced], tuple[str, ...]]:
         """The sets of images to compare, and what is left out since stage 1 is not finished."""
         generation = protocol.generation
         assert generation is not None
+        if unknown := set(priors) - set(GENERATIONS.values()):
+            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(GENERATIONS.values())}")
         restored = Produced(
             "REC",
             lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
@@ -383,11 +391,13 @@ class Run:
             self.recipe.seed,
         )
         names: dict[str, PriorName] = {
-            label: name for label, name in GENERATIONS.items() if name != "second-stage" or self.second is not None
+            label: name
+            for label, name in GENERATIONS.items()
+            if name in priors and (name != "second-stage" or self.second is not None)
         }
         notes: tuple[str, ...] = ()
         if not self._has_codes:
-            names = {"GEN-1": names["GEN-1"]} if generation.renormalise == "never" else {}
+            names = {label: name for label, name in names.items() if name == "normal" and generation.renormalise == "never"}
             notes = ("stage 1 is not finished: what needs its codes is left out",)
         drawn = {
             label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation) for label, name in names.items()
@@ -402,8 +412,15 @@ class Run:
         """
         return self.dataset().test
 
+    def remember(self, dataset: Dataset) -> "Run":
+        """This run with the images it was trained on, so that they need not be read again."""
+        self._dataset = dataset
+        return self
+
     def dataset(self) -> Dataset:
-        """The data the run was trained on, read again and compared by checksum."""
+        """The data the run was trained on, read again and compared by checksum, unless the run remembers them."""
+        if self._dataset is not None:
+            return self._dataset
         if self.data["source"] == "array":
             raise InputError(f"{self.folder} was trained on an array, which is not kept: pass the images")
         dataset = read_data(self.recipe.data)

@@ -69,6 +69,16 @@ class Diagnosis:
         """The most fundamental finding: what to cure first."""
         return self.findings[0] if self.findings else None
 
+    @property
+    def verdict(self) -> str:
+        """One sentence on a model with no findings."""
+        return _verdict(self.figures)
+
+    @property
+    def evidence(self) -> list[str]:
+        """The figures that show health, and how far they may go, a sentence each."""
+        return evidence(self.figures)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values. Numbers that JSON does not know (NaN, infinite) become the words "nan", "inf", "-inf"."""
         parts = {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}

@@ -91,6 +91,7 @@ def fit(
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
+    logged = began  # of the sums since the last entry, a checkpoint may have brought some along
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
 
@@ -129,8 +130,8 @@ def fit(
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
-                entry["images_per_second"] = round(entry.pop("images") / max(now - logged_at, 1e-9), 1)
-                logged_at = now
+                entry["images_per_second"] = round((state.step - logged) * size / max(now - logged_at, 1e-9), 1)
+                logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
@@ -205,8 +206,7 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # in its place in the loss, and no KL
-    entry["learning_rate"] = stage.learning_rate_at(state.step - 1, num_images)
-    return entry | {"images": count * batch_size}
+    return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:

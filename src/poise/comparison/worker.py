@@ -1,0 +1,93 @@
+"""A process that does one task after another: train, measure, write the result.
+
+Tasks come as lines of JSON on stdin and answers go to stdout, so that no script needs a main guard and nothing is pickled.
+Whatever else is printed goes to stderr, which the parent sends to a file. When stdin ends, the parent is gone or has no more
+work: the process saves what it is training and ends, as it does on SIGTERM.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from poise.comparison.measuring import measured
+from poise.comparison.plan import Task
+from poise.datasets import Dataset
+from poise.errors import InputError, Interrupted, RunError
+from poise.pipeline import Options, train
+from poise.recipes.settings import Data
+from poise.results import result_of, write_result
+from poise.run import read_data
+
+
+def main() -> None:
+    """Do tasks until stdin ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    shelf = Shelf()
+    try:
+        for line in lines_of_stdin():
+            order = json.loads(line)
+            print(json.dumps(answer(Task.from_json(order["task"]), order["device"], shelf)), file=answers, flush=True)
+    except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
+        sys.exit(130)
+
+
+def lines_of_stdin() -> Iterator[bytes]:
+    """Lines as they come; another thread waits for them, and sends SIGTERM to this process when they end."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in open(0, "rb", buffering=0, closefd=False):  # unbuffered: no lock is held when the process ends
+            lines.put(line)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
+def answer(task: Task, device: str, shelf: "Shelf") -> dict[str, str]:
+    """What became of a task: its "state" is done, failed or interrupted."""
+    try:
+        perform(task, device, shelf)
+    except Interrupted:
+        return {"state": "interrupted"}
+    except (InputError, RunError, OSError, MemoryError) as error:
+        return {"state": "failed", "message": " ".join(str(error).split()) or type(error).__name__}
+    except Exception as error:  # the others go on: the traceback is in this worker's file
+        traceback.print_exc()
+        return {"state": "failed", "message": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    return {"state": "done"}
+
+
+def perform(task: Task, device: str, shelf: "Shelf") -> Path:
+    """Train, measure and write the result, from wherever each of them stands; the result's path."""
+    options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)  # pyright: ignore
+    run = train(
+        shelf.dataset(task.recipe.data, task.folder.parent / "cache"), recipe=task.recipe, out=task.folder, options=options
+    )
+    evaluation = measured(run, task.measuring, task.recipe.seed)
+    seconds = {"evaluation": evaluation.pop("seconds")}
+    result = result_of(run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds)
+    return write_result(result, task.results)
+
+
+class Shelf:
+    """The images read last: the tasks of an experiment have them in common."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Data, Dataset] | None = None
+
+    def dataset(self, settings: Data, cache: Path) -> Dataset:
+        if self._held is None or self._held[0] != settings:
+            self._held = None  # before the next is read
+            self._held = settings, read_data(settings, cache=cache)
+        return self._held[1]

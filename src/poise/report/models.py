@@ -1,0 +1,153 @@
+"""What only a trained model can show: samples, reconstructions, codes and the diagnosis. What cannot be had is said."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.datasets import Dataset, gather
+from poise.diagnosis import Diagnosis, diagnose
+from poise.errors import InputError, RunError
+from poise.metrics import latent_statistics
+from poise.report.pictures import contact_sheet, data_uri, paired_sheet
+from poise.report.records import Record
+from poise.run import GENERATIONS, PriorName, Run, load
+
+TILES = 36
+COLUMNS = 6
+PAIRS = 32
+PAIRS_OF_A_SHEET = 16
+MOST_PNG = 1_500_000  # bytes of a picture that is taken over from the run's folder
+PRIORS = {"GEN-1": "prior N(0, I)", "GEN-2": "second stage", "GEN-mixture": "mixture of Gaussians fitted to the training codes"}
+
+
+@dataclass
+class Exhibit:
+    """What the model of one run shows; `missing` says what it does not.
+
+    Attributes:
+        record: of the run.
+        real, pairs: data URIs of real images, and of test images above their reconstructions.
+        kept_pairs, kept_samples: pictures made at the end of training, where the model or the data are not to be had.
+        samples: data URI of each generation, by "GEN-1", ...
+        latents: pages by "latents" and "second_stage", as in summary.json.
+        diagnosis: None: it could not be made; `undiagnosed` says why.
+        missing: a sentence for each thing that is not there.
+    """
+
+    record: Record
+    real: str | None = None
+    pairs: list[str] = field(default_factory=list)
+    kept_pairs: str | None = None
+    kept_samples: str | None = None
+    samples: dict[str, str] = field(default_factory=dict)
+    latents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
+    undiagnosed: str = "No diagnosis: the model cannot be loaded."
+    missing: list[str] = field(default_factory=list)
+
+
+class Shelf:
+    """Data sets that have been read once, by checksum: the runs of a comparison share theirs."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Dataset | str] = {}
+
+    def dataset(self, run: Run) -> Dataset | str:
+        """The data of a run, or why they cannot be had."""
+        if run.data["source"] == "array":
+            return "they were an array, which a run does not keep"
+        key = run.data["checksum"]
+        if key not in self._kept:
+            try:
+                self._kept[key] = run.dataset()
+            except (InputError, RunError, OSError) as error:
+                self._kept[key] = _sentence(error)
+        return self._kept[key]
+
+
+def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
+    """Everything that the model of a run can show."""
+    shown = Exhibit(record)
+    shown.latents = {name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures}
+    try:
+        run = load(record.folder, device=device)
+    except (InputError, RunError) as error:
+        shown.missing.append(f"The model cannot be loaded, so nothing is drawn from it: {_sentence(error)}.")
+        _take_kept_pictures(shown, samples=True)
+        return shown
+    _show_samples(shown, run)
+    _show_data(shown, run, shelf.dataset(run))
+    _add_codes(shown, run)
+    return shown
+
+
+def _show_samples(shown: Exhibit, run: Run) -> None:
+    for label, prior in GENERATIONS.items():
+        if prior == "second-stage" and run.second is None:
+            if run.recipe.second is not None:
+                shown.missing.append("Stage 2 has not begun: there are no samples from the second stage (GEN-2).")
+            continue
+        _attempt(shown, f"No {label} samples", lambda label=label, prior=prior: _show_prior(shown, run, label, prior))
+
+
+def _show_prior(shown: Exhibit, run: Run, label: str, prior: PriorName) -> None:
+    shown.samples[label] = contact_sheet(run.sample(TILES, prior=prior, seed=run.recipe.seed), COLUMNS)
+
+
+def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (InputError, RunError, ValueError) as error:  # scikit-learn's mixture raises ValueError for too few codes
+        shown.missing.append(f"{what}: {_sentence(error)}.")
+
+
+def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
+    if isinstance(dataset, str):
+        shown.missing.append(f"No real images are shown, since the data cannot be read again: {dataset}.")
+        shown.undiagnosed = f"No diagnosis, since the data cannot be read again: {dataset}."
+        _take_kept_pictures(shown)
+        return
+    test = gather(dataset.test, range(min(TILES, len(dataset.test))))
+    shown.real = contact_sheet(test, COLUMNS)
+    _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test[:PAIRS]))
+    _show_diagnosis(shown, run, dataset)
+
+
+def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
+    restored = run.reconstruct(originals)
+    both = zip(originals.split(PAIRS_OF_A_SHEET), restored.split(PAIRS_OF_A_SHEET), strict=True)
+    shown.pairs = [paired_sheet(*part) for part in both]
+
+
+def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
+    if not shown.record.has_kl:
+        shown.undiagnosed = "No diagnosis: it is of VAEs, and this model is deterministic."
+        return
+    try:
+        shown.diagnosis = diagnose(run, dataset.test, train_images=dataset.train)
+    except (InputError, RunError) as error:
+        shown.undiagnosed = f"No diagnosis: {_sentence(error)}."
+
+
+def _add_codes(shown: Exhibit, run: Run) -> None:
+    """The latent page of an unfinished run, whose summary is not written yet."""
+    if "latents" not in shown.latents and (run.folder / "codes").exists():
+        _attempt(shown, "No latent page", lambda: shown.latents.update(latents=asdict(latent_statistics(run.codes))))
+
+
+def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:
+    """Pictures that training wrote at its end."""
+    shown.kept_pairs = _kept(shown.record.folder / "reconstructions.png")
+    shown.kept_samples = _kept(shown.record.folder / "samples.png") if samples else None
+
+
+def _kept(path: Path) -> str | None:
+    return data_uri(path.read_bytes()) if path.exists() and path.stat().st_size < MOST_PNG else None
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

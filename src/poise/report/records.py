@@ -1,0 +1,176 @@
+"""Folders -> what is known of each run, from its files alone; what is missing is said in a sentence."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from poise.errors import InputError, MissingInputError
+from poise.objectives import is_deterministic
+from poise.results import Result, read_results, safe_name
+from poise.run import read_config
+
+REFERENCE = "computed"  # what others are compared with, where it is among them
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the files of one run say.
+
+    Attributes:
+        label: what runs that differ by their seed alone have in common; they share a colour.
+        seed: of the run.
+        folder: of the run.
+        config: config.json: "recipe", "data", "versions".
+        entries: metrics.jsonl, line by line.
+        summary: summary.json; None: there is none, training is not finished.
+        evaluation: evaluation.json, or of the comparison's result; None: nothing was measured.
+        result: what `poise compare` wrote of the run.
+        missing: a sentence for each thing that is not there.
+    """
+
+    label: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+    entries: tuple[dict[str, float], ...]
+    summary: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    missing: tuple[str, ...] = ()
+    result: Result | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.config["recipe"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.config["data"]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Pages of figures of the model: those of the last evaluation, and what only the summary has."""
+        return (self.summary or {}) | {key: value for key, value in (self.evaluation or {}).items() if isinstance(value, dict)}
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether it is a VAE: deterministic models have neither KL nor likelihood."""
+        return not is_deterministic(self.recipe["first"].get("objective", "vae"))
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The runs in these folders, by label and seed, those of the reference first.
+
+    Args:
+        paths: each a run's folder, or a folder with runs in it.
+
+    Raises:
+        InputError: no folder is given, or one that holds no run.
+    """
+    if not paths:
+        raise InputError("give the folder of a run, or of a comparison")
+    results = {folder: result for path in paths for folder, result in _results_in(path)}
+    folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
+    records = [read_record(folder, results.get(folder)) for folder in folders]
+    return sorted(_told_apart(records), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
+
+
+def _results_in(path: Path) -> Iterable[tuple[Path, Result]]:
+    """The results that lie in a comparison's folder, with the folders of their runs."""
+    written = sorted((path / "results").glob("*.json"))
+    for result in read_results(written) if written else []:
+        yield path.resolve() / safe_name(result.label, result.seed), result
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run in a folder, or the runs that lie in it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.is_dir():
+        found = "not a folder" if path.exists() else "no such folder"
+        raise MissingInputError(f"{path}: {found}; give the folder that `poise train` or `poise compare` wrote")
+    if (path / "config.json").exists():
+        return [path]
+    inside = sorted(config.parent for config in path.glob("*/config.json"))
+    if not inside:
+        raise InputError(f"{path} holds no run (no config.json, in it or one folder below): give what `poise train` wrote")
+    return inside
+
+
+def read_record(folder: Path, result: Result | None = None) -> Record:
+    """What the files of a run say, and the result that a comparison wrote of it.
+
+    Raises:
+        InputError: config.json is damaged, or not a run's.
+    """
+    config = read_config(folder)
+    seed = config["recipe"]["seed"]
+    summary, evaluation = _optional(folder / "summary.json"), _optional(folder / "evaluation.json")
+    evaluation = evaluation or (result and result.evaluation)
+    entries = tuple(_entries(folder / "metrics.jsonl"))
+    missing = tuple(_missing(folder, config, entries, summary, evaluation))
+    label = result.label if result else _label(folder.name, seed)
+    return Record(label, seed, folder, config, entries, summary, evaluation, missing, result)
+
+
+def _label(name: str, seed: int) -> str:
+    """The folder's name without the run's seed at its end."""
+    return re.sub(rf"[-_.]?(seed)?[-_=]?\b{seed}$", "", name) or name
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _entries(path: Path) -> Iterable[dict[str, float]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # torn by a kill, or still being written
+
+
+def _missing(folder: Path, config: dict[str, Any], entries: Sequence[Any], *files: dict[str, Any] | None) -> Iterable[str]:
+    summary, evaluation = files
+    if summary is None:
+        goes_on = f"`poise train` with the same options and --out {folder} goes on"
+        yield f"Training is not finished (there is no readable summary.json): {goes_on}."
+    if not entries:
+        yield "There is no log (metrics.jsonl): no curves can be drawn."
+    if config["recipe"].get("second") is None:
+        yield "The run has one stage only, so there is no second-stage prior (GEN-2)."
+    if evaluation is None and summary is not None:
+        yield f"Samples were not compared with real images: `poise evaluate {folder}` measures FID and its relatives."
+
+
+def _told_apart(records: list[Record]) -> list[Record]:
+    """With other labels where two runs of one label and seed lie in different folders."""
+    twice = {key for key, count in Counter((record.label, record.seed) for record in records).items() if count > 1}
+    labels = {label for label, _ in twice}
+    return [replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r for r in records]
+
+
+def labels_of(records: Iterable[Record]) -> list[str]:
+    """Each label once, in order."""
+    return list(dict.fromkeys(record.label for record in records))
+
+
+def first_of_each(records: Iterable[Record]) -> list[Record]:
+    """For each label the run of the first seed."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found.setdefault(record.label, record)
+    return list(found.values())

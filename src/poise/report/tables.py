@@ -1,0 +1,198 @@
+"""Tables of a report as rows of cells, the first one the head."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from poise.comparison import speed
+from poise.errors import InputError
+from poise.protocols import Measurement, Protocol, table
+from poise.recipes.settings import from_json
+from poise.report.records import Record, first_of_each
+from poise.results import Result, curves
+
+Rows = list[list[str]]
+
+
+def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of names with units, and values."""
+    stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
+    likelihood = figures.get("likelihood", {})
+    shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
+    rows = [
+        ("MSE (per dimension)", stage1.get("mse"), ".5f"),
+        ("MSE as reconstructions are shown", shown, ".5f"),
+        ("PSNR (dB)", stage1.get("psnr_db"), ".2f"),
+        ("SSIM", stage1.get("ssim"), ".3f"),
+        ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
+        ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
+        ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
+        (f"NLL, {likelihood.get('samples')} samples (nats per image)", likelihood.get("mean_nats"), ".1f"),
+        ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
+        ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
+        ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
+        ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
+        ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
+        ("training codes: active latents", latents.get("active_units"), "d"),
+        (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
+        (
+            "training codes: KL of their Gaussian from N(0, I), nats",
+            latents.get("aggregate", {}).get("gaussian_kl_nats"),
+            ".3f",
+        ),
+        ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
+        ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
+        ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
+        ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
+        (f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}", stage2.get("variance_law"), ".3f"),
+    ]
+    rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
+    return [(name, format(value, style)) for name, value, style in rows if value is not None]
+
+
+def flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
+    """Settings by dotted names, as words."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows |= flat(value, f"{where}{key}.")
+        else:
+            rows[f"{where}{key}"] = plain(value)
+    return rows
+
+
+def plain(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(map(plain, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def settings_rows(records: Sequence[Record]) -> Rows:
+    """A row for each setting, a column for each label; the seeds of a label share theirs."""
+    columns = {record.label: flat(_without_seed(record)) for record in first_of_each(records)}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [["setting", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+
+
+def _without_seed(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in record.recipe.items() if key != "seed"}
+
+
+def varying(rows: Rows) -> set[int]:
+    """Numbers of the rows whose cells differ."""
+    return {k for k, row in enumerate(rows[1:]) if len(set(row[1:])) > 1}
+
+
+def data_rows(records: Iterable[Record]) -> Rows:
+    """A row for each data set that the runs were trained on."""
+    rows = [["source", "shape", "training images", "test images", "SHA-256"]]
+    for record in records:
+        data = record.data
+        counts = [f"{data['train']:,}", f"{data['test']:,}"]
+        rows.append([str(data["source"]), " × ".join(map(str, data["shape"])), *counts, data["checksum"]])
+    return _distinct(rows)
+
+
+def version_rows(records: Iterable[Record]) -> Rows:
+    """A row for each set of versions that trained."""
+    names = list(dict.fromkeys(name for record in records for name in record.config.get("versions", {})))
+    rows = [[*names, "device"]]
+    for record in records:
+        versions = record.config.get("versions", {})
+        rows.append([*(str(versions.get(name, "–")) for name in names), (record.summary or {}).get("device", "–")])
+    return _distinct(rows)
+
+
+def _distinct(rows: Rows) -> Rows:
+    return [list(row) for row in dict.fromkeys(map(tuple, rows))]
+
+
+def figures_of_all(records: Sequence[Record]) -> Rows:
+    """A row for each figure, a column for each run."""
+    columns = {record.name: dict(figures_table(record.figures)) for record in records}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+
+
+def measurements_of(record: Record) -> list[Measurement]:
+    """The measurements of the last evaluation with their protocols.
+
+    Raises:
+        InputError: evaluation.json is of another version of Poise.
+    """
+    evaluation = record.evaluation or {}
+    protocols = protocols_of([record])
+    try:
+        return [_measurement(values, protocols) for values in evaluation.get("measurements", [])]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"evaluation.json cannot be read: {error}") from error
+
+
+def _measurement(values: dict[str, Any], protocols: dict[str, Protocol]) -> Measurement:
+    value = float("nan") if values["value"] is None else values["value"]
+    return Measurement(**values | {"value": value, "protocol": protocols[values["protocol"]]})
+
+
+def protocols_of(records: Iterable[Record]) -> dict[str, Protocol]:
+    """Every protocol that numbers of these runs were measured under, by hash."""
+    found: dict[str, Any] = {}
+    for record in records:
+        found |= (record.evaluation or {}).get("protocols", {})
+    return {code: from_json(Protocol, values, f"protocol {code}") for code, values in found.items()}
+
+
+def evaluation_rows(record: Record) -> Rows:
+    """What was measured, and of what."""
+    measured = measurements_of(record)
+    return table(measured, mixed=True) if measured else []
+
+
+def protocol_rows(protocols: dict[str, Protocol]) -> Rows:
+    """A row for each attribute, a column for each protocol."""
+    columns = {code: flat(asdict(protocol)) for code, protocol in protocols.items()}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+
+
+def upright(rows: Rows) -> Rows:
+    """A table with many columns and few rows, on its side: it then fits a phone and a sheet of paper."""
+    if not rows or len(rows[0]) <= max(len(rows), 6):
+        return rows
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def results_of(records: Iterable[Record]) -> list[Result]:
+    """The results of the finished runs: what `poise compare` wrote, or what the run's own files say."""
+    return [record.result or _as_result(record) for record in records if record.summary]
+
+
+def _as_result(record: Record) -> Result:
+    nothing: dict[str, Any] = {"protocols": {}, "measurements": [], "notes": []}
+    pages = {name: page for name, page in record.figures.items() if isinstance(page, dict)}
+    return Result(
+        experiment="report",
+        label=record.label,
+        seed=record.seed,
+        settings=record.recipe,
+        data=record.data,
+        provenance={},
+        seconds={"training": (record.summary or {}).get("seconds", math.nan)},
+        curves=_curves(record),
+        evaluation=nothing | pages | (record.evaluation or {}),
+    )
+
+
+def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
+    try:
+        return curves(record.folder / "metrics.jsonl")
+    except (OSError, ValueError, KeyError):  # no log, or one that is torn
+        return {}
+
+
+def speed_rows(results: Sequence[Result], reference: str) -> Rows:
+    """See `poise.comparison.speed`; none where a run has no curves."""
+    return speed(results, reference) if all("1" in result.curves for result in results) else []

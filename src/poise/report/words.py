@@ -1,0 +1,203 @@
+"""Numbers and sentences of a report."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from poise.comparison.statistics import spread as spread_of
+from poise.comparison.tables import show
+from poise.diagnosis import Diagnosis
+from poise.report.curves import stage_entries
+from poise.report.records import Record, labels_of
+
+NETWORKS = {"mlp": "an MLP", "resnet": "a ResNet", "infogan": "an InfoGAN-type network", "wae": "a WAE-type network"}
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def counted(count: int, thing: str) -> str:
+    """ "1 run", "1,000 runs"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def number(value: float | None, style: str = ".4g") -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, style)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, as tables of a comparison show them."""
+    return show(spread_of(values))
+
+
+def images_word(shape: Sequence[int]) -> str:
+    """ "8×8, grey"."""
+    channels, height, width = shape
+    return f"{height}×{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
+
+
+def source_word(record: Record) -> str:
+    return "an array" if record.data["source"] == "array" else str(record.data["source"])
+
+
+def model_sentence(record: Record) -> str:
+    """What was trained, on what, how long."""
+    recipe, data = record.recipe, record.data
+    network = recipe["network"]
+    kind = NETWORKS.get(network["kind"], "a network of the user's own")
+    what = "A two-stage model" if recipe.get("second") else "A one-stage model"
+    if record.has_kl:
+        what = what.replace("model", "VAE")
+    images = f"{counted(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
+    return (
+        f"{what} ({kind}, {counted(network['latent_dim'], 'latent')}; recipe {recipe['name']}), trained on "
+        f"{images}. {_lengths(recipe)}{_time(record)}"
+    )
+
+
+def _lengths(recipe: dict[str, Any]) -> str:
+    parts = [f"stage {k}: {_length(recipe[name])}" for k, name in ((1, "first"), (2, "second")) if recipe.get(name)]
+    return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def _length(stage: dict[str, Any]) -> str:
+    unit = "epochs" if stage.get("epochs") else "steps"
+    long = counted(stage.get(unit) or 0, unit[:-1])
+    objective = stage.get("objective", "vae")
+    goal = f"balance {stage['balance']}" if objective == "vae" else f"objective {objective}"
+    return f"{long} of batches of {stage['batch_size']}, {goal}"
+
+
+def _time(record: Record) -> str:
+    if not record.summary or record.summary.get("seconds") is None:
+        return ""
+    return f" Training took {duration(record.summary['seconds'])} on {record.summary.get('device', 'an unnamed device')}."
+
+
+def result_sentences(record: Record) -> list[str]:
+    """What came out, in words."""
+    figures = record.figures
+    codes = f"{_latents(figures)} {_balance(record)}".strip() if record.has_kl else ""
+    return [line for line in (_error(figures), codes, _distances(record)) if line]
+
+
+def _error(figures: dict[str, Any]) -> str:
+    page = figures.get("reconstruction")
+    if not page:
+        return "Nothing was measured yet."
+    images = f" of {page['images']:,} test images" if page.get("images") else ""
+    return (
+        f"Reconstructions{images} have a mean squared error of {number(page.get('mse'))} "
+        f"(PSNR {number(page.get('psnr_db'), '.2f')} dB, SSIM {number(page.get('ssim'), '.3f')})."
+    )
+
+
+def _latents(figures: dict[str, Any]) -> str:
+    page, codes = figures.get("reconstruction", {}), figures.get("latents", {})
+    if not page:
+        return ""
+    active = f", over {codes['active_units']} active latents of {codes['latent_dim']}" if codes else ""
+    return f"The codes carry {number(page.get('kl_nats'))} nats per image{active}."
+
+
+def _balance(record: Record) -> str:
+    """Over the last tenth of the log of stage 1."""
+    entries = stage_entries(record, 1)
+    shares = [entry["mse"] / entry["gamma2"] for entry in entries[-max(1, len(entries) // 10) :] if entry.get("gamma2")]
+    if not shares:
+        return ""
+    return f"At the end of stage 1's log the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
+
+
+def _distances(record: Record) -> str:
+    name = distance_name([record])
+    found = {of: value for of, value, _ in distances(record, name)}
+    if not found:
+        return ""
+    best = min((of for of in found if of.startswith("GEN")), key=lambda of: found[of], default=None)
+    tail = f" (lower is better): of the priors, {best} comes closest to the real images" if best else ""
+    return f"{name}: {listed([f'{of} {number(value)}' for of, value in found.items()])}{tail}."
+
+
+def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
+    """What was compared by a distance, its value, and the protocol's hash: the first protocol of a run that has several."""
+    measured = [m for m in (record.evaluation or {}).get("measurements", []) if m["metric"] == name]
+    return [
+        (m["of"], m["value"], m["protocol"])
+        for m in measured
+        if m["value"] is not None and m["protocol"] == measured[0]["protocol"]
+    ]
+
+
+def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
+    """What to do next: the diagnosis's first remedy, and what is missing."""
+    lines = [] if diagnosis is None else [_remedy(diagnosis)]
+    return [*lines, *(line for line in record.missing if "one stage only" not in line)] or [
+        "Nothing wrong is known, but the model was not diagnosed."
+    ]
+
+
+def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
+    """What to do next with one of several runs, in short."""
+    if diagnosis is None or diagnosis.cause is None:
+        return f"{record.label}: {advice(record, diagnosis)[0]}"
+    return f"{record.label}: {diagnosis.cause.name}. Try: {diagnosis.cause.remedy}"
+
+
+def _remedy(diagnosis: Diagnosis) -> str:
+    if diagnosis.cause is None:
+        return "Nothing wrong was found: see the diagnosis for how far each figure may go."
+    return f"{diagnosis.cause.name}: {diagnosis.cause.sentence} Try: {diagnosis.cause.remedy}"
+
+
+def group_sentence(records: Sequence[Record]) -> str:
+    """What several runs are."""
+    labels, seeds = labels_of(records), sorted({record.seed for record in records})
+    sources = listed(list(dict.fromkeys(map(source_word, records))))
+    several = f"seed{'s' if len(seeds) > 1 else ''} {listed(list(map(str, seeds)))}"
+    return f"{len(records)} runs on {sources}: {listed(labels)} ({several})."
+
+
+def group_results(records: Sequence[Record]) -> list[str]:
+    """Which label did best at error and at samples; ± is the standard deviation over seeds."""
+    lines = [_best(records, "The least error is that of", "an MSE of", _mse)]
+    name = distance_name(records)
+    if name:
+        lines.append(_best(records, "The best samples are those of", f"a {name} of", lambda r: best_distance(r, name)))
+    return [line for line in lines if line]
+
+
+def _best(records: Sequence[Record], head: str, unit: str, value: Any) -> str:
+    groups = {label: [v for r in records if r.label == label and (v := value(r)) is not None] for label in labels_of(records)}
+    ranked = sorted((fmean(values), label) for label, values in groups.items() if values)
+    if not ranked:
+        return ""
+    others = [f"{label} {spread(groups[label])}" for _, label in ranked[1:]]
+    tail = f"; then {listed(others)}" if others else ""
+    return f"{head} {ranked[0][1]}, {unit} {spread(groups[ranked[0][1]])}{tail}."
+
+
+def _mse(record: Record) -> float | None:
+    return record.figures.get("reconstruction", {}).get("mse")
+
+
+def distance_name(records: Sequence[Record]) -> str | None:
+    """The Frechet distance that all evaluated runs share; None: there is none."""
+    names = [{m["metric"] for m in r.evaluation.get("measurements", [])} for r in records if r.evaluation]
+    common = set.intersection(*names) if names else set()
+    return min((name for name in common if name.startswith(("FID", "FD-")) and "infinity" not in name), default=None)
+
+
+def best_distance(record: Record, name: str) -> float | None:
+    """Of the generations of a run, the least."""
+    return min((value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None)

@@ -1,0 +1,286 @@
+"""The report: complete in itself, true to the run's files, and plain about what is missing."""
+
+import base64
+import html
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import poise
+from poise import cli
+from poise.comparison import table
+from poise.report import curves, write_report
+from poise.report import page as page_module
+from poise.report.models import Exhibit
+from poise.report.pictures import paired_sheet
+from poise.report.records import read_records
+from poise.report.tables import results_of
+from poise.results import write_result
+
+QUICK = {"epochs": 2, "second_epochs": 1, "batch_size": 100, "options": poise.Options(device="cpu", quiet=True)}
+SECTIONS = ["summary", "samples", "training", "latents", "diagnosis", "numbers", "settings", "data", "protocols", "versions"]
+HOSTILE = "<img src=x onerror=alert(1)>&\"'</script>"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two balances, one of them with two seeds and an evaluation."""
+    folder = tmp_path_factory.mktemp("compared")
+    for label, seed in (("computed", 0), ("computed", 1), ("fixed-beta=4", 0)):
+        balance = label.replace("-", ":")
+        run = poise.train("digits", out=folder / f"{label}-{seed}", balance=balance, seed=seed, **QUICK)
+    evaluation = poise.load(folder / "computed-0").evaluate(extractor="pixels")
+    (folder / "computed-0" / "evaluation.json").write_text(json.dumps(evaluation.to_json()))
+    assert run.finished
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([runs / "computed-0"], tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([runs], tmp_path_factory.mktemp("page") / "compared.html")
+
+
+@pytest.fixture
+def changed(runs: Path, tmp_path: Path) -> Path:
+    """A copy of a run, to take things away from."""
+    return Path(shutil.copytree(runs / "computed-0", tmp_path / "run-0"))
+
+
+def body(path: Path) -> str:
+    """A page without the plotting library's script."""
+    content = path.read_text(encoding="utf-8")
+    scripts = list(re.finditer(r"<script>.*?</script>", content, re.DOTALL))
+    assert len(scripts) == 2
+    return content[: scripts[0].start()] + content[scripts[0].end() :]
+
+
+def words(path: Path) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", " ", body(path)))
+
+
+def values(path: Path) -> dict:
+    found = re.search(r'<script type="application/json" id="values">(.*?)</script>', body(path), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def cells(path: Path) -> dict[str, list[str]]:
+    """Rows of all tables by their first cell; of several the first."""
+    rows = re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', body(path))
+    return {html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in reversed(rows)}
+
+
+def test_a_page_loads_nothing(page):
+    content = body(page)
+    assert "default-src 'none'" in content
+    loaded = re.findall(r'(?:src|srcset|href|data|action)="([^"]*)"', content)
+    assert loaded and all(target.startswith(("data:", "#")) for target in loaded)
+    assert not re.search(r"@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|<iframe|<object", content)
+
+
+def test_a_page_has_every_section_and_a_link_to_it(page, compared):
+    assert re.findall(r'<section id="(\w+)"', body(page)) == SECTIONS
+    assert re.findall(r'<section id="(\w+)"', body(compared)) == [SECTIONS[0], "comparison", *SECTIONS[1:]]
+    assert all(f'href="#{name}"' in body(compared) for name in [*SECTIONS, "comparison"])
+
+
+def test_every_picture_has_an_alternative_text(page):
+    pictures = re.findall(r"<img [^>]*>", body(page))
+    assert len(pictures) == 6  # real, three priors, two sheets of pairs
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+
+
+def test_numbers_are_those_of_the_summary(page, runs):
+    summary = json.loads((runs / "computed-0" / "summary.json").read_text())
+    stage1, rows = summary["reconstruction"], cells(page)
+    for name, value in (("MSE (per dimension)", stage1["mse"]), ("gamma2 (decoder variance)", stage1["gamma2"])):
+        assert rows[name] == [f"{value:.5f}"]
+    assert rows["KL (nats per image)"] == [f"{stage1['kl_nats']:.2f}"]
+    figures = {figure["id"]: figure for figure in values(page)["figures"]}
+    total = sum(summary["latents"]["kl_nats_per_latent"])
+    assert sum(figures["latents1-kl"]["traces"][0]["y"]) == pytest.approx(total, rel=1e-4)
+    bars = [trace["y"] for trace in figures["latents1-law"]["traces"]]
+    assert np.mean(np.sum(bars, 0)) == pytest.approx(summary["latents"]["variance_law"], rel=1e-4)
+
+
+def test_measurements_stand_with_their_protocols(page, runs):
+    evaluation = json.loads((runs / "computed-0" / "evaluation.json").read_text())
+    content = words(page)
+    assert len(evaluation["protocols"]) > 1 and all(code in content for code in evaluation["protocols"])
+    distance = next(m for m in evaluation["measurements"] if m["metric"] == "FD-pixels" and m["of"] == "GEN-2")
+    assert f"GEN-2 {distance['value']:.4g}" in content
+
+
+def test_settings_data_and_versions_are_those_of_the_config(page, runs):
+    config, rows = json.loads((runs / "computed-0" / "config.json").read_text()), cells(page)
+    assert rows["first.epochs"] == ["2"] and rows["network.hidden"] == ["256, 256"]
+    assert config["data"]["checksum"] in body(page) and config["versions"]["torch"] in body(page)
+
+
+def test_what_users_wrote_is_never_markup(runs, tmp_path):
+    folder = tmp_path / "runs" / f"{HOSTILE.replace('/', '|')}-0"
+    shutil.copytree(runs / "fixed-beta=4-0", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"notes": [HOSTILE], "source": HOSTILE}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = write_report([folder, runs / "computed-0"], tmp_path / "report.html")
+    assert "<img src=x" not in body(out) and "onerror" in words(out)
+    assert values(out)["figures"][0]["traces"][1]["label"].startswith("<img src=x")
+
+
+def test_labels_of_a_comparison_are_folders_without_their_seeds(runs):
+    records = read_records([runs])
+    assert [(record.label, record.seed) for record in records] == [("computed", 0), ("computed", 1), ("fixed-beta=4", 0)]
+
+
+def test_a_run_given_twice_is_shown_once_and_equal_names_are_told_apart(runs, changed, tmp_path):
+    assert len(read_records([runs, runs / "computed-0"])) == 3
+    again = shutil.copytree(changed, tmp_path / "other" / changed.name)
+    assert {record.label for record in read_records([changed, again])} == {f"{tmp_path.name}/run", "other/run"}
+
+
+def test_the_comparison_is_that_of_poise_compare(compared, runs):
+    results = results_of(read_records([runs]))
+    assert cells(compared)["test MSE (per dimension)"] == table(results)[2][1:] and table(results)[1][1:] == ["2", "1"]
+    errors = [json.loads((runs / f"computed-{k}" / "summary.json").read_text())["reconstruction"]["mse"] for k in (0, 1)]
+    assert float(table(results)[2][1].split(" ± ")[0]) == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_labels_and_numbers_are_those_that_a_comparison_wrote(changed, tmp_path):
+    folder = Path(shutil.move(changed, tmp_path / "compared" / "fixed-beta=4-0"))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").unlink()
+    (record,) = read_records([folder.parent])
+    assert record.evaluation is None and record.label == "fixed-beta=4"
+    write_result(replace(results_of([record])[0], label="fixed:beta=4", evaluation=evaluation), folder.parent / "results")
+    (record,) = read_records([folder.parent])
+    assert record.evaluation == evaluation and record.label == "fixed:beta=4"
+
+
+def entry(step: int, **more: float) -> dict[str, float]:
+    terms = {"loss": 7.0, "reconstruction_nats": 3.0, "kl_nats": 1.0, "mse": 0.5, "gamma2": 1.0}
+    return {"stage": 1, "step": step, "images_seen": step * 10, "images_per_second": 5.0} | terms | more
+
+
+def test_time_is_that_of_training_whatever_lay_between():
+    axis = curves.progress_of([entry(1), entry(2), entry(3, images_per_second=10.0)])
+    assert axis == {"images": [10.0, 20.0, 30.0], "seconds": [2.0, 4.0, 5.0]}
+
+
+def test_the_equivalent_beta_of_a_beta_vae_is_its_beta_over_the_error():
+    assert curves.equivalent_beta(entry(1)) == pytest.approx(4 / 0.5)
+    assert math.isnan(curves.equivalent_beta(entry(1, kl_nats=0.0)))
+
+
+def test_a_thinned_curve_keeps_its_mean_and_has_gaps_where_nothing_is_finite():
+    long = np.random.default_rng(0).normal(5, 1, 1000)
+    assert np.mean(curves.thinned(long)) == pytest.approx(long.mean(), rel=1e-4)
+    assert curves.thinned([1.0, math.nan, math.inf]) == [1.0, None, None]
+
+
+def test_curves_end_where_the_log_ends(page, runs):
+    lines = (runs / "computed-0" / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines if json.loads(line)["stage"] == 1][-1]
+    axes, figures = values(page)["axes"], values(page)["figures"]
+    trace = next(figure for figure in figures if figure["id"] == "stage1-gamma2")["traces"][0]
+    assert axes[trace["axis"]]["images"][-1] == last["images_seen"] == 3200
+    assert trace["y"][-1] == pytest.approx(last["gamma2"], rel=1e-3)
+
+
+def test_each_original_lies_above_its_reconstruction():
+    originals, restored = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
+    uri = paired_sheet(originals, restored, columns=2)
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    rows = [pixels[:, top : top + 64, :64] for top in (0, 66, 132, 198)]
+    for tile, image in zip(rows, (originals[0], restored[0], originals[2], restored[2]), strict=True):
+        assert torch.allclose(tile, image, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize(
+    "gone, sentences",
+    [
+        (["evaluation.json", "metrics.jsonl"], ["`poise evaluate", "No curves: there is no log"]),
+        (["checkpoints", "summary.json", "codes"], ["Training is not finished", "The model cannot be loaded"]),
+    ],
+    ids=["not evaluated, no log", "killed"],
+)
+def test_what_is_missing_is_said(gone, sentences, changed, tmp_path):
+    for name in gone:
+        shutil.rmtree(changed / name) if (changed / name).is_dir() else (changed / name).unlink()
+    out = write_report([changed], tmp_path / "report.html")
+    assert all(sentence in words(out) for sentence in sentences)
+    assert re.findall(r'<section id="(\w+)"', body(out)) == SECTIONS
+
+
+def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    settings = QUICK | {"epochs": 1, "second_epochs": None, "batch_size": 20}
+    poise.train(images, out=tmp_path / "run", network="mlp", latent_dim=3, stages=1, **settings)
+    content = words(write_report([tmp_path / "run"], tmp_path / "report.html"))
+    assert "they were an array, which a run does not keep" in content and "one stage only" in content
+    assert "as drawn at the end of training" in content and "GEN-1: prior N(0, I)" in content
+
+
+def test_a_deterministic_rival_has_no_kl(tmp_path):
+    run = poise.train("digits", out=tmp_path / "run", objective="autoencoder", **QUICK)
+    out = write_report([run.folder], tmp_path / "report.html")
+    assert "deterministic, without a KL" in words(out) and "objective autoencoder" in words(out)
+    drawn = {figure["id"] for figure in values(out)["figures"]}
+    assert not {"stage1-kl", "stage1-beta", "latents1-kl"} & drawn and {"stage2-kl", "latents1-spectrum"} <= drawn
+
+
+def test_wrong_paths_are_said_in_one_line(tmp_path, runs):
+    with pytest.raises(poise.InputError, match="no such folder"):
+        write_report([tmp_path / "nothing"])
+    with pytest.raises(poise.InputError, match="holds no run"):
+        write_report([tmp_path])
+    with pytest.raises(poise.InputError, match="not a folder"):
+        write_report([runs / "computed-0" / "config.json"])
+    with pytest.raises(poise.InputError, match=r"\.html file"):
+        write_report([runs], tmp_path / "report.pdf")
+    with pytest.raises(poise.InputError, match="give the folder"):
+        write_report([])
+
+
+def test_the_command_takes_several_folders_and_writes_where_it_says(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page_module, "_exhibits", lambda records, device, quiet: [Exhibit(record) for record in records])
+    cli.parse(["report", str(runs / "computed-0"), str(runs / "fixed-beta=4-0")]).run()
+    assert capsys.readouterr().out == "report: report.html\n"
+    assert all(f'data-label="{label}"' in body(tmp_path / "report.html") for label in ("computed", "fixed-beta=4"))
+
+
+def test_the_plotting_library_is_imported_by_a_report_alone(run_python):
+    code = "import sys, poise.cli, poise.report; print('plotly' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_draws_every_plot_without_a_complaint(compared, tmp_path):
+    still = "--no-first-run --disable-background-networking"
+    flags = f"--headless --no-sandbox --disable-gpu {still} --disable-component-update --disable-sync"
+    further = ["--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [str(CHROMIUM), *flags.split(), *further, "--dump-dom", compared.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
+    assert not complaints, complaints
+    places = re.findall(r'<div class="plot[^"]*" id="([\w-]+)"', done.stdout)
+    drawn = done.stdout.count('class="main-svg"') / 3  # plotly lays three over each other, or two
+    assert len(places) == len(values(compared)["figures"]) == 18 and drawn >= 2 / 3 * 18
