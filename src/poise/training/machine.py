@@ -4,7 +4,6 @@ Each part holds inside a block and leaves everything as it was.
 """
 
 import ctypes
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
