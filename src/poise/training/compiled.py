@@ -9,7 +9,7 @@ from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Values
 from poise.training.state import TrainingState
-from poise.training.step import training_step
+from poise.training.step import Loss, training_step
 
 
 @final
@@ -21,7 +21,7 @@ class CompiledStep:
     """
 
     def __init__(self, stage: Stage) -> None:
-        self.objective = torch.compile(make_objective(stage.objective), dynamic=False)
+        self.objective: Loss = torch.compile(make_objective(stage.objective), dynamic=False)
 
     def __call__(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
         """One step.
@@ -30,10 +30,9 @@ class CompiledStep:
             RunError: the network cannot be compiled, or there is no C++ compiler (on a CPU).
         """
         from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
 
         try:
             training_step(state, batch, noise, stage, objective=self.objective)
-        except (TorchDynamoException, InductorError) as error:
+        except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"this network cannot be compiled here ({reason}): use the engine eager") from error

@@ -76,7 +76,7 @@ def kept_memory() -> Iterator[None]:
     By default an array above 32 MiB goes back to the system when it is freed, and every step fetches it again, page by page:
     62,000 page faults and 90 of 1,330 ms in a step of a network with 17 million weights (2026-11-24).
     """
-    mallopt = _mallopt()
+    mallopt, malloc_trim = _of_c_library("mallopt"), _of_c_library("malloc_trim")
     for name, value in KEEP_ALL.items():
         mallopt(name, value)
     try:
@@ -84,12 +84,13 @@ def kept_memory() -> Iterator[None]:
     finally:
         for name, value in GLIBC_DEFAULTS.items():
             mallopt(name, value)
+        malloc_trim(0)
 
 
-def _mallopt() -> Any:
+def _of_c_library(name: str) -> Any:
     """The C library's function of this name; one that does nothing where there is none."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return getattr(library, "mallopt", lambda name, value: 0)
+    return getattr(library, name, lambda *arguments: 0)
 
 
 @contextmanager
@@ -124,7 +125,7 @@ def pixels_as_products(network: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in network.modules() if type(layer) is nn.Conv2d and _is_plain(layer)]
     for layer in layers:
-        layer.forward = partial(_convolve, layer)
+        layer.forward = partial(_convolve, layer)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

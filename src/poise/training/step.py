@@ -1,21 +1,23 @@
 """One step of Adam: the same for both stages and for any number of processes."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from poise import parallel
-from poise.balance import LossTerms
-from poise.objectives import Objective, make_objective
+from poise.balance import Balance, LossTerms
+from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
 from poise.training.state import TrainingState, Verdict, parameters_of
+from poise.vae import VAE
+
+Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
 
 
-def training_step(
-    state: TrainingState, batch: Values, noise: Latents, stage: Stage, *, objective: Objective | None = None
-) -> None:
+def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage, *, objective: Loss | None = None) -> None:
     """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation.
 
     Network and balance are to be in training mode. Of several processes each gives its share of the batch. Where the loss or
