@@ -24,7 +24,8 @@ def test_training_is_measured_beside_a_bare_loop(tmp_path):
     digits = report("training_rate.py", tmp_path, "--only", "digits", "--rounds", "1", "--seconds", "0.05")["networks"][
         "digits"
     ]
-    assert set(digits["poise_over"]) == {"bare", "bare, channels_last"}
+    assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
+    assert all(set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values())
     # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's
     weights = 64 * 256 + 256 * 256 + 256 * 20 + 10 * 256 + 256 * 256 + 256 * 64
     assert digits["gflop_per_step"] == pytest.approx(2 * 50 * (3 * weights - 64 * 256) / 1e9, rel=1e-3)
