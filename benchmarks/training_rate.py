@@ -5,7 +5,8 @@
 For each network the loops take turns, round by round, so that a change of the machine's pace hits all alike. Each has its own
 copy of the weights, its own optimiser and balance. Printed are the median rate of each, its spread over rounds, and the ratio
 round by round. The bare loop reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing,
-saves nothing and checks nothing. It is run twice: with weights and images as PyTorch makes them (NCHW), and in channels_last.
+saves nothing and checks nothing. Poise's loop runs with the engines eager and compiled, the bare loop twice: with weights and
+images as PyTorch makes them (NCHW), and in channels_last.
 The share of the matrix rate is the step's FLOPs (counted by torch, a multiply-add as two) times steps per second, over the
 FLOPs per second of large float32 matrix products, which take their turn in every round for as long.
 
@@ -23,6 +24,7 @@ import logging
 import math
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,7 +40,7 @@ from poise import datasets
 from poise.balance import ComputedBalance
 from poise.build import first_stage
 from poise.recipes import RECIPES, Stage
-from poise.training import ImageBatches, Watch, fit, new_state
+from poise.training import Engine, ImageBatches, Watch, fit, new_state
 from poise.vae import VAE
 
 Steps = Callable[[int], None]  # trains for so many steps
@@ -54,15 +56,17 @@ class Subject:
         data: a data set's name.
         batch_size: images per step.
         recipe: whose network it is; None: pythae's.
+        warm_up_seconds: of training before the clock starts, for each loop; the digits' net changes its pace when units die.
     """
 
     data: str
     batch_size: int
     recipe: str | None = None
+    warm_up_seconds: float = 0.0
 
 
 SUBJECTS = {
-    "digits": Subject("digits", 50, "digits"),
+    "digits": Subject("digits", 50, "digits", warm_up_seconds=5),
     "cifar10-released": Subject("cifar10", 100, "cifar10-released"),
     "mnist": Subject("mnist", 64, "mnist"),
     "pythae-mlp": Subject("mnist", 64),
@@ -125,16 +129,36 @@ def pythae_steps(model: Any, images: Tensor, batch_size: int, device: torch.devi
     return run
 
 
-def poise_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device) -> Steps:
-    stage = Stage(steps=1, batch_size=batch_size, learning_rate=LEARNING_RATE)
-    state = new_state(vae, ComputedBalance(), stage, device)
-    batches = ImageBatches(data.train, device)
+class PoiseSteps:
+    """`poise.training.fit` in a thread of its own, which stands still between turns: it is asked after every step to stop."""
 
-    def run(steps: int) -> None:
-        longer = Stage(steps=state.step + steps, batch_size=batch_size, learning_rate=LEARNING_RATE)
-        fit(state, batches, longer, number=1, seed=0, watch=Watch(quiet=True, save_seconds=math.inf))
+    def __init__(self, vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, engine: Engine) -> None:
+        stage = Stage(steps=10**9, batch_size=batch_size, learning_rate=LEARNING_RATE)
+        self.state = new_state(vae, ComputedBalance(), stage, device)
+        self.until, self.turn, self.rest = 0, threading.Semaphore(0), threading.Semaphore(0)
+        watch = Watch(stop=self.stop, quiet=True, save_seconds=math.inf)
+        arguments = {"number": 1, "seed": 0, "watch": watch, "engine": engine}
+        self.thread = threading.Thread(target=fit, args=(self.state, ImageBatches(data.train, device), stage), kwargs=arguments)
 
-    return run
+    def __call__(self, steps: int) -> None:
+        self.until += steps
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.turn.release()
+        self.rest.acquire()
+
+    def stop(self) -> bool:
+        if self.state.step < self.until:
+            return False
+        self.rest.release()
+        self.turn.acquire()
+        return self.until < 0
+
+    def end(self) -> None:
+        self.until = -1
+        self.turn.release()
+        self.thread.join()
 
 
 def bare_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, layout: torch.memory_format) -> Steps:
@@ -187,13 +211,19 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
     else:
         vae = VAE(PythaeEncoder(model.encoder), PythaeDecoder(model.decoder))
     flops = step_flops(vae, datasets.gather(data.train, range(size)))
-    loops = {
-        "poise": poise_steps(copy.deepcopy(vae), data, size, device),
+    engines: list[Engine] = ["eager", "compiled"]
+    mine = {f"poise, {engine}": PoiseSteps(copy.deepcopy(vae), data, size, device, engine) for engine in engines}
+    loops: dict[str, Steps] = {
+        **mine,
         "bare": bare_steps(copy.deepcopy(vae), data, size, device, torch.contiguous_format),
         "bare, channels_last": bare_steps(copy.deepcopy(vae), data, size, device, torch.channels_last),
     }
     for run in loops.values():
         run(2)
+    if subject.warm_up_seconds:
+        number = round(5 * subject.warm_up_seconds / seconds(lambda: mine["poise, eager"](5), device))
+        for run in loops.values():
+            run(number)
     steps = max(2, min(round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)), len(data.train) // size))
     tasks: dict[str, Callable[[], Any]] = {name: lambda run=run: run(steps) for name, run in loops.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -203,6 +233,8 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
             take_turns({"pythae": tasks["pythae"]}, 1, device)
         products, products_flops = matrix_products(device, round_seconds)
         times = take_turns({**tasks, "matrix": products}, rounds, device)
+    for steps_of_mine in mine.values():
+        steps_of_mine.end()
     matrix_rate = [products_flops / second for second in times.pop("matrix")]
     return {
         "data": data.name,
@@ -211,7 +243,9 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
         "batch_size": size,
         "steps_of_each": steps * rounds,
         "images_per_second": {name: summary([steps * size / second for second in values]) for name, values in times.items()},
-        "poise_over": {name: over(values, times["poise"]) for name, values in times.items() if name != "poise"},
+        "poise_over": {
+            engine: {name: over(values, times[engine]) for name, values in times.items() if name not in mine} for engine in mine
+        },
         "gflop_per_step": round(flops / 1e9, 4),
         "matrix_gflop_per_second": summary([rate / 1e9 for rate in matrix_rate]),
         "share_of_matrix_rate": {
@@ -221,10 +255,19 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
 
 
 def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    rows: list[list[Any]] = [["network", "loop", "images per second", "Poise over it", "share of the matrix rate"]]
+    head = [
+        "network",
+        "loop",
+        "images per second",
+        "Poise, eager, over it",
+        "Poise, compiled, over it",
+        "share of the matrix rate",
+    ]
+    rows: list[list[Any]] = [head]
     for name, report in reports.items():
         for loop, rate in report["images_per_second"].items():
-            rows.append([name, loop, rate, report["poise_over"].get(loop, ""), report["share_of_matrix_rate"][loop]])
+            ratios = [report["poise_over"][f"poise, {engine}"].get(loop, "") for engine in ("eager", "compiled")]
+            rows.append([name, loop, rate, *ratios, report["share_of_matrix_rate"][loop]])
     return rows
 
 

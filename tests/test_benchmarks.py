@@ -24,7 +24,8 @@ def test_training_is_measured_beside_a_bare_loop(tmp_path):
     digits = report("training_rate.py", tmp_path, "--only", "digits", "--rounds", "1", "--seconds", "0.05")["networks"][
         "digits"
     ]
-    assert set(digits["poise_over"]) == {"bare", "bare, channels_last"}
+    assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
+    assert all(set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values())
     # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's
     weights = 64 * 256 + 256 * 256 + 256 * 20 + 10 * 256 + 256 * 256 + 256 * 64
     assert digits["gflop_per_step"] == pytest.approx(2 * 50 * (3 * weights - 64 * 256) / 1e9, rel=1e-3)
@@ -34,3 +35,23 @@ def test_training_is_measured_beside_a_bare_loop(tmp_path):
 def test_a_mapped_data_set_is_trained_on(tmp_path):
     rows = report("scaling.py", tmp_path, "--only", "images", "--most", "200", "--steps", "1")["images"]
     assert [row["images"] for row in rows] == [200] and rows[0]["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_streamed_data_set_is_trained_on_beside_one_in_memory(tmp_path):
+    options = ("--cap", "0", "--times", "2", "--only", "dense", "--rounds", "2", "--seconds", "0.1")
+    dense = report("streaming.py", tmp_path, *options)["networks"]["dense"]
+    assert dense["cap_mib"] is None and dense["file_mib"] == 2
+    assert dense["images_per_second"]["streamed"]["min"] > 0 and dense["streamed_over_in_memory"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do(tmp_path):
+    gpu = report("gpu.py", tmp_path, "--device", "cpu", "--quick", "--only", "matrix", "tf32", "syncs", "equality")
+    assert not [part for part in gpu["parts"].values() if "error" in part or "left_out" in part]
+    assert {"tf32 / stage 1 / bare", "tf32 / stage 2 / eager", "syncs / stage 1 / eager"} < set(gpu["parts"])
+    assert "captured: for cuda only" in gpu["notes"] and gpu["minutes_of_the_experiment"]["tf32 / eager"]["all"] > 0
+    # stage 2, forward: 64, 2048 x3, 64 x2 and 64, 2048 x3, 64 joined with the input; backward: twice that, less the first input
+    weights = 64 * 2048 + 2 * 2048 * 2048
+    weights = 2 * weights + 3 * (2048 + 64) * 64
+    assert gpu["gflop_per_step"]["stage 2"] == pytest.approx(2 * 4 * (3 * weights - 64 * 2048 - 2 * 64 * 64) / 1e9, rel=2e-3)

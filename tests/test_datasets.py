@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import gzip
 import io
+import mmap
 import os
 import pickle
 import struct
@@ -46,7 +47,7 @@ def refusal(source, kind: type[InputError] = InputError, **options) -> str:
 
 
 def together(dataset: datasets.Dataset) -> list[bytes]:
-    return sorted(content_hashes(dataset.train) + content_hashes(dataset.test))
+    return sorted([*content_hashes(dataset.train), *content_hashes(dataset.test)])
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +351,23 @@ def test_pictures_are_turned_upright_before_the_cut(tmp_path):
     assert ((halves[0] < 5) & (halves[1] > 250)).sum() == 1
 
 
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["channels first", "channels last"])
+def test_the_pages_of_the_wanted_rows_are_asked_for_and_no_others(tmp_path, layout, monkeypatch):
+    np.save(tmp_path / "x.npy", noise(1000, 3, 32, 32))
+    rows = np.load(tmp_path / "x.npy", mmap_mode="r").transpose(layout)[5:]
+    mapping, wanted = rows.base.base, np.sort(np.random.default_rng(0).integers(0, 995, 60))
+    origin = np.frombuffer(mapping, np.uint8).ctypes.data
+    monkeypatch.setattr(datasets.storage, "PIECE_BYTES", 2 * mmap.PAGESIZE)
+    pieces = list(datasets.storage._pieces(rows, wanted, origin))
+    asked = [page for start, length in pieces for page in range(start, start + length, mmap.PAGESIZE)]
+    touched = {(rows[i : i + 1].ctypes.data - origin + byte) // mmap.PAGESIZE for i in wanted for byte in range(3072)}
+    assert [page // mmap.PAGESIZE for page in asked] == sorted(touched)
+    assert all(length <= 2 * mmap.PAGESIZE for _, length in pieces) and len(pieces) < len(asked)
+    assert torch.equal(gather(rows, [-1, 3]), gather(rows, [994, 3]))
+    with pytest.raises(IndexError):
+        gather(rows, [995])
+
+
 def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_path):
     folder = write_images(tmp_path / "photos", noise(30, 8, 8, 3))
     (folder / "003.png").write_text("no image")
@@ -368,6 +386,21 @@ def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkey
     assert isinstance(load(folder).train, np.ndarray) and datasets.storage._free_memory() > 2**20
     monkeypatch.setattr(datasets.storage, "_free_memory", lambda: 2 * 12 * 64 - 2)
     assert isinstance(load(folder).train, Rows)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_control_group_denies_is_not_free(tmp_path, version):
+    controllers, limit, usage = ("memory", "limit_in_bytes", "usage_in_bytes") if version == 1 else ("", "max", "current")
+    (tmp_path / "membership").write_text(f"9:cpu:/elsewhere\n4:{controllers}:/job/step\n")
+    for place, allowed, used in (("job", "1000", 700), ("job/step", "max" if version == 2 else "5000", 650)):
+        folder = tmp_path / controllers / place
+        folder.mkdir(parents=True)
+        (folder / f"memory.{limit}").write_text(f"{allowed}\n")
+        (folder / f"memory.{usage}").write_text(f"{used}\n")
+        stat = "anon 300\nactive_file 40\ninactive_file 60\n"
+        (folder / "memory.stat").write_text(stat + ("total_active_file 140\ntotal_inactive_file 160\n" if version == 1 else ""))
+    left = list(datasets.storage._left_in_groups(tmp_path / "membership", tmp_path))
+    assert left == ([5000 - 650 + 300, 1000 - 700 + 300] if version == 1 else [1000 - 700 + 100])
 
 
 def test_a_disk_too_small_for_the_images_is_noticed_before_it_is_full(tmp_path, monkeypatch):

@@ -89,7 +89,10 @@ class Train:
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
-    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
+    engine: Annotated[
+        Literal["eager", "compiled", "captured"],
+        arg(help="compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph"),
+    ] = "eager"
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:

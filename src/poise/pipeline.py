@@ -45,6 +45,7 @@ from poise.training import (
     TrainingState,
     Watch,
     count_latents,
+    denormals_as_zero,
     fit,
     new_state,
     restore_state,
@@ -67,8 +68,10 @@ class Options:
         save_seconds: time between checkpoints.
         tensorboard: write TensorBoard files into the run's folder.
         quiet: no progress display.
-        engine: "captured" records a step as a CUDA graph and replays it, with the same numbers; for one process and for
-            networks that decide nothing in Python from step to step (all of `poise.networks`).
+        engine: how a step is taken. "compiled": forward and backward as machine code made by torch.compile, within rounding
+            of the eager step; worth its minute of compiling on long runs. "captured": a CUDA graph, recorded once and
+            replayed, with the same numbers; for one process and for networks that decide nothing in Python from step to step
+            (all of `poise.networks`).
     """
 
     device: str = "auto"
@@ -131,6 +134,7 @@ def train(
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
+        held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
         with parallel.processes(device):
             parallel.on_first(lambda: held.enter_context(locked(folder)))
             job = prepare(folder, recipe, vae, device, options, given)

@@ -37,7 +37,7 @@ class BatchMeans(NamedTuple):
 
     error: Tensor  # per dimension
     kl: Tensor  # per image
-    share: Tensor
+    share: Tensor | float
 
 
 class Balance(nn.Module, ABC):
@@ -71,7 +71,7 @@ class Balance(nn.Module, ABC):
         """gamma2 and kl_weight for this batch."""
 
     @abstractmethod
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
         """The buffers' values after this batch."""
 
     def forward(self, reconstruction: Values, target: Values, mean: Latents, logvar: Latents) -> LossTerms:
@@ -132,27 +132,26 @@ class Balance(nn.Module, ABC):
         kl_weight = snapshot(kl_weight) if isinstance(kl_weight, Tensor) else kl_weight
         if self.training:
             self._advance(batch)
-        reconstruction = negative_log_likelihood(error, gamma2, num_dims, power=self.power)
-        loss = (reconstruction + kl_weight * kl).mean() * batch.share
-        whole = negative_log_likelihood(batch.error * num_dims, gamma2, num_dims, power=self.power).detach()
-        return LossTerms(loss, whole, batch.kl, batch.error)
+        scale, normaliser = scale_and_normaliser(gamma2, num_dims, self.power)
+        loss = scaled(batch.share, (error / scale + normaliser + scaled(kl_weight, kl)).mean())
+        reconstruction = (batch.error * num_dims / scale + normaliser).detach()
+        return LossTerms(loss, reconstruction, batch.kl, batch.error)
 
     @torch.no_grad()
     def _batch_means(self, error: Tensor, kl: Tensor, num_dims: int) -> BatchMeans:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return BatchMeans(error.sum() / (len(error) * num_dims), kl.sum() / len(kl), 1.0)
         count = torch.full_like(error[:1], len(error)).sum()  # on the device, without a copy from the host
         sums = torch.stack([error.sum(), kl.sum(), count])
-        ranks = 1
-        if self.training and dist.is_available() and dist.is_initialized():
-            ranks = dist.get_world_size()
-            dist.all_reduce(sums)
-        return BatchMeans(sums[0] / (sums[2] * num_dims), sums[1] / sums[2], ranks * count / sums[2])
+        dist.all_reduce(sums)
+        return BatchMeans(sums[0] / (sums[2] * num_dims), sums[1] / sums[2], dist.get_world_size() * count / sums[2])
 
     @torch.no_grad()
     def _advance(self, batch: BatchMeans) -> None:
         finite = torch.isfinite(batch.error) & torch.isfinite(batch.kl)
         for name, value in self._next_state(batch).items():
             buffer = getattr(self, name)
-            buffer.copy_(torch.where(finite, value.to(buffer.dtype), buffer))
+            buffer.copy_(torch.where(finite, value, buffer))
         self.nonfinite_batches += ~finite
 
     def _average(self, decay: float, average: Tensor, value: Tensor) -> Tensor:
@@ -181,8 +180,19 @@ def negative_log_likelihood(error: Tensor, gamma2: Tensor, num_dims: int, *, pow
         num_dims: D.
         power: p.
     """
-    log_normaliser = math.log(2) + math.lgamma(1 + 1 / power) + (power * gamma2).log() / power
-    return error / (power * gamma2) + num_dims * log_normaliser
+    scale, normaliser = scale_and_normaliser(gamma2, num_dims, power)
+    return error / scale + normaliser
+
+
+def scale_and_normaliser(gamma2: Tensor, num_dims: int, power: float) -> tuple[Tensor, Tensor]:
+    """What eq. 4 divides the error by, and what it adds: p m, and D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ]."""
+    scale = power * gamma2
+    return scale, num_dims * (math.log(2) + math.lgamma(1 + 1 / power) + scale.log() / power)
+
+
+def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
+    """The product; small networks feel every operation, so none is spent on the number 1."""
+    return values if isinstance(factor, float) and factor == 1 else factor * values
 
 
 def snapshot(factor: Tensor) -> Tensor:

@@ -56,12 +56,12 @@ class ComputedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return torch.where(self.started, self.gamma2, batch.error.clamp_min(self.floor)), self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
         gamma2, _ = self._factors(batch)
         average = self._average(self.decay, gamma2, batch.error)
         if self.monotone:
             average = torch.minimum(gamma2, average)
-        return {"gamma2": average, "started": torch.ones_like(self.started)}
+        return {"gamma2": average, "started": True}
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}, monotone={self.monotone}, {super().extra_repr()}"
@@ -99,7 +99,7 @@ class LearnedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self._gamma2(), self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
         return {}
 
 
@@ -129,7 +129,7 @@ class OptimalBalance(Balance):
         own = batch.error.clamp_min(self.floor)
         return (own if self.training else torch.where(self.started, self.gamma2, own)), self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
         previous = torch.where(self.started, self.gamma2, batch.error)
         average = self._average(self.decay, previous, batch.error)
-        return {"gamma2": average, "started": torch.ones_like(self.started)}
+        return {"gamma2": average, "started": True}

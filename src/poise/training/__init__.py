@@ -1,9 +1,11 @@
 """Training of one stage. `batches` say what is learned from, `state` is what a step changes, `step` changes it, `loop` repeats
-it; `batch_norm` is for several processes, `captured` for CUDA.
+it; `machine` says how a network runs here, `compiled` and `captured` are other ways to take a step, `batch_norm` is for several
+processes.
 """
 
 from poise.training.batches import Batches, CodeBatches, ImageBatches
 from poise.training.loop import Engine, Watch, count_latents, fit
+from poise.training.machine import denormals_as_zero
 from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "TrainingState",
     "Watch",
     "count_latents",
+    "denormals_as_zero",
     "fit",
     "new_state",
     "restore_state",

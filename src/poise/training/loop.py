@@ -23,13 +23,14 @@ from poise.recipes.settings import Stage
 from poise.seeds import derive
 from poise.training.batches import Batches, fetched_ahead, global_batches
 from poise.training.captured import CapturedStep
+from poise.training.compiled import CompiledStep
+from poise.training.machine import tuned
 from poise.training.state import TERMS, TrainingState, Verdict
 from poise.training.step import training_step
 from poise.vae import VAE
 
-Engine = Literal["eager", "captured"]
+Engine = Literal["eager", "compiled", "captured"]
 LOGS_PER_STAGE = 400
-SMALL_PARAMETERS = 1_000_000
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
 STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
 
@@ -65,7 +66,8 @@ def fit(
         number: of the stage, 1 or 2: shown, logged, and part of every seed.
         seed: of order and noise.
         watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
-        engine: "captured" replays a recorded step (CUDA, one process): see `CapturedStep`.
+        engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
+            (CUDA, one process; see `CapturedStep`).
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -82,7 +84,7 @@ def fit(
     share = parallel.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
-    take_step = CapturedStep() if engine == "captured" else training_step
+    take_step = step_of(engine, stage)
     num_latents = count_latents(state.vae, data)
     state.vae.train()
     state.balance.train()
@@ -98,7 +100,7 @@ def fit(
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
-        threads_for(state.vae),
+        tuned(state.vae, device),
         reproducible(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
         fetched_ahead(data, wanted, share) as fetched_batches,
@@ -144,6 +146,17 @@ def fit(
     return True
 
 
+def step_of(engine: Engine, stage: Stage) -> Callable[[TrainingState, Tensor, Tensor, Stage], None]:
+    """How an engine takes a step."""
+    match engine:
+        case "eager":
+            return training_step
+        case "compiled":
+            return CompiledStep(stage)
+        case "captured":
+            return CapturedStep()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Where it is a tensor, its value."""
     for group in optimizer.param_groups:
@@ -162,27 +175,12 @@ def count_latents(vae: VAE, data: Batches) -> int:
 
 
 @contextmanager
-def threads_for(vae: VAE) -> Iterator[None]:
-    """One CPU thread inside the block for a small dense network, whose products are too short to share; all for others.
-
-    On two cores that other processes kept busy, a step of a dense network of 256 took 2 ms with one thread and 18 with two,
-    which wait for each other (2026-11-22).
-    """
-    convolutions = any(parameter.dim() == 4 for parameter in vae.parameters())
-    small = sum(parameter.numel() for parameter in vae.parameters()) < SMALL_PARAMETERS
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if small and not convolutions else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
     """Torch's global generators are as before after the block; inside it cuDNN uses its deterministic kernels."""
     devices = [device] if device.type == "cuda" else []
-    kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    kernels = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
+    )
     with torch.random.fork_rng(devices=devices), kernels if devices else nullcontext():
         yield
 

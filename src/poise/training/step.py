@@ -1,27 +1,38 @@
 """One step of Adam: the same for both stages and for any number of processes."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from poise import parallel
-from poise.balance import LossTerms
+from poise.balance import Balance, LossTerms
 from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
 from poise.training.state import TrainingState, Verdict, parameters_of
+from poise.vae import VAE
+
+Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
 
 
-def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
+def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage, *, objective: Loss | None = None) -> None:
     """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation.
 
     Network and balance are to be in training mode. Of several processes each gives its share of the batch. Where the loss or
     its gradient is not finite, weights and optimiser stay as they are, in this step and in all that follow.
+
+    Args:
+        state: changed in place.
+        batch, noise: of this step.
+        stage: whose objective, precision and decay of the average are used.
+        objective: a compiled form of the stage's; None: as it is.
     """
+    objective = objective or make_objective(stage.objective)
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
-        terms = make_objective(stage.objective)(state.vae, state.balance, batch, noise)
+        terms = objective(state.vae, state.balance, batch, noise)
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
     gradients = [p.grad for p in parameters_of(state.optimizer) if p.grad is not None]

@@ -1,0 +1,394 @@
+"""The released CIFAR-10 experiment on one GPU: seconds per step of each engine, their share of the machine's rate, the whole.
+
+    python benchmarks/gpu.py [--minutes 7.5] [--seconds 6] [--only matrix tf32 ...] [--json results/bench-gpu.json]
+    python benchmarks/gpu.py --device cpu --quick          # that it runs; the figures mean nothing
+
+Needs no files: 50,000 random images of bytes, and random codes, lie in the GPU's memory. Batches of 100, the released networks
+(stage 1: the ResNet; stage 2: hidden 2048), balances and schedules. Parts, in the order of their worth; the report is written
+after each one, a part that fails leaves its error there, and none begins after `--minutes`:
+
+matrix: FLOPs per second of large matrix products in each precision.
+tf32, bfloat16, float32 / stage / loop: "bare" is a hand-written eager loop without logging, checks and synchronisation, with
+    PyTorch's default Adam ("bare, channels_last": in that layout); the others are `poise.training.fit` with its engines.
+    Timed by the synchronised clock in three laps, after the first steps. tf32 and float32 differ in
+    `torch.backends.{cuda.matmul,cudnn}.allow_tf32`; what the loop itself made of the second is reported ("cudnn_tf32_inside").
+syncs: how often each engine makes the host wait for the GPU, per step, and where (torch.cuda.set_sync_debug_mode).
+equality: 200 steps of each engine against 200 eager ones, from the same weights: relative difference of each tensor.
+
+The whole experiment is extrapolated for each engine and precision: 350,000 + 700,000 steps, and four sets of 10,000 images
+through Inception, of 11.5 GFLOP each, at a quarter of the matrix rate: this last part is an estimate, not a measurement.
+"""
+
+import argparse
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from measuring import machine, seconds, show, summary, synchronise, write_report
+from torch import Tensor
+from training_rate import step_flops
+
+from poise.build import first_stage, second_stage, stage_balance
+from poise.recipes import RECIPES, Stage
+from poise.training import Batches, CodeBatches, Engine, ImageBatches, TrainingState, Watch, fit, new_state
+from poise.vae import VAE
+
+RECIPE = RECIPES["cifar10-released"]
+SHAPE = [3, 32, 32]
+LAPS = 3
+PRECISIONS = ("tf32", "bfloat16", "float32")
+EVALUATION_FLOPS, EVALUATION_SHARE = 4 * 10_000 * 11.5e9, 0.25
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done.
+
+    Attributes:
+        images: on the device.
+        batch_size: images per step.
+        warm_up: steps before the clock starts.
+        compared: steps of the check of equality.
+        matrix_side: of the large product.
+    """
+
+    images: int = 50_000
+    batch_size: int = 100
+    warm_up: int = 30
+    compared: int = 200
+    matrix_side: int = 8192
+
+
+QUICK = Scale(images=200, batch_size=4, warm_up=1, compared=2, matrix_side=256)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how long: everything that the parts share."""
+
+    device: torch.device
+    scale: Scale
+    lap_seconds: float
+
+    def engines(self) -> list[str]:
+        """Those that this version of the package has and this device can run."""
+        return [name for name in get_args(Engine) if name != "captured" or self.device.type == "cuda"]
+
+    def stage(self, number: int, precision: str) -> Stage:
+        stage = RECIPE.first if number == 1 else RECIPE.second
+        assert stage is not None
+        word = "bfloat16" if precision == "bfloat16" else "float32"
+        return replace(stage, batch_size=self.scale.batch_size, precision=word)
+
+    def vae(self, number: int) -> VAE:
+        return first_stage(RECIPE, SHAPE) if number == 1 else second_stage(RECIPE)
+
+    def data(self, number: int) -> Batches:
+        source = np.random.default_rng(0)
+        if number == 1:
+            return ImageBatches(source.integers(0, 256, (self.scale.images, *SHAPE), dtype=np.uint8), self.device)
+        mean = torch.from_numpy(source.standard_normal((self.scale.images, RECIPE.network.latent_dim), dtype=np.float32))
+        return CodeBatches(mean, torch.full_like(mean, -3.0), self.device)
+
+    def state(self, number: int, stage: Stage) -> TrainingState:
+        return new_state(self.vae(number), stage_balance(stage, RECIPE, SHAPE), stage, self.device)
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
+    """TFLOP per second of large square products."""
+    allow_tf32(precision != "float32")
+    side, dtype = bench.scale.matrix_side, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    matrix = torch.randn(side, side, device=bench.device).to(dtype)
+    once = min(seconds(lambda: torch.mm(matrix, matrix), bench.device) for _ in range(3))
+    number = math.ceil(bench.lap_seconds / once)
+    laps = [seconds(lambda: [torch.mm(matrix, matrix) for _ in range(number)] and None, bench.device) for _ in range(LAPS)]
+    return summary([2e-12 * number * side**3 / lap for lap in laps])
+
+
+class Clock:
+    """Laps of a loop that asks after every step whether to stop: it is stopped after the last one."""
+
+    def __init__(self, bench: Bench, state: TrainingState, begun: Callable[[], None] = lambda: None) -> None:
+        self.bench, self.state, self.begun = bench, state, begun
+        self.step, self.at = -1, 0.0
+        self.seconds_per_step: list[float] = []
+        self.cudnn_tf32 = False
+
+    def stop(self) -> bool:
+        if len(self.seconds_per_step) == LAPS:
+            return True
+        if self.state.step < self.bench.scale.warm_up or (self.step >= 0 and not self._over()):
+            return False
+        synchronise(self.bench.device)
+        now = time.perf_counter()
+        if self.step >= 0:
+            self.seconds_per_step.append((now - self.at) / (self.state.step - self.step))
+        else:
+            self.cudnn_tf32 = torch.backends.cudnn.allow_tf32
+            self.begun()
+        self.step, self.at = self.state.step, time.perf_counter()
+        return len(self.seconds_per_step) == LAPS
+
+    def _over(self) -> bool:
+        return self.state.step > self.step and time.perf_counter() - self.at > self.bench.lap_seconds
+
+
+def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[str, Any]:
+    """Seconds per step of `fit`, in the place that a whole run gives it."""
+    allow_tf32(precision != "float32")
+    stage = bench.stage(number, precision)
+    state, began = bench.state(number, stage), time.perf_counter()
+    clock = Clock(bench, state)
+    watch = Watch(stop=clock.stop, quiet=True, save_seconds=math.inf)
+    fit(state, bench.data(number), stage, number=number, seed=0, watch=watch, engine=engine)
+    whole = time.perf_counter() - began
+    before = whole - sum(clock.seconds_per_step) / LAPS * (state.step - bench.scale.warm_up)
+    return {"ms_per_step": milliseconds(clock.seconds_per_step), "cudnn_tf32_inside": clock.cudnn_tf32} | {
+        "seconds_before": round(max(0.0, before), 2)  # data to the device, first steps, recording, compilation
+    }
+
+
+def milliseconds(values: list[float]) -> dict[str, float]:
+    return summary([1000 * value for value in values], 4)
+
+
+def time_bare(bench: Bench, number: int, precision: str, layout: torch.memory_format) -> dict[str, Any]:
+    allow_tf32(precision != "float32")
+    run = bare_loop(bench, number, precision, layout)
+    run(bench.scale.warm_up)
+    once = seconds(lambda: run(bench.scale.warm_up), bench.device) / bench.scale.warm_up
+    steps = max(1, round(bench.lap_seconds / once))
+    return {"ms_per_step": milliseconds([seconds(lambda: run(steps), bench.device) / steps for _ in range(LAPS)])}
+
+
+def bare_loop(bench: Bench, number: int, precision: str, layout: torch.memory_format) -> Callable[[int], None]:
+    """What one would write: so many steps of eager PyTorch; nothing in it waits for the GPU."""
+    vae = bench.vae(number).to(bench.device).train()
+    vae = vae.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-4)
+    batch = bare_batches(bench, number, layout)
+    gamma2 = torch.ones((), device=bench.device)
+    mixed = precision == "bfloat16"
+
+    def run(steps: int) -> None:
+        nonlocal gamma2
+        for _ in range(steps):
+            x = batch()
+            with torch.autocast(bench.device.type, torch.bfloat16) if mixed else nullcontext():
+                mean, logvar = vae.encoder(x)
+                reconstruction = vae.decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+            error = (x - reconstruction.float()).square().flatten(1).sum(1)
+            kl = 0.5 * (mean.float().square() + logvar.float().exp() - logvar.float() - 1).sum(1)
+            num_dims = x[0].numel()
+            loss = (error / (2 * gamma2) + num_dims / 2 * torch.log(2 * math.pi * gamma2) + kl).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            gamma2 = torch.minimum(gamma2, 0.99 * gamma2 + 0.01 * error.detach().mean() / num_dims)
+
+    return run
+
+
+def bare_batches(bench: Bench, number: int, layout: torch.memory_format) -> Callable[[], Tensor]:
+    """Shuffled batches from the device's memory, for ever."""
+    data, size, order = bench.data(number), bench.scale.batch_size, iter(())
+    images = torch.from_numpy(data.images).to(bench.device) if isinstance(data, ImageBatches) else None
+
+    def batch() -> Tensor:
+        nonlocal order
+        chosen = next(order, None)
+        if chosen is None:
+            order = iter(torch.randperm(len(data), device=bench.device).split(size))
+            chosen = next(order)
+        if images is not None:
+            return (images[chosen].float() / 255).contiguous(memory_format=layout)
+        assert isinstance(data, CodeBatches)
+        return data.mean[chosen] + data.std[chosen] * torch.randn_like(data.mean[chosen])
+
+    return batch
+
+
+def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
+    """Warnings of torch's debug mode for synchronising calls, per step, after the first steps."""
+    if bench.device.type != "cuda":
+        return {"note": "for cuda only"}
+    allow_tf32(True)
+    stage = bench.stage(number, "tf32")
+    state = bench.state(number, stage)
+    clock = Clock(bench, state, begun=lambda: torch.cuda.set_sync_debug_mode("warn"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit(
+                state,
+                bench.data(number),
+                stage,
+                number=number,
+                seed=0,
+                watch=Watch(stop=clock.stop, quiet=True, save_seconds=math.inf),
+                engine=engine,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower())
+    steps = state.step - bench.scale.warm_up
+    return {"steps": steps, "per_step": round(sum(places.values()) / steps, 4), "places": dict(places.most_common(8))}
+
+
+def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
+    """Weights and balance after the same steps, the engine's against the eager loop's."""
+    allow_tf32(True)
+    once, again, other = (trained(bench, number, name) for name in ("eager", "eager", engine))
+    return {
+        "steps": bench.scale.compared,
+        "eager_is_bit_identical_to_itself": all(torch.equal(once[name], again[name]) for name in once),
+        "bit_identical": all(torch.equal(once[name], other[name]) for name in once),
+        "largest_relative_difference": max(relative(once[name], other[name]) for name in once),
+    }
+
+
+def trained(bench: Bench, number: int, engine: Any) -> dict[str, Tensor]:
+    stage = replace(bench.stage(number, "float32"), epochs=None, halve_every=None, steps=bench.scale.compared)
+    state = bench.state(number, stage)
+    fit(state, bench.data(number), stage, number=number, seed=0, watch=Watch(quiet=True, save_seconds=math.inf), engine=engine)
+    return state.vae.state_dict() | state.balance.state_dict()
+
+
+def relative(expected: Tensor, given: Tensor) -> float:
+    return float((given.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-3))
+
+
+def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Everything to be measured, the most telling first; compilation, the slowest, after what needs none."""
+    bare = {"bare": torch.contiguous_format, "bare, channels_last": torch.channels_last}
+    quick, slow = [name for name in bench.engines() if name != "compiled"], set(bench.engines()) & {"compiled"}
+    todo: dict[str, Callable[[], dict[str, Any]]] = {}
+    for precision in PRECISIONS:
+        todo[f"matrix / {precision}"] = lambda p=precision: {"tflop_per_second": matrix_rate(bench, p)}
+
+    def add(precision: str, engines: list[str]) -> None:
+        for number in (1, 2):
+            for engine in engines:
+                name = f"{precision} / stage {number} / {engine}"
+                todo[name] = lambda n=number, p=precision, e=engine: time_engine(bench, n, p, e)
+
+    for precision in PRECISIONS:
+        for number in (1, 2):
+            for name, layout in list(bare.items())[: 3 - number]:
+                todo[f"{precision} / stage {number} / {name}"] = lambda n=number, p=precision, f=layout: time_bare(
+                    bench, n, p, f
+                )
+        add(precision, quick)
+        if precision == "tf32":
+            for number in (1, 2):
+                for engine in quick:
+                    todo[f"syncs / stage {number} / {engine}"] = lambda n=number, e=engine: count_syncs(bench, n, e)
+                for engine in quick[1:]:
+                    todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: compare_engines(bench, n, e)
+    for precision in PRECISIONS:
+        add(precision, sorted(slow))
+    for number in (1, 2):
+        for engine in sorted(slow):
+            todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: compare_engines(bench, n, e)
+    return todo
+
+
+def rates(bench: Bench, done: dict[str, dict[str, Any]], flops: dict[int, float]) -> list[list[Any]]:
+    """A row for each loop that was timed: what follows from its seconds per step."""
+    rows: list[list[Any]] = [
+        ["precision", "stage", "loop", "ms per step", "images/s", "times the bare loop", "share of matrix rate"]
+    ]
+    for name, result in done.items():
+        if "ms_per_step" not in result:
+            continue
+        precision, stage, loop = name.split(" / ")
+        step = result["ms_per_step"]["median"] / 1000
+        bare, peak = median(done, f"{precision} / {stage} / bare", "ms_per_step"), matrix_flops(done, precision)
+        faster = bare and round(bare / 1000 / step, 3)
+        share = peak and round(flops[int(stage[-1])] / step / peak, 4)
+        rows.append([precision, stage, loop, result["ms_per_step"], bench.scale.batch_size / step, faster, share])
+    return rows
+
+
+def median(done: dict[str, dict[str, Any]], part: str, figure: str) -> float | None:
+    """Of a part that was measured; None for others."""
+    return done.get(part, {}).get(figure, {}).get("median")
+
+
+def matrix_flops(done: dict[str, dict[str, Any]], precision: str) -> float | None:
+    tera = median(done, f"matrix / {precision}", "tflop_per_second")
+    return tera and 1e12 * tera
+
+
+def whole(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Minutes that the released experiment would take with each loop that was timed in both stages."""
+    minutes: dict[str, dict[str, float]] = {}
+    for name in done:
+        first, second = median(done, name, "ms_per_step"), median(done, name.replace("stage 1", "stage 2"), "ms_per_step")
+        if "stage 1" not in name or first is None or second is None:
+            continue
+        precision, _, loop = name.split(" / ")
+        each = {"stage 1": 350_000 * first / 60_000, "stage 2": 700_000 * second / 60_000}
+        if rate := matrix_flops(done, precision):
+            each["evaluation (estimate)"] = EVALUATION_FLOPS / (EVALUATION_SHARE * rate) / 60
+        minutes[f"{precision} / {loop}"] = {
+            part: round(value, 2) for part, value in (each | {"all": sum(each.values())}).items()
+        }
+    return minutes
+
+
+def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a part, or the error it ended with: the other parts are still worth having."""
+    began = time.perf_counter()
+    try:
+        result = part()
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    return result | {"took_seconds": round(time.perf_counter() - began, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no part begins after these")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each loop, about")
+    parser.add_argument("--only", nargs="*", metavar="WORD", help="parts whose name has one of these words, as in: stage 1")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--json", type=Path, default=Path("results/bench-gpu.json"))
+    options = parser.parse_args()
+    began, device = time.perf_counter(), torch.device(options.device)
+    bench = Bench(device, QUICK if options.quick else Scale(), 0.01 if options.quick else options.seconds / LAPS)
+    flops = {
+        1: step_flops(bench.vae(1), torch.rand(1, *SHAPE)),
+        2: step_flops(bench.vae(2), torch.rand(1, RECIPE.network.latent_dim)),
+    }
+    flops = {number: value * bench.scale.batch_size for number, value in flops.items()}
+    done: dict[str, dict[str, Any]] = {}
+    report = {**machine(device), "cuda": torch.version.cuda, "quick": options.quick, "parts": done}
+    report["notes"] = [f"{name}: for cuda only" for name in get_args(Engine) if name not in bench.engines()]
+    report["gflop_per_step"] = {f"stage {number}": round(value / 1e9, 3) for number, value in flops.items()}
+    for name, part in parts(bench).items():
+        if options.only and not any(word in name for word in options.only):
+            continue
+        late = time.perf_counter() - began > 60 * options.minutes
+        done[name] = {"left_out": "out of time"} if late else attempt(part)
+        print(f"{time.perf_counter() - began:6.1f} s  {name}: {done[name]}", flush=True)
+        report["rates"], report["minutes_of_the_experiment"] = rates(bench, done, flops), whole(done)
+        write_report(options.json, report)
+    show(report["rates"])
+
+
+if __name__ == "__main__":
+    main()

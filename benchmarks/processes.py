@@ -1,0 +1,184 @@
+"""Two processes that train one model beside one process: the curves they log, and seconds per step.
+
+    python benchmarks/processes.py [--only mlp mlp-float64 ...] [--rounds 3] [--epochs-factor 1]
+
+The 8x8 digits, stage 1, on CPUs by torchrun and gloo, every process with one thread. "mlp" is the digits' recipe; "resnet" the
+small ResNet, whose BatchNorm takes its statistics over both processes; "-float64" is the same in double precision, where
+what remains is what the computation differs by and not what rounding grows to. One and two processes take turns.
+
+The difference of a curve is its largest over the entries of metrics.jsonl, over the mean size of the values of the one process
+(a loss in nats passes through zero). The largest difference of a weight shows that the two did not do the very same. Exits with
+1 where the loss differs by more than the tolerance.
+
+Two processes gain only where each has a core of its own and a step is worth an exchange: on the digits the ratio says
+what the exchange costs. Gradients go round once per step; BatchNorm adds two exchanges per layer.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from measuring import machine, over, show, summary, write_report
+from torch import nn
+
+import poise
+from poise.build import first_stage
+from poise.checkpoint import newest_checkpoint
+from poise.pipeline import Options
+from poise.recipes import RECIPES, Network, Recipe
+from poise.training import under
+
+CURVES = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and by how much the losses may differ.
+
+    The tolerances: in double precision, what the balance's float32 leaves. In float32, what a difference in the last bit grows
+    to in so many steps; most where BatchNorm follows a bias: its exact gradient is zero, and Adam takes full steps along its
+    rounding.
+    """
+
+    network: Network | None
+    epochs: int
+    tolerance: float
+    double: bool = False
+
+
+RESNET = Network("resnet", latent_dim=10, norm_decay=0.9)
+CASES = {
+    "mlp": Case(None, 8, 1e-2),
+    "mlp-float64": Case(None, 8, 1e-5, double=True),
+    "resnet": Case(RESNET, 2, 5e-2),
+    "resnet-float64": Case(RESNET, 2, 1e-5, double=True),
+}
+
+
+class Double(nn.Module):
+    """A network in double precision."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, values: torch.Tensor) -> Any:
+        return self.network(values.double())
+
+
+def recipe_of(case: Case) -> Recipe:
+    digits = RECIPES["digits"]
+    return replace(digits, network=case.network or digits.network, second=None)
+
+
+def train(name: str, epochs: int, out: Path) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    recipe = recipe_of(case)
+    vae = first_stage(recipe, [1, 8, 8]) if case.double else None
+    vae = vae and poise.VAE(Double(vae.encoder), Double(vae.decoder))
+    options = Options(device="cpu", quiet=True, save_seconds=1e9)
+    poise.train("digits", recipe=recipe, vae=vae, out=out, epochs=epochs, options=options)
+
+
+def run(name: str, epochs: int, out: Path, processes: int) -> list[dict[str, float]]:
+    """The log of a run of so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launch, __file__, "--train", name, "--epochs", str(epochs), "--out", str(out)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{name} with {processes} processes failed: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(one: list[dict[str, float]], two: list[dict[str, float]], curve: str) -> float:
+    """Of two curves: see the top of this file."""
+    values = [(first[curve], second[curve]) for first, second in zip(one, two, strict=True)]
+    return float(f"{max(abs(a - b) for a, b in values) / fmean(abs(a) for a, _ in values):.3g}")
+
+
+def weights_apart(one: Path, two: Path) -> float:
+    """The largest difference of a weight or state of the network in the last checkpoints."""
+    first, second = (under("stage1.vae", newest(folder)) for folder in (one, two))
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def newest(folder: Path) -> dict[str, torch.Tensor]:
+    saved, _ = newest_checkpoint(folder / "checkpoints")
+    assert saved is not None
+    return saved.tensors
+
+
+def step_ms(log: list[dict[str, float]], batch_size: int) -> float:
+    """The median over a run's log entries, the first left out."""
+    return median(1000 * batch_size / entry["images_per_second"] for entry in log[1:])
+
+
+def measure(name: str, rounds: int, factor: float) -> dict[str, Any]:
+    """Both in turns, on one case."""
+    case, size = CASES[name], recipe_of(CASES[name]).first.batch_size
+    epochs = max(1, round(factor * case.epochs))
+    times: dict[int, list[float]] = {1: [], 2: []}
+    logs: dict[int, list[dict[str, float]]] = {}
+    folders: dict[int, Path] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for processes in (1, 2) if number % 2 == 0 else (2, 1):
+                folders[processes] = Path(folder, f"{number}-{processes}")
+                logs[processes] = run(name, epochs, folders[processes], processes)
+                times[processes].append(step_ms(logs[processes], size))
+        weights = weights_apart(folders[1], folders[2])
+    differences = {curve: difference(logs[1], logs[2], curve) for curve in CURVES}
+    return {
+        "steps": int(logs[1][-1]["step"]),
+        "entries": len(logs[1]),
+        "batch_size": size,
+        "largest_difference": differences,
+        "largest_difference_of_a_weight": float(f"{weights:.3g}"),
+        "largest_difference_in_the_first_20_steps": {curve: difference(logs[1][:20], logs[2][:20], curve) for curve in CURVES},
+        "tolerance_of_the_loss": case.tolerance,
+        "within": differences["loss"] <= case.tolerance,
+        "ms_per_step": {"one process": summary(times[1]), "two processes": summary(times[2])},
+        "one_over_two": over(times[1], times[2]),
+    }
+
+
+def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    head = ["network", "steps", "loss differs by", "allowed", "in 20 steps", "ms per step, one", "two", "two as fast as one"]
+    rows: list[list[Any]] = [head]
+    for name, report in reports.items():
+        differs, times = report["largest_difference"], report["ms_per_step"].values()
+        allowed, early = report["tolerance_of_the_loss"], report["largest_difference_in_the_first_20_steps"]["loss"]
+        rows.append([name, report["steps"], differs["loss"], allowed, early, *times, report["one_over_two"]])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs-factor", type=float, default=1.0, help="of the lengths of the runs")
+    parser.add_argument("--json", type=Path, default=Path("results/bench-processes.json"))
+    for hidden, kind in (("--train", str), ("--epochs", int), ("--out", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(options.train, options.epochs, options.out)
+        return
+    reports = {name: measure(name, options.rounds, options.epochs_factor) for name in options.only}
+    show(table(reports))
+    write_report(options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "cases": reports})
+    sys.exit(0 if all(report["within"] for report in reports.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Training on images five times larger than the memory allowed, beside training on images held in memory.
+
+    python benchmarks/streaming.py [--cap 1024] [--times 5] [--only dense convolutional] [--rounds 10] [--seconds 4]
+
+An .npy file of random bytes, 32x32 RGB, is written, `--times` the cap. Two processes train the same network: one reads that
+file as `poise train` does (mapped, split by content, streamed), and everything it holds, pages of the file included, is kept
+below the cap by a memory control group of Linux (version 1 or 2; that takes root). The other has 20,000 images in memory and no
+cap. They take turns of so many seconds, one standing still while the other works; each is one loop from beginning to end.
+Without control groups the comparison runs uncapped, and the report says so.
+
+Reported: images per second of both, the ratio round by round; processor time per image, steadier where others use the cores,
+with what the system does for the reading thread; anonymous memory of the streaming process while it reads for the split and in
+the first and the second half of its turns; the group's peak; bytes read from the disk per byte of image.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import PeakMemory, anonymous_mib, machine, over, show, summary, write_report
+
+from poise import datasets
+from poise.balance import ComputedBalance
+from poise.build import first_stage
+from poise.recipes import Network, Stage
+from poise.recipes.images import IMAGES
+from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
+
+SHAPE = (32, 32, 3)
+IN_MEMORY = 20_000
+BLOCK = 5_000  # images written at once
+WARM_UP = 2.0  # seconds
+FOREVER = 10_000_000  # steps
+NETWORKS = {
+    "dense": (Network("mlp", 64, hidden=(256, 256)), 500),
+    "convolutional": (Network("infogan", 64), 100),
+}
+
+
+def write_noise(path: Path, count: int) -> None:
+    """An .npy file of random bytes, on the disk and no longer in the system's cache."""
+    source = np.random.default_rng(0)
+    with path.open("wb") as file:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (count, *SHAPE)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        for start in range(0, count, BLOCK):
+            file.write(source.bytes(min(BLOCK, count - start) * math.prod(SHAPE)))
+        file.flush()
+        os.fsync(file.fileno())
+    forget(path)
+
+
+def forget(path: Path) -> None:
+    """The pages of a file that the system has kept would be free for a process with a cap."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A memory control group: its folder, and how its version calls the limit and the peak."""
+
+    folder: Path
+    limit: str
+    peak: str
+
+    def read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def peak_mib(self) -> float | None:
+        text = self.read(self.peak)
+        return round(int(text) / 2**20, 1) if text else None
+
+
+@contextmanager
+def capped(mib: int) -> Iterator[Group | None]:
+    """A control group with that limit, gone after the block; None, with a note, where none can be made."""
+    group = make_group(mib) if mib else None
+    if mib and group is None:
+        print("note: no memory control group could be made (Linux, as root): there is no cap", file=sys.stderr)
+    try:
+        yield group
+    finally:
+        if group is not None:
+            group.folder.rmdir()
+
+
+def make_group(mib: int) -> Group | None:
+    own = dict(line.split(":", 2)[1:] for line in lines(Path("/proc/self/cgroup")))
+    first = Path("/sys/fs/cgroup/memory" + own.get("memory", "/"))  # version 1: below our own group, within its limit
+    for parent, limit, peak in (
+        (first, "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+        (Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max", "memory.peak"),
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
+    ):
+        group = Group(parent / f"poise-{os.getpid()}", limit, peak)
+        try:
+            group.folder.mkdir()
+        except OSError:
+            continue
+        try:
+            (group.folder / limit).write_text(str(mib * 2**20))
+            return group
+        except OSError:
+            group.folder.rmdir()
+    return None
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+class Trainer:
+    """A process of this script that trains when told to.
+
+    Args:
+        network: of `NETWORKS`.
+        file: to stream; None: images in memory.
+        group: that it is to run in, from its first instruction on.
+    """
+
+    def __init__(self, network: str, file: Path | None, group: Group | None) -> None:
+        command = [sys.executable, __file__, "--train", network, *(["--file", str(file)] if file else [])]
+        if group is not None:
+            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.folder / "cgroup.procs"), *command]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.loaded = self._answer()
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(seconds, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"the training process ended with {self.process.wait()} (-9: it passed the cap)")
+        return json.loads(line)
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+def train(name: str, file: Path | None) -> None:
+    """The other side: for each line of standard input, that many seconds of training, and a line of JSON of how it went."""
+    network, batch_size = NETWORKS[name]
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        if file is None:
+            images: Any = np.random.default_rng(0).integers(0, 256, (IN_MEMORY, SHAPE[2], *SHAPE[:2]), dtype=np.uint8)
+        else:
+            images = datasets.load(file).train
+    loaded = {"seconds": round(time.perf_counter() - began, 1), "peak_anonymous_mib": round(memory.mib, 1)}
+    print(json.dumps(loaded), flush=True)
+    stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
+    vae = first_stage(replace(IMAGES, network=network), list(images.shape[1:]))
+    state = new_state(vae, ComputedBalance(), stage, device)
+    watch = Watch(stop=Turns(state, batch_size).stop, quiet=True, save_seconds=math.inf)
+    fit(state, ImageBatches(images, device), stage, number=1, seed=0, watch=watch)
+
+
+class Turns:
+    """Stands still between turns: asked after every step of the loop whether to stop."""
+
+    def __init__(self, state: TrainingState, batch_size: int) -> None:
+        self.state, self.batch_size = state, batch_size
+        self.step, self.ends, self.began, self.read, self.cpu = 0, 0.0, 0.0, 0, 0.0
+
+    def stop(self) -> bool:
+        now = time.perf_counter()
+        if now < self.ends:
+            return False
+        if self.ends:
+            images = (self.state.step - self.step) * self.batch_size
+            answer = {
+                "images_per_second": images / (now - self.began),
+                "processor_us_per_image": 1e6 * (time.process_time() - self.cpu) / images,
+                "anonymous_mib": anonymous_mib(),
+                "read_per_byte": (disk_bytes() - self.read) / (images * math.prod(SHAPE)),
+            }
+            print(json.dumps(answer), flush=True)
+        line = sys.stdin.readline()
+        self.step, self.began, self.read, self.cpu = self.state.step, time.perf_counter(), disk_bytes(), time.process_time()
+        self.ends = self.began + float(line or 0)
+        return not line
+
+
+def disk_bytes() -> int:
+    """What this process has had read from the disk (Linux)."""
+    return next((int(line.split()[1]) for line in lines(Path("/proc/self/io")) if line.startswith("read_bytes")), 0)
+
+
+def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """The two processes on one network."""
+    forget(file)
+    with capped(cap) as group:
+        trainers = {"streamed": Trainer(name, file, group), "in memory": Trainer(name, None, None)}
+        answers: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in trainers}
+        for trainer in trainers.values():
+            trainer.run(WARM_UP)
+        for number in range(rounds):
+            for trainer in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
+                answers[trainer].append(trainers[trainer].run(seconds))
+        for trainer in trainers.values():
+            trainer.end()
+        peak = group and group.peak_mib()
+    rates, work = (
+        {trainer: [answer[figure] for answer in given] for trainer, given in answers.items()}
+        for figure in ("images_per_second", "processor_us_per_image")
+    )
+    memory = [answer["anonymous_mib"] for answer in answers["streamed"]]
+    half = max(1, rounds // 2)
+    return {
+        "batch_size": NETWORKS[name][1],
+        "file_mib": round(file.stat().st_size / 2**20),
+        "cap_mib": group and cap,
+        "loading": trainers["streamed"].loaded,
+        "images_per_second": {trainer: summary(values, 1) for trainer, values in rates.items()},
+        "streamed_over_in_memory": over(rates["streamed"], rates["in memory"]),
+        "processor_us_per_image": {trainer: summary(values, 1) for trainer, values in work.items()},
+        "anonymous_mib": {"first half": round(fmean(memory[:half]), 1), "second half": round(fmean(memory[-half:]), 1)},
+        "anonymous_mib_by_round": [round(mib, 1) for mib in memory],
+        "group_peak_mib": peak,
+        "read_per_byte": summary([answer["read_per_byte"] for answer in answers["streamed"]]),
+    }
+
+
+def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    rows: list[list[Any]] = [
+        ["network", "streamed, images/s", "in memory", "ratio", "MiB, first half", "second", "group's peak"]
+    ]
+    for name, report in reports.items():
+        rate, memory = report["images_per_second"], report["anonymous_mib"]
+        halves = [memory["first half"], memory["second half"]]
+        ratio = report["streamed_over_in_memory"]
+        rows.append([name, rate["streamed"], rate["in memory"], ratio, *halves, report["group_peak_mib"]])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cap", type=int, default=1024, help="MiB; 0: none")
+    parser.add_argument("--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)")
+    parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
+    parser.add_argument("--folder", type=Path, help="for the images; by default the system's for temporary files")
+    parser.add_argument("--json", type=Path, default=Path("results/bench-streaming.json"))
+    parser.add_argument("--train", choices=NETWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(options.train, options.file)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the file and the group go in that case too
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        file = Path(folder, "images.npy")
+        write_noise(file, int(options.times * max(1, options.cap) * 2**20) // math.prod(SHAPE))
+        reports = {name: measure(name, file, options.cap, options.rounds, options.seconds) for name in options.only}
+    show(table(reports))
+    write_report(options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "networks": reports})
+
+
+if __name__ == "__main__":
+    main()

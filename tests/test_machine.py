@@ -1,0 +1,193 @@
+"""What makes a step fast leaves what it computes alone: layouts, products, memory, compiled code."""
+
+import resource
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from poise.training import denormals_as_zero
+from poise.training.machine import images_in_channels_last, kept_memory, pixels_as_products, threads_for, tuned
+
+CPU = torch.device("cpu")
+SINGLE_PIXEL = {  # kernel, stride, padding, side of the image
+    "the whole image": (4, 1, 0, 4),
+    "pythae's last convolution for MNIST": (4, 2, 1, 3),
+    "a kernel that leaves out the last row": (3, 2, 0, 4),
+    "a kernel beyond the image": (5, 3, 1, 4),
+}
+
+
+def outcome(layer: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of a loss that weighs every value differently."""
+    layer.zero_grad()
+    images = images.clone().requires_grad_()
+    given = layer(images)
+    (given * torch.arange(given.numel(), dtype=given.dtype).view(given.shape)).sum().backward()
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    return [given.detach(), images.grad, *gradients]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", SINGLE_PIXEL)
+def test_a_convolution_to_one_pixel_is_the_product_that_torch_computes(case, layout, bias):
+    kernel, stride, padding, side = SINGLE_PIXEL[case]
+    layer = nn.Conv2d(3, 5, kernel, stride, padding, bias=bias).double().to(memory_format=layout)
+    images = torch.randn(7, 3, side, side, dtype=torch.float64).contiguous(memory_format=layout)
+    expected = outcome(layer, images)
+    assert expected[0].shape == (7, 5, 1, 1)
+    with pixels_as_products(layer):
+        for mine, theirs in zip(outcome(layer, images), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 4, groups=2),
+        nn.Conv2d(4, 6, 2, dilation=3),
+        nn.Conv2d(4, 6, 4, padding="valid"),
+        nn.Conv2d(4, 6, 5, padding=1, padding_mode="reflect"),
+    ],
+    ids=str,
+)
+def test_any_other_convolution_is_torchs_own(layer):
+    images = torch.randn(2, 4, 4, 4)
+    expected = layer(images)
+    with pixels_as_products(layer):
+        assert torch.equal(layer(images), expected)
+
+
+class Reshaping(nn.Module):
+    """Makes an image of a vector, and adds to it what convolutions make of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.layers = nn.ModuleList([Residual(self.block)])
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](latents.reshape(-1, 8, 4, 4))
+
+
+class Residual(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images + self.block(images)
+
+
+def test_a_reshaped_vector_enters_convolutions_in_channels_last_with_the_same_values():
+    network, latents = Reshaping().double().to(memory_format=torch.channels_last), torch.randn(5, 128, dtype=torch.float64)
+    before = network(latents)
+    with images_in_channels_last(network):
+        inside = network(latents)
+    assert inside.is_contiguous(memory_format=torch.channels_last)
+    assert not before.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(inside, before, rtol=1e-12, atol=1e-12)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_the_network_is_as_it_was_after_an_error():
+    network, threads = Reshaping(), torch.get_num_threads()
+    with pytest.raises(KeyError), tuned(network, CPU):
+        raise KeyError
+    assert torch.get_num_threads() == threads
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in network.modules())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_denormals_are_zero_inside_the_block_and_as_before_after_it(before):
+    tiny = torch.full((1,), 1e-40)
+    try:
+        torch.set_flush_denormal(before)
+        with denormals_as_zero():
+            assert float(tiny * 1) == 0
+        assert (float(tiny * 1) == 0) == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_large_arrays_are_not_fetched_from_the_system_again_and_again():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.zeros(20_000_000)  # 80 MB: 20,000 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    before = faults()
+    with kept_memory():
+        faults()  # the process grows to what it needs
+        inside = faults()
+    assert inside < 0.01 * before
+    assert faults() > 0.1 * before
+
+
+def test_small_dense_networks_run_on_one_thread_and_others_on_all():
+    before = torch.get_num_threads()
+    with threads_for(nn.Linear(10, 10)):
+        assert torch.get_num_threads() == 1
+    for network in (nn.Linear(1000, 1001), nn.Conv2d(1, 1, 3)):
+        with threads_for(network):
+            assert torch.get_num_threads() == before
+
+
+COMPILED = """
+import math, sys, torch, poise
+from poise.recipes import Stage
+from poise.training import CodeBatches, ImageBatches, Watch, fit, new_state
+
+cpu = torch.device("cpu")
+
+def trained(engine, kind, steps):
+    torch.manual_seed(0)
+    if kind == "first":
+        vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=10, hidden=(64, 64)))
+        data = ImageBatches(torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8).numpy(), cpu)
+    else:
+        vae = poise.VAE(*poise.networks.second_stage(8, 64))
+        data = CodeBatches(torch.randn(300, 8), torch.full((300, 8), -3.0), cpu)
+    stage = Stage(steps=steps, batch_size=50, learning_rate=1e-3, halve_every=60)
+    state = new_state(vae, poise.ComputedBalance(), stage, cpu)
+    fit(state, data, stage, number=1, seed=0, watch=Watch(quiet=True), engine=engine)
+    return state.trained.state_dict() | state.balance.state_dict()
+"""
+TWINS = """
+eager, compiled = trained("eager", sys.argv[1], 200), trained("compiled", sys.argv[1], 200)
+for name, expected in eager.items():
+    difference = (compiled[name].double() - expected.double()).norm()
+    assert difference <= 1e-5 * expected.double().norm().clamp_min(1e-3), (name, difference)
+assert any(not torch.equal(compiled[name], eager[name]) for name in eager), "it was not compiled"
+"""
+NO_COMPILER = """
+from poise.errors import RunError
+from torch._inductor import config
+
+with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+    try:
+        trained("compiled", "first", 1)
+    except RunError as error:
+        assert str(error).startswith("this network cannot be compiled here (") and "use the engine eager" in str(error), error
+        assert len(str(error).splitlines()) == 1
+    else:
+        raise AssertionError("compiled without a compiler")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("kind", ["first", "second"])
+def test_200_compiled_steps_equal_200_eager_ones(kind, run_python):
+    run_python(COMPILED + TWINS, kind)
+
+
+def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_python):
+    run_python(COMPILED + NO_COMPILER)
