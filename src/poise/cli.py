@@ -40,7 +40,9 @@ BALANCES = (
 OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance then fixed:gamma2=0.5)"
 )
+ENGINES = "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph"
 Switch = Literal["on", "off"]
+EngineChoice = Literal["eager", "compiled", "captured"]
 NetworkChoice = Literal["resnet", "infogan", "wae", "mlp"]
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
@@ -89,10 +91,7 @@ class Train:
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
-    engine: Annotated[
-        Literal["eager", "compiled", "captured"],
-        arg(help="compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph"),
-    ] = "eager"
+    engine: Annotated[EngineChoice, arg(help=ENGINES)] = "eager"
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:
@@ -411,7 +410,7 @@ class Compare:
         arg(help="runs at the same time", help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)"),
     ] = None
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
-    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
+    engine: Annotated[EngineChoice, arg(help=ENGINES)] = "eager"
     save_seconds: Annotated[float, arg(help="time between checkpoints, seconds")] = 60.0
 
     def run(self) -> None:
@@ -457,7 +456,7 @@ class Reproduce:
         arg(help="runs at the same time", help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)"),
     ] = None
     device: Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")] = "auto"
-    engine: Annotated[Literal["eager", "captured"], arg(help="captured: replay each step as a CUDA graph")] = "eager"
+    engine: Annotated[EngineChoice, arg(help=ENGINES)] = "eager"
 
     def run(self) -> None:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
