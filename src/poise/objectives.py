@@ -24,12 +24,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance, LossTerms
+from poise.balance.contract import at_least_float32
 from poise.errors import InputError
 from poise.shapes import Latents, PerImage, Scalar, Values
 from poise.specs import make_named
@@ -39,6 +40,7 @@ VANISHING = math.log(1e-12)  # the log variance of codes that have none: 1e-6 of
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A function of a network, a balance, a batch and noise.
 
@@ -201,7 +203,8 @@ class MaximumMeanDiscrepancy:
         latents = vae.encode(batch).mean
         reconstruction = vae.decode(latents)
         with full_precision(batch):
-            penalty = self.weight * squared_mmd(latents.float(), noise.float())
+            codes = at_least_float32(latents)
+            penalty = self.weight * squared_mmd(codes, noise.to(codes.dtype))
             return _combine(balance, reconstruction, batch, penalty.expand(len(batch)))
 
 
@@ -233,7 +236,7 @@ def _combine(balance: Balance, reconstruction: Values, batch: Values, penalty: P
 
 def half_square(latents: Latents) -> PerImage:
     """|z|^2 / 2 of each image, in float32 or better."""
-    return 0.5 * latents.to(torch.promote_types(latents.dtype, torch.float32)).square().sum(1)
+    return 0.5 * at_least_float32(latents).square().sum(1)
 
 
 def weight_norm(network: nn.Module) -> Scalar:
@@ -244,7 +247,7 @@ def weight_norm(network: nn.Module) -> Scalar:
 def squared_slope(reconstruction: Values, latents: Latents, direction: Values) -> PerImage:
     """|v dD/dz|^2 of each image for a direction v of images, differentiable; averaged over v ~ N(0, I) it is |dD/dz|^2."""
     (slope,) = torch.autograd.grad(reconstruction, latents, direction, create_graph=True)
-    return slope.to(torch.promote_types(slope.dtype, torch.float32)).square().sum(1)
+    return at_least_float32(slope).square().sum(1)
 
 
 def squared_mmd(latents: Latents, draws: Latents) -> Scalar:
