@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     trial = actions.add_parser("quick", help="the same pipeline on the digits in seconds: it shows that everything runs")
     trial.set_defaults(action=run_quickly)
     trial.add_argument("--out", type=Path, default=QUICK)
-    trial.add_argument("--processes", type=int, default=2)
+    trial.add_argument("--processes", type=int, default=0, help="two need longer to start than it takes")
     pages = actions.add_parser("page", help="write docs/claims.md and the table in README.md")
     pages.set_defaults(action=write)
     pages.add_argument("--results", type=Path, default=RESULTS)

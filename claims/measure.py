@@ -11,15 +11,7 @@ from typing import Any
 import torch
 
 import poise
-from claims.design import (
-    GEN1_RENORMALISED,
-    NOISELESS,
-    NOISELESS_RELEASED,
-    NOISELESS_RENORMALISED,
-    RENORMALISED,
-    Compared,
-    Trial,
-)
+from claims.design import NOISELESS, NOISELESS_RENORMALISED, RENORMALISED, Compared, Trial
 from poise.datasets import gather, head
 from poise.errors import InputError
 from poise.evaluation import Evaluation, Produced, choose_extractor, compare
@@ -40,11 +32,6 @@ WAYS: dict[str, tuple[PriorName, Generation]] = {
     RENORMALISED: ("second-stage", Generation(renormalise="always")),
     NOISELESS: ("second-stage", Generation(second_stage_noise=False)),
     NOISELESS_RENORMALISED: ("second-stage", Generation(second_stage_noise=False, renormalise="always")),
-    NOISELESS_RELEASED: (
-        "second-stage",
-        Generation(second_stage_noise=False, renormalise="always", variance_law="released"),
-    ),
-    GEN1_RENORMALISED: ("normal", Generation(renormalise="always")),
 }
 KEPT = ("FD-", "KID-")  # the rest would be most of the results' bytes
 

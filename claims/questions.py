@@ -148,7 +148,7 @@ def noise_of_stage_two(evidence: Evidence) -> Statement:
     """O5."""
     checks, rows = [], [["", "GEN-2", NOISELESS, "with noise relative to without"]]
     for setting in SETTINGS:
-        for extractor in dict.fromkeys((setting.extractor, "pixels")):
+        for extractor in setting.extractors:
             noisy, bare = distance("GEN-2", extractor), distance(NOISELESS, extractor)
             change = list(evidence.values(setting.experiment, COMPUTED, relative(noisy, bare)).values())
             what = f"{setting.name}, FD-{extractor}"
