@@ -82,9 +82,14 @@ def finished(trial: Trial, results: Path) -> bool:
     if not path.exists():
         return False
     (found,) = read_results([path])
-    if to_json(from_json(type(trial.recipe), found.settings)) != to_json(trial.recipe) or not _covers(found, trial):
+    if not same_settings(found, trial) or not _covers(found, trial):
         raise InputError(f"{path} is of other settings than the design's: remove it, or take another --results")
     return True
+
+
+def same_settings(result: Result, trial: Trial) -> bool:
+    """Whether a result is of the design's recipe; a setting that is newer than the result counts as at its default."""
+    return to_json(from_json(Recipe, result.settings)) == to_json(trial.recipe)
 
 
 def _covers(result: Result, trial: Trial) -> bool:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from claims.page import BEGIN, END, PAGE, README, RESULTS, page, short_table, wi
 from claims.rules import Check, Outcome, above, below, less, near, no_worse, verdict, verdict_text  # noqa: E402
 from claims.work import work  # noqa: E402
 from poise.build import first_stage  # noqa: E402
+from poise.datasets import load  # noqa: E402
 from poise.errors import InputError  # noqa: E402
 from poise.objectives import make_objective  # noqa: E402
 from poise.recipes.settings import to_json  # noqa: E402
@@ -162,12 +164,12 @@ def test_a_second_stage_that_helps_on_one_data_set_only_is_said_to_depend():
 
 def test_renormalisation_is_judged_where_much_variance_was_lost():
     def runs(change_at_large: float) -> figures.Evidence:
-        lost = {(3, 16): 0.6, (15, 16): 0.4, (60, 16): 0.3, (3, 128): 0.1, (15, 128): 0.05, (60, 128): 0.02}
+        lost = dict(zip(design.SECOND_STAGES, (0.3, 0.1, 0.6, 0.4, 0.05), strict=True))
         results = []
-        for (epochs, hidden), share in lost.items():
+        for (steps, hidden), share in lost.items():
             after = 1 + change_at_large * share
             values = {"second_stage.variance_lost": share, f"pixels {BEFORE}": 1.0, f"pixels {AFTER}": after}
-            name = design.second_stages(epochs, hidden)
+            name = design.second_stages(steps, hidden)
             results += [made(name, design.COMPUTED, seed, **values) for seed in range(3)]
         return figures.Evidence(results)
 
@@ -245,6 +247,8 @@ def test_a_result_of_other_settings_is_refused(quick_run):
     first = replace(trial.recipe.first, learning_rate=0.5)
     with pytest.raises(InputError, match="other settings"):
         finished(replace(trial, recipe=replace(trial.recipe, first=first)), quick_run / "results")
+    with pytest.raises(InputError, match="other settings"):
+        page(read_results([quick_run / "results"]))  # of the quick set, by the names of the whole one
 
 
 def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_path):
@@ -254,6 +258,16 @@ def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_p
     once = next(r for r in read_results([quick_run / "results"]) if (r.label, r.seed) == (trial.label, trial.recipe.seed))
     values = [[(m["metric"], m["of"], m["value"]) for m in r.evaluation["measurements"]] for r in (once, again)]
     assert values[0] == values[1]
+
+
+def test_a_result_does_not_say_where_its_images_lay(tmp_path):
+    images = load("digits")
+    np.savez(tmp_path / "pixels.npz", x_train=images.train, x_test=images.test)
+    trial = replace(design.quick()[0], compared=())
+    work([trial], tmp_path / "runs", tmp_path / "results", {"digits": str(tmp_path / "pixels.npz")}, processes=0)
+    text = next((tmp_path / "results").iterdir()).read_text()
+    assert "pixels.npz" not in text and '"source": "digits"' in text
+    assert finished(trial, tmp_path / "results")
 
 
 def test_the_page_on_the_claims_is_what_the_results_make_of_it():
