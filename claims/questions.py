@@ -101,8 +101,8 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
         (f"{DIGITS}-batch-*",),
         tuple(checks),
         (("", rows),),
-        "On a linear VAE, whose optimum is known, the same: [log.md](log.md) (Linear VAE on the digits against probabilistic "
-        "PCA).",
+        "The same question of a linear VAE, whose optimum is known: [log.md](log.md) (Linear VAE on the digits against "
+        "probabilistic PCA).",
     )
 
 
