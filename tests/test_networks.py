@@ -3,6 +3,7 @@
 Networks whose numbers do not matter live on the meta device: shapes and counts without memory or time.
 """
 
+import copy
 import math
 import re
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from scipy.signal import correlate
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from poise.errors import InputError
-from poise.networks import Pair, SameConv2d, SameConvTranspose2d, infogan, mlp, resnet, second_stage, wae
+from poise.networks import Pair, infogan, mlp, resnet, second_stage, wae
+from poise.networks.layers import SameConv2d, SameConvTranspose2d, SpectrallyNormalised
 
 LATENTS = 6
 SMALL = {  # the least of each kind, with one item of its input
@@ -186,9 +189,34 @@ def test_the_layers_of_the_infogan_encoder_have_spectral_norm_one():
     encoder, images = SMALL["infogan"][0]()[0], torch.rand(5, 1, 8, 8)
     for _ in range(30):  # one power iteration each
         encoder(images)
-    layers = [layer for layer in encoder.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    norms = [float(torch.linalg.matrix_norm(layer.eval().weight.detach().flatten(1), 2)) for layer in layers]
-    assert norms == pytest.approx([1.0] * 5, rel=0.03)
+    layers = [layer.eval() for layer in encoder.modules() if isinstance(layer, SpectrallyNormalised)]
+    exact = [float(torch.linalg.matrix_norm(layer.layer.weight.detach().flatten(1), 2)) for layer in layers]
+    assert [layer.spectral_norm().item() for layer in layers] == pytest.approx(exact, rel=0.03)
+    assert len(exact) == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [(lambda: nn.Linear(7, 5), (3, 7)), (lambda: nn.Conv2d(3, 5, 4, 2, 1), (3, 3, 8, 8))],
+    ids=["dense", "conv"],
+)
+def test_spectral_normalisation_computes_what_torchs_does(make, inputs):
+    theirs = make().double()
+    mine = SpectrallyNormalised(copy.deepcopy(theirs)).double()
+    theirs = spectral_norm(theirs)
+    norm = theirs.parametrizations.weight[0]
+    norm._u.copy_(mine.u)
+    norm._v.copy_(mine.v)
+    for step in range(4):
+        batch = torch.randn(inputs, dtype=torch.float64)
+        outputs = [layer.train(step < 3)(batch) for layer in (mine, theirs)]
+        torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+        weights = [mine.layer.weight, theirs.parametrizations.weight.original]
+        gradients = [torch.autograd.grad(y.square().sum(), w)[0] for y, w in zip(outputs, weights, strict=True)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(gradients[0], alpha=-0.01)
 
 
 # What the networks compute
@@ -219,9 +247,9 @@ def test_the_second_head_gives_the_log_standard_deviation(kind):
 
 def test_the_infogan_encoder_gives_a_softplus_standard_deviation():
     encoder, images = SMALL["infogan"][0]()[0].eval(), torch.rand(2, 1, 8, 8)
-    nn.init.constant_(encoder.raw_std.bias, -40.0)  # softplus is 0 there, and the floor alone remains
+    nn.init.constant_(encoder.raw_std.layer.bias, -40.0)  # softplus is 0 there, and the floor alone remains
     torch.testing.assert_close((0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 1e-6), rtol=1e-3, atol=0)
-    nn.init.constant_(encoder.raw_std.bias, 40.0)
+    nn.init.constant_(encoder.raw_std.layer.bias, 40.0)
     torch.testing.assert_close((0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 40.0), rtol=0.1, atol=0)
 
 
