@@ -1,7 +1,8 @@
 # make demo   train the two-stage VAE on the 8x8 digits and show what it does
 # make test   lint, types, import order, tests
+# make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
 #
-# Both make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
+# All make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
 #   make test TORCH="torch --index-url URL-OF-A-CPU-BUILD"
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test claims lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/poise train digits --out runs/digits
@@ -18,6 +19,11 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+claims: $(VENV)/installed
+	$(PIP) --editable ".[light]"
+	$(BIN)/python -m claims run
+	$(BIN)/python -m claims page
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .

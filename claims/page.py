@@ -1,0 +1,143 @@
+"""docs/claims.md and the table in README.md, as results make them."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from textwrap import fill
+
+from claims.design import FASHION, JUDGED_BY_LIGHT, RIVALS, TWICE_LEARNED, Trial, design
+from claims.figures import KL, TEST_MSE, Evidence, distance
+from claims.measure import same_settings
+from claims.questions import questions
+from claims.rules import Check, verdict_text
+from claims.statements import Statement, mean_of, statements
+from poise.comparison.tables import markdown
+from poise.errors import InputError
+from poise.results import Result
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, README = ROOT / "results" / "claims", ROOT / "docs" / "claims.md", ROOT / "README.md"
+WIDTH = 124
+BEGIN, END = "<!-- claims: written by `python -m claims page` -->", "<!-- end of claims -->"
+
+HEAD = """# What is claimed, and what came out
+
+Each claim of the paper (Asperti & Trentin 2020) and of ours with the experiment that could refute it, at the scale of two
+CPU cores: small dense networks on MNIST, Fashion-MNIST and the 8x8 digits. Larger networks and colour images need a GPU
+([gpu-queue.md](gpu-queue.md)): what holds here may not hold there. This page is written by `python -m claims page` from
+`results/claims/`, verdicts included; the rules are in `claims/rules.py` and `claims/statements.py`, and were committed
+before the runs. `make claims` (with `POISE_DATA`) does the runs that are not done and writes the page."""
+
+PROTOCOL = """## Protocol
+
+- **MNIST, Fashion-MNIST** (official splits): MLP 784-512-512-32 and back, batches of 100, Adam 1e-3 halved after 3 and 6 of
+  7 epochs; stage 2 of width 256, 8 epochs, Adam 1e-3 halved every 3, with a computed balance for every label. Three seeds.
+- **Digits** (1,617 training and 180 test images of 8x8): MLP 64-256-256-10 and back, batches of 50, Adam 1e-3 halved every
+  40 of 100 epochs; stage 2 of width 128, 3,000 steps in batches of 64, Adam 2e-3 halved every 1,200, a computed balance
+  that starts at 0.001 and decays by 0.999. Five seeds, or as many as n says.
+- A seed fixes weights, order, training noise and the noise of samples for all labels alike, so that differences are paired
+  by seed.
+- Test MSE, KL and ELBO: every test image. **FD-light**: Frechet distance in the features of EfficientNet-lite0 (FID in all
+  but the network), 1,000 test images against 1,000 produced ones. **FD-pixels**: the same in pixels (averaged to 16x16 for
+  MNIST and Fashion-MNIST), 2,000 test images; for the digits 1,600 training images. 8 bits, not stretched. Few images bias
+  a distance upwards, alike for all: only differences count.
+- GEN-1 draws latents from N(0, I), GEN-2 from stage 2 with its noise, GEN-mixture from ten Gaussians fitted to the training
+  codes.
+- ± is the standard deviation over seeds; brackets hold the 95 % bootstrap interval of a mean (of three seeds: about their
+  range). Which protocol choices move such numbers, and by how much: [metrics.md](metrics.md).
+
+**Before the runs** a pilot (digits, `computed` and `learned`, three other seeds) showed a second stage that stayed near KL
+= 0; it was given its present balance. No rule was changed after the pilot.
+
+**Rules.** A check *holds* if the interval lies on the claim's side of the bound, *does not hold* if on the other side, and
+is *undecided* between. A claim *holds* if all of its checks hold, *does not hold* if none holds and one fails, and
+*depends* where they disagree."""
+
+
+def page(results: Iterable[Result], trials: Sequence[Trial] | None = None) -> str:
+    """docs/claims.md.
+
+    Args:
+        results: those of other experiments are passed over.
+        trials: all that belong to it; None: the design's.
+
+    Raises:
+        InputError: a result of other settings than its trial's.
+    """
+    trials = design() if trials is None else trials
+    evidence = Evidence(_wanted(results, trials))
+    paper, ours = statements(evidence), questions(evidence)
+    parts = [HEAD, _done(evidence, len(trials)), "## Verdicts", summary([*paper, *ours]), PROTOCOL]
+    parts += ["# Claims of the paper", *map(section, paper), "# Our own", *map(section, ours)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _wanted(results: Iterable[Result], trials: Sequence[Trial]) -> Iterator[Result]:
+    by_key = {trial.key: trial for trial in trials}
+    for result in results:
+        trial = by_key.get((result.experiment, result.label, result.seed))
+        if trial is not None and not same_settings(result, trial):
+            raise InputError(f"{result.name} is of other settings than the design's: run it again")
+        if trial is not None:
+            yield result
+
+
+def _done(evidence: Evidence, number: int) -> str:
+    """How much is there, what it cost, and where."""
+    results = evidence.results
+    if not results:
+        return f"**Nothing was run yet** ({number} runs)."
+    seconds = sum(sum(result.seconds.values()) for result in results)
+    machines = sorted({f"{r.provenance['machine']['processor']}, torch {r.provenance['torch']}" for r in results})
+    commits = sorted({str(r.provenance.get("commit", "unknown")) for r in results})
+    dates = sorted(result.provenance["finished"][:10] for result in results)
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"**{len(results)} of {number} runs**, {seconds / 3600:.1f} hours of one core: about {seconds / 120:.0f} minutes for "
+        f"two. {span}; {'; '.join(machines)}; commit {', '.join(commits)}."
+    )
+
+
+def summary(made: Sequence[Statement]) -> str:
+    """One line for each claim."""
+    return markdown([["claim", "verdict"], *([f"{s.key}: {s.claim}", verdict_text(s.checks).split(":")[0]] for s in made)])
+
+
+def section(statement: Statement) -> str:
+    """All about one claim."""
+    paragraphs = (f"Verdict: {verdict_text(statement.checks)}.", statement.refutation, statement.remark)
+    parts = [f"## {statement.key}: {statement.claim}", *(fill(text, WIDTH) for text in paragraphs if text)]
+    parts += [check_table(statement.checks)] if statement.checks else []
+    for caption, rows in (table for table in statement.tables if len(table[1]) > 1):
+        parts += [f"{caption}:", markdown(rows)] if caption else [markdown(rows)]
+    parts.append(f"Again: `python -m claims run --only {' '.join(statement.experiments)}`.")
+    return "\n\n".join(parts)
+
+
+def check_table(checks: Sequence[Check]) -> str:
+    """Every check, its rule, its figure and what came out."""
+    return markdown(
+        [["check", "mean [interval]", "holds if", "outcome"], *([c.what, c.figure, c.rule, c.outcome.value] for c in checks)]
+    )
+
+
+def short_table(results: Iterable[Result]) -> str:
+    """The main comparison, for README.md."""
+    evidence = Evidence(results)
+    rows = [["", "n", "test MSE", "KL", *(f"FD-light {of}" for of in ("REC", "GEN-1", "GEN-2", "mixture"))]]
+    quantities = [TEST_MSE, KL, *(distance(of, "light") for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture"))]
+    for label in (*JUDGED_BY_LIGHT[FASHION], TWICE_LEARNED, *RIVALS):
+        if count := len(evidence.runs(FASHION, label)):
+            rows.append([label, str(count), *(mean_of(evidence, FASHION, label, q) for q in quantities)])
+    return markdown(rows) if len(rows) > 1 else "Nothing was run yet."
+
+
+def with_table(readme: str, table: str) -> str:
+    """README.md with the table between its two comments.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"README.md lacks the comments {BEGIN} and {END}")
+    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", readme, flags=re.DOTALL)

@@ -1,0 +1,485 @@
+"""The claims of the paper, C1 to C9: what could refute each, its checks, its tables."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from claims.design import (
+    BALANCES,
+    COMPUTED,
+    DIGITS,
+    FASHION,
+    FIXED,
+    LEARNED,
+    LENGTHS,
+    MNIST,
+    NOISELESS,
+    NOISELESS_RENORMALISED,
+    RENORMALISED,
+    RIVALS,
+    SECOND_STAGES,
+    TWICE_LEARNED,
+    second_stages,
+)
+from claims.figures import (
+    GAMMA2,
+    KL,
+    TEST_MSE,
+    Evidence,
+    Quantity,
+    balanced_share,
+    distance,
+    explained,
+    late_fall,
+    number,
+    of_page,
+    quotients,
+    rank_correlation,
+    relative,
+    speed_up,
+)
+from claims.rules import (
+    FINE,
+    PERCENT,
+    PLAIN,
+    SHARE,
+    Check,
+    Outcome,
+    Style,
+    above,
+    below,
+    describe,
+    less,
+    near,
+    no_worse,
+)
+from poise.comparison.statistics import spread
+from poise.comparison.tables import show
+
+Rows = list[list[str]]
+MARGIN = 0.05  # "no worse": by less than this
+LARGE = 0.2  # variance that stage 2 loses of each latent's, which is about 1
+ABOUT = 0.1  # "about equal"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set on which balances are compared, and the extractor that its distances are judged by."""
+
+    experiment: str
+    name: str
+    extractor: str
+
+    def fd(self, of: str) -> Quantity:
+        return distance(of, self.extractor)
+
+    @property
+    def metric(self) -> str:
+        return f"FD-{self.extractor}"
+
+    @property
+    def extractors(self) -> tuple[str, ...]:
+        """That one, and pixels, by which every run was measured."""
+        return (self.extractor,) if self.extractor == "pixels" else (self.extractor, "pixels")
+
+
+MAIN = (MNIST, FASHION, DIGITS)
+SETTINGS = (Setting(MNIST, "MNIST", "light"), Setting(FASHION, "Fashion-MNIST", "light"), Setting(DIGITS, "digits", "pixels"))
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim, and all that is said about it.
+
+    Attributes:
+        key: "C1".
+        claim: in a sentence.
+        refutation: the experiment, and what would refute the claim.
+        experiments: that it needs, as `--only` takes them.
+        checks: by which the verdict is made.
+        tables: captions and rows, the first row a head.
+        remark: what else a reader must know; known before the runs.
+    """
+
+    key: str
+    claim: str
+    refutation: str
+    experiments: tuple[str, ...]
+    checks: tuple[Check, ...]
+    tables: tuple[tuple[str, Rows], ...] = ()
+    remark: str = ""
+
+
+def statements(evidence: Evidence) -> list[Statement]:
+    """All of them."""
+    made: tuple[Callable[[Evidence], Statement], ...] = (
+        sooner,
+        no_worse_in_the_end,
+        balanced_throughout,
+        kl_prevails,
+        second_stage_is_better,
+        renormalisation_helps,
+        variance_lost_is_the_error,
+        variance_law_is_one,
+        better_than_rivals,
+    )
+    return [make(evidence) for make in made]
+
+
+def sooner(evidence: Evidence) -> Statement:
+    """C1."""
+    parts = (0.25, 0.5, 1.0)
+    checks, rows = [], [["", *(f"after {part:.0%} of its training" for part in parts)]]
+    for setting in SETTINGS:
+        pairs = evidence.pairs(setting.experiment, LEARNED, COMPUTED)
+        gains = {part: [speed_up(slow, fast, part) for slow, fast in pairs] for part in parts}
+        checks += [above(f"{setting.name}, MSE after {p:.0%}", values, 1) for p, values in gains.items()]
+        rows.append([setting.name, *(describe(values, PLAIN) for values in gains.values())])
+    extractor, sets = "light", ("REC", "GEN-mixture")
+    stages = [(f"{FASHION}-epochs-{n}", n) for n in LENGTHS] + [(FASHION, 7)]
+    lengths = [["epochs", "balance", *(f"FD-light of {of}" for of in sets)]]
+    for experiment, epochs in stages:
+        for label in (COMPUTED, LEARNED):
+            lengths.append(
+                [str(epochs), label, *(mean_of(evidence, experiment, label, distance(of, extractor)) for of in sets)]
+            )
+        where = f"Fashion-MNIST, FD-light after {epochs} epoch{'s' * (epochs > 1)}"
+        checks += [
+            less(f"{where}, {of}", evidence.ratios(experiment, COMPUTED, LEARNED, distance(of, extractor))) for of in sets
+        ]
+    return Statement(
+        "C1",
+        "A computed gamma2 reaches a given error, and a given distance, in fewer images than a learned one.",
+        "Both balances on the same network, order and noise. Refuted if the computed balance needs as many images or more for "
+        "the training MSE that the learned one has after a quarter, half and all of its training, or if its distances after "
+        "equal numbers of epochs are not smaller.",
+        (*MAIN, f"{FASHION}-epochs-*"),
+        tuple(checks),
+        (
+            (
+                "How many times fewer images `computed` needs for the training MSE that `learned` has (0: it never gets there)",
+                rows,
+            ),
+            ("Fashion-MNIST, after so many epochs of stage 1 (the same runs, stopped earlier)", lengths),
+        ),
+        "`learned` is as published: log gamma starts at 0 and moves at the network's learning rate. A lower training MSE alone "
+        "says little: a weaker KL gives it for nothing, which is why distances of samples stand beside it.",
+    )
+
+
+def no_worse_in_the_end(evidence: Evidence) -> Statement:
+    """C2."""
+    checks, tables = [], []
+    for setting in SETTINGS:
+        quantities = _outcomes(setting)
+        for name, quantity in quantities.items():
+            ratios = evidence.ratios(setting.experiment, COMPUTED, LEARNED, quantity)
+            checks.append(no_worse(f"{setting.name}, {name}", ratios, MARGIN))
+        tables.append((f"{setting.name}: mean ± standard deviation", balances_table(evidence, setting)))
+        tables.append(
+            (f"{setting.name}: relative to `computed`, paired", against_table(evidence, setting, COMPUTED, quantities))
+        )
+    return Statement(
+        "C2",
+        "Its final errors and distances are no worse than those of a learned gamma2.",
+        f"The end of training, same network and schedule. Refuted if test MSE or a distance is worse by more than "
+        f"{MARGIN:.0%}.",
+        MAIN,
+        tuple(checks),
+        tuple(tables),
+        "Stage 2 is trained alike for all labels, with a computed balance. Where `learned` has not come down to its MSE by the "
+        "end (gamma2 in the table), it is compared as it is: `learned:rate=100` is what it would be with more steps.",
+    )
+
+
+def _outcomes(setting: Setting) -> dict[str, Quantity]:
+    return {"test MSE": TEST_MSE} | {f"{setting.metric} of {of}": setting.fd(of) for of in ("REC", "GEN-1", "GEN-2")}
+
+
+def present(evidence: Evidence, experiment: str) -> list[str]:
+    """The balances of which there are runs."""
+    return [label for label in BALANCES if evidence.runs(experiment, label)]
+
+
+def balances_table(evidence: Evidence, setting: Setting) -> Rows:
+    """A row for each balance: error, KL, gamma2, ELBO, latents, distances."""
+    columns: dict[str, Quantity] = {
+        "test MSE": TEST_MSE,
+        "KL": KL,
+        "gamma2": GAMMA2,
+        "ELBO": of_page("reconstruction.elbo_nats"),
+        "active": of_page("latents.active_units"),
+    }
+    columns |= {
+        f"FD-{e} of {of}": distance(of, e) for e in setting.extractors for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture")
+    }
+    places = [(setting.experiment, label, label) for label in present(evidence, setting.experiment)]
+    return table_of(evidence, "balance", places, columns)
+
+
+def against_table(evidence: Evidence, setting: Setting, reference: str, quantities: dict[str, Quantity]) -> Rows:
+    """A row for each other balance: how much more it has than the reference, with intervals."""
+    rows = [["balance", *quantities]]
+    for label in (label for label in present(evidence, setting.experiment) if label != reference):
+        ratios = [evidence.ratios(setting.experiment, label, reference, quantity) for quantity in quantities.values()]
+        rows.append([label, *(describe([ratio - 1 for ratio in values], PERCENT) for values in ratios)])
+    return rows
+
+
+def balanced_throughout(evidence: Evidence) -> Statement:
+    """C3."""
+    checks = []
+    for setting in SETTINGS:
+        shares = evidence.values(setting.experiment, COMPUTED, lambda run: balanced_share(run, ABOUT))
+        checks.append(above(setting.name, shares.values(), 0.95, SHARE))
+    columns: dict[str, tuple[Quantity, Style]] = {
+        "within 10 %": (lambda run: balanced_share(run, 0.1), SHARE),
+        "within 5 %": (lambda run: balanced_share(run, 0.05), SHARE),
+        "within 10 %, from the first step": (lambda run: balanced_share(run, 0.1, settled=False), SHARE),
+        "quadratic term / (D/2), test images": (of_page("reconstruction.quadratic_share"), FINE),
+    }
+    rows = [["", "balance", *columns]]
+    for setting in SETTINGS:
+        for label in present(evidence, setting.experiment):
+            cells = [
+                describe(list(evidence.values(setting.experiment, label, q).values()), style) for q, style in columns.values()
+            ]
+            rows.append([setting.name, label, *cells])
+    return Statement(
+        "C3",
+        "The quadratic term of the loss stays near D/2 throughout.",
+        "The share of stage 1's points (each the mean over about a hundredth of it) with MSE / gamma2 within 10 % of 1, after "
+        "the 500 steps that the running average needs to forget its start. Refuted if it is under 95 %.",
+        MAIN,
+        tuple(checks),
+        (("Share of points at balance, after 500 steps unless said otherwise", rows),),
+        "`optimal` is at balance by construction; its logged gamma2 is the average that evaluation uses.",
+    )
+
+
+def kl_prevails(evidence: Evidence) -> Statement:
+    """C4."""
+    checks = []
+    for setting in SETTINGS:
+        name, experiment = setting.name, setting.experiment
+        checks += [
+            below(f"{name}, KL over that of computed", evidence.ratios(experiment, FIXED, COMPUTED, KL), 0.5),
+            above(f"{name}, MSE over that of computed", evidence.ratios(experiment, FIXED, COMPUTED, TEST_MSE), 2),
+            below(f"{name}, fall of the MSE", evidence.values(experiment, FIXED, late_fall).values(), 0.1, PERCENT),
+        ]
+    columns: dict[str, Quantity] = {
+        "test MSE": TEST_MSE,
+        "variance explained": explained,
+        "fall of the training MSE, second half": late_fall,
+        "KL": KL,
+        "active latents": of_page("latents.active_units"),
+        "quadratic term / (D/2)": of_page("reconstruction.quadratic_share"),
+    }
+    places = [(s.experiment, label, f"{s.name}, {label}") for s in SETTINGS for label in (FIXED, COMPUTED, LEARNED)]
+    return Statement(
+        "C4",
+        "With gamma2 = 1, KL prevails and the error stops falling.",
+        "Refuted if gamma2 = 1 leaves more than half of the KL that `computed` has, or an MSE less than twice as high, or an "
+        "MSE that still falls by a tenth or more in the second half of stage 1.",
+        MAIN,
+        tuple(checks),
+        (("", table_of(evidence, "", places, columns)),),
+        "The same question of a convolutional network, two epochs of MNIST, three seeds: [log.md](log.md) (MNIST: computed, "
+        "learned and fixed balance).",
+    )
+
+
+def second_stage_is_better(evidence: Evidence) -> Statement:
+    """C5."""
+    checks, rows = [], [["", "balance", "GEN-1", "GEN-2", "GEN-2 relative to GEN-1"]]
+    for setting in SETTINGS:
+        for extractor in setting.extractors:
+            one, two = distance("GEN-1", extractor), distance("GEN-2", extractor)
+            change = evidence.values(setting.experiment, COMPUTED, relative(two, one))
+            checks.append(below(f"{setting.name}, FD-{extractor}", change.values(), 0, PERCENT))
+            for label in present(evidence, setting.experiment):
+                means = [mean_of(evidence, setting.experiment, label, quantity) for quantity in (one, two)]
+                change = list(evidence.values(setting.experiment, label, relative(two, one)).values())
+                rows.append([f"{setting.name}, FD-{extractor}", label, *means, describe(change, PERCENT)])
+    return Statement(
+        "C5",
+        "Latents from the second stage (GEN-2) give better images than latents from N(0, I) (GEN-1).",
+        "Both from the same run with the same noise. Refuted if the distance of GEN-2 is not smaller. The checks are of the "
+        "computed balance; the table has all.",
+        MAIN,
+        tuple(checks),
+        (("", rows),),
+    )
+
+
+def renormalisation_helps(evidence: Evidence) -> Statement:
+    """C6."""
+    ways = {NOISELESS: (NOISELESS_RENORMALISED, NOISELESS), "GEN-2": (RENORMALISED, "GEN-2")}
+    places = [Setting(s.experiment, s.name, "pixels") for s in SETTINGS]
+    places += [
+        Setting(second_stages(*size), "digits, stage 2 of {:,} steps, width {}".format(*size), "pixels")
+        for size in SECOND_STAGES
+    ]
+    labelled = [(place, label) for place in places for label in present(evidence, place.experiment)]
+    runs = [run for place, label in labelled for run in evidence.runs(place.experiment, label).values()]
+    checks = []
+    for how, (after, before) in ways.items():
+        change = relative(distance(after, "pixels"), distance(before, "pixels"))
+        known = [(run.experiment, number(run, LOST), number(run, change)) for run in runs]
+        much = [value for _, lost, value in known if lost >= LARGE]
+        checks.append(below(f"{how}, runs that lost much", much, 0, PERCENT))
+        digits = [(lost, v) for name, lost, v in known if name.startswith(DIGITS) and math.isfinite(lost + v)]
+        checks.append(_falling(f"{how}, correlation over the digits' runs", digits))
+    columns: dict[str, tuple[Quantity, Style]] = {"variance lost by stage 2": (LOST, FINE)} | {
+        f"FD-pixels of {how}": (relative(distance(after, "pixels"), distance(before, "pixels")), PERCENT)
+        for how, (after, before) in ways.items()
+    }
+    columns[f"FD-light of {NOISELESS}"] = (
+        relative(distance(NOISELESS_RENORMALISED, "light"), distance(NOISELESS, "light")),
+        PERCENT,
+    )
+    ordered = sorted(labelled, key=lambda pair: evidence.mean(pair[0].experiment, pair[1], LOST))
+    rows = [["", "balance", *columns]]
+    for place, label in ordered:
+        cells = [describe(list(evidence.values(place.experiment, label, q).values()), style) for q, style in columns.values()]
+        rows.append([place.name, label, *cells])
+    return Statement(
+        "C6",
+        "Renormalising the latents of the second stage helps where it has lost much variance.",
+        "Every run with a second stage, sampled with and without renormalisation, by the same noise. Variance lost is large "
+        f"from {LARGE} of each latent's (about 1). Refuted if renormalisation does not lessen the distance of those runs, or "
+        "if its effect does not grow with the variance lost (Spearman's correlation over the digits' runs: holds at -0.5 or "
+        "less, fails at 0 or more).",
+        (*MAIN, f"{DIGITS}-second-*"),
+        tuple(checks),
+        (("Change of the distance by renormalisation; least lost variance first", rows),),
+        "The release adds no noise to stage 2's latents, and that noise restores the variance that was lost: hence both "
+        "ways. Judged by FD-pixels, which was measured of every run. The released rule renormalises where the variance lost "
+        "exceeds a quarter of stage 2's MSE: the ratio is in C7.",
+    )
+
+
+LOST = of_page("second_stage.variance_lost")
+
+
+def _falling(what: str, pairs: Sequence[tuple[float, float]]) -> Check:
+    """Holds at a rank correlation of -0.5 or less, fails at 0 or more."""
+    value = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+    outcome = Outcome.HOLDS if value <= -0.5 else Outcome.FAILS if value >= 0 else Outcome.OPEN
+    missing = math.isnan(value)
+    figure = "-" if missing else f"{value:+.2f}, n = {len(pairs)}"
+    return Check(what, "-0.5 or less", figure, Outcome.ABSENT if missing else outcome)
+
+
+def variance_lost_is_the_error(evidence: Evidence) -> Statement:
+    """C7."""
+    pages = {"pixels": "reconstruction.variance_lost_share", "latents": "second_stage.variance_lost_share"}
+    checks, rows = [], [["", "balance", *(f"variance lost / MSE, {where}" for where in pages)]]
+    for setting in SETTINGS:
+        for where, page in pages.items():
+            values = evidence.values(setting.experiment, COMPUTED, of_page(page))
+            checks.append(near(f"{setting.name}, {where}", values.values(), 1, ABOUT, FINE))
+        for label in present(evidence, setting.experiment):
+            found = [list(evidence.values(setting.experiment, label, of_page(page)).values()) for page in pages.values()]
+            rows.append([setting.name, label, *(describe(values, FINE) for values in found)])
+    return Statement(
+        "C7",
+        "The variance that reconstructions lose is about equal to their MSE, in pixels and in latents.",
+        "Stage 1 on test images, stage 2 on latents; reconstructions from samples of the posterior. Refuted if the ratio is "
+        "not within 10 % of 1. Exact for a decoder that gives E[x|z] (`poise.metrics.reconstruction`).",
+        MAIN,
+        tuple(checks),
+        (("", rows),),
+    )
+
+
+def variance_law_is_one(evidence: Evidence) -> Statement:
+    """C8."""
+    pages = {"all latents": "latents.variance_law", "active latents": "latents.variance_law_active"}
+    checks = []
+    for setting in SETTINGS:
+        for which, name in pages.items():
+            law = evidence.values(setting.experiment, COMPUTED, of_page(name))
+            checks.append(near(f"{setting.name}, {which}", law.values(), 1, ABOUT, FINE))
+    columns = {
+        "Var(mu) + E[s^2]": of_page("latents.variance_law"),
+        "the same, active latents": of_page("latents.variance_law_active"),
+        "Var(mu) + E[s]": of_page("claims.variance_law_released"),
+        "stage 2": of_page("second_stage.variance_law"),
+    }
+    rows = [["", "balance", *columns]]
+    for setting in SETTINGS:
+        for label in present(evidence, setting.experiment):
+            cells = [describe(list(evidence.values(setting.experiment, label, q).values()), FINE) for q in columns.values()]
+            rows.append([setting.name, label, *cells])
+    return Statement(
+        "C8",
+        "Var(mu) + E[s^2] is about 1.",
+        "Training images' codes, mean over all latents, and over active ones. Refuted if it is not within 10 % of 1.",
+        MAIN,
+        tuple(checks),
+        (("", rows),),
+        "Exact at the optimum of a linear VAE: on an axis of variance v, s^2 = gamma2 / v and Var(mu) = 1 - gamma2 / v.",
+    )
+
+
+def better_than_rivals(evidence: Evidence) -> Statement:
+    """C9."""
+    generations = {label: _best_set(evidence, label) for label in RIVALS} | {TWICE_LEARNED: "GEN-2"}
+    checks, rows = (
+        [],
+        [["", "samples judged", "FD-light of them", "`computed` relative to it", "FD-light of REC", "FD-pixels", "test MSE"]],
+    )
+    own = evidence.values(FASHION, COMPUTED, distance("GEN-2", "light"))
+    rows.append([COMPUTED, "GEN-2", *_rival_cells(evidence, COMPUTED, "GEN-2", None)])
+    for label in (TWICE_LEARNED, *RIVALS):
+        of = generations[label]
+        ratios = quotients(own, evidence.values(FASHION, label, distance(of, "light")))
+        checks.append(less(f"{label}", ratios))
+        rows.append([label, of, *_rival_cells(evidence, label, of, ratios)])
+    mixture = distance("GEN-mixture", "light")
+    for label in RIVALS:
+        checks.append(less(f"{label}, both by a mixture", evidence.ratios(FASHION, COMPUTED, label, mixture)))
+    rows.append([COMPUTED, "GEN-mixture", *_rival_cells(evidence, COMPUTED, "GEN-mixture", None)])
+    return Statement(
+        "C9",
+        "It generates better than the two-stage VAE with a learned gamma2 and than regularised autoencoders, at equal capacity "
+        "under one protocol.",
+        "Fashion-MNIST, the same stage 1 (weights, order, schedule) for all. The two-stage VAE learns gamma in both stages; "
+        "the others are one stage, sampled by a mixture of ten Gaussians fitted to their codes (WAE-MMD also from N(0, I), "
+        "whichever is better on average). Refuted if their distance is not larger than that of GEN-2 of `computed`; and, "
+        "with the same prior for both, than that of its mixture.",
+        (FASHION,),
+        tuple(checks),
+        (("", rows),),
+        "Stage 2 adds parameters that the rivals do not have (a mixture has fewer): hence the second comparison. Rivals have "
+        "their published weights (`poise.objectives`; RAE-L2 those for MNIST), and were not tuned here.",
+    )
+
+
+def _best_set(evidence: Evidence, label: str) -> str:
+    means = {of: evidence.mean(FASHION, label, distance(of, "light")) for of in ("GEN-mixture", "GEN-1")}
+    return min(means, key=lambda of: means[of] if math.isfinite(means[of]) else math.inf)
+
+
+def _rival_cells(evidence: Evidence, label: str, of: str, ratios: list[float] | None) -> list[str]:
+    others = (distance("REC", "light"), distance(of, "pixels"), TEST_MSE)
+    change = "" if ratios is None else describe([ratio - 1 for ratio in ratios], PERCENT)
+    return [
+        mean_of(evidence, FASHION, label, distance(of, "light")),
+        change,
+        *(mean_of(evidence, FASHION, label, q) for q in others),
+    ]
+
+
+def mean_of(evidence: Evidence, experiment: str, label: str, quantity: Quantity) -> str:
+    return show(spread(list(evidence.values(experiment, label, quantity).values())))
+
+
+def table_of(evidence: Evidence, corner: str, places: Iterable[tuple[str, str, str]], columns: dict[str, Quantity]) -> Rows:
+    """A row for each (experiment, label, name): n, and mean ± standard deviation of each column."""
+    rows = [[corner, "n", *columns]]
+    for experiment, label, name in places:
+        cells = [mean_of(evidence, experiment, label, quantity) for quantity in columns.values()]
+        rows.append([name, str(len(evidence.runs(experiment, label))), *cells])
+    return rows

@@ -1,0 +1,280 @@
+"""The claims: rules, figures of curves, and a page that says what the results say."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from claims import design, figures, questions, statements  # noqa: E402
+from claims.__main__ import main, there  # noqa: E402
+from claims.measure import finished  # noqa: E402
+from claims.page import BEGIN, END, PAGE, README, RESULTS, page, short_table, with_table  # noqa: E402
+from claims.rules import Check, Outcome, above, below, less, near, no_worse, verdict, verdict_text  # noqa: E402
+from claims.work import work  # noqa: E402
+from poise.build import first_stage  # noqa: E402
+from poise.datasets import load  # noqa: E402
+from poise.errors import InputError  # noqa: E402
+from poise.objectives import make_objective  # noqa: E402
+from poise.recipes.settings import to_json  # noqa: E402
+from poise.results import Result, read_results  # noqa: E402
+
+BEFORE, AFTER = design.NOISELESS, design.NOISELESS_RENORMALISED
+
+
+def made(experiment: str, label: str, seed: int, *, rate: float = 2.0, gamma2: float | None = None, **values: float) -> Result:
+    """A result whose training MSE falls as exp(-rate t) over stage 1, with gamma2 at it (or fixed), and values by name.
+
+    A name is a page's figure ("reconstruction.mse") or a set's distance ("light GEN-1").
+    """
+    times = [k / 100 for k in range(1, 101)]
+    mse = [0.1 * math.exp(-rate * t) for t in times]
+    pages: dict[str, dict] = {"reconstruction": {"mse": mse[-1]}, "latents": {}, "second_stage": {}, "claims": {}}
+    measurements = []
+    for name, value in values.items():
+        if "." in name:
+            pages[name.split(".")[0]][name.split(".")[1]] = value
+        else:
+            extractor, of = name.split(" ", 1)
+            measurements.append({"metric": f"FD-{extractor}", "of": of, "value": value, "protocol": "p"})
+    curve = {"images_seen": [60_000 * t for t in times], "mse": mse, "gamma2": [gamma2 or m for m in mse]}
+    evaluation = {"protocols": {"p": {"name": "p"}}, "measurements": measurements, "notes": []} | pages
+    provenance = {"machine": {"processor": "x"}, "torch": "2", "finished": "2026-01-01T00:00:00"}
+    data = {"shape": [1, 28, 28], "checksum": "c"}
+    settings = {"first": {"batch_size": 100}}
+    return Result(experiment, label, seed, settings, data, provenance, {"training": 60.0}, {"1": curve}, evaluation)
+
+
+def evidence_of(values: dict[str, dict[str, float]], *, experiments=statements.MAIN, seeds=range(3)) -> figures.Evidence:
+    """Evidence with the same values (but for a little that the seed adds) for each label in every experiment."""
+
+    def varied(label: str, seed: int) -> dict[str, float]:
+        return {name: value * (1 + 0.001 * seed) for name, value in values[label].items()}
+
+    return figures.Evidence(made(e, label, s, **varied(label, s)) for e in experiments for label in values for s in seeds)
+
+
+def test_a_check_holds_beyond_its_bound_fails_on_the_other_side_and_is_open_between():
+    values = [1.0, 2.0, 3.0, 2.0]
+    assert [below("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == ["HOLDS", "OPEN", "FAILS"]
+    assert [above("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == ["FAILS", "OPEN", "HOLDS"]
+    assert [near("", values, 2, by).outcome.name for by in (1.5, 0.1)] == ["HOLDS", "OPEN"]
+    assert near("", values, 9, 1).outcome is near("", values, -9, 1).outcome is Outcome.FAILS
+
+
+def test_fewer_than_three_values_and_values_that_are_no_numbers_decide_nothing():
+    assert below("", [1.0, 1.0], 5).outcome is Outcome.ABSENT
+    assert below("", [1.0, 1.0, math.nan], 5).outcome is Outcome.ABSENT
+
+
+def test_ratios_of_equal_things_are_neither_less_nor_worse():
+    assert less("", [1.0, 1.0, 1.0]).outcome is Outcome.OPEN
+    assert no_worse("", [1.0, 1.0, 1.0], 0.05).outcome is Outcome.HOLDS
+    assert no_worse("", [1.2, 1.1, 1.2], 0.05).outcome is Outcome.FAILS
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ("HH", "holds"),
+        ("FF", "does not hold"),
+        ("FO", "does not hold"),
+        ("OO", "undecided"),
+        ("HF", None),
+        ("HO", None),
+        ("HA", "holds"),
+        ("AA", "not measured"),
+    ],
+)
+def test_a_verdict_follows_from_the_checks_and_names_those_that_disagree(outcomes, expected):
+    kinds = {"H": Outcome.HOLDS, "F": Outcome.FAILS, "O": Outcome.OPEN, "A": Outcome.ABSENT}
+    checks = [Check(f"check {k}", "", "", kinds[letter]) for k, letter in enumerate(outcomes)]
+    found, text = verdict(checks), verdict_text(checks)
+    assert (found and found.value) == expected
+    if expected is None:
+        assert text.startswith("**depends**") and all(check.what in text for check in checks)
+    else:
+        assert text.startswith(f"**{expected}")
+
+
+def test_a_curve_that_falls_twice_as_fast_needs_half_the_images():
+    slow, fast = made("e", "slow", 0, rate=2), made("e", "fast", 0, rate=4)
+    for part in (0.25, 0.5, 1.0):
+        assert figures.speed_up(slow, fast, part) == pytest.approx(2, rel=0.05)
+        assert figures.speed_up(slow, slow, part) == pytest.approx(1, rel=0.05)
+    assert figures.speed_up(fast, slow, 1.0) == 0
+    assert figures.images_to(slow, 0.0) == math.inf
+
+
+def test_the_gap_closed_is_none_at_the_slow_run_and_all_at_the_fast_one():
+    slow, fast, between = (made("e", "x", 0, rate=rate) for rate in (2, 8, 3.2))
+    assert figures.gap_closed(slow, fast, slow) == 0
+    assert figures.gap_closed(slow, fast, fast) == 1
+    assert figures.gap_closed(slow, fast, between) == pytest.approx((1 - 2 / 3.2) / (1 - 2 / 8), abs=0.03)
+    assert math.isnan(figures.gap_closed(slow, slow, fast))
+
+
+def test_the_share_at_balance_counts_points_after_the_start():
+    following, constant = made("e", "x", 0), made("e", "x", 0, gamma2=1.0)
+    assert figures.balanced_share(following, 0.1) == 1 and figures.balanced_share(constant, 0.1) == 0
+    early = replace(following, settings={"first": {"batch_size": 200}})  # 500 steps are more than all there were
+    assert math.isnan(figures.balanced_share(early, 0.1))
+
+
+def test_the_rank_correlation_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    x, y = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0], [2.0, 7.0, 1.0, 8.0, 2.0, 8.0, 1.0, 8.0]
+    assert figures.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert math.isnan(figures.rank_correlation([1.0, 2.0], [1.0, 2.0]))
+
+
+def test_the_elbo_at_the_best_variance_is_the_gaussian_density_of_the_errors():
+    errors = torch.randn(28 * 28, dtype=torch.float64)
+    mse = float(errors.square().mean())
+    result = made("e", "x", 0, **{"reconstruction.mse_sampled": mse, "reconstruction.kl_nats": 7.0})
+    densities = [
+        torch.distributions.Normal(0, variance**0.5).log_prob(errors).sum() for variance in (mse, 0.9 * mse, 1.1 * mse)
+    ]
+    assert figures.evidence_bound(result) == pytest.approx(float(densities[0]) - 7)
+    assert max(densities) == densities[0]
+
+
+def test_verdicts_turn_round_with_the_figures():
+    better = {f"{e} {of}": 50.0 for e in ("light", "pixels") for of in ("REC", "GEN-1", "GEN-2")}
+    worse = dict.fromkeys(better, 70.0)
+    holds = statements.no_worse_in_the_end(evidence_of({design.COMPUTED: better, design.LEARNED: worse}))
+    fails = statements.no_worse_in_the_end(evidence_of({design.COMPUTED: worse, design.LEARNED: better}))
+    distances = [[c for c in s.checks if "MSE" not in c.what] for s in (holds, fails)]
+    assert [verdict(checks) for checks in distances] == [Outcome.HOLDS, Outcome.FAILS]
+
+
+def test_a_second_stage_that_helps_on_one_data_set_only_is_said_to_depend():
+    good, bad = {"light GEN-1": 60.0, "light GEN-2": 50.0}, {"light GEN-1": 60.0, "light GEN-2": 66.0}
+    results = evidence_of({design.COMPUTED: good}, experiments=(design.MNIST,)).results
+    results += evidence_of({design.COMPUTED: bad}, experiments=(design.FASHION,)).results
+    text = verdict_text(statements.second_stage_is_better(figures.Evidence(results)).checks)
+    assert text.startswith("**depends**: holds for MNIST, FD-light; does not hold for Fashion-MNIST, FD-light")
+
+
+def test_renormalisation_is_judged_where_much_variance_was_lost():
+    def runs(change_at_large: float) -> figures.Evidence:
+        lost = dict(zip(design.SECOND_STAGES, (0.3, 0.1, 0.6, 0.4, 0.05), strict=True))
+        results = []
+        for (steps, hidden), share in lost.items():
+            after = 1 + change_at_large * share
+            values = {"second_stage.variance_lost": share, f"pixels {BEFORE}": 1.0, f"pixels {AFTER}": after}
+            name = design.second_stages(steps, hidden)
+            results += [made(name, design.COMPUTED, seed, **values) for seed in range(3)]
+        return figures.Evidence(results)
+
+    assert verdict(statements.renormalisation_helps(runs(-0.5)).checks) is Outcome.HOLDS
+    assert verdict(statements.renormalisation_helps(runs(+0.5)).checks) is Outcome.FAILS
+
+
+def test_rivals_are_sampled_in_their_better_way():
+    values = {label: {"light GEN-mixture": 60.0} for label in design.RIVALS}
+    values[design.WAE] = {"light GEN-1": 40.0, "light GEN-mixture": 60.0}
+    values[design.COMPUTED] = {"light GEN-2": 50.0, "light GEN-mixture": 50.0}
+    made_of = statements.better_than_rivals(evidence_of(values, experiments=(design.FASHION,)))
+    outcomes = {check.what: check.outcome for check in made_of.checks}
+    assert outcomes[design.RIVALS[0]] is Outcome.HOLDS and outcomes[design.WAE] is Outcome.FAILS
+    assert outcomes[f"{design.WAE}, both by a mixture"] is Outcome.HOLDS
+
+
+def test_the_ratchet_is_found_to_sink_with_smaller_batches():
+    shares = dict(zip(design.BATCHES, (0.8, 0.9, 0.95), strict=True))
+    results = []
+    for batch, share in shares.items():
+        for label, own in ((design.COMPUTED, 1.0), (design.RATCHET, share)):
+            values = {"reconstruction.gamma2": own * 0.01, "claims.train_mse_sampled": 0.01}
+            results += [made(f"{design.DIGITS}-batch-{batch}", label, seed, **values) for seed in range(3)]
+    assert verdict(questions.the_ratchet_sinks(figures.Evidence(results)).checks) is Outcome.HOLDS
+
+
+def test_every_run_of_the_design_is_another_and_can_be_made():
+    trials = design.design()
+    assert len({trial.key for trial in trials}) == len(trials)
+    settings = {str(to_json(trial.recipe)) + trial.experiment for trial in trials}
+    assert len(settings) == len(trials)
+    for trial in trials:
+        assert make_objective(trial.recipe.first.objective)
+
+
+def test_all_models_of_a_comparison_have_stage_ones_of_one_size_and_schedule():
+    mine = [trial.recipe for trial in design.design() if trial.experiment == design.FASHION and trial.recipe.seed == 0]
+    sizes = {sum(p.numel() for p in first_stage(recipe, [1, 28, 28]).parameters()) for recipe in mine}
+    schedules = {(r.first.epochs, r.first.batch_size, r.first.learning_rate, r.first.halve_every) for r in mine}
+    assert len(mine) == 11 and len(sizes) == len(schedules) == 1
+
+
+def test_shorter_runs_are_beginnings_of_the_whole_ones():
+    whole = design.IMAGES.first
+    for epochs in design.LENGTHS:
+        shorter = replace(whole, epochs=epochs)
+        for step in range(0, shorter.total_steps(60_000), 100):
+            assert shorter.learning_rate_at(step, 60_000) == whole.learning_rate_at(step, 60_000)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quick")
+    main(["quick", "--out", str(out), "--processes", "0"])
+    return out
+
+
+def test_the_quick_set_trains_measures_and_writes_a_page(quick_run):
+    results = read_results([quick_run / "results"])
+    text = (quick_run / "claims.md").read_text()
+    assert len(results) == len(design.quick()) and f"**{len(results)} of {len(results)} runs**" in text
+    assert "Verdict: **" in text and not list((quick_run / "runs").iterdir())
+    assert all(result.data["source"] == "digits" for result in results)
+
+
+def test_finished_runs_are_not_done_again(quick_run):
+    times = {path: path.stat().st_mtime_ns for path in (quick_run / "results").iterdir()}
+    work(design.quick(), quick_run / "runs", quick_run / "results", {}, processes=0)
+    assert times == {path: path.stat().st_mtime_ns for path in (quick_run / "results").iterdir()}
+
+
+def test_a_result_of_other_settings_is_refused(quick_run):
+    trial = design.quick()[0]
+    first = replace(trial.recipe.first, learning_rate=0.5)
+    with pytest.raises(InputError, match="other settings"):
+        finished(replace(trial, recipe=replace(trial.recipe, first=first)), quick_run / "results")
+    with pytest.raises(InputError, match="other settings"):
+        page(read_results([quick_run / "results"]))  # of the quick set, by the names of the whole one
+
+
+def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_path):
+    trial = design.quick()[0]
+    work([trial], tmp_path / "runs", tmp_path / "results", {}, processes=0)
+    (again,) = read_results([tmp_path / "results"])
+    once = next(r for r in read_results([quick_run / "results"]) if (r.label, r.seed) == (trial.label, trial.recipe.seed))
+    values = [[(m["metric"], m["of"], m["value"]) for m in r.evaluation["measurements"]] for r in (once, again)]
+    assert values[0] == values[1]
+
+
+def test_a_result_does_not_say_where_its_images_lay(tmp_path):
+    images = load("digits")
+    np.savez(tmp_path / "pixels.npz", x_train=images.train, x_test=images.test)
+    trial = replace(design.quick()[0], compared=())
+    work([trial], tmp_path / "runs", tmp_path / "results", {"digits": str(tmp_path / "pixels.npz")}, processes=0)
+    text = next((tmp_path / "results").iterdir()).read_text()
+    assert "pixels.npz" not in text and '"source": "digits"' in text
+    assert finished(trial, tmp_path / "results")
+
+
+def test_the_page_on_the_claims_is_what_the_results_make_of_it():
+    assert PAGE.read_text(encoding="utf-8") == page(there(RESULTS)), "python -m claims page"
+
+
+def test_the_readmes_table_is_what_the_results_make_of_it():
+    readme = README.read_text(encoding="utf-8")
+    assert readme == with_table(readme, short_table(there(RESULTS))), "python -m claims page"
+    assert BEGIN in readme and END in readme
