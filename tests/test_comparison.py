@@ -300,10 +300,16 @@ def test_a_result_that_is_damaged_or_of_other_images_or_seeds_does_not_count(com
     assert task.result() is None
 
 
-def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path):
-    found = tiny(tmp_path, "computed", priors=["normal"]).results[0]
-    assert found.settings["second"] is None and list(found.curves) == ["1"]
-    assert {m["of"] for m in found.measurements() if m["metric"] == "FD-pixels"} == {"REC", "GEN-1"}
+def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path, monkeypatch):
+    asked, nothing = [], poise.Comparison("compare-tiny", tmp_path, (), "computed", {})
+    monkeypatch.setattr(poise.comparison.comparing, "conduct", lambda experiment, **where: asked.append(experiment) or nothing)
+    one_stage = replace(TINY, second=None)
+    for recipe, priors in ((TINY, ["mixture", "normal"]), (TINY, ["second-stage"]), (TINY, None), (one_stage, None)):
+        poise.compare("digits", recipe=recipe, priors=priors, out=tmp_path)
+    trained = [experiment.base.second is not None for experiment in asked]
+    measured = [experiment.priors for experiment in asked]
+    assert trained == [False, True, True, False]
+    assert measured == [("normal", "mixture"), ("second-stage",), ("normal", "second-stage", "mixture"), ("normal", "mixture")]
 
 
 WRONG = {
@@ -368,6 +374,11 @@ def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_number
     assert not second.exists()
     written = first.stat().st_mtime_ns
     again = poise.compare(IMAGES, recipe=LONG, balances=["computed", "learned"], seeds=1, out=tmp_path, jobs=1, options=QUIET)
+    assert {m["of"] for r in again.results for m in r.measurements() if m["metric"] == "FD-pixels"} == {
+        "REC",
+        "GEN-1",
+        "GEN-mixture",
+    }
     assert len(again.results) == 2 and first.stat().st_mtime_ns == written
     alone = poise.train(
         IMAGES, recipe=replace(LONG, first=replace(LONG.first, balance="learned")), out=tmp_path / "alone", options=QUIET
