@@ -125,7 +125,7 @@ def _sets(experiment: str, label: str) -> tuple[Compared, ...]:
 
 
 def _light(sets: tuple[str, ...]) -> Compared:
-    return Compared("light", sets, 800)
+    return Compared("light", sets, 500)
 
 
 def _pixels(sets: tuple[str, ...]) -> Compared:

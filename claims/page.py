@@ -38,7 +38,7 @@ PROTOCOL = """## Protocol
 - A seed fixes weights, order, training noise and the noise of samples for all labels alike, so that differences are paired
   by seed.
 - Test MSE, KL and ELBO: every test image. **FD-light**: Frechet distance in the features of EfficientNet-lite0 (FID in all
-  but the network), 800 test images against 800 produced ones. **FD-pixels**: the same in pixels (averaged to 16x16 for
+  but the network), 500 test images against 500 produced ones. **FD-pixels**: the same in pixels (averaged to 16x16 for
   MNIST and Fashion-MNIST), 2,000 test images; for the digits 1,600 training images. 8 bits, not stretched. Few images bias
   a distance upwards, alike for all: only differences count.
 - GEN-1 draws latents from N(0, I), GEN-2 from stage 2 with its noise, GEN-mixture from ten Gaussians fitted to the training
