@@ -10,7 +10,6 @@ from claims.design import (
     FASTER,
     FIXED,
     LEARNED,
-    MNIST,
     NOISELESS,
     RATCHET,
 )
@@ -52,7 +51,7 @@ def questions(evidence: Evidence) -> list[Statement]:
 def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
     """O1."""
     tried = [(DIGITS, "digits", label) for label in (FASTER, "learned:rate=10", "learned:start=0.05")]
-    tried += [(MNIST, "MNIST", FASTER), (FASHION, "Fashion-MNIST", FASTER)]
+    tried.append((FASHION, "Fashion-MNIST", FASTER))
     checks, rows = [], [["", "balance", "share of the gap closed", "images that computed saves over it", "test MSE"]]
     for experiment, name, label in tried:
         thirds, pairs = evidence.runs(experiment, label), evidence.pairs(experiment, LEARNED, COMPUTED)
@@ -67,7 +66,7 @@ def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
         "A faster or better started log gamma closes most of the gap of C1.",
         "Images until the training MSE that `learned` ends with. Refuted if a rate 10 or 100 times the network's, or a start "
         "of 0.05, saves less than half of the images that `computed` saves over `learned`.",
-        MAIN,
+        (FASHION, DIGITS),
         tuple(checks),
         (
             (

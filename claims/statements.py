@@ -10,6 +10,7 @@ from claims.design import (
     DIGITS,
     FASHION,
     FIXED,
+    IMAGES,
     LEARNED,
     LENGTHS,
     MNIST,
@@ -136,7 +137,7 @@ def sooner(evidence: Evidence) -> Statement:
         checks += [above(f"{setting.name}, MSE after {p:.0%}", values, 1) for p, values in gains.items()]
         rows.append([setting.name, *(describe(values, PLAIN) for values in gains.values())])
     extractor, sets = "light", ("REC", "GEN-mixture")
-    stages = [(f"{FASHION}-epochs-{n}", n) for n in LENGTHS] + [(FASHION, 7)]
+    stages = [(f"{FASHION}-epochs-{n}", n) for n in LENGTHS] + [(FASHION, IMAGES.first.epochs or 0)]
     lengths = [["epochs", "balance", *(f"FD-light of {of}" for of in sets)]]
     for experiment, epochs in stages:
         for label in (COMPUTED, LEARNED):

@@ -72,6 +72,15 @@ def test_the_mixture_draws_from_what_scikit_learn_fitted():
     assert abs(float((drawn[:, 0] > 0).float().mean()) - 0.5) < 0.02
 
 
+def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch):
+    """Codes in order of size: the first ones alone would have another mean."""
+    monkeypatch.setattr("poise.priors.MOST_CODES", 2_000)
+    mean = torch.linspace(-1, 1, 20_000)[:, None]
+    prior = fit_mixture(DiagonalGaussian(mean, torch.full_like(mean, -20.0)), components=1)
+    assert float(prior.means) == pytest.approx(0, abs=4 * (3 * 2_000) ** -0.5)  # four standard errors
+    assert float(prior.factors) == pytest.approx(3**-0.5, rel=0.05)
+
+
 def test_mixture_components_are_chosen_by_weight():
     prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3]), torch.tensor([[0.0], [10.0], [20.0]]), torch.zeros(3, 1, 1))
     drawn = prior.latents(noise_per_image(20_000, 2, seed=0)).squeeze()
