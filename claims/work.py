@@ -49,6 +49,7 @@ def _in_turn(tasks: Sequence[Task]) -> Iterator[str]:
 
 
 def _at_once(tasks: Sequence[Task], processes: int) -> Iterator[str]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of torch's and of numpy's threads in the processes: they would wait for each other
     with _ended_by_sigterm(), ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_in_pool, task) for task in tasks]
         try:
