@@ -34,7 +34,7 @@ PROTOCOL = """## Protocol
   5 epochs; stage 2 of width 256, 5 epochs, Adam 1e-3 halved every 2, with a computed balance for every label. Three seeds.
 - **Digits** (1,617 training and 180 test images of 8x8): MLP 64-256-256-10 and back, batches of 50, Adam 1e-3 halved every
   40 of 100 epochs; stage 2 of width 128, 3,000 steps in batches of 64, Adam 2e-3 halved every 1,200, a computed balance
-  that starts at 0.001 and decays by 0.999. Five seeds, or as many as n says.
+  that starts at 0.001 and decays by 0.999. Three seeds.
 - A seed fixes weights, order, training noise and the noise of samples for all labels alike, so that differences are paired
   by seed.
 - Test MSE, KL and ELBO: every test image. **FD-light**: Frechet distance in the features of EfficientNet-lite0 (FID in all

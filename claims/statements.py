@@ -335,10 +335,6 @@ def renormalisation_helps(evidence: Evidence) -> Statement:
         f"FD-pixels of {how}": (relative(distance(after, "pixels"), distance(before, "pixels")), PERCENT)
         for how, (after, before) in ways.items()
     }
-    columns[f"FD-light of {NOISELESS}"] = (
-        relative(distance(NOISELESS_RENORMALISED, "light"), distance(NOISELESS, "light")),
-        PERCENT,
-    )
     ordered = sorted(labelled, key=lambda pair: evidence.mean(pair[0].experiment, pair[1], LOST))
     rows = [["", "balance", *columns]]
     for place, label in ordered:
