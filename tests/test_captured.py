@@ -11,7 +11,7 @@ import poise
 from poise.errors import InputError
 from poise.pipeline import Options, train
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.training import CodeBatches, ImageBatches, Watch, captured, fit, new_state
+from poise.training import CodeBatches, ImageBatches, Watch, captured, fit, loop, new_state
 from poise.training.step import training_step
 
 NETWORKS = {"resnet": poise.networks.resnet, "infogan": poise.networks.infogan}
@@ -32,17 +32,25 @@ class Graph:
             training_step(*arguments)
 
 
-@contextmanager
-def recording(graph, stream, capture_error_mode):
-    graph.steps = []
-    captured.training_step = lambda *arguments: graph.steps.append(arguments)
-    yield
-    captured.training_step = training_step
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
     """In place of torch.cuda, in the module under test alone."""
+    graphs = []  # that record now
+
+    @contextmanager
+    def recording(graph, stream, capture_error_mode):
+        graph.steps = []
+        graphs.append(graph)
+        yield
+        graphs.pop()
+
+    def taken_or_recorded(*arguments):
+        if graphs:
+            graphs[-1].steps.append(arguments)
+        else:
+            training_step(*arguments)
+
+    monkeypatch.setattr(loop, "training_step", taken_or_recorded)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = SimpleNamespace(Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext())
     cuda.CUDAGraph, cuda.graph = Graph, recording

@@ -71,7 +71,7 @@ class Options:
         engine: how a step is taken. "compiled": forward and backward as machine code made by torch.compile, within rounding
             of the eager step; worth its minute of compiling on long runs. "captured": a CUDA graph, recorded once and
             replayed, with the same numbers; for one process and for networks that decide nothing in Python from step to step
-            (all of `poise.networks`).
+            (all of `poise.networks`). "compiled-captured": a CUDA graph of the compiled step.
     """
 
     device: str = "auto"
@@ -127,7 +127,7 @@ def train(
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = parallel.device_of_rank(choose_device(options.device))
-    if options.engine == "captured" and (device.type != "cuda" or parallel.launched()):
+    if "captured" in options.engine and (device.type != "cuda" or parallel.launched()):
         raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")

@@ -137,7 +137,7 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.dev
         InputError: a network that cannot take the images, a device that is not there, or an engine that it does not have.
     """
     device = choose_device(options.device)
-    if options.engine == "captured" and device.type != "cuda":
+    if "captured" in options.engine and device.type != "cuda":
         raise InputError(f"a captured step is for cuda, not for {device}: leave --engine out")
     first_stage(recipe, list(dataset.shape))
     return device

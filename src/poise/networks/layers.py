@@ -78,7 +78,7 @@ class SpectrallyNormalised(nn.Module):
         weight = self._weight()
         with torch.no_grad():
             u = F.normalize(weight @ self.v, dim=0)
-        product = weight.T @ u
+        product = u @ weight  # not weight.T @ u, whose gradient would be of the transposed layout, and slow to add
         sigma = product.norm()
         self.u.copy_(u)
         self.v.copy_((product / sigma.clamp_min(SMALLEST_NORM)).detach())

@@ -26,10 +26,10 @@ from poise.training.captured import CapturedStep
 from poise.training.compiled import CompiledStep
 from poise.training.machine import tuned
 from poise.training.state import TERMS, TrainingState, Verdict
-from poise.training.step import training_step
+from poise.training.step import Step, training_step
 from poise.vae import VAE
 
-Engine = Literal["eager", "compiled", "captured"]
+Engine = Literal["eager", "compiled", "captured", "compiled-captured"]
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
 STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
@@ -67,7 +67,7 @@ def fit(
         seed: of order and noise.
         watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
         engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
-            (CUDA, one process; see `CapturedStep`).
+            (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one.
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -146,7 +146,7 @@ def fit(
     return True
 
 
-def step_of(engine: Engine, stage: Stage) -> Callable[[TrainingState, Tensor, Tensor, Stage], None]:
+def step_of(engine: Engine, stage: Stage) -> Step:
     """How an engine takes a step."""
     match engine:
         case "eager":
@@ -154,7 +154,9 @@ def step_of(engine: Engine, stage: Stage) -> Callable[[TrainingState, Tensor, Te
         case "compiled":
             return CompiledStep(stage)
         case "captured":
-            return CapturedStep()
+            return CapturedStep(training_step)
+        case "compiled-captured":
+            return CapturedStep(CompiledStep(stage))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

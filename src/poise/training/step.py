@@ -15,6 +15,7 @@ from poise.training.state import TrainingState, Verdict, parameters_of
 from poise.vae import VAE
 
 Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
+Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # as `training_step` is called
 
 
 def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage, *, objective: Loss | None = None) -> None:
