@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from poise import checkpoint, cli, files, load, pipeline
+from poise.training import Engine
 
 RANDOM = np.random.default_rng(0)
 QUICK = ["--epochs", "1", "--second-epochs", "1", "--batch-size", "8", "--device", "cpu"]
@@ -223,6 +225,12 @@ def test_diagnosis_is_in_words_or_in_json(run_folder, capsys):
     poise("diagnose", run_folder, "--json")
     values = json.loads(capsys.readouterr().out)
     assert all(finding["sentence"] in words for finding in values["findings"])
+
+
+@pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "cifar10"]])
+def test_every_engine_can_be_chosen(command):
+    for engine in get_args(Engine):
+        assert cli.parse([*command, "--engine", engine]).engine == engine
 
 
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):

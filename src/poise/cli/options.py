@@ -18,7 +18,10 @@ BALANCES = (
 OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance then fixed:gamma2=0.5)"
 )
-ENGINES = "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph"
+ENGINES = (
+    "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph; "
+    "compiled-captured: both"
+)
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
 
@@ -45,7 +48,7 @@ Stages = Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")]
 BatchSize = Annotated[int | None, recipes_own("images per step, both stages")]
 LearningRate = Annotated[float | None, recipes_own("Adam's, at the start of both stages")]
 Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")]
-Engine = Annotated[Literal["eager", "compiled", "captured"], arg(help=ENGINES)]
+Engine = Annotated[Literal["eager", "compiled", "captured", "compiled-captured"], arg(help=ENGINES)]
 SaveSeconds = Annotated[float, arg(help="time between checkpoints, seconds")]
 Jobs = Annotated[
     int | None,
