@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from poise import checkpoint, cli, files, load, pipeline
+from poise.training import Engine
 
 RANDOM = np.random.default_rng(0)
 QUICK = ["--epochs", "1", "--second-epochs", "1", "--batch-size", "8", "--device", "cpu"]
@@ -225,6 +227,12 @@ def test_diagnosis_is_in_words_or_in_json(run_folder, capsys):
     assert all(finding["sentence"] in words for finding in values["findings"])
 
 
+@pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "cifar10"]])
+def test_every_engine_can_be_chosen(command):
+    for engine in get_args(Engine):
+        assert cli.parse([*command, "--engine", engine]).engine == engine
+
+
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):
     assert cli.parse(["train", "--recipe", "cifar10"]).settings().data.source == "cifar10"
     assert cli.parse(["train"]).settings().data.source == "digits"
@@ -337,7 +345,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, m
 
 def test_help_is_complete_and_does_not_import_torch():
     code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
-    for command in ((), ("train",), ("sample",), ("encode",), ("reconstruct",), ("evaluate",), ("diagnose",)):
+    for command in ((), *((name,) for name in cli.COMMANDS)):
         shown = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
         assert shown.stderr == "" and "--help" in shown.stdout
     assert (

@@ -1,0 +1,124 @@
+"""`poise sample`, `encode` and `reconstruct`: what comes out of a run, as files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from poise.cli.options import Device, Images, PriorChoice, RunFolder, recipes_own
+from poise.cli.showing import load_run
+from poise.errors import InputError
+from poise.recipes.settings import Generation, Renormalise, given
+
+if TYPE_CHECKING:
+    from poise.run import Run
+
+Switch = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a trained run. Image i of a seed is always the same, however many are drawn."""
+
+    run_folder: RunFolder
+    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images")] = 64
+    out: Annotated[Path, arg(help="a .png (one grid), an .npz (array `images`, bytes), or a folder (one PNG per image)")] = (
+        Path("samples.png")
+    )
+    prior: Annotated[
+        PriorChoice | None,
+        arg(help="normal (GEN-1), second-stage (GEN-2), or mixture", help_behavior_hint="(default: second-stage if trained)"),
+    ] = None
+    seed: Annotated[int, arg(help="any integer")] = 0
+    first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
+    noise: Annotated[Switch | None, recipes_own("add stage 2's decoder noise to its latents")] = None
+    renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = None
+    adjust_variance: Annotated[Switch | None, recipes_own("scale images to the real images' variance")] = None
+    device: Device = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.progress import counted, progress
+        from poise.writing import check_output, write_images
+
+        check_output(self.out, self.count)
+        generation: Generation = given(
+            run.recipe.generation,
+            second_stage_noise=self.noise and self.noise == "on",
+            renormalise=self.renormalise,
+            adjust_variance=self.adjust_variance and self.adjust_variance == "on",
+        )
+        chunks = run.sample_chunks(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
+        with progress("images", self.count) as display:
+            write_images(counted(chunks, display), self.out, self.count, first=self.first)
+        print(f"{self.count} images: {self.out}")
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Write the posterior of each image: arrays `mean` and `logvar` (log variance), one row per image, float32.
+
+    Rows are in the order of the images: those of a folder sorted by path.
+    """
+
+    run_folder: RunFolder
+    images: Images = None
+    out: Annotated[Path, arg(help="an .npz or a .safetensors file")] = Path("codes.npz")
+    device: Device = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.progress import counted, progress
+        from poise.writing import check_codes_output, write_codes
+
+        check_codes_output(self.out)
+        images = images_for(run, self.images)
+        chunks = run.encode_chunks(images)
+        with progress("images", len(images)) as display:
+            write_codes(counted(chunks, display), self.out, len(images))
+        print(f"{len(images)} codes: {self.out}")
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Show images beside their reconstructions."""
+
+    run_folder: RunFolder
+    images: Images = None
+    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images, at most")] = 32
+    out: Annotated[Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")] = Path(
+        "reconstructions.png"
+    )
+    device: Device = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.datasets import gather
+        from poise.writing import check_output, write_images
+
+        check_output(self.out)
+        if self.count < 1:
+            raise InputError(f"the number of images must be at least 1, not {self.count}")
+        source = images_for(run, self.images)
+        originals = gather(source, range(min(self.count, len(source))))
+        restored = run.reconstruct(originals)
+        shown = interleave(originals, restored) if self.out.suffix == ".png" else restored
+        write_images([shown], self.out, len(shown), columns=8)
+        error = float((originals - restored).square().mean())
+        print(f"{len(originals)} images: {self.out}, MSE {error:.5f}")
+
+
+def images_for(run: "Run", source: str | None) -> Any:
+    """Images of a source in the form that a run takes; by default its test images."""
+    from poise.datasets import read_images
+
+    channels, size, _ = run.data["shape"]
+    return run.test_images() if source is None else read_images(source, size=size, channels=channels)
+
+
+def interleave(left: Any, right: Any) -> Any:
+    """left[0], right[0], left[1], right[1], ..."""
+    import torch
+
+    return torch.stack([left, right], 1).flatten(0, 1)

@@ -1,0 +1,147 @@
+"""`poise evaluate` and `diagnose`: how good a run is, and what is wrong with it."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from poise.cli.options import ANY_IMAGES, Device, RunFolder
+from poise.cli.showing import load_run, show_cells, show_table
+from poise.errors import InputError
+from poise.protocols import NO_EXTRACTOR, PROTOCOLS, table
+from poise.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from poise.evaluation import Evaluation
+    from poise.run import Run
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run on its test images, or compare any two sets of images. Every number carries its protocol.
+
+    A run: error, likelihood, latents, and how reconstructions and samples of each prior compare with real images (FID, KID,
+    precision, recall, density, coverage). A table on a terminal, JSON into a file or a pipe; progress goes to stderr.
+    """
+
+    run_folder: Annotated[
+        Positional[Path | None],
+        arg(metavar="RUN", help="the folder that `poise train` wrote", help_behavior_hint="(or --real and --generated)"),
+    ] = None
+    real: Annotated[str | None, arg(help=f"real images: {ANY_IMAGES}", help_behavior_hint="(instead of a run)")] = None
+    generated: Annotated[str | None, arg(help="images to compare with them, likewise", help_behavior_hint="")] = None
+    size: Annotated[
+        int | None, arg(help="crop both sets to squares and resize to this side, in pixels", help_behavior_hint="(as they are)")
+    ] = None
+    protocol: Annotated[
+        str | None,
+        arg(
+            help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md",
+            help_behavior_hint="(default: default, of two sets every-image)",
+        ),
+    ] = None
+    extractor: Annotated[
+        str,
+        arg(
+            help="whose features are compared: inception (FID; downloaded once), light, dinov2, pixels, FILE.pt:range=-1..1; "
+            "auto: inception if it is here, else light; none: no comparison"
+        ),
+    ] = "auto"
+    infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
+    nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
+    seed: Annotated[int, arg(help="of generated images")] = 0
+    json: Annotated[bool, arg(help="JSON even on a terminal")] = False
+    device: Device = "auto"
+
+    def run(self) -> None:
+        if self.run_folder is not None and (self.real or self.generated):
+            raise InputError("give a run, or --real and --generated, not both")
+        if self.run_folder is None and not (self.real and self.generated):
+            raise InputError("give a run's folder, or two sets of images with --real and --generated")
+        if self.run_folder is None:
+            self._compare()
+        else:
+            self._measure(self.run_folder)
+
+    def _compare(self) -> None:
+        if self.nll_samples:
+            raise InputError("--nll-samples needs a run: two sets of images have no likelihood")
+        from poise.evaluation import evaluate
+
+        evaluation = evaluate(
+            self.real,
+            self.generated,
+            protocol=self.protocol or "every-image",
+            extractor=self.extractor,
+            size=self.size,
+            infinity=self.infinity,
+            device=self.device,
+            quiet=False,
+        )
+        self._show(evaluation, f"{self.generated} against {self.real}")
+
+    def _measure(self, folder: Path) -> None:
+        if self.size is not None:
+            raise InputError("--size is for --real and --generated: a run has its own")
+        from poise.files import write_json
+
+        run = load_run(folder, self.device)
+        evaluation = run.evaluate(
+            protocol=self.protocol or "default",
+            extractor=self.extractor,
+            infinity=self.infinity,
+            nll_samples=self.nll_samples,
+            seed=self.seed,
+            quiet=False,
+        )
+        try:
+            write_json(folder / "evaluation.json", evaluation.to_json())
+        finally:  # a full disk takes nothing that was measured
+            self._show(evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images")
+            if self._for_people:
+                self._show_published(run)
+
+    @property
+    def _for_people(self) -> bool:
+        return sys.stdout.isatty() and not self.json
+
+    def _show(self, evaluation: "Evaluation", title: str) -> None:
+        if not self._for_people:
+            print(json.dumps(evaluation.to_json(), indent=2))
+            return
+        if evaluation.pages:
+            from poise.report.tables import figures_table
+
+            show_table(title, figures_table(evaluation.pages))
+        compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
+        if compared:
+            show_cells("" if evaluation.pages else title, table(compared, mixed=True))
+        for protocol in {m.protocol.hash: m.protocol for m in evaluation.measurements}.values():
+            print(f"protocol {protocol}")
+        for note in evaluation.notes:
+            print(f"note: {note}")
+
+    def _show_published(self, run: "Run") -> None:
+        recipe = RECIPES.get(run.recipe.name)
+        if recipe is not None and recipe.data == run.recipe.data:
+            for line in recipe.published:
+                print(f"published: {line}")
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try."""
+
+    run_folder: RunFolder
+    json: Annotated[bool, arg(help="print JSON instead of sentences")] = False
+    device: Device = "auto"
+
+    def run(self) -> None:
+        run = load_run(self.run_folder, self.device)
+        from poise.diagnosis import diagnose
+
+        diagnosis = diagnose(run, quiet=False)
+        print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)

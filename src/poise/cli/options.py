@@ -1,0 +1,56 @@
+"""Options that several commands have in common, each a type with its help.
+
+No torch here: help is instant.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from poise.recipes import RECIPES
+
+ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
+RECIPES_OWN = "(default: the recipe's)"
+BALANCES = (
+    "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, constrained:target_mse=0.01, ..."
+)
+OBJECTIVES = (
+    "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance then fixed:gamma2=0.5)"
+)
+ENGINES = (
+    "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph; "
+    "compiled-captured: both"
+)
+PriorChoice = Literal["normal", "second-stage", "mixture"]
+
+
+def recipes_own(text: str) -> Any:
+    """Help for an option that the recipe decides where it is not given."""
+    return arg(help=text, help_behavior_hint=RECIPES_OWN)
+
+
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")]
+Images = Annotated[
+    Positional[str | None],
+    arg(help="a folder, an image file or an array", help_behavior_hint="(default: the run's test images)"),
+]
+RecipeName = Annotated[
+    str | None,
+    arg(help=f"complete settings by name: {', '.join(RECIPES)}", help_behavior_hint="(default: DATA's own, or images)"),
+]
+Size = Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")]
+Network = Annotated[Literal["resnet", "infogan", "wae", "mlp"] | None, recipes_own("architecture of stage 1")]
+LatentDim = Annotated[int | None, recipes_own("number of latents")]
+Epochs = Annotated[int | None, recipes_own("length of stage 1, passes over the training images")]
+SecondEpochs = Annotated[int | None, recipes_own("length of stage 2, passes over the training codes")]
+Stages = Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")]
+BatchSize = Annotated[int | None, recipes_own("images per step, both stages")]
+LearningRate = Annotated[float | None, recipes_own("Adam's, at the start of both stages")]
+Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")]
+Engine = Annotated[Literal["eager", "compiled", "captured", "compiled-captured"], arg(help=ENGINES)]
+SaveSeconds = Annotated[float, arg(help="time between checkpoints, seconds")]
+Jobs = Annotated[
+    int | None,
+    arg(help="runs at the same time", help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)"),
+]

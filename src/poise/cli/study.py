@@ -1,0 +1,185 @@
+"""`poise compare`, `reproduce` and `report`: many runs, one table, one page."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from poise.cli.options import (
+    ANY_IMAGES,
+    BALANCES,
+    RECIPES_OWN,
+    BatchSize,
+    Device,
+    Engine,
+    Epochs,
+    Jobs,
+    LatentDim,
+    LearningRate,
+    Network,
+    PriorChoice,
+    RecipeName,
+    SaveSeconds,
+    SecondEpochs,
+    Size,
+    Stages,
+    recipes_own,
+)
+from poise.errors import RunError
+from poise.protocols import PROTOCOLS
+from poise.recipes import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from poise.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train and measure several balances or models under the same conditions, with several seeds: one table, one page of plots.
+
+    All labels have the images, network, order, noise, length and protocol in common; only stage 1's balance (or objective)
+    differs. Run the same command again to go on after an interruption; what is finished is not done again.
+    """
+
+    data: Annotated[
+        Positional[str | None],
+        arg(help=ANY_IMAGES, help_behavior_hint="(default: the recipe's own, or digits)"),
+    ] = None
+    balances: Annotated[
+        tuple[str, ...] | None,
+        arg(
+            help=f"balances of stage 1, the first is the reference: {BALANCES}",
+            help_behavior_hint="(default: computed learned optimal fixed; beside models computed)",
+        ),
+    ] = None
+    models: Annotated[
+        tuple[str, ...], arg(help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ...")
+    ] = ()
+    priors: Annotated[
+        tuple[PriorChoice, ...] | None,
+        arg(help="whose samples are compared; without second-stage no stage 2 is trained", help_behavior_hint="(default: all)"),
+    ] = None
+    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 3
+    recipe: RecipeName = None
+    out: Annotated[Path | None, arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)")] = None
+    second_balance: Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each balance label's own")] = (
+        None
+    )
+    size: Size = None
+    network: Network = None
+    latent_dim: LatentDim = None
+    epochs: Epochs = None
+    second_epochs: SecondEpochs = None
+    stages: Stages = 2
+    batch_size: BatchSize = None
+    learning_rate: LearningRate = None
+    protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
+    images: Annotated[
+        int | None, arg(help="real images to compare with as many others", help_behavior_hint="(default: the protocol's)")
+    ] = None
+    extractor: Annotated[
+        str,
+        arg(
+            help="see poise evaluate; auto: pixels for images of at most 16x16, else the first of inception, light and pixels "
+            "that is here"
+        ),
+    ] = "auto"
+    jobs: Jobs = None
+    device: Device = "auto"
+    engine: Engine = "eager"
+    save_seconds: SaveSeconds = 60.0
+
+    def run(self) -> None:
+        own = ("data", "device", "engine", "save_seconds", "stages")
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        chosen |= {"stages": 1} if self.stages == 1 else {}
+        from poise.comparison import compare
+        from poise.pipeline import Options
+
+        options = Options(self.device, self.save_seconds, engine=self.engine)
+        comparison = compare(self.data, options=options, **chosen)
+        print(comparison)
+        page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
+        print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
+        fail_if_any(comparison)
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Do a published experiment: both stages, all ways to sample, each protocol it was scored under, beside published numbers.
+
+    Run the same command again to go on after an interruption, or after --minutes.
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
+    data: Annotated[
+        str | None, arg(help="where its images are, if not in ./data or POISE_DATA", help_behavior_hint="(default: by name)")
+    ] = None
+    balances: Annotated[
+        tuple[str, ...] | None,
+        arg(help="balances of stage 1, for instance computed learned optimal", help_behavior_hint=RECIPES_OWN),
+    ] = None
+    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
+    length: Annotated[float, arg(help="share of the full length, for a trial; its label says so")] = 1.0
+    minutes: Annotated[float | None, arg(help="stop after so many, with all saved", help_behavior_hint="(default: never)")] = (
+        None
+    )
+    out: Annotated[Path | None, arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)")] = None
+    results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
+    extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
+    jobs: Jobs = None
+    device: Device = "auto"
+    engine: Engine = "eager"
+
+    def run(self) -> None:
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
+        from poise.pipeline import Options
+        from poise.reproduction import reproduce, text
+
+        comparison = reproduce(self.name, options=Options(self.device, engine=self.engine), **chosen)
+        if comparison.results or comparison.failed:
+            print(text(comparison))
+            print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
+        if comparison.late:
+            print(f"stopped after {self.minutes:g} minutes; run the same command again to go on")
+        fail_if_any(comparison)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
+
+    The page is complete in itself and loads nothing: send it, or print it.
+    """
+
+    folders: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(
+            metavar="PATHS...",
+            help="folders of runs, or of comparisons: the runs that lie in a folder",
+            help_behavior_hint="(one or more)",
+        ),
+    ]
+    out: Annotated[Path, arg(help="the page, an .html file")] = Path("report.html")
+    device: Device = "auto"
+
+    def run(self) -> None:
+        from poise.report import write_report
+
+        out = write_report(self.folders, self.out, device=self.device, quiet=False)
+        print(f"report: {out}")
+
+
+def write_page(comparison: "Comparison", device: str) -> Path:
+    """The comparison's page of plots."""
+    from poise.report import write_report
+
+    return write_report([comparison.folder], comparison.folder / "report.html", device=device, quiet=False)
+
+
+def fail_if_any(comparison: "Comparison") -> None:
+    """Raises RunError where a run has failed."""
+    if comparison.failed:
+        count = len(comparison.failed)
+        raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
