@@ -167,6 +167,20 @@ for name, expected in eager.items():
     assert difference <= 1e-5 * expected.double().norm().clamp_min(1e-3), (name, difference)
 assert any(not torch.equal(compiled[name], eager[name]) for name in eager), "it was not compiled"
 """
+MANY = """
+import functools
+from torch._dynamo import config
+from poise.training.compiled import CompiledStep
+
+torch.compile = functools.partial(torch.compile, backend="eager")
+stage = Stage(steps=1, batch_size=4)
+with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):  # each may be compiled once
+    for width in (8, 9, 10):
+        vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=3, hidden=(width,))).train()
+        state, step = new_state(vae, poise.ComputedBalance().train(), stage, cpu), CompiledStep(stage)
+        for _ in range(3):
+            step(state, torch.rand(4, 1, 8, 8), torch.randn(4, 3), stage)
+"""
 NO_COMPILER = """
 from poise.errors import RunError
 from torch._inductor import config
@@ -191,3 +205,7 @@ def test_200_compiled_steps_equal_200_eager_ones(kind, run_python):
 
 def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_python):
     run_python(COMPILED + NO_COMPILER)
+
+
+def test_networks_trained_one_after_another_are_all_compiled(run_python):
+    run_python(COMPILED + MANY)
