@@ -63,6 +63,20 @@ def test_any_other_convolution_is_torchs_own(layer):
         assert torch.equal(layer(images), expected)
 
 
+def test_a_convolution_without_a_batch_is_torchs_own():
+    layer, image = nn.Conv2d(4, 6, 4), torch.randn(4, 4, 4)
+    with pixels_as_products(layer):
+        assert torch.equal(layer(image), nn.Conv2d.forward(layer, image))
+
+
+def test_a_layer_that_somebody_has_changed_stays_as_it_is():
+    layer = nn.Conv2d(4, 6, 4)
+    layer.forward = lambda images: images.sum()
+    with pixels_as_products(layer), pixels_as_products(nn.Sequential(layer)):
+        assert layer(torch.ones(1, 4, 4, 4)) == 64
+    assert layer(torch.ones(1, 4, 4, 4)) == 64
+
+
 class Reshaping(nn.Module):
     """Makes an image of a vector, and adds to it what convolutions make of it."""
 
@@ -115,14 +129,24 @@ def test_denormals_are_zero_inside_the_block_and_as_before_after_it(before):
         torch.set_flush_denormal(False)
 
 
+def faults(mib: int = 80) -> int:
+    """Pages that making five arrays one after another fetches from the system."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(mib * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_arrays_of_usual_size_are_as_cheap_after_the_block_as_before_it():
+    with kept_memory():
+        pass
+    faults(4)
+    assert faults(4) < 500  # of 5,120 pages
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_large_arrays_are_not_fetched_from_the_system_again_and_again():
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            torch.zeros(20_000_000)  # 80 MB: 20,000 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
     before = faults()
     with kept_memory():
         faults()  # the process grows to what it needs
