@@ -71,7 +71,7 @@ def test_a_convolution_without_a_batch_is_torchs_own():
 
 def test_a_layer_that_somebody_has_changed_stays_as_it_is():
     layer = nn.Conv2d(4, 6, 4)
-    layer.forward = lambda images: images.sum()
+    layer.forward = lambda input: input.sum()
     with pixels_as_products(layer), pixels_as_products(nn.Sequential(layer)):
         assert layer(torch.ones(1, 4, 4, 4)) == 64
     assert layer(torch.ones(1, 4, 4, 4)) == 64
