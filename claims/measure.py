@@ -22,7 +22,7 @@ from poise.metrics import reconstruction
 from poise.pipeline import prepare
 from poise.protocols import DEFAULT, Measurement, Protocol
 from poise.recipes.settings import Generation, Recipe, from_json, to_json
-from poise.results import Result, read_results, result_of, safe_name, write_result
+from poise.results import Result, read_results, result_of, safe_name, source_commit, write_result
 from poise.run import PriorName, Run
 
 WAYS: dict[str, tuple[PriorName, Generation]] = {
@@ -47,6 +47,7 @@ def perform(trial: Trial, runs: Path, results: Path, sources: dict[str, str], *,
         keep: keep the run.
     """
     torch.set_num_threads(1)
+    source_commit()  # of what was imported: by the end of the run the clone may have moved on
     folder, named = runs / safe_name(*trial.key), trial.recipe.data
     located = replace(named, source=sources.get(named.source, named.source))
     training = train(replace(trial.recipe, data=located), folder)
@@ -73,7 +74,7 @@ def train(recipe: Recipe, folder: Path) -> float:
 
 
 def finished(trial: Trial, results: Path) -> bool:
-    """Whether a result of this very trial is there: the same settings, and every set measured.
+    """Whether a result of this very trial is there: the same settings, and every set measured as the design says.
 
     Raises:
         InputError: a result of other settings lies in its place.
@@ -82,19 +83,25 @@ def finished(trial: Trial, results: Path) -> bool:
     if not path.exists():
         return False
     (found,) = read_results([path])
-    if not same_settings(found, trial) or not _covers(found, trial):
+    if not belongs(found, trial):
         raise InputError(f"{path} is of other settings than the design's: remove it, or take another --results")
     return True
 
 
-def same_settings(result: Result, trial: Trial) -> bool:
-    """Whether a result is of the design's recipe; a setting that is newer than the result counts as at its default."""
-    return to_json(from_json(Recipe, result.settings)) == to_json(trial.recipe)
+def belongs(result: Result, trial: Trial) -> bool:
+    """Whether a result is of the design's recipe, and every set was compared with as many real images of that side as it says.
+
+    A setting that is newer than the result counts as at its default.
+    """
+    same = to_json(from_json(Recipe, result.settings)) == to_json(trial.recipe)
+    wanted = {(f"FD-{c.extractor}", of, c.reference, c.number) for c in trial.compared for of in c.sets}
+    return same and wanted <= set(_compared(result))
 
 
-def _covers(result: Result, trial: Trial) -> bool:
-    measured = {(m["metric"], m["of"]) for m in result.evaluation["measurements"]}
-    return all((f"FD-{c.extractor}", of) in measured for c in trial.compared for of in c.sets)
+def _compared(result: Result) -> Iterator[tuple[str, str, str, int]]:
+    protocols = result.evaluation["protocols"]
+    for m in result.evaluation["measurements"]:
+        yield m["metric"], m["of"], protocols[m["protocol"]]["reference"], protocols[m["protocol"]]["real"]
 
 
 def evaluation(run: Run, compared: tuple[Compared, ...]) -> Evaluation:

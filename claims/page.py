@@ -7,7 +7,7 @@ from textwrap import fill
 
 from claims.design import FASHION, JUDGED_BY_LIGHT, RIVALS, TWICE_LEARNED, Trial, design
 from claims.figures import KL, TEST_MSE, Evidence, distance
-from claims.measure import same_settings
+from claims.measure import belongs
 from claims.questions import questions
 from claims.rules import Check, verdict_text
 from claims.statements import Statement, mean_of, statements
@@ -76,7 +76,7 @@ def _wanted(results: Iterable[Result], trials: Sequence[Trial]) -> Iterator[Resu
     by_key = {trial.key: trial for trial in trials}
     for result in results:
         trial = by_key.get((result.experiment, result.label, result.seed))
-        if trial is not None and not same_settings(result, trial):
+        if trial is not None and not belongs(result, trial):
             raise InputError(f"{result.name} is of other settings than the design's: run it again")
         if trial is not None:
             yield result

@@ -251,6 +251,15 @@ def test_a_result_of_other_settings_is_refused(quick_run):
         page(read_results([quick_run / "results"]))  # of the quick set, by the names of the whole one
 
 
+def test_a_result_measured_with_other_images_than_the_design_says_is_refused(quick_run):
+    trial = design.quick()[0]
+    (compared,) = trial.compared
+    assert finished(trial, quick_run / "results")
+    for changed in (replace(compared, number=100), replace(compared, reference="test")):
+        with pytest.raises(InputError, match="other settings"):
+            finished(replace(trial, compared=(changed,)), quick_run / "results")
+
+
 def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_path):
     trial = design.quick()[0]
     work([trial], tmp_path / "runs", tmp_path / "results", {}, processes=0)

@@ -63,6 +63,20 @@ def test_any_other_convolution_is_torchs_own(layer):
         assert torch.equal(layer(images), expected)
 
 
+def test_a_convolution_without_a_batch_is_torchs_own():
+    layer, image = nn.Conv2d(4, 6, 4), torch.randn(4, 4, 4)
+    with pixels_as_products(layer):
+        assert torch.equal(layer(image), nn.Conv2d.forward(layer, image))
+
+
+def test_a_layer_that_somebody_has_changed_stays_as_it_is():
+    layer = nn.Conv2d(4, 6, 4)
+    layer.forward = lambda input: input.sum()
+    with pixels_as_products(layer), pixels_as_products(nn.Sequential(layer)):
+        assert layer(torch.ones(1, 4, 4, 4)) == 64
+    assert layer(torch.ones(1, 4, 4, 4)) == 64
+
+
 class Reshaping(nn.Module):
     """Makes an image of a vector, and adds to it what convolutions make of it."""
 
@@ -115,14 +129,24 @@ def test_denormals_are_zero_inside_the_block_and_as_before_after_it(before):
         torch.set_flush_denormal(False)
 
 
+def faults(mib: int = 80) -> int:
+    """Pages that making five arrays one after another fetches from the system."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(mib * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_arrays_of_usual_size_are_as_cheap_after_the_block_as_before_it():
+    with kept_memory():
+        pass
+    faults(4)
+    assert faults(4) < 500  # of 5,120 pages
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_large_arrays_are_not_fetched_from_the_system_again_and_again():
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            torch.zeros(20_000_000)  # 80 MB: 20,000 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
     before = faults()
     with kept_memory():
         faults()  # the process grows to what it needs
@@ -167,6 +191,20 @@ for name, expected in eager.items():
     assert difference <= 1e-5 * expected.double().norm().clamp_min(1e-3), (name, difference)
 assert any(not torch.equal(compiled[name], eager[name]) for name in eager), "it was not compiled"
 """
+MANY = """
+import functools
+from torch._dynamo import config
+from poise.training.compiled import CompiledStep
+
+torch.compile = functools.partial(torch.compile, backend="eager")
+stage = Stage(steps=1, batch_size=4)
+with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):  # each may be compiled once
+    for width in (8, 9, 10):
+        vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=3, hidden=(width,))).train()
+        state, step = new_state(vae, poise.ComputedBalance().train(), stage, cpu), CompiledStep(stage)
+        for _ in range(3):
+            step(state, torch.rand(4, 1, 8, 8), torch.randn(4, 3), stage)
+"""
 NO_COMPILER = """
 from poise.errors import RunError
 from torch._inductor import config
@@ -191,3 +229,7 @@ def test_200_compiled_steps_equal_200_eager_ones(kind, run_python):
 
 def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_python):
     run_python(COMPILED + NO_COMPILER)
+
+
+def test_networks_trained_one_after_another_are_all_compiled(run_python):
+    run_python(COMPILED + MANY)

@@ -219,6 +219,15 @@ def test_spectral_normalisation_computes_what_torchs_does(make, inputs):
                 weight.add_(gradients[0], alpha=-0.01)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_spectral_norms_are_as_precise_in_mixed_precision(training):
+    layer = SpectrallyNormalised(nn.Linear(300, 200)).train(training)
+    mixed = copy.deepcopy(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mixed.spectral_norm()
+    assert inside.dtype == torch.float32 and torch.equal(inside, layer.spectral_norm())
+
+
 # What the networks compute
 
 

@@ -58,6 +58,20 @@ def test_numbers_stand_beside_the_published_ones(small):
     assert (small[0].folder / "table.md").read_text() == page
 
 
+def test_a_result_of_other_images_is_not_overwritten(small, tmp_path):
+    _, folder = small
+    (path,) = (folder / "results").iterdir()
+    before, draws = path.read_bytes(), np.random.default_rng(1)
+    others = {
+        name: draws.integers(0, 256, (count, 12, 12), dtype=np.uint8) for name, count in (("x_train", 140), ("x_test", 30))
+    }
+    np.savez(tmp_path / "others.npz", **others)
+    how = {"length": 0.03, "out": tmp_path / "runs", "results": folder / "results", "extractor": "pixels"}
+    with pytest.raises(poise.InputError, match="is of other settings or images: move it away"):
+        reproduce("mnist", data=tmp_path / "others.npz", options=QUIET, **how)
+    assert path.read_bytes() == before
+
+
 def test_a_piece_of_the_work_is_kept_although_its_run_is_not_measured_whole(small, monkeypatch):
     """Of three protocols two were done when it stopped: only the third is measured again, and the result is the same."""
     comparison, _ = small

@@ -117,7 +117,8 @@ def conduct(
         options: device, engine, time between checkpoints, display.
 
     Raises:
-        InputError: the data, network, extractor or folder cannot be used: said before anything starts.
+        InputError: the data, network, extractor or folder cannot be used, or a result of something else lies in the place of
+            one: said before anything starts.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
     with locked(folder):
@@ -127,6 +128,8 @@ def conduct(
         tasks = tasks_of(experiment, folder, results or folder / "results", measuring, options, dataset.checksum)
         crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
         open_folder(folder, experiment, dataset)
+        for task in tasks:
+            task.check_place()
         del dataset  # the processes read it for themselves
         outcome = carry_out(
             tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost

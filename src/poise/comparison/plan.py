@@ -64,12 +64,24 @@ class Task:
 
     def result(self) -> Result | None:
         """What was written of this very task before: same settings, images, protocols and sets; else None."""
+        found = self._written()
+        return found if found and self._is_mine(found) and self.measuring.covers(found) else None
+
+    def check_place(self) -> None:
+        """Raises InputError where a result of other settings or images lies in this one's place: it would be lost."""
+        found = self._written()
+        if found and not self._is_mine(found):
+            raise InputError(f"{self.result_path} is of other settings or images: move it away, or choose another folder")
+
+    def _written(self) -> Result | None:
         try:
             (found,) = read_results([self.result_path])
+            return found
         except InputError:  # there is none, or no whole one
             return None
-        same_images = found.data["checksum"] == self.checksum
-        return found if same_images and self._same_settings(found.settings) and self.measuring.covers(found) else None
+
+    def _is_mine(self, found: Result) -> bool:
+        return found.data["checksum"] == self.checksum and self._same_settings(found.settings)
 
     def _same_settings(self, earlier: dict[str, Any]) -> bool:
         try:

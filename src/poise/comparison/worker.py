@@ -21,7 +21,7 @@ from poise.datasets import Dataset
 from poise.errors import InputError, Interrupted, RunError
 from poise.pipeline import Options, train
 from poise.recipes.settings import Data
-from poise.results import result_of, write_result
+from poise.results import result_of, source_commit, write_result
 from poise.run import read_data
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     shelf = Shelf()
+    source_commit()  # of what was imported: by the end of the first run the clone may have moved on
     try:
         for line in lines_of_stdin():
             order = json.loads(line)

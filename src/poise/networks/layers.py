@@ -68,10 +68,9 @@ class SpectrallyNormalised(nn.Module):
         return self.layer(inputs / self.spectral_norm())
 
     def spectral_norm(self) -> Scalar:
-        """sigma; moves u and v in training mode."""
-        if not self.training:
-            return self.u @ (self._weight() @ self.v)
-        return self._iterate()
+        """sigma, in the weight's precision also under autocast; moves u and v in training mode."""
+        with torch.autocast(self.u.device.type, enabled=False):
+            return self._iterate() if self.training else self.u @ (self._weight() @ self.v)
 
     def _iterate(self) -> Scalar:
         """One power iteration. Its last product is sigma v, so that sigma needs none of its own."""

@@ -1,6 +1,6 @@
 """How a network runs on this machine: threads, memory, layout. What is computed stays the same, but for rounding.
 
-Each part holds inside a block and leaves everything as it was.
+Each part holds inside a block and leaves everything as it was (of memory: as it usually is).
 """
 
 import ctypes
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALL_PARAMETERS = 500_000
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt(3)
-GLIBC_DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65_536}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's mallopt(3)
 KEEP_ALL = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
+AS_GROWN = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 65_536}
 
 
 @contextmanager
@@ -75,6 +75,9 @@ def kept_memory() -> Iterator[None]:
 
     By default an array above 32 MiB goes back to the system when it is freed, and every step fetches it again, page by page:
     62,000 page faults and 90 of 1,330 ms in a step of a network with 17 million weights (2026-11-24).
+
+    glibc raises its thresholds as arrays are freed, until somebody sets one. They cannot be read; after the block they are what
+    they have grown to once an array of 32 MiB was freed, for their first values would fetch every array above 128 KiB anew.
     """
     mallopt, malloc_trim = _of_c_library("mallopt"), _of_c_library("malloc_trim")
     for name, value in KEEP_ALL.items():
@@ -82,7 +85,7 @@ def kept_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in GLIBC_DEFAULTS.items():
+        for name, value in AS_GROWN.items():
             mallopt(name, value)
         malloc_trim(0)
 
@@ -134,13 +137,13 @@ def pixels_as_products(network: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    return (
-        layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
+    own = "forward" in vars(layer)  # somebody has changed this layer, and keeps what he put there
+    zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return not own and layer.groups == 1 and layer.dilation == (1, 1) and zeros
 
 
 def _convolve(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    pairs = list(zip(images.shape[2:], layer.kernel_size, layer.stride, layer.padding, strict=True))
+    pairs = list(zip(images.shape[-2:], layer.kernel_size, layer.stride, layer.padding, strict=True))
     if images.dim() != 4 or any((side + 2 * int(pad) - kernel) // stride for side, kernel, stride, pad in pairs):
         return nn.Conv2d.forward(layer, images)
     (bottom, right), (top, left) = ([kernel - int(pad) - side for side, kernel, _, pad in pairs], layer.padding)
