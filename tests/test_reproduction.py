@@ -15,6 +15,7 @@ from poise.comparison import execution
 from poise.comparison.measuring import measured, measuring_for
 from poise.pipeline import Options
 from poise.recipes import EXPERIMENTS, RECIPES
+from poise.report.records import read_records
 from poise.reproduction import experiment_of, protocols_for, reproduce, shortened, text
 from poise.results import read_results
 from poise.run import GENERATIONS
@@ -50,6 +51,12 @@ def test_a_trial_has_every_set_under_every_protocol_and_says_that_it_is_one(smal
     assert result.value("FD-pixels", "GEN-2", "default") != result.value("FD-pixels", "GEN-2", "default-renormalised")
     measured = [(m["metric"], m["of"], m["protocol"]) for m in result.measurements()]
     assert len(set(measured)) == len(measured)
+
+
+def test_a_report_finds_the_results_though_they_lie_elsewhere(small):
+    (record,) = read_records([small[0].folder])
+    assert record.label == "computed (length 0.03)"
+    assert {m["of"] for m in record.evaluation["measurements"]} >= {"REC", "GEN-1", "GEN-2", "GEN-mixture"}
 
 
 def test_numbers_stand_beside_the_published_ones(small):

@@ -127,7 +127,7 @@ def conduct(
         measuring = measuring_for(dataset, experiment.protocols, experiment.extractor, experiment.priors, device)
         tasks = tasks_of(experiment, folder, results or folder / "results", measuring, options, dataset.checksum)
         crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
-        open_folder(folder, experiment, dataset)
+        open_folder(folder, experiment, dataset, results or folder / "results")
         for task in tasks:
             task.check_place()
         del dataset  # the processes read it for themselves
@@ -137,7 +137,7 @@ def conduct(
     return collected(experiment, tasks, outcome, folder)
 
 
-def open_folder(folder: Path, experiment: Experiment, dataset: Dataset) -> None:
+def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results: Path) -> None:
     """Prepare a new folder, or make sure that it holds this experiment, perhaps with other labels or fewer seeds.
 
     Raises:
@@ -154,7 +154,7 @@ def open_folder(folder: Path, experiment: Experiment, dataset: Dataset) -> None:
         now["labels"] = was["labels"] | now["labels"]
     elif any(not _expected(found) for found in folder.iterdir()):
         raise InputError(f"{folder} is not empty and is not an experiment's folder: choose another --out")
-    write_json(path, {"experiment": FORMAT, "name": experiment.name} | now)
+    write_json(path, {"experiment": FORMAT, "name": experiment.name, "results": str(results.resolve())} | now)
 
 
 def _expected(path: Path) -> bool:

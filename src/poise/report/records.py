@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from poise.comparison.experiment import DESCRIPTION
 from poise.errors import InputError, MissingInputError
 from poise.objectives import is_deterministic
 from poise.results import Result, read_results, safe_name
@@ -83,10 +84,13 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _results_in(path: Path) -> Iterable[tuple[Path, Result]]:
-    """The results that lie in a comparison's folder, with the folders of their runs."""
-    written = sorted((path / "results").glob("*.json"))
+    """The results of a comparison or a reproduction, which says where they are, with the folders of their runs."""
+    own, described = path / "results", path / DESCRIPTION
+    said = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+    written = sorted((own if own.is_dir() else Path(said.get("results", own))).glob("*.json"))
     for result in read_results(written) if written else []:
-        yield path.resolve() / safe_name(result.label, result.seed), result
+        if said.get("name", result.experiment) == result.experiment:
+            yield path.resolve() / safe_name(result.label, result.seed), result
 
 
 def run_folders(path: Path) -> list[Path]:
