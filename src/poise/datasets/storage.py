@@ -4,6 +4,7 @@ Two kinds hold a data set's images, NCHW, uint8 or float32: numpy arrays (in mem
 memory-mapped array.
 """
 
+import ctypes
 import mmap
 import os
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
@@ -99,13 +101,24 @@ def _asked_for(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
     if mapping is None or not len(indices):
         yield
         return
+    origin, madvise = np.frombuffer(mapping, np.uint8).ctypes.data, _madvise()
     mapping.madvise(mmap.MADV_RANDOM)
     try:
-        for start, length in _pieces(array, indices, np.frombuffer(mapping, np.uint8).ctypes.data):
-            mapping.madvise(mmap.MADV_WILLNEED, start, length)
+        for start, length in _pieces(array, indices, origin):
+            madvise(origin + start, length, mmap.MADV_WILLNEED)
         yield
     finally:
         mapping.madvise(mmap.MADV_NORMAL)  # what is read in blocks is served well by the system's own reading ahead
+
+
+@cache
+def _madvise() -> Any:
+    """The C library's, which lets other threads run meanwhile: Python's own holds its lock while the disk is asked, and with
+    500 rows a batch a small network trained 8 % slower for it (2026-11-24).
+    """
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 def _mapping(array: Any) -> mmap.mmap | None:
