@@ -80,7 +80,7 @@ class Bench:
 
     def engines(self) -> list[str]:
         """Those that this version of the package has and this device can run."""
-        return [name for name in get_args(Engine) if "captured" not in name or self.device.type == "cuda"]
+        return [name for name in get_args(Engine) if name == "eager" or self.device.type == "cuda"]
 
     def stage(self, number: int, precision: str) -> Stage:
         stage = RECIPE.first if number == 1 else RECIPE.second

@@ -1,6 +1,7 @@
 """Layers that TensorFlow has and PyTorch lacks, and spectral normalisation."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class SpectrallyNormalised(nn.Module):
 
     def spectral_norm(self) -> Scalar:
         """sigma, in the weight's precision also under autocast; moves u and v in training mode."""
-        with torch.autocast(self.u.device.type, enabled=False):
+        kind = self.u.device.type  # "meta" has no autocast
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return self._iterate() if self.training else self.u @ (self._weight() @ self.v)
 
     def _iterate(self) -> Scalar:
