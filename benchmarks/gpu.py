@@ -273,7 +273,8 @@ def relative(expected: Tensor, given: Tensor) -> float:
 def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     """Everything to be measured, the most telling first; compilation, the slowest, after what needs none."""
     bare = {"bare": torch.contiguous_format, "bare, channels_last": torch.channels_last}
-    quick, slow = [name for name in bench.engines() if name != "compiled"], set(bench.engines()) & {"compiled"}
+    slow = [name for name in bench.engines() if name.startswith("compiled")]
+    quick = [name for name in bench.engines() if name not in slow]
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
     for precision in PRECISIONS:
         todo[f"matrix / {precision}"] = lambda p=precision: {"tflop_per_second": matrix_rate(bench, p)}
