@@ -81,10 +81,10 @@ def torch_fidelity() -> types.ModuleType:
 def run_python():
     """Runs code in a clean interpreter, without hooks, that can import the package and the test modules."""
 
-    def run(code: str, *args: str) -> str:
+    def run(code: str, *args: str, stdin: str = "") -> str:
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         command, environment = [sys.executable, "-c", code, *args], os.environ | {"PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -214,6 +214,25 @@ def test_a_signal_stops_all_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert time.monotonic() - began < 30
 
 
+UNHEARD = """
+import os
+from poise.comparison import worker
+os.kill = lambda process, signal: None
+print(list(worker.lines_of_stdin()))
+"""
+
+
+def test_a_worker_ends_with_its_stdin_even_if_the_signal_for_it_comes_before_it_waits(run_python):
+    """Such a signal does not wake a thread: it is as if it had not been sent."""
+    assert run_python(UNHEARD, stdin="one\ntwo\n") == "[b'one\\n', b'two\\n']\n"
+
+
+def test_an_answer_that_cannot_be_read_is_the_end_of_a_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "START", DOUBLE.replace('"sleeps"', '"chats"').replace("time.sleep(60)", 'print("well")'))
+    outcome = execute(tasks(tmp_path, "chats", "good"), Crew(("cpu",), 1), 90, title="t", quiet=True)
+    assert list(outcome.failed) == ["chats, seed 0"]
+
+
 def test_a_task_survives_json(tmp_path):
     (task,) = tasks(tmp_path, "fixed:beta=4")
     task = replace(task, measuring=Measuring((DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)))

@@ -100,8 +100,9 @@ class Worker:
         self._listener.start()
 
     def _listen(self, answers: "queue.SimpleQueue[Answer]") -> None:
-        for line in self._pipe(self.process.stdout):
-            answers.put(Answer(self, json.loads(line)))
+        with suppress(ValueError):  # not an answer: of this process no other is heard, as if it had ended
+            for line in self._pipe(self.process.stdout):
+                answers.put(Answer(self, json.loads(line)))
         answers.put(Answer(self, None))
 
     @staticmethod

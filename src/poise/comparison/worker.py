@@ -42,17 +42,21 @@ def main() -> None:
 
 
 def lines_of_stdin() -> Iterator[bytes]:
-    """Lines as they come; another thread waits for them, and sends SIGTERM to this process when they end."""
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    """Lines as they come; another thread waits for them, and when they end asks whatever is being done to stop.
+
+    The end is put in the queue too: a signal that arrives just before a thread goes to sleep does not wake it.
+    """
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in open(0, "rb", buffering=0, closefd=False):  # unbuffered: no lock is held when the process ends
             lines.put(line)
+        lines.put(None)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
+    while (line := lines.get()) is not None:
+        yield line
 
 
 def answer(task: Task, device: str, shelf: "Shelf") -> dict[str, str]:
