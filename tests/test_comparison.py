@@ -24,7 +24,7 @@ from poise.comparison import differences, execution, markdown, measuring, speed,
 from poise.comparison.execution import execute
 from poise.comparison.measuring import Measuring, resolve_extractor
 from poise.comparison.plan import Crew, Task, crew_for, variants
-from poise.comparison.statistics import bootstrap, reached, spread, threshold
+from poise.comparison.statistics import bootstrap, figures, reached, spread, threshold
 from poise.pipeline import Options
 from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
@@ -121,6 +121,23 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
         ["thousand training images", "3.000", "4.000"],
         ["training seconds", "6.000", "8.000"],
     ]
+
+
+def test_a_number_has_one_name_whatever_else_was_measured():
+    """Under the default protocol the plain one, by whichever network; under others with the protocol's, or even its hash."""
+    one, both = result("a", 0, 0.1), result("a", 1, 0.1)
+    protocols = {"11": {"name": "default"}, "22": {"name": "default"}, "33": {"name": "other"}, "44": {"name": "other"}}
+    made = [("FID", "11", 1.0), ("FD-light", "22", 2.0), ("FID", "33", 3.0), ("FID", "44", 4.0), ("FID-infinity", "11", 0.0)]
+    measured = [{"metric": metric, "of": "REC", "protocol": code, "value": value} for metric, code, value in made]
+    both.evaluation.update(protocols=protocols, measurements=measured)
+    one.evaluation.update(protocols=protocols, measurements=measured[:1])
+    assert [name for name in figures(one) if "of REC" in name] == ["FID of REC"]
+    assert {name: value for name, value in figures(both).items() if "of REC" in name} == {
+        "FID of REC": 1.0,
+        "FD-light of REC": 2.0,
+        "FID of REC, other 33": 3.0,
+        "FID of REC, other 44": 4.0,
+    }
 
 
 # plan
@@ -231,6 +248,14 @@ def test_an_answer_that_cannot_be_read_is_the_end_of_a_worker(tmp_path, monkeypa
     monkeypatch.setattr(execution, "START", DOUBLE.replace('"sleeps"', '"chats"').replace("time.sleep(60)", 'print("well")'))
     outcome = execute(tasks(tmp_path, "chats", "good"), Crew(("cpu",), 1), 90, title="t", quiet=True)
     assert list(outcome.failed) == ["chats, seed 0"]
+
+
+def test_a_process_without_work_that_does_not_end_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(execution, "START", DOUBLE + "time.sleep(60)")
+    began = time.monotonic()
+    assert not execute(tasks(tmp_path, "good"), Crew(("cpu",), 1), 90, title="t", quiet=True).failed
+    assert time.monotonic() - began < 30
 
 
 def test_a_task_survives_json(tmp_path):

@@ -173,6 +173,23 @@ def test_labels_and_numbers_are_those_that_a_comparison_wrote(changed, tmp_path)
     assert record.evaluation == evaluation and record.label == "fixed:beta=4"
 
 
+def test_results_alone_make_a_page_with_the_numbers_and_curves_of_their_runs(compared, runs, tmp_path):
+    records = read_records([runs])
+    for result in results_of(records):
+        write_result(result, tmp_path / "results")
+    shown = write_report([tmp_path], tmp_path / "alone.html")
+    assert cells(shown)["test MSE (per dimension)"] == cells(compared)["test MSE (per dimension)"]
+    assert "Only the result of this run is here" in words(shown) and "data:image/png" not in body(shown)
+    drawn, expected = values(shown), values(compared)
+    missing = {f"stage{k}-beta" for k in (1, 2)}  # its loss is not in a result
+    assert {f["id"] for f in drawn["figures"]} == {f["id"] for f in expected["figures"]} - missing
+    for key, axis in expected["axes"].items():
+        assert drawn["axes"][key]["images"][-1] == axis["images"][-1]
+        assert drawn["axes"][key]["seconds"][-1] == pytest.approx(axis["seconds"][-1], abs=0.02)
+    (one,) = read_records([tmp_path / "results" / f"{results_of(records)[0].name}.json"])
+    assert (one.label, one.seed, one.alone) == (records[0].label, records[0].seed, True)
+
+
 def entry(step: int, **more: float) -> dict[str, float]:
     terms = {"loss": 7.0, "reconstruction_nats": 3.0, "kl_nats": 1.0, "mse": 0.5, "gamma2": 1.0}
     return {"stage": 1, "step": step, "images_seen": step * 10, "images_per_second": 5.0} | terms | more
@@ -251,7 +268,13 @@ def test_wrong_paths_are_said_in_one_line(tmp_path, runs):
         write_report([tmp_path / "nothing"])
     with pytest.raises(poise.InputError, match="holds no run"):
         write_report([tmp_path])
-    with pytest.raises(poise.InputError, match="not a folder"):
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "bench.json").write_text("{}")
+    (tmp_path / "experiment.json").write_text(json.dumps({"name": "begun", "results": str(others)}))
+    with pytest.raises(poise.InputError, match="holds no run yet"):
+        write_report([tmp_path])
+    with pytest.raises(poise.InputError, match=r"config\.json is not a result"):
         write_report([runs / "computed-0" / "config.json"])
     with pytest.raises(poise.InputError, match=r"\.html file"):
         write_report([runs], tmp_path / "report.pdf")

@@ -1,6 +1,7 @@
 """Published experiments on made images and a tiny share of their length: in pieces, complete, with their numbers to compare."""
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -95,6 +96,23 @@ def test_a_piece_of_the_work_is_kept_although_its_run_is_not_measured_whole(smal
     assert json.loads(json.dumps(evaluation)) == result.evaluation and how.covers(result)
 
 
+def test_what_another_extractor_measured_of_the_same_weights_stays_in_the_result(small, tmp_path):
+    comparison, _ = small
+    folder = shutil.copytree(comparison.folder / "computed-length-0.03-0", tmp_path / "run")
+    run = poise.load(folder)
+    part = json.loads(min((folder / "measured").iterdir()).read_text())
+    part["request"]["protocol"]["extractor"] = "another"
+    for measurement in part["evaluation"]["measurements"]:
+        measurement["metric"] = measurement["metric"].replace("pixels", "another")
+    (folder / "measured" / "default-another.json").write_text(json.dumps(part))
+    part["request"]["weights"] = {"model.safetensors": "of another training"}
+    part["evaluation"]["measurements"] = [{"metric": "FD-stale", "of": "REC", "protocol": "0", "value": 0.0}]
+    (folder / "measured" / "default-stale.json").write_text(json.dumps(part))
+    how = measuring_for(run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", GENERATIONS.values(), run.device)
+    found = {m["metric"] for m in measured(run, how, 0)["measurements"]}
+    assert {"FD-pixels", "FD-another"} <= found and "FD-stale" not in found
+
+
 def spy(method, asked: list):
     def spied(self, **options):
         asked.append(options["protocol"].name)
@@ -122,6 +140,9 @@ def test_an_experiment_is_its_recipe_but_for_the_label(name):
     own = RECIPES[name].first.balance
     assert experiment.planned() == [(own, replace(RECIPES[name], seed=seed)) for seed in (0, 1)]
     several = experiment_of(name, None, ["computed", "learned"], 1, 1.0, "auto")
+    other = experiment_of(name, None, ["computed"], 1, 1.0, "auto", "optimal")
+    ((label, recipe),) = other.planned()
+    assert label == "computed (stage 2 optimal)" and recipe.second.balance == "optimal"
     assert [recipe.first.balance for _, recipe in several.planned()] == ["computed", "learned"]
     assert all(
         replace(recipe, first=RECIPES[name].first, cost=RECIPES[name].cost) == RECIPES[name] for _, recipe in several.planned()

@@ -42,7 +42,7 @@ def test_a_result_says_what_its_evaluation_and_the_runs_files_say(finished):
     assert result.value("reconstruction.gamma2") == pytest.approx(float(run.first.balance.gamma2))
     summary = json.loads((run.folder / "summary.json").read_text())
     assert result.seconds == {"training": summary["seconds"], "evaluation": 1.5} and result.value("seconds.evaluation") == 1.5
-    assert result.seed == 7 and result.distance_name == "FD-pixels" and result.data["checksum"] == run.data["checksum"]
+    assert result.seed == 7 and result.distance_names == ("FD-pixels",) and result.data["checksum"] == run.data["checksum"]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ The settings are a recipe's (`poise.recipes`), each departure a named switch the
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from poise.comparison import Comparison, Experiment, conduct
+from poise.comparison.experiment import deadline
 from poise.comparison.plan import variants
 from poise.datasets import NAMES as DATA_NAMES
 from poise.errors import InputError
@@ -29,6 +29,7 @@ def reproduce(
     *,
     data: str | Path | None = None,
     balances: Sequence[str] | None = None,
+    second_balance: str | None = None,
     seeds: int = 1,
     length: float = 1.0,
     minutes: float | None = None,
@@ -47,6 +48,7 @@ def reproduce(
         name: of the recipe: cifar10, cifar10-released, celeba64, celeba64-released, mnist, fashion-mnist, ...
         data: in place of the recipe's own name: a folder, an .npz or .npy file, hf:owner/name.
         balances: of stage 1, one label each; None: the recipe's own.
+        second_balance: of stage 2, for all labels; "same": each label's own; None: the recipe's.
         seeds: 0, 1, ... so many.
         length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
         minutes: after so many all stops, with its state saved; None: never.
@@ -59,14 +61,12 @@ def reproduce(
         InputError: an unknown name, a wrong option, data that are not there.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
-    until = None if minutes is None else time.monotonic() + 60 * minutes
+    until = deadline(minutes)
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
     if not 0 < length <= 1:
         raise InputError(f"length must be a share of the whole, above 0 and at most 1, not {length}")
-    if minutes is not None and not minutes > 0:
-        raise InputError(f"minutes must be greater than 0, not {minutes}")
-    experiment = experiment_of(name, data, balances, seeds, length, extractor)
+    experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
         print("poise: note: the order of images is the file's own: only a folder of files can be listed", file=sys.stderr)
     trial = [] if length == 1 else ["length", f"{length:g}"]
@@ -77,13 +77,20 @@ def reproduce(
 
 
 def experiment_of(
-    name: str, data: str | Path | None, balances: Sequence[str] | None, seeds: int, length: float, extractor: str
+    name: str,
+    data: str | Path | None,
+    balances: Sequence[str] | None,
+    seeds: int,
+    length: float,
+    extractor: str,
+    second_balance: str | None = None,
 ) -> Experiment:
     """What is to be done."""
     recipe = RECIPES[name]
     base = with_data(shortened(recipe, length), data)
     trial = "" if length == 1 else f" (length {length:g})"
-    labels = variants(balances or [recipe.first.balance], (), None)
+    trial += "" if second_balance is None else f" (stage 2 {second_balance})"
+    labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
     return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor)
 

@@ -103,10 +103,10 @@ class Result:
         return [m for m in self.evaluation["measurements"] if protocol is None or protocol in named[m["protocol"]]]
 
     @property
-    def distance_name(self) -> str | None:
-        """How the Frechet distance is called that was measured: "FID", "FD-light", ...; None: there is none."""
-        names = (m["metric"] for m in self.evaluation["measurements"])
-        return next((name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name), None)
+    def distance_names(self) -> tuple[str, ...]:
+        """How the Frechet distances are called that were measured: "FID", "FD-light", ..."""
+        names = dict.fromkeys(m["metric"] for m in self.evaluation["measurements"])
+        return tuple(name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name)
 
     @property
     def name(self) -> str:
@@ -268,7 +268,9 @@ def _read(path: Path) -> list[Result]:
     values = {file: _values(file) for file in sorted(folder.glob("*.json"))}
     found = [_restore(file, value) for file, value in values.items() if isinstance(value, dict) and "result" in value]
     if not found:
-        raise InputError(f"{path} holds no results: give files that poise compare or poise reproduce wrote, or their folder")
+        raise MissingInputError(
+            f"{path} holds no results: give files that poise compare or poise reproduce wrote, or their folder"
+        )
     return found
 
 

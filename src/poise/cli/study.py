@@ -11,13 +11,17 @@ from poise.cli.options import (
     BALANCES,
     RECIPES_OWN,
     BatchSize,
+    Channels,
     Device,
+    EmaDecay,
     Engine,
     Epochs,
     Jobs,
     LatentDim,
     LearningRate,
+    Minutes,
     Network,
+    Precision,
     PriorChoice,
     RecipeName,
     SaveSeconds,
@@ -32,6 +36,9 @@ from poise.recipes import EXPERIMENTS
 
 if TYPE_CHECKING:
     from poise.comparison import Comparison
+
+
+SecondBalance = Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each label's own")]
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,9 @@ class Compare:
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 3
     recipe: RecipeName = None
     out: Annotated[Path | None, arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)")] = None
-    second_balance: Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each balance label's own")] = (
-        None
-    )
+    second_balance: SecondBalance = None
     size: Size = None
+    channels: Channels = None
     network: Network = None
     latent_dim: LatentDim = None
     epochs: Epochs = None
@@ -74,6 +80,8 @@ class Compare:
     stages: Stages = 2
     batch_size: BatchSize = None
     learning_rate: LearningRate = None
+    ema_decay: EmaDecay = None
+    precision: Precision = None
     protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
     images: Annotated[
         int | None, arg(help="real images to compare with as many others", help_behavior_hint="(default: the protocol's)")
@@ -85,6 +93,7 @@ class Compare:
             "that is here"
         ),
     ] = "auto"
+    minutes: Minutes = None
     jobs: Jobs = None
     device: Device = "auto"
     engine: Engine = "eager"
@@ -99,9 +108,11 @@ class Compare:
 
         options = Options(self.device, self.save_seconds, engine=self.engine)
         comparison = compare(self.data, options=options, **chosen)
-        print(comparison)
-        page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
-        print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
+        if comparison.results or comparison.failed:
+            print(comparison)
+            page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
+            print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
+        say_if_late(comparison, self.minutes)
         fail_if_any(comparison)
 
 
@@ -120,11 +131,10 @@ class Reproduce:
         tuple[str, ...] | None,
         arg(help="balances of stage 1, for instance computed learned optimal", help_behavior_hint=RECIPES_OWN),
     ] = None
+    second_balance: SecondBalance = None
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
     length: Annotated[float, arg(help="share of the full length, for a trial; its label says so")] = 1.0
-    minutes: Annotated[float | None, arg(help="stop after so many, with all saved", help_behavior_hint="(default: never)")] = (
-        None
-    )
+    minutes: Minutes = None
     out: Annotated[Path | None, arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)")] = None
     results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
     extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
@@ -141,8 +151,7 @@ class Reproduce:
         if comparison.results or comparison.failed:
             print(text(comparison))
             print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
-        if comparison.late:
-            print(f"stopped after {self.minutes:g} minutes; run the same command again to go on")
+        say_if_late(comparison, self.minutes)
         fail_if_any(comparison)
 
 
@@ -157,7 +166,7 @@ class Report:
         Positional[tuple[Path, ...]],
         arg(
             metavar="PATHS...",
-            help="folders of runs, or of comparisons: the runs that lie in a folder",
+            help="folders of runs, or of comparisons: the runs that lie in a folder; or results alone, .json files or folders",
             help_behavior_hint="(one or more)",
         ),
     ]
@@ -176,6 +185,12 @@ def write_page(comparison: "Comparison", device: str) -> Path:
     from poise.report import write_report
 
     return write_report([comparison.folder], comparison.folder / "report.html", device=device, quiet=False)
+
+
+def say_if_late(comparison: "Comparison", minutes: float | None) -> None:
+    """How to go on where the time was up before all runs were finished."""
+    if comparison.late:
+        print(f"stopped after {minutes:g} minutes; run the same command again to go on")
 
 
 def fail_if_any(comparison: "Comparison") -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -11,12 +11,15 @@ from poise.cli.options import (
     BALANCES,
     OBJECTIVES,
     BatchSize,
+    Channels,
     Device,
+    EmaDecay,
     Engine,
     Epochs,
     LatentDim,
     LearningRate,
     Network,
+    Precision,
     RecipeName,
     SaveSeconds,
     SecondEpochs,
@@ -48,7 +51,7 @@ class Train:
     out: Annotated[Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")] = None
     recipe: RecipeName = None
     size: Size = None
-    channels: Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")] = None
+    channels: Channels = None
     network: Network = None
     latent_dim: LatentDim = None
     balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
@@ -59,10 +62,8 @@ class Train:
     stages: Stages = 2
     batch_size: BatchSize = None
     learning_rate: LearningRate = None
-    ema_decay: Annotated[float | None, recipes_own("of a running average of the weights, used in their place, both stages")] = (
-        None
-    )
-    precision: Annotated[Literal["float32", "bfloat16"] | None, recipes_own("of the networks' arithmetic, both stages")] = None
+    ema_decay: EmaDecay = None
+    precision: Precision = None
     seed: Annotated[int, arg(help="of weights, order and noise")] = 0
     device: Device = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False

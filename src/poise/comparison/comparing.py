@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from poise.comparison.experiment import Comparison, Experiment, conduct
+from poise.comparison.experiment import Comparison, Experiment, conduct, deadline
 from poise.comparison.plan import variants
 from poise.datasets import read_images
 from poise.errors import InputError
@@ -37,6 +37,7 @@ def compare(
     protocol: str | Protocol = "default",
     images: int | None = None,
     extractor: str = "auto",
+    minutes: float | None = None,
     jobs: int | None = None,
     options: Options = Options(),
     **changes: Any,
@@ -60,6 +61,7 @@ def compare(
         protocol: see `poise.protocols`.
         images: how many real images are compared with as many others; None: as the protocol says.
         extractor: see `poise.evaluate`; "auto" is "pixels" for images of at most 16x16, and where nothing else is at hand.
+        minutes: after so many all stops, with its state saved; None: never.
         jobs: processes; None: as many as cores on a CPU, one for each GPU on cuda.
         options: device, engine, time between checkpoints, display.
         changes: of the recipe, as for `poise.train`: epochs, second_epochs, network, latent_dim, batch_size, stages, ...
@@ -71,6 +73,7 @@ def compare(
     Example:
         >>> print(poise.compare("digits", balances=["computed", "fixed:beta=4"], seeds=3))      # doctest: +SKIP
     """
+    until = deadline(minutes)
     labels = variants(balances if balances is not None else ("computed",) if models else BALANCES, models, second_balance)
     one_stage = isinstance(recipe, Recipe) and recipe.second is None
     chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
@@ -81,7 +84,7 @@ def compare(
     experiment = Experiment(name, base, labels, seeds, (wanted,), chosen, extractor)
     if base.data.source == "array":
         experiment = replace(experiment, base=_with_stored(data, base, folder))
-    comparison = conduct(experiment, folder=folder, jobs=jobs, options=options)
+    comparison = conduct(experiment, folder=folder, jobs=jobs, until=until, options=options)
     write_file(folder / "table.md", str(comparison).encode())
     return comparison
 

@@ -21,6 +21,7 @@ from poise.guards import stop_signals
 from poise.progress import progress
 
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 30.0  # with a process that has no work and was told to end
 SHOWN = 4  # tasks of which the display tells
 TAIL_BYTES = 2_000  # of a log, in which its last line lies
 START = (  # Ctrl-C while the imports run ends the process without a traceback
@@ -122,10 +123,14 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """Wait for the end of the process, which has been asked for."""
+        """Wait for the end of the process, which has been asked for; of one that has no work not for long."""
         with suppress(OSError):
             self._pipe(self.process.stdin).close()
-        self.process.wait()
+        try:
+            self.process.wait(None if self.task else PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self._listener.join()
         self._pipe(self.process.stdout).close()
         with suppress(OSError):

@@ -97,6 +97,19 @@ class Comparison:
         return page(self.name, self.results, self.reference, messages, self._failed_of_label)
 
 
+def deadline(minutes: float | None) -> float | None:
+    """So many minutes from now, by `time.monotonic`; None: never.
+
+    Raises:
+        InputError: not a positive number.
+    """
+    if minutes is None:
+        return None
+    if not minutes > 0:
+        raise InputError(f"minutes must be greater than 0, not {minutes}")
+    return time.monotonic() + 60 * minutes
+
+
 def conduct(
     experiment: Experiment,
     *,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -109,10 +109,12 @@ def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, 
 def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
     """The evaluation of a run under all protocols, as `Evaluation.to_json` gives it, with its "seconds".
 
-    What was measured under a protocol is kept in the run's folder, so that a stop loses one protocol's work at most.
+    What was measured under a protocol is kept in the run's folder, so that a stop loses one protocol's work at most; what
+    another extractor measured before stays in the result.
     """
     network = cache(lambda: _loaded(measuring.extractor, run.device))
     parts = [_part(run, measuring, protocol, seed, network) for protocol in measuring.protocols]
+    parts += _earlier(run.folder, parts)
     joined: dict[str, Any] = dict(parts[0]["evaluation"])
     joined["protocols"] = {code: p for part in parts for code, p in part["evaluation"]["protocols"].items()}
     measurements = [m for part in parts for m in part["evaluation"]["measurements"]]
@@ -139,6 +141,15 @@ def _part(
     part = {"request": request, "seconds": time.monotonic() - began, "evaluation": evaluation.to_json()}
     write_json(path, part)
     return strict(part)
+
+
+def _earlier(folder: Path, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is kept that other extractors measured of the same weights with the same seed."""
+    used = {part["request"]["protocol"]["extractor"] for part in parts}
+    same = [parts[0]["request"][name] for name in ("weights", "seed")]
+    kept = [part for path in sorted((folder / "measured").glob("*.json")) if (part := _kept(path))]
+    asked = [part for part in kept if [part["request"][name] for name in ("weights", "seed")] == same]
+    return [part for part in asked if part["request"]["protocol"]["extractor"] not in used]
 
 
 def _weights(folder: Path) -> dict[str, str]:

@@ -7,12 +7,14 @@ same noise), so that what a seed does to both cancels. Its interval is the perce
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from poise.errors import InputError
+from poise.protocols import DEFAULT
 from poise.results import Result
 
 DRAWS = 10_000
@@ -40,13 +42,21 @@ def figures(result: Result) -> dict[str, float]:
 
 
 def _distances(result: Result) -> Iterator[tuple[str, float]]:
-    """Frechet distances of all sets, with their protocols' names where there are several."""
-    distance = result.distance_name
-    codes = dict.fromkeys(m["protocol"] for m in result.evaluation["measurements"] if m["metric"] == distance)
-    for code in codes:
-        under = f", {result.evaluation['protocols'][code]['name']}" if len(codes) > 1 else ""
-        for of in SETS:
-            yield f"{distance} of {of}{under}", _value(result, str(distance), of, code)
+    """Frechet distances of all sets, with the protocol's name where it is not the default one, and its hash where names repeat.
+
+    So a number has the same name in every result, whatever else was measured there.
+    """
+    protocols = result.evaluation["protocols"]
+    measured = [m for m in result.measurements() if m["metric"] in result.distance_names and m["of"] in SETS]
+    named = [(f"{m['metric']} of {m['of']}{_under(protocols[m['protocol']]['name'])}", m) for m in measured]
+    count = Counter(name for name, _ in named)
+    for name, m in named:
+        value = math.nan if m["value"] is None else m["value"]
+        yield (name if count[name] == 1 else f"{name} {m['protocol']}"), value
+
+
+def _under(protocol: str) -> str:
+    return "" if protocol == DEFAULT.name else f", {protocol}"
 
 
 def _value(result: Result, *where: str) -> float:

@@ -165,7 +165,7 @@ def conditions(results: Iterable[Result]) -> list[str]:
 
 def _protocols(result: Result) -> list[str]:
     evaluation = result.evaluation
-    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] == result.distance_name)
+    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] in result.distance_names)
     return [f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}" for code in used]
 
 

@@ -72,6 +72,10 @@ def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
     """Everything that the model of a run can show."""
     shown = Exhibit(record)
     shown.latents = {name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures}
+    if record.alone:
+        shown.missing.append("Only the result of this run is here, without its model: no pictures can be drawn.")
+        shown.undiagnosed = "No diagnosis: only the result of this run is here, without its model."
+        return shown
     try:
         run = load(record.folder, device=device)
     except (InputError, RunError) as error:

@@ -1,6 +1,7 @@
 """Folders -> what is known of each run, from its files alone; what is missing is said in a sentence."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,13 +25,14 @@ class Record:
     Attributes:
         label: what runs that differ by their seed alone have in common; they share a colour.
         seed: of the run.
-        folder: of the run.
+        folder: of the run; if only its result is there, its name in its experiment's.
         config: config.json: "recipe", "data", "versions".
-        entries: metrics.jsonl, line by line.
+        entries: metrics.jsonl, line by line; if only the result is there, the points of its curves.
         summary: summary.json; None: there is none, training is not finished.
         evaluation: evaluation.json, or of the comparison's result; None: nothing was measured.
-        result: what `poise compare` wrote of the run.
+        result: what `poise compare` or `poise reproduce` wrote of the run.
         missing: a sentence for each thing that is not there.
+        alone: whether only the result is there, and neither the log nor the model.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Record:
     evaluation: dict[str, Any] | None
     missing: tuple[str, ...] = ()
     result: Result | None = None
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -67,47 +70,58 @@ class Record:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The runs in these folders, by label and seed, those of the reference first.
+    """The runs in these places, by label and seed, those of the reference first.
 
     Args:
-        paths: each a run's folder, or a folder with runs in it.
+        paths: each a run's folder, or a folder with runs in it; or, where there are none, a result, or a folder of results.
 
     Raises:
-        InputError: no folder is given, or one that holds no run.
+        InputError: nothing is given, or a place without runs and results.
     """
     if not paths:
-        raise InputError("give the folder of a run, or of a comparison")
+        raise InputError("give the folder of a run or of a comparison, or results")
     results = {folder: result for path in paths for folder, result in _results_in(path)}
-    folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
-    records = [read_record(folder, results.get(folder)) for folder in folders]
-    return sorted(_told_apart(records), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
+    alone = [folder for path in paths if not run_folders(path) for folder, _ in _results_in(path)]
+    folders = [folder.resolve() for path in paths for folder in run_folders(path)]
+    found = [read_record(folder, results.get(folder)) for folder in dict.fromkeys(folders)]
+    found += [record_of(results[folder], folder) for folder in dict.fromkeys(alone) if folder not in folders]
+    if not found:
+        raise InputError(f"{paths[0]} holds no run yet")
+    return sorted(_told_apart(found), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
 
 
-def _results_in(path: Path) -> Iterable[tuple[Path, Result]]:
-    """The results of a comparison or a reproduction, which says where they are, with the folders of their runs."""
+def _results_in(path: Path) -> list[tuple[Path, Result]]:
+    """The results in a place with the folders of their runs: a comparison or a reproduction says where its results are."""
     own, described = path / "results", path / DESCRIPTION
+    if not (run_folders(path) or described.exists()):
+        return [(Path(result.experiment) / safe_name(result.label, result.seed), result) for result in _only_results(path)]
     said = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
-    written = sorted((own if own.is_dir() else Path(said.get("results", own))).glob("*.json"))
-    for result in read_results(written) if written else []:
-        if said.get("name", result.experiment) == result.experiment:
-            yield path.resolve() / safe_name(result.label, result.seed), result
+    try:
+        written = read_results([own if own.is_dir() else Path(said.get("results", own))])
+    except MissingInputError:  # of no run yet
+        return []
+    results = [result for result in written if said.get("name", result.experiment) == result.experiment]
+    return [(path.resolve() / safe_name(result.label, result.seed), result) for result in results]
+
+
+def _only_results(path: Path) -> list[Result]:
+    if path.is_dir() and not any([*path.glob("*.json"), *path.glob("results/*.json")]):
+        runs = "no run (no config.json, in it or one folder below): give what `poise train` wrote"
+        raise InputError(f"{path} holds {runs}, or results of `poise compare`")
+    return read_results([path])
 
 
 def run_folders(path: Path) -> list[Path]:
     """The run in a folder, or the runs that lie in it.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such folder or file.
     """
-    if not path.is_dir():
-        found = "not a folder" if path.exists() else "no such folder"
-        raise MissingInputError(f"{path}: {found}; give the folder that `poise train` or `poise compare` wrote")
+    if not path.exists():
+        raise MissingInputError(f"{path}: no such folder; give the folder that `poise train` or `poise compare` wrote")
     if (path / "config.json").exists():
         return [path]
-    inside = sorted(config.parent for config in path.glob("*/config.json"))
-    if not inside:
-        raise InputError(f"{path} holds no run (no config.json, in it or one folder below): give what `poise train` wrote")
-    return inside
+    return sorted(config.parent for config in path.glob("*/config.json"))
 
 
 def read_record(folder: Path, result: Result | None = None) -> Record:
@@ -124,6 +138,26 @@ def read_record(folder: Path, result: Result | None = None) -> Record:
     missing = tuple(_missing(folder, config, entries, summary, evaluation))
     label = result.label if result else _label(folder.name, seed)
     return Record(label, seed, folder, config, entries, summary, evaluation, missing, result)
+
+
+def record_of(result: Result, folder: Path) -> Record:
+    """What a result says of a run whose folder is not there."""
+    made = result.provenance
+    versions = {name: value for name, value in made.items() if isinstance(value, str) and name not in ("device", "finished")}
+    config = {"recipe": result.settings, "data": result.data, "versions": versions}
+    summary = {"seconds": result.seconds.get("training"), "device": made.get("device", "–")}
+    entries = tuple(entry for stage, curve in result.curves.items() for entry in _points(int(stage), curve))
+    return Record(result.label, result.seed, folder, config, entries, summary, result.evaluation, (), result, alone=True)
+
+
+def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, float]]:
+    """The points of a curve as entries of a log."""
+    seen, elapsed = curve["images_seen"], curve["seconds"]
+    for number, values in enumerate(zip(*curve.values(), strict=True)):
+        images = seen[number] - (seen[number - 1] if number else 0)
+        seconds = elapsed[number] - (elapsed[number - 1] if number else 0)
+        rate = images / seconds if seconds > 0 else math.inf
+        yield dict(zip(curve, values, strict=True)) | {"stage": stage, "images_per_second": rate}
 
 
 def _label(name: str, seed: int) -> str:
