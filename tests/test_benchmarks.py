@@ -46,6 +46,12 @@ def test_a_streamed_data_set_is_trained_on_beside_one_in_memory(tmp_path):
 
 
 @pytest.mark.slow
+def test_tables_are_scored_beside_their_rivals(tmp_path):
+    iris = report("tables.py", tmp_path, "--splits", "2", "--steps", "20", "--only", "iris")["tables"]["iris"]
+    assert iris["VAE - PCA"] == pytest.approx([a - b for a, b in zip(iris["VAE"], iris["PCA"], strict=True)], abs=2e-3)
+
+
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do(tmp_path):
     gpu = report("gpu.py", tmp_path, "--device", "cpu", "--quick", "--only", "matrix", "tf32", "syncs", "equality")
     assert not [part for part in gpu["parts"].values() if "error" in part or "left_out" in part]

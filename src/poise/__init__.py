@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from poise.comparison import Comparison, compare
     from poise.diagnosis import Diagnosis, diagnose
     from poise.errors import InputError, Interrupted, RunError
+    from poise.estimator import VAEEstimator
     from poise.evaluation import Evaluation, evaluate
     from poise.latent import DiagonalGaussian
     from poise.pipeline import Options, train
@@ -60,6 +61,7 @@ __all__ = [
     "Run",
     "RunError",
     "ScheduledBalance",
+    "VAEEstimator",
     "balance",
     "compare",
     "diagnose",
@@ -92,6 +94,7 @@ _HOMES = {
     "comparison": ("Comparison", "compare"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("InputError", "Interrupted", "RunError"),
+    "estimator": ("VAEEstimator",),
     "evaluation": ("Evaluation", "evaluate"),
     "latent": ("DiagonalGaussian",),
     "pipeline": ("Options", "train"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from poise.images import PixelMoments
 from poise.priors import Prior
 from poise.seeds import noise_per_image
-from poise.shapes import Images
+from poise.shapes import Images, Values
 from poise.vae import VAE
 
 CHUNK = 100
@@ -46,8 +46,8 @@ def fit_adjustment(images: Images, real_std: float) -> VarianceAdjustment:
     return VarianceAdjustment(images.mean(0), real_std / max(moments.std(), 1e-12))
 
 
-def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Images:
-    """Images number `first` to `first + count - 1` of a seed, on the CPU.
+def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Values:
+    """Images (or whatever the VAE decodes) number `first` to `first + count - 1` of a seed, on the CPU.
 
     Args:
         vae: used in evaluation mode.
@@ -59,7 +59,7 @@ def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0)
     return torch.cat(list(sample_chunks(vae, prior, count, seed=seed, first=first)))
 
 
-def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Iterator[Images]:
+def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Iterator[Values]:
     """What `sample` gives, in parts, so that any number fits into memory."""
     device = next(vae.parameters()).device
     vae.eval()

@@ -3,7 +3,7 @@ it; `machine` says how a network runs here, `compiled` and `captured` are other 
 processes.
 """
 
-from poise.training.batches import Batches, CodeBatches, ImageBatches
+from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches
 from poise.training.loop import Engine, Watch, count_latents, fit
 from poise.training.machine import denormals_as_zero
 from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "ImageBatches",
     "TrainingState",
+    "VectorBatches",
     "Watch",
     "count_latents",
     "denormals_as_zero",

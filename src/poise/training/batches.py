@@ -16,7 +16,7 @@ from torch import Tensor
 from poise.datasets.storage import Rows, blocks, gather_rows, scale
 from poise.recipes.settings import Stage
 from poise.seeds import generator
-from poise.shapes import Latents, Values
+from poise.shapes import Features, Latents, Values
 
 READ_AHEAD = 2  # batches
 Draw = Callable[[int], Tensor]  # standard normal noise of so many columns, one row per image of the batch
@@ -120,6 +120,32 @@ class CodeBatches:
     def place(self, fetched: Tensor, draw: Draw) -> Latents:
         chosen = fetched.to(self.mean.device, non_blocking=True)
         return self.mean[chosen] + self.std[chosen] * draw(self.mean.shape[1])
+
+
+@final
+class VectorBatches:
+    """Batches of vectors as they are.
+
+    Args:
+        rows: (n, features), float32.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, rows: Features, device: torch.device) -> None:
+        self.rows = rows.to(device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ahead(self) -> int:
+        return 0
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        return indices
+
+    def place(self, fetched: Tensor, draw: Draw) -> Features:
+        return self.rows[fetched.to(self.rows.device, non_blocking=True)]
 
 
 @contextmanager

@@ -1,0 +1,153 @@
+"""The estimator: scikit-learn's own checks, probabilistic PCA where that is exact, and what users of tables expect."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits, load_wine
+from sklearn.decomposition import PCA
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import poise
+from poise import VAEEstimator
+from poise.estimator import CHECKS, PATIENCE
+
+QUICK = {"hidden": (16,), "steps": 60, "device": "cpu", "importance_samples": 5}
+DRAWS = np.random.default_rng(0)
+AXES = np.linalg.qr(DRAWS.normal(size=(6, 6)))[0][:2] * [[3.0], [1.5]]
+LINEAR = DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7  # pPCA of two latents
+
+
+@pytest.fixture(scope="module")
+def linear() -> VAEEstimator:
+    how = {"steps": 3_000, "batch_size": 2_000, "learning_rate": 2e-2, "device": "cpu", "random_state": 0}
+    return VAEEstimator(2, hidden=(), prior="normal", **how).fit(LINEAR)
+
+
+@pytest.fixture(scope="module")
+def wine() -> np.ndarray:
+    return StandardScaler().fit_transform(load_wine().data)
+
+
+@parametrize_with_checks([VAEEstimator(2, hidden=(8,), steps=10, importance_samples=2, device="cpu")])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of a mixture that is fitted to ten rows
+def test_scikit_learns_checks_pass(estimator, check, unchecked):
+    check(estimator)
+
+
+def test_without_hidden_layers_it_is_probabilistic_pca(linear):
+    exact = PCA(2).fit(LINEAR)
+    assert linear.noise_variance_ == pytest.approx(exact.noise_variance_, rel=0.03)
+    some = LINEAR[:500]
+    error = linear.score_samples(some) - exact.score_samples(some)
+    assert linear.score(some) == pytest.approx(exact.score(some), abs=0.02) and error.std() < 0.15
+    latents = np.column_stack([linear.transform(LINEAR), np.ones(len(LINEAR))])
+    explained = latents @ np.linalg.lstsq(latents, exact.transform(LINEAR), rcond=None)[0]
+    assert 1 - np.square(explained - exact.transform(LINEAR)).mean() / exact.transform(LINEAR).var() > 0.999
+
+
+def test_samples_have_the_mean_and_covariance_of_the_model(linear):
+    drawn = linear.sample(20_000, random_state=1)
+    exact = PCA(2).fit(LINEAR)
+    assert drawn.mean(0) == pytest.approx(LINEAR.mean(0), abs=0.1)
+    scale = exact.get_covariance().diagonal().max()
+    assert np.abs(np.cov(drawn.T) - exact.get_covariance()).max() < 0.06 * scale
+    still = np.cov(linear.sample(20_000, noise=False, random_state=1).T)
+    assert np.trace(np.cov(drawn.T) - still) == pytest.approx(6 * linear.noise_variance_, rel=0.05)
+
+
+def test_units_move_the_density_and_nothing_else(wine):
+    """p(10 x + 3) = p(x) / 10^D, and the codes are the same."""
+    one, other = (VAEEstimator(2, **QUICK, random_state=0).fit(table) for table in (wine, 10 * wine + 3))
+    moved = 10 * wine + 3
+    np.testing.assert_allclose(one.transform(wine), other.transform(moved), atol=1e-3)
+    assert other.score(moved) == pytest.approx(one.score(wine) - wine.shape[1] * math.log(10), abs=1e-2)
+    assert other.noise_variance_ == pytest.approx(100 * one.noise_variance_, rel=1e-3)
+    np.testing.assert_allclose(other.sample(9), 10 * one.sample(9) + 3, atol=1e-2)
+
+
+def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
+    """The digits' manifold is curved: 16 latents against as many axes."""
+    seen, unseen = train_test_split(load_digits().data, test_size=200, random_state=0)
+    model = VAEEstimator(16, hidden=(128,), steps=3_000, device="cpu", random_state=0)
+    assert model.fit(seen).score(unseen) > PCA(16).fit(seen).score(unseen) + 5
+
+
+def test_training_ends_when_rows_held_out_get_less_likely(wine):
+    model = VAEEstimator(2, hidden=(64,), steps=1_000, learning_rate=5e-3, device="cpu", random_state=0).fit(wine)
+    last = max(entry["step"] for entry in model.history_)
+    assert last < 1_000 and last == model.n_iter_ + PATIENCE * 1_000 // CHECKS
+    whole = clone(model).set_params(validation_fraction=0).fit(wine)
+    assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
+
+
+@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture"])
+def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
+    model = VAEEstimator(2, **QUICK, prior=prior, second_steps=30, random_state=0).fit(wine)
+    assert (
+        type(model.prior_).__name__
+        == {
+            "normal": "NormalPrior",
+            "second-stage": "SecondStagePrior",
+            "mixture": "MixturePrior",
+        }[prior]
+    )
+    assert model.sample(3).shape == (3, 13) and {entry["stage"] for entry in model.history_} == (
+        {1, 2} if prior == "second-stage" else {1}
+    )
+
+
+def test_the_same_random_state_gives_the_same_model_and_samples(wine):
+    one, again, other = (VAEEstimator(2, **QUICK, random_state=seed).fit(wine) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.transform(wine), again.transform(wine))
+    np.testing.assert_array_equal(one.sample(5), again.sample(5))
+    assert not np.allclose(one.transform(wine), other.transform(wine))
+    np.testing.assert_array_equal(one.sample(8)[:5], one.sample(5))
+    assert not np.allclose(one.sample(5, random_state=2), one.sample(5))
+
+
+def test_a_fitted_model_survives_pickling(wine):
+    model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.transform(wine), model.transform(wine))
+    assert again.score(wine) == model.score(wine)
+
+
+def test_it_works_in_pipelines_and_searches():
+    table, model = load_wine().data, VAEEstimator(2, **QUICK, random_state=0)
+    line = make_pipeline(StandardScaler(), model).fit(table)
+    assert line.transform(table).shape == (178, 2) and line.inverse_transform(line.transform(table)).shape == (178, 13)
+    assert list(line.get_feature_names_out()) == ["vaeestimator0", "vaeestimator1"]
+    search = GridSearchCV(line, {"vaeestimator__balance": ["computed", "fixed:gamma2=1"]}, cv=2).fit(table)
+    assert search.best_params_["vaeestimator__balance"] == "computed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"prior": "flow"}, "prior must be one of normal, second-stage, mixture, not 'flow'"),
+        ({"balance": "computd"}, "unknown balance 'computd'"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be at least 0 and less than 1"),
+        ({"importance_samples": 0}, "importance_samples must be at least 1"),
+        ({"steps": 0}, "steps must be greater than 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"device": "abacus"}, "device 'abacus' is not available"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused_by_name(changes, message, wine, unchecked):
+    with pytest.raises(poise.InputError, match=message):
+        VAEEstimator(**QUICK | changes).fit(wine)
+
+
+def test_latents_of_another_number_and_no_samples_are_refused(wine):
+    model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
+    with pytest.raises(poise.InputError, match="X has 3 columns, but the model 2 latents"):
+        model.inverse_transform(np.zeros((1, 3)))
+    with pytest.raises(poise.InputError, match="n_samples must be at least 1"):
+        model.sample(0)
