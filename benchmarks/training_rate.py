@@ -201,8 +201,8 @@ def step_flops(vae: VAE, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(name: str, device: torch.device, rounds: int, round_seconds: float) -> dict[str, Any]:
-    """All loops on one subject."""
+def measure(name: str, device: torch.device, rounds: int, round_seconds: float, warm_up: float | None) -> dict[str, Any]:
+    """All loops on one subject, after so many seconds of each, or its own."""
     subject = SUBJECTS[name]
     data, size = datasets.load(subject.data), subject.batch_size
     model: Any = None if subject.recipe else pythae_model(name, data.shape)
@@ -220,8 +220,8 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float) 
     }
     for run in loops.values():
         run(2)
-    if subject.warm_up_seconds:
-        number = round(5 * subject.warm_up_seconds / seconds(lambda: mine["poise, eager"](5), device))
+    if warm_up := subject.warm_up_seconds if warm_up is None else warm_up:
+        number = round(5 * warm_up / seconds(lambda: mine["poise, eager"](5), device))
         for run in loops.values():
             run(number)
     steps = max(2, min(round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)), len(data.train) // size))
@@ -278,6 +278,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each loop in a round, about")
+    parser.add_argument("--warm-up", type=float, help="seconds of each loop before the clock starts (default: the network's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))
     options = parser.parse_args()
@@ -285,7 +286,7 @@ def main() -> None:
     if find_spec("pythae") is None:
         chosen = [name for name in chosen if SUBJECTS[name].recipe]
         print("note: pythae is not installed (pip install pythae): its networks are left out", file=sys.stderr)
-    reports = {name: measure(name, device, options.rounds, options.seconds) for name in chosen}
+    reports = {name: measure(name, device, options.rounds, options.seconds, options.warm_up) for name in chosen}
     show(table(reports))
     write_report(options.json, {**machine(device), "rounds": options.rounds, "networks": reports})
 

@@ -21,9 +21,8 @@ def report(script: str, folder: Path, *options: str) -> dict:
 
 @pytest.mark.slow
 def test_training_is_measured_beside_a_bare_loop(tmp_path):
-    digits = report("training_rate.py", tmp_path, "--only", "digits", "--rounds", "1", "--seconds", "0.05")["networks"][
-        "digits"
-    ]
+    short = ("--only", "digits", "--rounds", "1", "--seconds", "0.05", "--warm-up", "0")
+    digits = report("training_rate.py", tmp_path, *short)["networks"]["digits"]
     assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
     assert all(set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values())
     # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's

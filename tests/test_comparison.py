@@ -392,7 +392,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         tiny(tmp_path, "computed")
 
 
-LONG = replace(TINY, first=replace(TINY.first, epochs=200), second=None)  # so that second-stage is no prior of it
+LONG = replace(TINY, first=replace(TINY.first, epochs=80), second=None)  # so that second-stage is no prior of it
 
 
 def start(folder: Path) -> subprocess.Popen:
