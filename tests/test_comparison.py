@@ -24,7 +24,7 @@ from poise.comparison import differences, execution, markdown, measuring, speed,
 from poise.comparison.execution import execute
 from poise.comparison.measuring import Measuring, resolve_extractor
 from poise.comparison.plan import Crew, Task, crew_for, variants
-from poise.comparison.statistics import bootstrap, figures, reached, spread, threshold
+from poise.comparison.statistics import bootstrap, reached, spread, threshold
 from poise.pipeline import Options
 from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
@@ -123,21 +123,32 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
     ]
 
 
-def test_a_number_has_one_name_whatever_else_was_measured():
-    """Under the default protocol the plain one, by whichever network; under others with the protocol's, or even its hash."""
-    one, both = result("a", 0, 0.1), result("a", 1, 0.1)
-    protocols = {"11": {"name": "default"}, "22": {"name": "default"}, "33": {"name": "other"}, "44": {"name": "other"}}
-    made = [("FID", "11", 1.0), ("FD-light", "22", 2.0), ("FID", "33", 3.0), ("FID", "44", 4.0), ("FID-infinity", "11", 0.0)]
+def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> Result:
+    """A result with distances of reconstructions, each of a protocol: 11 and 22 are both called default, 33 is not."""
+    found = result(label, seed, 0.1)
+    protocols = {code: {"name": name} for code, name in (("11", "default"), ("22", "default"), ("33", "other"))}
     measured = [{"metric": metric, "of": "REC", "protocol": code, "value": value} for metric, code, value in made]
-    both.evaluation.update(protocols=protocols, measurements=measured)
-    one.evaluation.update(protocols=protocols, measurements=measured[:1])
-    assert [name for name in figures(one) if "of REC" in name] == ["FID of REC"]
-    assert {name: value for name, value in figures(both).items() if "of REC" in name} == {
-        "FID of REC": 1.0,
-        "FD-light of REC": 2.0,
-        "FID of REC, other 33": 3.0,
-        "FID of REC, other 44": 4.0,
-    }
+    found.evaluation.update(protocols=protocols, measurements=measured)
+    return found
+
+
+def test_a_number_has_one_name_in_all_results_of_a_table():
+    """Under the default protocol the plain one, whatever else was measured; with the hash where it would stand for two."""
+    one = measured_as(0, ("FID", "11", 1.0))
+    other = measured_as(1, ("FID", "11", 2.0), ("FID", "33", 3.0), ("FD-light", "22", 4.0), ("FID-infinity", "11", 0.0))
+    assert table_of_distances([one, other]) == [
+        ["FID of REC", "1.500 ± 0.707"],
+        ["FID of REC, other", "3.000 (of 1)"],
+        ["FD-light of REC", "4.000 (of 1)"],
+    ]
+    unlike = [measured_as(0, ("FID", "11", 1.0)), measured_as(0, ("FID", "22", 5.0), label="b")]
+    assert table_of_distances(unlike) == [["FID of REC 11", "1.000", "-"], ["FID of REC 22", "-", "5.000"]]
+    assert not [row for row in differences(unlike, "a") if row[0].startswith("FID") and row[1] != "-"]
+
+
+def table_of_distances(results: list[Result]) -> list[list[str]]:
+    rows = [row for row in table(results) if row[0].startswith("F")]
+    return sorted(rows, key=lambda row: (row[0].startswith("FD"), row[0]))
 
 
 # plan

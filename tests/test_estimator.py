@@ -8,6 +8,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,6 +24,9 @@ AXES = np.linalg.qr(DRAWS.normal(size=(6, 6)))[0][:2] * [[3.0], [1.5]]
 LINEAR = DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7  # pPCA of two latents
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # few steps, few rows
+
+
 @pytest.fixture(scope="module")
 def linear() -> VAEEstimator:
     how = {"steps": 3_000, "batch_size": 2_000, "learning_rate": 2e-2, "device": "cpu", "random_state": 0}
@@ -35,7 +39,6 @@ def wine() -> np.ndarray:
 
 
 @parametrize_with_checks([VAEEstimator(2, hidden=(8,), steps=10, importance_samples=2, device="cpu")])
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of a mixture that is fitted to ten rows
 def test_scikit_learns_checks_pass(estimator, check, unchecked):
     check(estimator)
 
@@ -127,16 +130,60 @@ def test_it_works_in_pipelines_and_searches():
     assert search.best_params_["vaeestimator__balance"] == "computed"
 
 
+def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
+    """On its way the ELBO of rows held out is higher than at its aim."""
+    model = VAEEstimator(6, balance="constrained:target_mse=0.3", hidden=(32,), steps=1_500, device="cpu", random_state=0)
+    assert model.fit(wine).n_iter_ == 1_500
+    last = [entry["mse"] for entry in model.history_[-20:]]
+    assert np.mean(last) == pytest.approx(0.3, rel=0.1)
+
+
+def test_of_few_rows_two_are_held_out(wine):
+    """Else a dozen rows are learned by heart, and others are thousands of nats less likely."""
+    model = VAEEstimator(3, hidden=(64,), steps=1_500, device="cpu", random_state=0).fit(wine[:12])
+    assert model.n_iter_ < 1_500 and model.score(wine[100:]) > -100
+
+
+def test_too_few_steps_are_said(wine):
+    with pytest.warns(ConvergenceWarning, match=r"rose by .* nats in the last fifth of 100 steps: give more of them"):
+        VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)
+
+
+def test_a_fit_that_fails_leaves_no_model(wine):
+    model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
+    with pytest.raises(poise.RunError, match="lower learning rate"):
+        model.set_params(learning_rate=1e9).fit(wine * 50 + 1000)
+    with pytest.raises(NotFittedError):
+        model.transform(wine)
+
+
+def test_rows_far_from_all_others_have_a_density(wine):
+    model = VAEEstimator(2, hidden=(64,), steps=300, device="cpu", importance_samples=5, random_state=0).fit(wine)
+    scores = model.score_samples(wine * 10_000)
+    assert np.isfinite(scores).all() and scores.max() < model.score_samples(wine).min()
+
+
+@pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, 0.0])
+def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
+    assert VAEEstimator(1, **QUICK, random_state=0).fit(np.full((50, 3), value)).scale_ == 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
+        ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
+        ({"hidden": 16}, "hidden must be a tuple of widths"),
         ({"prior": "flow"}, "prior must be one of normal, second-stage, mixture, not 'flow'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
+        ({"balance": None}, "balance must be the name"),
+        ({"balance": "computed:power=1"}, "with a squared error, not 'computed:power=1'"),
         ({"validation_fraction": 1.0}, "validation_fraction must be at least 0 and less than 1"),
-        ({"importance_samples": 0}, "importance_samples must be at least 1"),
-        ({"steps": 0}, "steps must be greater than 0"),
-        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"importance_samples": 0}, "importance_samples must be a whole number of at least 1"),
+        ({"steps": 10.5}, "steps must be a whole number of at least 1, not 10.5"),
+        ({"second_steps": 0}, "second_steps must be a whole number of at least 1"),
+        ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
+        ({"learning_rate": 0}, "learning_rate must be greater than 0"),
         ({"device": "abacus"}, "device 'abacus' is not available"),
     ],
 )
@@ -145,9 +192,16 @@ def test_parameters_that_cannot_be_are_refused_by_name(changes, message, wine, u
         VAEEstimator(**QUICK | changes).fit(wine)
 
 
+def test_values_beyond_what_can_be_squared_are_refused(wine):
+    with pytest.raises(poise.InputError, match="too large to be squared"):
+        VAEEstimator(**QUICK).fit(wine * 1e200)
+
+
 def test_latents_of_another_number_and_no_samples_are_refused(wine):
     model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
     with pytest.raises(poise.InputError, match="X has 3 columns, but the model 2 latents"):
         model.inverse_transform(np.zeros((1, 3)))
+    model.set_params(latent_dim=3)
+    assert model.inverse_transform(model.transform(wine)).shape == wine.shape and len(model.get_feature_names_out()) == 2
     with pytest.raises(poise.InputError, match="n_samples must be at least 1"):
         model.sample(0)

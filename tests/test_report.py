@@ -190,6 +190,42 @@ def test_results_alone_make_a_page_with_the_numbers_and_curves_of_their_runs(com
     assert (one.label, one.seed, one.alone) == (records[0].label, records[0].seed, True)
 
 
+def test_results_of_several_experiments_are_told_apart_in_every_table(runs, tmp_path):
+    for experiment, mse in (("one", 0.25), ("two", 0.75)):
+        for found in results_of(read_records([runs]))[:2]:
+            page = found.evaluation["reconstruction"] | {"mse": mse}
+            write_result(
+                replace(found, experiment=experiment, evaluation=found.evaluation | {"reconstruction": page}), tmp_path
+            )
+    rows = {row[0]: row[1:] for row in table(results_of(read_records([tmp_path])))}
+    assert rows["seeds"] == ["2", "2"] and rows["test MSE (per dimension)"] == ["0.2500 ± 0.0000", "0.7500 ± 0.0000"]
+
+
+def test_a_result_counts_once_and_of_two_that_contradict_each_other_none(runs, tmp_path):
+    (found, *_) = results_of(read_records([runs]))
+    one, other = write_result(found, tmp_path / "one"), tmp_path / "other" / "copy.json"
+    other.parent.mkdir()
+    shutil.copy(one, other)
+    assert len(read_records([one, other.parent, tmp_path / "one"])) == 1
+    write_result(replace(found, seconds={"training": 1.0}), other.parent)
+    other.unlink()
+    with pytest.raises(poise.InputError, match=r"there are several runs of .*computed, seed 0"):
+        read_records([one, other.parent])
+
+
+def test_of_a_run_that_is_gone_its_comparison_still_has_the_result(changed, tmp_path):
+    folder = Path(shutil.move(changed, tmp_path / "compared" / "computed-0"))
+    (found,) = results_of(read_records([folder]))
+    for label, seed in (("computed", 0), ("computed", 1), ("another", 0)):
+        write_result(replace(found, experiment="it", label=label, seed=seed), folder.parent / "results")
+    described = {"name": "it", "labels": {"computed": {}}, "results": "results"}
+    (folder.parent / "experiment.json").write_text(json.dumps(described))
+    assert [(r.label, r.seed, r.alone) for r in read_records([folder.parent])] == [
+        ("computed", 0, False),
+        ("computed", 1, True),
+    ]
+
+
 def entry(step: int, **more: float) -> dict[str, float]:
     terms = {"loss": 7.0, "reconstruction_nats": 3.0, "kl_nats": 1.0, "mse": 0.5, "gamma2": 1.0}
     return {"stage": 1, "step": step, "images_seen": step * 10, "images_per_second": 5.0} | terms | more

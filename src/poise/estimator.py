@@ -6,23 +6,27 @@ A row x is modelled as Gaussian about what the decoder f makes of its latents,
 
 with the mean row m, and one scale s for all columns: the root of their mean variance. As in principal component analysis a
 column of large variance counts for more than others; put a StandardScaler before it where all should count alike. Without
-hidden layers the best such model is probabilistic PCA (Tipping & Bishop 1999).
+hidden layers the best such model is probabilistic PCA (Tipping & Bishop 1999), which training nears if it has steps enough.
 
 Tables are small, and a network learns them by heart: gamma2 follows the error of the rows trained on, and rows never seen
-then look impossible. So some rows are held out, and the weights kept are those that gave them the highest ELBO.
+then look impossible. So some rows are held out, and the weights kept are those that gave them the highest ELBO. A balance that
+is steered (scheduled, constrained, controlled) passes through higher ELBOs on its way to its aim: it trains to the end.
 """
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise import networks
 from poise.balance import make_balance
@@ -37,9 +41,13 @@ from poise.training import Batches, CodeBatches, TrainingState, VectorBatches, W
 from poise.vae import VAE
 
 PRIORS = ("normal", "second-stage", "mixture")
+STEERED = ("scheduled", "constrained", "controlled")  # balances
 CHECKS = 50  # of the rows held out, over the length of training
 PATIENCE = 10  # checks without a higher ELBO, after which training ends
+RISING_NATS = 0.1  # within the last checks, of which a warning tells
+COMPONENTS = 10  # of the mixture, if there are ten rows for each of its latents
 CHUNK = 100  # latents decoded together: a product may round differently in a batch of another size
+LARGEST_LOGVAR = 20.0  # of a posterior; a row far from all others would have an infinite one
 DTYPES: Any = [np.float64, np.float32]
 
 
@@ -49,14 +57,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     Args:
         latent_dim: number of latents, which `transform` gives.
         hidden: widths of the encoder's hidden layers, mirrored in the decoder; empty: a linear VAE.
-        balance: see `poise.balance.make_balance`; "computed" needs no tuning.
-        prior: what `sample` draws latents from. "mixture": of Gaussians, fitted to the training rows' codes; "second-stage": a
-            second VAE that learns the codes; "normal": N(0, I).
+        balance: of stage 1, see `poise.balance.make_balance`; "computed" needs no tuning.
+        prior: what `sample` draws latents from. "mixture": of Gaussians, fitted to all rows' codes; "second-stage": a second
+            VAE, with a computed balance, that learns the codes; "normal": N(0, I).
         steps: length of training, in batches, at most.
         second_steps: of the second stage, where there is one.
         batch_size: rows a step.
         learning_rate: Adam's.
-        validation_fraction: of the rows, held out to see when to stop; 0: train for all the steps.
+        validation_fraction: of the rows, held out to see when to stop, of four rows or more at least two; 0, or a steered
+            balance: train for all the steps.
         importance_samples: latents per row that `score` and `score_samples` average over.
         device: where it is trained: "auto", "cpu", "cuda", ... The fitted model lies on the CPU.
         random_state: of weights, order, noise and samples; an integer gives the same model every time on one machine.
@@ -68,6 +77,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_variance_: s^2 gamma2 of eq. 1, as of scikit-learn's `PCA`.
         vae_, balance_: trained, of rows from which m is taken and which are divided by s.
         n_iter_: the step from which their weights are.
+        n_latents_: latent_dim as it was.
         prior_: what latents are drawn from.
         history_: the log: loss, reconstruction_nats, kl_nats, mse, gamma2 over steps, of both stages.
         n_features_in_, feature_names_in_: as of any estimator.
@@ -119,45 +129,59 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             y: not used.
 
         Raises:
-            InputError: a parameter that cannot be (a ValueError, as scikit-learn raises for tables that cannot be).
+            InputError: a parameter that cannot be (a ValueError, as scikit-learn raises for tables that cannot be), or values
+                beyond what can be squared.
             RunError: the loss is not finite.
         """
         self._check_parameters()
+        vars(self).pop("vae_", None)  # if this fails, there is no model rather than half of an old one
         table: np.ndarray = _validated(self, X, ensure_min_samples=2)
-        self.mean_ = table.mean(0, dtype=np.float64)
-        self.scale_ = math.sqrt(table.var(0, dtype=np.float64).mean()) or 1.0
+        self.mean_, self.scale_ = table.mean(0, dtype=np.float64), _scale(table)
         self.history_: list[dict[str, float]] = []
         seed = _seed(self.random_state)
         with denormals_as_zero():
             self._train(self._scaled(table), seed)
         return self
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "vae_")
+
     def _check_parameters(self) -> None:
         if self.prior not in PRIORS:
             raise InputError(f"prior must be one of {', '.join(PRIORS)}, not {self.prior!r}")
-        for name in ("latent_dim", "importance_samples"):
-            if not getattr(self, name) >= 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction}")
+        least = {"latent_dim": 1, "steps": 1, "second_steps": 1, "batch_size": 2, "importance_samples": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < bound:
+                raise InputError(f"{name} must be a whole number of at least {bound}, not {value!r}")
+        widths = self.hidden if isinstance(self.hidden, (list, tuple)) else None
+        if widths is None or not all(isinstance(width, Integral) and width >= 1 for width in widths):
+            raise InputError(f"hidden must be a tuple of widths of at least 1, as (256, 256), not {self.hidden!r}")
+        if not isinstance(self.learning_rate, Real) or not self.learning_rate > 0:
+            raise InputError(f"learning_rate must be greater than 0, not {self.learning_rate!r}")
+        if not isinstance(self.validation_fraction, Real) or not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}")
+        if not isinstance(self.balance, str) or make_balance(self.balance, latent_dim=self.latent_dim).power != 2:
+            raise InputError(f"balance must be the name of one with a squared error, not {self.balance!r}")
 
     def _train(self, rows: Tensor, seed: int) -> None:
         """Stage 1, and of the prior what is learned."""
-        held_out, kept = _split(len(rows), self.validation_fraction, seed)
+        held_out, kept = _split(len(rows), 0 if self.balance.startswith(STEERED) else self.validation_fraction, seed)
         with seeded(derive("weights", seed, 1)):
-            vae = VAE(*networks.mlp(rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear"))
+            encoder, decoder = networks.mlp(rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear")
+        stage = Stage(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, balance=self.balance)
         data = VectorBatches(rows[kept], choose_device(self.device))
-        state = self._stage(1, self.steps, vae, data, rows[held_out], seed)
-        self.vae_, self.balance_, self.n_iter_ = state.vae, state.balance, state.step
-        self.noise_variance_ = self.scale_**2 * float(self.balance_.gamma2)
-        self.prior_ = self._fit_prior(rows, held_out, kept, seed)
+        state = self._fitted(1, stage, VAE(Bounded(encoder), decoder), data, rows[held_out], seed)
+        prior = self._fit_prior(state.vae, rows, (held_out, kept), seed)
+        self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
+        self.balance_, self.n_iter_, self.n_latents_, self.prior_ = state.balance, state.step, self.latent_dim, prior
+        self.vae_ = state.vae
 
-    def _stage(self, number: int, steps: int, vae: VAE, data: Batches, held_out: Tensor, seed: int) -> TrainingState:
+    def _fitted(self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int) -> TrainingState:
         """What was best for the rows held out, on the CPU."""
-        stage = Stage(steps=steps, batch_size=self.batch_size, learning_rate=self.learning_rate, balance=self.balance)
         balance = make_balance(stage.balance, latent_dim=self.latent_dim)
         state = new_state(vae, balance, stage, choose_device(self.device))
-        best = Best(state, held_out, every=max(1, steps // CHECKS))
+        best = Best(state, held_out, steps=stage.total_steps(len(data)))
         watch = Watch(log=self.history_.append, stop=best.is_over, quiet=not self.verbose)
         fit(state, data, stage, number=number, seed=seed, watch=watch)
         best.restore()
@@ -165,17 +189,19 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             module.cpu().eval().requires_grad_(False)
         return state
 
-    def _fit_prior(self, rows: Tensor, held_out: Tensor, kept: Tensor, seed: int) -> Prior:
+    def _fit_prior(self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int) -> Prior:
         if self.prior == "normal":
             return NormalPrior(self.latent_dim)
-        codes = encode_all(self.vae_, rows)
+        codes = encode_all(vae, rows)
         if self.prior == "mixture":
-            return fit_mixture(codes, seed=seed)
+            return fit_mixture(codes, components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))), seed=seed)
+        held_out, kept = split
         with seeded(derive("weights", seed, 2)):
-            vae = VAE(*networks.second_stage(self.latent_dim, max(self.hidden, default=256)))
+            second = VAE(*networks.second_stage(self.latent_dim, max(self.hidden, default=256)))
+        stage = Stage(steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
         latents = codes.sample(noise_per_image(len(rows), self.latent_dim, derive("codes", seed)))
-        state = self._stage(2, self.second_steps, vae, data, latents[held_out], seed)
+        state = self._fitted(2, stage, second, data, latents[held_out], seed)
         return SecondStagePrior(state.vae, self.latent_dim, state.balance.gamma2)
 
     def transform(self, X: Any) -> np.ndarray:
@@ -198,10 +224,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         check_is_fitted(self)
         latents: np.ndarray = check_array(X, dtype=DTYPES)
-        if latents.shape[1] != self.latent_dim:
-            raise InputError(f"X has {latents.shape[1]} columns, but the model {self.latent_dim} latents")
+        if latents.shape[1] != self.n_latents_:
+            raise InputError(f"X has {latents.shape[1]} columns, but the model {self.n_latents_} latents")
         with torch.no_grad():
-            rows = [self.vae_.decode(part) for part in torch.from_numpy(latents).float().split(CHUNK)]
+            rows = [self.vae_.decode(part) for part in torch.tensor(latents, dtype=torch.float32).split(CHUNK)]
         return self._unscaled(torch.cat(rows)).astype(latents.dtype)
 
     def sample(self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None) -> np.ndarray:
@@ -258,12 +284,24 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     @property
     def _n_features_out(self) -> int:
-        return self.latent_dim
+        return self.n_latents_
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+class Bounded(nn.Module):
+    """An encoder whose log variances stay finite, however far a row lies from those it has learned."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.encoder(rows)
+        return mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR)
 
 
 class Best:
@@ -272,19 +310,21 @@ class Best:
     Args:
         state: in training.
         held_out: (n, features), rows that are not trained on; none: the last weights count as the best.
-        every: steps between checks.
+        steps: length of training.
     """
 
-    def __init__(self, state: TrainingState, held_out: Tensor, *, every: int) -> None:
-        self.state, self.held_out, self.every = state, held_out, every
-        self.elbo, self.since, self.checked = -math.inf, 0, 0
+    def __init__(self, state: TrainingState, held_out: Tensor, *, steps: int) -> None:
+        self.state, self.held_out = state, held_out
+        self.steps, self.every = steps, max(1, steps // CHECKS)
+        self.elbos: list[float] = []
+        self.checked = 0
         self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
     def is_over(self) -> bool:
         """Whether the ELBO has not risen for long; asked after every step."""
         if self.state.step % self.every == 0 and self.state.step > self.checked:
             self.check()
-        return self.since >= PATIENCE
+        return max(self.elbos[-PATIENCE:], default=0.0) < max(self.elbos, default=0.0)
 
     def check(self) -> None:
         """Keep the weights of now if they are better."""
@@ -294,27 +334,47 @@ class Best:
         elbo = reconstruction(state.vae, state.balance, self.held_out).elbo_nats
         state.vae.train()
         assert elbo is not None
-        self.since += 1
-        if elbo > self.elbo:
-            self.elbo, self.since = elbo, 0
+        if elbo > max(self.elbos, default=-math.inf):
             self.kept = (state.step, copy.deepcopy(state.vae.state_dict()), copy.deepcopy(state.balance.state_dict()))
+        self.elbos.append(elbo)
 
     def restore(self) -> None:
-        """Put the best weights back."""
+        """Put the best weights back; say so if better ones were still to come."""
         if self.state.step > self.checked:
             self.check()
+        self._warn_if_rising()
         if self.kept is not None:
             self.state.step, weights, balance = self.kept
             self.state.vae.load_state_dict(weights)
             self.state.balance.load_state_dict(balance)
 
+    def _warn_if_rising(self) -> None:
+        rise = max(self.elbos[-PATIENCE:], default=0.0) - max(self.elbos[:-PATIENCE], default=0.0)
+        if self.state.step == self.steps and len(self.elbos) > PATIENCE and rise > RISING_NATS:
+            text = (
+                f"the ELBO of rows held out rose by {rise:.2f} nats in the last fifth of {self.steps} steps: give more of them"
+            )
+            warnings.warn(text, ConvergenceWarning, stacklevel=5)
+
 
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows held out, and of the others: at random, and none held out if it would be fewer than two."""
+    """Numbers of the rows held out, at random, and of the others; of fewer than four none is held out."""
     order = torch.randperm(count, generator=generator("held out", seed))
-    number = int(fraction * count)
-    number = number if number > 1 else 0
+    number = max(2, math.ceil(fraction * count)) if fraction and count >= 4 else 0
     return order[:number], order[number:]
+
+
+def _scale(table: np.ndarray) -> float:
+    """The root of the columns' mean variance; 1 where they do not vary but for rounding.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = math.sqrt(table.var(0, dtype=np.float64).mean())
+    if not math.isfinite(scale):
+        raise InputError("the table's values are too large to be squared: scale them first (StandardScaler)")
+    return scale if scale > 1e-12 * float(np.abs(table).max()) else 1.0
 
 
 def _validated(estimator: VAEEstimator, X: Any, **options: Any) -> Any:

@@ -72,7 +72,8 @@ def reproduce(
     trial = [] if length == 1 else ["length", f"{length:g}"]
     folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
     comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
-    write_file(folder / "table.md", text(comparison).encode())
+    if comparison.results or comparison.failed:
+        write_file(folder / "table.md", text(comparison).encode())
     return comparison
 
 

@@ -85,7 +85,8 @@ def compare(
     if base.data.source == "array":
         experiment = replace(experiment, base=_with_stored(data, base, folder))
     comparison = conduct(experiment, folder=folder, jobs=jobs, until=until, options=options)
-    write_file(folder / "table.md", str(comparison).encode())
+    if comparison.results or comparison.failed:
+        write_file(folder / "table.md", str(comparison).encode())
     return comparison
 
 

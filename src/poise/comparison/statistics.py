@@ -7,8 +7,7 @@ same noise), so that what a seed does to both cancels. Its interval is the perce
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,29 +33,38 @@ PAGES = {
 SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 
 
-def figures(result: Result) -> dict[str, float]:
-    """The numbers of a result that tables show, by name; those that were not measured, or are undefined, are left out."""
+def figures(result: Result, namesakes: Collection[str] = ()) -> dict[str, float]:
+    """The numbers of a result that tables show, by name; those that were not measured, or are undefined, are left out.
+
+    Args:
+        result: of a run.
+        namesakes: see there; of all results of a table.
+    """
     values = {name: _value(result, where) for name, where in PAGES.items()}
-    values |= dict(_distances(result)) | {"training seconds": _value(result, "seconds.training")}
+    values |= {
+        f"{name} {code}" if name in namesakes else name: math.nan if value is None else value
+        for name, code, value in _distances(result)
+    }
+    values["training seconds"] = _value(result, "seconds.training")
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _distances(result: Result) -> Iterator[tuple[str, float]]:
-    """Frechet distances of all sets, with the protocol's name where it is not the default one, and its hash where names repeat.
-
-    So a number has the same name in every result, whatever else was measured there.
-    """
-    protocols = result.evaluation["protocols"]
-    measured = [m for m in result.measurements() if m["metric"] in result.distance_names and m["of"] in SETS]
-    named = [(f"{m['metric']} of {m['of']}{_under(protocols[m['protocol']]['name'])}", m) for m in measured]
-    count = Counter(name for name, _ in named)
-    for name, m in named:
-        value = math.nan if m["value"] is None else m["value"]
-        yield (name if count[name] == 1 else f"{name} {m['protocol']}"), value
+def namesakes(results: Iterable[Result]) -> set[str]:
+    """Names of distances that stand for several protocols: to them tables add the protocol's hash."""
+    codes: dict[str, set[str]] = {}
+    for result in results:
+        for name, code, _ in _distances(result):
+            codes.setdefault(name, set()).add(code)
+    return {name for name, found in codes.items() if len(found) > 1}
 
 
-def _under(protocol: str) -> str:
-    return "" if protocol == DEFAULT.name else f", {protocol}"
+def _distances(result: Result) -> Iterator[tuple[str, str, float | None]]:
+    """Frechet distances of all sets: name, with the protocol's where that is not the default one; protocol's hash; value."""
+    for m in result.measurements():
+        if m["metric"] in result.distance_names and m["of"] in SETS:
+            protocol = result.evaluation["protocols"][m["protocol"]]["name"]
+            under = "" if protocol == DEFAULT.name else f", {protocol}"
+            yield f"{m['metric']} of {m['of']}{under}", m["protocol"], m["value"]
 
 
 def _value(result: Result, *where: str) -> float:

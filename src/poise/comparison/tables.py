@@ -14,6 +14,7 @@ from poise.comparison.statistics import (
     by_label,
     difference,
     figures,
+    namesakes,
     paired,
     reached,
     spread,
@@ -34,13 +35,21 @@ def table(results: Iterable[Result], failed: Mapping[str, int] | None = None) ->
         results: of one experiment.
         failed: number of failed runs, by label.
     """
-    groups, failed = by_label(results), failed or {}
+    results = list(results)
+    groups, failed, several = by_label(results), failed or {}, namesakes(results)
     labels = list(dict.fromkeys([*groups, *failed]))
-    measured = {label: [figures(result) for result in groups.get(label, {}).values()] for label in labels}
+    measured = {label: [figures(result, several) for result in groups.get(label, {}).values()] for label in labels}
     names = _union(values for runs in measured.values() for values in runs)
     counts = [str(len(measured[label])) + (f" ({failed[label]} failed)" if failed.get(label) else "") for label in labels]
-    cells = [[show(spread([run[name] for run in measured[label] if name in run])) for label in labels] for name in names]
+    cells = [
+        [_cell([run[name] for run in measured[label] if name in run], measured[label]) for label in labels] for name in names
+    ]
     return [["", *labels], ["seeds", *counts], *([name, *row] for name, row in zip(names, cells, strict=True))]
+
+
+def _cell(values: Sequence[float], runs: Sequence[object]) -> str:
+    """Mean and spread, and of how many runs where it is not of all."""
+    return show(spread(values)) + (f" (of {len(values)})" if 0 < len(values) < len(runs) else "")
 
 
 def _union(groups: Iterable[Mapping[str, float]]) -> list[str]:
@@ -54,14 +63,20 @@ def differences(results: Iterable[Result], reference: str) -> Rows:
     """A row for each figure, a column for each label but the reference: mean difference from it, paired by seed, and its
     bootstrap interval, which is left out where there are fewer than three pairs.
     """
-    groups = by_label(results)
-    measured = {label: {seed: figures(result) for seed, result in runs.items()} for label, runs in groups.items()}
+    results = list(results)
+    groups, several = by_label(results), namesakes(results)
+    measured = {label: {seed: figures(result, several) for seed, result in runs.items()} for label, runs in groups.items()}
     others = [label for label in groups if label != reference]
     names = _union(values for runs in measured.values() for values in runs.values())
     rows = [["", *(f"{label} - {reference}" for label in others)]]
     columns = {label: _paired_figures(measured[label], measured.get(reference, {}), names) for label in others}
-    rows.append(["pairs", *(str(len(set(groups[label]) & set(groups.get(reference, {})))) for label in others)])
-    return rows + [[name, *(show(columns[label][name]) for label in others)] for name in names]
+    pairs = {label: len(set(groups[label]) & set(groups.get(reference, {}))) for label in others}
+    rows.append(["pairs", *(str(pairs[label]) for label in others)])
+    return rows + [[name, *(_difference(columns[label][name], pairs[label]) for label in others)] for name in names]
+
+
+def _difference(value: Difference | None, pairs: int) -> str:
+    return show(value) + (f" (of {value.n})" if value is not None and value.n < pairs else "")
 
 
 def _paired_figures(
@@ -149,7 +164,8 @@ def _about_differences(groups: Mapping[str, Mapping[int, Result]], reference: st
     text = f"Mean difference from {reference}, paired by seed"
     if fewest < FEWEST:
         return f"{text}; of fewer than {FEWEST} pairs there is no interval."
-    interval = f"{text}, and its {COVERED:.0%} interval (percentile bootstrap over n = {fewest} pairs or more, {DRAWS:,} draws)"
+    how = f"percentile bootstrap over n = {fewest} pairs or more, or as many as are named, {DRAWS:,} draws"
+    interval = f"{text}, and its {COVERED:.0%} interval ({how})"
     return f"{interval}. Of so few seeds it is too narrow." if fewest < 10 else f"{interval}."
 
 

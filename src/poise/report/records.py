@@ -80,11 +80,12 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     if not paths:
         raise InputError("give the folder of a run or of a comparison, or results")
-    results = {folder: result for path in paths for folder, result in _results_in(path)}
-    alone = [folder for path in paths if not run_folders(path) for folder, _ in _results_in(path)]
-    folders = [folder.resolve() for path in paths for folder in run_folders(path)]
-    found = [read_record(folder, results.get(folder)) for folder in dict.fromkeys(folders)]
-    found += [record_of(results[folder], folder) for folder in dict.fromkeys(alone) if folder not in folders]
+    results = [found for path in paths for found in _results_in(path)]
+    folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
+    found = [read_record(folder, dict(results).get(folder)) for folder in folders]
+    for folder, result in results:
+        if folder not in folders and all(record.result != result for record in found):
+            found.append(record_of(result, folder))
     if not found:
         raise InputError(f"{paths[0]} holds no run yet")
     return sorted(_told_apart(found), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
@@ -94,14 +95,15 @@ def _results_in(path: Path) -> list[tuple[Path, Result]]:
     """The results in a place with the folders of their runs: a comparison or a reproduction says where its results are."""
     own, described = path / "results", path / DESCRIPTION
     if not (run_folders(path) or described.exists()):
-        return [(Path(result.experiment) / safe_name(result.label, result.seed), result) for result in _only_results(path)]
+        alone = _only_results(path)
+        return [(path.resolve() / r.experiment / safe_name(r.label, r.seed), r) for r in alone]
     said = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     try:
         written = read_results([own if own.is_dir() else Path(said.get("results", own))])
     except MissingInputError:  # of no run yet
         return []
-    results = [result for result in written if said.get("name", result.experiment) == result.experiment]
-    return [(path.resolve() / safe_name(result.label, result.seed), result) for result in results]
+    mine = [r for r in written if not said or (r.experiment == said["name"] and r.label in said.get("labels", [r.label]))]
+    return [(path.resolve() / safe_name(result.label, result.seed), result) for result in mine]
 
 
 def _only_results(path: Path) -> list[Result]:
@@ -195,10 +197,22 @@ def _missing(folder: Path, config: dict[str, Any], entries: Sequence[Any], *file
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    """With other labels where two runs of one label and seed lie in different folders."""
-    twice = {key for key, count in Counter((record.label, record.seed) for record in records).items() if count > 1}
+    """With other labels where two runs of one label and seed lie in different folders.
+
+    Raises:
+        InputError: the folders' names do not tell them apart either.
+    """
+    twice = _repeated(records)
     labels = {label for label, _ in twice}
-    return [replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r for r in records]
+    told = [replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r for r in records]
+    if again := _repeated(told):
+        label, seed = min(again)
+        raise InputError(f"there are several runs of {label}, seed {seed}: make a report of each, or rename their folders")
+    return told
+
+
+def _repeated(records: Iterable[Record]) -> set[tuple[str, int]]:
+    return {key for key, count in Counter((record.label, record.seed) for record in records).items() if count > 1}
 
 
 def labels_of(records: Iterable[Record]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from poise.comparison import speed
@@ -167,7 +167,8 @@ def upright(rows: Rows) -> Rows:
 
 def results_of(records: Iterable[Record]) -> list[Result]:
     """The results of the finished runs: what `poise compare` wrote, or what the run's own files say."""
-    return [record.result or _as_result(record) for record in records if record.summary]
+    finished = [record for record in records if record.summary]
+    return [replace(r.result, label=r.label) if r.result else _as_result(r) for r in finished]
 
 
 def _as_result(record: Record) -> Result:

@@ -227,5 +227,5 @@ def nonfinite(number: int, step: int, verdict: Verdict, indices: Tensor) -> RunE
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        "touched: try a lower --learning-rate, a larger start of the balance, or float32, with another --out"
+        "touched: try a lower learning rate, a larger start of the balance, or float32, in another folder"
     )
