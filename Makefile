@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/poise sample runs/digits --count 64 --out runs/digits/grid.png
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 claims: $(VENV)/installed
 	$(PIP) --editable ".[light]"

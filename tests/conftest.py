@@ -27,6 +27,14 @@ jaxtyping.install_import_hook("poise", "poise_checker.check")
 
 torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives, above all on a busy machine
 
+LONG_FIXTURE = "test_several_processes.py"  # whose tests all need what two processes did for 20 seconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers each takes tests from the end of another's share: what must not be torn apart comes first."""
+    items.sort(key=lambda item: item.path.name != LONG_FIXTURE)
+
+
 SPECS = [
     "computed",
     "computed:power=1,decay=0.9",

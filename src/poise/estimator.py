@@ -85,7 +85,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     Example:
         >>> from sklearn.datasets import load_iris
         >>> table = load_iris().data
-        >>> model = VAEEstimator(latent_dim=2, hidden=(32,), steps=500, random_state=0).fit(table)
+        >>> model = VAEEstimator(latent_dim=2, hidden=(32,), learning_rate=5e-3, random_state=0).fit(table)
         >>> model.transform(table).shape, model.sample(5).shape
         ((150, 2), (5, 4))
     """
