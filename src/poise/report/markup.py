@@ -44,7 +44,7 @@ def table(rows: Sequence[Sequence[str]], *, marked: Collection[int] = (), kind: 
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in rows[0])
     body = "".join(_row(row, k in marked) for k, row in enumerate(rows[1:]))
     label = f'role="region" tabindex="0" aria-label="table: {text(", ".join(filter(None, rows[0][:3])))}"'
-    shape = "scroll pairs" if len(rows[0]) == 2 else "scroll"
+    shape = "scroll pairs" if len(rows[0]) == 2 and kind != "numbers" else "scroll"  # pairs flow into two columns
     return (
         f'<div class="{shape}" {label}><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
