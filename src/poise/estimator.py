@@ -32,7 +32,7 @@ from poise import networks
 from poise.balance import make_balance
 from poise.build import choose_device, seeded
 from poise.errors import InputError
-from poise.metrics import encode_all, nll_per_image, reconstruction
+from poise.metrics import CHUNK, encode_all, nll_per_image, reconstruction
 from poise.priors import NormalPrior, Prior, SecondStagePrior, fit_mixture
 from poise.recipes.settings import Stage
 from poise.sampling import sample
@@ -46,7 +46,6 @@ CHECKS = 50  # of the rows held out, over the length of training
 PATIENCE = 10  # checks without a higher ELBO, after which training ends
 RISING_NATS = 0.1  # within the last checks, of which a warning tells
 COMPONENTS = 10  # of the mixture, if there are ten rows for each of its latents
-CHUNK = 100  # latents decoded together: a product may round differently in a batch of another size
 LARGEST_LOGVAR = 20.0  # of a posterior; a row far from all others would have an infinite one
 DTYPES: Any = [np.float64, np.float32]
 
@@ -322,7 +321,9 @@ class Best:
 
     def is_over(self) -> bool:
         """Whether the ELBO has not risen for long; asked after every step."""
-        if self.state.step % self.every == 0 and self.state.step > self.checked:
+        if self.state.step % self.every:
+            return False
+        if self.state.step > self.checked:  # it may be asked twice
             self.check()
         return max(self.elbos[-PATIENCE:], default=0.0) < max(self.elbos, default=0.0)
 
@@ -354,7 +355,7 @@ class Best:
             text = (
                 f"the ELBO of rows held out rose by {rise:.2f} nats in the last fifth of {self.steps} steps: give more of them"
             )
-            warnings.warn(text, ConvergenceWarning, stacklevel=5)
+            warnings.warn(text, ConvergenceWarning, stacklevel=6)  # where `fit` was called
 
 
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
