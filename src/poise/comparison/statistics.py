@@ -33,16 +33,16 @@ PAGES = {
 SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 
 
-def figures(result: Result, namesakes: Collection[str] = ()) -> dict[str, float]:
+def figures(result: Result, ambiguous: Collection[str]) -> dict[str, float]:
     """The numbers of a result that tables show, by name; those that were not measured, or are undefined, are left out.
 
     Args:
         result: of a run.
-        namesakes: see there; of all results of a table.
+        ambiguous: `namesakes` of all results of the table.
     """
     values = {name: _value(result, where) for name, where in PAGES.items()}
     values |= {
-        f"{name} {code}" if name in namesakes else name: math.nan if value is None else value
+        f"{name} {code}" if name in ambiguous else name: math.nan if value is None else value
         for name, code, value in _distances(result)
     }
     values["training seconds"] = _value(result, "seconds.training")
@@ -60,8 +60,9 @@ def namesakes(results: Iterable[Result]) -> set[str]:
 
 def _distances(result: Result) -> Iterator[tuple[str, str, float | None]]:
     """Frechet distances of all sets: name, with the protocol's where that is not the default one; protocol's hash; value."""
+    distances = result.distance_names
     for m in result.measurements():
-        if m["metric"] in result.distance_names and m["of"] in SETS:
+        if m["metric"] in distances and m["of"] in SETS:
             protocol = result.evaluation["protocols"][m["protocol"]]["name"]
             under = "" if protocol == DEFAULT.name else f", {protocol}"
             yield f"{m['metric']} of {m['of']}{under}", m["protocol"], m["value"]

@@ -180,8 +180,8 @@ def conditions(results: Iterable[Result]) -> list[str]:
 
 
 def _protocols(result: Result) -> list[str]:
-    evaluation = result.evaluation
-    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] in result.distance_names)
+    evaluation, distances = result.evaluation, result.distance_names
+    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] in distances)
     return [f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}" for code in used]
 
 

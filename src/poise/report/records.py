@@ -82,7 +82,8 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         raise InputError("give the folder of a run or of a comparison, or results")
     results = [found for path in paths for found in _results_in(path)]
     folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
-    found = [read_record(folder, dict(results).get(folder)) for folder in folders]
+    of = dict(results)
+    found = [read_record(folder, of.get(folder)) for folder in folders]
     for folder, result in results:
         if folder not in folders and all(record.result != result for record in found):
             found.append(record_of(result, folder))
@@ -102,7 +103,7 @@ def _results_in(path: Path) -> list[tuple[Path, Result]]:
         written = read_results([own if own.is_dir() else Path(said.get("results", own))])
     except MissingInputError:  # of no run yet
         return []
-    mine = [r for r in written if not said or (r.experiment == said["name"] and r.label in said.get("labels", [r.label]))]
+    mine = [r for r in written if not said or (r.experiment == said["name"] and r.label in said["labels"])]
     return [(path.resolve() / safe_name(result.label, result.seed), result) for result in mine]
 
 
