@@ -9,7 +9,6 @@ in nats, with the standard deviation over splits, and differences split by split
 """
 
 import argparse
-import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,8 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import train_test_split
 
 from poise import VAEEstimator
+from poise.comparison.statistics import spread
+from poise.comparison.tables import show as mean_and_spread
 
 TABLES: dict[str, tuple[Callable[..., Any], int]] = {  # and the number of latents
     "iris": (load_iris, 2),
@@ -65,10 +66,6 @@ def measured(name: str, splits: int, steps: int) -> dict[str, Any]:
     return {"rows": len(rows), "columns": rows.shape[1], "latents": latents} | figures
 
 
-def mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", type=int, default=5)
@@ -79,7 +76,7 @@ def main() -> None:
     tables = {name: measured(name, options.splits, options.steps) for name in options.only}
     head = [key for key in next(iter(tables.values())) if key not in ("rows", "columns", "latents")]
     rows = [
-        [name, *(str(found[key]) for key in ("rows", "latents")), *(mean_and_spread(found[k]) for k in head)]
+        [name, *(str(found[key]) for key in ("rows", "latents")), *(mean_and_spread(spread(found[k])) for k in head)]
         for name, found in tables.items()
     ]
     show([["nats a row", "rows", "latents", *head], *rows])
