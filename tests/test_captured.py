@@ -1,5 +1,6 @@
 """A recorded step against its eager twin: on a machine with a GPU (`pytest -m gpu`), elsewhere with a stand-in for graphs."""
 
+import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import poise
-from poise.errors import InputError
+from poise import pipeline
+from poise.errors import InputError, RunError
 from poise.pipeline import Options, train
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.training import CodeBatches, ImageBatches, Watch, captured, fit, loop, new_state
@@ -34,8 +36,8 @@ class Graph:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In place of torch.cuda, in the module under test alone."""
-    graphs = []  # that record now
+    """In place of torch.cuda, in the module under test alone. The list that it gives names errors that recordings end with."""
+    graphs, errors = [], []  # graphs: that record now
 
     @contextmanager
     def recording(graph, stream, capture_error_mode):
@@ -43,6 +45,8 @@ def stand_in(monkeypatch):
         graphs.append(graph)
         yield
         graphs.pop()
+        if errors:
+            raise RuntimeError(errors[0])
 
     def taken_or_recorded(*arguments):
         if graphs:
@@ -54,7 +58,12 @@ def stand_in(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = SimpleNamespace(Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext())
     cuda.CUDAGraph, cuda.graph = Graph, recording
-    monkeypatch.setattr(captured, "torch", SimpleNamespace(cuda=cuda, empty_like=torch.empty_like))
+    monkeypatch.setattr(loop.parallel, "launched", lambda: False)
+    monkeypatch.setattr(loop, "choose_engine", lambda engine, device: "captured" if engine == "auto" else engine)
+    monkeypatch.setattr(pipeline, "choose_engine", loop.choose_engine)
+    stand_in = SimpleNamespace(cuda=cuda, empty_like=torch.empty_like, OutOfMemoryError=torch.OutOfMemoryError)
+    monkeypatch.setattr(captured, "torch", stand_in)
+    return errors
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -63,6 +72,38 @@ def test_every_step_is_taken_once_with_its_own_batch_and_noise(kind, precision, 
     stage = Stage(steps=7, batch_size=10, learning_rate=1e-3, halve_every=2, ema_decay=0.9, precision=precision)
     eager, replayed = (trained(engine, kind, stage, device="cpu") for engine in ("eager", "captured"))
     assert all(torch.equal(eager[name], replayed[name]) for name in eager)
+
+
+REFUSED = "operation not permitted when stream is capturing\nand more lines"
+TINY = Recipe(
+    "tiny", Data("array"), Network("mlp", latent_dim=2, hidden=(4,)), Stage(steps=6, batch_size=4), Stage(steps=6, batch_size=4)
+)
+
+
+def test_auto_goes_on_with_eager_steps_where_a_recording_fails(stand_in, tmp_path, capsys):
+    options = Options(device="cpu", quiet=True)
+    recorded = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "recorded", options=options)
+    stand_in.append(REFUSED)
+    fallen = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "fallen", options=options)
+    engines = [json.loads((run.folder / "config.json").read_text())["engine"] for run in (recorded, fallen)]
+    assert engines == ["captured", "eager"]
+    (line,) = capsys.readouterr().err.splitlines()  # once, though both stages were to be recorded
+    assert "cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); taking them" in line
+    for stage in ("first", "second"):
+        weights = [getattr(run, stage).vae.state_dict() for run in (recorded, fallen)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_captured_step_that_was_asked_for_and_fails_is_an_error(stand_in, tmp_path):
+    stand_in.append(REFUSED)
+    with pytest.raises(RunError, match="cannot be recorded as a CUDA graph .*: use the engine eager"):
+        train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True, engine="captured"))
+
+
+def test_auto_is_eager_off_cuda_and_is_written_down(tmp_path):
+    run = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True))
+    assert json.loads((run.folder / "config.json").read_text())["engine"] == "eager"
+    assert loop.choose_engine("auto", torch.device("cuda")) == "captured"
 
 
 def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torch.Tensor]:
@@ -99,3 +140,31 @@ def test_a_captured_run_resumed_is_bit_identical():
     stage = Stage(steps=60, batch_size=50, learning_rate=1e-3)
     whole, resumed = trained("captured", "resnet", stage), trained("captured", "resnet", stage, halves=(0.5, 1.0))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Deciding(torch.nn.Module):
+    """A decoder that reads a value back from the device, and so cannot be recorded."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents):
+        return self.decoder(latents) if float(latents.sum()) < 1e9 else latents
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_network_that_cannot_be_recorded_trains_as_the_eager_engine_does(tmp_path, capsys):
+    weights = []
+    for engine in ("eager", "auto"):
+        torch.manual_seed(0)
+        encoder, decoder = poise.networks.mlp([3, 16, 16], 4, hidden=(16,))
+        vae = poise.VAE(encoder, Deciding(torch.nn.Sequential(torch.nn.Dropout(0.1), decoder)))
+        options = Options(device="cuda", quiet=True, engine=engine)
+        stages = replace(TINY, first=Stage(steps=40, batch_size=50), second=Stage(steps=40, batch_size=50))
+        run = train(IMAGES.numpy(), recipe=stages, vae=vae, out=tmp_path / engine, options=options)
+        weights.append(run.first.vae.state_dict())
+        assert json.loads((run.folder / "config.json").read_text())["engine"] == "eager"
+    assert "taking them one by one" in capsys.readouterr().err
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -44,6 +44,7 @@ from poise.training import (
     ImageBatches,
     TrainingState,
     Watch,
+    choose_engine,
     count_latents,
     denormals_as_zero,
     fit,
@@ -68,17 +69,19 @@ class Options:
         save_seconds: time between checkpoints.
         tensorboard: write TensorBoard files into the run's folder.
         quiet: no progress display.
-        engine: how a step is taken. "compiled": forward and backward as machine code made by torch.compile, within rounding
-            of the eager step; worth its minute of compiling on long runs. "captured": a CUDA graph, recorded once and
-            replayed, with the same numbers; for one process and for networks that decide nothing in Python from step to step
-            (all of `poise.networks`). "compiled-captured": a CUDA graph of the compiled step.
+        engine: how a step is taken. "captured": a CUDA graph, recorded once and replayed, with the same numbers as "eager";
+            for one process and for networks that decide nothing in Python from step to step (all of `poise.networks`).
+            "compiled": forward and backward as machine code made by torch.compile, within rounding of the eager step; worth
+            its minute of compiling on long runs. "compiled-captured": a CUDA graph of the compiled step. "auto": "captured"
+            for one process on CUDA, where a network that cannot be recorded goes on as "eager" with a warning; else "eager".
+            What was used stands in config.json.
     """
 
     device: str = "auto"
     save_seconds: float = 60.0
     tensorboard: bool = False
     quiet: bool = False
-    engine: Engine = "eager"
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -127,8 +130,7 @@ def train(
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = parallel.device_of_rank(choose_device(options.device))
-    if "captured" in options.engine and (device.type != "cuda" or parallel.launched()):
-        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
+    choose_engine(options.engine, device)
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
     check_objective(recipe.first.objective)
@@ -168,7 +170,7 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
     networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
     balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
-    config = configuration(recipe, dataset)
+    config = configuration(recipe, dataset) | {"engine": choose_engine(options.engine, device)}
     parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
     saved = parallel.on_first(lambda: open_folder(folder, config))
     options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
@@ -311,6 +313,7 @@ class Job:
             if parallel.rank() == 0:
                 log = Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)
                 self._write_log = files.enter_context(closing(log)).write
+                self._use_engine(self.config["engine"])
             first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
             codes = self._codes(first)
             if self.recipe.second is not None:
@@ -326,11 +329,25 @@ class Job:
             restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
-        watch = Watch(self._write_log, lambda s: self._save(number, s), stop, self.options.save_seconds, self.options.quiet)
-        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch, engine=self.options.engine):
+        fell_back = self._fall_back if self.options.engine == "auto" else None
+        watch = Watch(
+            self._write_log, lambda s: self._save(number, s), stop, fell_back, self.options.save_seconds, self.options.quiet
+        )
+        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch, engine=self.config["engine"]):
             parallel.wait()  # or a process that ends first would have the one that saves killed
             raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
         return state
+
+    def _fall_back(self, reason: str) -> None:
+        print(f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one", file=sys.stderr)
+        self._use_engine("eager")
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Take steps with an engine from now on, and say so in config.json."""
+        self.config["engine"] = engine
+        written = read_config(self.folder)
+        if written.get("engine") != engine:
+            write_json(self.folder / "config.json", written | {"engine": engine})
 
     def _settings(self, number: int) -> Stage:
         stage = self.recipe.first if number == 1 else self.recipe.second

@@ -19,8 +19,8 @@ OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance then fixed:gamma2=0.5)"
 )
 ENGINES = (
-    "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph; "
-    "compiled-captured: both"
+    "how a step is taken. auto: captured on one GPU, else eager; captured: replay a recorded CUDA graph, the same numbers as "
+    "eager; compiled: machine code made for the network, for long runs; compiled-captured: both"
 )
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
@@ -48,11 +48,14 @@ Stages = Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")]
 BatchSize = Annotated[int | None, recipes_own("images per step, both stages")]
 Channels = Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")]
 EmaDecay = Annotated[float | None, recipes_own("of a running average of the weights, used in their place, both stages")]
-Precision = Annotated[Literal["float32", "bfloat16"] | None, recipes_own("of the networks' arithmetic, both stages")]
+Precision = Annotated[
+    Literal["float32", "ieee", "bfloat16"] | None,
+    recipes_own("of the networks' arithmetic, both stages; float32 allows TF32 on a GPU, ieee does not"),
+]
 Minutes = Annotated[float | None, arg(help="stop after so many, with all saved", help_behavior_hint="(default: never)")]
 LearningRate = Annotated[float | None, recipes_own("Adam's, at the start of both stages")]
 Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")]
-Engine = Annotated[Literal["eager", "compiled", "captured", "compiled-captured"], arg(help=ENGINES)]
+Engine = Annotated[Literal["auto", "eager", "compiled", "captured", "compiled-captured"], arg(help=ENGINES)]
 SaveSeconds = Annotated[float, arg(help="time between checkpoints, seconds")]
 Jobs = Annotated[
     int | None,

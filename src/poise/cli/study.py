@@ -96,7 +96,7 @@ class Compare:
     minutes: Minutes = None
     jobs: Jobs = None
     device: Device = "auto"
-    engine: Engine = "eager"
+    engine: Engine = "auto"
     save_seconds: SaveSeconds = 60.0
 
     def run(self) -> None:
@@ -140,7 +140,7 @@ class Reproduce:
     extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
     jobs: Jobs = None
     device: Device = "auto"
-    engine: Engine = "eager"
+    engine: Engine = "auto"
 
     def run(self) -> None:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}

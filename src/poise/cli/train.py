@@ -68,7 +68,7 @@ class Train:
     device: Device = "auto"
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: SaveSeconds = 60.0
-    engine: Engine = "eager"
+    engine: Engine = "auto"
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:

@@ -18,7 +18,7 @@ from poise.datasets import Dataset
 from poise.errors import InputError
 from poise.files import strict
 from poise.objectives import make_objective
-from poise.pipeline import Options
+from poise.pipeline import Options, choose_engine
 from poise.recipes.settings import Changes, Recipe, from_json, to_json
 from poise.results import Result, read_results, safe_name
 
@@ -45,7 +45,7 @@ class Task:
     folder: Path
     results: Path
     measuring: Measuring
-    engine: str = "eager"
+    engine: str = "auto"
     save_seconds: float = 60.0
     checksum: str = ""
 
@@ -149,8 +149,7 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.dev
         InputError: a network that cannot take the images, a device that is not there, or an engine that it does not have.
     """
     device = choose_device(options.device)
-    if "captured" in options.engine and device.type != "cuda":
-        raise InputError(f"a captured step is for cuda, not for {device}: leave --engine out")
+    choose_engine(options.engine, device)
     first_stage(recipe, list(dataset.shape))
     return device
 

@@ -11,6 +11,7 @@ from poise.errors import InputError
 NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+Precision = Literal["float32", "ieee", "bfloat16"]
 VAE_OBJECTIVE = "vae"
 RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
 
@@ -88,7 +89,9 @@ class Stage:
         balance: see `poise.balance.make_balance`.
         objective: what the loss is made of: see `poise.objectives.make_objective`. Of stage 1; stage 2 is a VAE.
         ema_decay: of a running average of the weights, used in place of them afterwards; None: no average.
-        precision: of the networks' arithmetic; weights, balance and sums are float32 in any case.
+        precision: of the networks' arithmetic; weights, balance and sums are float32 in any case. "float32": on a GPU products
+            may round their inputs to TF32 (10 bits of mantissa). "ieee": float32 throughout, on a GPU too. "bfloat16": products
+            and convolutions under autocast.
     """
 
     epochs: int | None = None
@@ -99,7 +102,7 @@ class Stage:
     balance: str = "computed"
     objective: str = VAE_OBJECTIVE
     ema_decay: float | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -212,7 +215,7 @@ class Changes:
     batch_size: int | None = None
     learning_rate: float | None = None
     ema_decay: float | None = None
-    precision: Literal["float32", "bfloat16"] | None = None
+    precision: Precision | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:

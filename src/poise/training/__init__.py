@@ -4,7 +4,7 @@ processes.
 """
 
 from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches
-from poise.training.loop import Engine, Watch, count_latents, fit
+from poise.training.loop import Engine, Watch, choose_engine, count_latents, fit
 from poise.training.machine import denormals_as_zero
 from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
 
@@ -16,6 +16,7 @@ __all__ = [
     "TrainingState",
     "VectorBatches",
     "Watch",
+    "choose_engine",
     "count_latents",
     "denormals_as_zero",
     "fit",

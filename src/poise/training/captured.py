@@ -1,9 +1,11 @@
 """A step recorded once as a CUDA graph and replayed: one launch in place of hundreds."""
 
+from collections.abc import Callable
 from typing import final
 
 import torch
 
+from poise.errors import RunError
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Values
 from poise.training.state import TrainingState
@@ -14,38 +16,61 @@ EAGER_STEPS = 3
 
 @final
 class CapturedStep:
-    """Does what another step does, on a CUDA device.
+    """Takes the same step as another one, with the same numbers, on a CUDA device.
 
     The first steps run as they are, on the stream of the recording, so that cuBLAS, cuDNN and Adam have allocated what they
     keep. The next one is recorded: forward, balance, backward, Adam, sums and verdict, with batch and noise in memory of their
     own, into which every later batch and noise is copied. The seed of dropout is read at each replay (pytorch/pytorch#84967),
     and the learning rate, a tensor, by each step of Adam.
 
-    A network that decides in Python, step by step (a counter, a schedule), would repeat the decisions of the recording.
+    A network that decides in Python, step by step (a counter, a schedule), would repeat the decisions of the recording. One
+    that reads a value back from the GPU cannot be recorded.
 
     Args:
         step: what is recorded: `training_step`, or a compiled one, whose first call compiles before anything is recorded.
+        fell_back: called with the reason where the step cannot be recorded; all steps are then taken as they are. None: raise.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, fell_back: Callable[[str], None] | None = None) -> None:
+        self.step, self.fell_back = step, fell_back
         self.stream = torch.cuda.Stream()
         self.taken = 0
+        self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-        if self.taken < EAGER_STEPS:
+        """Take one step.
+
+        Raises:
+            RunError: the step cannot be recorded, and nobody wants to fall back.
+        """
+        if self.graph is None and self.recordable and self.taken >= EAGER_STEPS:
+            self._record(state, batch, noise, stage)
+        if self.graph is None:
             self._take(state, batch, noise, stage)
             self.taken += 1
             return
-        if self.graph is None:
-            self.batch, self.noise, self.graph = torch.empty_like(batch), torch.empty_like(noise), torch.cuda.CUDAGraph()
-            # "thread_local": a thread may pin the next batch meanwhile, which "global" would take for part of the recording
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.step(state, self.batch, self.noise, stage)
         self.batch.copy_(batch)
         self.noise.copy_(noise)
         self.graph.replay()
+
+    def _record(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
+        self.batch, self.noise, graph = torch.empty_like(batch), torch.empty_like(noise), torch.cuda.CUDAGraph()
+        try:
+            # "thread_local": a thread may pin the next batch meanwhile, which "global" would take for part of the recording
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.step(state, self.batch, self.noise, stage)
+        except (torch.OutOfMemoryError, RunError):
+            raise
+        except RuntimeError as error:  # nothing was computed: the step is still to be taken
+            reason = str(error).strip().splitlines()[0]
+            if self.fell_back is None:
+                raise RunError(f"the step cannot be recorded as a CUDA graph ({reason}): use the engine eager") from error
+            self.recordable = False
+            state.optimizer.zero_grad(set_to_none=True)
+            self.fell_back(reason)
+        else:
+            self.graph = graph
 
     def _take(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
         now = torch.cuda.current_stream()

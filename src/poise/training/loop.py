@@ -7,8 +7,8 @@ bit-identical weights on the same machine.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from poise import parallel
 from poise.errors import InputError, RunError
+from poise.kernels import kernels
 from poise.objectives import is_deterministic
 from poise.progress import progress
 from poise.recipes.settings import Stage
@@ -29,7 +30,7 @@ from poise.training.state import TERMS, TrainingState, Verdict
 from poise.training.step import Step, training_step
 from poise.vae import VAE
 
-Engine = Literal["eager", "compiled", "captured", "compiled-captured"]
+Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
 STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
@@ -43,6 +44,8 @@ class Watch:
         log: receives one dictionary per log entry.
         save: called with the state when a checkpoint is due.
         stop: asked after every step; if true, the loop saves and returns early.
+        fell_back: called with the reason where a step could not be recorded; training goes on with eager steps. None: such a
+            step is an error.
         save_seconds: time between checkpoints.
         quiet: no progress display.
     """
@@ -50,6 +53,7 @@ class Watch:
     log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
     save: Callable[[TrainingState], None] = field(default=lambda state: None)
     stop: Callable[[], bool] = field(default=lambda: False)
+    fell_back: Callable[[str], None] | None = None
     save_seconds: float = 60.0
     quiet: bool = False
 
@@ -67,7 +71,8 @@ def fit(
         seed: of order and noise.
         watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
         engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
-            (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one.
+            (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one; "auto" is
+            what `choose_engine` says.
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -84,7 +89,7 @@ def fit(
     share = parallel.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
-    take_step = step_of(engine, stage)
+    take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
     num_latents = count_latents(state.vae, data)
     state.vae.train()
     state.balance.train()
@@ -101,7 +106,8 @@ def fit(
 
     with (
         tuned(state.vae, device),
-        reproducible(device),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
         fetched_ahead(data, wanted, share) as fetched_batches,
     ):
@@ -110,11 +116,12 @@ def fit(
             batch = data.place(fetched, draw)
             noise = draw(num_latents)
             set_learning_rate(state.optimizer, stage.learning_rate_at(state.step, len(data)))
-            seed_modules(device, "modules", seed, number, state.step)
             if not alone and watch.stop():
                 state.asked.fill_(1)
             try:
-                take_step(state, batch, noise, stage)
+                with kernels(device, tf32=stage.precision != "ieee"):
+                    seed_modules(device, "modules", seed, number, state.step)
+                    take_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
                 raise RunError(f"out of memory on {device}: try a smaller --batch-size, with another --out") from error
             state.step += 1
@@ -146,17 +153,24 @@ def fit(
     return True
 
 
-def step_of(engine: Engine, stage: Stage) -> Step:
-    """How an engine takes a step."""
-    match engine:
-        case "eager":
-            return training_step
-        case "compiled":
-            return CompiledStep(stage)
-        case "captured":
-            return CapturedStep(training_step)
-        case "compiled-captured":
-            return CapturedStep(CompiledStep(stage))
+def choose_engine(engine: Engine, device: torch.device) -> Engine:
+    """Return the engine to use: what was asked for, or for "auto" a captured step on one GPU and an eager one elsewhere.
+
+    Raises:
+        InputError: a captured step on another device than CUDA, or by one of several processes.
+    """
+    recordable = device.type == "cuda" and not parallel.launched()
+    if engine == "auto":
+        return "captured" if recordable else "eager"
+    if "captured" in engine and not recordable:
+        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
+    return engine
+
+
+def step_of(engine: Engine, stage: Stage, fell_back: Callable[[str], None] | None) -> Step:
+    """Return the function that takes a step with an engine; see `Watch` for `fell_back`."""
+    step = CompiledStep(stage) if engine.startswith("compiled") else training_step
+    return CapturedStep(step, fell_back) if engine.endswith("captured") else step
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -174,17 +188,6 @@ def count_latents(vae: VAE, data: Batches) -> int:
     device = next(vae.parameters()).device
     one = data.place(data.fetch(torch.zeros(1, dtype=torch.long)), lambda columns: torch.zeros(1, columns, device=device))
     return vae.eval().encode(one).mean.shape[1]
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Torch's global generators are as before after the block; inside it cuDNN uses its deterministic kernels."""
-    devices = [device] if device.type == "cuda" else []
-    kernels = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
-    )
-    with torch.random.fork_rng(devices=devices), kernels if devices else nullcontext():
-        yield
 
 
 def seed_modules(device: torch.device, *place: int | str) -> None:
