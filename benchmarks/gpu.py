@@ -8,10 +8,11 @@ Needs no files: 50,000 random images of bytes, and random codes, lie in the GPU'
 after each one, a part that fails leaves its error there, and none begins after `--minutes`:
 
 matrix: FLOPs per second of large matrix products in each precision.
-tf32, bfloat16, float32 / stage / loop: "bare" is a hand-written eager loop without logging, checks and synchronisation, with
+tf32, bfloat16, ieee / stage / loop: "bare" is a hand-written eager loop without logging, checks and synchronisation, with
     PyTorch's default Adam ("bare, channels_last": in that layout); the others are `poise.training.fit` with its engines.
-    Timed by the synchronised clock in three laps, after the first steps. tf32 and float32 differ in
-    `torch.backends.{cuda.matmul,cudnn}.allow_tf32`; what the loop itself made of the second is reported ("cudnn_tf32_inside").
+    Timed by the synchronised clock in three laps, after the first steps. tf32 and ieee are float32 with TF32 allowed, in
+    convolutions and matrix products, and without.
+side by side: milliseconds of a round of five captured steps of five models, each on a stream of its own, and of one model's.
 syncs: how often each engine makes the host wait for the GPU, per step, and where (torch.cuda.set_sync_debug_mode).
 equality: 200 steps of each engine against 200 eager ones, from the same weights: relative difference of each tensor.
 
@@ -37,14 +38,19 @@ from torch import Tensor
 from training_rate import step_flops
 
 from poise.build import first_stage, second_stage, stage_balance
+from poise.kernels import kernels
 from poise.recipes import RECIPES, Stage
 from poise.training import Batches, CodeBatches, Engine, ImageBatches, TrainingState, Watch, fit, new_state
+from poise.training.captured import EAGER_STEPS, CapturedStep
+from poise.training.machine import tuned
+from poise.training.step import training_step
 from poise.vae import VAE
 
 RECIPE = RECIPES["cifar10-released"]
 SHAPE = [3, 32, 32]
 LAPS = 3
-PRECISIONS = ("tf32", "bfloat16", "float32")
+PRECISIONS = ("tf32", "bfloat16", "ieee")  # tf32 is what a stage's precision "float32" means on a GPU
+SIDE_BY_SIDE = 5
 EVALUATION_FLOPS, EVALUATION_SHARE = 4 * 10_000 * 11.5e9, 0.25
 
 
@@ -80,12 +86,12 @@ class Bench:
 
     def engines(self) -> list[str]:
         """Those that this version of the package has and this device can run."""
-        return [name for name in get_args(Engine) if name == "eager" or self.device.type == "cuda"]
+        return [name for name in get_args(Engine) if name == "eager" or (name != "auto" and self.device.type == "cuda")]
 
     def stage(self, number: int, precision: str) -> Stage:
         stage = RECIPE.first if number == 1 else RECIPE.second
         assert stage is not None
-        word = "bfloat16" if precision == "bfloat16" else "float32"
+        word = "float32" if precision == "tf32" else precision
         return replace(stage, batch_size=self.scale.batch_size, precision=word)
 
     def vae(self, number: int) -> VAE:
@@ -108,7 +114,7 @@ def allow_tf32(allowed: bool) -> None:
 
 def matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
     """TFLOP per second of large square products."""
-    allow_tf32(precision != "float32")
+    allow_tf32(precision != "ieee")
     side, dtype = bench.scale.matrix_side, torch.bfloat16 if precision == "bfloat16" else torch.float32
     matrix = torch.randn(side, side, device=bench.device).to(dtype)
     once = min(seconds(lambda: torch.mm(matrix, matrix), bench.device) for _ in range(3))
@@ -124,7 +130,6 @@ class Clock:
         self.bench, self.state, self.begun = bench, state, begun
         self.step, self.at = -1, 0.0
         self.seconds_per_step: list[float] = []
-        self.cudnn_tf32 = False
 
     def stop(self) -> bool:
         if len(self.seconds_per_step) == LAPS:
@@ -136,7 +141,6 @@ class Clock:
         if self.step >= 0:
             self.seconds_per_step.append((now - self.at) / (self.state.step - self.step))
         else:
-            self.cudnn_tf32 = torch.backends.cudnn.allow_tf32
             self.begun()
         self.step, self.at = self.state.step, time.perf_counter()
         return len(self.seconds_per_step) == LAPS
@@ -147,7 +151,6 @@ class Clock:
 
 def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[str, Any]:
     """Seconds per step of `fit`, in the place that a whole run gives it."""
-    allow_tf32(precision != "float32")
     stage = bench.stage(number, precision)
     state, began = bench.state(number, stage), time.perf_counter()
     clock = Clock(bench, state)
@@ -155,9 +158,42 @@ def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[
     fit(state, bench.data(number), stage, number=number, seed=0, watch=watch, engine=engine)
     whole = time.perf_counter() - began
     before = whole - sum(clock.seconds_per_step) / LAPS * (state.step - bench.scale.warm_up)
-    return {"ms_per_step": milliseconds(clock.seconds_per_step), "cudnn_tf32_inside": clock.cudnn_tf32} | {
-        "seconds_before": round(max(0.0, before), 2)  # data to the device, first steps, recording, compilation
+    return {
+        "ms_per_step": milliseconds(clock.seconds_per_step),
+        "seconds_before": round(max(0.0, before), 2),  # data to the device, first steps, recording, compilation
     }
+
+
+def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, Any]:
+    """Milliseconds of one captured step of each of several models, by how many there are."""
+    stage, times = bench.stage(number, precision), dict[str, Any]()
+    for count in (1, SIDE_BY_SIDE):
+        made = [recorded(bench, number, stage) for _ in range(count)]
+
+        def rounds(repeats: int, made: list[CapturedStep] = made) -> None:
+            for _ in range(repeats):
+                for step in made:
+                    assert step.graph is not None
+                    with torch.cuda.stream(step.stream):
+                        step.graph.replay()
+
+        once = seconds(lambda r=rounds: r(bench.scale.warm_up), bench.device) / bench.scale.warm_up
+        repeats = max(1, round(bench.lap_seconds / once))
+        laps = [seconds(lambda r=rounds, n=repeats: r(n), bench.device) / repeats for _ in range(LAPS)]
+        times[f"ms_per_round_of_{count}"] = milliseconds(laps)
+    return times
+
+
+def recorded(bench: Bench, number: int, stage: Stage) -> CapturedStep:
+    """A step of a new model, recorded."""
+    state, data, step = bench.state(number, stage), bench.data(number), CapturedStep(training_step)
+    latents = RECIPE.network.latent_dim
+    noise = torch.randn(stage.batch_size, latents, device=bench.device)
+    batch = data.place(data.fetch(torch.arange(stage.batch_size)), lambda columns: noise)
+    with tuned(state.vae, bench.device), kernels(bench.device, tf32=stage.precision != "ieee"):
+        for _ in range(EAGER_STEPS + 1):
+            step(state, batch, noise, stage)
+    return step
 
 
 def milliseconds(values: list[float]) -> dict[str, float]:
@@ -165,7 +201,7 @@ def milliseconds(values: list[float]) -> dict[str, float]:
 
 
 def time_bare(bench: Bench, number: int, precision: str, layout: torch.memory_format) -> dict[str, Any]:
-    allow_tf32(precision != "float32")
+    allow_tf32(precision != "ieee")
     run = bare_loop(bench, number, precision, layout)
     run(bench.scale.warm_up)
     once = seconds(lambda: run(bench.scale.warm_up), bench.device) / bench.scale.warm_up
@@ -224,7 +260,6 @@ def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
     """Warnings of torch's debug mode for synchronising calls, per step, after the first steps."""
     if bench.device.type != "cuda":
         return {"note": "for cuda only"}
-    allow_tf32(True)
     stage = bench.stage(number, "tf32")
     state = bench.state(number, stage)
     clock = Clock(bench, state, begun=lambda: torch.cuda.set_sync_debug_mode("warn"))
@@ -249,7 +284,6 @@ def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
 
 def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
     """Weights and balance after the same steps, the engine's against the eager loop's."""
-    allow_tf32(True)
     once, again, other = (trained(bench, number, name) for name in ("eager", "eager", engine))
     return {
         "steps": bench.scale.compared,
@@ -260,7 +294,7 @@ def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
 
 
 def trained(bench: Bench, number: int, engine: Any) -> dict[str, Tensor]:
-    stage = replace(bench.stage(number, "float32"), epochs=None, halve_every=None, steps=bench.scale.compared)
+    stage = replace(bench.stage(number, "tf32"), epochs=None, halve_every=None, steps=bench.scale.compared)
     state = bench.state(number, stage)
     fit(state, bench.data(number), stage, number=number, seed=0, watch=Watch(quiet=True, save_seconds=math.inf), engine=engine)
     return state.vae.state_dict() | state.balance.state_dict()
@@ -292,6 +326,11 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
                     bench, n, p, f
                 )
         add(precision, quick)
+        if bench.device.type == "cuda" and precision != "ieee":
+            for number in (1, 2):
+                todo[f"side by side / stage {number} / {precision}"] = lambda n=number, p=precision: time_side_by_side(
+                    bench, n, p
+                )
         if precision == "tf32":
             for number in (1, 2):
                 for engine in quick:

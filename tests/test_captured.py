@@ -96,7 +96,7 @@ def test_auto_goes_on_with_eager_steps_where_a_recording_fails(stand_in, tmp_pat
 
 def test_a_captured_step_that_was_asked_for_and_fails_is_an_error(stand_in, tmp_path):
     stand_in.append(REFUSED)
-    with pytest.raises(RunError, match="cannot be recorded as a CUDA graph .*: use the engine eager"):
+    with pytest.raises(RunError, match=r"cannot be recorded as a CUDA graph .*: use the engine eager"):
         train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True, engine="captured"))
 
 

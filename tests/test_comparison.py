@@ -177,7 +177,10 @@ def test_threads_depend_on_all_tasks_and_cores_are_not_shared_twice(monkeypatch)
     assert crew_for(cpu, 2, 30) == Crew(("cpu", "cpu"), 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert crew_for(torch.device("cuda"), None, 3).devices == ("cuda:0", "cuda:1")
-    assert crew_for(torch.device("cuda"), 3, 3).devices == ("cuda:0", "cuda:1", "cuda:0")
+    three = crew_for(torch.device("cuda"), 3, 3)
+    assert three == Crew(("cuda:0", "cuda:1", "cuda:0"), 4)
+    assert [three.process(seat) for seat in range(3)] == [0, 1, 0] and [three.seats(process) for process in (0, 1)] == [2, 1]
+    assert [crew_for(cpu, 3, 30).process(seat) for seat in range(3)] == [0, 1, 2]
     assert crew_for(torch.device("cuda:1"), 2, 3).devices == ("cuda:1", "cuda:1")
 
 
@@ -303,6 +306,44 @@ def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
     assert found.measurements()[0]["protocol"] == evaluation.to_json()["measurements"][0]["protocol"]
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """All seats of a CPU in one process, as those of a GPU are."""
+    monkeypatch.setattr(Crew, "process", lambda self, seat: 0)
+
+
+def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own(compared, one_process, tmp_path):
+    together = poise.compare(
+        IMAGES, recipe=TINY, balances=["computed", BROKEN, "learned"], seeds=1, out=tmp_path, jobs=3, options=QUIET
+    )
+    assert [(key, " ".join(message.split())) for key, message in together.failed.items()] == list(compared.failed.items())
+    for label in ("computed", "learned"):
+        alone, beside = weights(compared.folder / f"{label}-0"), weights(tmp_path / f"{label}-0")
+        assert all(torch.equal(alone[name], beside[name]) for name in alone)
+    assert [r.measurements() for r in together.results] == [r.measurements() for r in compared.results]
+
+
+def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path):
+    longer = replace(LONG, first=replace(LONG.first, epochs=400))
+    shared = {"recipe": longer, "balances": ["computed", "learned"], "seeds": 1, "jobs": 2, "out": tmp_path / "stopped"}
+
+    def stop_when_both_have_begun():
+        while len(list((tmp_path / "stopped").glob("*/checkpoints/[0-9]*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_both_have_begun).start()
+    with pytest.raises(poise.Interrupted, match="run the same command to go on"):
+        poise.compare(IMAGES, **shared, options=OFTEN)
+    assert not (tmp_path / "stopped" / "results").exists()
+    went_on = poise.compare(IMAGES, **shared, options=QUIET)
+    whole = poise.compare(IMAGES, **shared | {"out": tmp_path / "whole", "jobs": 1}, options=QUIET)
+    assert [r.measurements() for r in went_on.results] == [r.measurements() for r in whole.results]
+    for label in ("computed-0", "learned-0"):
+        expected, found = weights(tmp_path / "whole" / label), weights(tmp_path / "stopped" / label)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_failed_run_is_in_the_table_and_the_others_are_finished(compared):
     assert [r.label for r in compared.results] == ["computed", "learned"]
     ((label, _), message), *others = compared.failed.items()
@@ -382,7 +423,7 @@ WRONG = {
     "an extractor": (["--extractor", "nothing"], "no extractor 'nothing'"),
     "a number of images": (["--images", "0"], "real must be at least 1"),
     "a network": (["--network", "infogan", "--size", "9"], "not 9"),
-    "an engine": (["--engine", "captured"], "captured step is for cuda"),
+    "an engine": (["--engine", "captured"], "a captured step is for one process on cuda"),
 }
 
 

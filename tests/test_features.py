@@ -8,7 +8,7 @@ import torch
 
 from poise.datasets import Rows
 from poise.errors import InputError, RunError
-from poise.features import Extractor, extract, make_extractor
+from poise.features import Extractor, extract, extractor, make_extractor
 from poise.features.resize import resize_like_tensorflow1
 
 BYTES = np.random.default_rng(0).integers(0, 256, (123, 1, 4, 4), dtype=np.uint8)
@@ -142,3 +142,27 @@ def test_the_resize_is_bilinear_without_half_pixel_centres(given, wanted):
             expected[i, j] = above * (1 - y % 1) + below * (y % 1)
     resized = resize_like_tensorflow1(torch.from_numpy(image).float()[None, None], *wanted)
     np.testing.assert_allclose(resized[0, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_are_joined_to_a_gpus_batches_in_order():
+    parts = [torch.arange(n) + 10 * n for n in (3, 4, 1, 5, 2)]
+    joined = list(extractor._regrouped(parts, 5))
+    assert [len(batch) for batch in joined] == [7, 6, 2] and torch.equal(torch.cat(joined), torch.cat(parts))
+
+
+def test_batches_made_in_the_background_come_in_order_and_so_does_an_error():
+    made = []
+
+    def batches():
+        for number in range(5):
+            made.append(number)
+            yield torch.tensor(number)
+        raise RuntimeError("the sixth")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="the sixth"):
+        for batch in extractor._in_background(batches(), torch.device("cpu")):
+            seen.append(int(batch))
+    assert seen == made == [0, 1, 2, 3, 4]
+    few = extractor._in_background(iter([torch.ones(1)] * 9), torch.device("cpu"))
+    assert len(next(few)) == 1 and few.close() is None, "what is not asked for is not waited for"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from poise.balance import Balance, FixedBalance
 from poise.errors import InputError
-from poise.metrics import encoding, reconstruction
+from poise.metrics import encoding, likelihood, reconstruction
 from poise.metrics.likelihood import BLOCK, importance_weighted_nll, nll_per_image
 from poise.networks import mlp
 from poise.vae import VAE
@@ -250,3 +250,12 @@ def test_what_cannot_be_estimated_is_refused(digits, pca, unchecked):
         vae.encoder.log_std.bias.fill_(math.nan)
     with pytest.raises(InputError, match="NaN"):
         nll_per_image(vae, pca.balance, digits, samples=1)
+
+
+def test_blocks_that_are_decoded_together_give_the_same_estimate(digits, monkeypatch):
+    model = ProbabilisticPCA(digits)
+    apart = nll_per_image(model.vae(wider=1.2), model.balance, digits[:7], samples=730)
+    monkeypatch.setattr(likelihood, "BLOCKS_AT_ONCE", {"cpu": 3})
+    together = nll_per_image(model.vae(wider=1.2), model.balance, digits[:7], samples=730)
+    torch.testing.assert_close(together.nll_nats, apart.nll_nats, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(together.effective_share, apart.effective_share, rtol=1e-4, atol=0)

@@ -8,6 +8,7 @@ import torch
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.errors import InputError
+from poise.kernels import LOCK, generators_kept
 from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import Network, Recipe, Stage
 from poise.seeds import derive
@@ -59,7 +60,7 @@ def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
-    with torch.random.fork_rng(devices=[]):
+    with LOCK, generators_kept(torch.device("cpu")):
         torch.default_generator.manual_seed(seed)
         yield
 

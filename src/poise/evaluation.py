@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -242,17 +243,35 @@ def compare(
     protocol = replace(protocol, real=len(real), side=real.shape[-1])
     checksum = content_checksum(_compared(real, protocol))
     features = cached_features(extractor, _compared(real, protocol), checksum, total=len(real), title="real", quiet=quiet)
-    reference = Reference(features, protocol)
-    measured: list[Measurement] = []
-    for item in produced:
-        number = _number(item, protocol)
-        chunks = (prepare(part, protocol) for part in item.chunks(number))
-        features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
-        conditions = complete(protocol, number)
-        for metric, value, spread in distances(reference, features, conditions, extractor, infinity=infinity):
-            common = {"spread": spread, "data": checksum[:12], "seed": item.seed, "device": str(extractor.device)}
-            measured.append(Measurement(metric, item.label, value, conditions, **common))
-    return measured
+    place = _metrics_device(extractor.device)
+    reference = Reference(features.to(place), protocol)
+
+    def measure(item: Produced, features: Features, conditions: Protocol) -> list[Measurement]:
+        found = distances(reference, features.to(place), conditions, extractor, infinity=infinity)
+        common = {"data": checksum[:12], "seed": item.seed, "device": _where(extractor)}
+        return [Measurement(metric, item.label, value, conditions, spread=spread, **common) for metric, value, spread in found]
+
+    measured: list[Callable[[], list[Measurement]]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for item in produced:
+            number = _number(item, protocol)
+            chunks = (prepare(part, protocol) for part in item.chunks(number))
+            features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
+            later = pool.submit(measure, item, features, complete(protocol, number))  # while a GPU is at the next set
+            if place.type == "cpu":
+                later.result()
+            measured.append(later.result)
+    return [measurement for result in measured for measurement in result()]
+
+
+def _metrics_device(device: torch.device) -> torch.device:
+    """Where distances are computed in float64: on the extractor's GPU, or on the CPU where that has no float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _where(extractor: Extractor) -> str:
+    """The extractor's device, and its precision where that is not float32."""
+    return str(extractor.device) + (f", {extractor.precision}" if extractor.precision != "float32" else "")
 
 
 def complete(protocol: Protocol, generated: int) -> Protocol:
@@ -337,7 +356,7 @@ def distances(
         for name in ("precision", "recall", "density", "coverage"):
             yield name, getattr(figures, name), None
     if extractor.classifier is not None and len(produced) >= protocol.score_splits:
-        logits = produced @ extractor.classifier.cpu().float().T
+        logits = produced.cpu() @ extractor.classifier.cpu().float().T
         score = inception_score(logits, splits=protocol.score_splits, seed=protocol.draws_seed)
         yield extractor.metric_name("IS"), score.mean, score.std
 
@@ -361,8 +380,9 @@ def restored_measurements(
     """MSE, PSNR and SSIM of reconstructions as the protocol makes them; two sets that come in equal parts."""
     parts: list[Tensor] = []
     for a, b in zip(images, restored, strict=True):
+        a, b = (part.to(_metrics_device(torch.device(device))) for part in (a, b))
         squared = (a - b).double().square().flatten(1).mean(1)
-        parts.append(torch.stack([squared, peak_signal_to_noise(a, b).double(), structural_similarity(a, b).double()]))
+        parts.append(torch.stack([squared.cpu(), peak_signal_to_noise(a, b), structural_similarity(a, b)]))
     values = torch.cat(parts, 1).mean(1).tolist()
     common = {"protocol": model_protocol(protocol, generation=protocol.generation), "seed": seed, "device": device}
     named = zip(("MSE", "PSNR", "SSIM"), values, ("per dimension", "dB", ""), strict=True)

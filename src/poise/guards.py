@@ -11,15 +11,19 @@ from typing import IO, Any
 
 from poise.errors import InputError
 
+_heard: list[list[float]] = []  # when the blocks that the main thread is in were asked to stop
 ECHO_SECONDS = 1.0  # torchrun, srun and terminals each pass a signal on, so that one request may arrive several times
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block, a first Ctrl-C or SIGTERM only sets what the yielded function tells; one after a second acts."""
+    """Inside the block, a first Ctrl-C or SIGTERM only sets what the yielded function tells; one after a second acts.
+
+    Only the main thread hears signals. In another thread the function tells what the main thread's block has heard.
+    """
     asked: list[float] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: any(_heard)
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -31,9 +35,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     for known in before:
         signal.signal(known, handle)
+    _heard.append(asked)
     try:
         yield lambda: bool(asked)
     finally:
+        _heard.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
 

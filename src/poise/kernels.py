@@ -1,7 +1,7 @@
-"""Which kernels a GPU computes with: deterministic or not, in full float32 or in TF32.
+"""What PyTorch keeps for the whole process and runs of several threads share: choices of kernels, and the global generators.
 
-PyTorch keeps these choices in flags of the whole process. Here they are set for a block and restored after it. A lock keeps
-two threads from setting them at the same time, so that several runs can share a process and each gets the kernels it asked for.
+Here they are set for a block and restored after it. A lock keeps two threads from doing so at the same time, so that several
+runs in one process get the kernels and the numbers that each would get alone.
 
 TF32 rounds the inputs of a product to 10 bits of mantissa and adds up in float32. It is what makes tensor cores usable for
 float32 data; what it changes is measured in docs/log.md (2026-11-26).
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-LOCK = threading.RLock()  # held while the flags are changed; also while something else that threads share is
+LOCK = threading.RLock()
 
 
 @contextmanager
@@ -40,3 +40,18 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
             yield
         finally:
             matmul.allow_tf32 = before
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Restore torch's global generators after the block. Inside it, hold `LOCK` from seeding them to the last draw."""
+    cuda = device.type == "cuda"
+    with LOCK:
+        on_host, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+    try:
+        yield
+    finally:
+        with LOCK:
+            torch.set_rng_state(on_host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, device)

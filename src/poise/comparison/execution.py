@@ -86,15 +86,15 @@ def execute(
 
 @final
 class Worker:
-    """One process, the task that it is doing, and the file that it prints into."""
+    """One process, the tasks that it is doing by the numbers of their seats, and the file that it prints into."""
 
-    def __init__(self, number: int, device: str, threads: int, folder: Path, answers: "queue.SimpleQueue[Answer]") -> None:
-        self.device, self.log = device, folder / f"worker-{number + 1}.log"
-        self.task: Task | None = None
+    def __init__(self, number: int, crew: Crew, folder: Path, answers: "queue.SimpleQueue[Answer]") -> None:
+        self.device, self.log = crew.devices[number], folder / f"worker-{number + 1}.log"
+        self.tasks: dict[int, Task] = {}
         path = os.pathsep.join(filter(None, sys.path))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        environment = os.environ | {"OMP_NUM_THREADS": str(crew.threads), "PYTHONPATH": path}
         with open(self.log, "ab") as log:
-            command = [sys.executable, "-c", START]
+            command = [sys.executable, "-c", START, str(crew.seats(number))]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             self.process = subprocess.Popen(command, env=environment, **pipes)
         self._listener = threading.Thread(target=self._listen, args=[answers], daemon=True)
@@ -111,9 +111,9 @@ class Worker:
         assert pipe is not None
         return pipe
 
-    def give(self, task: Task) -> None:
-        self.task = task
-        order = json.dumps({"task": task.to_json(), "device": self.device})
+    def give(self, seat: int, task: Task) -> None:
+        self.tasks[seat] = task
+        order = json.dumps({"seat": seat, "task": task.to_json(), "device": self.device})
         with suppress(OSError):  # it has died: its end will be heard of
             self._pipe(self.process.stdin).write(order.encode() + b"\n")
             self._pipe(self.process.stdin).flush()
@@ -127,7 +127,7 @@ class Worker:
         with suppress(OSError):
             self._pipe(self.process.stdin).close()
         try:
-            self.process.wait(None if self.task else PATIENCE_SECONDS)
+            self.process.wait(None if self.tasks else PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -148,10 +148,10 @@ class Worker:
 
 
 class Answer(NamedTuple):
-    """What a worker says; None: it has ended."""
+    """What a worker says, with the seat of the task that it says it of; None: it has ended."""
 
     worker: Worker
-    content: dict[str, str] | None
+    content: dict[str, Any] | None
 
 
 @final
@@ -183,17 +183,18 @@ class Workers:
 
     @property
     def busy(self) -> list[Task]:
-        return [worker.task for worker in self._places.values() if worker.task is not None]
+        return [task for worker in self._places.values() for task in worker.tasks.values()]
 
     def assign(self, waiting: deque[Task]) -> None:
-        """A task to each free worker, as long as there are any."""
-        for number, device in enumerate(self._crew.devices):
+        """Give a task to each free seat, as long as there are any."""
+        for seat in range(len(self._crew.devices)):
+            number = self._crew.process(seat)
             worker = self._places.get(number)
-            if not waiting or (worker is not None and worker.task is not None):
+            if not waiting or (worker is not None and seat in worker.tasks):
                 continue
-            worker = worker or Worker(number, device, self._crew.threads, self._folder, self._answers)
+            worker = worker or Worker(number, self._crew, self._folder, self._answers)
             self._places[number] = worker
-            worker.give(waiting.popleft())
+            worker.give(seat, waiting.popleft())
 
     def stop(self) -> None:
         for worker in self._places.values():
@@ -205,11 +206,12 @@ class Workers:
             while True:
                 worker, content = self._answers.get(timeout=timeout)
                 timeout = 0.0
-                task, worker.task = worker.task, None
                 if content is None:
                     self._bury(worker)
-                if task is not None:
-                    yield task, content or {"state": "failed", "message": worker.obituary()}
+                    for task in worker.tasks.values():
+                        yield task, {"state": "failed", "message": worker.obituary()}
+                elif worker.tasks:
+                    yield worker.tasks.pop(content.get("seat", next(iter(worker.tasks)))), content
 
     def _bury(self, worker: Worker) -> None:
         for number, other in list(self._places.items()):

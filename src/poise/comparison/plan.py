@@ -156,15 +156,27 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.dev
 
 @dataclass(frozen=True)
 class Crew:
-    """Who does the work.
+    """Who does the work: as many seats as tasks are done at a time.
+
+    On a CPU each seat is a process of its own. The seats of one GPU share a process, since GPUs do the work of one process
+    side by side and take turns between several.
 
     Attributes:
-        devices: one for each process.
+        devices: one for each seat.
         threads: of each process.
     """
 
     devices: tuple[str, ...]
     threads: int
+
+    def process(self, seat: int) -> int:
+        """Return the number of the process that a seat belongs to: that of its first seat."""
+        device = self.devices[seat]
+        return self.devices.index(device) if device.startswith("cuda") else seat
+
+    def seats(self, process: int) -> int:
+        """Return how many seats a process has."""
+        return sum(self.process(seat) == process for seat in range(len(self.devices)))
 
     def __str__(self) -> str:
         count, kind = len(self.devices), self.devices[0].partition(":")[0]
@@ -172,14 +184,14 @@ class Crew:
 
 
 def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
-    """As many processes as cores on a CPU, as GPUs on cuda, and no more than tasks; cores are shared equally.
+    """As many tasks at a time as there are cores on a CPU, or GPUs on cuda, and no more than tasks; cores are shared equally.
 
     Of all tasks, also finished ones, so that an experiment that goes on has the threads it began with: their number moves
     the last bits of sums.
 
     Args:
         device: as the user chose it; "cuda" without a number means all of them.
-        jobs: processes; None: as above.
+        jobs: tasks at a time; None: as above.
         tasks: in all.
 
     Raises:
@@ -193,5 +205,6 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
         places = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     usual = cores if device.type == "cpu" else len(places)
     count = max(1, min(jobs or usual, tasks))
-    threads = max(1, min(torch.get_num_threads(), cores // count))
-    return Crew(tuple(places[number % len(places)] for number in range(count)), threads)
+    devices = tuple(places[number % len(places)] for number in range(count))
+    processes = len(set(devices)) if device.type == "cuda" else count
+    return Crew(devices, max(1, min(torch.get_num_threads(), cores // processes)))

@@ -1,4 +1,4 @@
-"""A process that does one task after another: train, measure, write the result.
+"""A process that does tasks: train, measure, write the result. One after another, or several at a time on one GPU.
 
 Tasks come as lines of JSON on stdin and answers go to stdout, so that no script needs a main guard and nothing is pickled.
 Whatever else is printed goes to stderr, which the parent sends to a file. When stdin ends, the parent is gone or has no more
@@ -12,13 +12,17 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from poise.comparison.measuring import measured
 from poise.comparison.plan import Task
 from poise.datasets import Dataset
 from poise.errors import InputError, Interrupted, RunError
+from poise.guards import stop_signals
 from poise.pipeline import Options, train
 from poise.recipes.settings import Data
 from poise.results import result_of, source_commit, write_result
@@ -33,12 +37,36 @@ def main() -> None:
     os.dup2(2, 1)
     shelf = Shelf()
     source_commit()  # of what was imported: by the end of the first run the clone may have moved on
+
+    def carry_out(line: bytes) -> None:
+        order = json.loads(line)
+        said = answer(Task.from_json(order["task"]), order["device"], shelf)
+        print(json.dumps({"seat": order["seat"], **said}) + "\n", end="", file=answers, flush=True)
+
     try:
-        for line in lines_of_stdin():
-            order = json.loads(line)
-            print(json.dumps(answer(Task.from_json(order["task"]), order["device"], shelf)), file=answers, flush=True)
+        if int(sys.argv[1]) == 1:
+            for line in lines_of_stdin():
+                carry_out(line)
+        else:
+            in_threads(carry_out)
     except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
         sys.exit(130)
+
+
+def in_threads(carry_out: Callable[[bytes], None]) -> None:
+    """Carry out each order in a thread and CUDA stream of its own, so that the GPU works on all of them side by side."""
+
+    def beside_others(line: bytes) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(json.loads(line)["device"])) if torch.cuda.is_available() else nullcontext():
+            carry_out(line)
+
+    with stop_signals():  # heard by the main thread for all
+        threads = []
+        for line in lines_of_stdin():
+            threads.append(threading.Thread(target=beside_others, args=[line], daemon=True))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
 
 
 def lines_of_stdin() -> Iterator[bytes]:
@@ -90,9 +118,11 @@ class Shelf:
 
     def __init__(self) -> None:
         self._held: tuple[Data, Dataset] | None = None
+        self._reading = threading.Lock()
 
     def dataset(self, settings: Data, cache: Path) -> Dataset:
-        if self._held is None or self._held[0] != settings:
-            self._held = None  # before the next is read
-            self._held = settings, read_data(settings, cache=cache)
-        return self._held[1]
+        with self._reading:
+            if self._held is None or self._held[0] != settings:
+                self._held = None  # before the next is read
+                self._held = settings, read_data(settings, cache=cache)
+            return self._held[1]

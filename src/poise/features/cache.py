@@ -1,6 +1,7 @@
 """Features kept on disk, so that those of a real set are computed once: one safetensors file for each key.
 
-The key is the SHA-256 of what the features depend on: the images' content, type and shape, the extractor's checksum and resize.
+The key is the SHA-256 of what the features depend on: the images' content, type and shape, the extractor's checksum, resize
+and precision.
 A file holds its key and a hash of its values; one that is damaged is computed again and replaced. Files appear whole or not at
 all, so that runs may share the folder and be killed at any moment. The folder can be deleted at any time.
 """
@@ -79,6 +80,7 @@ def default_cache() -> Path | None:
 def _key(extractor: Extractor, images: Any, content: str) -> str:
     kind = [str(images.dtype).removeprefix("torch."), list(images.shape)] if hasattr(images, "shape") else "batches"
     parts = [FORMAT, content, kind, extractor.name, extractor.checksum, extractor.resize]
+    parts += [] if extractor.precision == "float32" else [extractor.precision]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

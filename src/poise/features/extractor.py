@@ -2,9 +2,15 @@
 
 An `Extractor` is a network with the name, checksum and resize that say which numbers it makes. It sees every image as RGB
 float32 in 0..255: bytes as they are, floats in [0, 1] times 255 and never rounded. Features are float32 (n, d), on the CPU.
+
+On a CPU a network computes in float32. On a GPU it may use TF32, which is 2.4 times faster for Inception on an H200 and moves
+its features by 7e-4 (root mean square) and FID by less than what is printed of it: see docs/metrics.md.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +19,13 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, RunError
+from poise.kernels import kernels
 from poise.progress import progress
 from poise.shapes import Features
 
 EXTRACTION_BATCH = 50
+CUDA_BATCH = 500  # 1.2 times as fast as 50 for Inception on an H200 (2026-11-26)
+AHEAD = 2  # batches for a GPU that are made before they are asked for
 CPU_BATCH = 5  # 26 to 35 % faster than 50 (2026-11, two cores): glibc reuses arrays below 32 MiB and has larger ones made anew
 
 
@@ -30,6 +39,7 @@ class Extractor:
         resize: in words.
         network: from RGB float32 (n, 3, height, width) in 0..255 on `device` to (n, features).
         device: where it computes.
+        tf32: allow TF32 on a GPU.
         classifier: (classes, features), on the CPU: its logits are features @ classifier.T, which the Inception Score needs.
             None: it has none.
     """
@@ -40,6 +50,17 @@ class Extractor:
     network: Callable[[Tensor], Tensor]
     device: torch.device
     classifier: Tensor | None = None
+    tf32: bool = True
+
+    @property
+    def precision(self) -> str:
+        """What its arithmetic is: "float32", or "TF32"."""
+        return "TF32" if self.tf32 and self.device.type == "cuda" else "float32"
+
+    @property
+    def batch_size(self) -> int:
+        """How many images are best given to it at a time."""
+        return CUDA_BATCH if self.device.type == "cuda" else EXTRACTION_BATCH
 
     @property
     def distance(self) -> str:
@@ -58,7 +79,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Any) -> Features:
-        """Features (n, d) of images, float32 on the CPU, computed in full float32 some images at a time.
+        """Features (n, d) of images, float32 on the CPU, computed some images at a time.
 
         Args:
             images: (n, 1 or 3, height, width), array or tensor: bytes, or floats in [0, 1]; grey is repeated to three channels.
@@ -68,14 +89,15 @@ class Extractor:
             RunError: a feature is not finite.
         """
         images = _checked(images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images)))
-        size = CPU_BATCH if self.device.type == "cpu" else EXTRACTION_BATCH
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return torch.cat([self._features(part) for part in images.split(size)])
+        size = CPU_BATCH if self.device.type == "cpu" else self.batch_size
+        return torch.cat([self._features(part) for part in images.split(size)])
 
     def _features(self, images: Tensor) -> Features:
         images = images.to(self.device)
         levels = images.float() if images.dtype == torch.uint8 else images.float() * 255
-        features = self.network(levels.expand(-1, 3, -1, -1)).float().cpu()
+        with kernels(self.device, tf32=self.tf32, deterministic=False):
+            launched = self.network(levels.expand(-1, 3, -1, -1)).float()
+        features = launched.cpu()
         if features.ndim != 2 or len(features) != len(images):
             raise InputError(
                 f"extractor {self.name} gives {tuple(features.shape)} for {len(images)} images, not (images, features)"
@@ -107,7 +129,8 @@ def extract(
 ) -> Features:
     """Features of every image, (n, features), float32 on the CPU, in the order of the images.
 
-    Only one batch of images and all features are in memory. The batch size moves features by less than 1e-5.
+    Only a few batches of images and all features are in memory. The batch size moves features by less than 1e-5. For a GPU
+    images that come in parts are joined to its batches, and a thread gets the next ones while it computes.
 
     Args:
         extractor: from `make_extractor`.
@@ -122,16 +145,47 @@ def extract(
     """
     total = len(images) if hasattr(images, "shape") else total
     with progress(title, total or 0, quiet=quiet or total is None) as display:
-        parts = (extractor(batch) for batch in _batches(images))
-        return _joined(parts, total, lambda done: display.update(done, {}))
+        batches = _batches(images, extractor.batch_size)
+        if extractor.device.type == "cuda":
+            batches = _in_background(_regrouped(batches, extractor.batch_size), extractor.device)
+        return _joined(map(extractor, batches), total, lambda done: display.update(done, {}))
 
 
-def _batches(images: Any) -> Iterator[Any]:
+def _batches(images: Any, size: int) -> Iterator[Any]:
     if not hasattr(images, "shape"):
         yield from images
         return
-    for start in range(0, len(images), EXTRACTION_BATCH):
-        yield images[start : start + EXTRACTION_BATCH]
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def _regrouped(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
+    """Join parts to batches of at least `size` images; the last one may be smaller."""
+    held: list[Tensor] = []
+    for part in parts:
+        held.append(part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part)))
+        if sum(map(len, held)) >= size:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def _in_background(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Make batches in a thread, some ahead of the one that is asked for, in the same order; on a CUDA stream of its own."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream(device))
+
+    def make() -> Tensor | None:
+        with torch.cuda.stream(side) if side is not None else nullcontext():
+            return next(batches, None)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(make) for _ in range(AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(make))
+            yield batch
 
 
 def _joined(parts: Iterable[Tensor], total: int | None, report: Callable[[int], None]) -> Features:

@@ -21,6 +21,7 @@ in their own precision.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +31,15 @@ from poise.balance import Balance, negative_log_likelihood
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
-from poise.metrics.reconstruction import bits_per_dim, summed_error
+from poise.metrics.reconstruction import bits_per_dim, in_float64, summed_error
 from poise.progress import progress
 from poise.seeds import generator
 from poise.shapes import Noise, PerImage
 from poise.vae import VAE
 
-BLOCK = 100  # samples of one image that are decoded together; a different size would give different noise
+BLOCK = 100  # samples of one image whose noise is drawn together; a different size would give different noise
+BLOCKS_AT_ONCE = {"cpu": 1, "mps": 1}  # that are decoded together
+BLOCKS_AT_ONCE_ELSEWHERE = 20
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,9 @@ def nll_per_image(
     """
     if samples < 1:
         raise InputError(f"the number of samples must be at least 1, not {samples}")
-    sums = []
+    sums, device = [], next(vae.parameters()).device
+    at_once = BLOCKS_AT_ONCE.get(device.type, BLOCKS_AT_ONCE_ELSEWHERE)
+    place = device if at_once > 1 else torch.device("cpu")  # of the weights, which are float64
     with progress("likelihood", len(images), quiet=quiet) as bar:
         for batch, posterior in posteriors(vae, images):
             codes = DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
@@ -129,10 +134,11 @@ def nll_per_image(
                 raise InputError("the codes must be finite; the encoder gives NaN or infinite values for some image")
             for image, mean, logvar in zip(batch, codes.mean, codes.logvar, strict=True):
                 noise = _noise_in_blocks(samples, len(mean), seed, len(sums))
-                code = DiagonalGaussian(mean[None], logvar[None])
-                sums.append(_log_sums(_log_weights(vae, balance, image, code, block) for block in noise))
+                code = DiagonalGaussian(mean[None].to(place), logvar[None].to(place))
+                together = (torch.cat(blocks).to(place) for blocks in _grouped(noise, at_once))
+                sums.append(_log_sums(_log_weights(vae, balance, image, code, draws) for draws in together))
                 bar.update(len(sums), {})
-    log_sum, log_sum_of_squares = torch.stack(sums).unbind(1)
+    log_sum, log_sum_of_squares = torch.stack(sums).cpu().unbind(1)
     return NLLPerImage(math.log(samples) - log_sum, (2 * log_sum - log_sum_of_squares).exp() / samples)
 
 
@@ -142,19 +148,27 @@ def _noise_in_blocks(samples: int, latents: int, seed: int, image: int) -> Itera
         yield torch.randn(BLOCK, latents, generator=source)[: samples - start]  # torch draws fewer numbers differently
 
 
+def _grouped(blocks: Iterator[Noise], size: int) -> Iterator[list[Noise]]:
+    while group := list(islice(blocks, size)):
+        yield group
+
+
 def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
     """log sum w and log sum w^2 over all blocks, (2,)."""
-    sums = torch.full((2,), -math.inf, dtype=torch.float64)
+    sums = None
     for block in log_weights:
-        sums = sums.logaddexp(torch.stack([block, 2 * block]).logsumexp(1))
+        of_block = torch.stack([block, 2 * block]).logsumexp(1)
+        sums = of_block if sums is None else sums.logaddexp(of_block)
+    assert sums is not None
     return sums
 
 
 def _log_weights(vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise) -> PerImage:
     """log p(x|z) + log p(z) - log q(z|x) of each sample; in the last two the terms L/2 log 2 pi cancel."""
     latents = code.sample(noise)
-    error = summed_error(vae.decode(latents.to(image.device)).float() - image, balance.power)
-    gamma2 = balance.gamma2.cpu().double()
+    difference = vae.decode(latents.to(image.device)).float() - image
+    error = summed_error(difference, balance.power).to(latents.device)
+    gamma2 = in_float64(balance.gamma2).to(latents.device)
     log_likelihood = -negative_log_likelihood(error, gamma2, image.numel(), power=balance.power)
     log_ratio = 0.5 * (noise.double().square() + code.logvar.double() - latents.double().square()).sum(1)
     return log_likelihood + log_ratio

@@ -25,6 +25,7 @@ from poise.shapes import Images, PerImage, Values
 from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
+SSIM_VALUES = 2**22  # of the images that a GPU compares at a time
 LEAST_MSE = 2.0**-48  # (2^-24)^2, half the step of float32 below 1: an exact image has a PSNR of 144.5 dB, not infinity
 
 
@@ -113,9 +114,9 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
 
 def _per_image(batch: Values, restored: Values, sampled: Values, power: float) -> dict[str, PerImage]:
     errors = {
-        "squared": summed_error(restored - batch, 2),
-        "squared_sampled": summed_error(sampled - batch, 2),
-        "error": summed_error(sampled - batch, power),
+        "squared": summed_error(restored - batch, 2).cpu(),
+        "squared_sampled": summed_error(sampled - batch, 2).cpu(),
+        "error": summed_error(sampled - batch, power).cpu(),
     }
     if batch.dim() != 4:  # vectors, as stage 2's
         return errors
@@ -123,8 +124,8 @@ def _per_image(batch: Values, restored: Values, sampled: Values, power: float) -
 
 
 def summed_error(difference: Values, power: float) -> PerImage:
-    """sum |difference|^power over the dimensions of each image: float64, on the CPU."""
-    return in_float64(difference).abs().pow(power).flatten(1).sum(1).cpu()
+    """sum |difference|^power over the dimensions of each image: float64, where the difference is if that has float64."""
+    return in_float64(difference).abs().pow(power).flatten(1).sum(1)
 
 
 def in_float64(tensor: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def peak_signal_to_noise(images: Images, others: Images) -> PerImage:
 
     An MSE below 2^-48, which is rounding in float32, counts as 2^-48: images that are equal have 144.5 dB.
     """
-    mse = summed_error(images - others, 2) / images[0].numel()
+    mse = summed_error(images - others, 2).cpu() / images[0].numel()
     return -10 * mse.clamp_min(LEAST_MSE).log10()
 
 
@@ -163,7 +164,8 @@ def structural_similarity(images: Images, others: Images) -> PerImage:
     Args:
         images, others: (n, channels, height, width), values in [0, 1].
     """
-    pairs = zip(images.split(10), others.split(10), strict=True)  # ten at a time: several maps of each image are held
+    size = 10 if images.device.type == "cpu" else max(10, SSIM_VALUES // images[0].numel())  # several maps of each are held
+    pairs = zip(images.split(size), others.split(size), strict=True)
     return torch.cat([_structural_similarity(in_float64(x), in_float64(y)) for x, y in pairs]).cpu()
 
 

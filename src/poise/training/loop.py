@@ -17,7 +17,7 @@ from torch import Tensor
 
 from poise import parallel
 from poise.errors import InputError, RunError
-from poise.kernels import kernels
+from poise.kernels import generators_kept, kernels
 from poise.objectives import is_deterministic
 from poise.progress import progress
 from poise.recipes.settings import Stage
@@ -107,7 +107,7 @@ def fit(
     with (
         tuned(state.vae, device),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        generators_kept(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
         fetched_ahead(data, wanted, share) as fetched_batches,
     ):
