@@ -16,6 +16,7 @@ import argparse
 import os
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     reference = Reference(real, conditions)
     timed(parts, "statistics of real images", lambda: (reference.gaussian, reference.reaches), device)
     for label, prior in GENERATIONS.items():
-        images = timed(parts, f"{label} generated", lambda p=prior: run.sample(count, prior=p), device)
+        images = timed(parts, f"{label} generated", partial(run.sample, count, prior=prior), device)
         found = timed(parts, f"{label} features", lambda i=images: features_of(extractor, i, count), device).to(device)
         timed(parts, f"{label} metrics", lambda f=found: list(distances(reference, f, conditions, extractor)), device)
     figures = {f"{m.metric} of {m.of}": m.value for m in evaluation.measurements}

@@ -170,7 +170,7 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
     networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
     balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
-    config = configuration(recipe, dataset) | {"engine": choose_engine(options.engine, device)}
+    config = configuration(recipe, dataset, choose_engine(options.engine, device))
     parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
     saved = parallel.on_first(lambda: open_folder(folder, config))
     options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
@@ -213,10 +213,10 @@ def source_of(images: Any, recipe: Recipe) -> str:
     return str(images) if named else str(Path(images).resolve())
 
 
-def configuration(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
     """What config.json holds."""
     versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
-    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "versions": versions}
+    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
 
 
 def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:

@@ -33,7 +33,7 @@ class CapturedStep:
 
     def __init__(self, step: Step, fell_back: Callable[[str], None] | None = None) -> None:
         self.step, self.fell_back = step, fell_back
-        self.stream = torch.cuda.Stream()
+        self.stream: torch.cuda.Stream | None = None  # of the device that is current when the first step is taken
         self.taken = 0
         self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -44,6 +44,7 @@ class CapturedStep:
         Raises:
             RunError: the step cannot be recorded, and nobody wants to fall back.
         """
+        self.stream = self.stream or torch.cuda.Stream()
         if self.graph is None and self.recordable and self.taken >= EAGER_STEPS:
             self._record(state, batch, noise, stage)
         if self.graph is None:
@@ -74,6 +75,7 @@ class CapturedStep:
 
     def _take(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
         now = torch.cuda.current_stream()
+        assert self.stream is not None
         self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream):
             self.step(state, batch, noise, stage)
