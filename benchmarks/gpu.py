@@ -170,10 +170,10 @@ def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, An
     for count in (1, SIDE_BY_SIDE):
         made = [recorded(bench, number, stage) for _ in range(count)]
 
-        def rounds(repeats: int, made: list[CapturedStep] = made) -> None:
+        def rounds(repeats: int, made: list[tuple[CapturedStep, TrainingState]] = made) -> None:
             for _ in range(repeats):
-                for step in made:
-                    assert step.graph is not None
+                for step, _ in made:
+                    assert step.graph is not None and step.stream is not None
                     with torch.cuda.stream(step.stream):
                         step.graph.replay()
 
@@ -184,8 +184,8 @@ def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, An
     return times
 
 
-def recorded(bench: Bench, number: int, stage: Stage) -> CapturedStep:
-    """A step of a new model, recorded."""
+def recorded(bench: Bench, number: int, stage: Stage) -> tuple[CapturedStep, TrainingState]:
+    """A step of a new model, recorded, and the state that its graph works on, which is to be kept as long."""
     state, data, step = bench.state(number, stage), bench.data(number), CapturedStep(training_step)
     latents = RECIPE.network.latent_dim
     noise = torch.randn(stage.batch_size, latents, device=bench.device)
@@ -193,7 +193,7 @@ def recorded(bench: Bench, number: int, stage: Stage) -> CapturedStep:
     with tuned(state.vae, bench.device), kernels(bench.device, tf32=stage.precision != "ieee"):
         for _ in range(EAGER_STEPS + 1):
             step(state, batch, noise, stage)
-    return step
+    return step, state
 
 
 def milliseconds(values: list[float]) -> dict[str, float]:

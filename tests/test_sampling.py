@@ -14,6 +14,7 @@ from poise.priors import (
     NormalPrior,
     RenormalisedPrior,
     SecondStagePrior,
+    expectation_maximisation,
     fit_mixture,
     renormalisation_factor,
 )
@@ -70,6 +71,17 @@ def test_the_mixture_draws_from_what_scikit_learn_fitted():
     expected_cov = np.einsum("k,kij->ij", fitted.weights_, fitted.covariances_ + centred[:, :, None] * centred[:, None])
     np.testing.assert_allclose(np.cov(drawn.T.numpy()), expected_cov, atol=0.03)
     assert abs(float((drawn[:, 0] > 0).float().mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(("dims", "components"), [(1, 4), (3, 1), (8, 5)])
+def test_expectation_maximisation_is_scikit_learns(dims, components):
+    draws = np.random.default_rng(dims)
+    values = draws.normal(size=(1500, dims)) @ draws.normal(size=(dims, dims)) + 3 * draws.integers(0, 3, (1500, 1))
+    fitted = GaussianMixture(components, random_state=7).fit(values)
+    weights, means, factors = expectation_maximisation(torch.from_numpy(values), components, 7, torch.device("cpu"))
+    np.testing.assert_allclose(weights, fitted.weights_, rtol=1e-5)
+    np.testing.assert_allclose(means, fitted.means_, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(factors @ factors.mT, fitted.covariances_, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch):

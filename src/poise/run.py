@@ -220,7 +220,7 @@ class Run:
 
     @cached_property
     def _mixture(self) -> MixturePrior:
-        return fit_mixture(self.codes, seed=self.recipe.seed)
+        return fit_mixture(self.codes, seed=self.recipe.seed, device=self.device)
 
     @cached_property
     def _lost_much(self) -> bool:

@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ from poise.pipeline import Options, train
 from poise.recipes.settings import Data
 from poise.results import result_of, source_commit, write_result
 from poise.run import read_data
+
+POLL_SECONDS = 0.5
 
 
 def main() -> None:
@@ -48,29 +50,37 @@ def main() -> None:
             for line in lines_of_stdin():
                 carry_out(line)
         else:
-            in_threads(carry_out)
+            in_threads(carry_out, shelf)
     except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
         sys.exit(130)
 
 
-def in_threads(carry_out: Callable[[bytes], None]) -> None:
-    """Carry out each order in a thread and CUDA stream of its own, so that the GPU works on all of them side by side."""
+def in_threads(carry_out: Callable[[bytes], None], shelf: "Shelf") -> None:
+    """Carry out each order in a thread and CUDA stream of its own, so that the GPU works on all of them side by side.
+
+    When asked to stop, runs in training save their state. What is being measured is given up: it is measured again.
+    """
 
     def beside_others(line: bytes) -> None:
         with torch.cuda.stream(torch.cuda.Stream(json.loads(line)["device"])) if torch.cuda.is_available() else nullcontext():
             carry_out(line)
 
-    with stop_signals():  # heard by the main thread for all
-        threads = []
-        for line in lines_of_stdin():
+    threads: list[threading.Thread] = []
+    with stop_signals() as asked:  # heard by the main thread for all
+        for line in lines_of_stdin(asked):
             threads.append(threading.Thread(target=beside_others, args=[line], daemon=True))
             threads[-1].start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive() and thread not in shelf.measuring:
+                thread.join(POLL_SECONDS)
+        if any(thread.is_alive() for thread in threads):
+            os._exit(143)  # threads that are measuring would not let the interpreter end
 
 
-def lines_of_stdin() -> Iterator[bytes]:
-    """Lines as they come; another thread waits for them, and when they end asks whatever is being done to stop.
+def lines_of_stdin(asked: Callable[[], bool] = lambda: False) -> Iterator[bytes]:
+    """Lines as they come, until they end or something `asked` to stop.
+
+    Another thread waits for them, and when they end asks whatever is being done to stop.
 
     The end is put in the queue too: a signal that arrives just before a thread goes to sleep does not wake it.
     """
@@ -83,8 +93,11 @@ def lines_of_stdin() -> Iterator[bytes]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
-    while (line := lines.get()) is not None:
-        yield line
+    while not asked():
+        with suppress(queue.Empty):
+            if (line := lines.get(timeout=POLL_SECONDS)) is None:
+                return
+            yield line
 
 
 def answer(task: Task, device: str, shelf: "Shelf") -> dict[str, str]:
@@ -107,6 +120,7 @@ def perform(task: Task, device: str, shelf: "Shelf") -> Path:
     run = train(
         shelf.dataset(task.recipe.data, task.folder.parent / "cache"), recipe=task.recipe, out=task.folder, options=options
     )
+    shelf.measuring.add(threading.current_thread())
     evaluation = measured(run, task.measuring, task.recipe.seed)
     seconds = {"evaluation": evaluation.pop("seconds")}
     result = result_of(run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds)
@@ -114,9 +128,10 @@ def perform(task: Task, device: str, shelf: "Shelf") -> Path:
 
 
 class Shelf:
-    """The images read last: the tasks of an experiment have them in common."""
+    """The images read last, which the tasks of an experiment have in common, and the threads that are past training."""
 
     def __init__(self) -> None:
+        self.measuring: set[threading.Thread] = set()
         self._held: tuple[Data, Dataset] | None = None
         self._reading = threading.Lock()
 
