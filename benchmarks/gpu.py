@@ -1,6 +1,6 @@
 """The released CIFAR-10 experiment on one GPU: seconds per step of each engine, their share of the machine's rate, the whole.
 
-    python benchmarks/gpu.py [--minutes 7.5] [--seconds 6] [--only matrix tf32 ...] [--json results/bench-gpu.json]
+    python benchmarks/gpu.py [--minutes 7.5] [--seconds 6] [--only matrix tf32 ...] [--json results/bench-gpu-steps.json]
     python benchmarks/gpu.py --device cpu --quick          # that it runs; the figures mean nothing
 
 Needs no files: 50,000 random images of bytes, and random codes, lie in the GPU's memory. Batches of 100, the released networks
@@ -406,7 +406,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each loop, about")
     parser.add_argument("--only", nargs="*", metavar="WORD", help="parts whose name has one of these words, as in: stage 1")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
-    parser.add_argument("--json", type=Path, default=Path("results/bench-gpu.json"))
+    parser.add_argument("--json", type=Path, default=Path("results/bench-gpu-steps.json"))
     options = parser.parse_args()
     began, device = time.perf_counter(), torch.device(options.device)
     bench = Bench(device, QUICK if options.quick else Scale(), 0.01 if options.quick else options.seconds / LAPS)
