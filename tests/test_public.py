@@ -90,7 +90,7 @@ def test_released_recipes_have_the_released_sizes():
         (lambda: Stage(epochs=1, batch_size=1), "batch_size"),
         (lambda: Stage(steps=1, learning_rate=-1.0), "learning_rate"),
         (lambda: Stage(steps=1, ema_decay=1.0), "ema_decay"),
-        (lambda: Stage(steps=1, precision="bf16"), "precision must be one of float32, bfloat16"),
+        (lambda: Stage(steps=1, precision="bf16"), "precision must be one of float32, ieee, bfloat16"),
         (lambda: Generation(renormalise="allways"), "renormalise"),
         (lambda: Network("resnett"), "kind"),
         (lambda: Data("x", channels=2), "channels"),
