@@ -10,6 +10,8 @@ Names are loaded when first used: the balances need torch and numpy only.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # pyproject.toml reads it here, so that a source folder knows it too
+
 if TYPE_CHECKING:
     from poise import balance, features, metrics, networks, priors, protocols, recipes, report
     from poise.balance import (

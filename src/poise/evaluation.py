@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poise import __version__
 from poise.build import choose_device
 from poise.datasets import find_images, gather, head
 from poise.errors import InputError, MissingExtraError
@@ -108,7 +108,7 @@ class Evaluation:
         """Plain values; each measurement names its protocol by hash, and `protocols` holds them in full."""
         measurements = [m.to_json() for m in self.measurements]
         protocols = protocols_json(self.measurements)
-        head = {"poise": version("poise"), "notes": list(self.notes)}
+        head = {"poise": __version__, "notes": list(self.notes)}
         return strict(head | {"protocols": protocols, "measurements": measurements} | self.pages)
 
 

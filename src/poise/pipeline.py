@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise import parallel, plots
+from poise import __version__, parallel, plots
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import (
@@ -213,7 +212,7 @@ def source_of(images: Any, recipe: Recipe) -> str:
 
 def configuration(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What config.json holds."""
-    versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
+    versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "versions": versions}
 
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from typing import Any, Literal
 
+from poise import __version__
 from poise.errors import InputError
 from poise.recipes.settings import Generation, check_words
 
@@ -182,7 +182,7 @@ class Measurement:
     data: str = ""
     seed: int = 0
     device: str = "cpu"
-    version: str = field(default_factory=lambda: version("poise"))
+    version: str = __version__
 
     def __post_init__(self) -> None:
         if not isinstance(self.protocol, Protocol) or not self.protocol.complete:

@@ -12,11 +12,11 @@ import os
 import re
 import signal
 import sys
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import tyro
 
+from poise import __version__
 from poise.cli.images import Encode, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.study import Compare, Report, Reproduce
@@ -63,7 +63,7 @@ def main() -> None:
 def parse(arguments: list[str]) -> Any:
     """The command with its options. A wrong option is one line on stderr and exit code 2."""
     if arguments == ["--version"]:
-        print(f"poise {version('poise')}")
+        print(f"poise {__version__}")
         sys.exit()
     complaint = io.StringIO()
     try:

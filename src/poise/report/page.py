@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from poise import __version__
 from poise.errors import InputError
 from poise.files import write_file
 from poise.progress import progress
@@ -125,7 +125,7 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
         body=parts,
         values=values,
         library=plotly(),
-        version=version("poise"),
+        version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     )
 
