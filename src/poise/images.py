@@ -186,7 +186,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
+    return " ".join(reason.split()).rstrip(".")  # more is said after it
 
 
 def center_square_resize(image: Picture, size: int) -> Picture:

@@ -6,6 +6,7 @@ codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        what `poise evaluate` printed last
+diagnosis.json         what `poise diagnose` found last
 """
 
 import json
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
-from poise.checkpoint import Saved, newest_checkpoint, read_folder
+from poise.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
 from poise.datasets import Dataset, Rows, head, read_images
 from poise.datasets import load as load_data
 from poise.errors import InputError, MissingInputError, RunError
@@ -71,6 +72,7 @@ from poise.vae import VAE
 
 PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
+DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
 GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
 
@@ -187,6 +189,32 @@ class Run:
         parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
+    @property
+    def default_prior(self) -> PriorName:
+        """The prior that `sample` draws from unless it is told another."""
+        return "second-stage" if self.second else "normal"
+
+    def prior_distances(self) -> dict[str, float]:
+        """The distance from the images of each prior's samples, by the last `poise diagnose`, least first.
+
+        Empty where none was made, or where training has gone on since. The distance is Frechet's in
+        pixels, as a share of the images' variance.
+        """
+        try:
+            found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
+            if found["checkpoint"] != self.position:
+                return {}
+            distances = {name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        known = {name: d for name, d in distances.items() if isinstance(d, float)}
+        return dict(sorted(known.items(), key=lambda item: item[1]))
+
+    @property
+    def position(self) -> str:
+        """The name of the newest checkpoint in the folder."""
+        return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
+
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
         """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
 
@@ -198,7 +226,7 @@ class Run:
             InputError: this run has no second stage.
         """
         generation = generation or self.recipe.generation
-        prior = self._plain_prior(name or ("second-stage" if self.second else "normal"), generation)
+        prior = self._plain_prior(name or self.default_prior, generation)
         if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much):
             return prior
         released = generation.variance_law == "released"
@@ -212,7 +240,7 @@ class Run:
         if name == "mixture":
             return self._mixture.to(self.device)
         if name != "second-stage":
-            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture")
+            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'")
         if self.second is None:
             raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
         gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
@@ -248,7 +276,7 @@ class Run:
 
         Args:
             count: how many, at least 1.
-            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: the best there is.
+            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: second-stage where there is one, else normal.
             seed: image i of a seed is the same however many are drawn.
             first: number of the first image.
             generation: noise, renormalisation, adjustment; None: the recipe's.
@@ -384,7 +412,8 @@ class Run:
         generation = protocol.generation
         assert generation is not None
         if unknown := set(priors) - set(GENERATIONS.values()):
-            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(GENERATIONS.values())}")
+            known = ", ".join(GENERATIONS.values())
+            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']")
         restored = Produced(
             "REC",
             lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
@@ -492,6 +521,11 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
         )
         raise InputError(f"{folder} {needed}")
     saved, warnings = newest_checkpoint(folder / "checkpoints")
+    if saved is None and (folder / "summary.json").exists():
+        raise RunError(
+            f"{folder} was finished, and its checkpoints are gone: put {folder / 'checkpoints'} back "
+            f"from a copy, or train it again with `poise train`"
+        )
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
     return Run(folder, config, saved, warnings, vae).to(choose_device(device))

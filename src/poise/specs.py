@@ -31,22 +31,25 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
         key, _, value = option.partition("=")
         if key not in allowed:
             raise InputError(f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}")
-        values[key] = _parse(key, value, allowed[key].default)
+        values[key] = _parse(f"{kind} {name!r}", key, value, allowed[key].default, f"{name}:{key}")
     missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
     if missing:
-        raise InputError(f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER")
+        raise InputError(
+            f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER, as in {name}:{missing[0]}=1"
+        )
     return make(**values)
 
 
-def _parse(key: str, value: str, default: object) -> float | bool | str:
+def _parse(what: str, key: str, value: str, default: object, example: str) -> float | bool | str:
     if isinstance(default, bool):
         if value not in ("true", "false"):
-            raise InputError(f"{key}={value!r} is neither true nor false")
+            raise InputError(f"option {key} of {what} is true or false, not {value!r}: write {example}=true")
         return value == "true"
     if value == default:  # an option that takes a word: start=first-batch
         return value
     try:
         number = float(value)
     except ValueError:
-        raise InputError(f"{key}={value!r} is not a number") from None
+        number = default if isinstance(default, (int, float)) else 1
+        raise InputError(f"option {key} of {what} is a number, not {value!r}: write {example}={number:g}") from None
     return int(number) if number.is_integer() else number

@@ -133,7 +133,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try."""
+    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try.
+
+    It is kept in the run's diagnosis.json, so that `poise sample` can say which prior was best.
+    """
 
     run_folder: RunFolder
     json: Annotated[bool, arg(help="print JSON instead of sentences")] = False
@@ -142,6 +145,12 @@ class Diagnose:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.diagnosis import diagnose
+        from poise.files import write_json
+        from poise.run import DIAGNOSIS
 
         diagnosis = diagnose(run, quiet=False)
-        print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
+        found = diagnosis.to_json()
+        try:
+            write_json(run.folder / DIAGNOSIS, found | {"checkpoint": run.position})
+        finally:
+            print(json.dumps(found, indent=2) if self.json else diagnosis)
