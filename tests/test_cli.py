@@ -173,6 +173,15 @@ def test_options_of_evaluate_reach_the_evaluation(run_folder, capsys):
     assert {m["seed"] for m in values["measurements"] if m["of"] == "GEN-2"} == {3}
 
 
+@pytest.mark.parametrize("protocol", ["default", "50k-train"])
+def test_evaluate_can_be_told_how_many_images(protocol, run_folder, capsys):
+    poise("evaluate", run_folder, "--extractor", "pixels", "--images", "50", "--protocol", protocol)
+    values = json.loads(capsys.readouterr().out)
+    compared = [p for p in values["protocols"].values() if p["extractor"] == "pixels"]
+    assert {(p["real"], p["generated"]) for p in compared} == {(50, 50)}
+    assert values["reconstruction"]["images"] == 50
+
+
 def test_figures_are_on_disk_before_they_are_shown(run_folder, monkeypatch):
     (run_folder / "evaluation.json").unlink(missing_ok=True)
     monkeypatch.setattr(cli.Evaluate, "_show", lambda self, evaluation, title: sys.exit("the reader of stdout has gone"))
@@ -199,10 +208,11 @@ def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsy
 def test_two_folders_are_compared(run_folder, capsys, tmp_path):
     photos(tmp_path / "a", of=[(20, 30)] * 12)
     np.save(tmp_path / "b.npy", RANDOM.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
-    poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels")
-    values = json.loads(capsys.readouterr().out)
-    protocol = next(iter(values["protocols"].values()))
-    assert (protocol["real"], protocol["generated"]) == (12, 15)
+    for limit, expected in (([], (12, 15)), (["--images", "10"], (10, 10))):
+        poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels", *limit)
+        values = json.loads(capsys.readouterr().out)
+        protocol = next(iter(values["protocols"].values()))
+        assert (protocol["real"], protocol["generated"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,7 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         (["runs", "--real", "a", "--generated", "b"], "not both"),
         (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
         (["runs", "--size", "32"], "a run has its own"),
+        (["--real", __file__, "--generated", __file__, "--images", "1"], "at least 2 images"),
         (["runs", "--protocol", "mine"], "no such folder"),
     ],
 )

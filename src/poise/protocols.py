@@ -155,6 +155,19 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
     return PROTOCOLS[protocol]
 
 
+def with_count(protocol: Protocol, count: int | None) -> Protocol:
+    """The protocol with `count` real images and as many generated ones; None: as it is.
+
+    Raises:
+        InputError: fewer than two images, which cannot be compared.
+    """
+    if count is None:
+        return protocol
+    if count < 2:
+        raise InputError(f"at least 2 images are needed to compare, not {count}")
+    return replace(protocol, real=count, generated=None)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A number with all that is needed to compare it.

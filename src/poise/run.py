@@ -9,14 +9,17 @@ evaluation.json        what `poise evaluate` printed last
 diagnosis.json         what `poise diagnose` found last
 """
 
+import base64
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from html import escape
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
+from poise.images import grid, to_picture
 from poise.latent import DiagonalGaussian
 from poise.metrics import (
     CHUNK,
@@ -52,6 +56,7 @@ from poise.metrics import (
     reconstruction,
 )
 from poise.objectives import is_deterministic
+from poise.plots import training_curves
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -62,13 +67,16 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.protocols import Measurement, Protocol, find_protocol
+from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Data, Generation, Recipe, from_json
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.shapes import Images, Latents
 from poise.training import under
 from poise.vae import VAE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
@@ -316,6 +324,7 @@ class Run:
         protocol: str | Protocol = "default",
         extractor: str | Extractor = AUTO,
         priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
+        count: int | None = None,
         infinity: bool = False,
         nll_samples: int = 0,
         seed: int = 0,
@@ -329,6 +338,7 @@ class Run:
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
             priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
+            count: how many real images to measure, the first ones, with as many generated ones; None: as the protocol says.
             infinity: extrapolate Frechet distances to infinitely many images as well.
             nll_samples: importance samples for each image's log likelihood; 0: not estimated.
             seed: of generated images.
@@ -340,7 +350,9 @@ class Run:
         """
         if nll_samples and self.deterministic:
             raise InputError(f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out")
-        conditions, network, notes = choose_extractor(self._completed(protocol, images), extractor, self.device)
+        conditions, network, notes = choose_extractor(
+            self._completed(with_count(find_protocol(protocol), count), images), extractor, self.device
+        )
         images = self._images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
@@ -480,6 +492,35 @@ class Run:
         with suppress(InputError):
             return read_images(images if isinstance(images, Tensor) else np.asarray(images))
         return images
+
+    def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
+        """Return one picture of generated images, a `PIL.Image`: a notebook shows it, `.save("grid.png")` writes it.
+
+        Args:
+            count, prior, seed: see `sample`.
+        """
+        return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
+
+    def plot(self) -> "Picture":
+        """Return the curves of training, a `PIL.Image`: MSE, KL and gamma2 of each stage.
+
+        Raises:
+            InputError: the run has no log yet.
+        """
+        from PIL import Image
+
+        log = self.folder / "metrics.jsonl"
+        if not log.exists() or not log.read_text(encoding="utf-8").strip():
+            raise InputError(f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot")
+        return Image.open(io.BytesIO(training_curves(log)))
+
+    def _repr_html_(self) -> str:
+        """What it is, with the samples and the curves that training drew at its end, for a notebook."""
+        shown = [self.folder / name for name in ("samples.png", "training.png")]
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
+        style = "max-width:48%; vertical-align:top"
+        pictures = "".join(f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded)
+        return f"<p>{escape(repr(self))}</p>{pictures}"
 
     def __repr__(self) -> str:
         state = "" if self.finished else ", not finished"

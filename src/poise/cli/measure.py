@@ -50,6 +50,10 @@ class Evaluate:
             "auto: inception if it is here, else light; none: no comparison"
         ),
     ] = "auto"
+    images: Annotated[
+        int | None,
+        arg(help="real images to measure, with as many generated ones", help_behavior_hint="(default: the protocol's)"),
+    ] = None
     infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
     nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
     seed: Annotated[int, arg(help="of generated images")] = 0
@@ -77,6 +81,7 @@ class Evaluate:
             protocol=self.protocol or "every-image",
             extractor=self.extractor,
             size=self.size,
+            count=self.images,
             infinity=self.infinity,
             device=self.device,
             quiet=False,
@@ -92,6 +97,7 @@ class Evaluate:
         evaluation = run.evaluate(
             protocol=self.protocol or "default",
             extractor=self.extractor,
+            count=self.images,
             infinity=self.infinity,
             nll_samples=self.nll_samples,
             seed=self.seed,
