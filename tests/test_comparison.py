@@ -371,7 +371,7 @@ WRONG = {
     "a balance": (["--balances", "computd"], "unknown balance 'computd'"),
     "an option of a balance": (
         ["--balances", "fixed:beta=x"],
-        "option beta of balance 'fixed' is a number, not 'x': write fixed:beta=1",
+        "beta='x' of balance 'fixed' is not a number: write fixed:beta=1",
     ),
     "a label twice": (["--balances", "fixed", "fixed"], "fixed is given twice"),
     "a model": (["--models", "gan"], "unknown objective 'gan'"),

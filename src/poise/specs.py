@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from poise.errors import InputError
 
@@ -31,7 +31,7 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
         key, _, value = option.partition("=")
         if key not in allowed:
             raise InputError(f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}")
-        values[key] = _parse(f"{kind} {name!r}", key, value, allowed[key].default, f"{name}:{key}")
+        values[key] = _parse(f"{kind} {name!r}", key, value, allowed[key], f"{name}:{key}")
     missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
     if missing:
         raise InputError(
@@ -40,16 +40,24 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
     return make(**values)
 
 
-def _parse(what: str, key: str, value: str, default: object, example: str) -> float | bool | str:
+def _parse(what: str, key: str, value: str, option: inspect.Parameter, example: str) -> float | bool | str:
+    default, words = option.default, _words(option.annotation)
     if isinstance(default, bool):
         if value not in ("true", "false"):
-            raise InputError(f"option {key} of {what} is true or false, not {value!r}: write {example}=true")
+            raise InputError(f"{key}={value!r} of {what} is neither true nor false: write {example}=true")
         return value == "true"
-    if value == default:  # an option that takes a word: start=first-batch
+    if value in words:
         return value
     try:
         number = float(value)
     except ValueError:
         number = default if isinstance(default, (int, float)) else 1
-        raise InputError(f"option {key} of {what} is a number, not {value!r}: write {example}={number:g}") from None
+        raise InputError(f"{key}={value!r} of {what} is not a number: write {example}={number:g}") from None
     return int(number) if number.is_integer() else number
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that an option takes beside numbers, as start=first-batch."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _words(part)]

@@ -11,7 +11,7 @@ from poise.balance import Balance
 from poise.diagnosis import broken, causes, decoder
 from poise.diagnosis.facts import Facts
 from poise.diagnosis.faulty_loss import BYTES_SQUARED, faulty_loss
-from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance
+from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance, linear_mse, spectrum
 from poise.diagnosis.inputs import Case, Loss, as_case, chosen
 from poise.diagnosis.limits import LARGE_LOGVAR
 from poise.diagnosis.notes import notes_on
@@ -192,6 +192,9 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
     display.update(3, {})
     priors = {"normal": NormalPrior(seen.codes.mean.shape[1]), **case.priors}
     enough = len(seen.images) >= FEWEST_IMAGES
+    num_latents, known = seen.codes.mean.shape[1], len(trained_on.images)
+    eigenvalues = spectrum(trained_on.images)
+    linear = linear_mse(eigenvalues, num_latents, seen.num_dims) if known >= causes.FEW_PER_LATENT * num_latents else None
     comparison = compare(case.vae, seen, trained_on.codes, priors, seed) if enough else None
     display.update(STEPS, {})
     return Facts(
@@ -202,6 +205,8 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
         loss=weights,
         inferred=inferred,
         largest_variance=largest_variance(seen.images),
+        linear_mse=linear,
+        falls=case.falls,
         comparison=comparison,
         is_run=case.is_run,
     )
@@ -214,6 +219,13 @@ def _figures(facts: Facts) -> dict[str, Any]:
     figures: dict[str, Any] = {"variance_lost": seen.variance - produced}
     figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": float(law)}
     figures["largest_variance"] = facts.largest_variance
+    if facts.linear_mse is not None:
+        trained = facts.trained_on
+        shares = {"mse_share": trained.mse / trained.variance, "linear_share": facts.linear_mse / trained.variance}
+        figures |= {"linear_mse": facts.linear_mse} | shares
+    for stage, (before, after) in facts.falls.items():
+        fell = 1 - after / before if before else 0.0
+        figures |= {f"mse_before_{stage}": before, f"mse_after_{stage}": after, f"mse_fell_{stage}": fell}
     if facts.train_mse is not None:
         figures["followed_gamma2" if facts.train is None else "mse_train"] = facts.train_mse
     if facts.weighing is not None:
