@@ -8,7 +8,6 @@ from poise.diagnosis.generation import Comparison
 from poise.diagnosis.limits import CLOSED, GAP, IMBALANCED, OVERFITTED, STILL_FALLING, UNDERFITTED
 from poise.diagnosis.report import Finding
 from poise.diagnosis.weight import BATCH, LossWeights
-from poise.latent import variance_law
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
 FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
@@ -126,7 +125,7 @@ def _blocked(facts: Facts) -> str:
 
 
 def _unlike(facts: Facts) -> list[str]:
-    law = float(variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean())
+    law = facts.codes_variance
     if _near(law, 1, FAR_LAW - 1):
         return []
     return [f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."]
@@ -237,7 +236,7 @@ def underfitting(facts: Facts) -> Finding | None:
 def still_falling(facts: Facts, stage: int) -> Finding | None:
     """A stage whose error was falling when its training ended."""
     before, after = facts.falls[stage]
-    if not after < (1 - STILL_FALLING[stage]) * before:
+    if not facts.fell(stage) > STILL_FALLING:
         return None
     sentence = (
         f"Stage {stage} was still learning when training ended: its MSE fell from {before:.3g} to "

@@ -18,7 +18,6 @@ from poise.diagnosis.notes import notes_on
 from poise.diagnosis.report import Diagnosis, Finding
 from poise.diagnosis.subject import Seen, device_of, look, undisturbed
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
-from poise.latent import variance_law
 from poise.metrics import CHUNK
 from poise.priors import NormalPrior
 from poise.progress import Progress, progress
@@ -215,17 +214,15 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
 def _figures(facts: Facts) -> dict[str, Any]:
     seen, loss, inferred, found = facts.seen, facts.loss, facts.inferred, facts.comparison
     produced = float(seen.restored.double().var(0).mean())
-    law = variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean()
     figures: dict[str, Any] = {"variance_lost": seen.variance - produced}
-    figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": float(law)}
+    figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": facts.codes_variance}
     figures["largest_variance"] = facts.largest_variance
     if facts.linear_mse is not None:
         trained = facts.trained_on
         shares = {"mse_share": trained.mse / trained.variance, "linear_share": facts.linear_mse / trained.variance}
         figures |= {"linear_mse": facts.linear_mse} | shares
     for stage, (before, after) in facts.falls.items():
-        fell = 1 - after / before if before else 0.0
-        figures |= {f"mse_before_{stage}": before, f"mse_after_{stage}": after, f"mse_fell_{stage}": fell}
+        figures |= {f"mse_before_{stage}": before, f"mse_after_{stage}": after, f"mse_fell_{stage}": facts.fell(stage)}
     if facts.train_mse is not None:
         figures["followed_gamma2" if facts.train is None else "mse_train"] = facts.train_mse
     if facts.weighing is not None:

@@ -12,6 +12,7 @@ from poise.diagnosis.generation import Comparison
 from poise.diagnosis.limits import IMBALANCED, INFERRED_IMBALANCED, SURE
 from poise.diagnosis.subject import Seen
 from poise.diagnosis.weight import InferredWeight, LossWeights
+from poise.latent import variance_law
 
 CROSS_ENTROPY_CLOSE = 0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
 BINARY = 0.95  # share of values within a tenth of 0 or 1: 8x8 digits have 0.65, binary images 1
@@ -80,6 +81,16 @@ class Facts:
         variances = [seen.error().var() / len(seen.images) for seen in (self.seen, self.train) if seen is not None]
         difference = self.seen.mse - self.train_mse
         return self.seen.mse / max(self.train_mse, 1e-12) if difference > SURE * float(sum(variances)) ** 0.5 else 1.0
+
+    @cached_property
+    def codes_variance(self) -> float:
+        """Of latents drawn from the posteriors, the mean over latents: what a second stage reconstructs."""
+        return float(variance_law(self.trained_on.codes.mean, self.trained_on.codes.logvar).mean())
+
+    def fell(self, stage: int) -> float:
+        """How much a stage's MSE fell at its end, as a share of the variance of what it reconstructs."""
+        before, after = self.falls[stage]
+        return (before - after) / (self.trained_on.variance if stage == 1 else self.codes_variance)
 
     @cached_property
     def by_cross_entropy(self) -> bool:

@@ -114,7 +114,7 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "linear_mse": "reconstructions leave {mse_share:.0%} of the images' variance, the best linear VAE with as many "
         f"latents {{linear_share:.0%}}; {UNDERFITTED:g} times as much would be underfitting",
         "mse_fell_2": "the second stage's MSE went from {mse_before_2:.3g} to {mse_after_2:.3g} in the last third of its "
-        f"training; a fall by {STILL_FALLING[2]:.0%} would be too much",
+        f"training; a fall by {STILL_FALLING:.0%} of the codes' variance would be too much",
         "mse_train": "the MSE is {mse_train:.4g} on training images and {mse:.4g} on the others; "
         f"{OVERFITTED:g} times as much would be overfitting",
         "followed_gamma2": "the loss followed the training error to {followed_gamma2:.4g}, and the MSE is {mse:.4g} on these "
