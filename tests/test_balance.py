@@ -26,6 +26,7 @@ from poise.balance import (
     make_balance,
 )
 from poise.errors import InputError
+from poise.latent import DiagonalGaussian
 
 NUM_DIMS = 48
 
@@ -575,3 +576,16 @@ def test_a_text_names_a_balance(text, kind, attributes):
 def test_a_wrong_text_is_refused_by_name(text, named, unchecked):
     with pytest.raises(InputError, match=named):
         make_balance(text)
+
+
+def test_the_ways_to_a_kl_that_the_readme_names_are_those_of_the_balance():
+    reconstruction, target, mean, logvar = make_batch(dtype=torch.float64)
+    absolute = (reconstruction - target).abs().flatten(1).sum(1)
+    of_poise = DiagonalGaussian(mean, logvar).kl()
+    normal = torch.distributions.Normal
+    pair = normal(mean, (logvar / 2).exp()), normal(torch.zeros_like(mean), torch.ones_like(mean))
+    of_torch = torch.distributions.kl_divergence(*pair).flatten(1).sum(1)
+    expected = ComputedBalance(power=1)(reconstruction, target, mean, logvar)
+    for kl in (of_poise, of_torch):
+        terms = ComputedBalance(power=1).combine(absolute, kl, NUM_DIMS)
+        torch.testing.assert_close(list(terms), list(expected), rtol=1e-12, atol=0)

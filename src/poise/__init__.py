@@ -10,7 +10,7 @@ Names are loaded when first used: the balances need torch and numpy only.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"  # pyproject.toml reads it here, so that a source folder knows it too
+from poise.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from poise import balance, features, metrics, networks, priors, protocols, recipes, report

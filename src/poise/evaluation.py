@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise import __version__
 from poise.build import choose_device
 from poise.datasets import find_images, gather, head
 from poise.errors import InputError, MissingExtraError
@@ -44,6 +43,7 @@ from poise.protocols import (
     with_count,
 )
 from poise.shapes import ByteImages, Features, Images
+from poise.version import __version__
 
 FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
 SMALLEST_SUBSET = 5_000  # of the extrapolation, where there are twice as many
@@ -397,7 +397,10 @@ def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
     fewest = min((min(m.protocol.real or 0, m.protocol.generated or 0) for m in compared), default=FEW_IMAGES)
     notes: tuple[str, ...] = ()
     if fewest < FEW_IMAGES:
-        notes += (f"Frechet distances of {fewest} images are biased upwards, the more the fewer: compare equal numbers only",)
+        notes += (
+            f"Frechet distances of {fewest} images are biased upwards, the more the fewer, and the more diverse the set: "
+            "compare equal numbers only",
+        )
     if infinity and compared and not any(m.metric.endswith("infinity") for m in compared):
         notes += (
             "too few images to extrapolate to infinity: it takes more than twice as many as features (light 1,280, FID 2,048)",

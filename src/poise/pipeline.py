@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise import __version__, parallel, plots
+from poise import parallel, plots
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import (
@@ -53,6 +53,7 @@ from poise.training import (
     under,
 )
 from poise.vae import VAE
+from poise.version import __version__
 
 PICTURES = 64
 PAIRS = 32

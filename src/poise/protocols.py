@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from poise import __version__
 from poise.errors import InputError
 from poise.recipes.settings import Generation, check_words
+from poise.version import __version__
 
 HASH_LENGTH = 10
 NO_EXTRACTOR = "none"

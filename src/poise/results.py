@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from poise import __version__
 from poise.errors import InputError, MissingInputError
 from poise.files import write_json
 from poise.recipes.settings import to_json
+from poise.version import __version__
 
 if TYPE_CHECKING:
     from poise.evaluation import Evaluation

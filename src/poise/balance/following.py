@@ -15,7 +15,7 @@ class ComputedBalance(Balance):
     """gamma2 is a running average of the reconstruction error (eq. 3 and 4): nothing to tune, nothing to learn.
 
     Args:
-        decay: of the running average per batch, in [0, 1). At 0.99 it settles in about 500 batches.
+        decay: of the running average per batch, in [0, 1). At 0.99 it looks back about 100 batches.
         start: "debiased": gamma2 is the average (eq. 4) of the errors of all earlier batches, without a start of its own;
             "first-batch": it starts at the first batch's error, of which 0.99^500 = 0.7 % are left after 500 batches; a
             number > 0: it starts there. The first batch uses its own error where no number is given.
@@ -72,11 +72,11 @@ class ComputedBalance(Balance):
             average = torch.minimum(gamma2, average)
         return {"gamma2": average, "weight": weight}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
         """States before 2026-11-26 hold `started`, and go on as plain averages."""
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}weight"] = started.float()
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}, monotone={self.monotone}, {super().extra_repr()}"
@@ -109,14 +109,14 @@ class LearnedBalance(Balance):
         self.scaled_log_gamma = nn.Parameter(torch.tensor(0.5 * math.log(positive("start", start)) / rate))
         self.register_buffer("saved_rate", torch.tensor(self.rate))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
         """States before 2026-11-26 do not hold their rate: it counts as this one's."""
         name = f"{prefix}scaled_log_gamma"
         rate = float(state_dict.pop(f"{prefix}saved_rate", self.rate))
         if name in state_dict and not math.isclose(rate, self.rate, rel_tol=1e-6):
             state_dict[name] = state_dict[name] * (rate / self.rate)
         state_dict[f"{prefix}saved_rate"] = torch.tensor(self.rate)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     @property
     def gamma2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -163,8 +163,8 @@ class OptimalBalance(Balance):
         average = self._average(self.decay, previous, batch.error)
         return {"gamma2": average, "followed": True}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
         """States before 2026-11-26 hold `started`."""
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}followed"] = started
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)

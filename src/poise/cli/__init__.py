@@ -21,12 +21,12 @@ from typing import Any, NoReturn
 
 import tyro
 
-from poise import __version__
 from poise.cli.images import Encode, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
+from poise.version import __version__
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
 COMMANDS = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from poise import __version__
 from poise.errors import InputError
 from poise.files import write_file
 from poise.progress import progress
@@ -17,6 +16,7 @@ from poise.report.markup import embedded_json, text
 from poise.report.models import Exhibit, Shelf, exhibit
 from poise.report.records import Record, first_of_each, labels_of, read_records
 from poise.report.words import listed
+from poise.version import __version__
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
