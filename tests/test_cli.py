@@ -307,6 +307,7 @@ WRONG = {
     "no number": (lambda tmp_path: ["train", "--epochs", "many"], r"--epochs.*many"),
     "unknown recipe": (lambda tmp_path: ["train", "--recipe", "imagenet"], r"imagenet.*cifar10"),
     "unknown balance": (lambda tmp_path: ["train", "--balance", "zen"], r"zen.*computed"),
+    "a balance misspelt": (lambda tmp_path: ["compare", "--balances", "lerned"], r"did you mean learned\?"),
     "a balance without its number": (lambda tmp_path: ["train", "--balance", "fixed:beta"], r"write fixed:beta=1"),
     "a balance without its option": (lambda tmp_path: ["train", "--balance", "constrained"], r"as in constrained:target_mse=1"),
     "unknown prior": (
@@ -315,7 +316,7 @@ WRONG = {
     ),
     "unknown priors": (lambda tmp_path: ["compare", "--priors", "gauss"], r"as in --priors mixture"),
     "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
-    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus"),
+    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus.*give auto, cpu, cuda, cuda:1 or mps"),
     "no images asked for": (lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"], r"second stage.*one stage"),
     "no data": (lambda tmp_path: ["train", "--recipe", "images"], r"no data of its own"),
     "checkpoints before the past": (lambda tmp_path: ["train", "--save-seconds", "-1"], r"save_seconds"),
@@ -393,6 +394,23 @@ def test_training_whose_reader_has_gone_is_finished_all_the_same(tmp_path):
     assert load(tmp_path / "run").finished and (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_single_step_and_a_single_image_are_singular(run_folder, capsys):
+    poise("train", "digits", "--out", "run", "--stages", "1", "--epochs", "1", "--batch-size", "1617")
+    assert "images, 1 step on " in capsys.readouterr().err
+    poise("reconstruct", run_folder, "-n", "1")
+    assert capsys.readouterr().out.startswith("1 image:")
+
+
+def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(tmp_path, capsys, monkeypatch):
+    """Pillow's own message ends in a full stop."""
+    photos(tmp_path / "photos", of=[(40, 40)] * 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SystemExit) as exit:
+        poise("train", "photos", *QUICK)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "attack; repair or remove it" in error and "attack." not in error
+
+
 def test_what_comes_next_can_be_pasted_into_a_shell(tmp_path, capsys):
     poise("train", "digits", "--out", "my run", *QUICK)
     assert "next: poise sample 'my run' -n 64" in capsys.readouterr().out
@@ -424,7 +442,8 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
     worst = max(distances, key=distances.__getitem__)
     poise("sample", run_folder, "-n", "2", "--prior", worst)
     out = capsys.readouterr().out
-    assert f"found {best} best" in out and out.rstrip().endswith(f"try --prior {best}")
+    assert f"found {best} best" in out
+    assert out.rstrip().endswith(f"try --prior {best}") == (distances[worst] - distances[best] >= 0.01)
     poise("sample", run_folder, "-n", "2", "--prior", best)
     out = capsys.readouterr().out
     assert f"found {best} best" in out and "try" not in out

@@ -320,6 +320,12 @@ def test_what_is_missing_is_said(gone, sentences, changed, tmp_path):
     assert re.findall(r'<section id="(\w+)"', body(out)) == SECTIONS
 
 
+def test_commands_in_a_report_can_be_pasted_into_a_shell(changed, tmp_path):
+    (changed / "evaluation.json").unlink()
+    (record,) = read_records([shutil.copytree(changed, tmp_path / "my run")])
+    assert any(f"`poise evaluate '{record.folder}'`" in sentence for sentence in record.missing)
+
+
 def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     settings = QUICK | {"epochs": 1, "second_epochs": None, "batch_size": 20}

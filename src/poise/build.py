@@ -78,6 +78,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         remedy = 'use --device cpu (device="cpu") or auto'
+        if reason.startswith("Expected one of"):
+            reason, remedy = "there is no such kind", "give auto, cpu, cuda, cuda:1 or mps"
         if name.startswith("cuda") and torch.version.cuda is None and torch.version.hip is None:
             reason = f"this PyTorch ({torch.__version__}) is a build without CUDA"
             remedy += ", or install a build with it (pytorch.org)"

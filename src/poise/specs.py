@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from poise.errors import InputError
@@ -23,7 +24,9 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
     """
     name, _, options = spec.partition(":")
     if name not in makers:
-        raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}")
+        like = get_close_matches(name, makers, n=1)
+        guess = f"; did you mean {like[0]}?" if like else ""
+        raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}{guess}")
     make = makers[name]
     allowed = inspect.signature(make).parameters
     values: dict[str, float | bool | str] = {key: value for key, value in known.items() if key in allowed}

@@ -65,7 +65,8 @@ class Sample:
             return
         best = next(iter(distances))
         listed = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
-        advice = "" if best == used else f": try --prior {best}"
+        as_good = distances.get(used, float("inf")) - distances[best] < 0.01  # as far as is shown
+        advice = "" if as_good else f": try --prior {best}"
         print(f"note: poise diagnose found {best} best (distance from the images: {listed}){advice}")
 
 
