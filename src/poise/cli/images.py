@@ -59,6 +59,8 @@ class Sample:
 
     def _say_best(self, run: "Run", used: str) -> None:
         distances = run.prior_distances()
+        if not distances and (run.deterministic or run.data["source"] == "array"):
+            return  # the command cannot diagnose it
         if not distances:
             where = shlex.quote(str(self.run_folder))
             print(f"note: poise diagnose {where} finds out which prior's samples are nearest to the images")
