@@ -33,7 +33,8 @@ before the runs. `make claims` (with `POISE_DATA`) does the runs that are not do
 
 The runs are of 2026-11-25, when the running average of `computed` started at the first batch, which is
 `computed:start=first-batch` now. The default since, which is debiased, was measured beside it on the main experiments of
-this page ([log.md](log.md)): it reaches a given error in fewer images still. The page is to be measured again with it."""
+this page ([log.md](log.md)): it reaches a given error in fewer images still. The page is to be measured again with it, all
+of it: remove `results/claims` first, since runs of the two rules must not be mixed."""
 
 PROTOCOL = """## Protocol
 
