@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from claims.design import Trial, design, quick
-from claims.page import PAGE, README, RESULTS, page, short_table, with_table
+from claims.page import PAGE, README, RESULTS, in_readme, page, short_table, with_table
 from claims.work import work
 from poise.errors import InputError, RunError
 from poise.files import write_file
@@ -72,7 +72,7 @@ def write(options: argparse.Namespace) -> None:
     """docs/claims.md and README.md from results."""
     results = there(options.results)
     write_file(PAGE, page(results).encode())
-    write_file(README, with_table(README.read_text(encoding="utf-8"), short_table(results)).encode())
+    write_file(README, with_table(README.read_text(encoding="utf-8"), in_readme(results)).encode())
 
 
 def there(folder: Path) -> list[Result]:

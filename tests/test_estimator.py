@@ -144,6 +144,22 @@ def test_of_few_rows_two_are_held_out(wine):
     assert model.n_iter_ < 1_500 and model.score(wine[100:]) > -100
 
 
+def test_too_few_rows_to_hold_some_out_are_said(wine):
+    with pytest.warns(UserWarning, match="2 rows are too few .* all 60 steps and learns them by heart; give at least 4"):
+        VAEEstimator(2, **QUICK).fit(wine[:2])
+    VAEEstimator(2, **QUICK).fit(wine[:4])  # without a warning, which would be an error
+    VAEEstimator(2, **QUICK, validation_fraction=0).fit(wine[:2])
+
+
+def test_the_noise_variance_is_that_of_maximum_likelihood():
+    """Of ten rows PCA, which divides by n - 1, gives 1.11 times as much."""
+    draws = np.random.default_rng(1)
+    rows = draws.normal(size=(10, 2)) @ AXES + 0.3 * draws.normal(size=(10, 6))
+    how = {"steps": 6_000, "batch_size": 10, "learning_rate": 3e-3, "validation_fraction": 0, "device": "cpu"}
+    model = VAEEstimator(2, hidden=(), prior="normal", balance="computed:decay=0.995", random_state=0, **how).fit(rows)
+    assert model.noise_variance_ / PCA(2).fit(rows).noise_variance_ == pytest.approx(9 / 10, abs=0.03)
+
+
 def test_too_few_steps_are_said(wine):
     with pytest.warns(ConvergenceWarning, match=r"rose by .* nats in the last fifth of 100 steps: give more of them"):
         VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)

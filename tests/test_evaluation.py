@@ -46,6 +46,19 @@ def test_folders_and_files_are_compared_as_arrays_are(tmp_path):
     assert [m.value for m in read.measurements] == pytest.approx([m.value for m in given.measurements], rel=1e-9)
 
 
+def test_an_evaluation_shows_itself_as_its_table():
+    evaluation = evaluate(REAL, OTHER, extractor="pixels")
+    assert repr(evaluation) == str(evaluation) and "FD-pixels" in repr(evaluation)
+    html = evaluation._repr_html_()
+    assert html.startswith("<table>") and "<th>FD-pixels</th>" in html
+    assert f"<td>{evaluation.table()[1][1]}</td>" in html and f"<p>note: {evaluation.notes[0]}" in html
+
+
+def test_so_many_images_of_each_set_are_compared():
+    limited, cut = evaluate(REAL, OTHER, extractor="pixels", count=20), evaluate(REAL[:20], OTHER[:20], extractor="pixels")
+    assert limited.distance() == cut.distance() != evaluate(REAL, OTHER, extractor="pixels").distance()
+
+
 def test_identical_sets_are_at_distance_zero():
     result = evaluate(REAL, REAL, extractor="pixels")
     assert result.value("FD-pixels", "generated") == pytest.approx(0, abs=1e-6)

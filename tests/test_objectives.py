@@ -349,7 +349,7 @@ def test_a_run_from_before_there_were_objectives_is_loaded_and_goes_on(tmp_path)
         ("elbo", "unknown objective 'elbo'; there are vae, autoencoder, rae-l2, rae-gp, wae-mmd"),
         ("rae-l2:gradient=1", "'rae-l2' has no option 'gradient'; it takes latent, decoder"),
         ("autoencoder:latent=1", "'autoencoder' has no option 'latent'; it takes none"),
-        ("rae-gp:latent=much", "latent='much' is not a number"),
+        ("rae-gp:latent=much", "latent='much' of objective 'rae-gp' is not a number: write rae-gp:latent="),
         ("wae-mmd:weight=-1", "weight must be a finite number >= 0, not -1"),
         ("wae-mmd:weight=nan", "weight must be a finite number >= 0, not nan"),
     ],

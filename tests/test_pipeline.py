@@ -18,7 +18,7 @@ import poise
 from poise import checkpoint, datasets, files, pipeline, training
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.features import make_extractor
-from poise.images import jpeg_round_trip, to_bytes
+from poise.images import grid, jpeg_round_trip, to_bytes
 from poise.metrics import frechet_distance, structural_similarity
 from poise.pipeline import Options, train
 from poise.protocols import PROTOCOLS, Protocol
@@ -177,6 +177,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(copy):
     (checkpoint.checkpoints(copy / "checkpoints")[0] / "manifest.json").unlink()
     with pytest.raises(RunError, match="every checkpoint is damaged"):
         load(copy, device="cpu")
+
+
+def test_a_run_has_its_pictures_at_hand(finished, copy):
+    run = load(copy)
+    picture = run.grid(9, prior="normal", seed=1)
+    expected = grid(run.sample(9, prior="normal", seed=1))
+    np.testing.assert_array_equal(np.asarray(picture), expected[:, :, 0])
+    assert picture.size == (3 * 66 - 2, 3 * 66 - 2)
+    curves = run.plot()
+    assert curves.size[0] > curves.size[1] > 100
+    html = run._repr_html_()
+    assert html.count("data:image/png;base64,") == 2 and "training images" in html
+    (copy / "metrics.jsonl").unlink()
+    (copy / "samples.png").unlink()
+    assert run._repr_html_().count("<img") == 1
+    with pytest.raises(InputError, match="has no log yet"):
+        run.plot()
 
 
 def test_damage_is_repaired_by_training_again(finished, copy, capsys):

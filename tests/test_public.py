@@ -2,8 +2,10 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import pkgutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,31 @@ def test_all_is_what_can_be_had():
     assert dir(poise) == sorted(poise.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = poise.nonsense
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert poise.__version__ == importlib.metadata.version("poise")
+
+
+def test_nothing_at_run_time_needs_the_installed_metadata(tmp_path, monkeypatch):
+    """A package that runs from its source folder has none."""
+
+    find = importlib.metadata.Distribution.from_name
+
+    def others_only(name):
+        if name == "poise":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", others_only)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    options = poise.Options(device="cpu", quiet=True)
+    settings = {"network": "mlp", "latent_dim": 2, "epochs": 1, "second_epochs": 1, "batch_size": 8}
+    run = poise.train(images, out=tmp_path / "run", options=options, **settings)
+    evaluation = run.evaluate(images, extractor="pixels")
+    assert evaluation.to_json()["poise"] == poise.__version__
+    page = poise.report.write_report([run.folder], tmp_path / "page.html", device="cpu")
+    assert poise.__version__ in page.read_text(encoding="utf-8")
 
 
 def test_a_balance_needs_torch_and_numpy_only(run_python):

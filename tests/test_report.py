@@ -19,11 +19,11 @@ from PIL import Image
 import poise
 from poise import cli
 from poise.comparison import table
-from poise.report import curves, write_report
+from poise.report import curves, markup, models, write_report
 from poise.report import page as page_module
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
-from poise.report.records import read_records
+from poise.report.records import read_record, read_records
 from poise.report.tables import results_of
 from poise.results import write_result
 
@@ -266,10 +266,48 @@ def test_each_original_lies_above_its_reconstruction():
         assert torch.allclose(tile, image, atol=0.6 / 255)
 
 
+def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
+    """Dark images come first, as in a folder sorted by name or date."""
+    values = np.linspace(0, 255, 400).astype(np.uint8)[:, None, None] + np.zeros((1, 8, 8), np.uint8)
+    values[:, 0, 0] = np.arange(400) % 256  # no two are the same
+    run = poise.train(values, out=tmp_path / "run", network="mlp", latent_dim=2, **QUICK)
+    dataset = run.dataset()
+    dataset = replace(dataset, test=dataset.train[:300])
+    shown = Exhibit(read_record(run.folder))
+    models._show_data(shown, run, dataset)
+    for uris in ([shown.real], shown.pairs):
+        sheets = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
+        tones = np.concatenate([np.array(sheet).ravel() for sheet in sheets])
+        dark, bright = np.quantile(tones[tones < 255], [0.05, 0.95])  # of 0 to 190, in order
+        assert dark < 70 and bright > 140
+
+
+def test_words_in_backticks_are_code_in_html(page):
+    assert "<code>" in markup.paragraphs(["Run `poise diagnose` again."])
+    assert markup.prose("`<b>`") == "<code>&lt;b&gt;</code>"
+    assert "`" not in re.sub(r"<script.*?</script>", "", body(page), flags=re.DOTALL)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_phone_shows_the_second_column_of_a_comparison(compared, tmp_path):
+    """Each table of numbers: its second column begins and ends on a screen of 360 pixels."""
+    frame = tmp_path / "phone.html"
+    probe = """<iframe id=f width=360 height=700 src="compared.html"></iframe><script>
+    f.onload = () => { const d = f.contentDocument; document.title = [...d.querySelectorAll('table.numbers')]
+      .map(t => t.rows[1].cells[1].getBoundingClientRect().right).filter(x => x).map(Math.round).join(' ') }</script>"""
+    frame.write_text(probe)
+    shutil.copy(compared, tmp_path / "compared.html")
+    flags = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=20000 --dump-dom"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    edges = [int(edge) for edge in re.search(r"<title>([\d ]*)</title>", done.stdout)[1].split()]
+    assert len(edges) >= 3 and max(edges) <= 360, edges
+
+
 @pytest.mark.parametrize(
     "gone, sentences",
     [
-        (["evaluation.json", "metrics.jsonl"], ["`poise evaluate", "No curves: there is no log"]),
+        (["evaluation.json", "metrics.jsonl"], ["poise evaluate", "No curves: there is no log"]),
         (["checkpoints", "summary.json", "codes"], ["Training is not finished", "The model cannot be loaded"]),
     ],
     ids=["not evaluated, no log", "killed"],
@@ -280,6 +318,12 @@ def test_what_is_missing_is_said(gone, sentences, changed, tmp_path):
     out = write_report([changed], tmp_path / "report.html")
     assert all(sentence in words(out) for sentence in sentences)
     assert re.findall(r'<section id="(\w+)"', body(out)) == SECTIONS
+
+
+def test_commands_in_a_report_can_be_pasted_into_a_shell(changed, tmp_path):
+    (changed / "evaluation.json").unlink()
+    (record,) = read_records([shutil.copytree(changed, tmp_path / "my run")])
+    assert any(f"`poise evaluate '{record.folder}'`" in sentence for sentence in record.missing)
 
 
 def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):

@@ -10,6 +10,8 @@ Names are loaded when first used: the balances need torch and numpy only.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from poise.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from poise import balance, features, metrics, networks, priors, protocols, recipes, report
     from poise.balance import (

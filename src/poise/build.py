@@ -77,4 +77,11 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        remedy = 'use --device cpu (device="cpu") or auto'
+        if reason.startswith("Expected one of"):
+            reason, remedy = "there is no such kind", "give auto, cpu, cuda, cuda:1 or mps"
+        if name.startswith("cuda") and torch.version.cuda is None and torch.version.hip is None:
+            reason = f"this PyTorch ({torch.__version__}) is a build without CUDA"
+            remedy += ", or install a build with it (pytorch.org)"
+        raise InputError(f"device {name!r} is not available: {reason}; {remedy}") from None

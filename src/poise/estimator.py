@@ -43,6 +43,7 @@ from poise.vae import VAE
 PRIORS = ("normal", "second-stage", "mixture")
 STEERED = ("scheduled", "constrained", "controlled")  # balances
 CHECKS = 50  # of the rows held out, over the length of training
+FEWEST_TO_SPLIT = 4  # rows, of which two are held out
 PATIENCE = 10  # checks without a higher ELBO, after which training ends
 RISING_NATS = 0.1  # within the last checks, of which a warning tells
 COMPONENTS = 10  # of the mixture, if there are ten rows for each of its latents
@@ -73,7 +74,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     Attributes:
         mean_: m of eq. 1, (features,).
         scale_: s of eq. 1.
-        noise_variance_: s^2 gamma2 of eq. 1, as of scikit-learn's `PCA`.
+        noise_variance_: s^2 gamma2 of eq. 1, by maximum likelihood. Without hidden layers that of scikit-learn's `PCA`, which
+            divides by n - 1, is n / (n - 1) times as large.
         vae_, balance_: trained, of rows from which m is taken and which are divided by s.
         n_iter_: the step from which their weights are.
         n_latents_: latent_dim as it was.
@@ -165,7 +167,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _train(self, rows: Tensor, seed: int) -> None:
         """Stage 1, and of the prior what is learned."""
-        held_out, kept = _split(len(rows), 0 if self.balance.startswith(STEERED) else self.validation_fraction, seed)
+        fraction = 0 if self.balance.startswith(STEERED) else self.validation_fraction
+        held_out, kept = _split(len(rows), fraction, seed)
+        if fraction and not len(held_out):
+            text = (
+                f"{len(rows)} rows are too few to hold some out: training goes on for all {self.steps} steps and learns "
+                f"them by heart; give at least {FEWEST_TO_SPLIT} rows, better hundreds"
+            )
+            warnings.warn(text, UserWarning, stacklevel=3)  # where `fit` was called
         with seeded(derive("weights", seed, 1)):
             encoder, decoder = networks.mlp(rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear")
         stage = Stage(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, balance=self.balance)
@@ -361,7 +370,7 @@ class Best:
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the rows held out, at random, and of the others; of fewer than four none is held out."""
     order = torch.randperm(count, generator=generator("held out", seed))
-    number = max(2, math.ceil(fraction * count)) if fraction and count >= 4 else 0
+    number = max(2, math.ceil(fraction * count)) if fraction and count >= FEWEST_TO_SPLIT else 0
     return order[:number], order[number:]
 
 

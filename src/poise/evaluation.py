@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,18 @@ from poise.metrics import (
 )
 from poise.metrics.distances import Gaussian, distance_between, fit_gaussian
 from poise.metrics.manifold import squared_reaches
-from poise.protocols import NO_EXTRACTOR, Measurement, Protocol, find_protocol, model_protocol, protocols_json, table
+from poise.protocols import (
+    NO_EXTRACTOR,
+    Measurement,
+    Protocol,
+    find_protocol,
+    model_protocol,
+    protocols_json,
+    table,
+    with_count,
+)
 from poise.shapes import ByteImages, Features, Images
+from poise.version import __version__
 
 FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
 SMALLEST_SUBSET = 5_000  # of the extrapolation, where there are twice as many
@@ -58,9 +68,9 @@ class Produced:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Everything that was measured.
+    """Everything that was measured. `print` it, or look at it in a notebook, for its table.
 
     Attributes:
         measurements: numbers that can be compared with others, each with its protocol.
@@ -101,6 +111,16 @@ class Evaluation:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
+    __repr__ = __str__  # the pages alone fill a screen
+
+    def _repr_html_(self) -> str:
+        """The table and the notes, for a notebook."""
+        head, *body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.table()]
+        rows = "".join(f"<tr>{cells}</tr>" for cells in body)
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
+        head = head.replace("td>", "th>")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+
     def table(self) -> list[list[str]]:
         """See `poise.protocols.table`; with hashes where a metric was measured under several protocols."""
         return table(self.measurements, mixed=True)
@@ -109,7 +129,7 @@ class Evaluation:
         """Plain values; each measurement names its protocol by hash, and `protocols` holds them in full."""
         measurements = [m.to_json() for m in self.measurements]
         protocols = protocols_json(self.measurements)
-        head = {"poise": version("poise"), "notes": list(self.notes)}
+        head = {"poise": __version__, "notes": list(self.notes)}
         return strict(head | {"protocols": protocols, "measurements": measurements} | self.pages)
 
 
@@ -120,6 +140,7 @@ def evaluate(
     protocol: str | Protocol = "every-image",
     extractor: str = AUTO,
     size: int | None = None,
+    count: int | None = None,
     infinity: bool = False,
     device: str = "auto",
     quiet: bool = True,
@@ -134,6 +155,7 @@ def evaluate(
         extractor: "inception", "light", "dinov2", "pixels", a TorchScript file; "auto": the protocol's, or "light" where
             Inception's weights are not at hand.
         size: crop both to the central square and resize to this side, in pixels.
+        count: how many of each to compare, the first ones; None: as the protocol says.
         infinity: extrapolate the Frechet distance to infinitely many images as well.
         device: where the extractor runs.
         quiet: no progress display.
@@ -148,14 +170,14 @@ def evaluate(
     for source in (real, generated):
         if isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file():
             raise InputError(f"{source} is a run: poise evaluate {source} measures it, or write its samples to a folder")
-    wanted = find_protocol(protocol)
+    wanted = with_count(find_protocol(protocol), count)
     split: Literal["train", "test"] = "train" if wanted.reference == "train" else "test"
     (originals, side), (others, _) = (find_images(source, size=size, side=split) for source in (real, generated))
     conditions, network, notes = choose_extractor(wanted, extractor, choose_device(device))
     if network is None:
         raise InputError(notes[0] if notes else "two sets can only be compared by an extractor: leave out extractor none")
     conditions = replace(conditions, reference=side, generation=None)
-    originals = head(originals, conditions.real or len(originals))
+    originals, others = head(originals, conditions.real or len(originals)), head(others, count or len(others))
     if conditions.jpeg is not None:
         originals = through_jpeg(originals, conditions.jpeg)
     produced = Produced("generated", lambda count: chunks_of(others, count), len(others))
@@ -395,7 +417,10 @@ def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
     fewest = min((min(m.protocol.real or 0, m.protocol.generated or 0) for m in compared), default=FEW_IMAGES)
     notes: tuple[str, ...] = ()
     if fewest < FEW_IMAGES:
-        notes += (f"Frechet distances of {fewest} images are biased upwards, the more the fewer: compare equal numbers only",)
+        notes += (
+            f"Frechet distances of {fewest} images are biased upwards, the more the fewer, and the more diverse the set: "
+            "compare equal numbers only",
+        )
     if infinity and compared and not any(m.metric.endswith("infinity") for m in compared):
         notes += (
             "too few images to extrapolate to infinity: it takes more than twice as many as features (light 1,280, FID 2,048)",

@@ -56,7 +56,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")
     except OSError as error:
-        raise InputError(f"cannot use {folder} for the run: {error.strerror or error}") from None
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        remedy = "give --out (out=) a folder that can be written to"
+        raise InputError(f"cannot use {folder} for the run: {reason}; {remedy}") from None
     with file:
         _hold(file, folder)
         try:

@@ -106,11 +106,12 @@ def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
         effort: of the compression, 0 to 9; the pixels are the same.
     """
     file = io.BytesIO()
-    _picture(pixels).save(file, "PNG", compress_level=effort)
+    to_picture(pixels).save(file, "PNG", compress_level=effort)
     return file.getvalue()
 
 
-def _picture(pixels: np.ndarray) -> Picture:
+def to_picture(pixels: np.ndarray) -> Picture:
+    """A PIL image of what `grid` gives."""
     from PIL import Image
 
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -186,7 +187,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
+    return " ".join(reason.split()).rstrip(".")  # more is said after it
 
 
 def center_square_resize(image: Picture, size: int) -> Picture:
@@ -241,7 +242,7 @@ def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
     from PIL import Image
 
     file = io.BytesIO()
-    _picture(pixels).save(file, "JPEG", quality=quality)
+    to_picture(pixels).save(file, "JPEG", quality=quality)
     with Image.open(file) as stored:
         return np.asarray(stored).reshape(pixels.shape)
 

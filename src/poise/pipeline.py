@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from poise.objectives import make_objective
 from poise.recipes import find_recipe
 from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
 from poise.run import Run, load, read_config, read_data
+from poise.seeds import drawn
 from poise.training import (
     Batches,
     CodeBatches,
@@ -54,6 +54,7 @@ from poise.training import (
     under,
 )
 from poise.vae import VAE
+from poise.version import __version__
 
 PICTURES = 64
 PAIRS = 32
@@ -181,7 +182,8 @@ def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device,
 
 def announce(recipe: Recipe, num_images: int, device: torch.device) -> str:
     """What is about to be done, and what it costs where that is known."""
-    lengths = [f"{stage.total_steps(num_images):,} steps" for stage in (recipe.first, recipe.second) if stage]
+    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
     cost = f" ({recipe.cost})" if recipe.cost else ""
     where = str(device) if parallel.ranks() == 1 else f"{parallel.ranks()} processes ({device.type})"
     return f"{recipe.name}: {num_images:,} training images, {' + '.join(lengths)} on {where}{cost}"
@@ -215,7 +217,7 @@ def source_of(images: Any, recipe: Recipe) -> str:
 
 def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
     """What config.json holds."""
-    versions = {"poise": version("poise"), "torch": torch.__version__, "python": sys.version.split()[0]}
+    versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
 
 
@@ -233,6 +235,11 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
     if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
+        if (folder / "summary.json").exists():
+            gone = f"{folder} was finished, and its checkpoints are gone"
+            print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
+            for name in ("summary.json", "evaluation.json", "diagnosis.json"):
+                (folder / name).unlink(missing_ok=True)
         write_json(folder / "config.json", config)
         return None
     earlier = read_config(folder)
@@ -446,7 +453,7 @@ def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     """Write the pictures, the curves and the figures of a finished run."""
-    test = gather(dataset.test, range(min(PAIRS, len(dataset.test))))
+    test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
     save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))

@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from typing import Any, Literal
 
 from poise.errors import InputError
 from poise.recipes.settings import Generation, check_words
+from poise.version import __version__
 
 HASH_LENGTH = 10
 NO_EXTRACTOR = "none"
@@ -155,6 +155,19 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
     return PROTOCOLS[protocol]
 
 
+def with_count(protocol: Protocol, count: int | None) -> Protocol:
+    """The protocol with `count` real images and as many generated ones; None: as it is.
+
+    Raises:
+        InputError: fewer than two images, which cannot be compared.
+    """
+    if count is None:
+        return protocol
+    if count < 2:
+        raise InputError(f"at least 2 images are needed to compare, not {count}")
+    return replace(protocol, real=count, generated=None)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A number with all that is needed to compare it.
@@ -182,7 +195,7 @@ class Measurement:
     data: str = ""
     seed: int = 0
     device: str = "cpu"
-    version: str = field(default_factory=lambda: version("poise"))
+    version: str = __version__
 
     def __post_init__(self) -> None:
         if not isinstance(self.protocol, Protocol) or not self.protocol.complete:

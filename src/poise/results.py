@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ import torch
 from poise.errors import InputError, MissingInputError
 from poise.files import write_json
 from poise.recipes.settings import to_json
+from poise.version import __version__
 
 if TYPE_CHECKING:
     from poise.evaluation import Evaluation
@@ -166,7 +166,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     changed since.
     """
     versions = {
-        "poise": version("poise"),
+        "poise": __version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "numpy": np.__version__,

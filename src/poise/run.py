@@ -6,16 +6,20 @@ codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        what `poise evaluate` printed last
+diagnosis.json         what `poise diagnose` found last
 """
 
+import base64
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from html import escape
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
-from poise.checkpoint import Saved, newest_checkpoint, read_folder
+from poise.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
 from poise.datasets import Dataset, Rows, head, read_images
 from poise.datasets import load as load_data
 from poise.errors import InputError, MissingInputError, RunError
@@ -40,6 +44,7 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
+from poise.images import grid, to_picture
 from poise.latent import DiagonalGaussian
 from poise.metrics import (
     CHUNK,
@@ -51,6 +56,7 @@ from poise.metrics import (
     reconstruction,
 )
 from poise.objectives import is_deterministic
+from poise.plots import training_curves
 from poise.priors import (
     LOST_SHARE,
     MixturePrior,
@@ -61,7 +67,7 @@ from poise.priors import (
     fit_mixture,
     renormalisation_factor,
 )
-from poise.protocols import Measurement, Protocol, find_protocol
+from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Data, Generation, Recipe, from_json
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.seeds import REFERENCE_SEED, generator, noise_per_image
@@ -69,8 +75,12 @@ from poise.shapes import Images, Latents
 from poise.training import under
 from poise.vae import VAE
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
 PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
+DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
 GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
 
@@ -187,6 +197,32 @@ class Run:
         parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
+    @property
+    def default_prior(self) -> PriorName:
+        """The prior that `sample` draws from unless it is told another."""
+        return "second-stage" if self.second else "normal"
+
+    def prior_distances(self) -> dict[str, float]:
+        """The distance from the images of each prior's samples, by the last `poise diagnose`, least first.
+
+        Empty where none was made, or where training has gone on since. The distance is Frechet's in
+        pixels, as a share of the images' variance.
+        """
+        try:
+            found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
+            if found["checkpoint"] != self.position:
+                return {}
+            distances = {name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        known = {name: d for name, d in distances.items() if isinstance(d, float)}
+        return dict(sorted(known.items(), key=lambda item: item[1]))
+
+    @property
+    def position(self) -> str:
+        """The name of the newest checkpoint in the folder."""
+        return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
+
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
         """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
 
@@ -198,7 +234,7 @@ class Run:
             InputError: this run has no second stage.
         """
         generation = generation or self.recipe.generation
-        prior = self._plain_prior(name or ("second-stage" if self.second else "normal"), generation)
+        prior = self._plain_prior(name or self.default_prior, generation)
         if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much):
             return prior
         released = generation.variance_law == "released"
@@ -212,7 +248,7 @@ class Run:
         if name == "mixture":
             return self._mixture.to(self.device)
         if name != "second-stage":
-            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture")
+            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'")
         if self.second is None:
             raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
         gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
@@ -248,7 +284,7 @@ class Run:
 
         Args:
             count: how many, at least 1.
-            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: the best there is.
+            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: second-stage where there is one, else normal.
             seed: image i of a seed is the same however many are drawn.
             first: number of the first image.
             generation: noise, renormalisation, adjustment; None: the recipe's.
@@ -288,6 +324,7 @@ class Run:
         protocol: str | Protocol = "default",
         extractor: str | Extractor = AUTO,
         priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
+        count: int | None = None,
         infinity: bool = False,
         nll_samples: int = 0,
         seed: int = 0,
@@ -301,6 +338,7 @@ class Run:
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
             priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
+            count: how many real images to measure, the first ones, with as many generated ones; None: as the protocol says.
             infinity: extrapolate Frechet distances to infinitely many images as well.
             nll_samples: importance samples for each image's log likelihood; 0: not estimated.
             seed: of generated images.
@@ -312,7 +350,9 @@ class Run:
         """
         if nll_samples and self.deterministic:
             raise InputError(f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out")
-        conditions, network, notes = choose_extractor(self._completed(protocol, images), extractor, self.device)
+        conditions, network, notes = choose_extractor(
+            self._completed(with_count(find_protocol(protocol), count), images), extractor, self.device
+        )
         images = self._images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
@@ -384,7 +424,8 @@ class Run:
         generation = protocol.generation
         assert generation is not None
         if unknown := set(priors) - set(GENERATIONS.values()):
-            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(GENERATIONS.values())}")
+            known = ", ".join(GENERATIONS.values())
+            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']")
         restored = Produced(
             "REC",
             lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
@@ -452,6 +493,35 @@ class Run:
             return read_images(images if isinstance(images, Tensor) else np.asarray(images))
         return images
 
+    def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
+        """Return one picture of generated images, a `PIL.Image`: a notebook shows it, `.save("grid.png")` writes it.
+
+        Args:
+            count, prior, seed: see `sample`.
+        """
+        return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
+
+    def plot(self) -> "Picture":
+        """Return the curves of training, a `PIL.Image`: MSE, KL and gamma2 of each stage.
+
+        Raises:
+            InputError: the run has no log yet.
+        """
+        from PIL import Image
+
+        log = self.folder / "metrics.jsonl"
+        if not log.exists() or not log.read_text(encoding="utf-8").strip():
+            raise InputError(f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot")
+        return Image.open(io.BytesIO(training_curves(log)))
+
+    def _repr_html_(self) -> str:
+        """What it is, with the samples and the curves that training drew at its end, for a notebook."""
+        shown = [self.folder / name for name in ("samples.png", "training.png")]
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
+        style = "max-width:48%; vertical-align:top"
+        pictures = "".join(f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded)
+        return f"<p>{escape(repr(self))}</p>{pictures}"
+
     def __repr__(self) -> str:
         state = "" if self.finished else ", not finished"
         return f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, {self.data['train']} training images{state})"
@@ -492,6 +562,11 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
         )
         raise InputError(f"{folder} {needed}")
     saved, warnings = newest_checkpoint(folder / "checkpoints")
+    if saved is None and (folder / "summary.json").exists():
+        raise RunError(
+            f"{folder} was finished, and its checkpoints are gone: put {folder / 'checkpoints'} back "
+            f"from a copy, or train it again with `poise train`"
+        )
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
     return Run(folder, config, saved, warnings, vae).to(choose_device(device))

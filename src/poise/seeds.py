@@ -38,3 +38,15 @@ def noise_per_image(count: int, dims: int, seed: int, first: int = 0) -> torch.T
         digest.update(b"%d" % number)
         row.normal_(generator=source.manual_seed(_to_seed(digest.digest())))
     return rows
+
+
+def drawn(total: int, count: int) -> list[int]:
+    """Return `count` positions out of `total`, drawn with a fixed seed, ascending; all where there are no more.
+
+    For pictures: the first files of a sorted folder may be all of one kind.
+
+    Example:
+        >>> drawn(3, 5), len(drawn(1000, 5))
+        ([0, 1, 2], 5)
+    """
+    return torch.randperm(total, generator=generator("pictures"))[:count].sort().values.tolist()

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from poise.errors import InputError
 
@@ -23,7 +24,9 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
     """
     name, _, options = spec.partition(":")
     if name not in makers:
-        raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}")
+        like = get_close_matches(name, makers, n=1)
+        guess = f"; did you mean {like[0]}?" if like else ""
+        raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}{guess}")
     make = makers[name]
     allowed = inspect.signature(make).parameters
     values: dict[str, float | bool | str] = {key: value for key, value in known.items() if key in allowed}
@@ -31,22 +34,33 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
         key, _, value = option.partition("=")
         if key not in allowed:
             raise InputError(f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}")
-        values[key] = _parse(key, value, allowed[key].default)
+        values[key] = _parse(f"{kind} {name!r}", key, value, allowed[key], f"{name}:{key}")
     missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
     if missing:
-        raise InputError(f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER")
+        raise InputError(
+            f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER, as in {name}:{missing[0]}=1"
+        )
     return make(**values)
 
 
-def _parse(key: str, value: str, default: object) -> float | bool | str:
+def _parse(what: str, key: str, value: str, option: inspect.Parameter, example: str) -> float | bool | str:
+    default, words = option.default, _words(option.annotation)
     if isinstance(default, bool):
         if value not in ("true", "false"):
-            raise InputError(f"{key}={value!r} is neither true nor false")
+            raise InputError(f"{key}={value!r} of {what} is neither true nor false: write {example}=true")
         return value == "true"
-    if value == default:  # an option that takes a word: start=first-batch
+    if value in words:
         return value
     try:
         number = float(value)
     except ValueError:
-        raise InputError(f"{key}={value!r} is not a number") from None
+        number = default if isinstance(default, (int, float)) else 1
+        raise InputError(f"{key}={value!r} of {what} is not a number: write {example}={number:g}") from None
     return int(number) if number.is_integer() else number
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that an option takes beside numbers, as start=first-batch."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _words(part)]

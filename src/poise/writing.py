@@ -53,6 +53,8 @@ def check_output(out: Path, number: int = 1) -> None:
     """Raises InputError for what `write_images` cannot write to."""
     if out.suffix not in (".png", ".npz", ""):
         raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
+    if out.suffix == "" and out.is_file():
+        raise InputError(f"{out} is a file: give a .png, an .npz or the name of a folder")
     if out.suffix == ".png" and number > LARGEST_GRID:
         raise InputError(f"{out}: a grid takes {LARGEST_GRID} images, not {number}: give an .npz or a folder")
 

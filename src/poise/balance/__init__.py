@@ -16,6 +16,11 @@ average over minibatches. With MSE_b the mean over all elements of one batch,
 
     m <- decay * m + (1 - decay) * MSE_b,        gamma^2 = m.                                                   (3)
 
+An average that starts somewhere keeps that start for long: after 30 batches at decay 0.99 three quarters of it. Divided
+by the sum of its weights, as Adam divides its moments (Kingma & Ba 2015), it has none. After t batches
+
+    m_t = (1 - decay) / (1 - decay^t) sum_{k=1..t} decay^(t-k) MSE_k.                                           (4)
+
 At balance the quadratic term of (1) is D/2 whatever the MSE: as reconstruction improves, KL counts in proportion. No
 gradient passes through gamma^2, and a step uses the value from *earlier* batches.
 
@@ -25,7 +30,7 @@ grad SE / (2 MSE_b) = (D/2) grad MSE_b / MSE_b (sigma-VAE's "optimal sigma": Ryb
 Errors |x - x^|^p with p other than 2 belong to the generalised normal distribution, whose scale alpha obeys
 alpha^p = p E|x - x^|^p. With m = E|x - x^|^p, kept by the same running average, (1) becomes
 
-    -log p(x|z) = sum |x - x^|^p / (p m) + D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ],                          (4)
+    -log p(x|z) = sum |x - x^|^p / (p m) + D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ],                          (5)
 
 which is (1) for p = 2 and the Laplace distribution for p = 1. Below, `gamma2` is m for any p.
 

@@ -71,7 +71,7 @@ class Balance(nn.Module, ABC):
         """gamma2 and kl_weight for this batch."""
 
     @abstractmethod
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         """The buffers' values after this batch."""
 
     def forward(self, reconstruction: Values, target: Values, mean: Latents, logvar: Latents) -> LossTerms:
@@ -172,7 +172,7 @@ class Balance(nn.Module, ABC):
 
 
 def negative_log_likelihood(error: Tensor, gamma2: Tensor, num_dims: int, *, power: float = 2) -> Tensor:
-    """-log p(x|z), eq. 4 (eq. 1 for power 2): one value per image, summed over its dimensions, in nats.
+    """-log p(x|z), eq. 5 (eq. 1 for power 2): one value per image, summed over its dimensions, in nats.
 
     Args:
         error: any shape, |x - x^|^power summed over `num_dims` dimensions.
@@ -185,7 +185,7 @@ def negative_log_likelihood(error: Tensor, gamma2: Tensor, num_dims: int, *, pow
 
 
 def scale_and_normaliser(gamma2: Tensor, num_dims: int, power: float) -> tuple[Tensor, Tensor]:
-    """What eq. 4 divides the error by, and what it adds: p m, and D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ]."""
+    """What eq. 5 divides the error by, and what it adds: p m, and D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ]."""
     scale = power * gamma2
     return scale, num_dims * (math.log(2) + math.lgamma(1 + 1 / power) + scale.log() / power)
 

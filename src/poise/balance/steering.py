@@ -35,7 +35,7 @@ class FixedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         return {}
 
 
@@ -81,7 +81,7 @@ class ScheduledBalance(Balance):
         fraction = (phase / self.ramp_steps).clamp(max=1.0)
         return self.gamma2, self.start + (self.kl_weight - self.start) * fraction
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         return {"step": self.step + 1}
 
 
@@ -128,7 +128,7 @@ class ConstrainedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         previous = torch.where(self.started, self.error_average, batch.error)
         average = self._average(self.decay, previous, batch.error)
         constraint = (average / self.target_mse - 1).clamp(-1, 1)
@@ -180,7 +180,7 @@ class ControlledBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
         return self.gamma2, self.weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | bool]:
+    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         missing = self.target_kl - batch.kl
         integral = (self.integral - self.ki * missing).clamp(self.least, self.most)
         weight = self.kp * torch.sigmoid(-missing) + integral

@@ -1,18 +1,22 @@
 """The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare, reproduce, report.
 
-Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed.
+Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed. If
+the reader of either goes, as `head` does, the work is done all the same, and what else would be printed is dropped.
 torch is imported after the arguments are read, so that help is instant.
 
 In reading order: `options` (what commands have in common), `showing`, then the commands, `train`, `images`, `measure`, `study`.
 """
 
 import contextlib
+import difflib
 import io
 import os
 import re
 import signal
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import dropwhile, takewhile
 from typing import Any, NoReturn
 
 import tyro
@@ -22,6 +26,7 @@ from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
+from poise.version import __version__
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
 COMMANDS = {
@@ -40,6 +45,42 @@ COMMANDS = {
 def main() -> None:
     """Run the command that the arguments name, and exit."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
+    out, err = Kept(sys.stdout), Kept(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            _run()
+        finally:
+            out.flush()
+            err.flush()
+
+
+class Kept:
+    """A stream that drops what is written after its reader has gone: training goes on without its progress."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the interpreter flushes the stream once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run() -> None:
     try:
         parse(sys.argv[1:]).run()
     except InputError as error:
@@ -48,8 +89,6 @@ def main() -> None:
         fail(str(error), 130, prefix="poise: ")
     except RunError as error:
         fail(str(error), 1)
-    except BrokenPipeError:
-        os._exit(0)  # the reader of stdout has gone, as `head` does
     except OSError as error:
         fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
@@ -61,9 +100,10 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command with its options. A wrong option is one line on stderr and exit code 2."""
+    """The command with its options. A wrong option is one line on stderr and exit code 2; no argument asks for help."""
+    arguments = arguments or ["--help"]
     if arguments == ["--version"]:
-        print(f"poise {version('poise')}")
+        print(f"poise {__version__}")
         sys.exit()
     complaint = io.StringIO()
     try:
@@ -72,16 +112,42 @@ def parse(arguments: list[str]) -> Any:
     except SystemExit as exit:
         if exit.code:
             name = f"poise {arguments[0]}" if arguments and arguments[0] in COMMANDS else "poise"
-            fail(f"{one_line(complaint.getvalue())} (see {name} --help)", 2)
+            fail(f"{one_line(complaint.getvalue())}{_suggestion(arguments)} (see {name} --help)", 2)
         raise
+
+
+def _suggestion(arguments: list[str]) -> str:
+    """The command, or the option of the command, that a misspelt one is like."""
+    name, *options = arguments
+    if name not in COMMANDS:
+        given, known = [name], list(COMMANDS)
+    else:
+        known = ["--" + field.name.replace("_", "-") for field in fields(COMMANDS[name])]
+        given = [text.partition("=")[0] for text in options if text.startswith("--")]
+    for text in given:
+        if text not in known and (like := difflib.get_close_matches(text, known, n=1, cutoff=0.75)):
+            return f"; did you mean {like[0]}?"
+    return ""
 
 
 def one_line(box: str) -> str:
     """The message inside the box that the parser draws, on one line, without the colours it has on a terminal."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│╭╰─╮╯ ") for line in plain.splitlines()[1:]]
-    end = next((k for k, line in enumerate(lines) if not line), len(lines))
-    return " ".join(lines[:end]) or plain.strip()
+    lines = [line.strip("│| ") for line in plain.splitlines()[1:]]  # the first is the title
+    borders = "╭╰─╮╯+-"  # the latter two where the locale has no lines to draw
+    inside = dropwhile(lambda line: not line.strip(borders), lines)
+    message = " ".join(takewhile(lambda line: line.strip(borders), inside))
+    return _choices(message) or plain.strip()
+
+
+def _choices(line: str) -> str:
+    """A wrong choice with the right ones in words, and an example; the parser also lists None, the default."""
+    wrong = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line)
+    if wrong is None:
+        return line
+    value, option, listed = wrong.groups()
+    allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
+    return f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:

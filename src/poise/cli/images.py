@@ -1,5 +1,6 @@
 """`poise sample`, `encode` and `reconstruct`: what comes out of a run, as files."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,7 +53,23 @@ class Sample:
         chunks = run.sample_chunks(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
         with progress("images", self.count) as display:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
-        print(f"{self.count} images: {self.out}")
+        used = self.prior or run.default_prior
+        print(f"{_images(self.count)} from prior {used}: {self.out}")
+        self._say_best(run, used)
+
+    def _say_best(self, run: "Run", used: str) -> None:
+        distances = run.prior_distances()
+        if not distances and (run.deterministic or run.data["source"] == "array"):
+            return  # the command cannot diagnose it
+        if not distances:
+            where = shlex.quote(str(self.run_folder))
+            print(f"note: poise diagnose {where} finds out which prior's samples are nearest to the images")
+            return
+        best = next(iter(distances))
+        listed = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
+        as_good = distances.get(used, float("inf")) - distances[best] < 0.01  # as far as is shown
+        advice = "" if as_good else f": try --prior {best}"
+        print(f"note: poise diagnose found {best} best (distance from the images: {listed}){advice}")
 
 
 @dataclass(frozen=True)
@@ -77,16 +94,16 @@ class Encode:
         chunks = run.encode_chunks(images)
         with progress("images", len(images)) as display:
             write_codes(counted(chunks, display), self.out, len(images))
-        print(f"{len(images)} codes: {self.out}")
+        print(f"{len(images)} code{'s' * (len(images) != 1)}: {self.out}")
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Show images beside their reconstructions."""
+    """Show images beside their reconstructions. Of more than --count a fixed seed draws some, in their order."""
 
     run_folder: RunFolder
     images: Images = None
-    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images, at most")] = 32
+    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images, at most; of more some are drawn")] = 32
     out: Annotated[Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")] = Path(
         "reconstructions.png"
     )
@@ -95,18 +112,23 @@ class Reconstruct:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.datasets import gather
+        from poise.seeds import drawn
         from poise.writing import check_output, write_images
 
         check_output(self.out)
         if self.count < 1:
             raise InputError(f"the number of images must be at least 1, not {self.count}")
         source = images_for(run, self.images)
-        originals = gather(source, range(min(self.count, len(source))))
+        originals = gather(source, drawn(len(source), self.count))
         restored = run.reconstruct(originals)
         shown = interleave(originals, restored) if self.out.suffix == ".png" else restored
         write_images([shown], self.out, len(shown), columns=8)
         error = float((originals - restored).square().mean())
-        print(f"{len(originals)} images: {self.out}, MSE {error:.5f}")
+        print(f"{_images(len(originals))}: {self.out}, MSE {error:.5f}")
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def images_for(run: "Run", source: str | None) -> Any:

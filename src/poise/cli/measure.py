@@ -50,6 +50,10 @@ class Evaluate:
             "auto: inception if it is here, else light; none: no comparison"
         ),
     ] = "auto"
+    images: Annotated[
+        int | None,
+        arg(help="real images to measure, with as many generated ones", help_behavior_hint="(default: the protocol's)"),
+    ] = None
     infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
     nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
     seed: Annotated[int, arg(help="of generated images")] = 0
@@ -77,6 +81,7 @@ class Evaluate:
             protocol=self.protocol or "every-image",
             extractor=self.extractor,
             size=self.size,
+            count=self.images,
             infinity=self.infinity,
             device=self.device,
             quiet=False,
@@ -92,6 +97,7 @@ class Evaluate:
         evaluation = run.evaluate(
             protocol=self.protocol or "default",
             extractor=self.extractor,
+            count=self.images,
             infinity=self.infinity,
             nll_samples=self.nll_samples,
             seed=self.seed,
@@ -133,7 +139,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try."""
+    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try.
+
+    It is kept in the run's diagnosis.json, so that `poise sample` can say which prior was best.
+    """
 
     run_folder: RunFolder
     json: Annotated[bool, arg(help="print JSON instead of sentences")] = False
@@ -142,6 +151,12 @@ class Diagnose:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.diagnosis import diagnose
+        from poise.files import write_json
+        from poise.run import DIAGNOSIS
 
         diagnosis = diagnose(run, quiet=False)
-        print(json.dumps(diagnosis.to_json(), indent=2) if self.json else diagnosis)
+        found = diagnosis.to_json()
+        try:
+            write_json(run.folder / DIAGNOSIS, found | {"checkpoint": run.position})
+        finally:
+            print(json.dumps(found, indent=2) if self.json else diagnosis)

@@ -1,6 +1,7 @@
 """`poise train`."""
 
 import json
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,4 +100,5 @@ class Train:
         for note in [*run.data["notes"], *summary.get("notes", [])]:
             print(f"note: {note}")
         print(f"pictures: {run.folder}/samples.png, reconstructions.png, training.png")
-        print(f"next: poise sample {run.folder} -n 64 --out grid.png; poise evaluate {run.folder}")
+        folder = shlex.quote(str(run.folder))
+        print(f"next: poise sample {folder} -n 64 --out grid.png; poise evaluate {folder}")

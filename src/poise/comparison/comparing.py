@@ -94,7 +94,7 @@ def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tup
     """The priors to measure, in the order of `GENERATIONS`; all that there are if none are given."""
     known: tuple[PriorName, ...] = tuple(GENERATIONS.values())
     if unknown := set(priors or ()) - set(known):
-        raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(known)}, as in priors=['mixture']")
     if stages == 1 and "second-stage" in (priors or ()):
         raise InputError("the prior second-stage needs a second stage: leave it out of the priors, or allow both stages")
     there: list[PriorName] = [prior for prior in known if stages != 1 or prior != "second-stage"]

@@ -221,9 +221,10 @@ def carry_out(
 def announce(title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int) -> str:
     """What is about to be done."""
     recipe = tasks[0].recipe
-    lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in (recipe.first, recipe.second) if stage)
+    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])
     labels, seeds = len({task.label for task in tasks}), len({task.recipe.seed for task in tasks})
-    runs = f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths} steps"
+    runs = f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths}"
     finished = f", {len(tasks) - len(undone)} of them finished" if len(undone) < len(tasks) else ""
     return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}"
 

@@ -3,12 +3,11 @@
 import math
 
 from poise.balance import ComputedBalance, LearnedBalance, OptimalBalance
-from poise.diagnosis.facts import Facts, Weighing
+from poise.diagnosis.facts import Facts, Weighing, is_binary
 from poise.diagnosis.generation import Comparison
-from poise.diagnosis.limits import CLOSED, GAP, IMBALANCED, OVERFITTED
+from poise.diagnosis.limits import CLOSED, GAP, IMBALANCED, OVERFITTED, STILL_FALLING, UNDERFITTED
 from poise.diagnosis.report import Finding
 from poise.diagnosis.weight import BATCH, LossWeights
-from poise.latent import variance_law
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
 FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
@@ -20,6 +19,8 @@ MOST_NAMED = 16  # latents in a sentence
 RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy: 0.92
 GAIN = 0.05  # what renormalisation must take off the distance, share of variance; healthy 8x8 digits: 0.01
 BEGIN_SMALL = "begin with a small decoder variance, poise.ComputedBalance(start=0.001): latents are then used first."
+BEGIN_SMALL_OWN = "begin with a small decoder variance, start=0.001 of your balance: latents are then used first."
+BEGIN_OWN = f"Train longer if it was short; else {BEGIN_SMALL_OWN}"
 CURE_THE_ABOVE = "Cure the above, and train again."
 USUAL_CAUSES = "an error averaged over pixels where it should be summed, a decoder variance held at 1, a KL weight above 1"
 BY_HEART = "A model that knows its training images by heart looks the same: pass train_images to tell."
@@ -31,7 +32,11 @@ USE_COMPUTED = (
 
 def find_causes(facts: Facts) -> list[Finding]:
     """Everything wrong, the most fundamental first. Of two ways to better samples, the one that does more."""
-    found = [imbalance(facts), collapse(facts), overfitting(facts), prior_gap(facts) or lost_variance(facts)]
+    found = [imbalance(facts), collapse(facts), overfitting(facts)]
+    wrong = any(finding is not None for finding in found)  # what explains a large or a falling error
+    found += [None if wrong else underfitting(facts)]
+    found += [still_falling(facts, stage) for stage in facts.falls if stage > 1 or not wrong]
+    found += [prior_gap(facts) or lost_variance(facts)]
     return [finding for finding in found if finding is not None]
 
 
@@ -120,7 +125,7 @@ def _blocked(facts: Facts) -> str:
 
 
 def _unlike(facts: Facts) -> list[str]:
-    law = float(variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean())
+    law = facts.codes_variance
     if _near(law, 1, FAR_LAW - 1):
         return []
     return [f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."]
@@ -131,8 +136,19 @@ def _balance_remedy(facts: Facts) -> str:
     if isinstance(balance, (ComputedBalance, LearnedBalance, OptimalBalance)):
         if not _near(balance.kl_weight, 1, IMBALANCED - 1):
             return "Leave out kl_weight: 1 is the evidence lower bound."
+        if isinstance(balance, ComputedBalance):
+            return _computed_remedy(balance, facts)
         return "Train longer, or use poise.ComputedBalance(): its gamma2 is at the error within some hundred batches."
     return USE_COMPUTED
+
+
+def _computed_remedy(balance: ComputedBalance, facts: Facts) -> str:
+    """For a gamma2 that is computed and yet away from the error."""
+    weighing = facts.weighing
+    if balance.monotone and weighing is not None and weighing.side == "under":
+        return "Leave out monotone: gamma2 may then rise to the error again."
+    batches = round(5 / (1 - balance.decay))
+    return f"Train longer: gamma2 is a running average of the error, and at decay={balance.decay:g} takes {batches} batches."
 
 
 def collapse(facts: Facts) -> Finding | None:
@@ -162,13 +178,14 @@ def _why_collapsed(facts: Facts) -> tuple[str, str]:
             f"The loss's balance allows it (the images vary by {ratio:.3g} times the MSE): the KL was too strong at first, or "
             f"training has only begun."
         )
-        return stuck, f"Train longer if it was short; else {BEGIN_SMALL}"
+        begin = BEGIN_SMALL_OWN if isinstance(facts.balance, ComputedBalance) else BEGIN_SMALL
+        return stuck, f"Train longer if it was short; else {begin}"
     blocked = (
         f"A latent is used as soon as images vary in one direction by more than gamma2: they do by "
         f"{facts.largest_variance:.3g}, and the MSE is {facts.seen.mse:.3g}, so the KL counts at least {ratio:.3g} times too "
         f"much. Usual causes: {USUAL_CAUSES}; pass loss=, your loss function, to have it named."
     )
-    return blocked, USE_COMPUTED
+    return blocked, BEGIN_OWN if isinstance(facts.balance, ComputedBalance) else USE_COMPUTED
 
 
 def overfitting(facts: Facts) -> Finding | None:
@@ -191,6 +208,43 @@ def overfitting(facts: Facts) -> Finding | None:
         return Finding("too-few-images", sentence, figures, remedy)
     remedy = "Stop training earlier: at the step with the best ELBO on images that are not trained on."
     return Finding("overfitting", f"{sentence}: it learned the training images by heart.", figures, remedy)
+
+
+def underfitting(facts: Facts) -> Finding | None:
+    """A model that does worse than the best linear one with as many latents."""
+    seen, linear = facts.trained_on, facts.linear_mse
+    if linear is None or seen.mse <= UNDERFITTED * max(linear, 1e-30):
+        return None
+    cross_entropy = facts.by_cross_entropy
+    if cross_entropy and is_binary(seen.images):
+        return None  # a cross-entropy is right for them, and does not minimise the squared error
+    sentence = (
+        f"It has learned little: reconstructions leave {seen.mse / seen.variance:.0%} of the images' variance (MSE "
+        f"{seen.mse:.3g}), where the best linear VAE with {facts.num_latents} latents leaves {linear / seen.variance:.0%} "
+        f"({linear:.3g})."
+    )
+    figures = {"mse": seen.mse, "linear_mse": linear, "image_variance": seen.variance}
+    remedy = "Train longer; if the MSE stays there, at another learning rate or with a larger network."
+    if cross_entropy:
+        remedy = (
+            "If the loss is a cross-entropy, use a squared error with poise.ComputedBalance(): on grey images a "
+            f"cross-entropy leaves the KL too much weight. Else: {remedy[0].lower()}{remedy[1:]}"
+        )
+    return Finding("underfitted", sentence, figures, remedy)
+
+
+def still_falling(facts: Facts, stage: int) -> Finding | None:
+    """A stage whose error was falling when its training ended."""
+    before, after = facts.falls[stage]
+    if not facts.fell(stage) > STILL_FALLING:
+        return None
+    sentence = (
+        f"Stage {stage} was still learning when training ended: its MSE fell from {before:.3g} to "
+        f"{after:.3g} in the last third."
+    )
+    option = "--epochs" if stage == 1 else "--second-epochs"
+    figures = {"before": before, "after": after}
+    return Finding("still-falling", sentence, figures, f"Train it longer: {option}.")
 
 
 def prior_gap(facts: Facts) -> Finding | None:

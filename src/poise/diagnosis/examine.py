@@ -11,14 +11,13 @@ from poise.balance import Balance
 from poise.diagnosis import broken, causes, decoder
 from poise.diagnosis.facts import Facts
 from poise.diagnosis.faulty_loss import BYTES_SQUARED, faulty_loss
-from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance
+from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance, linear_mse, spectrum
 from poise.diagnosis.inputs import Case, Loss, as_case, chosen
 from poise.diagnosis.limits import LARGE_LOGVAR
 from poise.diagnosis.notes import notes_on
 from poise.diagnosis.report import Diagnosis, Finding
 from poise.diagnosis.subject import Seen, device_of, look, undisturbed
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
-from poise.latent import variance_law
 from poise.metrics import CHUNK
 from poise.priors import NormalPrior
 from poise.progress import Progress, progress
@@ -192,6 +191,9 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
     display.update(3, {})
     priors = {"normal": NormalPrior(seen.codes.mean.shape[1]), **case.priors}
     enough = len(seen.images) >= FEWEST_IMAGES
+    num_latents, known = seen.codes.mean.shape[1], len(trained_on.images)
+    eigenvalues = spectrum(trained_on.images)
+    linear = linear_mse(eigenvalues, num_latents, seen.num_dims) if known >= causes.FEW_PER_LATENT * num_latents else None
     comparison = compare(case.vae, seen, trained_on.codes, priors, seed) if enough else None
     display.update(STEPS, {})
     return Facts(
@@ -202,6 +204,8 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
         loss=weights,
         inferred=inferred,
         largest_variance=largest_variance(seen.images),
+        linear_mse=linear,
+        falls=case.falls,
         comparison=comparison,
         is_run=case.is_run,
     )
@@ -210,10 +214,15 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
 def _figures(facts: Facts) -> dict[str, Any]:
     seen, loss, inferred, found = facts.seen, facts.loss, facts.inferred, facts.comparison
     produced = float(seen.restored.double().var(0).mean())
-    law = variance_law(facts.trained_on.codes.mean, facts.trained_on.codes.logvar).mean()
     figures: dict[str, Any] = {"variance_lost": seen.variance - produced}
-    figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": float(law)}
+    figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": facts.codes_variance}
     figures["largest_variance"] = facts.largest_variance
+    if facts.linear_mse is not None:
+        trained = facts.trained_on
+        shares = {"mse_share": trained.mse / trained.variance, "linear_share": facts.linear_mse / trained.variance}
+        figures |= {"linear_mse": facts.linear_mse} | shares
+    for stage, (before, after) in facts.falls.items():
+        figures |= {f"mse_before_{stage}": before, f"mse_after_{stage}": after, f"mse_fell_{stage}": facts.fell(stage)}
     if facts.train_mse is not None:
         figures["followed_gamma2" if facts.train is None else "mse_train"] = facts.train_mse
     if facts.weighing is not None:

@@ -94,7 +94,22 @@ def _mixture(codes: DiagonalGaussian) -> MixturePrior | None:
 
 def largest_variance(images: Tensor) -> float:
     """Variance of images along the direction in which they vary most: the largest eigenvalue of their covariance."""
+    return float(spectrum(images)[-1])
+
+
+def spectrum(images: Tensor) -> Tensor:
+    """Return the eigenvalues of the images' covariance, ascending, of min(n, dimensions) directions."""
     centred = images.flatten(1).double()
     centred = centred - centred.mean(0)
     gram = centred.T @ centred if centred.shape[1] < len(centred) else centred @ centred.T
-    return float(torch.linalg.eigvalsh(gram)[-1] / len(images))
+    return torch.linalg.eigvalsh(gram) / len(images)
+
+
+def linear_mse(eigenvalues: Tensor, num_latents: int, num_dims: int) -> float:
+    """Return the error per dimension of the best linear VAE with so many latents.
+
+    It is the noise variance of probabilistic PCA, the mean of the discarded eigenvalues (Tipping &
+    Bishop 1999), and so the MSE of reconstructions from posterior samples. 0 where none is discarded.
+    """
+    discarded = eigenvalues[: max(0, len(eigenvalues) - num_latents)].clamp_min(0).sum()
+    return float(discarded / max(1, num_dims - num_latents))

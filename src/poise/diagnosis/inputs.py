@@ -1,9 +1,12 @@
 """What was given, checked before anything is computed: a model, images, a loss."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,12 +27,16 @@ from poise.vae import VAE
 
 Loss = Balance | Callable[..., Any]
 MOST_IMAGES = 2_000  # figures are then within some percent, and a small network takes seconds
+FEWEST_POINTS = 20  # of a log
 MOST_VALUES = 2**26  # of all images together, 256 MiB: fewer large images are looked at
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be looked at: a model, images (n, ...), training images, the loss, and priors besides N(0, I)."""
+    """What is to be looked at: a model, images (n, ...), training images, the loss, and priors besides N(0, I).
+
+    Of a run also how far each stage's error fell at the end, see `Facts`.
+    """
 
     vae: VAE
     images: Any
@@ -37,6 +44,7 @@ class Case:
     loss: Loss | None
     priors: Mapping[str, Prior] = field(default_factory=dict)
     is_run: bool = False
+    falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
@@ -79,7 +87,25 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
     images = _as_trained(images, "images", run.data["shape"])
     train_images = None if train_images is None else _as_trained(train_images, "train_images", run.data["shape"])
     second = {} if run.second is None else {"second-stage": run.prior("second-stage")}
-    return Case(run.first.vae, images, train_images, run.first.balance if loss is None else loss, second, is_run=True)
+    balance = run.first.balance if loss is None else loss
+    return Case(run.first.vae, images, train_images, balance, second, is_run=True, falls=_falls(run.folder / "metrics.jsonl"))
+
+
+def _falls(log: Path) -> dict[int, tuple[float, float]]:
+    """The MSE of each stage at 65 to 75 % of its training, and in the last tenth, by its log."""
+    points: dict[int, list[tuple[float, float]]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        with suppress(ValueError, KeyError):  # a line that is still being written
+            entry = json.loads(line)
+            points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
+    found = {}
+    for stage, curve in points.items():
+        end = curve[-1][0]
+        before = [mse for step, mse in curve if 0.65 * end < step <= 0.75 * end]
+        after = [mse for step, mse in curve if 0.9 * end < step]
+        if len(curve) >= FEWEST_POINTS and before:
+            found[stage] = (fmean(before), fmean(after))
+    return found
 
 
 def _as_trained(images: Any, name: str, shape: list[int]) -> Any:

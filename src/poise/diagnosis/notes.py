@@ -2,14 +2,11 @@
 
 import math
 
-from torch import Tensor
-
-from poise.diagnosis.facts import CROSS_ENTROPY_CLOSE, Facts
+from poise.diagnosis.facts import Facts, is_binary
 from poise.diagnosis.generation import FEWEST_IMAGES
 from poise.diagnosis.inputs import Case
 
 DISAGREE = 3.0  # inferred over measured weight: healthy models 0.9 to 1.1; larger, the loss is not what trained the model
-BINARY = 0.95  # share of values within a tenth of 0 or 1: 8x8 digits have 0.65, binary images 1
 
 
 def notes_on(case: Case, facts: Facts) -> list[str]:
@@ -42,19 +39,14 @@ def _on_loss(facts: Facts) -> list[str]:
 
 
 def _on_cross_entropy(facts: Facts) -> list[str]:
-    if _binary(facts.seen.images):
+    if is_binary(facts.seen.images):
         return []
     likeness = "which has no scale to balance; right for images of 0 and 1 only, and these are grey."
     if facts.loss is not None and facts.loss.error == "cross-entropy":
         return [f"The loss is a cross-entropy, {likeness}"]
-    if facts.loss is None and facts.inferred is not None and abs(facts.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE:
+    if facts.by_cross_entropy:
         return [f"It looks trained with a cross-entropy, {likeness}"]
     return []
-
-
-def _binary(images: Tensor) -> bool:
-    near = ((images - images.round()).abs() < 0.1) & (images >= -0.1) & (images <= 1.1)
-    return float(near.double().mean()) > BINARY
 
 
 def _disagreement(facts: Facts) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from poise.diagnosis.limits import GAP, OVERFITTED
+from poise.diagnosis.limits import GAP, OVERFITTED, STILL_FALLING, UNDERFITTED
 
 Name = Literal[
     "not-finite",  # NaN or infinite values in images, weights, outputs or KL
@@ -23,6 +23,8 @@ Name = Literal[
     "posterior-collapse",  # latents that should carry information carry none
     "too-few-images",  # trained on so few that it learned them by heart
     "overfitting",  # new images are reconstructed much worse than training images
+    "underfitted",  # worse than the best linear VAE with as many latents
+    "still-falling",  # the error of a stage was still falling when training ended
     "prior-gap",  # samples are much worse than reconstructions, and another prior helps
     "variance-lost",  # samples vary too little, and renormalising the latents helps
 ]
@@ -109,6 +111,10 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "be a collapse",
         "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average over latents; 1 is ideal, and "
         "alone it is no fault",
+        "linear_mse": "reconstructions leave {mse_share:.0%} of the images' variance, the best linear VAE with as many "
+        f"latents {{linear_share:.0%}}; {UNDERFITTED:g} times as much would be underfitting",
+        "mse_fell_2": "the second stage's MSE went from {mse_before_2:.3g} to {mse_after_2:.3g} in the last third of its "
+        f"training; a fall by {STILL_FALLING:.0%} of the codes' variance would be too much",
         "mse_train": "the MSE is {mse_train:.4g} on training images and {mse:.4g} on the others; "
         f"{OVERFITTED:g} times as much would be overfitting",
         "followed_gamma2": "the loss followed the training error to {followed_gamma2:.4g}, and the MSE is {mse:.4g} on these "

@@ -1,6 +1,7 @@
 """HTML from plain values. Everything that a user or a file may have written goes through `text`."""
 
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -13,9 +14,14 @@ def text(words: Any) -> str:
     return escape(str(words))
 
 
+def prose(sentence: str) -> str:
+    """A sentence as HTML: what stands in backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(sentence))
+
+
 def paragraphs(sentences: Iterable[str], kind: str = "") -> str:
     name = f' class="{kind}"' if kind else ""
-    return "".join(f"<p{name}>{text(sentence)}</p>" for sentence in sentences)
+    return "".join(f"<p{name}>{prose(sentence)}</p>" for sentence in sentences)
 
 
 def section(name: str, title: str, *content: str) -> str:

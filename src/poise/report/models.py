@@ -14,6 +14,7 @@ from poise.metrics import latent_statistics
 from poise.report.pictures import contact_sheet, data_uri, paired_sheet
 from poise.report.records import Record
 from poise.run import GENERATIONS, PriorName, Run, load
+from poise.seeds import drawn
 
 TILES = 36
 COLUMNS = 6
@@ -114,13 +115,14 @@ def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
         shown.undiagnosed = f"No diagnosis, since the data cannot be read again: {dataset}."
         _take_kept_pictures(shown)
         return
-    test = gather(dataset.test, range(min(TILES, len(dataset.test))))
+    test = gather(dataset.test, drawn(len(dataset.test), TILES))
     shown.real = contact_sheet(test, COLUMNS)
-    _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test[:PAIRS]))
+    _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test))
     _show_diagnosis(shown, run, dataset)
 
 
 def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
+    originals = originals[drawn(len(originals), PAIRS)]
     restored = run.reconstruct(originals)
     both = zip(originals.split(PAIRS_OF_A_SHEET), restored.split(PAIRS_OF_A_SHEET), strict=True)
     shown.pairs = [paired_sheet(*part) for part in both]

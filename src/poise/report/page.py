@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -17,6 +16,7 @@ from poise.report.markup import embedded_json, text
 from poise.report.models import Exhibit, Shelf, exhibit
 from poise.report.records import Record, first_of_each, labels_of, read_records
 from poise.report.words import listed
+from poise.version import __version__
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -125,7 +125,7 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
         body=parts,
         values=values,
         library=plotly(),
-        version=version("poise"),
+        version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     )
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -186,15 +187,16 @@ def _entries(path: Path) -> Iterable[dict[str, float]]:
 
 def _missing(folder: Path, config: dict[str, Any], entries: Sequence[Any], *files: dict[str, Any] | None) -> Iterable[str]:
     summary, evaluation = files
+    quoted = shlex.quote(str(folder))
     if summary is None:
-        goes_on = f"`poise train` with the same options and --out {folder} goes on"
+        goes_on = f"`poise train` with the same options and --out {quoted} goes on"
         yield f"Training is not finished (there is no readable summary.json): {goes_on}."
     if not entries:
         yield "There is no log (metrics.jsonl): no curves can be drawn."
     if config["recipe"].get("second") is None:
         yield "The run has one stage only, so there is no second-stage prior (GEN-2)."
     if evaluation is None and summary is not None:
-        yield f"Samples were not compared with real images: `poise evaluate {folder}` measures FID and its relatives."
+        yield f"Samples were not compared with real images: `poise evaluate {quoted}` measures FID and its relatives."
 
 
 def _told_apart(records: list[Record]) -> list[Record]:

@@ -11,7 +11,7 @@ from poise.diagnosis import Diagnosis
 from poise.errors import InputError
 from poise.report import tables, words
 from poise.report.curves import styles_of
-from poise.report.markup import legend, paragraphs, picture, plot, section, subhead, table, text, toggle
+from poise.report.markup import legend, paragraphs, picture, plot, prose, section, subhead, table, text, toggle
 from poise.report.models import PRIORS, Exhibit
 from poise.report.records import Record, labels_of
 from poise.results import Result
@@ -160,10 +160,10 @@ def _diagnosis_of(shown: Exhibit, *, named: bool) -> str:
 
 
 def _findings(found: Diagnosis) -> str:
-    shown = "".join(f"<li>{text(line)}</li>" for line in found.evidence)
+    shown = "".join(f"<li>{prose(line)}</li>" for line in found.evidence)
     verdict = f'<p class="verdict good">{text(found.verdict)}</p><ul>{shown}</ul>'
     causes = "".join(
-        f"<li><strong>{text(finding.name)}</strong> {text(finding.sentence)}<br><em>Try:</em> {text(finding.remedy)}</li>"
+        f"<li><strong>{text(finding.name)}</strong> {prose(finding.sentence)}<br><em>Try:</em> {prose(finding.remedy)}</li>"
         for finding in found.findings
     )
     return (verdict if found.healthy else f'<ol class="findings">{causes}</ol>') + paragraphs(found.notes, "note")

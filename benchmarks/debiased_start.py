@@ -1,0 +1,185 @@
+"""The running average of `ComputedBalance` beside one that is debiased as Adam's moments are.
+
+After t batches with mean squared errors MSE_1 ... MSE_t the plain average that starts at the first
+batch has the weights
+
+    gamma2 = d^(t-1) MSE_1 + (1 - d) sum_{k=2..t} d^(t-k) MSE_k,
+
+so that after 30 batches at d = 0.99 three quarters of it are still the first batch's error. The
+debiased one divides the average that starts at 0 by the sum of its weights:
+
+    gamma2 = (1 - d) / (1 - d^t) sum_{k=1..t} d^(t-k) MSE_k.
+
+Both are measured on the computed runs of docs/claims.md (three seeds, same order and noise), on
+the oracle of tests/test_oracle.py, and on a training of 30 steps:
+
+    python -m benchmarks.debiased_start --mnist mnist.npz --fashion fashion.npz
+
+The plain runs are done here too, so that both are of one machine. The digits alone need neither
+file. About 25 minutes of one core.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+
+import poise
+from benchmarks.measuring import machine, show, write_report
+from claims.design import COMPUTED, DIGITS, FASHION, LEARNED, MNIST, Compared, Trial, balanced, design
+from claims.figures import KL, TEST_MSE, Evidence, balanced_share, distance, evidence_bound, images_to, speed_up
+from claims.work import work
+from poise.balance import make_balance
+from poise.results import read_results
+
+PLAIN, DEBIASED = "computed:start=first-batch", "computed"
+DEFAULT = Path("results/bench-debiased-start.json")
+CLAIMS = Path("results/claims")
+SEEDS = (0, 1, 2)
+SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
+
+
+def trials(label: str, experiments: list[str]) -> Iterator[Trial]:
+    """The design's computed runs, with `label` in place of computed in both stages."""
+    for trial in design():
+        if trial.experiment in experiments and trial.label == COMPUTED:
+            second = trial.recipe.second
+            second_balance = label if second and second.balance == COMPUTED else None
+            recipe = balanced(trial.recipe, label, trial.recipe.seed, second=second_balance)
+            pixels = [c for c in trial.compared if c.extractor == "pixels"]
+            compared = tuple(Compared("pixels", SETS, c.number, c.reference) for c in pixels)
+            yield replace(trial, label=label, recipe=recipe, compared=compared)
+
+
+def compared_runs(folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+    """Both averages on the claims' networks and schedules."""
+    experiments = [DIGITS] + [name for name in (MNIST, FASHION) if _source(name) in sources]
+    for label in (PLAIN, DEBIASED):
+        work(list(trials(label, experiments)), folder / "runs", folder / "results", sources, processes=0)
+    evidence = Evidence([*read_results([folder / "results"])])
+    slow = Evidence(r for r in read_results([CLAIMS]) if r.label == LEARNED)
+    return {name: _figures(evidence, slow, name) for name in experiments}
+
+
+def _source(experiment: str) -> str:
+    return {MNIST: "mnist", FASHION: "fashion-mnist"}[experiment]
+
+
+def _figures(evidence: Evidence, slow: Evidence, experiment: str) -> dict[str, Any]:
+    """Each figure of each seed, of both labels."""
+    quantities = {"test MSE": TEST_MSE, "KL": KL, "ELBO at the best gamma2": evidence_bound}
+    quantities |= {f"FD-pixels of {of}": distance(of, "pixels") for of in SETS}
+    quantities["balanced within 10 %, from the first step"] = lambda run: balanced_share(run, 0.1, settled=False)
+    figures: dict[str, Any] = {}
+    for label in (PLAIN, DEBIASED):
+        found = {name: list(evidence.values(experiment, label, q).values()) for name, q in quantities.items()}
+        for part in (0.05, 0.25, 0.5, 1.0):
+            found[f"images to the MSE of first-batch after {part:.0%}"] = [
+                images_to(run, _reached(plain, part)) for plain, run in evidence.pairs(experiment, PLAIN, label)
+            ]
+            found[f"C1: fewer images than learned after {part:.0%}"] = [
+                speed_up(slow.runs(experiment, LEARNED)[seed], run, part)
+                for seed, run in evidence.runs(experiment, label).items()
+            ]
+        figures[label] = found
+    return figures
+
+
+def _reached(run: Any, part: float) -> float:
+    """The training MSE after a part of stage 1, of a curve's point, with a tolerance of 2 %."""
+    curve = run.curves["1"]
+    goal = part * curve["images_seen"][-1] * (1 - 1e-9)
+    place = next(k for k, images in enumerate(curve["images_seen"]) if images >= goal)
+    return curve["mse"][place] * 1.02
+
+
+def oracle() -> dict[str, list[float]]:
+    """gamma2 of a linear VAE over probabilistic PCA's noise variance, by tests/test_oracle.py."""
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    test_oracle = import_module("test_oracle")
+    digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float() / 16
+    fitted = PCA(test_oracle.LATENTS).fit(digits.double().numpy())
+    right = fitted.noise_variance_ * (len(digits) - 1) / len(digits)
+    found: dict[str, list[float]] = {PLAIN: [], DEBIASED: []}
+    for seed in SEEDS:
+        for label in (PLAIN, DEBIASED):
+            balance = make_balance(label)
+            torch.manual_seed(seed)
+            test_oracle.train_linear_vae(balance, digits, batch=599)
+            found[label].append(float(balance.gamma2) / right)
+    return found
+
+
+def thirty_steps() -> dict[str, list[dict[str, float]]]:
+    """gamma2 and MSE after 30 steps of an MLP on the digits: a fresh user's first look."""
+    digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float().div(16).view(-1, 1, 8, 8)
+    found: dict[str, list[dict[str, float]]] = {PLAIN: [], DEBIASED: []}
+    for seed in SEEDS:
+        for label in (PLAIN, DEBIASED):
+            balance = make_balance(label)
+            torch.manual_seed(seed)
+            vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=8))
+            optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+            last: dict[str, float] = {}
+            for _ in range(30):
+                images = digits[torch.randint(len(digits), (100,))]
+                reconstruction, posterior = vae(images)
+                terms = balance(reconstruction, images, posterior.mean, posterior.logvar)
+                optimizer.zero_grad()
+                terms.loss.backward()
+                optimizer.step()
+                last = {"gamma2": float(balance.gamma2), "mse": float(terms.mse), "kl": float(terms.kl)}
+            found[label].append(last)
+    return found
+
+
+def table(figures: dict[str, Any]) -> list[list[str]]:
+    """Mean and standard deviation of both labels, and of debiased / computed - 1 seed by seed."""
+    rows = [["", "first-batch", "debiased", "debiased / first-batch - 1"]]
+    for experiment, labels in figures.items():
+        for name, plain in labels[PLAIN].items():
+            other = labels[DEBIASED][name]
+            ratios = [b / a - 1 for a, b in zip(plain, other, strict=True)]
+            rows.append([f"{experiment}: {name}", _spread(plain), _spread(other), _percent(ratios)])
+    return rows
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.4g} ± {stdev(values):.2g}"
+
+
+def _percent(values: list[float]) -> str:
+    return f"{mean(values):+.1%} ± {stdev(values):.1%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mnist", type=Path)
+    parser.add_argument("--fashion", type=Path)
+    parser.add_argument("--json", type=Path, default=DEFAULT)
+    parser.add_argument("--folder", type=Path, help="where runs and results stay, to go on with")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    given = {"mnist": options.mnist, "fashion-mnist": options.fashion}
+    sources = {name: str(path.resolve()) for name, path in given.items() if path}
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = compared_runs(options.folder or Path(temporary), sources)
+    report = machine(torch.device("cpu")) | {"seeds": len(SEEDS), "claims": figures}
+    report |= {"oracle": oracle(), "thirty_steps": thirty_steps()}
+    write_report(options.json, report)
+    show(table(figures))
+    print("gamma2 / pPCA:", {name: _spread(values) for name, values in report["oracle"].items()})
+    print("30 steps:", report["thirty_steps"])
+
+
+if __name__ == "__main__":
+    main()
