@@ -11,6 +11,7 @@ from poise.errors import InputError
 NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+INITIALISED = ("resnet", "wae")  # networks whose initialisation is a setting
 VAE_OBJECTIVE = "vae"
 RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
 
@@ -59,6 +60,9 @@ class Network:
         hidden: widths of the hidden layers ("mlp" only).
         norm_decay: of BatchNorm's running averages. The released 0.999 needs thousands of steps to settle.
         second_hidden: width of stage 2's three layers on each side.
+        initialisation: of the weights of "resnet" and "wae": "pytorch", or "released", Glorot's, with which the first steps
+            may explode at 64 pixels and more (see `poise.networks.factories`). The others have one each. The default is what
+            runs have whose config.json does not name it.
     """
 
     kind: NetworkKind = "resnet"
@@ -66,6 +70,7 @@ class Network:
     hidden: tuple[int, ...] = ()
     norm_decay: float = 0.99
     second_hidden: int = 1024
+    initialisation: Literal["pytorch", "released"] = "released"
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -236,7 +241,9 @@ class Changes:
     def _kind(self, network: Network) -> Network:
         if self.network is None or self.network == network.kind:
             return network
-        return replace(network, kind=self.network, hidden=(512, 512) if self.network == "mlp" else ())
+        initialisation = "pytorch" if self.network in INITIALISED else "released"
+        hidden = (512, 512) if self.network == "mlp" else ()
+        return replace(network, kind=self.network, hidden=hidden, initialisation=initialisation)
 
     def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
         if epochs is not None:
