@@ -55,7 +55,15 @@ class Watch:
 
 
 def fit(
-    state: TrainingState, data: Batches, stage: Stage, *, number: int, seed: int, watch: Watch, engine: Engine = "eager"
+    state: TrainingState,
+    data: Batches,
+    stage: Stage,
+    *,
+    number: int,
+    seed: int,
+    watch: Watch,
+    engine: Engine = "eager",
+    threads: int | None = None,
 ) -> bool:
     """Train from `state.step` to the end of the stage.
 
@@ -68,6 +76,7 @@ def fit(
         watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
         engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
             (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one.
+        threads: of the CPU, that share a step; None: one for a small dense network, as many as torch has for others.
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -100,7 +109,7 @@ def fit(
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
-        tuned(state.vae, device),
+        tuned(state.vae, device, threads),
         reproducible(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
         fetched_ahead(data, wanted, share) as fetched_batches,
