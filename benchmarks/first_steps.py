@@ -37,7 +37,7 @@ from poise.training.step import training_step
 
 NUMBER, STEPS, WARM_UP = 1_500, 20, 50
 LEAST_BAR, FACTOR = 300.0, 10.0
-CASES = [  # network, side, batch, seeds
+CASES: list[tuple[str, int, int, int]] = [  # network, side, batch, seeds
     ("resnet", 28, 64, 3), ("resnet", 32, 64, 3), ("infogan", 28, 64, 3), ("infogan", 32, 64, 3), ("resnet", 64, 16, 1),
     ("infogan", 64, 16, 1), ("wae", 64, 16, 1), ("wae", 32, 64, 3), ("resnet", 128, 16, 1),
 ]  # fmt: skip
@@ -143,11 +143,11 @@ def main() -> None:
     options = parser.parse_args()
     report = json.loads(options.json.read_text()) if options.json.exists() else machine(CPU) | {"runs": {}}
     wanted = [
-        (initialisation, seed, *case)
+        (initialisation, seed, network, side, batch)
         for initialisation in options.initialisations
         for seed in range(options.seeds)
-        for *case, seeds in CASES
-        if seed < seeds and case[0] in options.networks and case[1] in options.sides
+        for network, side, batch, seeds in CASES
+        if seed < seeds and network in options.networks and side in options.sides
     ]
     for initialisation, seed, network, side, batch in wanted:
         for name, make in sets(options.data).items():

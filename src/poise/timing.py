@@ -44,7 +44,7 @@ from poise.vae import VAE
 SECONDS = 2.0  # of each measurement, at least
 SHARE_OF_BUDGET = 0.015  # for measuring the steps of a stage
 FIRST_STEPS = 5  # in which an engine compiles or records
-ENOUGH = (3, 100)  # steps: so many at least, and no more
+ENOUGH = (3, 100)  # steps: so many at least, and no more; at least one if three take three times as long as they may
 CLEARLY = 0.9  # more threads must take less than this share of the time: other programs want to run as well
 LEAST_SECOND_SHARE = 0.1
 PICTURES_SECONDS = 6.0  # importing Matplotlib, drawing, writing, and what else does not depend on the run
@@ -210,7 +210,8 @@ class Clock:
                 self._step, self._warm = self._state.step, now(self._state.sums)
             return False
         taken, (least, most) = self._state.step - self._step, ENOUGH
-        return taken >= most or (taken >= least and time.monotonic() - self._warm >= self._seconds)
+        passed = time.monotonic() - self._warm
+        return taken >= most or (taken >= least and passed >= self._seconds) or (taken >= 1 and passed >= 3 * self._seconds)
 
     def pace(self) -> Pace:
         """Of the steps taken; of a stage that was over before the first ones were, of all."""

@@ -137,8 +137,8 @@ class Stage:
         """This stage with another length. Its learning rate is halved at the same shares of it.
 
         Example:
-            >>> Stage(epochs=100, halve_every=40).lasting(steps=50)
-            Stage(epochs=None, steps=50, batch_size=100, learning_rate=0.0001, halve_every=20.0, ...)
+            >>> Stage(epochs=100, halve_every=40).lasting(steps=50).halve_every
+            20.0
         """
         length, mine = epochs or steps or 0, self.epochs or self.steps or 0
         halve_every = self.halve_every and self.halve_every * length / mine
