@@ -181,12 +181,12 @@ def prepare(
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-    networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
-    balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
-    stages = list(zip(networks, balances, strict=True))
+    shape = list(dataset.shape)
+    stages = networks_and_balances(recipe, shape, vae)
     config = configuration(recipe, dataset)
-    parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
-    plan = parallel.on_first(lambda: earlier_plan(folder, recipe, config["data"]["checksum"]))
+    checksum: str = dataset.checksum
+    parallel.check_agreement("settings or images", (config["recipe"], checksum))
+    plan = parallel.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = parallel.on_first(lambda: open_folder(folder, configuration(recipe, dataset)))
     talks = not (options.quiet or parallel.rank() > 0) and not (saved and saved.meta["finished"])
@@ -201,7 +201,14 @@ def prepare(
     if saved is None:
         parallel.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
+    stages = networks_and_balances(plan.recipe, shape, vae)
     return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
+
+
+def networks_and_balances(recipe: Recipe, shape: list[int], vae: VAE | None) -> list[tuple[VAE, Balance]]:
+    """Those of each stage of a recipe, for images of a shape (channels, height, width)."""
+    first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
+    return [first] if recipe.second is None else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
 
 
 class Plan(NamedTuple):
@@ -219,7 +226,8 @@ def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
         earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
         if recipe.minutes is not None and recipe.minutes == earlier.minutes:
             first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
-            recipe = replace(recipe, first=first, second=second)
+            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
+            recipe = replace(recipe, first=first, second=second, network=network)
         if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
             return Plan(recipe, config.get("threads"))
     return None

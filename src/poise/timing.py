@@ -51,6 +51,7 @@ PICTURES_SECONDS = 6.0  # importing Matplotlib, drawing, writing, and what else 
 PASSES = {"train": (1, 0), "test": (2, 3)}  # of encoder and decoder over the images after stage 1 (`Run.evaluate`)
 SECOND_PASSES = (2, 2)  # of stage 2 over the training codes
 LEAST_STEPS = 10
+SHARE_OF_AVERAGE = 0.1  # of stage 1, that BatchNorm's running averages are taken over
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class Timing:
 def fitted(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> Recipe:
     """The recipe with lengths, in steps, that take so many seconds in all; learning rates are halved at the same shares.
 
+    Where stage 1 has fewer than 1,000 steps, BatchNorm's running averages are over a tenth of them: at a decay of 0.99, 85 steps
+    had a test MSE of 0.076 and a training MSE of 0.038 (faces, 2026-11-26).
+
     Raises:
         InputError: that is not enough for some steps.
     """
@@ -98,7 +102,9 @@ def fitted(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> R
             f"pictures: give {minutes + 1:.0f} or more, a smaller --size, or another --network"
         )
     first = recipe.first.lasting(steps=lengths[0])
-    return replace(recipe, first=first, second=recipe.second and recipe.second.lasting(steps=lengths[1]))
+    second = recipe.second and recipe.second.lasting(steps=lengths[1])
+    decay = min(recipe.network.norm_decay, 1 - 1 / max(1.0, SHARE_OF_AVERAGE * lengths[0]))
+    return replace(recipe, first=first, second=second, network=replace(recipe.network, norm_decay=decay))
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
