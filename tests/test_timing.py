@@ -40,7 +40,9 @@ def final_rates(recipe: Recipe, num_images: int) -> list[float]:
 # Lengths
 
 
-@given(st.lists(st.floats(0, 60), min_size=3, max_size=3), st.floats(1e-3, 5), st.floats(1e-3, 5), st.sampled_from(sorted(RECIPES)))
+@given(
+    st.lists(st.floats(0, 60), min_size=3, max_size=3), st.floats(1e-3, 5), st.floats(1e-3, 5), st.sampled_from(sorted(RECIPES))
+)
 def test_lengths_take_the_whole_budget_and_no_more(once, first, second, name):
     recipe, num_images, budget = replace(RECIPES[name], minutes=60), 5_000, 3600
     measured = Timing((Pace(once[0], first), Pace(once[1], second)), once[2])

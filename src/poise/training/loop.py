@@ -133,9 +133,8 @@ def fit(
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
                 step = began + int(verdict.steps) - 1
-                raise nonfinite(
-                    number, step, verdict, next(global_batches(stage, len(data), number=number, seed=seed, start=step))
-                )
+                indices = next(global_batches(stage, len(data), number=number, seed=seed, start=step))
+                raise nonfinite(stage, number, step, verdict, indices)
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
@@ -227,14 +226,16 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
     return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
 
 
-def nonfinite(number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
+def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
     """The error of a loss that is not finite; values that are not finite come first."""
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
+    precision = ", --precision float32" if stage.precision != "float32" else ""
+    network = ", another --network" if number == 1 else ""
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        "touched: try a lower learning rate, a larger start of the balance, or float32, in another folder"
+        f"touched: try a lower learning rate (--learning-rate {stage.learning_rate / 10:g}){precision}{network}, with another --out"
     )
