@@ -1,7 +1,7 @@
 """Whether training starts: the KL of the first steps of each network, on sets of images that could make it explode.
 
     python benchmarks/first_steps.py DATA [--networks resnet infogan wae] [--initialisations pytorch released] [--seeds 3]
-        [--json results/bench-first-steps.json]
+        [--sides 28 32 64 128] [--device cpu] [--json results/bench-first-steps.json]
 
 DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other sets are made: gradients of
 two colours, dark photographs (faces times 0.1), line drawings on white, uniform noise. 20 steps of the recipe `images`: its
@@ -41,7 +41,6 @@ CASES: list[tuple[str, int, int, int]] = [  # network, side, batch, seeds
     ("resnet", 28, 64, 3), ("resnet", 32, 64, 3), ("infogan", 28, 64, 3), ("infogan", 32, 64, 3), ("resnet", 64, 16, 1),
     ("infogan", 64, 16, 1), ("wae", 64, 16, 1), ("wae", 32, 64, 3), ("resnet", 128, 16, 1),
 ]  # fmt: skip
-CPU = torch.device("cpu")
 
 
 def stored(path: Path, side: int) -> np.ndarray:
@@ -92,20 +91,19 @@ def settings(network: str, initialisation: str, batch: int, seed: int) -> Recipe
     return given(recipe, network=given(recipe.network, initialisation=initialisation))
 
 
-def kls(recipe: Recipe, images: np.ndarray, steps: int, warm_up: int = 0) -> list[float]:
+def kls(recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, warm_up: int = 0) -> list[float]:
     """The KL of each step, in nats an image, to the first that is not finite; the rate rises for `warm_up` steps."""
-    state = new_state(
-        first_stage(recipe, list(images.shape[1:])), stage_balance(recipe.first, recipe, [3, 1, 1]), recipe.first, CPU
-    )
+    vae, balance = first_stage(recipe, list(images.shape[1:])), stage_balance(recipe.first, recipe, list(images.shape[1:]))
+    state = new_state(vae, balance, recipe.first, device)
     state.vae.train()
-    data, source, stage, size = ImageBatches(images, CPU), torch.Generator(), recipe.first, recipe.first.batch_size
+    data, source, stage, size = ImageBatches(images, device), torch.Generator(device), recipe.first, recipe.first.batch_size
     order = global_batches(stage, len(images), number=1, seed=recipe.seed, start=0)
     values: list[float] = []
 
     def draw(columns: int) -> Tensor:
-        return torch.randn(size, columns, generator=source)
+        return torch.randn(size, columns, generator=source, device=device)
 
-    with tuned(state.vae, CPU), denormals_as_zero():
+    with tuned(state.vae, device), denormals_as_zero():
         for step, indices in zip(range(steps), order, strict=False):
             source.manual_seed(derive("noise", recipe.seed, 1, step))
             batch = data.place(data.fetch(indices), draw)
@@ -118,10 +116,10 @@ def kls(recipe: Recipe, images: np.ndarray, steps: int, warm_up: int = 0) -> lis
     return values
 
 
-def measure(recipe: Recipe, images: np.ndarray) -> dict[str, Any]:
-    values = kls(recipe, images, STEPS)
+def measure(recipe: Recipe, images: np.ndarray, device: torch.device) -> dict[str, Any]:
+    values = kls(recipe, images, device, STEPS)
     stopped, highest = len(values) < STEPS or not all(map(math.isfinite, values)), max(values)
-    warm = max(kls(recipe, images, WARM_UP, WARM_UP)) if stopped or highest > LEAST_BAR else None
+    warm = max(kls(recipe, images, device, WARM_UP, WARM_UP)) if stopped or highest > LEAST_BAR else None
     bar = max(LEAST_BAR, FACTOR * warm) if warm is not None and math.isfinite(warm) else LEAST_BAR
     return {
         "kl": [float(f"{value:.4g}") for value in values],
@@ -139,9 +137,10 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, default=[28, 32, 64, 128])
     parser.add_argument("--initialisations", nargs="+", default=["pytorch"])
     parser.add_argument("--seeds", type=int, default=3, help="at most so many")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, default=Path("results/bench-first-steps.json"))
     options = parser.parse_args()
-    report = json.loads(options.json.read_text()) if options.json.exists() else machine(CPU) | {"runs": {}}
+    report = json.loads(options.json.read_text()) if options.json.exists() else machine(options.device) | {"runs": {}}
     wanted = [
         (initialisation, seed, network, side, batch)
         for initialisation in options.initialisations
@@ -153,7 +152,7 @@ def main() -> None:
         for name, make in sets(options.data).items():
             key = f"{initialisation} / {network} / {side} / {name} / {seed}"
             if key not in report["runs"]:
-                report["runs"][key] = measure(settings(network, initialisation, batch, seed), make(side))
+                report["runs"][key] = measure(settings(network, initialisation, batch, seed), make(side), options.device)
                 write_report(options.json, report)
                 print(key, report["runs"][key]["highest"], report["runs"][key]["passes"], flush=True)
     tabulate(report["runs"])

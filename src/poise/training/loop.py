@@ -233,9 +233,10 @@ def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: T
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
-    precision = ", --precision float32" if stage.precision != "float32" else ""
-    network = ", another --network" if number == 1 else ""
+    options = [f"--learning-rate {stage.learning_rate / 10:g}"]
+    options += ["--precision float32"] if stage.precision != "float32" else []
+    options += ["another --network"] if number == 1 else []
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        f"touched: try a lower learning rate (--learning-rate {stage.learning_rate / 10:g}){precision}{network}, with another --out"
+        f"touched: try a lower learning rate ({' or '.join(options)}), with another --out"
     )
