@@ -23,7 +23,7 @@ ENGINES = (
     "compiled: machine code made for the network, for long runs; captured: replay each step as a CUDA graph; "
     "compiled-captured: both"
 )
-RATES = "resnet ? at 32 pixels and ? at 64, infogan ? and ?, wae ? and ?, mlp ? and ?"
+RATES = "resnet 110 at 32 pixels and 27 at 64, infogan 360 and 91, wae 13 and 3, mlp 2,700 and 930"  # 2026-11-26
 SHOWN = ("batch_size", "learning_rate")
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
@@ -57,7 +57,8 @@ RecipeName = Annotated[
 ]
 Size = Annotated[int | None, recipes_own("crop to the centre square and resize to this side, in pixels")]
 Network = Annotated[
-    Literal["resnet", "infogan", "wae", "mlp"] | None, recipes_own(f"architecture of stage 1; images/s on two cores: {RATES}")
+    Literal["resnet", "infogan", "wae", "mlp"] | None,
+    recipes_own(f"architecture of stage 1; images/s on one core, two give up to 1.6 times as many: {RATES}"),
 ]
 LatentDim = Annotated[int | None, recipes_own("number of latents")]
 Minutes = Annotated[
