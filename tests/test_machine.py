@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from poise.training import denormals_as_zero
-from poise.training.machine import images_in_channels_last, kept_memory, pixels_as_products, threads_for, tuned
+from poise.training.machine import images_in_channels_last, kept_memory, pixels_as_products, tuned, usual_threads
 
 CPU = torch.device("cpu")
 SINGLE_PIXEL = {  # kernel, stride, padding, side of the image
@@ -110,10 +110,10 @@ def test_a_reshaped_vector_enters_convolutions_in_channels_last_with_the_same_va
 
 
 def test_the_network_is_as_it_was_after_an_error():
-    network, threads = Reshaping(), torch.get_num_threads()
+    network, before = Reshaping(), torch.get_num_threads()
     with pytest.raises(KeyError), tuned(network, CPU):
         raise KeyError
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == before
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in network.modules())
 
 
@@ -155,13 +155,47 @@ def test_large_arrays_are_not_fetched_from_the_system_again_and_again():
     assert faults() > 0.1 * before
 
 
-def test_small_dense_networks_run_on_one_thread_and_others_on_all():
-    before = torch.get_num_threads()
-    with threads_for(nn.Linear(10, 10)):
-        assert torch.get_num_threads() == 1
-    for network in (nn.Linear(1000, 1001), nn.Conv2d(1, 1, 3)):
-        with threads_for(network):
-            assert torch.get_num_threads() == before
+def test_small_dense_networks_run_on_one_thread_and_others_on_all(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert usual_threads(nn.Linear(10, 10)) == 1
+    assert usual_threads(nn.Linear(1000, 1001)) == usual_threads(nn.Conv2d(1, 1, 3)) == 5
+
+
+THREADS = """
+import threading, torch
+from poise.training import threads
+
+def in_another_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+torch.set_num_threads(3)
+began, ended, seen = threading.Event(), threading.Event(), {}
+
+def other():  # begins before the first block ends, and ends after it
+    with threads(4):
+        seen["other"] = torch.get_num_threads()
+        began.set()
+        ended.wait()
+
+with threads(2):
+    thread = threading.Thread(target=other)
+    thread.start()
+    began.wait()
+    seen["mine"] = torch.get_num_threads()
+    in_another_thread(lambda: seen.update(idle=torch.get_num_threads()))
+ended.set()
+thread.join()
+in_another_thread(lambda: seen.update(later=torch.get_num_threads()))
+seen["after"] = torch.get_num_threads()
+assert seen == {"other": 4, "mine": 2, "idle": 3, "later": 3, "after": 3}, seen
+"""
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="threads of another kind than OpenMP's")
+def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(run_python):
+    run_python(THREADS)
 
 
 COMPILED = """

@@ -124,7 +124,7 @@ def spy(method, asked: list):
 def test_when_the_minutes_are_over_it_says_how_to_go_on_and_ends_well(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(execution, "START", "import time; time.sleep(60)")
     monkeypatch.chdir(tmp_path)
-    arguments = ["poise", "reproduce", "fashion-mnist", "--data", str(images), "--minutes", "0.02", "--length", "0.1"]
+    arguments = ["poise", "reproduce", "fashion-mnist", "--data", str(images), "--stop-after", "0.02", "--length", "0.1"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--extractor", "pixels", "--device", "cpu"])
     began = time.monotonic()
     cli.main()
@@ -180,7 +180,7 @@ def test_a_file_has_its_own_order_of_images(images):
         (["digits"], "there is no experiment 'digits'"),
         (["mnist", "--length", "0"], "length must be a share"),
         (["mnist", "--length", "1.5"], "length must be a share"),
-        (["mnist", "--minutes", "0"], "minutes must be greater than 0"),
+        (["mnist", "--stop-after", "0"], "stop_after must be greater than 0"),
         (["mnist", "--seeds", "0"], "seeds must be at least 1"),
         (["mnist", "--balances", "computd"], "unknown balance"),
         (["mnist", "--data", "nowhere"], "'nowhere' does not exist"),

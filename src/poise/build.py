@@ -32,14 +32,14 @@ def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> V
 
 
 def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
-    channels, size = shape[0], shape[1]
+    channels, size, decay = shape[0], shape[1], network.norm_decay
     match network.kind:
         case "resnet":
-            return networks.resnet(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+            return networks.resnet(size, channels, network.latent_dim, norm_decay=decay, initialisation=network.initialisation)
         case "infogan":
-            return networks.infogan(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+            return networks.infogan(size, channels, network.latent_dim, norm_decay=decay)
         case "wae":
-            return networks.wae(size, channels, network.latent_dim, norm_decay=network.norm_decay)
+            return networks.wae(size, channels, network.latent_dim, norm_decay=decay, initialisation=network.initialisation)
         case "mlp":
             return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
         case "custom":

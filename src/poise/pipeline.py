@@ -9,12 +9,12 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poise import parallel, plots
+from poise import parallel, plots, timing
 from poise.balance import Balance
 from poise.build import choose_device, first_stage, second_stage, stage_balance
 from poise.checkpoint import (
@@ -51,13 +51,16 @@ from poise.training import (
     new_state,
     restore_state,
     state_tensors,
+    threads,
     under,
+    usual_threads,
 )
 from poise.vae import VAE
 from poise.version import __version__
 
 PICTURES = 64
 PAIRS = 32
+MARGIN = 0.02  # of a budget, for starting the interpreter and what is not measured
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Options:
             its minute of compiling on long runs. "compiled-captured": a CUDA graph of the compiled step. "auto": "captured"
             for one process on CUDA, where a network that cannot be recorded goes on as "eager" with a warning; else "eager".
             What was used stands in config.json.
+        threads: of the CPU, that share the work of this run; torch's own number stays as it is. None: one for a small dense
+            network, as many as torch has for others. 0, as the command has it: whichever number was fastest for some steps
+            when the run began. A run goes on with the number it began with (config.json), unless another is given.
     """
 
     device: str = "auto"
@@ -83,9 +89,12 @@ class Options:
     tensorboard: bool = False
     quiet: bool = False
     engine: Engine = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_words(self)
+        if self.threads is not None and self.threads < 0:
+            raise InputError(f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}")
         if not self.save_seconds >= 0:
             raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
 
@@ -111,8 +120,8 @@ def train(
         out: the run's folder; None: runs/ and the recipe's name.
         vae: a network of your own in place of the recipe's.
         options: device, checkpoints, display.
-        changes: of the recipe, by the names of the command's options: epochs, second_epochs, batch_size, learning_rate,
-            latent_dim, network, balance, size, seed, ... (see `recipes.settings.Changes`).
+        changes: of the recipe, by the names of the command's options: minutes, epochs, second_epochs, batch_size,
+            learning_rate, latent_dim, network, balance, size, seed, ... (see `recipes.settings.Changes`).
 
     Raises:
         InputError: the data, the recipe or the folder cannot be used.
@@ -124,6 +133,7 @@ def train(
         >>> run.sample(64, prior="second-stage", seed=0).shape              # doctest: +SKIP
         torch.Size([64, 1, 8, 8])
     """
+    began = time.monotonic()
     unknown = set(changes) - {field.name for field in fields(Changes)}
     if unknown:
         known = ", ".join(field.name for field in fields(Changes))
@@ -140,7 +150,9 @@ def train(
         held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
         with parallel.processes(device):
             parallel.on_first(lambda: held.enter_context(locked(folder)))
-            job = prepare(folder, recipe, vae, device, options, given)
+            job = prepare(folder, recipe, vae, device, options, given, began)
+            if job.threads is not None:
+                held.enter_context(threads(job.threads))
             if not job.meta["finished"]:
                 with stop_signals() as stop:
                     job.run_stages(stop)
@@ -157,36 +169,129 @@ def check_objective(spec: str) -> None:
         raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
 
 
-def prepare(folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any) -> "Job":
+def prepare(
+    folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any, began: float
+) -> "Job":
     """Everything that training needs; what cannot be used is said before anything is written.
 
     Args:
         folder: of the run, locked.
         recipe, vae, device, options: of the run.
         given: images that the source does not name.
+        began: when this start of the run did, by `time.monotonic`.
     """
     dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
-    networks = [first_stage(recipe, list(dataset.shape), vae)] + ([second_stage(recipe)] if recipe.second else [])
-    balances = [stage_balance(stage, recipe, list(dataset.shape)) for stage in (recipe.first, recipe.second) if stage]
-    config = configuration(recipe, dataset, choose_engine(options.engine, device))
-    parallel.check_agreement("settings or images", (config["recipe"], config["data"]["checksum"]))
-    saved = parallel.on_first(lambda: open_folder(folder, config))
+    shape = list(dataset.shape)
+    stages = networks_and_balances(recipe, shape, vae)
+    engine = choose_engine(options.engine, device)
+    config = configuration(recipe, dataset, engine)
+    checksum: str = dataset.checksum
+    parallel.check_agreement("settings or images", (config["recipe"], checksum))
+    plan = parallel.on_first(lambda: earlier_plan(folder, recipe, checksum))
+    recipe = plan.recipe if plan else recipe
+    saved = parallel.on_first(lambda: open_folder(folder, configuration(recipe, dataset, engine)))
+    talks = not (options.quiet or parallel.rank() > 0) and not (saved and saved.meta["finished"])
+    if talks:
+        print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+    if plan is None:
+        plan = make_plan(recipe, stages, dataset, folder, device, options, began, talks)
+    count = options.threads or plan.threads
+    if talks and count is not None:
+        print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
+    config = configuration(plan.recipe, dataset, engine) | {"threads": count}
+    if saved is None:
+        parallel.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
-    if not (saved and saved.meta["finished"]) and not options.quiet:
-        print(announce(recipe, len(dataset.train), device), file=sys.stderr)
-    return Job(folder, recipe, config, dataset, list(zip(networks, balances, strict=True)), options, saved)
+    stages = networks_and_balances(plan.recipe, shape, vae)
+    return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
 
 
-def announce(recipe: Recipe, num_images: int, device: torch.device) -> str:
-    """What is about to be done, and what it costs where that is known."""
+def networks_and_balances(recipe: Recipe, shape: list[int], vae: VAE | None) -> list[tuple[VAE, Balance]]:
+    """Those of each stage of a recipe, for images of a shape (channels, height, width)."""
+    first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
+    return [first] if recipe.second is None else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
+
+
+class Plan(NamedTuple):
+    """What is chosen when a run begins and kept in its config.json: the recipe with its lengths, CPU threads (None: usual)."""
+
+    recipe: Recipe
+    threads: int | None
+
+
+def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
+    """What an earlier start of this very run chose; None: there was none."""
+    with suppress(InputError):  # a file that is damaged, or of a newer version: see `open_folder`
+        config = read_config(folder)
+        earlier: Recipe = from_json(Recipe, config["recipe"])
+        earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
+        if recipe.minutes is not None and recipe.minutes == earlier.minutes:
+            first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
+            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
+            recipe = replace(recipe, first=first, second=second, network=network)
+        if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
+            return Plan(recipe, config.get("threads"))
+    return None
+
+
+def make_plan(
+    recipe: Recipe,
+    stages: list[tuple[VAE, Balance]],
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device,
+    options: Options,
+    began: float,
+    talks: bool,
+) -> Plan:
+    """Measure some steps; choose the number of threads and, where there is a budget, the lengths; tell the time it takes.
+
+    Args:
+        recipe, stages, dataset, folder, device, options: of the run.
+        began: see `prepare`.
+        talks: whether to tell.
+    """
+    count, num_images = options.threads, len(dataset.train)
+    if count == 0:
+        usual = usual_threads(stages[0][0])
+        several = device.type == "cpu" and usual > 1
+        data = ImageBatches(dataset.train, device)
+        count = timing.choose_threads([1, usual], *stages[0], recipe, data) if several else usual
+    count = parallel.on_first(lambda: count)
+    if recipe.minutes is None and options.quiet:  # nobody asks
+        return Plan(recipe, count)
+    measured = timing.measure(
+        recipe, stages, dataset, folder, device=device, engine=options.engine, count=count, save_seconds=options.save_seconds
+    )
+    if recipe.minutes is not None:
+        left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
+        recipe = parallel.on_first(lambda: timing.fitted(recipe, measured, num_images, left))
+    if talks:
+        print(timing.estimate(recipe, measured, num_images), file=sys.stderr)
+    return Plan(recipe, count)
+
+
+def with_length(stage: Any, other: Stage | None) -> Any:
+    """A stage with the length and halvings of another one; None where one of them is."""
+    return stage and other and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
+
+
+def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
+    """What is about to be done, and where.
+
+    Args:
+        recipe, num_images, device: of the run.
+        asked: the device as the user named it.
+    """
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
-    cost = f" ({recipe.cost})" if recipe.cost else ""
+    length = " + ".join(lengths) if recipe.minutes is None else f"{recipe.minutes:g} minutes"
     where = str(device) if parallel.ranks() == 1 else f"{parallel.ranks()} processes ({device.type})"
-    return f"{recipe.name}: {num_images:,} training images, {' + '.join(lengths)} on {where}{cost}"
+    where += " (no GPU found)" if asked == "auto" and device.type == "cpu" else ""
+    return f"{recipe.name}: {num_images:,} training images, {length} on {where}"
 
 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
@@ -222,7 +327,7 @@ def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str,
 
 
 def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
-    """Prepare a new folder (None), or find where an earlier run of the same settings and data stopped.
+    """Where an earlier run of the same settings and data stopped; None: there is nothing of one, the folder may be used.
 
     Raises:
         InputError: the folder holds something else, or a run of other settings or data.
@@ -240,7 +345,6 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
             print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
             for name in ("summary.json", "evaluation.json", "diagnosis.json"):
                 (folder / name).unlink(missing_ok=True)
-        write_json(folder / "config.json", config)
         return None
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
@@ -290,6 +394,7 @@ class Job:
         stages: network and balance of each.
         options: with the device of this process.
         saved: where an earlier run stopped.
+        threads: of the CPU; None: the usual number.
     """
 
     def __init__(
@@ -301,7 +406,9 @@ class Job:
         stages: list[tuple[VAE, Balance]],
         options: Options,
         saved: Saved | None,
+        threads: int | None,
     ) -> None:
+        self.threads = threads
         self.folder, self.recipe, self.config, self.dataset = folder, recipe, config, dataset
         self.stages, self.options, self.device = stages, options, torch.device(options.device)
         self.meta = saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
@@ -340,7 +447,8 @@ class Job:
         watch = Watch(
             self._write_log, lambda s: self._save(number, s), stop, fell_back, self.options.save_seconds, self.options.quiet
         )
-        if not fit(state, data, stage, number=number, seed=self.recipe.seed, watch=watch, engine=self.config["engine"]):
+        how: dict[str, Any] = {"number": number, "seed": self.recipe.seed, "engine": self.config["engine"]}
+        if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
             parallel.wait()  # or a process that ends first would have the one that saves killed
             raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
         return state

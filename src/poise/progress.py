@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal, a line now and then elsewhere. Results go to stdout, never here."""
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -34,6 +35,17 @@ def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
         yield part
         done += len(part)
         display.update(done, {"per second": f"{done / max(time.monotonic() - began, 1e-9):.0f}"})
+
+
+def hours_minutes(seconds: float) -> str:
+    """A time as h:mm, rounded up to a whole minute.
+
+    Example:
+        >>> hours_minutes(0), hours_minutes(50), hours_minutes(3 * 3600 + 61)
+        ('0:00 h', '0:01 h', '3:02 h')
+    """
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 @final
@@ -80,7 +92,7 @@ class Lines:
             return
         self._last = now
         left = (now - self._began) / max(done - self.start, 1) * (self.total - done)
-        known = f", {left:.0f} s left" if done > self.start or done == self.total else ""
+        known = f", {hours_minutes(left)} left" if done > self.start or done == self.total else ""
         text = "  ".join(f"{k} {v}" for k, v in figures.items())
         print(f"{self.title} {done}/{self.total}{known}  {text}", file=sys.stderr, flush=True)
 

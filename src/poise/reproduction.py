@@ -32,7 +32,7 @@ def reproduce(
     second_balance: str | None = None,
     seeds: int = 1,
     length: float = 1.0,
-    minutes: float | None = None,
+    stop_after: float | None = None,
     out: str | Path | None = None,
     results: str | Path = "results",
     extractor: str = "auto",
@@ -51,7 +51,7 @@ def reproduce(
         second_balance: of stage 2, for all labels; "same": each label's own; None: the recipe's.
         seeds: 0, 1, ... so many.
         length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
-        minutes: after so many all stops, with its state saved; None: never.
+        stop_after: after so many minutes all stops, with its state saved; None: never.
         out: folder of the runs; None: runs/reproduce-NAME, of a trial with its length.
         results: folder of the results.
         extractor: see `poise.evaluate`.
@@ -61,7 +61,7 @@ def reproduce(
         InputError: an unknown name, a wrong option, data that are not there.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
-    until = deadline(minutes)
+    until = deadline(stop_after)
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
     if not 0 < length <= 1:
@@ -117,8 +117,7 @@ def shortened(recipe: Recipe, length: float) -> Recipe:
 
 def _shortened_stage(stage: Stage, length: float) -> Stage:
     assert stage.epochs is not None
-    halve_every = stage.halve_every and max(1, round(stage.halve_every * length))
-    return replace(stage, epochs=max(1, round(stage.epochs * length)), halve_every=halve_every)
+    return stage.lasting(epochs=max(1, round(stage.epochs * length)))
 
 
 def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:

@@ -19,7 +19,6 @@ from poise.cli.options import (
     Jobs,
     LatentDim,
     LearningRate,
-    Minutes,
     Network,
     Precision,
     PriorChoice,
@@ -28,6 +27,7 @@ from poise.cli.options import (
     SecondEpochs,
     Size,
     Stages,
+    StopAfter,
     recipes_own,
 )
 from poise.errors import RunError
@@ -93,7 +93,7 @@ class Compare:
             "that is here"
         ),
     ] = "auto"
-    minutes: Minutes = None
+    stop_after: StopAfter = None
     jobs: Jobs = None
     device: Device = "auto"
     engine: Engine = "auto"
@@ -112,7 +112,7 @@ class Compare:
             print(comparison)
             page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
             print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
-        say_if_late(comparison, self.minutes)
+        say_if_late(comparison, self.stop_after)
         fail_if_any(comparison)
 
 
@@ -120,7 +120,7 @@ class Compare:
 class Reproduce:
     """Do a published experiment: both stages, all ways to sample, each protocol it was scored under, beside published numbers.
 
-    Run the same command again to go on after an interruption, or after --minutes.
+    Run the same command again to go on after an interruption, or after --stop-after.
     """
 
     name: Annotated[Positional[str], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
@@ -134,7 +134,7 @@ class Reproduce:
     second_balance: SecondBalance = None
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
     length: Annotated[float, arg(help="share of the full length, for a trial; its label says so")] = 1.0
-    minutes: Minutes = None
+    stop_after: StopAfter = None
     out: Annotated[Path | None, arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)")] = None
     results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
     extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
@@ -151,7 +151,7 @@ class Reproduce:
         if comparison.results or comparison.failed:
             print(text(comparison))
             print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
-        say_if_late(comparison, self.minutes)
+        say_if_late(comparison, self.stop_after)
         fail_if_any(comparison)
 
 
@@ -187,10 +187,10 @@ def write_page(comparison: "Comparison", device: str) -> Path:
     return write_report([comparison.folder], comparison.folder / "report.html", device=device, quiet=False)
 
 
-def say_if_late(comparison: "Comparison", minutes: float | None) -> None:
+def say_if_late(comparison: "Comparison", stop_after: float | None) -> None:
     """How to go on where the time was up before all runs were finished."""
     if comparison.late:
-        print(f"stopped after {minutes:g} minutes; run the same command again to go on")
+        print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
 
 
 def fail_if_any(comparison: "Comparison") -> None:

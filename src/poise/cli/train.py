@@ -19,6 +19,7 @@ from poise.cli.options import (
     Epochs,
     LatentDim,
     LearningRate,
+    Minutes,
     Network,
     Precision,
     RecipeName,
@@ -26,6 +27,7 @@ from poise.cli.options import (
     SecondEpochs,
     Size,
     Stages,
+    Threads,
     recipes_own,
 )
 from poise.cli.showing import show_table
@@ -58,6 +60,7 @@ class Train:
     balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
     second_balance: Annotated[str | None, recipes_own("balance of stage 2, likewise")] = None
     objective: Annotated[str | None, recipes_own(f"what stage 1's loss is made of: {OBJECTIVES}")] = None
+    minutes: Minutes = None
     epochs: Epochs = None
     second_epochs: SecondEpochs = None
     stages: Stages = 2
@@ -70,6 +73,7 @@ class Train:
     skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
     save_seconds: SaveSeconds = 60.0
     engine: Engine = "auto"
+    threads: Threads = 0
     tensorboard: Annotated[bool, arg(help="write TensorBoard files into the run's folder")] = False
 
     def settings(self) -> Recipe:
@@ -89,7 +93,7 @@ class Train:
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
         make_objective(recipe.first.objective)
-        options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine)
+        options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine, threads=self.threads)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
         if parallel.rank() > 0:
             return

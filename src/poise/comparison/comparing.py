@@ -22,6 +22,7 @@ from poise.run import GENERATIONS, PriorName
 
 BALANCES = ("computed", "learned", "optimal", "fixed")
 VARIED = {"balance", "second_balance", "objective", "seed"}  # by other means than changes of the recipe
+BUDGET = {"minutes"}  # each run would choose a length of its own
 
 
 def compare(
@@ -37,7 +38,7 @@ def compare(
     protocol: str | Protocol = "default",
     images: int | None = None,
     extractor: str = "auto",
-    minutes: float | None = None,
+    stop_after: float | None = None,
     jobs: int | None = None,
     options: Options = Options(),
     **changes: Any,
@@ -61,7 +62,7 @@ def compare(
         protocol: see `poise.protocols`.
         images: how many real images are compared with as many others; None: as the protocol says.
         extractor: see `poise.evaluate`; "auto" is "pixels" for images of at most 16x16, and where nothing else is at hand.
-        minutes: after so many all stops, with its state saved; None: never.
+        stop_after: after so many minutes all stops, with its state saved; None: never.
         jobs: processes; None: as many as cores on a CPU, one for each GPU on cuda.
         options: device, engine, time between checkpoints, display.
         changes: of the recipe, as for `poise.train`: epochs, second_epochs, network, latent_dim, batch_size, stages, ...
@@ -73,7 +74,7 @@ def compare(
     Example:
         >>> print(poise.compare("digits", balances=["computed", "fixed:beta=4"], seeds=3))      # doctest: +SKIP
     """
-    until = deadline(minutes)
+    until = deadline(stop_after)
     labels = variants(balances if balances is not None else ("computed",) if models else BALANCES, models, second_balance)
     one_stage = isinstance(recipe, Recipe) and recipe.second is None
     chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
@@ -104,7 +105,7 @@ def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tup
 
 def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, Any]) -> Recipe:
     """What all labels have in common."""
-    allowed = {field.name for field in fields(Changes)} - VARIED
+    allowed = {field.name for field in fields(Changes)} - VARIED - BUDGET
     if unknown := set(changes) - allowed:
         raise InputError(f"compare has no setting {', '.join(sorted(unknown))}; a recipe's are {', '.join(sorted(allowed))}")
     return Changes(**changes).apply(resolve(str(data) if isinstance(data, Path) else data, recipe, None))

@@ -97,17 +97,17 @@ class Comparison:
         return page(self.name, self.results, self.reference, messages, self._failed_of_label)
 
 
-def deadline(minutes: float | None) -> float | None:
+def deadline(stop_after: float | None) -> float | None:
     """So many minutes from now, by `time.monotonic`; None: never.
 
     Raises:
         InputError: not a positive number.
     """
-    if minutes is None:
+    if stop_after is None:
         return None
-    if not minutes > 0:
-        raise InputError(f"minutes must be greater than 0, not {minutes}")
-    return time.monotonic() + 60 * minutes
+    if not stop_after > 0:
+        raise InputError(f"stop_after must be greater than 0 minutes, not {stop_after}")
+    return time.monotonic() + 60 * stop_after
 
 
 def conduct(

@@ -120,15 +120,15 @@ class InfoGANDecoder(nn.Module):
 class WAEEncoder(nn.Module):
     """5x5 convolutions to 128 (stride 1), 256, 512 and 1024 channels (stride 2), two dense heads: mean and log s."""
 
-    def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
+    def __init__(self, image_size: int, channels: int, latent_dim: int, head: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs, stride in [(channels, 128, 1), (128, 256, 2), (256, 512, 2), (512, 1024, 2)]:
             layers += [SameConv2d(inputs, outputs, 5, stride=stride), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.Flatten())
         size = 1024 * (image_size // 8) ** 2
-        self.mean = nn.Linear(size, latent_dim)
-        self.log_std = nn.Linear(size, latent_dim)
+        self.mean = head(size, latent_dim)
+        self.log_std = head(size, latent_dim)
 
     def forward(self, images: Images) -> Codes:
         features = self.features(images)

@@ -1,4 +1,15 @@
-"""Pairs of encoder and decoder, with the weights that TensorFlow's defaults give."""
+"""Pairs of encoder and decoder.
+
+Initial weights. "pytorch" leaves what PyTorch draws for each layer. "released" draws them as the TensorFlow programs did:
+Glorot-uniform, with zero biases. Released, the first steps of `resnet` and `wae` may explode at 64 pixels and more:
+
+- `resnet`: the shortcuts of its blocks are convolutions that nothing normalises. Glorot's weights keep the variance from
+  layer to layer, so that branch and shortcut double it with every block; PyTorch's weights have a third of that variance.
+- `wae`: its heads see n = 65,536 values at 64 pixels. A step of Adam moves each weight by about its rate, and so an output
+  by up to rate times the L1 norm of what it sees, which grows like n. With "pytorch" they see it divided by sqrt(n).
+
+`infogan` and `mlp` have one initialisation each, with which their first steps were sound (docs/log.md, 2026-11-26).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -18,8 +29,9 @@ from poise.networks.architectures import (
     WAEDecoder,
     WAEEncoder,
 )
-from poise.networks.layers import normalise_spectrally
+from poise.networks.layers import WideLinear, normalise_spectrally
 
+Initialisation = Literal["pytorch", "released"]
 Pair = tuple[nn.Module, nn.Module]
 
 RELEASED_NORM_DECAY = 0.999
@@ -33,6 +45,7 @@ def resnet(
     *,
     scales: int | None = None,
     norm_decay: float = RELEASED_NORM_DECAY,
+    initialisation: Initialisation = "pytorch",
 ) -> Pair:
     """The released ResNet: residual blocks at `scales` resolutions, 32 channels at the first, twice as many at each next.
 
@@ -43,6 +56,7 @@ def resnet(
         scales: resolutions of the encoder; by default as many as leave at least 7 pixels: 3 for 32 (CIFAR-10), 4 for 64
             (CelebA), as released. The decoder doubles from 2x2 (for 32 and 64), or the smallest odd base, to the full size.
         norm_decay: of BatchNorm's running averages, in [0, 1).
+        initialisation: "pytorch", or "released", whose first steps may explode (see this module).
 
     Raises:
         InputError: a size that the network cannot take.
@@ -55,7 +69,8 @@ def resnet(
     _check_size(f"resnet with {scales} scales", image_size, 2 ** (scales - 1))
     encoder = ResNetEncoder(channels, latent_dim, scales)
     decoder = ResNetDecoder(image_size, channels, latent_dim)
-    return _finish(encoder, norm_decay), _finish(decoder, norm_decay)
+    init = _INITIALISATIONS[initialisation]
+    return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
 
 
 def infogan(image_size: int, channels: int = 1, latent_dim: int = 64, *, norm_decay: float = RELEASED_NORM_DECAY) -> Pair:
@@ -74,19 +89,27 @@ def infogan(image_size: int, channels: int = 1, latent_dim: int = 64, *, norm_de
     return encoder, _finish(InfoGANDecoder(image_size, channels, latent_dim), norm_decay, _normal_init)
 
 
-def wae(image_size: int = 64, channels: int = 3, latent_dim: int = 64, *, norm_decay: float = RELEASED_NORM_DECAY) -> Pair:
+def wae(
+    image_size: int = 64,
+    channels: int = 3,
+    latent_dim: int = 64,
+    *,
+    norm_decay: float = RELEASED_NORM_DECAY,
+    initialisation: Initialisation = "pytorch",
+) -> Pair:
     """Dai & Wipf's WAE-type network: four 5x5 convolutions up to 1024 channels, and their mirror image. Made for 64x64.
 
     Args:
         image_size: side in pixels, a multiple of 8.
-        channels, latent_dim, norm_decay: see `resnet`.
+        channels, latent_dim, norm_decay, initialisation: see `resnet`.
 
     Raises:
         InputError: a size that the network cannot take.
     """
     _check_size("wae", image_size, 8)
-    encoder, decoder = WAEEncoder(image_size, channels, latent_dim), WAEDecoder(image_size, channels, latent_dim)
-    return _finish(encoder, norm_decay), _finish(decoder, norm_decay)
+    head, init = nn.Linear if initialisation == "released" else WideLinear, _INITIALISATIONS[initialisation]
+    encoder, decoder = WAEEncoder(image_size, channels, latent_dim, head), WAEDecoder(image_size, channels, latent_dim)
+    return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
 
 
 def mlp(
@@ -136,15 +159,22 @@ def _normal_init(weight: Tensor) -> Tensor:
     return nn.init.normal_(weight, std=0.02)
 
 
+_INITIALISATIONS: dict[Initialisation, Callable[[Tensor], Tensor] | None] = {
+    "pytorch": None,
+    "released": nn.init.xavier_uniform_,
+}
+
+
 def _finish(
     network: nn.Module,
     norm_decay: float = RELEASED_NORM_DECAY,
-    init: Callable[[Tensor], Tensor] = nn.init.xavier_uniform_,
+    init: Callable[[Tensor], Tensor] | None = nn.init.xavier_uniform_,
 ) -> nn.Module:
+    """Set the decay of BatchNorm's averages, and draw weights by `init`, with zero biases; None: leave PyTorch's."""
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1 - norm_decay
-        if isinstance(module, _WEIGHTED):
+        if init is not None and isinstance(module, _WEIGHTED):
             init(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

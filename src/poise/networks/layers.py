@@ -1,4 +1,4 @@
-"""Layers that TensorFlow has and PyTorch lacks, and spectral normalisation."""
+"""Layers that TensorFlow has and PyTorch lacks, a dense layer for very many inputs, and spectral normalisation."""
 
 import math
 from contextlib import nullcontext
@@ -39,6 +39,18 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
+
+
+class WideLinear(nn.Linear):
+    """A dense layer for very many inputs n: y = W x / sqrt(n) + b, with W and b drawn as nn.Linear draws them.
+
+    A step of Adam at rate r moves each weight by about r, and so an output of nn.Linear by up to r |x|_1, which grows like n;
+    the inputs move too, each along its own weight of about 1 / sqrt(n), which adds up to sqrt(n). Here the first is
+    r |x|_1 / sqrt(n), and the second does not grow with n (the output layer of muP: Yang et al. 2022, arXiv 2203.03466).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input / math.sqrt(self.in_features), self.weight, self.bias)
 
 
 class SpectrallyNormalised(nn.Module):

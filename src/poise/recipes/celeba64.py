@@ -16,7 +16,7 @@ SECOND = Stage(epochs=140, batch_size=100, learning_rate=5e-5, halve_every=120)
 CELEBA64 = Recipe(
     name="celeba64",
     data=Data("celeba64"),
-    network=Network("resnet", latent_dim=64, second_hidden=4096),
+    network=Network("resnet", latent_dim=64, second_hidden=4096, initialisation="pytorch"),
     first=Stage(epochs=70, batch_size=100, learning_rate=5e-5, halve_every=60),
     second=SECOND,
     cost="not timed: 11.4 million images of 64x64 in stage 1, 22.8 million codes in stage 2",
@@ -31,7 +31,7 @@ CELEBA64_RELEASED = replace(
     CELEBA64,
     name="celeba64-released",
     data=Data("celeba64", file_order="listing"),
-    network=replace(CELEBA64.network, norm_decay=0.999),
+    network=replace(CELEBA64.network, norm_decay=0.999, initialisation="released"),
     first=replace(CELEBA64.first, balance="released"),
     second=replace(SECOND, balance="computed:start=1,monotone=true"),
     generation=RELEASED_GENERATION,

@@ -23,7 +23,7 @@ SECOND = Stage(epochs=1400, batch_size=100, learning_rate=1e-4, halve_every=400)
 CIFAR10 = Recipe(
     name="cifar10",
     data=Data("cifar10"),
-    network=Network("resnet", latent_dim=64, second_hidden=2048),
+    network=Network("resnet", latent_dim=64, second_hidden=2048, initialisation="pytorch"),
     first=Stage(epochs=700, batch_size=100, learning_rate=1e-4, halve_every=250),
     second=SECOND,
     cost="stage 1 about 60 hours on two CPU cores, at the 160 images/s measured there; not timed on a GPU",
@@ -38,7 +38,7 @@ CIFAR10_RELEASED = replace(
     CIFAR10,
     name="cifar10-released",
     data=Data("cifar10", jpeg_quality=75),
-    network=replace(CIFAR10.network, norm_decay=0.999),
+    network=replace(CIFAR10.network, norm_decay=0.999, initialisation="released"),
     first=replace(CIFAR10.first, balance="released"),
     second=replace(SECOND, balance="computed:start=1,monotone=true"),
     generation=RELEASED_GENERATION,

@@ -12,6 +12,7 @@ NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
 Precision = Literal["float32", "ieee", "bfloat16"]
+INITIALISED = ("resnet", "wae")  # networks whose initialisation is a setting
 VAE_OBJECTIVE = "vae"
 RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
 
@@ -60,6 +61,9 @@ class Network:
         hidden: widths of the hidden layers ("mlp" only).
         norm_decay: of BatchNorm's running averages. The released 0.999 needs thousands of steps to settle.
         second_hidden: width of stage 2's three layers on each side.
+        initialisation: of the weights of "resnet" and "wae": "pytorch", or "released", Glorot's, with which the first steps
+            may explode at 64 pixels and more (see `poise.networks.factories`). The others have one each. The default is what
+            runs have whose config.json does not name it.
     """
 
     kind: NetworkKind = "resnet"
@@ -67,6 +71,7 @@ class Network:
     hidden: tuple[int, ...] = ()
     norm_decay: float = 0.99
     second_hidden: int = 1024
+    initialisation: Literal["pytorch", "released"] = "released"
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -85,7 +90,8 @@ class Stage:
         steps: length in batches. One of the two is given.
         batch_size: images per step.
         learning_rate: Adam's, at the start.
-        halve_every: the learning rate is halved after so many epochs (or steps, where the length is in steps); None: never.
+        halve_every: the learning rate is halved after so many epochs (or steps, where the length is in steps), which need not
+            be a whole number; None: never.
         balance: see `poise.balance.make_balance`.
         objective: what the loss is made of: see `poise.objectives.make_objective`. Of stage 1; stage 2 is a VAE.
         ema_decay: of a running average of the weights, used in place of them afterwards; None: no average.
@@ -98,7 +104,7 @@ class Stage:
     steps: int | None = None
     batch_size: int = 100
     learning_rate: float = 1e-4
-    halve_every: int | None = None
+    halve_every: float | None = None
     balance: str = "computed"
     objective: str = VAE_OBJECTIVE
     ema_decay: float | None = None
@@ -127,8 +133,19 @@ class Stage:
     def learning_rate_at(self, step: int, num_images: int) -> float:
         if self.halve_every is None:
             return self.learning_rate
-        passed = step if self.steps is not None else step // self.steps_per_epoch(num_images)
+        passed = step if self.steps is not None else step / self.steps_per_epoch(num_images)
         return self.learning_rate * 0.5 ** (passed // self.halve_every)
+
+    def lasting(self, *, epochs: int | None = None, steps: int | None = None) -> "Stage":
+        """This stage with another length. Its learning rate is halved at the same shares of it.
+
+        Example:
+            >>> Stage(epochs=100, halve_every=40).lasting(steps=50).halve_every
+            20.0
+        """
+        length, mine = epochs or steps or 0, self.epochs or self.steps or 0
+        halve_every = self.halve_every and self.halve_every * length / mine
+        return replace(self, epochs=epochs, steps=steps, halve_every=halve_every)
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,8 @@ class Recipe:
         seed: of weights, order and noise.
         cost: what a run takes, in words, with the machine it was measured on.
         published: numbers from the literature to stand beside, each with its protocol.
+        minutes: a budget for the whole run. The lengths of both stages are then chosen to fit into it on the machine where
+            the run starts, and kept in its config.json (see `poise.timing`). None: the lengths are as they are.
     """
 
     name: str
@@ -179,8 +198,11 @@ class Recipe:
     seed: int = 0
     cost: str = ""
     published: tuple[str, ...] = field(default=())
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes must be greater than 0, not {self.minutes}")
         if self.second is not None and self.second.objective != VAE_OBJECTIVE:
             raise InputError(f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}")
 
@@ -195,7 +217,10 @@ class Changes:
         balance, second_balance: of stage 1 and of stage 2; see `poise.balance.make_balance`.
         objective: of stage 1; see `poise.objectives.make_objective`. Where it is another than vae and no balance is given, the
             balance of stage 1 is "fixed:gamma2=0.5", with which the objective is the published one.
-        epochs, second_epochs: lengths of stage 1 and of stage 2, passes over the training images.
+        epochs: length of stage 1, passes over the training images. Stage 2 becomes as many times longer or shorter, and both
+            learning rates are halved at the same shares of the length as in the recipe.
+        second_epochs: length of stage 2, likewise; None: as `epochs` makes it.
+        minutes: see `Recipe`; in place of lengths.
         stages: 1 leaves out the second stage.
         batch_size, learning_rate, ema_decay, precision: of both stages; see `Stage`.
         seed: of weights, order and noise.
@@ -211,6 +236,7 @@ class Changes:
     objective: str | None = None
     epochs: int | None = None
     second_epochs: int | None = None
+    minutes: float | None = None
     stages: Literal[1, 2] | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -222,6 +248,8 @@ class Changes:
         check_words(self)
         if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
             raise InputError("a length or balance of the second stage makes no sense with one stage: leave one of them out")
+        if self.minutes is not None and (self.epochs is not None or self.second_epochs is not None):
+            raise InputError("a budget in minutes chooses the lengths: leave out either it or the epochs")
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these changes. Its cost is dropped where they change it."""
@@ -229,21 +257,39 @@ class Changes:
         network = given(self._kind(recipe.network), latent_dim=self.latent_dim)
         rival = self.objective not in (None, VAE_OBJECTIVE)
         balance = RIVALS_BALANCE if rival and self.balance is None else self.balance
-        first = given(self._stage(recipe.first, self.epochs, balance), objective=self.objective)
-        second = recipe.second and self._stage(recipe.second, self.second_epochs, self.second_balance)
-        second = None if self.stages == 1 else second
-        as_costed = (network, first, second) == (recipe.network, recipe.first, recipe.second)
+        first, second = self._lengths(recipe)
+        first = given(self._stage(first, balance), objective=self.objective)
+        second = second and self._stage(second, self.second_balance)
+        as_costed = (data, network, first, second) == (recipe.data, recipe.network, recipe.first, recipe.second)
         recipe = replace(recipe, data=data, network=network, first=first, second=second)
-        return given(recipe, seed=self.seed, cost=None if as_costed else "")
+        return given(recipe, seed=self.seed, minutes=self.minutes, cost=None if as_costed else "")
+
+    def _lengths(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
+        """Both stages at the lengths asked for: stage 2 keeps its proportion to stage 1 unless it has a length of its own."""
+        first, second = recipe.first, None if self.stages == 1 else recipe.second
+        if self.epochs is not None:
+            first = first.lasting(epochs=self.epochs)
+        if second is not None and self.second_epochs is not None:
+            return first, second.lasting(epochs=self.second_epochs)
+        if second is None or self.epochs is None:
+            return first, second
+        if recipe.first.epochs is not None:
+            share = self.epochs / recipe.first.epochs
+            name, length = ("epochs", second.epochs) if second.epochs else ("steps", second.steps)
+            return first, second.lasting(**{name: max(1, round(share * (length or 0)))})
+        if second.steps is None or recipe.first.steps is None:
+            raise InputError("stage 1 of this recipe has a length in steps and stage 2 in epochs: give second_epochs too")
+        passes = second.steps * second.batch_size / (recipe.first.steps * recipe.first.batch_size)
+        return first, second.lasting(epochs=max(1, round(self.epochs * passes)))
 
     def _kind(self, network: Network) -> Network:
         if self.network is None or self.network == network.kind:
             return network
-        return replace(network, kind=self.network, hidden=(512, 512) if self.network == "mlp" else ())
+        initialisation = "pytorch" if self.network in INITIALISED else "released"
+        hidden = (512, 512) if self.network == "mlp" else ()
+        return replace(network, kind=self.network, hidden=hidden, initialisation=initialisation)
 
-    def _stage(self, stage: Stage, epochs: int | None, balance: str | None) -> Stage:
-        if epochs is not None:
-            stage = replace(stage, epochs=epochs, steps=None, halve_every=stage.halve_every if stage.epochs else None)
+    def _stage(self, stage: Stage, balance: str | None) -> Stage:
         both = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "ema_decay", "precision")}
         return given(stage, balance=balance, **both)
 

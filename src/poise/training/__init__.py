@@ -5,7 +5,7 @@ processes.
 
 from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches
 from poise.training.loop import Engine, Watch, choose_engine, count_latents, fit
-from poise.training.machine import denormals_as_zero
+from poise.training.machine import denormals_as_zero, threads, usual_threads
 from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
 
 __all__ = [
@@ -23,5 +23,7 @@ __all__ = [
     "new_state",
     "restore_state",
     "state_tensors",
+    "threads",
     "under",
+    "usual_threads",
 ]

@@ -59,7 +59,15 @@ class Watch:
 
 
 def fit(
-    state: TrainingState, data: Batches, stage: Stage, *, number: int, seed: int, watch: Watch, engine: Engine = "eager"
+    state: TrainingState,
+    data: Batches,
+    stage: Stage,
+    *,
+    number: int,
+    seed: int,
+    watch: Watch,
+    engine: Engine = "eager",
+    threads: int | None = None,
 ) -> bool:
     """Train from `state.step` to the end of the stage.
 
@@ -73,6 +81,7 @@ def fit(
         engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
             (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one; "auto" is
             what `choose_engine` says.
+        threads: of the CPU, that share a step; None: one for a small dense network, as many as torch has for others.
 
     Returns:
         Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
@@ -105,7 +114,7 @@ def fit(
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
-        tuned(state.vae, device),
+        tuned(state.vae, device, threads),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         generators_kept(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
@@ -131,9 +140,8 @@ def fit(
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
                 step = began + int(verdict.steps) - 1
-                raise nonfinite(
-                    number, step, verdict, next(global_batches(stage, len(data), number=number, seed=seed, start=step))
-                )
+                indices = next(global_batches(stage, len(data), number=number, seed=seed, start=step))
+                raise nonfinite(stage, number, step, verdict, indices)
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
@@ -221,14 +229,17 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
     return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
 
 
-def nonfinite(number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
+def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
     """The error of a loss that is not finite; values that are not finite come first."""
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
+    options = [f"--learning-rate {stage.learning_rate / 10:g}"]
+    options += ["--precision float32"] if stage.precision != "float32" else []
+    options += ["another --network"] if number == 1 else []
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        "touched: try a lower learning rate, a larger start of the balance, or float32, in another folder"
+        f"touched: try a lower learning rate ({' or '.join(options)}), with another --out"
     )

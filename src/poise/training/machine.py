@@ -21,13 +21,13 @@ AS_GROWN = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 65_536
 
 
 @contextmanager
-def tuned(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Everything of this module that pays for a network on a device."""
+def tuned(network: nn.Module, device: torch.device, count: int | None = None) -> Iterator[None]:
+    """Everything of this module that pays for a network on a device; `count` CPU threads, None: `usual_threads`."""
     with ExitStack() as block:
         if has_convolutions(network):
             block.enter_context(images_in_channels_last(network))
         if device.type == "cpu":
-            block.enter_context(threads_for(network))
+            block.enter_context(threads(count or usual_threads(network)))
             block.enter_context(denormals_as_zero())
             block.enter_context(kept_memory())
             block.enter_context(pixels_as_products(network))
@@ -38,20 +38,28 @@ def has_convolutions(network: nn.Module) -> bool:
     return any(parameter.dim() == 4 for parameter in network.parameters())
 
 
-@contextmanager
-def threads_for(network: nn.Module) -> Iterator[None]:
-    """One CPU thread inside the block for a small dense network, whose products are too short to share; all for others.
+def usual_threads(network: nn.Module) -> int:
+    """One CPU thread for a small dense network, whose products are too short to share; as many as torch has for others.
 
     On two cores that other processes kept busy, a step of a dense network of 256 took 2 ms with one thread and 18 with two,
     which wait for each other (2026-11-22). At 0.8 million parameters two quiet ones save a quarter (2026-11-24).
     """
     small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_PARAMETERS
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if small and not has_convolutions(network) else before)
-    try:
+    return 1 if small and not has_convolutions(network) else torch.get_num_threads()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many CPU threads share what this Python thread computes inside the block.
+
+    The number is OpenMP's, which each thread has for itself. torch.set_num_threads would set it for all threads that
+    begin later as well: of two fits in two threads each would leave its own number to the other.
+    """
+    from threadpoolctl import threadpool_limits
+
+    torch.get_num_threads()  # torch sets its own number when a thread first asks: before the block, not inside it
+    with threadpool_limits(count, user_api="openmp"):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
