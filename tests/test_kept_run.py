@@ -1,0 +1,52 @@
+"""A run, its figures and a result that poise 0.1.0 wrote on 2026-11-25 (commit fbe1d6b): they load ever after."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import poise
+
+KEPT = Path(__file__).parent / "data" / "run-of-2026-11-25"
+IMAGES = np.load(KEPT / "images.npy")
+
+
+@pytest.fixture
+def run(tmp_path) -> poise.Run:
+    return poise.load(shutil.copytree(KEPT / "run", tmp_path / "run"), device="cpu")
+
+
+def test_its_networks_give_what_they_gave(run):
+    expected = np.load(KEPT / "expected.npz")
+    found = {
+        "samples": run.sample(3, seed=1),
+        "normal": run.sample(3, prior="normal"),
+        "reconstructions": run.reconstruct(IMAGES[:3]),
+        "mean": run.encode(IMAGES).mean,
+    }
+    assert set(found) == set(expected)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], atol=1e-5, err_msg=name)
+
+
+def test_its_settings_state_and_figures_are_there(run):
+    assert run.finished and run.recipe.network.kind == "mlp" and run.recipe.first.steps == 20
+    assert 0 < float(run.first.balance.gamma2) < 1 and not run.first.balance.training
+    evaluation = run.evaluate(IMAGES[-6:], extractor="pixels")
+    assert np.isfinite(evaluation.value("FD-pixels", "GEN-2"))
+
+
+def test_it_is_finished_for_the_version_that_finds_it(run):
+    """Nothing is trained: the images are those it was trained on."""
+    options = poise.Options(device="cpu", quiet=True)
+    again = poise.train(IMAGES, recipe=run.recipe, out=run.folder, options=options)
+    for name, values in run.first.vae.state_dict().items():
+        assert torch.equal(again.first.vae.state_dict()[name], values), name
+
+
+def test_its_result_is_read(run):
+    (result,) = poise.read_results([KEPT / "results"])
+    assert result.label == "computed" and result.value("MSE", "REC") > 0
+    assert result.settings["network"]["kind"] == "mlp"
