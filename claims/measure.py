@@ -66,9 +66,8 @@ def perform(trial: Trial, runs: Path, results: Path, sources: dict[str, str], *,
 def train(recipe: Recipe, folder: Path) -> float:
     """Seconds that both stages took: `poise.train` without its pictures, which take longer to draw than the digits to learn."""
     with locked(folder):
-        job = prepare(
-            folder, recipe, None, torch.device("cpu"), poise.Options(device="cpu", quiet=True), None, time.monotonic()
-        )
+        options = poise.Options(device="cpu", quiet=True)
+        job = prepare(folder, recipe, None, torch.device("cpu"), options, None, time.monotonic())
         if not job.meta["finished"]:
             with stop_signals() as stop:
                 job.run_stages(stop)

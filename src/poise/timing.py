@@ -44,7 +44,7 @@ from poise.vae import VAE
 SECONDS = 2.0  # of each measurement, at least
 SHARE_OF_BUDGET = 0.015  # for measuring the steps of a stage
 FIRST_STEPS = 5  # in which an engine compiles or records
-ENOUGH = (3, 100)  # steps: so many at least, and no more; at least one if three take three times as long as they may
+ENOUGH = (2, 100)  # steps: so many at least, and no more; one is enough if it takes three times as long as all may
 CLEARLY = 0.75  # more threads must take less than this share of the time: two lose 3 to 5 times when a core becomes busy
 LEAST_SECOND_SHARE = 0.1
 PICTURES_SECONDS = 6.0  # importing Matplotlib, drawing, writing, and what else does not depend on the run
@@ -140,7 +140,7 @@ def choose_threads(candidates: Sequence[int], vae: VAE, balance: Balance, recipe
     chosen, least = candidates[0], float("inf")
     for count in sorted(candidates):
         state = throwaway(vae, balance, recipe.first, data, torch.device("cpu"))
-        pace = measure_pace(state, data, recipe.first, 1, recipe.seed, "eager", count, SECONDS / 2)
+        pace = measure_pace(state, data, recipe.first, 1, recipe.seed, "eager", count, SECONDS / 4)
         if pace.step < CLEARLY * least:
             chosen, least = count, pace.step
     return chosen
