@@ -39,7 +39,7 @@ from claims.design import COMPUTED, DIGITS, FASHION, LEARNED, MNIST, Compared, T
 from claims.figures import KL, TEST_MSE, Evidence, balanced_share, distance, evidence_bound, images_to, speed_up
 from claims.work import work
 from poise.balance import make_balance
-from poise.results import read_results
+from poise.studies.results import read_results
 
 PLAIN, DEBIASED = "computed:start=first-batch", "computed"
 DEFAULT = Path("results/bench-debiased-start.json")

@@ -24,13 +24,13 @@ import torch
 from measuring import machine, seconds, write_report
 
 import poise
+from poise.data.decoding import to_bytes
 from poise.evaluation import Reference, chunks_of, complete, distances
 from poise.features import CACHE_VARIABLE, Extractor, extract, make_extractor
-from poise.images import to_bytes
 from poise.metrics import frechet_distance
 from poise.protocols import DEFAULT
 from poise.recipes import find_recipe
-from poise.run import GENERATIONS, Run
+from poise.runs.run import GENERATIONS, Run
 
 
 def quick_run(data: str, device: str, folder: Path) -> Run:

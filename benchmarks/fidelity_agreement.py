@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from poise import datasets
+from poise import data as datasets
 from poise.evaluation import Produced, chunks_of, compare
 from poise.features import make_extractor
 from poise.protocols import PROTOCOLS

@@ -25,10 +25,10 @@ from measuring import machine, show, write_report
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from poise.build import first_stage, stage_balance
 from poise.recipes import RECIPES
 from poise.recipes.settings import Changes, Recipe, given
-from poise.seeds import derive
+from poise.runs.build import first_stage, stage_balance
+from poise.support.seeds import derive
 from poise.training import ImageBatches, denormals_as_zero, new_state
 from poise.training.batches import global_batches
 from poise.training.loop import set_learning_rate

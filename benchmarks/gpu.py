@@ -37,9 +37,9 @@ from measuring import machine, seconds, show, summary, synchronise, write_report
 from torch import Tensor
 from training_rate import step_flops
 
-from poise.build import first_stage, second_stage, stage_balance
-from poise.kernels import kernels
 from poise.recipes import RECIPES, Stage
+from poise.runs.build import first_stage, second_stage, stage_balance
+from poise.support.kernels import kernels
 from poise.training import Batches, CodeBatches, Engine, ImageBatches, TrainingState, Watch, fit, new_state
 from poise.training.captured import EAGER_STEPS, CapturedStep
 from poise.training.machine import tuned

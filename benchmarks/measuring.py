@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from poise.files import write_json
+from poise.support.files import write_json
 
 Task = Callable[[], Any]
 MATRIX_SIDE = 2048

@@ -30,10 +30,10 @@ from measuring import machine, over, show, summary, write_report
 from torch import nn
 
 import poise
-from poise.build import first_stage
-from poise.checkpoint import newest_checkpoint
-from poise.pipeline import Options
 from poise.recipes import RECIPES, Network, Recipe
+from poise.runs.build import first_stage
+from poise.runs.checkpoint import newest_checkpoint
+from poise.runs.pipeline import Options
 from poise.training import under
 
 CURVES = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")

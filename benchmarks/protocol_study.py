@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from scipy.stats import kendalltau, spearmanr
 
 import poise
+from poise.data.decoding import stretch_each, to_bytes
 from poise.evaluation import chunks_of, through_jpeg
 from poise.features import Extractor, extract, make_extractor
 from poise.features.prepared import Prepared
-from poise.images import stretch_each, to_bytes
 from poise.metrics import frechet_distance
 
 Chunks = Iterator[torch.Tensor]

@@ -23,10 +23,10 @@ import torch
 from measuring import PeakMemory, machine, over, show, summary, take_turns, write_report
 
 import poise
-from poise.pipeline import Options
-from poise.run import Run, load
+from poise.runs.export import write_images
+from poise.runs.pipeline import Options
+from poise.runs.run import Run, load
 from poise.sampling import CHUNK
-from poise.writing import write_images
 
 
 def untrained(folder: Path, **changes: Any) -> Path:

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from measuring import PeakMemory, anonymous_mib, machine, seconds, show, write_report
 
-from poise import datasets
+from poise import data as datasets
 from poise.balance import ComputedBalance
-from poise.build import first_stage
 from poise.metrics import pixel_std
 from poise.recipes import Network, Stage
 from poise.recipes.images import IMAGES
+from poise.runs.build import first_stage
 from poise.training import ImageBatches, Watch, fit, new_state
 
 WARM_UP = 3  # steps

@@ -20,7 +20,7 @@ import torch
 from measuring import machine, show, write_report
 from torch import Tensor
 
-from poise.datasets import load
+from poise.data import load
 from poise.features import extract, make_extractor
 from poise.metrics import frechet_distance
 

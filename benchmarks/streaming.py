@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from measuring import PeakMemory, anonymous_mib, machine, over, show, summary, write_report
 
-from poise import datasets
+from poise import data as datasets
 from poise.balance import ComputedBalance
-from poise.build import first_stage
 from poise.recipes import Network, Stage
 from poise.recipes.images import IMAGES
+from poise.runs.build import first_stage
 from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
 
 SHAPE = (32, 32, 3)

@@ -24,8 +24,8 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import train_test_split
 
 from poise import VAEEstimator
-from poise.comparison.statistics import spread
-from poise.comparison.tables import show as mean_and_spread
+from poise.studies.comparison.statistics import spread
+from poise.studies.comparison.tables import show as mean_and_spread
 
 TABLES: dict[str, tuple[Callable[..., Any], int]] = {  # and the number of latents
     "iris": (load_iris, 2),

@@ -36,10 +36,10 @@ from measuring import machine, matrix_products, over, seconds, show, summary, ta
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from poise import datasets
+from poise import data as datasets
 from poise.balance import ComputedBalance
-from poise.build import first_stage
 from poise.recipes import RECIPES, Stage
+from poise.runs.build import first_stage
 from poise.training import Engine, ImageBatches, Watch, fit, new_state
 from poise.vae import VAE
 

@@ -10,8 +10,8 @@ from claims.design import Trial, design, quick
 from claims.page import PAGE, README, RESULTS, in_readme, page, short_table, with_table
 from claims.work import work
 from poise.errors import InputError, RunError
-from poise.files import write_file
-from poise.results import Result, read_results
+from poise.studies.results import Result, read_results
+from poise.support.files import write_file
 
 RUNS, QUICK = Path("runs/claims"), Path("runs/claims-quick")
 

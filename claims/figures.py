@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
-from poise.comparison.statistics import bootstrap, spread
 from poise.errors import InputError
-from poise.results import Result
+from poise.studies.comparison.statistics import bootstrap, spread
+from poise.studies.results import Result
 
 Quantity = Callable[[Result], float]
 SETTLED = 500  # steps until the running average has forgotten its start: 0.99^500 = 0.7 %

@@ -12,18 +12,18 @@ import torch
 
 import poise
 from claims.design import NOISELESS, NOISELESS_RENORMALISED, RENORMALISED, Compared, Trial
-from poise.datasets import gather, head
+from poise.data import gather, head
 from poise.errors import InputError
 from poise.evaluation import Evaluation, Produced, choose_extractor, compare
 from poise.features import Extractor
-from poise.guards import locked, stop_signals
 from poise.latent import variance_law
 from poise.metrics import reconstruction
-from poise.pipeline import prepare
 from poise.protocols import DEFAULT, Measurement, Protocol
 from poise.recipes.settings import Generation, Recipe, from_json, to_json
-from poise.results import Result, read_results, result_of, safe_name, source_commit, write_result
-from poise.run import PriorName, Run
+from poise.runs.pipeline import prepare
+from poise.runs.run import PriorName, Run
+from poise.studies.results import Result, read_results, result_of, safe_name, source_commit, write_result
+from poise.support.guards import locked, stop_signals
 
 WAYS: dict[str, tuple[PriorName, Generation]] = {
     "GEN-1": ("normal", Generation()),

@@ -13,9 +13,9 @@ from claims.measure import belongs
 from claims.questions import questions
 from claims.rules import Check, verdict_text
 from claims.statements import NORMAL, Statement, mean_of, stages, statements
-from poise.comparison.tables import markdown
 from poise.errors import InputError
-from poise.results import Result
+from poise.studies.comparison.tables import markdown
+from poise.studies.results import Result
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results" / "claims", ROOT / "docs" / "claims.md", ROOT / "README.md"

@@ -54,8 +54,8 @@ from claims.rules import (
     near,
     no_worse,
 )
-from poise.comparison.statistics import spread
-from poise.comparison.tables import show
+from poise.studies.comparison.statistics import spread
+from poise.studies.comparison.tables import show
 
 Rows = list[list[str]]
 MARGIN = 0.05  # "no worse": by less than this

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import poise
-from poise import pipeline
 from poise.errors import InputError, RunError
-from poise.pipeline import Options, train
 from poise.recipes import Data, Network, Recipe, Stage
+from poise.runs import pipeline
+from poise.runs.pipeline import Options, train
 from poise.training import CodeBatches, ImageBatches, Watch, captured, fit, loop, new_state
 from poise.training.step import training_step
 

@@ -18,12 +18,12 @@ from claims.measure import finished  # noqa: E402
 from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page, with_table  # noqa: E402
 from claims.rules import Check, Outcome, above, below, less, near, no_worse, verdict, verdict_text  # noqa: E402
 from claims.work import work  # noqa: E402
-from poise.build import first_stage  # noqa: E402
-from poise.datasets import load  # noqa: E402
+from poise.data import load  # noqa: E402
 from poise.errors import InputError  # noqa: E402
 from poise.objectives import make_objective  # noqa: E402
 from poise.recipes.settings import to_json  # noqa: E402
-from poise.results import Result, read_results  # noqa: E402
+from poise.runs.build import first_stage  # noqa: E402
+from poise.studies.results import Result, read_results  # noqa: E402
 
 BEFORE, AFTER = design.NOISELESS, design.NOISELESS_RENORMALISED
 

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from poise import checkpoint, cli, files, load, pipeline
+from poise import cli, load
+from poise.runs import checkpoint, pipeline
+from poise.support import files
 from poise.training import Engine
 
 RANDOM = np.random.default_rng(0)

@@ -19,17 +19,17 @@ import torch
 
 import poise
 from poise import cli
-from poise.checkpoint import newest_checkpoint
-from poise.comparison import differences, execution, markdown, measuring, speed, table
-from poise.comparison.execution import execute
-from poise.comparison.measuring import Measuring, resolve_extractor
-from poise.comparison.plan import Crew, Task, crew_for, variants
-from poise.comparison.statistics import bootstrap, reached, spread, threshold
-from poise.pipeline import Options
 from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
-from poise.results import Result, read_results, write_result
+from poise.runs.checkpoint import newest_checkpoint
+from poise.runs.pipeline import Options
+from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
+from poise.studies.comparison.execution import execute
+from poise.studies.comparison.measuring import Measuring, resolve_extractor
+from poise.studies.comparison.plan import Crew, Task, crew_for, variants
+from poise.studies.comparison.statistics import bootstrap, reached, spread, threshold
+from poise.studies.results import Result, read_results, write_result
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
 TINY = Recipe(
@@ -247,7 +247,7 @@ def test_a_signal_stops_all_and_says_how_to_go_on(tmp_path, monkeypatch):
 
 UNHEARD = """
 import os
-from poise.comparison import worker
+from poise.studies.comparison import worker
 os.kill = lambda process, signal: None
 print(list(worker.lines_of_stdin()))
 """
@@ -355,7 +355,7 @@ def test_a_failed_run_is_in_the_table_and_the_others_are_finished(compared):
 
 
 def test_the_command_prints_the_table_writes_a_page_and_fails_if_a_run_did(compared, monkeypatch, capsys):
-    monkeypatch.setattr(poise.comparison, "compare", lambda *arguments, **options: compared)
+    monkeypatch.setattr(poise.studies.comparison, "compare", lambda *arguments, **options: compared)
     monkeypatch.setattr(sys, "argv", ["poise", "compare", "--seeds", "1", "--device", "cpu"])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -368,7 +368,7 @@ def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_
     def forbidden(*arguments, **options):
         raise AssertionError("nothing was left to do")
 
-    monkeypatch.setattr(poise.comparison.experiment, "execute", forbidden)
+    monkeypatch.setattr(poise.studies.comparison.experiment, "execute", forbidden)
     again = tiny(compared.folder, "computed", "learned")
     assert again.results == compared.results and not again.failed
     for changed in ({"seeds": 2}, {"images": 5}, {"protocol": "dai-wipf"}, {"extractor": "light"}):
@@ -398,7 +398,9 @@ def test_a_result_that_is_damaged_or_of_other_images_or_seeds_does_not_count(com
 
 def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path, monkeypatch):
     asked, nothing = [], poise.Comparison("compare-tiny", tmp_path, (), "computed", {})
-    monkeypatch.setattr(poise.comparison.comparing, "conduct", lambda experiment, **where: asked.append(experiment) or nothing)
+    monkeypatch.setattr(
+        poise.studies.comparison.comparing, "conduct", lambda experiment, **where: asked.append(experiment) or nothing
+    )
     one_stage = replace(TINY, second=None)
     for recipe, priors in ((TINY, ["mixture", "normal"]), (TINY, ["second-stage"]), (TINY, None), (one_stage, None)):
         poise.compare("digits", recipe=recipe, priors=priors, out=tmp_path)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from poise import datasets
-from poise.datasets import NAMES, Rows, gather, load, read_images
-from poise.datasets.arrays import as_images
-from poise.datasets.dataset import Reading, content_hashes, count_shared, split_by_content
+from poise import data as datasets
+from poise.data import NAMES, Rows, gather, load, read_images
+from poise.data.arrays import as_images
+from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.errors import InputError, MissingExtraError, MissingInputError
 
 
@@ -695,5 +695,5 @@ def test_gathered_images_are_floats_in_the_order_asked(kind):
 
 
 def test_importing_the_module_needs_no_heavy_library(run_python):
-    code = "import sys, poise.datasets; print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    code = "import sys, poise.data; print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
     assert run_python(code).strip() == "[]"

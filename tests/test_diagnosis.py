@@ -30,8 +30,8 @@ from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian, gaussian_kl
 from poise.networks import mlp
-from poise.pipeline import Options
 from poise.priors import fit_mixture
+from poise.runs.pipeline import Options
 from poise.vae import VAE
 
 Loss = Callable[..., object]

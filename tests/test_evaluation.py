@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from poise import evaluation, features
+from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.evaluation import choose_extractor, compare, evaluate, prepare, remarks
-from poise.images import jpeg_round_trip, stretch_each, to_bytes
 from poise.metrics import frechet_distance, frechet_infinity, inception_score, kernel_distance, manifold_figures
 from poise.protocols import PROTOCOLS, Protocol
-from poise.writing import write_images
+from poise.runs.export import write_images
 
 GENERATOR = np.random.default_rng(0)
 REAL = GENERATOR.integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from poise.datasets import Rows
+from poise.data import Rows
 from poise.errors import InputError, RunError
 from poise.features import Extractor, extract, extractor, make_extractor
 from poise.features.resize import resize_like_tensorflow1

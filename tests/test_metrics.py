@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from poise.balance import ComputedBalance, FixedBalance
-from poise.images import PixelMoments
+from poise.data.decoding import PixelMoments
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, latent_statistics, pixel_std, reconstruction
 from poise.metrics.reconstruction import peak_signal_to_noise, structural_similarity, summed_error

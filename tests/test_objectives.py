@@ -13,8 +13,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import poise
-from poise import checkpoint, pipeline, training
-from poise.build import first_stage
+from poise import training
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.objectives import (
@@ -27,9 +26,11 @@ from poise.objectives import (
     squared_slope,
     weight_norm,
 )
-from poise.pipeline import Options, train
 from poise.recipes import RECIPES, Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
+from poise.runs import checkpoint, pipeline
+from poise.runs.build import first_stage
+from poise.runs.pipeline import Options, train
 from poise.training import CodeBatches, TrainingState, Watch, fit, new_state, restore_state, state_tensors
 
 RIVALS = [name for name in OBJECTIVES if name != "vae"]

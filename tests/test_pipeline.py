@@ -15,15 +15,18 @@ import torch
 from torch import nn
 
 import poise
-from poise import checkpoint, datasets, files, pipeline, training
+from poise import data as datasets
+from poise import training
+from poise.data.decoding import grid, jpeg_round_trip, to_bytes
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.features import make_extractor
-from poise.images import grid, jpeg_round_trip, to_bytes
 from poise.metrics import frechet_distance, structural_similarity
-from poise.pipeline import Options, train
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import Data, Generation, Network, Recipe, Stage
-from poise.run import load
+from poise.runs import checkpoint, pipeline
+from poise.runs.pipeline import Options, train
+from poise.runs.run import load
+from poise.support import files
 from poise.vae import VAE
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import poise
-from poise.build import first_stage, second_stage
 from poise.recipes import RECIPES
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json, to_json
+from poise.runs.build import first_stage, second_stage
 
 SUBMODULES = [name for _, name, _ in pkgutil.walk_packages(poise.__path__, "poise.") if name != "poise.__main__"]
 
@@ -66,7 +66,7 @@ print(sorted(extra - set(sys.stdlib_module_names) - {'poise', 'torch', 'numpy'})
 def test_training_on_the_digits_begins_without_the_slow_libraries(run_python, tmp_path):
     code = """
 import sys
-from poise import pipeline
+from poise.runs import pipeline
 from poise.training import loop
 def step(*arguments):
     print(sorted({'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'} & set(sys.modules)))

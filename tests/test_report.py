@@ -18,14 +18,14 @@ from PIL import Image
 
 import poise
 from poise import cli
-from poise.comparison import table
 from poise.report import curves, markup, models, write_report
 from poise.report import page as page_module
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
 from poise.report.tables import results_of
-from poise.results import write_result
+from poise.studies.comparison import table
+from poise.studies.results import write_result
 
 QUICK = {"epochs": 2, "second_epochs": 1, "batch_size": 100, "options": poise.Options(device="cpu", quiet=True)}
 SECTIONS = ["summary", "samples", "training", "latents", "diagnosis", "numbers", "settings", "data", "protocols", "versions"]

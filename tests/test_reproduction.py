@@ -12,14 +12,14 @@ import pytest
 
 import poise
 from poise import cli
-from poise.comparison import execution
-from poise.comparison.measuring import measured, measuring_for
-from poise.pipeline import Options
 from poise.recipes import EXPERIMENTS, RECIPES
 from poise.report.records import read_records
-from poise.reproduction import experiment_of, protocols_for, reproduce, shortened, text
-from poise.results import read_results
-from poise.run import GENERATIONS
+from poise.runs.pipeline import Options
+from poise.runs.run import GENERATIONS
+from poise.studies.comparison import execution
+from poise.studies.comparison.measuring import measured, measuring_for
+from poise.studies.reproduction import experiment_of, protocols_for, reproduce, shortened, text
+from poise.studies.results import read_results
 
 QUIET = Options(device="cpu", quiet=True)
 

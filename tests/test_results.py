@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import poise
-from poise import results
-from poise.pipeline import Options, train
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.results import Result, curves, read_results, result_of, safe_name, write_result
+from poise.runs.pipeline import Options, train
+from poise.studies import results
+from poise.studies.results import Result, curves, read_results, result_of, safe_name, write_result
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
 TINY = Recipe(

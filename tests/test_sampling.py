@@ -19,7 +19,7 @@ from poise.priors import (
     renormalisation_factor,
 )
 from poise.sampling import fit_adjustment, sample
-from poise.seeds import derive, generator, noise_per_image
+from poise.support.seeds import derive, generator, noise_per_image
 from poise.vae import VAE
 
 

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 import poise
-from poise import checkpoint, training
+from poise import training
 from poise.errors import InputError, RunError
-from poise.pipeline import Options, train
 from poise.recipes import Data, Network, Recipe, Stage
+from poise.runs import checkpoint
+from poise.runs.pipeline import Options, train
 from poise.training.batch_norm import GlobalBatchNorm
 
 WORLD = 2
@@ -140,7 +141,7 @@ def work(rank: int, port: int, folder: str) -> None:
     broken.decoder = Exploding(broken.decoder, after=5) if rank == 1 else broken.decoder
     seen["nonfinite"] = error_of(lambda: run(runs / "nonfinite", broken))
     seen["few"] = error_of(lambda: run(runs / "few", second=None, first=Stage(steps=1, batch_size=2)))
-    with poise.parallel.processes(torch.device("cpu")):
+    with poise.training.distributed.processes(torch.device("cpu")):
         start = sum(NORM_SHARES[:rank])
         rows = slice(start, start + NORM_SHARES[rank])
         seen["norms"] = {name: norm_outcome(make(), rows) for name, make in LAYERS.items()}

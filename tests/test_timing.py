@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import poise
-from poise import checkpoint, timing, training
+from poise import training
 from poise.errors import InputError
-from poise.pipeline import Options, train
-from poise.progress import hours_minutes
 from poise.recipes import RECIPES, Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
-from poise.timing import Pace, Timing, fitted
+from poise.runs import checkpoint, timing
+from poise.runs.pipeline import Options, train
+from poise.runs.timing import Pace, Timing, fitted
+from poise.support.progress import hours_minutes
 from poise.training import ImageBatches, Watch, fit, new_state
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)

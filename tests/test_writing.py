@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from poise.errors import InputError, RunError
 from poise.latent import DiagonalGaussian
-from poise.writing import write_codes, write_images
+from poise.runs.export import write_codes, write_images
 
 IMAGES = torch.rand(25, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CODES = DiagonalGaussian(IMAGES[:, 0, 0], IMAGES[:, 1, 0])

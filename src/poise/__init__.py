@@ -10,7 +10,7 @@ Names are loaded when first used: the balances need torch and numpy only.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from poise.version import __version__ as __version__
+from poise.support.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from poise import balance, features, metrics, networks, priors, protocols, recipes, report
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
         OptimalBalance,
         ScheduledBalance,
     )
-    from poise.comparison import Comparison, compare
     from poise.diagnosis import Diagnosis, diagnose
     from poise.errors import InputError, Interrupted, RunError
     from poise.estimator import VAEEstimator
     from poise.evaluation import Evaluation, evaluate
     from poise.latent import DiagonalGaussian
-    from poise.pipeline import Options, train
     from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
-    from poise.reproduction import reproduce
-    from poise.results import Result, read_results
-    from poise.run import Run, load
+    from poise.runs.pipeline import Options, train
+    from poise.runs.run import Run, load
+    from poise.studies.comparison import Comparison, compare
+    from poise.studies.reproduction import reproduce
+    from poise.studies.results import Result, read_results
     from poise.vae import VAE
 
 __all__ = [
@@ -93,18 +93,18 @@ _HOMES = {
         "OptimalBalance",
         "ScheduledBalance",
     ),
-    "comparison": ("Comparison", "compare"),
+    "studies.comparison": ("Comparison", "compare"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("InputError", "Interrupted", "RunError"),
     "estimator": ("VAEEstimator",),
     "evaluation": ("Evaluation", "evaluate"),
     "latent": ("DiagonalGaussian",),
-    "pipeline": ("Options", "train"),
+    "runs.pipeline": ("Options", "train"),
     "protocols": ("Measurement", "Protocol"),
     "recipes": ("Recipe",),
-    "reproduction": ("reproduce",),
-    "results": ("Result", "read_results"),
-    "run": ("Run", "load"),
+    "studies.reproduction": ("reproduce",),
+    "studies.results": ("Result", "read_results"),
+    "runs.run": ("Run", "load"),
     "vae": ("VAE",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

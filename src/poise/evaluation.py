@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.build import choose_device
-from poise.datasets import find_images, gather, head
+from poise.data import find_images, gather, head
+from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.features import Extractor, available_inception, cached_features, extract, make_extractor
-from poise.files import strict
-from poise.images import jpeg_round_trip, stretch_each, to_bytes
 from poise.metrics import (
     CHUNK,
     ImportanceWeightedNLL,
@@ -43,8 +41,10 @@ from poise.protocols import (
     table,
     with_count,
 )
+from poise.runs.build import choose_device
 from poise.shapes import ByteImages, Features, Images
-from poise.version import __version__
+from poise.support.files import strict
+from poise.support.version import __version__
 
 FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
 SMALLEST_SUBSET = 5_000  # of the extrapolation, where there are twice as many

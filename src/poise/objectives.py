@@ -33,7 +33,7 @@ from poise.balance import Balance, LossTerms
 from poise.balance.contract import at_least_float32
 from poise.errors import InputError
 from poise.shapes import Latents, PerImage, Scalar, Values
-from poise.specs import make_named
+from poise.support.specs import make_named
 from poise.vae import VAE, as_posterior
 
 VANISHING = math.log(1e-12)  # the log variance of codes that have none: 1e-6 of the width of N(0, I)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.latent import DiagonalGaussian, variance_law
-from poise.seeds import REFERENCE_SEED, derive, generator, noise_per_image
 from poise.shapes import Latents, Noise, Scalar
+from poise.support.seeds import REFERENCE_SEED, derive, generator, noise_per_image
 from poise.vae import VAE
 
 REFERENCE_DRAWS = 10_000

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from poise.errors import InputError
 from poise.recipes.settings import Generation, check_words
-from poise.version import __version__
+from poise.support.version import __version__
 
 HASH_LENGTH = 10
 NO_EXTRACTOR = "none"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.images import PixelMoments
+from poise.data.decoding import PixelMoments
 from poise.priors import Prior
-from poise.seeds import noise_per_image
 from poise.shapes import Images, Values
+from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
 CHUNK = 100

@@ -3,7 +3,7 @@
 from poise.balance.contract import Balance
 from poise.balance.following import ComputedBalance, LearnedBalance, OptimalBalance
 from poise.balance.steering import ConstrainedBalance, ControlledBalance, FixedBalance, ScheduledBalance
-from poise.specs import make_named
+from poise.support.specs import make_named
 
 BALANCES = {
     "computed": ComputedBalance,

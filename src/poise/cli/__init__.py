@@ -26,7 +26,7 @@ from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
-from poise.version import __version__
+from poise.support.version import __version__
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
 COMMANDS = {

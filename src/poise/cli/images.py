@@ -13,7 +13,7 @@ from poise.errors import InputError
 from poise.recipes.settings import Generation, Renormalise, given
 
 if TYPE_CHECKING:
-    from poise.run import Run
+    from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
 
@@ -40,8 +40,8 @@ class Sample:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
-        from poise.progress import counted, progress
-        from poise.writing import check_output, write_images
+        from poise.runs.export import check_output, write_images
+        from poise.support.progress import counted, progress
 
         check_output(self.out, self.count)
         generation: Generation = given(
@@ -86,8 +86,8 @@ class Encode:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
-        from poise.progress import counted, progress
-        from poise.writing import check_codes_output, write_codes
+        from poise.runs.export import check_codes_output, write_codes
+        from poise.support.progress import counted, progress
 
         check_codes_output(self.out)
         images = images_for(run, self.images)
@@ -111,9 +111,9 @@ class Reconstruct:
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
-        from poise.datasets import gather
-        from poise.seeds import drawn
-        from poise.writing import check_output, write_images
+        from poise.data import gather
+        from poise.runs.export import check_output, write_images
+        from poise.support.seeds import drawn
 
         check_output(self.out)
         if self.count < 1:
@@ -133,7 +133,7 @@ def _images(count: int) -> str:
 
 def images_for(run: "Run", source: str | None) -> Any:
     """Images of a source in the form that a run takes; by default its test images."""
-    from poise.datasets import read_images
+    from poise.data import read_images
 
     channels, size, _ = run.data["shape"]
     return run.test_images() if source is None else read_images(source, size=size, channels=channels)

@@ -16,7 +16,7 @@ from poise.recipes import RECIPES
 
 if TYPE_CHECKING:
     from poise.evaluation import Evaluation
-    from poise.run import Run
+    from poise.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Evaluate:
     def _measure(self, folder: Path) -> None:
         if self.size is not None:
             raise InputError("--size is for --real and --generated: a run has its own")
-        from poise.files import write_json
+        from poise.support.files import write_json
 
         run = load_run(folder, self.device)
         evaluation = run.evaluate(
@@ -151,8 +151,8 @@ class Diagnose:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.diagnosis import diagnose
-        from poise.files import write_json
-        from poise.run import DIAGNOSIS
+        from poise.runs.run import DIAGNOSIS
+        from poise.support.files import write_json
 
         diagnosis = diagnose(run, quiet=False)
         found = diagnosis.to_json()

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from poise.run import Run
+    from poise.runs.run import Run
 
 WHOLE_TABLE = 160  # columns: numbers are never cut off, whatever the terminal's width
 
 
 def load_run(folder: Path, device: str) -> "Run":
     """A run, with its warnings said."""
-    from poise.run import load
+    from poise.runs.run import load
 
     run = load(folder, device=device)
     for line in run.warnings:

@@ -35,7 +35,7 @@ from poise.protocols import PROTOCOLS
 from poise.recipes import EXPERIMENTS
 
 if TYPE_CHECKING:
-    from poise.comparison import Comparison
+    from poise.studies.comparison import Comparison
 
 
 SecondBalance = Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each label's own")]
@@ -103,8 +103,8 @@ class Compare:
         own = ("data", "device", "engine", "save_seconds", "stages")
         chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         chosen |= {"stages": 1} if self.stages == 1 else {}
-        from poise.comparison import compare
-        from poise.pipeline import Options
+        from poise.runs.pipeline import Options
+        from poise.studies.comparison import compare
 
         options = Options(self.device, self.save_seconds, engine=self.engine)
         comparison = compare(self.data, options=options, **chosen)
@@ -144,8 +144,8 @@ class Reproduce:
 
     def run(self) -> None:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
-        from poise.pipeline import Options
-        from poise.reproduction import reproduce, text
+        from poise.runs.pipeline import Options
+        from poise.studies.reproduction import reproduce, text
 
         comparison = reproduce(self.name, options=Options(self.device, engine=self.engine), **chosen)
         if comparison.results or comparison.failed:

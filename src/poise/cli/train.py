@@ -84,11 +84,11 @@ class Train:
 
     def run(self) -> None:
         recipe = self.settings()
-        from poise import parallel
         from poise.balance import make_balance
         from poise.objectives import make_objective
-        from poise.pipeline import Options, train
         from poise.report.tables import figures_table
+        from poise.runs.pipeline import Options, train
+        from poise.training import distributed as parallel
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read

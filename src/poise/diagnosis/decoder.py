@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import ParametrizationList
 
-from poise.seeds import generator
 from poise.shapes import Latents
+from poise.support.seeds import generator
 
 ROUNDING = 1e-6  # relative: of two equal latents in one batch, outputs may differ by some 1e-7; the least response seen in a
 # collapsed but living decoder is 1e-4

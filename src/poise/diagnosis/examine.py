@@ -20,9 +20,9 @@ from poise.diagnosis.subject import Seen, device_of, look, undisturbed
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.metrics import CHUNK
 from poise.priors import NormalPrior
-from poise.progress import Progress, progress
-from poise.run import Run
+from poise.runs.run import Run
 from poise.shapes import Values
+from poise.support.progress import Progress, progress
 from poise.vae import VAE
 
 STEPS = 5

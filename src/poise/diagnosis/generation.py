@@ -17,7 +17,7 @@ from poise.latent import DiagonalGaussian
 from poise.metrics import frechet_distance
 from poise.priors import MixturePrior, Prior, RenormalisedPrior, fit_mixture, renormalisation_factor
 from poise.sampling import sample
-from poise.seeds import derive
+from poise.support.seeds import derive
 from poise.vae import VAE
 
 MOST_SAMPLES = 1_000  # of each prior

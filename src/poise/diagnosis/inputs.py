@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
-from poise.datasets import Rows, gather
+from poise.data import Rows, gather
 from poise.diagnosis.subject import device_of, first_line
 from poise.errors import InputError
 from poise.metrics import CHUNK
 from poise.objectives import Deterministic
 from poise.priors import Prior
-from poise.run import Run
-from poise.seeds import derive
+from poise.runs.run import Run
 from poise.shapes import Values
+from poise.support.seeds import derive
 from poise.vae import VAE
 
 Loss = Balance | Callable[..., Any]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
-from poise.seeds import noise_per_image
 from poise.shapes import PerImage, Values
+from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
 SIDE = 16  # images are averaged down to this side before samples are compared with them

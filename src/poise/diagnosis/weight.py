@@ -12,8 +12,8 @@ from torch import Tensor
 from poise.diagnosis.subject import Seen, device_of, first_line
 from poise.errors import InputError
 from poise.metrics import CHUNK
-from poise.seeds import generator
 from poise.shapes import Latents, Values
+from poise.support.seeds import generator
 from poise.vae import VAE
 
 Error = Literal["squared", "absolute", "cross-entropy"]

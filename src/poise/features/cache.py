@@ -23,8 +23,8 @@ from torch import Tensor
 from poise.errors import RunError
 from poise.features.extractor import Extractor, extract
 from poise.features.files import first_line
-from poise.files import write_file
 from poise.shapes import Features
+from poise.support.files import write_file
 
 CACHE_VARIABLE = "POISE_CACHE"
 FORMAT = 1  # to be raised when the same key comes to mean other numbers

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, RunError
-from poise.kernels import kernels
-from poise.progress import progress
 from poise.shapes import Features
+from poise.support.kernels import kernels
+from poise.support.progress import progress
 
 EXTRACTION_BATCH = 50
 CUDA_BATCH = 500  # 1.2 times as fast as 50 for Inception on an H200 (2026-11-26)
@@ -134,7 +134,7 @@ def extract(
 
     Args:
         extractor: from `make_extractor`.
-        images: (n, 1 or 3, height, width), an array, tensor or `poise.datasets.Rows`; or an iterable of such batches, which
+        images: (n, 1 or 3, height, width), an array, tensor or `poise.data.Rows`; or an iterable of such batches, which
             may be generated while it runs. Bytes, or floats in [0, 1].
         total: how many images an iterable gives, for the progress bar; None: as many as come, without one.
         title: shown beside the progress bar.

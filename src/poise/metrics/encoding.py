@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.datasets import gather
+from poise.data import gather
+from poise.data.decoding import PixelMoments
 from poise.errors import InputError
-from poise.images import PixelMoments
 from poise.latent import DiagonalGaussian
-from poise.seeds import noise_per_image
 from poise.shapes import Values
+from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
 CHUNK = 100

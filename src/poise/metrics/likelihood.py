@@ -32,9 +32,9 @@ from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
 from poise.metrics.reconstruction import bits_per_dim, in_float64, summed_error
-from poise.progress import progress
-from poise.seeds import generator
 from poise.shapes import Noise, PerImage
+from poise.support.progress import progress
+from poise.support.seeds import generator
 from poise.vae import VAE
 
 BLOCK = 100  # samples of one image whose noise is drawn together; a different size would give different noise

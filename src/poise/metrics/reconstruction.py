@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance, negative_log_likelihood
-from poise.images import PixelMoments
+from poise.data.decoding import PixelMoments
 from poise.metrics.encoding import encoded
 from poise.shapes import Images, PerImage, Values
 from poise.vae import VAE

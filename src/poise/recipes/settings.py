@@ -186,7 +186,7 @@ class Recipe:
         cost: what a run takes, in words, with the machine it was measured on.
         published: numbers from the literature to stand beside, each with its protocol.
         minutes: a budget for the whole run. The lengths of both stages are then chosen to fit into it on the machine where
-            the run starts, and kept in its config.json (see `poise.timing`). None: the lengths are as they are.
+            the run starts, and kept in its config.json (see `poise.runs.timing`). None: the lengths are as they are.
     """
 
     name: str

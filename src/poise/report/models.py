@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from poise.datasets import Dataset, gather
+from poise.data import Dataset, gather
 from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
 from poise.report.pictures import contact_sheet, data_uri, paired_sheet
 from poise.report.records import Record
-from poise.run import GENERATIONS, PriorName, Run, load
-from poise.seeds import drawn
+from poise.runs.run import GENERATIONS, PriorName, Run, load
+from poise.support.seeds import drawn
 
 TILES = 36
 COLUMNS = 6

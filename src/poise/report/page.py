@@ -7,8 +7,6 @@ from string import Template
 from typing import Any
 
 from poise.errors import InputError
-from poise.files import write_file
-from poise.progress import progress
 from poise.report import sections
 from poise.report.curves import styles_of, training_figures
 from poise.report.latents import latent_figures
@@ -16,7 +14,9 @@ from poise.report.markup import embedded_json, text
 from poise.report.models import Exhibit, Shelf, exhibit
 from poise.report.records import Record, first_of_each, labels_of, read_records
 from poise.report.words import listed
-from poise.version import __version__
+from poise.support.files import write_file
+from poise.support.progress import progress
+from poise.support.version import __version__
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

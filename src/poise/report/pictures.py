@@ -4,7 +4,7 @@ import base64
 
 import torch
 
-from poise.images import grid, to_png
+from poise.data.decoding import grid, to_png
 from poise.shapes import ByteImages, Images
 
 PAIRS_IN_A_ROW = 8

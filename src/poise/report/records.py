@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from poise.comparison.experiment import DESCRIPTION
 from poise.errors import InputError, MissingInputError
 from poise.objectives import is_deterministic
-from poise.results import Result, read_results, safe_name
-from poise.run import read_config
+from poise.runs.run import read_config
+from poise.studies.comparison.experiment import DESCRIPTION
+from poise.studies.results import Result, read_results, safe_name
 
 REFERENCE = "computed"  # what others are compared with, where it is among them
 

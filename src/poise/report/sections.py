@@ -3,10 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from poise.comparison import differences
-from poise.comparison import table as compared_table
-from poise.comparison.statistics import COVERED, FEWEST, NEAR
-from poise.comparison.tables import ABOUT_SPEED
 from poise.diagnosis import Diagnosis
 from poise.errors import InputError
 from poise.report import tables, words
@@ -14,7 +10,11 @@ from poise.report.curves import styles_of
 from poise.report.markup import legend, paragraphs, picture, plot, prose, section, subhead, table, text, toggle
 from poise.report.models import PRIORS, Exhibit
 from poise.report.records import Record, labels_of
-from poise.results import Result
+from poise.studies.comparison import differences
+from poise.studies.comparison import table as compared_table
+from poise.studies.comparison.statistics import COVERED, FEWEST, NEAR
+from poise.studies.comparison.tables import ABOUT_SPEED
+from poise.studies.results import Result
 
 TILES = (
     ("MSE", "reconstruction", "mse", ".4g", "per dimension"),

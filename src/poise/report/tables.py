@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from poise.comparison import speed
 from poise.errors import InputError
 from poise.protocols import Measurement, Protocol, table
 from poise.recipes.settings import from_json
 from poise.report.records import Record, first_of_each
-from poise.results import Result, curves
+from poise.studies.comparison import speed
+from poise.studies.results import Result, curves
 
 Rows = list[list[str]]
 
@@ -195,5 +195,5 @@ def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
 
 
 def speed_rows(results: Sequence[Result], reference: str) -> Rows:
-    """See `poise.comparison.speed`; none where a run has no curves."""
+    """See `poise.studies.comparison.speed`; none where a run has no curves."""
     return speed(results, reference) if all("1" in result.curves for result in results) else []

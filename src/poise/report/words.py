@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from poise.comparison.statistics import spread as spread_of
-from poise.comparison.tables import show
 from poise.diagnosis import Diagnosis
 from poise.report.curves import stage_entries
 from poise.report.records import Record, labels_of
+from poise.studies.comparison.statistics import spread as spread_of
+from poise.studies.comparison.tables import show
 
 NETWORKS = {"mlp": "an MLP", "resnet": "a ResNet", "infogan": "an InfoGAN-type network", "wae": "a WAE-type network"}
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from poise.parallel import ranks
+from poise.training.distributed import ranks
 
 
 @final

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.datasets.storage import Rows, blocks, gather_rows, scale
+from poise.data.storage import Rows, blocks, gather_rows, scale
 from poise.recipes.settings import Stage
-from poise.seeds import generator
 from poise.shapes import Features, Latents, Values
+from poise.support.seeds import generator
 
 READ_AHEAD = 2  # batches
 Draw = Callable[[int], Tensor]  # standard normal noise of so many columns, one row per image of the batch

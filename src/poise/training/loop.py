@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from poise import parallel
 from poise.errors import InputError, RunError
-from poise.kernels import generators_kept, kernels
 from poise.objectives import is_deterministic
-from poise.progress import progress
 from poise.recipes.settings import Stage
-from poise.seeds import derive
+from poise.support.kernels import generators_kept, kernels
+from poise.support.progress import progress
+from poise.support.seeds import derive
+from poise.training import distributed as parallel
 from poise.training.batches import Batches, fetched_ahead, global_batches
 from poise.training.captured import CapturedStep
 from poise.training.compiled import CompiledStep

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance
-from poise.parallel import copy_from_first, ranks
 from poise.recipes.settings import Stage
 from poise.training.batch_norm import use_global_batch_norm
+from poise.training.distributed import copy_from_first, ranks
 from poise.vae import VAE
 
 TERMS = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from poise import parallel
 from poise.balance import Balance, LossTerms
 from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
+from poise.training import distributed as parallel
 from poise.training.state import TrainingState, Verdict, parameters_of
 from poise.vae import VAE
 

@@ -1,0 +1,90 @@
+"""Data sets of the Hugging Face Hub, or of a local folder, through the optional `datasets` library."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from poise.data.dataset import Found, Reading
+from poise.data.encoded import Encoded
+from poise.data.folders import decode_split
+from poise.errors import InputError, MissingExtraError, MissingInputError
+
+_TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+def read_hub(name: str, reading: Reading) -> Found:
+    """The images of `owner/name`, or of a local folder that the library can read.
+
+    The image column is found by its type (the first, if there are several); the splits are train, and test or else
+    validation. Without a split to test on, all images of train, or of the only split.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+        MissingInputError: it cannot load the data set.
+        InputError: no column of images; no split called train; see also `encoded.decode`.
+    """
+    splits = _load(name)
+    train = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
+    if train not in splits:
+        raise InputError(f"hf:{name} has no split called train: it has {', '.join(splits)}")
+    test = next((split for split in _TEST_SPLITS if split in splits and split != train), None)
+    columns = _image_columns(splits[train], name)
+    sides = [_files(f"hf:{name} {split}", splits[split], columns[0]) if split else [] for split in (train, test)]
+    images, test_images, notes = decode_split(sides[0], sides[1], reading)
+    chosen = (f"image column {columns[0]}, of {', '.join(columns)}",) if len(columns) > 1 else ()
+    return Found(name.rstrip("/").split("/")[-1], images, test_images, f"hf:{name}", (*chosen, *notes))
+
+
+def _load(name: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("hf: data sets", "data") from error
+    local = Path(name).expanduser()
+    try:
+        with _progress_bars(datasets):
+            splits = datasets.load_dataset(str(local) if local.is_dir() else name)
+    except Exception as error:  # the library, and the network below it, raise dozens of types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MissingInputError(f"hf:{name} cannot be loaded ({reason}): check the name and the network") from error
+    return {str(split): images for split, images in splits.items()}
+
+
+@contextmanager
+def _progress_bars(datasets: Any) -> Iterator[None]:
+    """The library's progress bars, on a terminal only."""
+    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+
+
+def _image_columns(split: Any, name: str) -> list[str]:
+    from datasets import Image
+
+    columns = [column for column, kind in split.features.items() if isinstance(kind, Image)]
+    if not columns:
+        raise InputError(f"hf:{name} has no column of images: its columns are {', '.join(split.features)}")
+    return columns
+
+
+def _files(label: str, split: Any, column: str) -> list[Encoded]:
+    from datasets import Image
+
+    encoded = split.select_columns([column]).cast_column(column, Image(decode=False))
+    return [Encoded(f"{label}[{row}]", partial(_open, encoded, column, row)) for row in range(len(encoded))]
+
+
+def _open(split: Any, column: str, row: int) -> Path | BytesIO:
+    file = split[row][column]
+    if file is None:
+        raise InputError(f"row {row} of column {column} holds no image")
+    return BytesIO(file["bytes"]) if file["bytes"] is not None else Path(file["path"])

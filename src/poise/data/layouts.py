@@ -1,0 +1,153 @@
+"""Folders as torchvision leaves them: MNIST's idx files, CIFAR-10's pickled batches, CelebA's faces and partition file."""
+
+import gzip
+import math
+import pickle
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from poise.data.arrays import as_images
+from poise.data.dataset import Found, Reading
+from poise.data.folders import read_files
+from poise.errors import InputError, MissingInputError
+
+Reader = Callable[[Path, Reading], Found]
+
+CELEBA_SIZE = 64
+_IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+_TRAIN, _TEST = "0", "2"  # in CelebA's partition file; "1" is its validation set
+
+
+def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
+    """Each known data set in a folder, or one or two levels down where torchvision would put it, and how to read it."""
+    found: list[tuple[Reader, Path]] = []
+    for inner in ("", "raw", "MNIST/raw", "FashionMNIST/raw"):
+        if _idx_file(folder / inner, "train-images") is not None:
+            found.append((read_mnist, folder / inner))
+    for inner in ("", "cifar-10-batches-py"):
+        if (folder / inner / "data_batch_1").is_file():
+            found.append((read_cifar10, folder / inner))
+    for inner in ("", "celeba"):
+        if (folder / inner / "img_align_celeba").is_dir():
+            found.append((read_celeba, folder / inner))
+    return found
+
+
+def read_mnist(folder: Path, reading: Reading) -> Found:
+    """MNIST, Fashion-MNIST and their like: {train,t10k}-images-idx3-ubyte, with or without .gz.
+
+    Raises:
+        InputError: a file is damaged. MissingInputError: one is not there.
+    """
+    train, test = (as_images(_read_idx(folder, part), str(folder), reading) for part in ("train-images", "t10k-images"))
+    name = folder.resolve().parent.name if folder.name == "raw" else folder.resolve().name
+    return Found(name, train, test, str(folder))
+
+
+def _read_idx(folder: Path, part: str) -> np.ndarray:
+    path = _idx_file(folder, part)
+    if path is None:
+        raise MissingInputError(f"{folder / part}-idx3-ubyte is missing (with or without .gz): put it there")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}): download it again") from error
+    magic, *shape = np.frombuffer(content[:16], ">u4").tolist() if len(content) >= 16 else (0,)
+    if magic != _IDX_IMAGES or len(content) != 16 + math.prod(shape):
+        raise InputError(f"{path} is damaged or not an idx file of images: download it again")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()  # a copy, to be writable
+
+
+def _idx_file(folder: Path, part: str) -> Path | None:
+    names = (f"{part}-idx3-ubyte", f"{part}-idx3-ubyte.gz")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_cifar10(folder: Path, reading: Reading) -> Found:
+    """CIFAR-10: data_batch_1 to data_batch_5, and test_batch.
+
+    Raises:
+        InputError: a file is damaged, or asks for more than arrays. MissingInputError: one is not there.
+    """
+    batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
+    train = as_images(np.concatenate(batches), str(folder), reading)
+    return Found("cifar10", train, as_images(_read_batch(folder / "test_batch"), str(folder), reading), str(folder))
+
+
+def _read_batch(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise MissingInputError(f"{path} is missing: unpack cifar-10-python.tar.gz again")
+    try:
+        with path.open("rb") as file:
+            pixels = ArrayUnpickler(file).load()[b"data"]
+        return pixels.reshape(-1, 3, 32, 32)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is no intact CIFAR-10 batch ({reason}): unpack cifar-10-python.tar.gz again") from error
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Loads dicts, lists, bytes and numpy arrays, and refuses all else: a pickle may name any function to be called."""
+
+    # The functions that rebuild an array, by the names that old and new releases of numpy give them (protocols <= 4 and 5).
+    _modules = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    _allowed = {  # noqa: RUF012
+        "ndarray": np.ndarray,
+        "dtype": np.dtype,
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+        "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
+    }
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="bytes")  # the official files were written by Python 2
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name in self._modules and global_name in self._allowed:
+            return self._allowed[global_name]
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which is refused")
+
+
+def read_celeba(folder: Path, reading: Reading) -> Found:
+    """CelebA: img_align_celeba/*.jpg, split by list_eval_partition.txt (train is 0, test is 2), rows 45:173, columns 25:153.
+
+    With `file_order` "listing", the split of the released code: the files in the order in which the file system lists them,
+    the first 162,770 for training, the last 19,962 for testing (as many as the partition file counts).
+
+    Raises:
+        InputError: a file cannot be decoded, or is not 178x218. MissingInputError: files are missing.
+    """
+    partition = _read_partition(folder / "list_eval_partition.txt")
+    images = folder / "img_align_celeba"
+    listed = [path.name for path in images.iterdir() if path.name in partition]
+    absent = sorted(set(partition) - set(listed))
+    if absent:
+        count = f"{len(absent)} of {len(partition)} images"
+        raise MissingInputError(f"{images} lacks {count}, {absent[0]} for one: unpack img_align_celeba.zip again")
+    if reading.file_order == "sorted":
+        train, test = (sorted(name for name, part in partition.items() if part == side) for side in (_TRAIN, _TEST))
+    else:
+        counts = Counter(partition.values())
+        train, test = listed[: counts[_TRAIN]], listed[len(listed) - counts[_TEST] :]
+    reading = celeba_reading(reading)
+    found = read_files([images / name for name in train], [images / name for name in test], reading)
+    return Found("celeba64", *found[:2], str(folder), found[2], reading.file_order)
+
+
+def celeba_reading(reading: Reading) -> Reading:
+    """CelebA's cut to 128x128, and 64x64 RGB unless something else was asked for."""
+    return replace(reading, celeba_crop=True, size=reading.size or CELEBA_SIZE, channels=reading.channels or 3)
+
+
+def _read_partition(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise MissingInputError(f"{path} is missing: it holds CelebA's official split, and comes with the images")
+    fields = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    if any(len(field) != 2 or field[1] not in ("0", "1", "2") for field in fields):
+        raise InputError(f"{path} is damaged: each line must be a file name and 0, 1 or 2")
+    return dict(fields)

@@ -1,0 +1,140 @@
+"""Images and codes to files, part by part as they are made, so that any number fits into memory.
+
+Every file appears complete or not at all. Arrays in an .npz are not compressed: that would take longer than decoding.
+"""
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.data.decoding import grid, save_png, to_bytes, to_png
+from poise.data.storage import allocate
+from poise.errors import InputError
+from poise.latent import DiagonalGaussian
+from poise.shapes import Images
+from poise.support.files import appearing, sync, write_file
+
+LARGEST_GRID = 10_000
+QUICK = 1  # effort of compression: twice as fast as Pillow's default, files 5 % larger
+
+
+def write_images(chunks: Iterable[Tensor], out: Path, number: int, *, columns: int | None = None, first: int = 0) -> None:
+    """Writes images as one grid (.png), as an array `images` of bytes (.npz), or as one PNG each (a folder).
+
+    Args:
+        chunks: parts (n, channels, height, width), float in [0, 1]; used up one by one, but for a grid.
+        out: its ending decides.
+        number: of images in all the parts.
+        columns: of the grid.
+        first: number of the first file in a folder.
+
+    Raises:
+        InputError: another ending, or too many images for a grid.
+        RunError: the disk is full or cannot be written. Of a folder, the files written so far are complete.
+    """
+    check_output(out, number)
+    if out.suffix == ".png":
+        save_png(out, grid(torch.cat(list(chunks)), columns))
+    elif out.suffix == ".npz":
+        _write_array(map(_pixels, chunks), out, number)
+    else:
+        _write_folder(map(_pixels, chunks), out, first)
+
+
+def check_output(out: Path, number: int = 1) -> None:
+    """Raises InputError for what `write_images` cannot write to."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
+    if out.suffix == "" and out.is_file():
+        raise InputError(f"{out} is a file: give a .png, an .npz or the name of a folder")
+    if out.suffix == ".png" and number > LARGEST_GRID:
+        raise InputError(f"{out}: a grid takes {LARGEST_GRID} images, not {number}: give an .npz or a folder")
+
+
+def _pixels(images: Images) -> np.ndarray:
+    return to_bytes(images).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _write_array(chunks: Iterator[np.ndarray], out: Path, number: int) -> None:
+    start = next(chunks)
+    head = {"descr": "|u1", "fortran_order": False, "shape": (number, *start.shape[1:])}
+    with _archive(out) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, head)
+        for pixels in chain([start], chunks):
+            member.write(pixels.data)
+
+
+@contextmanager
+def _archive(out: Path) -> Iterator[zipfile.ZipFile]:
+    with appearing(out) as writing, open(writing, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            yield archive
+        sync(file)
+
+
+def _write_folder(chunks: Iterator[np.ndarray], out: Path, first: int) -> None:
+    """Threads write one part while the next is made. Files are not synced one by one, which would take longer than all else."""
+
+    def write(place: int, pixels: np.ndarray) -> None:
+        with appearing(out / f"{place:06d}.png") as writing:
+            writing.write_bytes(to_png(pixels, effort=QUICK))
+
+    pending: Iterator[None] = iter(())
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for pixels in chunks:
+            list(pending)  # waits for the part before, and raises what went wrong in it
+            pending = threads.map(write, range(first, first + len(pixels)), pixels)
+            first += len(pixels)
+        list(pending)
+
+
+def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> None:
+    """Writes posteriors as arrays `mean` and `logvar`, (number, latents), float32.
+
+    Args:
+        chunks: the posteriors, in parts.
+        out: its ending decides between .npz and .safetensors.
+        number: of images in all the parts.
+
+    Raises:
+        InputError: another ending.
+        RunError: the disk is full or cannot be written.
+    """
+    check_codes_output(out)
+    arrays: dict[str, np.ndarray] = dict(zip(("mean", "logvar"), _gathered(chunks, number), strict=True))
+    if out.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        return write_file(out, save(arrays))
+    with _archive(out) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
+    return None
+
+
+def check_codes_output(out: Path) -> None:
+    """Raises InputError for a name that `write_codes` cannot write to."""
+    if out.suffix not in (".npz", ".safetensors"):
+        raise InputError(f"{out}: give an .npz or a .safetensors file")
+
+
+def _gathered(chunks: Iterable[DiagonalGaussian], number: int) -> list[np.ndarray]:
+    """Means and log variances of all parts, in memory where they fit."""
+    both, done = None, 0
+    for codes in chunks:
+        shape = (number, codes.mean.shape[1])
+        both = both or [allocate(shape, np.dtype(np.float32), None, None) for _ in range(2)]
+        for array, values in zip(both, (codes.mean, codes.logvar), strict=True):
+            array[done : done + len(codes)] = values.numpy()
+        done += len(codes)
+    assert both is not None and done == number
+    return both

@@ -1,0 +1,573 @@
+"""The main job: images -> stage 1 -> codes -> stage 2 -> pictures and figures, in a folder, resumed if it was interrupted."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from poise.balance import Balance
+from poise.data import NAMES, Dataset, gather
+from poise.data.decoding import grid, save_png
+from poise.errors import InputError, Interrupted, MissingExtraError, RunError
+from poise.latent import DiagonalGaussian
+from poise.metrics import encode_all, pixel_std
+from poise.objectives import make_objective
+from poise.recipes import find_recipe
+from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
+from poise.runs import plots, timing
+from poise.runs.build import choose_device, first_stage, second_stage, stage_balance
+from poise.runs.checkpoint import (
+    Saved,
+    checkpoints,
+    newest_checkpoint,
+    read_folder,
+    save_checkpoint,
+    write_folder,
+)
+from poise.runs.run import Run, load, read_config, read_data
+from poise.support.files import write_failure, write_file, write_json
+from poise.support.guards import locked, stop_signals
+from poise.support.seeds import drawn
+from poise.support.version import __version__
+from poise.training import (
+    Batches,
+    CodeBatches,
+    Engine,
+    ImageBatches,
+    TrainingState,
+    Watch,
+    choose_engine,
+    count_latents,
+    denormals_as_zero,
+    fit,
+    new_state,
+    restore_state,
+    state_tensors,
+    threads,
+    under,
+    usual_threads,
+)
+from poise.training import distributed as parallel
+from poise.vae import VAE
+
+PICTURES = 64
+PAIRS = 32
+MARGIN = 0.02  # of a budget, for starting the interpreter and what is not measured
+
+
+@dataclass(frozen=True)
+class Options:
+    """What surrounds a run and is none of its settings.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", ... Each kind of device draws other noise from a seed: numbers differ in the way
+            that those of two seeds do.
+        save_seconds: time between checkpoints.
+        tensorboard: write TensorBoard files into the run's folder.
+        quiet: no progress display.
+        engine: how a step is taken. "captured": a CUDA graph, recorded once and replayed, with the same numbers as "eager";
+            for one process and for networks that decide nothing in Python from step to step (all of `poise.networks`).
+            "compiled": forward and backward as machine code made by torch.compile, within rounding of the eager step; worth
+            its minute of compiling on long runs. "compiled-captured": a CUDA graph of the compiled step. "auto": "captured"
+            for one process on CUDA, where a network that cannot be recorded goes on as "eager" with a warning; else "eager".
+            What was used stands in config.json.
+        threads: of the CPU, that share the work of this run; torch's own number stays as it is. None: one for a small dense
+            network, as many as torch has for others. 0, as the command has it: whichever number was fastest for some steps
+            when the run began. A run goes on with the number it began with (config.json), unless another is given.
+    """
+
+    device: str = "auto"
+    save_seconds: float = 60.0
+    tensorboard: bool = False
+    quiet: bool = False
+    engine: Engine = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        if self.threads is not None and self.threads < 0:
+            raise InputError(f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}")
+        if not self.save_seconds >= 0:
+            raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
+
+
+def train(
+    images: Any = None,
+    *,
+    recipe: str | Recipe | None = None,
+    out: str | Path | None = None,
+    vae: VAE | None = None,
+    options: Options = Options(),
+    **changes: Any,
+) -> Run:
+    """Train both stages and return the run. Called again with the same arguments, it goes on where it stopped.
+
+    Started by torchrun, several processes train together: docs/distributed.md.
+
+    Args:
+        images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
+            name; or hf:owner/name; or a `Dataset`, what the recipe's data settings give, read before. None: the recipe's own,
+            and without a recipe the digits.
+        recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
+        out: the run's folder; None: runs/ and the recipe's name.
+        vae: a network of your own in place of the recipe's.
+        options: device, checkpoints, display.
+        changes: of the recipe, by the names of the command's options: minutes, epochs, second_epochs, batch_size,
+            learning_rate, latent_dim, network, balance, size, seed, ... (see `recipes.settings.Changes`).
+
+    Raises:
+        InputError: the data, the recipe or the folder cannot be used.
+        RunError: the loss is not finite, or the disk or the device's memory is full.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+
+    Example:
+        >>> run = poise.train("digits", out="runs/digits")                  # doctest: +SKIP
+        >>> run.sample(64, prior="second-stage", seed=0).shape              # doctest: +SKIP
+        torch.Size([64, 1, 8, 8])
+    """
+    began = time.monotonic()
+    unknown = set(changes) - {field.name for field in fields(Changes)}
+    if unknown:
+        known = ", ".join(field.name for field in fields(Changes))
+        raise InputError(f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}")
+    recipe = Changes(**changes).apply(resolve(images, recipe, vae))
+    folder = Path(out or Path("runs") / recipe.name)
+    device = parallel.device_of_rank(choose_device(options.device))
+    choose_engine(options.engine, device)
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise MissingExtraError("TensorBoard", "track")
+    check_objective(recipe.first.objective)
+    given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
+    with ExitStack() as held:
+        held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
+        with parallel.processes(device):
+            parallel.on_first(lambda: held.enter_context(locked(folder)))
+            job = prepare(folder, recipe, vae, device, options, given, began)
+            if job.threads is not None:
+                held.enter_context(threads(job.threads))
+            if not job.meta["finished"]:
+                with stop_signals() as stop:
+                    job.run_stages(stop)
+        if parallel.rank() > 0:  # the files may not be visible on its machine yet
+            return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
+        if not (folder / "summary.json").exists():
+            finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
+    return load(folder, device=options.device, vae=vae).remember(job.dataset)
+
+
+def check_objective(spec: str) -> None:
+    """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
+    if make_objective(spec).alone and (parallel.launched() or parallel.is_up()):
+        raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
+
+
+def prepare(
+    folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any, began: float
+) -> "Job":
+    """Everything that training needs; what cannot be used is said before anything is written.
+
+    Args:
+        folder: of the run, locked.
+        recipe, vae, device, options: of the run.
+        given: images that the source does not name.
+        began: when this start of the run did, by `time.monotonic`.
+    """
+    dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+    if vae is not None:
+        num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
+        recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
+    shape = list(dataset.shape)
+    stages = networks_and_balances(recipe, shape, vae)
+    engine = choose_engine(options.engine, device)
+    config = configuration(recipe, dataset, engine)
+    checksum: str = dataset.checksum
+    parallel.check_agreement("settings or images", (config["recipe"], checksum))
+    plan = parallel.on_first(lambda: earlier_plan(folder, recipe, checksum))
+    recipe = plan.recipe if plan else recipe
+    saved = parallel.on_first(lambda: open_folder(folder, configuration(recipe, dataset, engine)))
+    talks = not (options.quiet or parallel.rank() > 0) and not (saved and saved.meta["finished"])
+    if talks:
+        print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+    if plan is None:
+        plan = make_plan(recipe, stages, dataset, folder, device, options, began, talks)
+    count = options.threads or plan.threads
+    if talks and count is not None:
+        print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
+    config = configuration(plan.recipe, dataset, engine) | {"threads": count}
+    if saved is None:
+        parallel.on_first(lambda: write_json(folder / "config.json", config))
+    options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
+    stages = networks_and_balances(plan.recipe, shape, vae)
+    return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
+
+
+def networks_and_balances(recipe: Recipe, shape: list[int], vae: VAE | None) -> list[tuple[VAE, Balance]]:
+    """Those of each stage of a recipe, for images of a shape (channels, height, width)."""
+    first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
+    return [first] if recipe.second is None else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
+
+
+class Plan(NamedTuple):
+    """What is chosen when a run begins and kept in its config.json: the recipe with its lengths, CPU threads (None: usual)."""
+
+    recipe: Recipe
+    threads: int | None
+
+
+def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
+    """What an earlier start of this very run chose; None: there was none."""
+    with suppress(InputError):  # a file that is damaged, or of a newer version: see `open_folder`
+        config = read_config(folder)
+        earlier: Recipe = from_json(Recipe, config["recipe"])
+        earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
+        if recipe.minutes is not None and recipe.minutes == earlier.minutes:
+            first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
+            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
+            recipe = replace(recipe, first=first, second=second, network=network)
+        if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
+            return Plan(recipe, config.get("threads"))
+    return None
+
+
+def make_plan(
+    recipe: Recipe,
+    stages: list[tuple[VAE, Balance]],
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device,
+    options: Options,
+    began: float,
+    talks: bool,
+) -> Plan:
+    """Measure some steps; choose the number of threads and, where there is a budget, the lengths; tell the time it takes.
+
+    Args:
+        recipe, stages, dataset, folder, device, options: of the run.
+        began: see `prepare`.
+        talks: whether to tell.
+    """
+    count, num_images = options.threads, len(dataset.train)
+    if count == 0:
+        usual = usual_threads(stages[0][0])
+        several = device.type == "cpu" and usual > 1
+        data = ImageBatches(dataset.train, device)
+        count = timing.choose_threads([1, usual], *stages[0], recipe, data) if several else usual
+    count = parallel.on_first(lambda: count)
+    if recipe.minutes is None and options.quiet:  # nobody asks
+        return Plan(recipe, count)
+    measured = timing.measure(
+        recipe, stages, dataset, folder, device=device, engine=options.engine, count=count, save_seconds=options.save_seconds
+    )
+    if recipe.minutes is not None:
+        left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
+        recipe = parallel.on_first(lambda: timing.fitted(recipe, measured, num_images, left))
+    if talks:
+        print(timing.estimate(recipe, measured, num_images), file=sys.stderr)
+    return Plan(recipe, count)
+
+
+def with_length(stage: Any, other: Stage | None) -> Any:
+    """A stage with the length and halvings of another one; None where one of them is."""
+    return stage and other and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
+
+
+def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
+    """What is about to be done, and where.
+
+    Args:
+        recipe, num_images, device: of the run.
+        asked: the device as the user named it.
+    """
+    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
+    length = " + ".join(lengths) if recipe.minutes is None else f"{recipe.minutes:g} minutes"
+    where = str(device) if parallel.ranks() == 1 else f"{parallel.ranks()} processes ({device.type})"
+    where += " (no GPU found)" if asked == "auto" and device.type == "cpu" else ""
+    return f"{recipe.name}: {num_images:,} training images, {length} on {where}"
+
+
+def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
+    """The complete settings: a recipe with its source, and with the kind "custom" for a network of the user's own."""
+    if not isinstance(recipe, Recipe):
+        recipe = find_recipe(recipe or ("digits" if images is None else None), images if isinstance(images, str) else None)
+    if vae is not None:
+        recipe = replace(recipe, network=replace(recipe.network, kind="custom", hidden=()))
+    return replace(recipe, data=replace(recipe.data, source=source_of(images, recipe)))
+
+
+def source_of(images: Any, recipe: Recipe) -> str:
+    """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
+    own = recipe.data.source
+    if isinstance(images, Dataset):
+        return own
+    if images is None:
+        if own not in NAMES:
+            raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")
+        return own
+    if not isinstance(images, (str, Path)):
+        return "array"
+    if images == recipe.name and own in NAMES:
+        return own
+    named = images in NAMES or not Path(images).exists()
+    return str(images) if named else str(Path(images).resolve())
+
+
+def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
+    """What config.json holds."""
+    versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
+
+
+def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
+    """Where an earlier run of the same settings and data stopped; None: there is nothing of one, the folder may be used.
+
+    Raises:
+        InputError: the folder holds something else, or a run of other settings or data.
+        RunError: every checkpoint is damaged.
+    """
+    settings, data = config["recipe"], config["data"]
+    for torn in folder.glob(".writing-*"):  # left by a process that was killed
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    is_run = (folder / "config.json").exists()
+    if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
+    if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
+        if (folder / "summary.json").exists():
+            gone = f"{folder} was finished, and its checkpoints are gone"
+            print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
+            for name in ("summary.json", "evaluation.json", "diagnosis.json"):
+                (folder / name).unlink(missing_ok=True)
+        return None
+    earlier = read_config(folder)
+    if earlier["data"]["checksum"] == data["checksum"]:
+        earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
+    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
+    differing = differences(*json.loads(json.dumps([was, settings])))
+    if earlier["data"]["checksum"] != data["checksum"]:
+        differing.append("the images themselves")
+    if differing:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out")
+    saved, complaints = newest_checkpoint(folder / "checkpoints")
+    for line in complaints:
+        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
+    return saved
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What config.json says of the data."""
+    return {
+        "source": dataset.source,
+        "shape": list(dataset.shape),
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+        "checksum": dataset.checksum,
+        "pixel_std": pixel_std(dataset.train),
+        "notes": list(dataset.notes),
+    }
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Settings that differ, each as "name: was -> is"."""
+    lines: list[str] = []
+    for key in sorted(set(earlier) | set(now)):
+        was, new = earlier.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(new, dict):
+            lines += differences(was, new, f"{where}{key}.")
+        elif was != new:
+            lines.append(f"{where}{key}: {was} -> {new}")
+    return lines
+
+
+class Job:
+    """Both stages of one run, from wherever it stands. Of several processes the first alone writes.
+
+    Args:
+        folder, recipe, config, dataset: of the run.
+        stages: network and balance of each.
+        options: with the device of this process.
+        saved: where an earlier run stopped.
+        threads: of the CPU; None: the usual number.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        config: dict[str, Any],
+        dataset: Dataset,
+        stages: list[tuple[VAE, Balance]],
+        options: Options,
+        saved: Saved | None,
+        threads: int | None,
+    ) -> None:
+        self.threads = threads
+        self.folder, self.recipe, self.config, self.dataset = folder, recipe, config, dataset
+        self.stages, self.options, self.device = stages, options, torch.device(options.device)
+        self.meta = saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
+        self.tensors = saved.tensors if saved else {}
+        self.seconds: float = self.meta["seconds"]
+        self._began = time.monotonic()
+        self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
+
+    def run_stages(self, stop: Callable[[], bool]) -> None:
+        """Train what is left of stage 1 and stage 2.
+
+        Raises:
+            Interrupted: `stop` asked for it; the state is saved.
+        """
+        with ExitStack() as files:
+            if parallel.rank() == 0:
+                log = Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)
+                self._write_log = files.enter_context(closing(log)).write
+                self._use_engine(self.config["engine"])
+            first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
+            codes = self._codes(first)
+            if self.recipe.second is not None:
+                second = self._stage(2, CodeBatches(codes.mean, codes.logvar, self.device), stop)
+                self._keep(2, second, over=True)
+                self._write(stage=2, step=second.step, finished=True)
+
+    def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState:
+        stage, (vae, balance) = self._settings(number), self.stages[number - 1]
+        state = new_state(vae, balance, stage, self.device)
+        mine = under(f"stage{number}", self.tensors)
+        if "step" in mine:
+            restore_state(state, mine)
+        if self.meta["stage"] > number:
+            return state
+        fell_back = self._fall_back if self.options.engine == "auto" else None
+        watch = Watch(
+            self._write_log, lambda s: self._save(number, s), stop, fell_back, self.options.save_seconds, self.options.quiet
+        )
+        how: dict[str, Any] = {"number": number, "seed": self.recipe.seed, "engine": self.config["engine"]}
+        if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
+            parallel.wait()  # or a process that ends first would have the one that saves killed
+            raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
+        return state
+
+    def _fall_back(self, reason: str) -> None:
+        print(f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one", file=sys.stderr)
+        self._use_engine("eager")
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Take steps with an engine from now on, and say so in config.json."""
+        self.config["engine"] = engine
+        written = read_config(self.folder)
+        if written.get("engine") != engine:
+            write_json(self.folder / "config.json", written | {"engine": engine})
+
+    def _settings(self, number: int) -> Stage:
+        stage = self.recipe.first if number == 1 else self.recipe.second
+        assert stage is not None
+        return stage
+
+    def _codes(self, first: TrainingState) -> DiagonalGaussian:
+        """The training images' posteriors; where they are computed, stage 1 is over."""
+        mean, logvar = parallel.on_first(lambda: self._read_codes() or self._compute_codes(first.trained))
+        if self.meta["stage"] == 1:
+            self._keep(1, first, over=True)
+            self._write(stage=2, step=0, finished=self.recipe.second is None)
+        return DiagonalGaussian(mean, logvar)
+
+    def _read_codes(self) -> tuple[Tensor, Tensor] | None:
+        if self.meta["stage"] == 1:
+            return None
+        try:
+            tensors = read_folder(self.folder / "codes").tensors
+            return tensors["mean"], tensors["logvar"]
+        except RunError as error:
+            print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
+            return None
+
+    def _compute_codes(self, vae: VAE) -> tuple[Tensor, Tensor]:
+        codes = encode_all(vae, self.dataset.train)
+        write_folder(self.folder / "codes", {"mean": codes.mean, "logvar": codes.logvar}, {"images": len(codes.mean)})
+        return codes.mean, codes.logvar
+
+    def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
+        """Replace what is held of a stage by its present state; without the optimiser's if the stage is over."""
+        mine = {name: tensor for name, tensor in state_tensors(state).items() if not (over and name.startswith("optimizer."))}
+        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(f"stage{number}.")}
+        self.tensors = others | {f"stage{number}.{name}": tensor for name, tensor in mine.items()}
+
+    def _save(self, number: int, state: TrainingState) -> None:
+        self._keep(number, state)
+        self._write(stage=number, step=state.step, finished=False)
+
+    def _write(self, *, stage: int, step: int, finished: bool) -> None:
+        seconds = self.seconds + time.monotonic() - self._began
+        self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
+        before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
+        if parallel.rank() == 0:
+            save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
+
+
+class Log:
+    """metrics.jsonl, and TensorBoard's files where asked for; what lies after the position resumed from is dropped."""
+
+    def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        kept = [line for line in _entries(path) if (line["stage"], line["step"]) <= (stage, step)]
+        write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self._file = open(path, "a", encoding="utf-8")
+        self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
+
+    def write(self, entry: dict[str, float]) -> None:
+        """Add an entry.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        try:
+            print(json.dumps(entry), file=self._file, flush=True)
+        except OSError as error:
+            raise write_failure(Path(self._file.name), error) from error
+        if self._boards:
+            for name in set(entry) - {"stage", "step"}:
+                self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk was reported when the entry was written
+            self._file.close()
+        for board in self._boards.values():
+            board.close()
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break  # torn by a kill; what follows a checkpoint is logged again
+    return entries
+
+
+def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
+    """One writer for each stage; in the stage that is resumed, later steps are purged."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}
+    return {stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step) for stage, step in purged.items()}
+
+
+def finish(run: Run, dataset: Dataset, seconds: float) -> None:
+    """Write the pictures, the curves and the figures of a finished run."""
+    test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
+    pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
+    save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
+    save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))
+    write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
+    evaluation = run.evaluate(dataset.test, extractor="none")
+    notes = {"notes": list(evaluation.notes)} if evaluation.notes else {}
+    write_json(run.folder / "summary.json", figures | evaluation.pages | notes)

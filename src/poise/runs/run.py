@@ -1,0 +1,594 @@
+"""A run is a folder: what was trained, on what, how far, and everything needed to use it again.
+
+config.json            every setting, the data and its checksum, versions
+checkpoints/           the last two positions, each complete and hashed
+codes/                 the training images' posteriors under stage 1
+metrics.jsonl          one line per log entry of both stages
+training.png, samples.png, reconstructions.png, summary.json
+evaluation.json        what `poise evaluate` printed last
+diagnosis.json         what `poise diagnose` found last
+"""
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.balance import Balance
+from poise.data import Dataset, Rows, head, read_images
+from poise.data import load as load_data
+from poise.data.decoding import grid, to_picture
+from poise.errors import InputError, MissingInputError, RunError
+from poise.evaluation import (
+    AUTO,
+    Evaluation,
+    Produced,
+    choose_extractor,
+    chunks_of,
+    compare,
+    likelihood_measurements,
+    remarks,
+    restored_measurements,
+    through_jpeg,
+)
+from poise.features import Extractor
+from poise.latent import DiagonalGaussian
+from poise.metrics import (
+    CHUNK,
+    encode_all,
+    encode_chunks,
+    encoded,
+    importance_weighted_nll,
+    latent_statistics,
+    reconstruction,
+)
+from poise.objectives import is_deterministic
+from poise.priors import (
+    LOST_SHARE,
+    MixturePrior,
+    NormalPrior,
+    Prior,
+    RenormalisedPrior,
+    SecondStagePrior,
+    fit_mixture,
+    renormalisation_factor,
+)
+from poise.protocols import Measurement, Protocol, find_protocol, with_count
+from poise.recipes.settings import Data, Generation, Recipe, from_json
+from poise.runs.build import choose_device, first_stage, second_stage, stage_balance
+from poise.runs.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
+from poise.runs.plots import training_curves
+from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
+from poise.shapes import Images, Latents
+from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
+from poise.training import under
+from poise.vae import VAE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+PriorName = Literal["normal", "second-stage", "mixture"]
+MANY = sys.maxsize
+DIAGNOSIS = "diagnosis.json"
+NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
+GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained stage."""
+
+    vae: VAE
+    balance: Balance
+
+
+@final
+class Run:
+    """A trained model and its folder, as `poise.train` and `poise.load` return it.
+
+    Attributes:
+        folder: where it lives.
+        recipe: its settings.
+        data: what it was trained on: source, shape, numbers, checksum.
+        first: stage 1.
+        second: stage 2, or None.
+        finished: whether training came to its end.
+        warnings: damaged checkpoints that were passed over.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], saved: Saved, warnings: list[str], vae: VAE | None) -> None:
+        self.folder = folder
+        self.recipe: Recipe = from_json(Recipe, config["recipe"], f"{folder / 'config.json'}: recipe")
+        self.data: dict[str, Any] = config["data"]
+        self.finished: bool = saved.meta["finished"]
+        self.warnings = warnings
+        self._dataset: Dataset | None = None
+        self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        has_second = self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
+        self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
+
+    def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
+        settings = self.recipe.first if number == 1 else self.recipe.second
+        assert settings is not None
+        balance = stage_balance(settings, self.recipe, self.data["shape"])
+        tensors = under(f"stage{number}", saved.tensors)
+        vae.load_state_dict(under("average", tensors) or under("vae", tensors))
+        balance.load_state_dict(under("balance", tensors))
+        return Trained(vae.eval(), balance.eval())
+
+    def to(self, device: str | torch.device) -> "Run":
+        """This run with its networks on a device."""
+        for stage in filter(None, (self.first, self.second)):
+            stage.vae.to(device)
+            stage.balance.to(device)
+        return self
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether stage 1's codes are points: an autoencoder or its like, which has no KL and no likelihood."""
+        return is_deterministic(self.recipe.first.objective)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.first.vae.parameters()).device
+
+    @cached_property
+    def codes(self) -> DiagonalGaussian:
+        """The posteriors of the training images, (n, latents).
+
+        Raises:
+            RunError: stage 1 is not finished, or the folder is damaged.
+        """
+        folder = self.folder / "codes"
+        if not folder.exists():
+            raise RunError(f"{self.folder} has no codes yet: stage 1 is not finished; go on with `poise train`")
+        tensors = read_folder(folder).tensors
+        return DiagonalGaussian(tensors["mean"], tensors["logvar"])
+
+    def encode(self, images: Any) -> DiagonalGaussian:
+        """Posteriors (n, latents) of images (n, channels, height, width), floats in [0, 1] or bytes, on the CPU.
+
+        Raises:
+            InputError: another shape, or values outside that range.
+        """
+        return encode_all(self.first.vae, self._checked(images))
+
+    def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
+        """What `encode` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        return encode_chunks(self.first.vae, self._checked(images))
+
+    def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
+        """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
+
+        Args:
+            images: see `encode`.
+            generation: from mean or sample, adjusted or not; None: the recipe's.
+        """
+        return torch.cat(list(self.reconstruct_chunks(images, generation=generation)))
+
+    def reconstruct_chunks(self, images: Any, *, generation: Generation | None = None) -> Iterator[Images]:
+        """What `reconstruct` gives, in parts, so that any number fits into memory."""
+        generation = generation or self.recipe.generation
+        source = generation.reconstruct_from
+        adjust = self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
+        for _, posterior, noise in encoded(self.first.vae, self._checked(images), self.recipe.seed):
+            latents = posterior.sample(noise) if source == "sample" else posterior.mean
+            with torch.no_grad():
+                restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)  # a network of one's own may stray
+            yield adjust(restored) if adjust else restored
+
+    @torch.no_grad()
+    def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
+        """Fitted to reconstructions of the first training images, so that an image does not depend on its neighbours."""
+        some = DiagonalGaussian(self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS])
+        noise = noise_per_image(*some.mean.shape, seed=self.recipe.seed)
+        latents = some.sample(noise) if source == "sample" else some.mean
+        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
+        return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
+
+    @property
+    def default_prior(self) -> PriorName:
+        """The prior that `sample` draws from unless it is told another."""
+        return "second-stage" if self.second else "normal"
+
+    def prior_distances(self) -> dict[str, float]:
+        """The distance from the images of each prior's samples, by the last `poise diagnose`, least first.
+
+        Empty where none was made, or where training has gone on since. The distance is Frechet's in
+        pixels, as a share of the images' variance.
+        """
+        try:
+            found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
+            if found["checkpoint"] != self.position:
+                return {}
+            distances = {name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        known = {name: d for name, d in distances.items() if isinstance(d, float)}
+        return dict(sorted(known.items(), key=lambda item: item[1]))
+
+    @property
+    def position(self) -> str:
+        """The name of the newest checkpoint in the folder."""
+        return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
+
+    def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
+        """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
+
+        Args:
+            name: None: second-stage where there is one, else normal.
+            generation: None: the recipe's.
+
+        Raises:
+            InputError: this run has no second stage.
+        """
+        generation = generation or self.recipe.generation
+        prior = self._plain_prior(name or self.default_prior, generation)
+        if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much):
+            return prior
+        released = generation.variance_law == "released"
+        factor = renormalisation_factor(prior, self.codes, released=released, device=self.device)
+        return RenormalisedPrior(prior, factor)
+
+    def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
+        latent_dim = self.recipe.network.latent_dim
+        if name == "normal":
+            return NormalPrior(latent_dim)
+        if name == "mixture":
+            return self._mixture.to(self.device)
+        if name != "second-stage":
+            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'")
+        if self.second is None:
+            raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
+        gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
+        return SecondStagePrior(self.second.vae, latent_dim, gamma2)
+
+    @cached_property
+    def _mixture(self) -> MixturePrior:
+        return fit_mixture(self.codes, seed=self.recipe.seed, device=self.device)
+
+    @cached_property
+    def _lost_much(self) -> bool:
+        """The released rule's condition. Without a second stage nothing was lost by it."""
+        if self.second is None:
+            return False
+        figures = reconstruction(self.second.vae, self.second.balance, self.latents())
+        return figures.variance_lost > LOST_SHARE * figures.mse_sampled
+
+    def latents(self) -> Latents:
+        """One latent vector drawn from the posterior of each training image, (n, latents): what stage 2 learns."""
+        noise = torch.randn(self.codes.mean.shape, generator=generator("latents", self.recipe.seed))
+        return self.codes.sample(noise)
+
+    def sample(
+        self,
+        count: int,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        first: int = 0,
+        generation: Generation | None = None,
+    ) -> Images:
+        """Generated images, float in [0, 1], on the CPU.
+
+        Args:
+            count: how many, at least 1.
+            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: second-stage where there is one, else normal.
+            seed: image i of a seed is the same however many are drawn.
+            first: number of the first image.
+            generation: noise, renormalisation, adjustment; None: the recipe's.
+
+        Raises:
+            InputError: count < 1, or there is no second stage.
+        """
+        return torch.cat(list(self.sample_chunks(count, prior=prior, seed=seed, first=first, generation=generation)))
+
+    def sample_chunks(
+        self,
+        count: int,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        first: int = 0,
+        generation: Generation | None = None,
+    ) -> Iterator[Images]:
+        """What `sample` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        if count < 1:
+            raise InputError(f"the number of images must be at least 1, not {count}")
+        generation = generation or self.recipe.generation
+        source = self.prior(prior, generation)
+        adjust = self._adjustment(source) if generation.adjust_variance else None
+        chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
+        images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of one's own may stray
+        return map(adjust, images) if adjust else images
+
+    def _adjustment(self, source: Prior) -> VarianceAdjustment:
+        reference = sample(self.first.vae, source, ADJUSTMENT_DRAWS, seed=REFERENCE_SEED)
+        return fit_adjustment(reference, self.data["pixel_std"])
+
+    def evaluate(
+        self,
+        images: Any = None,
+        *,
+        protocol: str | Protocol = "default",
+        extractor: str | Extractor = AUTO,
+        priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
+        count: int | None = None,
+        infinity: bool = False,
+        nll_samples: int = 0,
+        seed: int = 0,
+        quiet: bool = True,
+    ) -> Evaluation:
+        """Error, likelihood, latents; reconstructions and samples of each prior compared with real images by a protocol.
+
+        Args:
+            images: real ones, (n, channels, height, width), bytes or float in [0, 1]; None: the protocol's side of the run's
+                data, read again from their source and compared by checksum.
+            protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
+            extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
+            priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
+            count: how many real images to measure, the first ones, with as many generated ones; None: as the protocol says.
+            infinity: extrapolate Frechet distances to infinitely many images as well.
+            nll_samples: importance samples for each image's log likelihood; 0: not estimated.
+            seed: of generated images.
+            quiet: no progress display.
+
+        Raises:
+            InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had; the
+                likelihood of a model that has none was asked for.
+        """
+        if nll_samples and self.deterministic:
+            raise InputError(f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out")
+        conditions, network, notes = choose_extractor(
+            self._completed(with_count(find_protocol(protocol), count), images), extractor, self.device
+        )
+        images = self._images_for(conditions) if images is None else self._given(images, conditions)
+        conditions = replace(conditions, real=len(images), side=images.shape[-1])
+        pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
+        if network is not None:
+            produced, left_out = self._produced(images, conditions, priors, seed)
+            measured += compare(images, produced, conditions, network, infinity=infinity, quiet=quiet)
+            notes += left_out
+        notes += (NO_POSTERIOR,) if self.deterministic else ()
+        return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
+
+    def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
+        """With this run's way to make images, where the protocol leaves that open, and the side the images are from."""
+        found = find_protocol(protocol)
+        found = replace(found, generation=found.generation or self.recipe.generation)
+        if images is not None:
+            return replace(found, reference="given")
+        return replace(found, reference="test") if found.reference == "given" else found
+
+    def _images_for(self, protocol: Protocol) -> Any:
+        """The images of one side of the run's data, raw or through JPEG as the protocol says, whatever the run learned."""
+        dataset, own = self.dataset(), self.recipe.data.jpeg_quality
+        if own not in (None, protocol.jpeg):  # what JPEG took away is only in the source
+            dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
+        images = head(dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY)
+        return through_jpeg(images, protocol.jpeg) if own is None and protocol.jpeg is not None else images
+
+    def _given(self, images: Any, protocol: Protocol) -> Any:
+        images = head(self._checked(images), protocol.real or MANY)
+        return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
+
+    def _model_figures(
+        self, images: Any, protocol: Protocol, nll_samples: int, quiet: bool
+    ) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
+        generation, vae, balance = protocol.generation, self.first.vae, self.first.balance
+        assert generation is not None
+        released = generation.variance_law == "released"
+        common = {"seed": self.recipe.seed, "device": str(self.device)}
+        figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
+        figures = figures.without_posterior() if self.deterministic else figures
+        restored = self.reconstruct_chunks(images, generation=generation)
+        measured = restored_measurements(chunks_of(images, len(images)), restored, protocol, **common)
+        pages: dict[str, dict[str, Any]] = {
+            "reconstruction": asdict(figures) | {"mse_as_shown": measured[0].value, "images": len(images)}
+        }
+        if nll_samples:
+            nll = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet)
+            pages["likelihood"] = asdict(nll)
+        if self._has_codes:
+            statistics = latent_statistics(self.codes, released=released)
+            pages["latents"] = asdict(statistics.without_posterior() if self.deterministic else statistics)
+        if self.second is not None:
+            pages["second_stage"] = self._second_stage_page(released)
+        return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
+
+    def _second_stage_page(self, released: bool) -> dict[str, Any]:
+        assert self.second is not None
+        latents = self.latents()
+        figures = reconstruction(self.second.vae, self.second.balance, latents, seed=self.recipe.seed)
+        return asdict(figures) | asdict(latent_statistics(encode_all(self.second.vae, latents), released=released))
+
+    @property
+    def _has_codes(self) -> bool:
+        return (self.folder / "codes").exists()
+
+    def _produced(
+        self, images: Any, protocol: Protocol, priors: Sequence[PriorName], seed: int
+    ) -> tuple[list[Produced], tuple[str, ...]]:
+        """The sets of images to compare, and what is left out since stage 1 is not finished."""
+        generation = protocol.generation
+        assert generation is not None
+        if unknown := set(priors) - set(GENERATIONS.values()):
+            known = ", ".join(GENERATIONS.values())
+            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']")
+        restored = Produced(
+            "REC",
+            lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
+            len(images),
+            self.recipe.seed,
+        )
+        names: dict[str, PriorName] = {
+            label: name
+            for label, name in GENERATIONS.items()
+            if name in priors and (name != "second-stage" or self.second is not None)
+        }
+        notes: tuple[str, ...] = ()
+        if not self._has_codes:
+            names = {label: name for label, name in names.items() if name == "normal" and generation.renormalise == "never"}
+            notes = ("stage 1 is not finished: what needs its codes is left out",)
+        drawn = {
+            label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation) for label, name in names.items()
+        }
+        return [restored, *(Produced(label, chunks, seed=seed) for label, chunks in drawn.items())], notes
+
+    def test_images(self) -> Any:
+        """The test images of the data the run was trained on, read again.
+
+        Raises:
+            InputError: they cannot be read again, or are not the same.
+        """
+        return self.dataset().test
+
+    def remember(self, dataset: Dataset) -> "Run":
+        """This run with the images it was trained on, so that they need not be read again."""
+        self._dataset = dataset
+        return self
+
+    def dataset(self) -> Dataset:
+        """The data the run was trained on, read again and compared by checksum, unless the run remembers them."""
+        if self._dataset is not None:
+            return self._dataset
+        if self.data["source"] == "array":
+            raise InputError(f"{self.folder} was trained on an array, which is not kept: pass the images")
+        dataset = read_data(self.recipe.data)
+        if dataset.checksum != self.data["checksum"]:
+            raise InputError(f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed")
+        return dataset
+
+    def _checked(self, images: Any) -> Any:
+        images = images if isinstance(images, (Tensor, Rows)) else np.asarray(images)
+        if len(images.shape) in (3, 4) and list(images.shape[1:]) != list(self.data["shape"]) and not isinstance(images, Rows):
+            images = self._arranged(images)
+        if list(images.shape[1:]) != list(self.data["shape"]):
+            raise InputError(
+                f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
+            )
+        if not len(images):
+            raise InputError("there are no images")
+        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(images, Rows):  # which were looked at when read
+            least, most = float(images.min()), float(images.max())
+            if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
+                raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")
+        return images
+
+    @staticmethod
+    def _arranged(images: Any) -> Any:
+        """(n, h, w) and (n, h, w, c) as (n, c, h, w), as `poise.train` takes them; others as they are."""
+        with suppress(InputError):
+            return read_images(images if isinstance(images, Tensor) else np.asarray(images))
+        return images
+
+    def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
+        """Return one picture of generated images, a `PIL.Image`: a notebook shows it, `.save("grid.png")` writes it.
+
+        Args:
+            count, prior, seed: see `sample`.
+        """
+        return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
+
+    def plot(self) -> "Picture":
+        """Return the curves of training, a `PIL.Image`: MSE, KL and gamma2 of each stage.
+
+        Raises:
+            InputError: the run has no log yet.
+        """
+        from PIL import Image
+
+        log = self.folder / "metrics.jsonl"
+        if not log.exists() or not log.read_text(encoding="utf-8").strip():
+            raise InputError(f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot")
+        return Image.open(io.BytesIO(training_curves(log)))
+
+    def _repr_html_(self) -> str:
+        """What it is, with the samples and the curves that training drew at its end, for a notebook."""
+        shown = [self.folder / name for name in ("samples.png", "training.png")]
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
+        style = "max-width:48%; vertical-align:top"
+        pictures = "".join(f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded)
+        return f"<p>{escape(repr(self))}</p>{pictures}"
+
+    def __repr__(self) -> str:
+        state = "" if self.finished else ", not finished"
+        return f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, {self.data['train']} training images{state})"
+
+
+def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
+    """The images that settings name (or those given in their place), prepared as the settings say."""
+    return load_data(
+        settings.source if images is None else images,
+        size=settings.size,
+        channels=settings.channels,
+        jpeg_quality=settings.jpeg_quality,
+        file_order=settings.file_order,
+        skip_unreadable=settings.skip_unreadable,
+        cache=cache,
+    )
+
+
+def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
+    """The run in a folder. Nothing else is needed, but for a network of your own.
+
+    Args:
+        folder: what `poise train --out` or `poise.train(out=...)` wrote.
+        device: "auto", "cpu", "cuda", ...
+        vae: the same modules that were given to `poise.train(vae=...)`; their weights are overwritten.
+
+    Raises:
+        InputError: not a run's folder.
+        RunError: every checkpoint is damaged, or there is none yet.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if (config["recipe"]["network"]["kind"] == "custom") != (vae is not None):
+        needed = (
+            "was trained with a network of your own: in Python, poise.load(..., vae=...)"
+            if vae is None
+            else "brings its own network: leave vae out"
+        )
+        raise InputError(f"{folder} {needed}")
+    saved, warnings = newest_checkpoint(folder / "checkpoints")
+    if saved is None and (folder / "summary.json").exists():
+        raise RunError(
+            f"{folder} was finished, and its checkpoints are gone: put {folder / 'checkpoints'} back "
+            f"from a copy, or train it again with `poise train`"
+        )
+    if saved is None:
+        raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
+    return Run(folder, config, saved, warnings, vae).to(choose_device(device))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        InputError: not a run's folder.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        missing = {"poise", "recipe", "data"} - set(config)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not a run's folder: it has no config.json; give the one that `poise train` wrote"
+        ) from None
+    except (ValueError, TypeError):
+        raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
+    if missing:
+        raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
+    return config

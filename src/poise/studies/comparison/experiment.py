@@ -1,0 +1,238 @@
+"""An experiment is a folder: an ordinary run's folder for each label and seed, a result for each finished one.
+
+experiment.json     what is compared: another experiment is refused here, more labels and seeds are welcome
+LABEL-SEED/         runs
+results/            one JSON for each finished run, unless another folder is named
+worker-1.log, ...   what the processes complained of, if anything
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poise.data import Dataset
+from poise.errors import InputError
+from poise.protocols import Protocol
+from poise.recipes.settings import Recipe, to_json
+from poise.runs.pipeline import Options, differences
+from poise.runs.run import PriorName, read_data
+from poise.studies.comparison.execution import Outcome, execute
+from poise.studies.comparison.measuring import Measuring, measuring_for
+from poise.studies.comparison.plan import Crew, Task, check_specs, check_start, crew_for, recipes, unsourced
+from poise.studies.comparison.tables import page, table
+from poise.studies.results import Result, safe_name
+from poise.support.files import write_json
+from poise.support.guards import locked
+
+FORMAT = 1
+DESCRIPTION = "experiment.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is to be compared, wherever it is done.
+
+    Attributes:
+        name: as results give it.
+        base: what all runs have in common.
+        labels: for each label what it changes in that (see `Changes`); the first is the reference.
+        seeds: 0, 1, ... so many.
+        protocols, priors, extractor: see `Measuring`.
+    """
+
+    name: str
+    base: Recipe
+    labels: dict[str, dict[str, Any]]
+    seeds: int
+    protocols: tuple[Protocol, ...]
+    priors: tuple[PriorName, ...]
+    extractor: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InputError(f"seeds must be at least 1, not {self.seeds}")
+        for _, recipe in self.planned()[: len(self.labels)]:
+            check_specs(recipe)
+
+    def planned(self) -> list[tuple[str, Recipe]]:
+        """The label and the complete recipe of each run."""
+        return list(recipes(self.base, self.labels, range(self.seeds)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    Attributes:
+        name: of the experiment.
+        folder: of the runs.
+        results: of the finished runs, in the order of labels and seeds.
+        reference: the first label, which the others are compared with.
+        failed: messages of the runs that failed, by label and seed.
+        late: whether the time was up before all runs were finished.
+    """
+
+    name: str
+    folder: Path
+    results: tuple[Result, ...]
+    reference: str
+    failed: dict[tuple[str, int], str]
+    late: bool = False
+
+    def table(self) -> list[list[str]]:
+        """See `poise.studies.comparison.table`."""
+        return table(self.results, self._failed_of_label)
+
+    @property
+    def _failed_of_label(self) -> Mapping[str, int]:
+        return Counter(label for label, _ in self.failed)
+
+    def __str__(self) -> str:
+        messages = {f"{label}, seed {seed}": message for (label, seed), message in self.failed.items()}
+        return page(self.name, self.results, self.reference, messages, self._failed_of_label)
+
+
+def deadline(stop_after: float | None) -> float | None:
+    """So many minutes from now, by `time.monotonic`; None: never.
+
+    Raises:
+        InputError: not a positive number.
+    """
+    if stop_after is None:
+        return None
+    if not stop_after > 0:
+        raise InputError(f"stop_after must be greater than 0 minutes, not {stop_after}")
+    return time.monotonic() + 60 * stop_after
+
+
+def conduct(
+    experiment: Experiment,
+    *,
+    folder: Path,
+    results: Path | None = None,
+    jobs: int | None = None,
+    until: float | None = None,
+    options: Options = Options(),
+) -> Comparison:
+    """The experiment done, or what is left of it; what is finished is not done again.
+
+    Args:
+        experiment: what is compared.
+        folder: of the runs.
+        results: folder of the results; None: the folder's own.
+        jobs: processes; None: as many as cores on a CPU, one for each GPU on cuda.
+        until: by `time.monotonic`: all stop then, with their state saved; None: never.
+        options: device, engine, time between checkpoints, display.
+
+    Raises:
+        InputError: the data, network, extractor or folder cannot be used, or a result of something else lies in the place of
+            one: said before anything starts.
+        Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
+    """
+    with locked(folder):
+        dataset = read_data(experiment.base.data, cache=folder / "cache")
+        device = check_start(experiment.base, dataset, options)
+        measuring = measuring_for(dataset, experiment.protocols, experiment.extractor, experiment.priors, device)
+        tasks = tasks_of(experiment, folder, results or folder / "results", measuring, options, dataset.checksum)
+        crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
+        open_folder(folder, experiment, dataset, results or folder / "results")
+        for task in tasks:
+            task.check_place()
+        del dataset  # the processes read it for themselves
+        outcome = carry_out(
+            tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost
+        )
+    return collected(experiment, tasks, outcome, folder)
+
+
+def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results: Path) -> None:
+    """Prepare a new folder, or make sure that it holds this experiment, perhaps with other labels or fewer seeds.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    path = folder / DESCRIPTION
+    now = {"settings": unsourced(to_json(experiment.base)), "data": dataset.checksum, "labels": dict(experiment.labels)}
+    if path.exists():
+        was = _read(path)
+        labels = {label: changes for label, changes in was["labels"].items() if label in now["labels"]}
+        differing = differences(was | {"labels": dict(now["labels"]) | labels}, now)
+        if differing:
+            raise InputError(f"{folder} holds another experiment ({'; '.join(differing)}): choose another --out")
+        now["labels"] = was["labels"] | now["labels"]
+    elif any(not _expected(found) for found in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and is not an experiment's folder: choose another --out")
+    write_json(path, {"experiment": FORMAT, "name": experiment.name, "results": str(results.resolve())} | now)
+
+
+def _expected(path: Path) -> bool:
+    return path.name in ("cache", "results") or path.name.startswith((".", "images-"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["experiment"] == FORMAT:
+            return {name: values[name] for name in ("settings", "data", "labels")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is damaged, or of another version of poise: choose another --out")
+
+
+def tasks_of(
+    experiment: Experiment, folder: Path, results: Path, measuring: Measuring, options: Options, checksum: str
+) -> list[Task]:
+    """Everything to be done, finished or not, in the order in which it is."""
+    surroundings = {"engine": options.engine, "save_seconds": options.save_seconds, "checksum": checksum}
+    places = [(label, recipe, folder / safe_name(label, recipe.seed)) for label, recipe in experiment.planned()]
+    return [Task(experiment.name, label, recipe, place, results, measuring, **surroundings) for label, recipe, place in places]
+
+
+def carry_out(
+    tasks: Sequence[Task],
+    crew: Crew,
+    num_images: int,
+    *,
+    title: str,
+    until: float | None = None,
+    quiet: bool = False,
+    cost: str = "",
+) -> Outcome:
+    """Do the tasks that have no result yet, after saying what they are.
+
+    Args:
+        tasks: all, finished or not.
+        crew, num_images, title, until, quiet: see `execute`.
+        cost: of a run, in words.
+    """
+    undone = [task for task in tasks if task.result() is None]
+    if not quiet:
+        print(announce(title, tasks, undone, crew, num_images) + (f"; {cost}" if cost else ""), file=sys.stderr, flush=True)
+    if not undone or (until is not None and time.monotonic() > until):
+        return Outcome(late=bool(undone))
+    return execute(undone, crew, num_images, title=title, until=until, quiet=quiet)
+
+
+def announce(title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int) -> str:
+    """What is about to be done."""
+    recipe = tasks[0].recipe
+    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])
+    labels, seeds = len({task.label for task in tasks}), len({task.recipe.seed for task in tasks})
+    runs = f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths}"
+    finished = f", {len(tasks) - len(undone)} of them finished" if len(undone) < len(tasks) else ""
+    return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}"
+
+
+def collected(experiment: Experiment, tasks: Sequence[Task], outcome: Outcome, folder: Path) -> Comparison:
+    """The results of all tasks, by label and then seed."""
+    labels = list(experiment.labels)
+    ordered = sorted(tasks, key=lambda task: labels.index(task.label))
+    results = tuple(result for task in ordered if (result := task.result()) is not None)
+    failed = {(t.label, t.recipe.seed): outcome.failed[t.name] for t in ordered if t.name in outcome.failed}
+    return Comparison(experiment.name, folder, results, labels[0], failed, outcome.late)

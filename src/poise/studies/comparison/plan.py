@@ -1,0 +1,210 @@
+"""What an experiment consists of: labels, each a small change of one recipe, times seeds; and how each run is measured.
+
+Everything that can be wrong is found here, before anything starts.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.balance import make_balance
+from poise.data import Dataset
+from poise.errors import InputError
+from poise.objectives import make_objective
+from poise.recipes.settings import Changes, Recipe, from_json, to_json
+from poise.runs.build import choose_device, first_stage
+from poise.runs.pipeline import Options, choose_engine
+from poise.studies.comparison.measuring import Measuring
+from poise.studies.results import Result, read_results, safe_name
+from poise.support.files import strict
+
+SAME = "same"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run to train and measure, complete enough for another process to do.
+
+    Attributes:
+        experiment, label: see `poise.studies.results.Result`.
+        recipe: complete, with its seed and the source of its data.
+        folder: of the run, in the experiment's.
+        results: the folder for its result.
+        measuring: how it is evaluated.
+        engine, save_seconds: see `poise.Options`.
+        checksum: of the data.
+    """
+
+    experiment: str
+    label: str
+    recipe: Recipe
+    folder: Path
+    results: Path
+    measuring: Measuring
+    engine: str = "auto"
+    save_seconds: float = 60.0
+    checksum: str = ""
+
+    @property
+    def name(self) -> str:
+        """Label and seed."""
+        return f"{self.label}, seed {self.recipe.seed}"
+
+    @property
+    def result_path(self) -> Path:
+        return self.results / f"{safe_name(self.experiment, self.label, self.recipe.seed)}.json"
+
+    def total_steps(self, num_images: int) -> int:
+        """Of both stages."""
+        return sum(stage.total_steps(num_images) for stage in (self.recipe.first, self.recipe.second) if stage)
+
+    def result(self) -> Result | None:
+        """What was written of this very task before: same settings, images, protocols and sets; else None."""
+        found = self._written()
+        return found if found and self._is_mine(found) and self.measuring.covers(found) else None
+
+    def check_place(self) -> None:
+        """Raises InputError where a result of other settings or images lies in this one's place: it would be lost."""
+        found = self._written()
+        if found and not self._is_mine(found):
+            raise InputError(f"{self.result_path} is of other settings or images: move it away, or choose another folder")
+
+    def _written(self) -> Result | None:
+        try:
+            (found,) = read_results([self.result_path])
+            return found
+        except InputError:  # there is none, or no whole one
+            return None
+
+    def _is_mine(self, found: Result) -> bool:
+        return found.data["checksum"] == self.checksum and self._same_settings(found.settings)
+
+    def _same_settings(self, earlier: dict[str, Any]) -> bool:
+        try:
+            known = to_json(from_json(Recipe, earlier))  # with settings that are newer than it
+        except InputError:  # of a newer version
+            return False
+        return unsourced(known) == unsourced(to_json(self.recipe))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `from_json` makes the same task."""
+        values = asdict(self) | {"recipe": to_json(self.recipe), "measuring": self.measuring.to_json()}
+        return values | {"folder": str(self.folder), "results": str(self.results)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Task":
+        recipe, measuring = from_json(Recipe, values["recipe"], "recipe"), Measuring.from_json(values["measuring"])
+        made: dict[str, Any] = {name: Path(values[name]) for name in ("folder", "results")}
+        return cls(**values | made | {"recipe": recipe, "measuring": measuring})
+
+
+def unsourced(settings: Mapping[str, Any]) -> Any:
+    """Settings without the place that the images lie in: their checksum says which they are."""
+    return strict(dict(settings) | {"data": dict(settings["data"]) | {"source": None}})
+
+
+def variants(balances: Sequence[str], models: Sequence[str], second_balance: str | None) -> dict[str, dict[str, Any]]:
+    """The changes of the recipe that each label stands for.
+
+    Args:
+        balances: labels that are balances of stage 1: see `poise.balance.make_balance`.
+        models: labels that are objectives of stage 1.
+        second_balance: of stage 2: a balance for all labels; "same": of each balance label its own; None: the recipe's for all.
+
+    Raises:
+        InputError: a label twice, or none.
+    """
+    labels = [*balances, *models]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice or not labels:
+        raise InputError(f"{', '.join(twice)} is given twice" if twice else "nothing to compare: give balances or models")
+    own = {} if second_balance in (None, SAME) else {"second_balance": second_balance}
+    same = second_balance == SAME
+    named = {label: {"balance": label} | ({"second_balance": label} if same else own) for label in balances}
+    return named | {label: {"objective": label} | own for label in models}
+
+
+def check_specs(recipe: Recipe) -> None:
+    """Raises InputError for a balance or an objective that cannot be made."""
+    for stage in filter(None, (recipe.first, recipe.second)):
+        make_balance(stage.balance, image_size=1, latent_dim=1)
+        make_objective(stage.objective)
+
+
+def recipes(base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> Iterator[tuple[str, Recipe]]:
+    """Each label's recipe for each seed, the first seed of all labels first, so that pairs are complete early."""
+    for seed in seeds:
+        for label, changes in labels.items():
+            yield label, Changes(**changes, seed=seed).apply(base)
+
+
+def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.device:
+    """The device; what every run would fail of is said once, before the first.
+
+    Raises:
+        InputError: a network that cannot take the images, a device that is not there, or an engine that it does not have.
+    """
+    device = choose_device(options.device)
+    choose_engine(options.engine, device)
+    first_stage(recipe, list(dataset.shape))
+    return device
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who does the work: as many seats as tasks are done at a time.
+
+    On a CPU each seat is a process of its own. The seats of one GPU share a process, since GPUs do the work of one process
+    side by side and take turns between several.
+
+    Attributes:
+        devices: one for each seat.
+        threads: of each process.
+    """
+
+    devices: tuple[str, ...]
+    threads: int
+
+    def process(self, seat: int) -> int:
+        """Return the number of the process that a seat belongs to: that of its first seat."""
+        device = self.devices[seat]
+        return self.devices.index(device) if device.startswith("cuda") else seat
+
+    def seats(self, process: int) -> int:
+        """Return how many seats a process has."""
+        return sum(self.process(seat) == process for seat in range(len(self.devices)))
+
+    def __str__(self) -> str:
+        count, kind = len(self.devices), self.devices[0].partition(":")[0]
+        return f"{count} at a time on {kind}" if count > 1 else f"one after another on {self.devices[0]}"
+
+
+def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
+    """As many tasks at a time as there are cores on a CPU, or GPUs on cuda, and no more than tasks; cores are shared equally.
+
+    Of all tasks, also finished ones, so that an experiment that goes on has the threads it began with: their number moves
+    the last bits of sums.
+
+    Args:
+        device: as the user chose it; "cuda" without a number means all of them.
+        jobs: tasks at a time; None: as above.
+        tasks: in all.
+
+    Raises:
+        InputError: jobs < 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs must be at least 1, not {jobs}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    places = [str(device)]
+    if device.type == "cuda" and device.index is None:
+        places = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    usual = cores if device.type == "cpu" else len(places)
+    count = max(1, min(jobs or usual, tasks))
+    devices = tuple(places[number % len(places)] for number in range(count))
+    processes = len(set(devices)) if device.type == "cuda" else count
+    return Crew(devices, max(1, min(torch.get_num_threads(), cores // processes)))

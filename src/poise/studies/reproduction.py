@@ -1,0 +1,138 @@
+"""Published experiments, complete: both stages, every way to sample, the protocols they were scored under, published numbers.
+
+The settings are a recipe's (`poise.recipes`), each departure a named switch there. An experiment can be done in pieces.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from poise.data import NAMES as DATA_NAMES
+from poise.errors import InputError
+from poise.protocols import PROTOCOLS, Protocol
+from poise.recipes import EXPERIMENTS, RECIPES
+from poise.recipes.settings import Generation, Recipe, Stage
+from poise.runs.pipeline import Options, resolve
+from poise.runs.run import GENERATIONS
+from poise.studies.comparison import Comparison, Experiment, conduct
+from poise.studies.comparison.experiment import deadline
+from poise.studies.comparison.plan import variants
+from poise.studies.results import safe_name
+from poise.support.files import write_file
+
+AUTHORS = {"cifar10": "released", "celeba64": "released-celeba"}  # the authors' own evaluation, by data set
+
+
+def reproduce(
+    name: str,
+    *,
+    data: str | Path | None = None,
+    balances: Sequence[str] | None = None,
+    second_balance: str | None = None,
+    seeds: int = 1,
+    length: float = 1.0,
+    stop_after: float | None = None,
+    out: str | Path | None = None,
+    results: str | Path = "results",
+    extractor: str = "auto",
+    jobs: int | None = None,
+    options: Options = Options(),
+) -> Comparison:
+    """The experiment of a recipe, or what is left of it; called again with the same arguments, it goes on where it stopped.
+
+    Every run is measured under the `default` protocol with latent renormalisation and without, as Dai & Wipf scored, and, on
+    the data sets of the paper, as its authors scored.
+
+    Args:
+        name: of the recipe: cifar10, cifar10-released, celeba64, celeba64-released, mnist, fashion-mnist, ...
+        data: in place of the recipe's own name: a folder, an .npz or .npy file, hf:owner/name.
+        balances: of stage 1, one label each; None: the recipe's own.
+        second_balance: of stage 2, for all labels; "same": each label's own; None: the recipe's.
+        seeds: 0, 1, ... so many.
+        length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
+        stop_after: after so many minutes all stops, with its state saved; None: never.
+        out: folder of the runs; None: runs/reproduce-NAME, of a trial with its length.
+        results: folder of the results.
+        extractor: see `poise.evaluate`.
+        jobs, options: see `poise.compare`.
+
+    Raises:
+        InputError: an unknown name, a wrong option, data that are not there.
+        Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
+    """
+    until = deadline(stop_after)
+    if name not in EXPERIMENTS:
+        raise InputError(f"there is no experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
+    if not 0 < length <= 1:
+        raise InputError(f"length must be a share of the whole, above 0 and at most 1, not {length}")
+    experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
+    if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
+        print("poise: note: the order of images is the file's own: only a folder of files can be listed", file=sys.stderr)
+    trial = [] if length == 1 else ["length", f"{length:g}"]
+    folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
+    comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
+    if comparison.results or comparison.failed:
+        write_file(folder / "table.md", text(comparison).encode())
+    return comparison
+
+
+def experiment_of(
+    name: str,
+    data: str | Path | None,
+    balances: Sequence[str] | None,
+    seeds: int,
+    length: float,
+    extractor: str,
+    second_balance: str | None = None,
+) -> Experiment:
+    """What is to be done."""
+    recipe = RECIPES[name]
+    base = with_data(shortened(recipe, length), data)
+    trial = "" if length == 1 else f" (length {length:g})"
+    trial += "" if second_balance is None else f" (stage 2 {second_balance})"
+    labels = variants(balances or [recipe.first.balance], (), second_balance)
+    named = {label + trial: changes for label, changes in labels.items()}
+    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor)
+
+
+def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
+    """The recipe with another source of the same images. Only CelebA's folder of files has an order to be listed in."""
+    if data is None:
+        return recipe
+    found = resolve(str(data), recipe, None)
+    if found.data.source not in DATA_NAMES and Path(found.data.source).is_file():
+        return replace(found, data=replace(found.data, file_order="sorted"))
+    return found
+
+
+def shortened(recipe: Recipe, length: float) -> Recipe:
+    """The recipe with a share of its epochs, at least one, and its learning rates halved at the same shares."""
+    if length == 1:
+        return recipe
+    second = recipe.second and _shortened_stage(recipe.second, length)
+    cost = f"in full {recipe.cost}"
+    return replace(recipe, first=_shortened_stage(recipe.first, length), second=second, cost=cost)
+
+
+def _shortened_stage(stage: Stage, length: float) -> Stage:
+    assert stage.epochs is not None
+    return stage.lasting(epochs=max(1, round(stage.epochs * length)))
+
+
+def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
+    """The default one as the recipe samples, with renormalisation and without; Dai & Wipf's; the authors' for their data."""
+    default, own = PROTOCOLS["default"], recipe.generation
+    ways: dict[str, Generation] = {
+        "default-renormalised": replace(own, renormalise="always"),
+        "default-not-renormalised": replace(own, renormalise="never"),
+    }
+    others = [replace(default, name=name, generation=way) for name, way in ways.items() if way != own]
+    authors = [PROTOCOLS[AUTHORS[recipe.data.source]]] if recipe.data.source in AUTHORS else []
+    return (default, *others, PROTOCOLS["dai-wipf"], *authors)
+
+
+def text(comparison: Comparison) -> str:
+    """Our numbers and, below them, the published ones."""
+    published = [f"- published: {line}" for line in RECIPES[comparison.name].published]
+    return f"{comparison}\n" + "\n".join([*published, "" if published else "- nothing comparable is published"]).strip() + "\n"

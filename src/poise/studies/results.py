@@ -1,0 +1,288 @@
+"""One small JSON file for each finished run: everything that tables, pages and claims are made of, and where it came from.
+
+A file is complete or not there, strict JSON (no NaN), and small enough to lie in a repository. Curves are means over equal
+parts of a stage, so that nothing of the log is passed over.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from poise.errors import InputError, MissingInputError
+from poise.recipes.settings import to_json
+from poise.support.files import write_json
+from poise.support.version import __version__
+
+if TYPE_CHECKING:
+    from poise.evaluation import Evaluation
+    from poise.runs.run import Run
+
+FORMAT = 1
+POINTS = 100  # of a curve, at most
+CURVES = ("mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")  # a penalty is in place of KL where there is none
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of one run, and how to get it again.
+
+    Attributes:
+        experiment: what the run belongs to: "compare-digits", "cifar10-released".
+        label: what differs within the experiment: "computed", "fixed:beta=4", "rae-l2".
+        seed: of weights, order, noise, and of generated images.
+        settings: the complete recipe, as config.json has it.
+        data: source, shape, numbers and checksum of the images, as config.json has them.
+        provenance: versions, commit, machine, device and date: see `provenance`.
+        seconds: "training" and "evaluation".
+        curves: of each stage, "1" and "2": `images_seen`, `seconds` of training since the stage began, and the means of mse,
+            kl_nats (or of an objective that has none its penalty), gamma2 and reconstruction_nats since the point before.
+        evaluation: what `Evaluation.to_json` gives: measurements, their protocols, pages and notes.
+    """
+
+    experiment: str
+    label: str
+    seed: int
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    provenance: dict[str, Any]
+    seconds: dict[str, float]
+    curves: dict[str, dict[str, list[float]]]
+    evaluation: dict[str, Any]
+
+    def value(self, metric: str, of: str | None = None, protocol: str | None = None) -> float:
+        """One number: a measurement, as `value("FID", "GEN-2")`, or by a dotted name what stands on a page or is a time.
+
+        Args:
+            metric: "FID", "MSE", ...; or "reconstruction.gamma2", "latents.active_units", "seconds.training".
+            of: REC, GEN-1, ...; may be left out where the metric was measured of one thing.
+            protocol: name or hash; may be left out where the metric was measured under one protocol.
+
+        Returns:
+            NaN where the value is undefined.
+
+        Raises:
+            InputError: there is no such number, or there are several.
+        """
+        value = self._on_page(metric) if "." in metric else self._measured(metric, of, protocol)["value"]
+        return math.nan if value is None else float(value)
+
+    def _on_page(self, name: str) -> Any:
+        value: Any = self.evaluation | {"seconds": self.seconds}
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise InputError(f"{self.name} has no {name}")
+            value = value[part]
+        if value is not None and not isinstance(value, (int, float)):
+            raise InputError(f"{name} is not one number: it holds {', '.join(value) if isinstance(value, dict) else 'several'}")
+        return value
+
+    def _measured(self, metric: str, of: str | None, protocol: str | None) -> dict[str, Any]:
+        found = [m for m in self.measurements(protocol) if m["metric"] == metric and of in (None, m["of"])]
+        if len(found) != 1:
+            problem = "measured of several, or under several protocols: say which" if found else "not measured"
+            known = ", ".join(dict.fromkeys(f"{m['metric']} of {m['of']}" for m in self.measurements(protocol)))
+            raise InputError(f"{self.name}: {metric} of {of or 'what'} is {problem}; there are {known or 'none'}")
+        return found[0]
+
+    def measurements(self, protocol: str | None = None) -> list[dict[str, Any]]:
+        """All measurements, or those of a protocol (its name or hash), as `Measurement.to_json` gives them."""
+        named = {code: (code, settings["name"]) for code, settings in self.evaluation["protocols"].items()}
+        return [m for m in self.evaluation["measurements"] if protocol is None or protocol in named[m["protocol"]]]
+
+    @property
+    def distance_names(self) -> tuple[str, ...]:
+        """How the Frechet distances are called that were measured: "FID", "FD-light", ..."""
+        names = dict.fromkeys(m["metric"] for m in self.evaluation["measurements"])
+        return tuple(name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name)
+
+    @property
+    def name(self) -> str:
+        """Experiment, label and seed, fit for a file's name."""
+        return safe_name(self.experiment, self.label, self.seed)
+
+
+def safe_name(*parts: str | int) -> str:
+    """Words joined by "-" with nothing in them that a file's name must not have.
+
+    Example:
+        >>> safe_name("compare-digits", "fixed:beta=4", 0)
+        'compare-digits-fixed-beta=4-0'
+    """
+    plain = re.sub(r"[^\w.,=+-]+", "-", "-".join(map(str, parts)), flags=re.ASCII)
+    return re.sub("-{2,}", "-", plain).strip("-.")
+
+
+def result_of(
+    run: "Run",
+    evaluation: "Evaluation | dict[str, Any]",
+    *,
+    experiment: str,
+    label: str,
+    seconds: dict[str, float] | None = None,
+) -> Result:
+    """The result of a finished run.
+
+    Args:
+        run: trained.
+        evaluation: of it, or what its `to_json` gives.
+        experiment, label: see `Result`.
+        seconds: times to add to "training", which the run's summary has.
+    """
+    return Result(
+        experiment,
+        label,
+        run.recipe.seed,
+        settings=json.loads(json.dumps(to_json(run.recipe))),
+        data=run.data,
+        provenance=provenance(run.device),
+        seconds=_training_seconds(run.folder) | (seconds or {}),
+        curves=curves(run.folder / "metrics.jsonl"),
+        evaluation=evaluation if isinstance(evaluation, dict) else evaluation.to_json(),
+    )
+
+
+def _training_seconds(folder: Path) -> dict[str, float]:
+    summary = folder / "summary.json"
+    return {"training": json.loads(summary.read_text())["seconds"]} if summary.exists() else {}
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What made a number: versions, the commit of Poise's source, the machine, the device, the date.
+
+    The commit is there only where the package lies in a clone of its repository; "-dirty" is added if its source has been
+    changed since.
+    """
+    versions = {
+        "poise": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+    }
+    commit = {"commit": source_commit()} if source_commit() else {}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return versions | commit | {"machine": machine, "device": name, "finished": finished}
+
+
+@cache
+def source_commit() -> str | None:
+    """The commit that the package's source is of; None: it is not in a clone, or there is no git."""
+    source = Path(__file__).parent
+    commit = _git(source, "rev-parse", "--short=12", "HEAD")
+    if not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name:  # in somebody else's clone
+        return None
+    return commit + ("-dirty" if _git(source, "status", "--porcelain", ".") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@cache
+def processor() -> str:
+    """The processor's name, from /proc/cpuinfo where there is one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def curves(log: Path) -> dict[str, dict[str, list[float]]]:
+    """The curves of each stage, by its number, of at most 100 points.
+
+    Args:
+        log: metrics.jsonl of a run.
+    """
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    stages = sorted({entry["stage"] for entry in entries})
+    return {str(stage): _curve([entry for entry in entries if entry["stage"] == stage]) for stage in stages}
+
+
+def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
+    images = np.diff([entry["images_seen"] for entry in entries], prepend=0)  # since the entry before
+    elapsed: list[float] = np.cumsum(images / np.maximum([entry["images_per_second"] for entry in entries], 1e-9)).tolist()
+    groups = np.array_split(np.arange(len(entries)), min(POINTS, len(entries)))
+    ends = [group[-1] for group in groups]
+    curve = {"images_seen": [entries[end]["images_seen"] for end in ends], "seconds": [_short(elapsed[end]) for end in ends]}
+    for name in [name for name in CURVES if name in entries[0]]:
+        values = np.array([entry[name] for entry in entries])
+        curve[name] = [_short(np.average(values[group], weights=images[group])) for group in groups]
+    return curve
+
+
+def _short(value: float) -> float:
+    """Six digits: the files lie in repositories."""
+    return float(f"{value:.6g}")
+
+
+def write_result(result: Result, folder: Path) -> Path:
+    """The file written: complete or not at all, EXPERIMENT-LABEL-SEED.json.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
+    path = Path(folder) / f"{result.name}.json"
+    write_json(path, {"result": FORMAT} | asdict(result))
+    return path
+
+
+def read_results(paths: Iterable[str | Path]) -> list[Result]:
+    """The results in files and folders, in the order given, a folder's by name.
+
+    Args:
+        paths: files that `write_result` wrote; folders of them (other JSON there is passed over); or folders of a comparison,
+            whose results lie in `results/`.
+
+    Raises:
+        InputError: there is no such file or folder, a file that is no result, or a folder without any.
+    """
+    return [result for path in paths for result in _read(Path(path))]
+
+
+def _read(path: Path) -> list[Result]:
+    if path.is_file():
+        return [_restore(path, _values(path))]
+    if not path.is_dir():
+        raise MissingInputError(f"{path}: no such file or folder; give results, or the folder of a comparison")
+    folder = path / "results" if (path / "results").is_dir() else path
+    values = {file: _values(file) for file in sorted(folder.glob("*.json"))}
+    found = [_restore(file, value) for file, value in values.items() if isinstance(value, dict) and "result" in value]
+    if not found:
+        raise MissingInputError(
+            f"{path} holds no results: give files that poise compare or poise reproduce wrote, or their folder"
+        )
+    return found
+
+
+def _values(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _restore(path: Path, values: Any) -> Result:
+    names = {field.name for field in fields(Result)}
+    if not isinstance(values, dict) or values.get("result") != FORMAT or set(values) != names | {"result"}:
+        raise InputError(f"{path} is not a result of poise (format {FORMAT}): give files that poise compare or reproduce wrote")
+    return Result(**{name: values[name] for name in names})
