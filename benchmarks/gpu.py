@@ -41,7 +41,7 @@ from poise.recipes import RECIPES, Stage
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.support.kernels import kernels
 from poise.training import Batches, CodeBatches, Engine, ImageBatches, TrainingState, Watch, fit, new_state
-from poise.training.captured import EAGER_STEPS, CapturedStep
+from poise.training.engines import EAGER_STEPS, CapturedStep
 from poise.training.machine import tuned
 from poise.training.step import training_step
 from poise.vae import VAE

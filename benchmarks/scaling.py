@@ -29,7 +29,7 @@ from poise import data as datasets
 from poise.balance import ComputedBalance
 from poise.metrics import pixel_std
 from poise.recipes import Network, Stage
-from poise.recipes.images import IMAGES
+from poise.recipes.presets import IMAGES
 from poise.runs.build import first_stage
 from poise.training import ImageBatches, Watch, fit, new_state
 

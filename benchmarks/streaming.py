@@ -36,7 +36,7 @@ from measuring import PeakMemory, anonymous_mib, machine, over, show, summary, w
 from poise import data as datasets
 from poise.balance import ComputedBalance
 from poise.recipes import Network, Stage
-from poise.recipes.images import IMAGES
+from poise.recipes.presets import IMAGES
 from poise.runs.build import first_stage
 from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
 

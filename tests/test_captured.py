@@ -13,7 +13,7 @@ from poise.errors import InputError, RunError
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import pipeline
 from poise.runs.pipeline import Options, train
-from poise.training import CodeBatches, ImageBatches, Watch, captured, fit, loop, new_state
+from poise.training import CodeBatches, ImageBatches, Watch, engines, fit, loop, new_state
 from poise.training.step import training_step
 
 NETWORKS = {"resnet": poise.networks.resnet, "infogan": poise.networks.infogan}
@@ -54,15 +54,15 @@ def stand_in(monkeypatch):
         else:
             training_step(*arguments)
 
-    monkeypatch.setattr(loop, "training_step", taken_or_recorded)
+    monkeypatch.setattr(engines, "training_step", taken_or_recorded)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = SimpleNamespace(Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext())
     cuda.CUDAGraph, cuda.graph = Graph, recording
-    monkeypatch.setattr(loop.parallel, "launched", lambda: False)
+    monkeypatch.setattr(engines.distributed, "launched", lambda: False)
     monkeypatch.setattr(loop, "choose_engine", lambda engine, device: "captured" if engine == "auto" else engine)
     monkeypatch.setattr(pipeline, "choose_engine", loop.choose_engine)
     stand_in = SimpleNamespace(cuda=cuda, empty_like=torch.empty_like, OutOfMemoryError=torch.OutOfMemoryError)
-    monkeypatch.setattr(captured, "torch", stand_in)
+    monkeypatch.setattr(engines, "torch", stand_in)
     return errors
 
 

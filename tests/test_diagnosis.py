@@ -22,9 +22,8 @@ from torch import Tensor, nn
 import poise
 from poise.balance import Balance, ComputedBalance, FixedBalance
 from poise.diagnosis import Diagnosis, Finding, causes, diagnose
-from poise.diagnosis.decoder import reachable_range
 from poise.diagnosis.facts import Facts
-from poise.diagnosis.generation import Comparison, largest_variance, linear_mse, spectrum
+from poise.diagnosis.outputs import Comparison, largest_variance, linear_mse, reachable_range, spectrum
 from poise.diagnosis.subject import Seen, look
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
@@ -588,7 +587,7 @@ def test_a_mixture_that_cannot_be_fitted_is_a_note(monkeypatch):
     def fail(codes):
         raise ValueError("ill-defined empirical covariance")
 
-    monkeypatch.setattr("poise.diagnosis.generation.fit_mixture", fail)
+    monkeypatch.setattr("poise.diagnosis.outputs.fit_mixture", fail)
     vae, loss, train, test = case("healthy")
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
     assert diagnosis.healthy and "No mixture of Gaussians could be fitted" in diagnosis.notes[0]

@@ -228,7 +228,7 @@ assert any(not torch.equal(compiled[name], eager[name]) for name in eager), "it 
 MANY = """
 import functools
 from torch._dynamo import config
-from poise.training.compiled import CompiledStep
+from poise.training.engines import CompiledStep
 
 torch.compile = functools.partial(torch.compile, backend="eager")
 stage = Stage(steps=1, batch_size=4)

@@ -67,11 +67,11 @@ def test_training_on_the_digits_begins_without_the_slow_libraries(run_python, tm
     code = """
 import sys
 from poise.runs import pipeline
-from poise.training import loop
+from poise.training import engines
 def step(*arguments):
     print(sorted({'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'} & set(sys.modules)))
     raise SystemExit
-loop.training_step = step
+engines.training_step = step
 pipeline.train("digits", out=sys.argv[1], options=pipeline.Options(quiet=True))
 """
     assert run_python(code, str(tmp_path / "run")).strip() == "[]"

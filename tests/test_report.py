@@ -20,10 +20,10 @@ import poise
 from poise import cli
 from poise.report import curves, markup, models, write_report
 from poise.report import page as page_module
+from poise.report.cells import results_of
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
-from poise.report.tables import results_of
 from poise.studies.comparison import table
 from poise.studies.results import write_result
 

@@ -28,7 +28,7 @@ from poise.errors import InputError, RunError
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import checkpoint
 from poise.runs.pipeline import Options, train
-from poise.training.batch_norm import GlobalBatchNorm
+from poise.training.distributed import GlobalBatchNorm
 
 WORLD = 2
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)

@@ -34,10 +34,10 @@ from poise.errors import InputError
 from poise.metrics import CHUNK, encode_all, nll_per_image, reconstruction
 from poise.priors import NormalPrior, Prior, SecondStagePrior, fit_mixture
 from poise.recipes.settings import Stage
-from poise.runs.build import choose_device, seeded
 from poise.sampling import sample
-from poise.support.seeds import derive, generator, noise_per_image
+from poise.support.seeds import derive, generator, noise_per_image, seeded
 from poise.training import Batches, CodeBatches, TrainingState, VectorBatches, Watch, denormals_as_zero, fit, new_state
+from poise.training.machine import choose_device
 from poise.vae import VAE
 
 PRIORS = ("normal", "second-stage", "mixture")

@@ -41,10 +41,10 @@ from poise.protocols import (
     table,
     with_count,
 )
-from poise.runs.build import choose_device
 from poise.shapes import ByteImages, Features, Images
 from poise.support.files import strict
 from poise.support.version import __version__
+from poise.training.machine import choose_device
 
 FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
 SMALLEST_SUBSET = 5_000  # of the extrapolation, where there are twice as many

@@ -119,7 +119,7 @@ class Evaluate:
             print(json.dumps(evaluation.to_json(), indent=2))
             return
         if evaluation.pages:
-            from poise.report.tables import figures_table
+            from poise.report.cells import figures_table
 
             show_table(title, figures_table(evaluation.pages))
         compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]

@@ -86,16 +86,16 @@ class Train:
         recipe = self.settings()
         from poise.balance import make_balance
         from poise.objectives import make_objective
-        from poise.report.tables import figures_table
+        from poise.report.cells import figures_table
         from poise.runs.pipeline import Options, train
-        from poise.training import distributed as parallel
+        from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):
             make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
         make_objective(recipe.first.objective)
         options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine, threads=self.threads)
         run = train(self.data, recipe=recipe, out=self.out, options=options)
-        if parallel.rank() > 0:
+        if distributed.rank() > 0:
             return
         summary = json.loads((run.folder / "summary.json").read_text())
         show_table(

@@ -22,12 +22,12 @@ exact at a minimum whatever the decoder, since the bias of the head that gives l
 within 5 % of the truth (tests/test_diagnosis.py). Where every latent has collapsed, (3) is 0/0, and a bound remains: in a
 linear VAE a direction of variance lambda is encoded as soon as lambda > gamma2_eff (Tipping & Bishop 1999).
 
-In reading order: `limits` and `report` (what comes out), `subject` (the model and what it makes of images), `inputs` (what is
-given), `decoder` (range and dead layers), `weight` (how the loss weighs its parts), `generation` (samples against images),
-`facts` (all of that), `broken`, `faulty_loss` and `causes` (figures -> findings), `notes`, `examine`.
+In reading order: `verdict` (what comes out, and the limits), `subject` (what is given, and what the model makes of images),
+`outputs` (range, dead layers, samples against images), `weight` (how the loss weighs its parts), `facts` (all of that),
+`broken` and `causes` (figures -> findings), `examine`.
 """
 
 from poise.diagnosis.examine import diagnose
-from poise.diagnosis.report import Diagnosis, Finding
+from poise.diagnosis.verdict import Diagnosis, Finding
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]

@@ -4,9 +4,8 @@ import math
 
 from poise.balance import ComputedBalance, LearnedBalance, OptimalBalance
 from poise.diagnosis.facts import Facts, Weighing, is_binary
-from poise.diagnosis.generation import Comparison
-from poise.diagnosis.limits import CLOSED, GAP, IMBALANCED, OVERFITTED, STILL_FALLING, UNDERFITTED
-from poise.diagnosis.report import Finding
+from poise.diagnosis.outputs import Comparison
+from poise.diagnosis.verdict import CLOSED, GAP, IMBALANCED, OVERFITTED, STILL_FALLING, UNDERFITTED, Finding
 from poise.diagnosis.weight import BATCH, LossWeights
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %

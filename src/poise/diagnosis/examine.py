@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
-from poise.diagnosis import broken, causes, decoder
-from poise.diagnosis.facts import Facts
-from poise.diagnosis.faulty_loss import BYTES_SQUARED, faulty_loss
-from poise.diagnosis.generation import FEWEST_IMAGES, compare, largest_variance, linear_mse, spectrum
-from poise.diagnosis.inputs import Case, Loss, as_case, chosen
-from poise.diagnosis.limits import LARGE_LOGVAR
-from poise.diagnosis.notes import notes_on
-from poise.diagnosis.report import Diagnosis, Finding
-from poise.diagnosis.subject import Seen, device_of, look, undisturbed
+from poise.diagnosis import broken, causes, outputs
+from poise.diagnosis.broken import BYTES_SQUARED, faulty_loss
+from poise.diagnosis.facts import Facts, notes_on
+from poise.diagnosis.outputs import FEWEST_IMAGES, compare, largest_variance, linear_mse, spectrum
+from poise.diagnosis.subject import Case, Loss, Seen, as_case, chosen, device_of, look, undisturbed
+from poise.diagnosis.verdict import LARGE_LOGVAR, Diagnosis, Finding
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.metrics import CHUNK
 from poise.priors import NormalPrior
@@ -119,9 +116,9 @@ def _unusable(vae: VAE, images: Tensor, train: Tensor | None, figures: dict[str,
 
 def _out_of_range(vae: VAE, images: Values, mse: float | None, figures: dict[str, Any], seed: int) -> Finding | None:
     with torch.no_grad():
-        mean = vae.encode(images[: decoder.PROBES].to(device_of(vae))).mean.float().cpu()
-    latents = decoder.probes(mean.nan_to_num(0.0).clamp(-10, 10), seed).to(device_of(vae))
-    reach = decoder.reachable_range(vae.decoder, latents)
+        mean = vae.encode(images[: outputs.PROBES].to(device_of(vae))).mean.float().cpu()
+    latents = outputs.probes(mean.nan_to_num(0.0).clamp(-10, 10), seed).to(device_of(vae))
+    reach = outputs.reachable_range(vae.decoder, latents)
     figures |= {"latents": mean.shape[1], "decoder_least": reach[0], "decoder_most": reach[1]}
     return broken.out_of_range(images, reach, mse)
 
@@ -157,11 +154,11 @@ def _broken_model(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> F
 
 
 def _deaf_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
-    latents = decoder.probes(seen.codes.mean, seed).to(device_of(vae))
+    latents = outputs.probes(seen.codes.mean, seed).to(device_of(vae))
     with torch.no_grad():
-        figures["decoder_response"] = change = decoder.response(vae.decode(latents))
-    if change <= decoder.ROUNDING:
-        return broken.dead_decoder(change, decoder.first_deaf(decoder.trace(vae.decoder, latents)))
+        figures["decoder_response"] = change = outputs.response(vae.decode(latents))
+    if change <= outputs.ROUNDING:
+        return broken.dead_decoder(change, outputs.first_deaf(outputs.trace(vae.decoder, latents)))
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vae.modules()):
         figures["mse_batch_statistics"] = batch_mse = _mse_by_batch(vae, seen)
         return broken.unsettled_norm(seen, batch_mse)

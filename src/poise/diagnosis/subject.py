@@ -1,19 +1,33 @@
-"""The model that is looked at, left as it was, and what it makes of images."""
+"""What was given, checked before anything is computed (a model, images, a loss), and what the model makes of the images.
 
+The model is left as it was.
+"""
+
+import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.balance import Balance
+from poise.data import Rows, gather
+from poise.errors import InputError
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
+from poise.objectives import Deterministic
+from poise.priors import Prior
+from poise.runs.run import Run
 from poise.shapes import PerImage, Values
-from poise.support.seeds import noise_per_image
+from poise.support.seeds import derive, noise_per_image
 from poise.vae import VAE
 
 SIDE = 16  # images are averaged down to this side before samples are compared with them
@@ -98,3 +112,167 @@ def small(images: Values) -> Tensor:
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+Loss = Balance | Callable[..., Any]
+MOST_IMAGES = 2_000  # figures are then within some percent, and a small network takes seconds
+FEWEST_POINTS = 20  # of a log
+MOST_VALUES = 2**26  # of all images together, 256 MiB: fewer large images are looked at
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be looked at: a model, images (n, ...), training images, the loss, and priors besides N(0, I).
+
+    Of a run also how far each stage's error fell at the end, see `Facts`.
+    """
+
+    vae: VAE
+    images: Any
+    train_images: Any
+    loss: Loss | None
+    priors: Mapping[str, Prior] = field(default_factory=dict)
+    is_run: bool = False
+    falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+
+def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
+    """The case of a run or of a VAE.
+
+    Raises:
+        InputError: something else, a model without a posterior, no images, images that are no array, or a loss that
+            cannot be called.
+    """
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss must be a balance or a function (reconstruction, images, mean, logvar), not {_kind(loss)}")
+    vae = model.first.vae if isinstance(model, Run) else model
+    if isinstance(vae, VAE) and isinstance(vae.encoder, Deterministic):
+        raise InputError("a deterministic autoencoder has no posterior to diagnose: poise evaluate measures it")
+    if isinstance(model, Run):
+        return _case_of_run(model, images, train_images, loss)
+    if not isinstance(model, VAE):
+        raise InputError(_not_a_model(model))
+    if images is None:
+        raise InputError("images are needed to diagnose a VAE: diagnose(vae, images), the values that it is trained on")
+    return Case(model, images, train_images, loss)
+
+
+def _not_a_model(model: Any) -> str:
+    if isinstance(model, (str, Path)):
+        return f"model must be a run or a VAE, not a name: poise.diagnose(poise.load({str(model)!r}))"
+    if isinstance(model, (tuple, list)) and len(model) == 2 and all(isinstance(part, nn.Module) for part in model):
+        return "model must be a run or a VAE, not two networks: poise.diagnose(poise.VAE(encoder, decoder), images)"
+    return f"model must be a run or a VAE, not {_kind(model)}: poise.diagnose(poise.VAE(encoder, decoder), images)"
+
+
+def _kind(thing: Any) -> str:
+    return "None" if thing is None else type(thing).__name__
+
+
+def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) -> Case:
+    if images is None:
+        dataset = run.dataset()
+        images, train_images = dataset.test, dataset.train if train_images is None else train_images
+    images = _as_trained(images, "images", run.data["shape"])
+    train_images = None if train_images is None else _as_trained(train_images, "train_images", run.data["shape"])
+    second = {} if run.second is None else {"second-stage": run.prior("second-stage")}
+    balance = run.first.balance if loss is None else loss
+    return Case(run.first.vae, images, train_images, balance, second, is_run=True, falls=_falls(run.folder / "metrics.jsonl"))
+
+
+def _falls(log: Path) -> dict[int, tuple[float, float]]:
+    """The MSE of each stage at 65 to 75 % of its training, and in the last tenth, by its log."""
+    points: dict[int, list[tuple[float, float]]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        with suppress(ValueError, KeyError):  # a line that is still being written
+            entry = json.loads(line)
+            points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
+    found = {}
+    for stage, curve in points.items():
+        end = curve[-1][0]
+        before = [mse for step, mse in curve if 0.65 * end < step <= 0.75 * end]
+        after = [mse for step, mse in curve if 0.9 * end < step]
+        if len(curve) >= FEWEST_POINTS and before:
+            found[stage] = (fmean(before), fmean(after))
+    return found
+
+
+def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
+    """Images of a run's shape (c, h, w), from that, from (h, w, c), or for grey ones from (h, w)."""
+    _check_array(images, name)
+    given, (channels, height, width) = list(images.shape[1:]), shape
+    if given == list(shape):
+        return images
+    if given == [height, width, channels]:
+        return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else np.asarray(images).transpose(0, 3, 1, 2)
+    if given == [height, width] and channels == 1:
+        return images[:, None] if isinstance(images, Tensor) else np.asarray(images)[:, None]
+    wanted = f"(n, {', '.join(map(str, shape))})"
+    raise InputError(f"{name} must have shape {wanted}, as the run was trained on, not {tuple(images.shape)}")
+
+
+def _check_array(images: Any, name: str) -> None:
+    if isinstance(images, (list, tuple)):
+        raise InputError(f"{name} must be one array or tensor (n, ...), not a {_kind(images)}: torch.stack or np.stack them")
+    if not isinstance(images, (Tensor, np.ndarray, Rows)):
+        raise InputError(f"{name} must be an array or a tensor (n, ...), not {_kind(images)}")
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "fiub":
+        raise InputError(f"{name} must be numbers, bytes or floats, not of type {images.dtype}")
+    if isinstance(images, Tensor) and images.is_complex():
+        raise InputError(f"{name} must be bytes or floats, not of type {images.dtype}")
+
+
+def chosen(vae: VAE, images: Any, name: str, seed: int) -> Values:
+    """The images to look at, of which the VAE is known to take the first.
+
+    Raises:
+        InputError: they are no array of at least two images, do not fit the VAE, or are all the same.
+    """
+    images = some_images(images, name, seed)
+    check_fit(vae, images, name)
+    if bool((images == images[:1]).all()):
+        raise InputError(f"all {len(images)} {name} are the same: there is nothing to learn")
+    return images
+
+
+def some_images(images: Any, name: str, seed: int) -> Values:
+    """At most `MOST_IMAGES` of them, drawn at random where there are more: float32, bytes divided by 255, on the CPU.
+
+    Raises:
+        InputError: not an array of at least two images.
+    """
+    _check_array(images, name)
+    shape = tuple(images.shape)
+    if len(shape) < 2 or 0 in shape or len(images) < 2:
+        raise InputError(f"{name} must be (n, ...) with at least two images, not of shape {shape}")
+    count = max(2, min(len(images), MOST_IMAGES, MOST_VALUES // math.prod(shape[1:])))
+    order = np.random.default_rng(derive("diagnosis", seed)).permutation(len(images))
+    try:
+        return gather(images, order[:count]).detach().cpu()  # in a random order: data sets are often sorted by class
+    except (TypeError, ValueError, RuntimeError) as error:  # numpy has types that torch has not
+        raise InputError(f"{name} of type {images.dtype} cannot be read: {first_line(error)}") from error
+
+
+@torch.no_grad()
+def check_fit(vae: VAE, images: Values, name: str) -> None:
+    """Raises InputError where the VAE does not take such images, or gives back another shape."""
+    _check_precision(vae)
+    given = f"{name} of shape ({', '.join(map(str, images.shape[1:]))})"
+    try:
+        mean = vae.encode(images[:CHUNK].to(device_of(vae))).mean
+        produced = tuple(vae.decode(mean).shape)
+    except Exception as error:  # networks of a user's own can raise anything
+        raise InputError(f"the VAE does not take {given}: {first_line(error)}") from error
+    if mean.dim() != 2 or len(mean) != len(images[:CHUNK]) or not mean.shape[1]:
+        raise InputError(f"the encoder gives codes of shape {tuple(mean.shape)}; a diagnosis needs (n, latents): flatten them")
+    if produced[1:] != tuple(images.shape[1:]) or produced[0] != len(mean):
+        raise InputError(f"the decoder gives images of shape {produced[1:]} for {given}: they must be the same")
+
+
+def _check_precision(vae: VAE) -> None:
+    for name, parameter in vae.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} is {kind}, and a diagnosis computes in float32: diagnose(copy.deepcopy(vae).float(), ...)"
+            )

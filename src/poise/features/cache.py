@@ -22,7 +22,7 @@ from torch import Tensor
 
 from poise.errors import RunError
 from poise.features.extractor import Extractor, extract
-from poise.features.files import first_line
+from poise.features.weights import first_line
 from poise.shapes import Features
 from poise.support.files import write_file
 

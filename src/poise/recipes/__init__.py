@@ -1,28 +1,34 @@
-"""Complete runs by name, one module per data set. `poise.recipes.RECIPES["cifar10"]` is a frozen `Recipe`."""
+"""Complete runs by name: `settings` is what a run can be told, `presets` tells it. `RECIPES["cifar10"]` is a `Recipe`."""
 
 from poise.errors import InputError
-from poise.recipes import celeba64, cifar10, digits, fashion_mnist, images, mnist
+from poise.recipes.presets import (
+    CELEBA64,
+    CELEBA64_RELEASED,
+    CIFAR10,
+    CIFAR10_RELEASED,
+    DIGITS,
+    FASHION_MNIST,
+    FASHION_MNIST_PUBLISHED,
+    IMAGES,
+    MNIST,
+    MNIST_PUBLISHED,
+)
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage
 
 __all__ = ["EXPERIMENTS", "RECIPES", "Data", "Generation", "Network", "Recipe", "Stage", "find_recipe"]
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        digits.DIGITS,
-        mnist.MNIST,
-        mnist.MNIST_PUBLISHED,
-        fashion_mnist.FASHION_MNIST,
-        fashion_mnist.FASHION_MNIST_PUBLISHED,
-        cifar10.CIFAR10,
-        cifar10.CIFAR10_RELEASED,
-        celeba64.CELEBA64,
-        celeba64.CELEBA64_RELEASED,
-        images.IMAGES,
-    )
-}
-
-EXPERIMENTS = tuple(name for name in RECIPES if name not in (digits.DIGITS.name, images.IMAGES.name))
+_OF_DATA_SETS = (
+    MNIST,
+    MNIST_PUBLISHED,
+    FASHION_MNIST,
+    FASHION_MNIST_PUBLISHED,
+    CIFAR10,
+    CIFAR10_RELEASED,
+    CELEBA64,
+    CELEBA64_RELEASED,
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES)}
+EXPERIMENTS = tuple(recipe.name for recipe in _OF_DATA_SETS)
 """Recipes of published experiments, and shorter ones on the same data."""
 
 
@@ -32,7 +38,7 @@ def find_recipe(name: str | None, data: str | None = None) -> Recipe:
     Raises:
         InputError: no such recipe.
     """
-    name = name or (data if data in RECIPES else images.IMAGES.name)
+    name = name or (data if data in RECIPES else IMAGES.name)
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -9,7 +9,7 @@ from typing import Any
 from poise.errors import InputError
 from poise.report import sections
 from poise.report.curves import styles_of, training_figures
-from poise.report.latents import latent_figures
+from poise.report.latent_page import latent_figures
 from poise.report.markup import embedded_json, text
 from poise.report.models import Exhibit, Shelf, exhibit
 from poise.report.records import Record, first_of_each, labels_of, read_records

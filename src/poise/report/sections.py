@@ -5,7 +5,7 @@ from typing import Any
 
 from poise.diagnosis import Diagnosis
 from poise.errors import InputError
-from poise.report import tables, words
+from poise.report import cells, words
 from poise.report.curves import styles_of
 from poise.report.markup import legend, paragraphs, picture, plot, prose, section, subhead, table, text, toggle
 from poise.report.models import PRIORS, Exhibit
@@ -174,7 +174,7 @@ def numbers(records: Sequence[Record]) -> str:
     if len(records) == 1:
         return section("numbers", "Numbers", _numbers_of(records[0]))
     folded = "".join(_folded(record) for record in records)
-    return section("numbers", "Numbers", table(tables.figures_of_all(records), kind="numbers figures"), folded)
+    return section("numbers", "Numbers", table(cells.figures_of_all(records), kind="numbers figures"), folded)
 
 
 def _folded(record: Record) -> str:
@@ -184,7 +184,7 @@ def _folded(record: Record) -> str:
 
 def comparison(records: Sequence[Record]) -> str:
     """Labels against each other, as `poise compare` shows them; empty for a single run."""
-    results = tables.results_of(records)
+    results = cells.results_of(records)
     if len(results) < 2:
         return ""
     reference = results[0].label
@@ -205,13 +205,13 @@ def _differences(results: Sequence[Result], reference: str) -> str:
 
 
 def _speed(results: Sequence[Result], reference: str) -> str:
-    rows = tables.speed_rows(results, reference)
+    rows = cells.speed_rows(results, reference)
     about = ABOUT_SPEED.format(near=NEAR, reference=reference)
     return subhead("Speed") + paragraphs([about]) + table(rows, kind="numbers") if rows else ""
 
 
 def _numbers_of(record: Record) -> str:
-    figures = [["figure", "value"], *map(list, tables.figures_table(record.figures))]
+    figures = [["figure", "value"], *map(list, cells.figures_table(record.figures))]
     content = table(figures, kind="numbers figures") if len(figures) > 1 else ""
     return content + paragraphs(record.missing, "missing") + _measured(record)
 
@@ -220,7 +220,7 @@ def _measured(record: Record) -> str:
     if record.evaluation is None:
         return ""
     try:
-        rows = tables.upright(tables.evaluation_rows(record))
+        rows = cells.upright(cells.evaluation_rows(record))
     except InputError as error:
         return paragraphs([f"evaluation.json cannot be shown: {error}."], "missing")
     notes = paragraphs(record.evaluation.get("notes", []), "note")
@@ -229,8 +229,8 @@ def _measured(record: Record) -> str:
 
 def settings(records: Sequence[Record]) -> str:
     """Every setting; where there are several labels, what differs is set off."""
-    rows = tables.settings_rows(records)
-    marked = tables.varying(rows)
+    rows = cells.settings_rows(records)
+    marked = cells.varying(rows)
     note = ["Settings that differ are set off."] if marked else []
     seeds = [f"Seed{'s' if len(records) > 1 else ''}: {words.listed(sorted({str(r.seed) for r in records}))}."]
     return section("settings", "Settings", paragraphs(seeds + note), table(rows, marked=marked, kind="settings"))
@@ -239,22 +239,22 @@ def settings(records: Sequence[Record]) -> str:
 def data(records: Sequence[Record]) -> str:
     """What the runs were trained on."""
     notes = list(dict.fromkeys(note for record in records for note in record.data.get("notes", [])))
-    return section("data", "Data", table(tables.data_rows(records), kind="data"), paragraphs(notes, "note"))
+    return section("data", "Data", table(cells.data_rows(records), kind="data"), paragraphs(notes, "note"))
 
 
 def protocols(records: Sequence[Record]) -> str:
     """Every protocol in full."""
     try:
-        found = tables.protocols_of(records)
+        found = cells.protocols_of(records)
     except InputError as error:
         return section("protocols", "Protocols", paragraphs([f"The protocols cannot be shown: {error}."], "missing"))
     if not found:
         none = "None: nothing was measured by `poise evaluate`. The figures above are those of training's end, on test images."
         return section("protocols", "Protocols", paragraphs([none], "missing"))
     lines = [str(protocol) for protocol in found.values()]
-    return section("protocols", "Protocols", paragraphs(lines), table(tables.protocol_rows(found), kind="settings"))
+    return section("protocols", "Protocols", paragraphs(lines), table(cells.protocol_rows(found), kind="settings"))
 
 
 def versions(records: Sequence[Record]) -> str:
     """What trained the runs."""
-    return section("versions", "Versions", table(tables.version_rows(records)))
+    return section("versions", "Versions", table(cells.version_rows(records)))

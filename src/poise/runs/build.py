@@ -1,17 +1,11 @@
-"""From settings to modules: networks whose weights are a function of the seed, balances, and the device."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
+"""From settings to modules: networks whose weights are a function of the seed, and balances."""
 
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.errors import InputError
 from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import Network, Recipe, Stage
-from poise.support.kernels import LOCK, generators_kept
-from poise.support.seeds import derive
+from poise.support.seeds import derive, seeded
 from poise.vae import VAE
 
 
@@ -55,33 +49,3 @@ def second_stage(recipe: Recipe) -> VAE:
 def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
     """The balance that a stage names; "released" takes image size and latents from the run."""
     return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
-    with LOCK, generators_kept(torch.device("cpu")):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first of cuda, mps and cpu that is there.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        remedy = 'use --device cpu (device="cpu") or auto'
-        if reason.startswith("Expected one of"):
-            reason, remedy = "there is no such kind", "give auto, cpu, cuda, cuda:1 or mps"
-        if name.startswith("cuda") and torch.version.cuda is None and torch.version.hip is None:
-            reason = f"this PyTorch ({torch.__version__}) is a build without CUDA"
-            remedy += ", or install a build with it (pytorch.org)"
-        raise InputError(f"device {name!r} is not available: {reason}; {remedy}") from None

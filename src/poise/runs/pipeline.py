@@ -24,7 +24,7 @@ from poise.objectives import make_objective
 from poise.recipes import find_recipe
 from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
 from poise.runs import plots, timing
-from poise.runs.build import choose_device, first_stage, second_stage, stage_balance
+from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     Saved,
     checkpoints,
@@ -48,6 +48,7 @@ from poise.training import (
     choose_engine,
     count_latents,
     denormals_as_zero,
+    distributed,
     fit,
     new_state,
     restore_state,
@@ -56,7 +57,7 @@ from poise.training import (
     under,
     usual_threads,
 )
-from poise.training import distributed as parallel
+from poise.training.machine import choose_device
 from poise.vae import VAE
 
 PICTURES = 64
@@ -141,7 +142,7 @@ def train(
         raise InputError(f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}")
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
-    device = parallel.device_of_rank(choose_device(options.device))
+    device = distributed.device_of_rank(choose_device(options.device))
     choose_engine(options.engine, device)
     if options.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("TensorBoard", "track")
@@ -149,15 +150,15 @@ def train(
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
         held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
-        with parallel.processes(device):
-            parallel.on_first(lambda: held.enter_context(locked(folder)))
+        with distributed.processes(device):
+            distributed.on_first(lambda: held.enter_context(locked(folder)))
             job = prepare(folder, recipe, vae, device, options, given, began)
             if job.threads is not None:
                 held.enter_context(threads(job.threads))
             if not job.meta["finished"]:
                 with stop_signals() as stop:
                     job.run_stages(stop)
-        if parallel.rank() > 0:  # the files may not be visible on its machine yet
+        if distributed.rank() > 0:  # the files may not be visible on its machine yet
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
@@ -166,7 +167,7 @@ def train(
 
 def check_objective(spec: str) -> None:
     """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
-    if make_objective(spec).alone and (parallel.launched() or parallel.is_up()):
+    if make_objective(spec).alone and (distributed.launched() or distributed.is_up()):
         raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
 
 
@@ -190,11 +191,11 @@ def prepare(
     engine = choose_engine(options.engine, device)
     config = configuration(recipe, dataset, engine)
     checksum: str = dataset.checksum
-    parallel.check_agreement("settings or images", (config["recipe"], checksum))
-    plan = parallel.on_first(lambda: earlier_plan(folder, recipe, checksum))
+    distributed.check_agreement("settings or images", (config["recipe"], checksum))
+    plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
-    saved = parallel.on_first(lambda: open_folder(folder, configuration(recipe, dataset, engine)))
-    talks = not (options.quiet or parallel.rank() > 0) and not (saved and saved.meta["finished"])
+    saved = distributed.on_first(lambda: open_folder(folder, configuration(recipe, dataset, engine)))
+    talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
     if talks:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
     if plan is None:
@@ -204,8 +205,8 @@ def prepare(
         print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
     config = configuration(plan.recipe, dataset, engine) | {"threads": count}
     if saved is None:
-        parallel.on_first(lambda: write_json(folder / "config.json", config))
-    options = replace(options, device=str(device), quiet=options.quiet or parallel.rank() > 0)
+        distributed.on_first(lambda: write_json(folder / "config.json", config))
+    options = replace(options, device=str(device), quiet=options.quiet or distributed.rank() > 0)
     stages = networks_and_balances(plan.recipe, shape, vae)
     return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
 
@@ -261,7 +262,7 @@ def make_plan(
         several = device.type == "cpu" and usual > 1
         data = ImageBatches(dataset.train, device)
         count = timing.choose_threads([1, usual], *stages[0], recipe, data) if several else usual
-    count = parallel.on_first(lambda: count)
+    count = distributed.on_first(lambda: count)
     if recipe.minutes is None and options.quiet:  # nobody asks
         return Plan(recipe, count)
     measured = timing.measure(
@@ -269,7 +270,7 @@ def make_plan(
     )
     if recipe.minutes is not None:
         left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
-        recipe = parallel.on_first(lambda: timing.fitted(recipe, measured, num_images, left))
+        recipe = distributed.on_first(lambda: timing.fitted(recipe, measured, num_images, left))
     if talks:
         print(timing.estimate(recipe, measured, num_images), file=sys.stderr)
     return Plan(recipe, count)
@@ -290,7 +291,7 @@ def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) 
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
     length = " + ".join(lengths) if recipe.minutes is None else f"{recipe.minutes:g} minutes"
-    where = str(device) if parallel.ranks() == 1 else f"{parallel.ranks()} processes ({device.type})"
+    where = str(device) if distributed.ranks() == 1 else f"{distributed.ranks()} processes ({device.type})"
     where += " (no GPU found)" if asked == "auto" and device.type == "cpu" else ""
     return f"{recipe.name}: {num_images:,} training images, {length} on {where}"
 
@@ -425,7 +426,7 @@ class Job:
             Interrupted: `stop` asked for it; the state is saved.
         """
         with ExitStack() as files:
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 log = Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)
                 self._write_log = files.enter_context(closing(log)).write
                 self._use_engine(self.config["engine"])
@@ -450,7 +451,7 @@ class Job:
         )
         how: dict[str, Any] = {"number": number, "seed": self.recipe.seed, "engine": self.config["engine"]}
         if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
-            parallel.wait()  # or a process that ends first would have the one that saves killed
+            distributed.wait()  # or a process that ends first would have the one that saves killed
             raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
         return state
 
@@ -472,7 +473,7 @@ class Job:
 
     def _codes(self, first: TrainingState) -> DiagonalGaussian:
         """The training images' posteriors; where they are computed, stage 1 is over."""
-        mean, logvar = parallel.on_first(lambda: self._read_codes() or self._compute_codes(first.trained))
+        mean, logvar = distributed.on_first(lambda: self._read_codes() or self._compute_codes(first.trained))
         if self.meta["stage"] == 1:
             self._keep(1, first, over=True)
             self._write(stage=2, step=0, finished=self.recipe.second is None)
@@ -507,7 +508,7 @@ class Job:
         seconds = self.seconds + time.monotonic() - self._began
         self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
 
 

@@ -66,13 +66,14 @@ from poise.priors import (
 )
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Data, Generation, Recipe, from_json
-from poise.runs.build import choose_device, first_stage, second_stage, stage_balance
+from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
 from poise.runs.plots import training_curves
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.shapes import Images, Latents
 from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
+from poise.training.machine import choose_device
 from poise.vae import VAE
 
 if TYPE_CHECKING:

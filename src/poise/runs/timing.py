@@ -32,13 +32,13 @@ from poise.training import (
     ImageBatches,
     TrainingState,
     Watch,
+    distributed,
     fit,
     new_state,
     state_tensors,
     threads,
     usual_threads,
 )
-from poise.training import distributed as parallel
 from poise.vae import VAE
 
 SECONDS = 2.0  # of each measurement, at least
@@ -237,7 +237,7 @@ def now(tensor: Tensor) -> float:
 
 def checkpoint_seconds(state: TrainingState, folder: Path) -> float:
     """What it takes to write a checkpoint of this state."""
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return 0.0
     probe, began = folder / ".writing-timing", time.monotonic()  # what bears such a name is cleared by the next start
     write_folder(probe, state_tensors(state), {})

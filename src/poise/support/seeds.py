@@ -4,8 +4,12 @@ Nothing here, or anywhere in the package, draws from torch's global generator, b
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from poise.support.kernels import LOCK, generators_kept
 
 REFERENCE_SEED = -1  # of draws that measure a prior or a model, apart from the images a user draws
 
@@ -50,3 +54,11 @@ def drawn(total: int, count: int) -> list[int]:
         ([0, 1, 2], 5)
     """
     return torch.randperm(total, generator=generator("pictures"))[:count].sort().values.tolist()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
+    with LOCK, generators_kept(torch.device("cpu")):
+        torch.default_generator.manual_seed(seed)
+        yield

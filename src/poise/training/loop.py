@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,16 +20,13 @@ from poise.recipes.settings import Stage
 from poise.support.kernels import generators_kept, kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
-from poise.training import distributed as parallel
+from poise.training import distributed
 from poise.training.batches import Batches, fetched_ahead, global_batches
-from poise.training.captured import CapturedStep
-from poise.training.compiled import CompiledStep
+from poise.training.engines import Engine, choose_engine, step_of
 from poise.training.machine import tuned
 from poise.training.state import TERMS, TrainingState, Verdict
-from poise.training.step import Step, training_step
 from poise.vae import VAE
 
-Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
 STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
@@ -92,10 +88,10 @@ def fit(
     """
     device = state.sums.device
     total = stage.total_steps(len(data))
-    size, alone = min(stage.batch_size, len(data)), parallel.ranks() == 1
-    if size < parallel.ranks():
-        raise InputError(f"a batch of {size} images cannot be shared by {parallel.ranks()} processes: start fewer")
-    share = parallel.share(size)
+    size, alone = min(stage.batch_size, len(data)), distributed.ranks() == 1
+    if size < distributed.ranks():
+        raise InputError(f"a batch of {size} images cannot be shared by {distributed.ranks()} processes: start fewer")
+    share = distributed.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
@@ -161,26 +157,6 @@ def fit(
     return True
 
 
-def choose_engine(engine: Engine, device: torch.device) -> Engine:
-    """Return the engine to use: what was asked for, or for "auto" a captured step on one GPU and an eager one elsewhere.
-
-    Raises:
-        InputError: a captured step on another device than CUDA, or by one of several processes.
-    """
-    recordable = device.type == "cuda" and not parallel.launched()
-    if engine == "auto":
-        return "captured" if recordable else "eager"
-    if "captured" in engine and not recordable:
-        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
-    return engine
-
-
-def step_of(engine: Engine, stage: Stage, fell_back: Callable[[str], None] | None) -> Step:
-    """Return the function that takes a step with an engine; see `Watch` for `fell_back`."""
-    step = CompiledStep(stage) if engine.startswith("compiled") else training_step
-    return CapturedStep(step, fell_back) if engine.endswith("captured") else step
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Where it is a tensor, its value."""
     for group in optimizer.param_groups:
@@ -203,7 +179,7 @@ def seed_modules(device: torch.device, *place: int | str) -> None:
 
     torch.manual_seed would queue a call for every absent device.
     """
-    seed = derive(*place) if parallel.rank() == 0 else derive(*place, parallel.rank())
+    seed = derive(*place) if distributed.rank() == 0 else derive(*place, distributed.rank())
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

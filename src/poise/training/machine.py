@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.errors import InputError
+
 SMALL_PARAMETERS = 500_000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's mallopt(3)
 KEEP_ALL = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
@@ -158,3 +160,25 @@ def _convolve(layer: nn.Conv2d, images: Tensor) -> Tensor:
     padded = F.pad(images, (int(left), right, int(top), bottom))
     columns, weights = padded.permute(0, 2, 3, 1).flatten(1), layer.weight.permute(0, 2, 3, 1).flatten(1)
     return F.linear(columns, weights, layer.bias)[:, :, None, None]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        remedy = 'use --device cpu (device="cpu") or auto'
+        if reason.startswith("Expected one of"):
+            reason, remedy = "there is no such kind", "give auto, cpu, cuda, cuda:1 or mps"
+        if name.startswith("cuda") and torch.version.cuda is None and torch.version.hip is None:
+            reason = f"this PyTorch ({torch.__version__}) is a build without CUDA"
+            remedy += ", or install a build with it (pytorch.org)"
+        raise InputError(f"device {name!r} is not available: {reason}; {remedy}") from None

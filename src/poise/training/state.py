@@ -9,8 +9,7 @@ from torch import Tensor
 
 from poise.balance import Balance
 from poise.recipes.settings import Stage
-from poise.training.batch_norm import use_global_batch_norm
-from poise.training.distributed import copy_from_first, ranks
+from poise.training.distributed import copy_from_first, ranks, use_global_batch_norm
 from poise.vae import VAE
 
 TERMS = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")

@@ -10,7 +10,7 @@ from poise.balance import Balance, LossTerms
 from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
-from poise.training import distributed as parallel
+from poise.training import distributed
 from poise.training.state import TrainingState, Verdict, parameters_of
 from poise.vae import VAE
 
@@ -37,7 +37,7 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     state.optimizer.zero_grad(set_to_none=True)
     terms.loss.backward()
     gradients = [p.grad for p in parameters_of(state.optimizer) if p.grad is not None]
-    loss, asked = parallel.average(gradients, terms.loss.detach(), state.asked)
+    loss, asked = distributed.average(gradients, terms.loss.detach(), state.asked)
     note(state, terms, loss, asked, nn.utils.get_total_norm(gradients))
     state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]  (fused Adam then leaves all as it is)
     state.optimizer.step()

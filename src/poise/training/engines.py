@@ -1,17 +1,46 @@
-"""A step recorded once as a CUDA graph and replayed: one launch in place of hundreds."""
+"""How a step is taken: as it is, compiled to machine code, recorded once as a CUDA graph and replayed, or both.
+
+Recording leaves the numbers as they are; compiling changes them by rounding.
+"""
 
 from collections.abc import Callable
-from typing import final
+from typing import Literal, final
 
 import torch
+from torch import Tensor
 
-from poise.errors import RunError
+from poise.balance import Balance, LossTerms
+from poise.errors import InputError, RunError
+from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Values
+from poise.training import distributed
 from poise.training.state import TrainingState
-from poise.training.step import Step
+from poise.training.step import Loss, Step, training_step
+from poise.vae import VAE
 
-EAGER_STEPS = 3
+Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
+EAGER_STEPS = 3  # before a recording
+
+
+def choose_engine(engine: Engine, device: torch.device) -> Engine:
+    """Return the engine to use: what was asked for, or for "auto" a captured step on one GPU and an eager one elsewhere.
+
+    Raises:
+        InputError: a captured step on another device than CUDA, or by one of several processes.
+    """
+    recordable = device.type == "cuda" and not distributed.launched()
+    if engine == "auto":
+        return "captured" if recordable else "eager"
+    if "captured" in engine and not recordable:
+        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
+    return engine
+
+
+def step_of(engine: Engine, stage: Stage, fell_back: Callable[[str], None] | None) -> Step:
+    """Return the function that takes a step with an engine; see `Watch` for `fell_back`."""
+    step = CompiledStep(stage) if engine.startswith("compiled") else training_step
+    return CapturedStep(step, fell_back) if engine.endswith("captured") else step
 
 
 @final
@@ -80,3 +109,43 @@ class CapturedStep:
         with torch.cuda.stream(self.stream):
             self.step(state, batch, noise, stage)
         now.wait_stream(self.stream)
+
+
+@final
+class CompiledStep:
+    """Does what `training_step` does. The first step compiles, which takes from seconds to a minute or two.
+
+    Batches have one size throughout a stage, so that code is made for that size alone. Sums are taken in another order than
+    in the eager step: weights differ from its by rounding.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.objective: Loss = torch.compile(with_code_of_its_own(make_objective(stage.objective)), dynamic=False)
+
+    def __call__(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
+        """One step.
+
+        Raises:
+            RunError: the network cannot be compiled, or there is no C++ compiler (on a CPU).
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            training_step(state, batch, noise, stage, objective=self.objective)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"this network cannot be compiled here ({reason}): use the engine eager") from error
+
+
+def with_code_of_its_own(objective: Loss) -> Loss:
+    """The same function, with a code object that no other has.
+
+    Torch counts compilations by code object: what is compiled for a ninth network, or for another balance, would run
+    uncompiled, with no more than a warning (torch._dynamo.config.recompile_limit). A comparison has that many in one process.
+    """
+
+    def loss(vae: VAE, balance: Balance, batch: Tensor, noise: Tensor) -> LossTerms:
+        return objective(vae, balance, batch, noise)
+
+    loss.__code__ = loss.__code__.replace()
+    return loss
