@@ -33,7 +33,7 @@ import poise
 from poise.recipes import RECIPES, Network, Recipe
 from poise.runs.build import first_stage
 from poise.runs.checkpoint import newest_checkpoint
-from poise.runs.pipeline import Options
+from poise.runs.options import Options
 from poise.training import under
 
 CURVES = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")

@@ -24,7 +24,7 @@ from measuring import PeakMemory, machine, over, show, summary, take_turns, writ
 
 import poise
 from poise.runs.export import write_images
-from poise.runs.pipeline import Options
+from poise.runs.options import Options
 from poise.runs.run import Run, load
 from poise.sampling import CHUNK
 

@@ -12,7 +12,8 @@ import poise
 from poise.errors import InputError, RunError
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import pipeline
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.training import CodeBatches, ImageBatches, Watch, engines, fit, loop, new_state
 from poise.training.step import training_step
 

@@ -23,7 +23,7 @@ from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
 from poise.runs.checkpoint import newest_checkpoint
-from poise.runs.pipeline import Options
+from poise.runs.options import Options
 from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
 from poise.studies.comparison.execution import execute
 from poise.studies.comparison.measuring import Measuring, resolve_extractor

@@ -30,7 +30,7 @@ from poise.errors import InputError
 from poise.latent import DiagonalGaussian, gaussian_kl
 from poise.networks import mlp
 from poise.priors import fit_mixture
-from poise.runs.pipeline import Options
+from poise.runs.options import Options
 from poise.vae import VAE
 
 Loss = Callable[..., object]

@@ -30,7 +30,8 @@ from poise.recipes import RECIPES, Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
 from poise.runs import checkpoint, pipeline
 from poise.runs.build import first_stage
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.training import CodeBatches, TrainingState, Watch, fit, new_state, restore_state, state_tensors
 
 RIVALS = [name for name in OBJECTIVES if name != "vae"]

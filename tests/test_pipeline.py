@@ -24,7 +24,8 @@ from poise.metrics import frechet_distance, structural_similarity
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import Data, Generation, Network, Recipe, Stage
 from poise.runs import checkpoint, pipeline
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.runs.run import load
 from poise.support import files
 from poise.vae import VAE

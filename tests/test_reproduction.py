@@ -14,7 +14,7 @@ import poise
 from poise import cli
 from poise.recipes import EXPERIMENTS, RECIPES
 from poise.report.records import read_records
-from poise.runs.pipeline import Options
+from poise.runs.options import Options
 from poise.runs.run import GENERATIONS
 from poise.studies.comparison import execution
 from poise.studies.comparison.measuring import measured, measuring_for

@@ -11,7 +11,8 @@ import pytest
 
 import poise
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.studies import results
 from poise.studies.results import Result, curves, read_results, result_of, safe_name, write_result
 

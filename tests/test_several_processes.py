@@ -27,7 +27,8 @@ from poise import training
 from poise.errors import InputError, RunError
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import checkpoint
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.training.distributed import GlobalBatchNorm
 
 WORLD = 2

@@ -16,7 +16,8 @@ from poise.errors import InputError
 from poise.recipes import RECIPES, Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
 from poise.runs import checkpoint, timing
-from poise.runs.pipeline import Options, train
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.runs.timing import Pace, Timing, fitted
 from poise.support.progress import hours_minutes
 from poise.training import ImageBatches, Watch, fit, new_state

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from poise.latent import DiagonalGaussian
     from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
-    from poise.runs.pipeline import Options, train
+    from poise.runs.options import Options
+    from poise.runs.pipeline import train
     from poise.runs.run import Run, load
     from poise.studies.comparison import Comparison, compare
     from poise.studies.reproduction import reproduce
@@ -99,7 +100,8 @@ _HOMES = {
     "estimator": ("VAEEstimator",),
     "evaluation": ("Evaluation", "evaluate"),
     "latent": ("DiagonalGaussian",),
-    "runs.pipeline": ("Options", "train"),
+    "runs.options": ("Options",),
+    "runs.pipeline": ("train",),
     "protocols": ("Measurement", "Protocol"),
     "recipes": ("Recipe",),
     "studies.reproduction": ("reproduce",),

@@ -103,7 +103,7 @@ class Compare:
         own = ("data", "device", "engine", "save_seconds", "stages")
         chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         chosen |= {"stages": 1} if self.stages == 1 else {}
-        from poise.runs.pipeline import Options
+        from poise.runs.options import Options
         from poise.studies.comparison import compare
 
         options = Options(self.device, self.save_seconds, engine=self.engine)
@@ -144,7 +144,7 @@ class Reproduce:
 
     def run(self) -> None:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
-        from poise.runs.pipeline import Options
+        from poise.runs.options import Options
         from poise.studies.reproduction import reproduce, text
 
         comparison = reproduce(self.name, options=Options(self.device, engine=self.engine), **chosen)

@@ -87,7 +87,8 @@ class Train:
         from poise.balance import make_balance
         from poise.objectives import make_objective
         from poise.report.cells import figures_table
-        from poise.runs.pipeline import Options, train
+        from poise.runs.options import Options
+        from poise.runs.pipeline import train
         from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):

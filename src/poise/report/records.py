@@ -12,7 +12,7 @@ from typing import Any
 
 from poise.errors import InputError, MissingInputError
 from poise.objectives import is_deterministic
-from poise.runs.run import read_config
+from poise.runs.folder import read_config
 from poise.studies.comparison.experiment import DESCRIPTION
 from poise.studies.results import Result, read_results, safe_name
 

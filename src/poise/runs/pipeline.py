@@ -1,15 +1,13 @@
 """The main job: images -> stage 1 -> codes -> stage 2 -> pictures and figures, in a folder, resumed if it was interrupted."""
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, closing
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +17,26 @@ from poise.data import NAMES, Dataset, gather
 from poise.data.decoding import grid, save_png
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.latent import DiagonalGaussian
-from poise.metrics import encode_all, pixel_std
+from poise.metrics import encode_all
 from poise.objectives import make_objective
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, check_words, from_json, to_json
-from poise.runs import plots, timing
+from poise.recipes.settings import Changes, Recipe, Stage
+from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     Saved,
-    checkpoints,
-    newest_checkpoint,
     read_folder,
     save_checkpoint,
     write_folder,
 )
-from poise.runs.run import Run, load, read_config, read_data
-from poise.support.files import write_failure, write_file, write_json
+from poise.runs.folder import configuration, open_folder, read_config, read_data
+from poise.runs.log import Log
+from poise.runs.options import Options
+from poise.runs.run import Run, load
+from poise.runs.timing import earlier_plan, make_plan
+from poise.support.files import write_file, write_json
 from poise.support.guards import locked, stop_signals
 from poise.support.seeds import drawn
-from poise.support.version import __version__
 from poise.training import (
     Batches,
     CodeBatches,
@@ -55,50 +54,12 @@ from poise.training import (
     state_tensors,
     threads,
     under,
-    usual_threads,
 )
 from poise.training.machine import choose_device
 from poise.vae import VAE
 
 PICTURES = 64
 PAIRS = 32
-MARGIN = 0.02  # of a budget, for starting the interpreter and what is not measured
-
-
-@dataclass(frozen=True)
-class Options:
-    """What surrounds a run and is none of its settings.
-
-    Attributes:
-        device: "auto", "cpu", "cuda", ... Each kind of device draws other noise from a seed: numbers differ in the way
-            that those of two seeds do.
-        save_seconds: time between checkpoints.
-        tensorboard: write TensorBoard files into the run's folder.
-        quiet: no progress display.
-        engine: how a step is taken. "captured": a CUDA graph, recorded once and replayed, with the same numbers as "eager";
-            for one process and for networks that decide nothing in Python from step to step (all of `poise.networks`).
-            "compiled": forward and backward as machine code made by torch.compile, within rounding of the eager step; worth
-            its minute of compiling on long runs. "compiled-captured": a CUDA graph of the compiled step. "auto": "captured"
-            for one process on CUDA, where a network that cannot be recorded goes on as "eager" with a warning; else "eager".
-            What was used stands in config.json.
-        threads: of the CPU, that share the work of this run; torch's own number stays as it is. None: one for a small dense
-            network, as many as torch has for others. 0, as the command has it: whichever number was fastest for some steps
-            when the run began. A run goes on with the number it began with (config.json), unless another is given.
-    """
-
-    device: str = "auto"
-    save_seconds: float = 60.0
-    tensorboard: bool = False
-    quiet: bool = False
-    engine: Engine = "auto"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_words(self)
-        if self.threads is not None and self.threads < 0:
-            raise InputError(f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}")
-        if not self.save_seconds >= 0:
-            raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")
 
 
 def train(
@@ -217,70 +178,6 @@ def networks_and_balances(recipe: Recipe, shape: list[int], vae: VAE | None) -> 
     return [first] if recipe.second is None else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
 
 
-class Plan(NamedTuple):
-    """What is chosen when a run begins and kept in its config.json: the recipe with its lengths, CPU threads (None: usual)."""
-
-    recipe: Recipe
-    threads: int | None
-
-
-def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
-    """What an earlier start of this very run chose; None: there was none."""
-    with suppress(InputError):  # a file that is damaged, or of a newer version: see `open_folder`
-        config = read_config(folder)
-        earlier: Recipe = from_json(Recipe, config["recipe"])
-        earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
-        if recipe.minutes is not None and recipe.minutes == earlier.minutes:
-            first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
-            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
-            recipe = replace(recipe, first=first, second=second, network=network)
-        if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
-            return Plan(recipe, config.get("threads"))
-    return None
-
-
-def make_plan(
-    recipe: Recipe,
-    stages: list[tuple[VAE, Balance]],
-    dataset: Dataset,
-    folder: Path,
-    device: torch.device,
-    options: Options,
-    began: float,
-    talks: bool,
-) -> Plan:
-    """Measure some steps; choose the number of threads and, where there is a budget, the lengths; tell the time it takes.
-
-    Args:
-        recipe, stages, dataset, folder, device, options: of the run.
-        began: see `prepare`.
-        talks: whether to tell.
-    """
-    count, num_images = options.threads, len(dataset.train)
-    if count == 0:
-        usual = usual_threads(stages[0][0])
-        several = device.type == "cpu" and usual > 1
-        data = ImageBatches(dataset.train, device)
-        count = timing.choose_threads([1, usual], *stages[0], recipe, data) if several else usual
-    count = distributed.on_first(lambda: count)
-    if recipe.minutes is None and options.quiet:  # nobody asks
-        return Plan(recipe, count)
-    measured = timing.measure(
-        recipe, stages, dataset, folder, device=device, engine=options.engine, count=count, save_seconds=options.save_seconds
-    )
-    if recipe.minutes is not None:
-        left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
-        recipe = distributed.on_first(lambda: timing.fitted(recipe, measured, num_images, left))
-    if talks:
-        print(timing.estimate(recipe, measured, num_images), file=sys.stderr)
-    return Plan(recipe, count)
-
-
-def with_length(stage: Any, other: Stage | None) -> Any:
-    """A stage with the length and halvings of another one; None where one of them is."""
-    return stage and other and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
-
-
 def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
     """What is about to be done, and where.
 
@@ -320,72 +217,6 @@ def source_of(images: Any, recipe: Recipe) -> str:
         return own
     named = images in NAMES or not Path(images).exists()
     return str(images) if named else str(Path(images).resolve())
-
-
-def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
-    """What config.json holds."""
-    versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
-
-
-def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
-    """Where an earlier run of the same settings and data stopped; None: there is nothing of one, the folder may be used.
-
-    Raises:
-        InputError: the folder holds something else, or a run of other settings or data.
-        RunError: every checkpoint is damaged.
-    """
-    settings, data = config["recipe"], config["data"]
-    for torn in folder.glob(".writing-*"):  # left by a process that was killed
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-    is_run = (folder / "config.json").exists()
-    if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
-    if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
-        if (folder / "summary.json").exists():
-            gone = f"{folder} was finished, and its checkpoints are gone"
-            print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
-            for name in ("summary.json", "evaluation.json", "diagnosis.json"):
-                (folder / name).unlink(missing_ok=True)
-        return None
-    earlier = read_config(folder)
-    if earlier["data"]["checksum"] == data["checksum"]:
-        earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
-    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
-    differing = differences(*json.loads(json.dumps([was, settings])))
-    if earlier["data"]["checksum"] != data["checksum"]:
-        differing.append("the images themselves")
-    if differing:
-        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out")
-    saved, complaints = newest_checkpoint(folder / "checkpoints")
-    for line in complaints:
-        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
-    return saved
-
-
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """What config.json says of the data."""
-    return {
-        "source": dataset.source,
-        "shape": list(dataset.shape),
-        "train": len(dataset.train),
-        "test": len(dataset.test),
-        "checksum": dataset.checksum,
-        "pixel_std": pixel_std(dataset.train),
-        "notes": list(dataset.notes),
-    }
-
-
-def differences(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Settings that differ, each as "name: was -> is"."""
-    lines: list[str] = []
-    for key in sorted(set(earlier) | set(now)):
-        was, new = earlier.get(key), now.get(key)
-        if isinstance(was, dict) and isinstance(new, dict):
-            lines += differences(was, new, f"{where}{key}.")
-        elif was != new:
-            lines.append(f"{where}{key}: {was} -> {new}")
-    return lines
 
 
 class Job:
@@ -510,55 +341,6 @@ class Job:
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
         if distributed.rank() == 0:
             save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
-
-
-class Log:
-    """metrics.jsonl, and TensorBoard's files where asked for; what lies after the position resumed from is dropped."""
-
-    def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
-        path = folder / "metrics.jsonl"
-        kept = [line for line in _entries(path) if (line["stage"], line["step"]) <= (stage, step)]
-        write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-        self._file = open(path, "a", encoding="utf-8")
-        self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
-
-    def write(self, entry: dict[str, float]) -> None:
-        """Add an entry.
-
-        Raises:
-            RunError: the disk is full.
-        """
-        try:
-            print(json.dumps(entry), file=self._file, flush=True)
-        except OSError as error:
-            raise write_failure(Path(self._file.name), error) from error
-        if self._boards:
-            for name in set(entry) - {"stage", "step"}:
-                self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
-
-    def close(self) -> None:
-        with suppress(OSError):  # a full disk was reported when the entry was written
-            self._file.close()
-        for board in self._boards.values():
-            board.close()
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break  # torn by a kill; what follows a checkpoint is logged again
-    return entries
-
-
-def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
-    """One writer for each stage; in the stage that is resumed, later steps are purged."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}
-    return {stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step) for stage, step in purged.items()}
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:

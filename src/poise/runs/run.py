@@ -27,9 +27,8 @@ from torch import Tensor
 
 from poise.balance import Balance
 from poise.data import Dataset, Rows, head, read_images
-from poise.data import load as load_data
 from poise.data.decoding import grid, to_picture
-from poise.errors import InputError, MissingInputError, RunError
+from poise.errors import InputError, RunError
 from poise.evaluation import (
     AUTO,
     Evaluation,
@@ -65,9 +64,10 @@ from poise.priors import (
     renormalisation_factor,
 )
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
-from poise.recipes.settings import Data, Generation, Recipe, from_json
+from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
+from poise.runs.folder import read_config, read_data
 from poise.runs.plots import training_curves
 from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
 from poise.shapes import Images, Latents
@@ -528,19 +528,6 @@ class Run:
         return f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, {self.data['train']} training images{state})"
 
 
-def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
-    """The images that settings name (or those given in their place), prepared as the settings say."""
-    return load_data(
-        settings.source if images is None else images,
-        size=settings.size,
-        channels=settings.channels,
-        jpeg_quality=settings.jpeg_quality,
-        file_order=settings.file_order,
-        skip_unreadable=settings.skip_unreadable,
-        cache=cache,
-    )
-
-
 def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
     """The run in a folder. Nothing else is needed, but for a network of your own.
 
@@ -571,25 +558,3 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
     return Run(folder, config, saved, warnings, vae).to(choose_device(device))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run.
-
-    Raises:
-        InputError: not a run's folder.
-    """
-    if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        missing = {"poise", "recipe", "data"} - set(config)
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is not a run's folder: it has no config.json; give the one that `poise train` wrote"
-        ) from None
-    except (ValueError, TypeError):
-        raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
-    if missing:
-        raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
-    return config

@@ -11,10 +11,13 @@ that it has in the recipe, but at least a tenth: at 64 pixels on two cores the r
 
 import copy
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +25,10 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.data import Dataset
 from poise.errors import InputError
-from poise.recipes.settings import Recipe, Stage
+from poise.recipes.settings import Recipe, Stage, from_json, to_json
 from poise.runs.checkpoint import write_folder
+from poise.runs.folder import read_config
+from poise.runs.options import Options
 from poise.support.progress import hours_minutes
 from poise.training import (
     Batches,
@@ -52,6 +57,71 @@ PASSES = {"train": (1, 0), "test": (2, 3)}  # of encoder and decoder over the im
 SECOND_PASSES = (2, 2)  # of stage 2 over the training codes
 LEAST_STEPS = 10
 SHARE_OF_AVERAGE = 0.1  # of stage 1, that BatchNorm's running averages are taken over
+MARGIN = 0.02  # of a budget, for starting the interpreter and what is not measured
+
+
+class Plan(NamedTuple):
+    """What is chosen when a run begins and kept in its config.json: the recipe with its lengths, CPU threads (None: usual)."""
+
+    recipe: Recipe
+    threads: int | None
+
+
+def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
+    """What an earlier start of this very run chose; None: there was none."""
+    with suppress(InputError):  # a file that is damaged, or of a newer version: see `open_folder`
+        config = read_config(folder)
+        earlier: Recipe = from_json(Recipe, config["recipe"])
+        earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
+        if recipe.minutes is not None and recipe.minutes == earlier.minutes:
+            first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
+            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
+            recipe = replace(recipe, first=first, second=second, network=network)
+        if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
+            return Plan(recipe, config.get("threads"))
+    return None
+
+
+def make_plan(
+    recipe: Recipe,
+    stages: list[tuple[VAE, Balance]],
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device,
+    options: Options,
+    began: float,
+    talks: bool,
+) -> Plan:
+    """Measure some steps; choose the number of threads and, where there is a budget, the lengths; tell the time it takes.
+
+    Args:
+        recipe, stages, dataset, folder, device, options: of the run.
+        began: see `prepare`.
+        talks: whether to tell.
+    """
+    count, num_images = options.threads, len(dataset.train)
+    if count == 0:
+        usual = usual_threads(stages[0][0])
+        several = device.type == "cpu" and usual > 1
+        data = ImageBatches(dataset.train, device)
+        count = choose_threads([1, usual], *stages[0], recipe, data) if several else usual
+    count = distributed.on_first(lambda: count)
+    if recipe.minutes is None and options.quiet:  # nobody asks
+        return Plan(recipe, count)
+    measured = measure(
+        recipe, stages, dataset, folder, device=device, engine=options.engine, count=count, save_seconds=options.save_seconds
+    )
+    if recipe.minutes is not None:
+        left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
+        recipe = distributed.on_first(lambda: fitted(recipe, measured, num_images, left))
+    if talks:
+        print(estimate(recipe, measured, num_images), file=sys.stderr)
+    return Plan(recipe, count)
+
+
+def with_length(stage: Any, other: Stage | None) -> Any:
+    """A stage with the length and halvings of another one; None where one of them is."""
+    return stage and other and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
 
 
 @dataclass(frozen=True)

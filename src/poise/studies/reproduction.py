@@ -13,7 +13,8 @@ from poise.errors import InputError
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import EXPERIMENTS, RECIPES
 from poise.recipes.settings import Generation, Recipe, Stage
-from poise.runs.pipeline import Options, resolve
+from poise.runs.options import Options
+from poise.runs.pipeline import resolve
 from poise.runs.run import GENERATIONS
 from poise.studies.comparison import Comparison, Experiment, conduct
 from poise.studies.comparison.experiment import deadline

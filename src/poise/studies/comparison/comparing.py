@@ -13,7 +13,8 @@ from poise.data import read_images
 from poise.errors import InputError
 from poise.protocols import Protocol, find_protocol
 from poise.recipes.settings import Changes, Recipe
-from poise.runs.pipeline import Options, resolve
+from poise.runs.options import Options
+from poise.runs.pipeline import resolve
 from poise.runs.run import GENERATIONS, PriorName
 from poise.studies.comparison.experiment import Comparison, Experiment, conduct, deadline
 from poise.studies.comparison.plan import variants

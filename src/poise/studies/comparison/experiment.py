@@ -19,8 +19,9 @@ from poise.data import Dataset
 from poise.errors import InputError
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, to_json
-from poise.runs.pipeline import Options, differences
-from poise.runs.run import PriorName, read_data
+from poise.runs.folder import differences, read_data
+from poise.runs.options import Options
+from poise.runs.run import PriorName
 from poise.studies.comparison.execution import Outcome, execute
 from poise.studies.comparison.measuring import Measuring, measuring_for
 from poise.studies.comparison.plan import Crew, Task, check_specs, check_start, crew_for, recipes, unsourced

@@ -17,10 +17,11 @@ from poise.errors import InputError
 from poise.objectives import make_objective
 from poise.recipes.settings import Changes, Recipe, from_json, to_json
 from poise.runs.build import first_stage
-from poise.runs.pipeline import Options, choose_engine
+from poise.runs.options import Options
 from poise.studies.comparison.measuring import Measuring
 from poise.studies.results import Result, read_results, safe_name
 from poise.support.files import strict
+from poise.training import choose_engine
 from poise.training.machine import choose_device
 
 SAME = "same"

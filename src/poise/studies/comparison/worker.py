@@ -21,8 +21,9 @@ import torch
 from poise.data import Dataset
 from poise.errors import InputError, Interrupted, RunError
 from poise.recipes.settings import Data
-from poise.runs.pipeline import Options, train
-from poise.runs.run import read_data
+from poise.runs.folder import read_data
+from poise.runs.options import Options
+from poise.runs.pipeline import train
 from poise.studies.comparison.measuring import measured
 from poise.studies.comparison.plan import Task
 from poise.studies.results import result_of, source_commit, write_result

@@ -1,0 +1,125 @@
+"""The folder of a run as a place: config.json, what else may lie there, and whether a run may go on in it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.data import Dataset
+from poise.data import load as load_data
+from poise.errors import InputError, MissingInputError
+from poise.metrics import pixel_std
+from poise.recipes.settings import Data, Recipe, from_json, to_json
+from poise.runs.checkpoint import (
+    Saved,
+    checkpoints,
+    newest_checkpoint,
+)
+from poise.support.version import __version__
+from poise.training import (
+    Engine,
+)
+
+
+def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
+    """Where an earlier run of the same settings and data stopped; None: there is nothing of one, the folder may be used.
+
+    Raises:
+        InputError: the folder holds something else, or a run of other settings or data.
+        RunError: every checkpoint is damaged.
+    """
+    settings, data = config["recipe"], config["data"]
+    for torn in folder.glob(".writing-*"):  # left by a process that was killed
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    is_run = (folder / "config.json").exists()
+    if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
+    if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
+        if (folder / "summary.json").exists():
+            gone = f"{folder} was finished, and its checkpoints are gone"
+            print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
+            for name in ("summary.json", "evaluation.json", "diagnosis.json"):
+                (folder / name).unlink(missing_ok=True)
+        return None
+    earlier = read_config(folder)
+    if earlier["data"]["checksum"] == data["checksum"]:
+        earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
+    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
+    differing = differences(*json.loads(json.dumps([was, settings])))
+    if earlier["data"]["checksum"] != data["checksum"]:
+        differing.append("the images themselves")
+    if differing:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out")
+    saved, complaints = newest_checkpoint(folder / "checkpoints")
+    for line in complaints:
+        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
+    return saved
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        InputError: not a run's folder.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        missing = {"poise", "recipe", "data"} - set(config)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not a run's folder: it has no config.json; give the one that `poise train` wrote"
+        ) from None
+    except (ValueError, TypeError):
+        raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
+    if missing:
+        raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
+    return config
+
+
+def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
+    """The images that settings name (or those given in their place), prepared as the settings say."""
+    return load_data(
+        settings.source if images is None else images,
+        size=settings.size,
+        channels=settings.channels,
+        jpeg_quality=settings.jpeg_quality,
+        file_order=settings.file_order,
+        skip_unreadable=settings.skip_unreadable,
+        cache=cache,
+    )
+
+
+def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
+    """What config.json holds."""
+    versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What config.json says of the data."""
+    return {
+        "source": dataset.source,
+        "shape": list(dataset.shape),
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+        "checksum": dataset.checksum,
+        "pixel_std": pixel_std(dataset.train),
+        "notes": list(dataset.notes),
+    }
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Settings that differ, each as "name: was -> is"."""
+    lines: list[str] = []
+    for key in sorted(set(earlier) | set(now)):
+        was, new = earlier.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(new, dict):
+            lines += differences(was, new, f"{where}{key}.")
+        elif was != new:
+            lines.append(f"{where}{key}: {was} -> {new}")
+    return lines
