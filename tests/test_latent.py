@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from poise.latent import DiagonalGaussian, active_units, gaussian_kl, variance_law
+from poise.latent import DiagonalGaussian, gaussian_kl, variance_law
 
 
 @pytest.fixture
@@ -56,10 +56,3 @@ def test_the_released_variance_law_is_too_large_by_the_difference_of_std_and_var
     excess = variance_law(mean, logvar, released=True) - 1
     assert (excess > 0).all()
     torch.testing.assert_close(excess, variance.sqrt() - variance, rtol=1e-10, atol=1e-12)
-
-
-def test_active_units_are_those_whose_mean_varies():
-    signs = torch.tensor([1.0, -1.0]).repeat(50).unsqueeze(1)
-    mean = 7 + signs * torch.tensor([0.0, 0.005, 0.0099, 0.0101, 1.0]).sqrt()  # these are the variances
-    assert active_units(mean) == 2
-    assert active_units(torch.zeros(4, 3)) == 0

@@ -72,8 +72,3 @@ def variance_law(mean: Latents, logvar: Latents, *, released: bool = False) -> P
     mean, logvar = mean.double(), logvar.double()
     noise = (0.5 * logvar).exp().mean(0) if released else logvar.exp().mean(0)
     return mean.var(0, correction=0) + noise
-
-
-def active_units(mean: Latents) -> int:
-    """Number of latents whose mean varies over the data by more than 0.01 (variance; Burda et al. 2016, section 5.1)."""
-    return int((mean.double().var(0, correction=0) > ACTIVE_VARIANCE).sum())

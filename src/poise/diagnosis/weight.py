@@ -53,7 +53,7 @@ class LossWeights:
 
     @property
     def known(self) -> bool:
-        """Whether `gamma2` and `equivalent_beta` have a meaning."""
+        """Whether `gamma2` has a meaning."""
         return self.finite and self.error is not None and self.kl_formula in ("exact", "absent")
 
     @property
@@ -61,9 +61,6 @@ class LossWeights:
         """k / (p c), eq. 1 for any power p of the error; for cross-entropy k / c, which is 1 at balance."""
         power = 2 if self.error == "squared" else 1
         return self.kl_weight / (power * self.error_weight) if self.error_weight else math.inf
-
-    def equivalent_beta(self, seen: Seen) -> float:
-        return self.gamma2 / self.balanced_gamma2(seen)
 
     def balanced_gamma2(self, seen: Seen) -> float:
         """What gamma2 should be: the mean error (for cross-entropy, a likelihood without scale, 1)."""
