@@ -1,1 +1,1 @@
-"""Several runs compared: `comparison` (labels times seeds), `reproduction` (published experiments), `results` (one JSON a run)."""
+"""Several runs compared: `comparison` (labels times seeds), `reproduction` (published experiments), `results` (JSON files)."""
