@@ -35,8 +35,27 @@ from sklearn.decomposition import PCA
 
 import poise
 from benchmarks.measuring import machine, show, write_report
-from claims.design import COMPUTED, DIGITS, FASHION, LEARNED, MNIST, Compared, Trial, balanced, design
-from claims.figures import KL, TEST_MSE, Evidence, balanced_share, distance, evidence_bound, images_to, speed_up
+from claims.design import (
+    COMPUTED,
+    DIGITS,
+    FASHION,
+    LEARNED,
+    MNIST,
+    Compared,
+    Trial,
+    balanced,
+    design,
+)
+from claims.figures import (
+    KL,
+    TEST_MSE,
+    Evidence,
+    balanced_share,
+    distance,
+    evidence_bound,
+    images_to,
+    speed_up,
+)
 from claims.work import work
 from poise.balance import make_balance
 from poise.studies.results import read_results
@@ -64,7 +83,13 @@ def compared_runs(folder: Path, sources: dict[str, str]) -> dict[str, Any]:
     """Both averages on the claims' networks and schedules."""
     experiments = [DIGITS] + [name for name in (MNIST, FASHION) if _source(name) in sources]
     for label in (PLAIN, DEBIASED):
-        work(list(trials(label, experiments)), folder / "runs", folder / "results", sources, processes=0)
+        work(
+            list(trials(label, experiments)),
+            folder / "runs",
+            folder / "results",
+            sources,
+            processes=0,
+        )
     evidence = Evidence([*read_results([folder / "results"])])
     slow = Evidence(r for r in read_results([CLAIMS]) if r.label == LEARNED)
     return {name: _figures(evidence, slow, name) for name in experiments}
@@ -78,13 +103,19 @@ def _figures(evidence: Evidence, slow: Evidence, experiment: str) -> dict[str, A
     """Each figure of each seed, of both labels."""
     quantities = {"test MSE": TEST_MSE, "KL": KL, "ELBO at the best gamma2": evidence_bound}
     quantities |= {f"FD-pixels of {of}": distance(of, "pixels") for of in SETS}
-    quantities["balanced within 10 %, from the first step"] = lambda run: balanced_share(run, 0.1, settled=False)
+    quantities["balanced within 10 %, from the first step"] = lambda run: balanced_share(
+        run, 0.1, settled=False
+    )
     figures: dict[str, Any] = {}
     for label in (PLAIN, DEBIASED):
-        found = {name: list(evidence.values(experiment, label, q).values()) for name, q in quantities.items()}
+        found = {
+            name: list(evidence.values(experiment, label, q).values())
+            for name, q in quantities.items()
+        }
         for part in (0.05, 0.25, 0.5, 1.0):
             found[f"images to the MSE of first-batch after {part:.0%}"] = [
-                images_to(run, _reached(plain, part)) for plain, run in evidence.pairs(experiment, PLAIN, label)
+                images_to(run, _reached(plain, part))
+                for plain, run in evidence.pairs(experiment, PLAIN, label)
             ]
             found[f"C1: fewer images than learned after {part:.0%}"] = [
                 speed_up(slow.runs(experiment, LEARNED)[seed], run, part)
@@ -137,7 +168,11 @@ def thirty_steps() -> dict[str, list[dict[str, float]]]:
                 optimizer.zero_grad()
                 terms.loss.backward()
                 optimizer.step()
-                last = {"gamma2": float(balance.gamma2), "mse": float(terms.mse), "kl": float(terms.kl)}
+                last = {
+                    "gamma2": float(balance.gamma2),
+                    "mse": float(terms.mse),
+                    "kl": float(terms.kl),
+                }
             found[label].append(last)
     return found
 

@@ -38,8 +38,12 @@ def quick_run(data: str, device: str, folder: Path) -> Run:
     recipe = find_recipe(None, data)
     assert recipe.second is not None
     short = {"epochs": None, "halve_every": None, "steps": 20}
-    recipe = replace(recipe, first=replace(recipe.first, **short), second=replace(recipe.second, **short))
-    return poise.train(data, recipe=recipe, out=folder, options=poise.Options(device=device, quiet=True))
+    recipe = replace(
+        recipe, first=replace(recipe.first, **short), second=replace(recipe.second, **short)
+    )
+    return poise.train(
+        data, recipe=recipe, out=folder, options=poise.Options(device=device, quiet=True)
+    )
 
 
 def timed(parts: dict[str, float], name: str, task: Any, device: torch.device) -> Any:
@@ -61,34 +65,70 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         os.environ[CACHE_VARIABLE] = cache
         for name in ("features of real images computed", "features of real images kept"):
-            evaluation = timed(whole, name, lambda: run.evaluate(protocol=protocol, extractor=extractor), device)
-    timed(parts, "figures of the model", lambda: run.evaluate(protocol=protocol, extractor="none"), device)
+            evaluation = timed(
+                whole, name, lambda: run.evaluate(protocol=protocol, extractor=extractor), device
+            )
+    timed(
+        parts,
+        "figures of the model",
+        lambda: run.evaluate(protocol=protocol, extractor="none"),
+        device,
+    )
     fresh = poise.load(run.folder, device=str(device))
     timed(parts, "mixture fitted", lambda: fresh.prior("mixture"), device)
-    real = timed(parts, "features of real images", lambda: features_of(extractor, test, count), device).to(device)
+    real = timed(
+        parts, "features of real images", lambda: features_of(extractor, test, count), device
+    ).to(device)
     known = {name: getattr(extractor, name) for name in ("name", "checksum", "resize")}
     conditions = complete(
-        replace(protocol, side=test.shape[-1], extractor=known["name"], extractor_checksum=known["checksum"]), count
+        replace(
+            protocol,
+            side=test.shape[-1],
+            extractor=known["name"],
+            extractor_checksum=known["checksum"],
+        ),
+        count,
     )
     reference = Reference(real, conditions)
-    timed(parts, "statistics of real images", lambda: (reference.gaussian, reference.reaches), device)
+    timed(
+        parts, "statistics of real images", lambda: (reference.gaussian, reference.reaches), device
+    )
     for label, prior in GENERATIONS.items():
         images = timed(parts, f"{label} generated", partial(run.sample, count, prior=prior), device)
-        found = timed(parts, f"{label} features", lambda i=images: features_of(extractor, i, count), device).to(device)
-        timed(parts, f"{label} metrics", lambda f=found: list(distances(reference, f, conditions, extractor)), device)
+        found = timed(
+            parts, f"{label} features", lambda i=images: features_of(extractor, i, count), device
+        ).to(device)
+        timed(
+            parts,
+            f"{label} metrics",
+            lambda f=found: list(distances(reference, f, conditions, extractor)),
+            device,
+        )
     figures = {f"{m.metric} of {m.of}": m.value for m in evaluation.measurements}
-    return {"images": count, "sets": 1 + len(GENERATIONS), "whole": whole, "parts": parts, "figures": figures}
+    return {
+        "images": count,
+        "sets": 1 + len(GENERATIONS),
+        "whole": whole,
+        "parts": parts,
+        "figures": figures,
+    }
 
 
 def precisions(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     """Features with and without TF32, and the distance of test and training images in both."""
     dataset, device = run.dataset(), run.device
     found = {
-        name: [features_of(replace(extractor, tf32=tf32), side, count) for side in (dataset.test, dataset.train)]
+        name: [
+            features_of(replace(extractor, tf32=tf32), side, count)
+            for side in (dataset.test, dataset.train)
+        ]
         for name, tf32 in (("TF32", True), ("float32", False))
     }
     difference = found["TF32"][0] - found["float32"][0]
-    values = {name: frechet_distance(*(side.to(device) for side in sides)) for name, sides in found.items()}
+    values = {
+        name: frechet_distance(*(side.to(device) for side in sides))
+        for name, sides in found.items()
+    }
     mixed = frechet_distance(found["TF32"][0].to(device), found["float32"][1].to(device))
     return {
         "images": count,
@@ -99,7 +139,9 @@ def precisions(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--images", type=int, default=10_000)
@@ -115,11 +157,19 @@ def main() -> None:
             else quick_run(options.data, options.device, Path(folder) / "run")
         )
         extractor, dataset = make_extractor(options.extractor, run.device), run.dataset()
-        test = features_of(extractor, dataset.test, min(options.images, len(dataset.test)))  # which warms up, too
-        train = features_of(extractor, dataset.train, min(options.against_train, len(dataset.train)))
+        test = features_of(
+            extractor, dataset.test, min(options.images, len(dataset.test))
+        )  # which warms up, too
+        train = features_of(
+            extractor, dataset.train, min(options.against_train, len(dataset.train))
+        )
         distance = frechet_distance(test.to(run.device), train.to(run.device))
         report: dict[str, Any] = machine(run.device)
-        report |= {"extractor": extractor.name, "precision": extractor.precision, "data": dataset.source}
+        report |= {
+            "extractor": extractor.name,
+            "precision": extractor.precision,
+            "data": dataset.source,
+        }
         report["check"] = {"test": len(test), "train": len(train), "distance": distance}
         print(report["check"], flush=True)
         report["seconds"] = measure(run, extractor, len(test))

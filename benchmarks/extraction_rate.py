@@ -48,7 +48,11 @@ def folded(network: nn.Module, batch: Tensor) -> Forward:
     """Batch normalisation folded into convolutions, channels_last."""
     if isinstance(network, torch.jit.ScriptModule):
         raise InputError("a TorchScript network is folded by freezing")
-    pairs = [layer for layer in network.modules() if isinstance(getattr(layer, "bn", None), nn.BatchNorm2d)]
+    pairs = [
+        layer
+        for layer in network.modules()
+        if isinstance(getattr(layer, "bn", None), nn.BatchNorm2d)
+    ]
     if not pairs:
         raise InputError("nothing is left to fold")
     for layer in pairs:
@@ -59,17 +63,25 @@ def folded(network: nn.Module, batch: Tensor) -> Forward:
 
 def unfolded(network: nn.Module, batch: Tensor) -> Forward:
     """A batch normalisation (that changes nothing) behind every convolution, channels_last."""
-    if isinstance(network, torch.jit.ScriptModule) or any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+    if isinstance(network, torch.jit.ScriptModule) or any(
+        isinstance(layer, nn.BatchNorm2d) for layer in network.modules()
+    ):
         raise InputError("it has its batch normalisations")
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Conv2d):
-                setattr(parent, name, nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels, eps=0).eval()))
+                setattr(
+                    parent,
+                    name,
+                    nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels, eps=0).eval()),
+                )
     return channels_last(network, batch)
 
 
 def frozen(network: nn.Module, batch: Tensor) -> Forward:
-    scripted = network if isinstance(network, torch.jit.ScriptModule) else torch.jit.trace(network, batch)
+    scripted = (
+        network if isinstance(network, torch.jit.ScriptModule) else torch.jit.trace(network, batch)
+    )
     return torch.jit.freeze(scripted)  # pyright: ignore[reportArgumentType]
 
 
@@ -93,11 +105,23 @@ def openvino(network: nn.Module, batch: Tensor) -> Forward:
     import openvino  # pyright: ignore[reportMissingImports]
 
     converted = openvino.convert_model(network, example_input=batch[:1])
-    run = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"})
+    run = openvino.compile_model(
+        converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"}
+    )
     return lambda images: torch.from_numpy(run(images.numpy())[0])
 
 
-WAYS = (as_loaded, channels_last, folded, unfolded, frozen, frozen_channels_last, optimized, compiled, openvino)
+WAYS = (
+    as_loaded,
+    channels_last,
+    folded,
+    unfolded,
+    frozen,
+    frozen_channels_last,
+    optimized,
+    compiled,
+    openvino,
+)
 
 
 def ways(extractor: Extractor, batch: Tensor) -> tuple[dict[str, Forward], dict[str, str]]:
@@ -133,7 +157,9 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def measure(tasks: dict[tuple[str, str], Callable[[], Any]], rounds: int) -> dict[tuple[str, str], list[float]]:
+def measure(
+    tasks: dict[tuple[str, str], Callable[[], Any]], rounds: int
+) -> dict[tuple[str, str], list[float]]:
     times: dict[tuple[str, str], list[float]] = {task: [] for task in tasks}
     for _ in range(rounds):
         for task, run in tasks.items():
@@ -142,34 +168,63 @@ def measure(tasks: dict[tuple[str, str], Callable[[], Any]], rounds: int) -> dic
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inception", type=Path, nargs="*", help="files of Inception's weights; by default the one at hand")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        nargs="*",
+        help="files of Inception's weights; by default the one at hand",
+    )
     parser.add_argument("--images", type=int, default=CPU_BATCH, help="in a batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", r"`torch\.jit")  # deprecated, and measured nevertheless
-    files = options.inception if options.inception is not None else [path for path in [available_inception()] if path]
+    files = (
+        options.inception
+        if options.inception is not None
+        else [path for path in [available_inception()] if path]
+    )
     extractors = {f"inception, {path.suffix}": inception(path) for path in files}
     if find_spec(LIGHT_PACKAGE):
         extractors["light"] = make_extractor("light")
-    bytes_ = torch.randint(0, 256, (options.images, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bytes_ = torch.randint(
+        0,
+        256,
+        (options.images, 3, 32, 32),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE)
-    tasks: dict[tuple[str, str], Callable[[], Any]] = {("matrix", "product"): partial(torch.mm, matrix, matrix)}
+    tasks: dict[tuple[str, str], Callable[[], Any]] = {
+        ("matrix", "product"): partial(torch.mm, matrix, matrix)
+    }
     networks: dict[str, dict[str, Any]] = {}
     for name, extractor in extractors.items():
         module: Any = extractor.network
         batch = prepared(extractor, bytes_)
         expected = module.network(batch)
         found, left_out = ways(extractor, batch)
-        deviations = {way: float((forward(batch) - expected).abs().max()) for way, forward in found.items()}
+        deviations = {
+            way: float((forward(batch) - expected).abs().max()) for way, forward in found.items()
+        }
         gflop = flops(module.network, batch) / 1e9
-        networks[name] = {"gflop_per_image": round(gflop, 3), "deviations": deviations, "left_out": left_out}
+        networks[name] = {
+            "gflop_per_image": round(gflop, 3),
+            "deviations": deviations,
+            "left_out": left_out,
+        }
         tasks |= {(name, way): partial(forward, batch) for way, forward in found.items()}
         tasks[name, "whole extractor, 32x32 bytes"] = partial(extract, extractor, bytes_)
     measure(tasks, 1)
@@ -179,7 +234,10 @@ def main() -> None:
         if name == "matrix":
             continue
         rates = [options.images / s for s in values]
-        shares = [networks[name]["gflop_per_image"] * rate / most for rate, most in zip(rates, gflops, strict=True)]
+        shares = [
+            networks[name]["gflop_per_image"] * rate / most
+            for rate, most in zip(rates, gflops, strict=True)
+        ]
         figures = {"images_per_second": summary(rates), "share_of_matrix_rate": summary(shares)}
         if way in networks[name]["deviations"]:
             figures["largest_deviation"] = networks[name]["deviations"].pop(way)

@@ -33,7 +33,12 @@ NAMES = {
     "recall": "recall",
     "IS": "inception_score_mean",
 }
-SETTINGS = {"kid_subsets": 100, "kid_subset_size": 1000, "kid_kernel": "poly", "kid_kernel_poly_degree": 3} | {
+SETTINGS = {
+    "kid_subsets": 100,
+    "kid_subset_size": 1000,
+    "kid_kernel": "poly",
+    "kid_kernel_poly_degree": 3,
+} | {
     "kid_kernel_poly_gamma": None,
     "kid_kernel_poly_coef0": 1,
     "rng_seed": 2020,
@@ -53,7 +58,11 @@ def on_the_same_features(generated: torch.Tensor, real: torch.Tensor) -> dict[st
     both = [features.double() for features in (generated, real)]
     statistics = [fid_features_to_statistics(features) for features in both]
     figures = fid_statistics_to_metric(*statistics, verbose=False)
-    return figures | kid_features_to_metric(*both, **SETTINGS) | prc_features_to_metric(*both, **SETTINGS)
+    return (
+        figures
+        | kid_features_to_metric(*both, **SETTINGS)
+        | prc_features_to_metric(*both, **SETTINGS)
+    )
 
 
 def from_images(generated: np.ndarray, real: np.ndarray, weights: Path) -> dict[str, float]:
@@ -85,12 +94,21 @@ def from_images(generated: np.ndarray, real: np.ndarray, weights: Path) -> dict[
 
 
 def beside(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, dict[str, float]]:
-    pairs = {name: (ours[name], theirs[known]) for name, known in NAMES.items() if name in ours and known in theirs}
-    return {name: {"ours": a, "torch_fidelity": b, "relative": abs(a - b) / abs(b)} for name, (a, b) in pairs.items()}
+    pairs = {
+        name: (ours[name], theirs[known])
+        for name, known in NAMES.items()
+        if name in ours and known in theirs
+    }
+    return {
+        name: {"ours": a, "torch_fidelity": b, "relative": abs(a - b) / abs(b)}
+        for name, (a, b) in pairs.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--inception", required=True)
     parser.add_argument("--count", type=int, default=2000)
@@ -101,11 +119,20 @@ def main() -> None:
     generated, real = (np.asarray(side[: options.count]) for side in (data.test, data.train))
     extractor = make_extractor(options.inception)
     produced = Produced("test", lambda count: chunks_of(generated, count), len(generated))
-    known = {"extractor": extractor.name, "extractor_checksum": extractor.checksum, "resize": extractor.resize}
+    known = {
+        "extractor": extractor.name,
+        "extractor_checksum": extractor.checksum,
+        "resize": extractor.resize,
+    }
     protocol = replace(PROTOCOLS["every-image"], **known)
     kept: list[torch.Tensor] = []
-    recording = replace(extractor, network=lambda levels: kept.append(extractor.network(levels)) or kept[-1])
-    with tempfile.TemporaryDirectory() as cache, unittest.mock.patch.dict(os.environ, POISE_CACHE=cache):
+    recording = replace(
+        extractor, network=lambda levels: kept.append(extractor.network(levels)) or kept[-1]
+    )
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        unittest.mock.patch.dict(os.environ, POISE_CACHE=cache),
+    ):
         measured = compare(real, [produced], protocol, recording, quiet=False)
     ours = {m.metric: m.value for m in measured}
     features = dict(zip(("real", "generated"), torch.cat(kept).split(options.count), strict=True))
@@ -116,7 +143,9 @@ def main() -> None:
         "protocol": measured[0].protocol.hash,
         "versions": {name: version(name) for name in ("poise", "torch", "torch-fidelity")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "same_features": beside(ours, on_the_same_features(features["generated"], features["real"])),
+        "same_features": beside(
+            ours, on_the_same_features(features["generated"], features["real"])
+        ),
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     if options.end_to_end:

@@ -45,14 +45,21 @@ CASES: list[tuple[str, int, int, int]] = [  # network, side, batch, seeds
 
 def stored(path: Path, side: int) -> np.ndarray:
     images = np.load(path)["x_train"][:NUMBER]
-    values = torch.from_numpy(images[..., None] if images.ndim == 3 else images).permute(0, 3, 1, 2).float()
+    values = (
+        torch.from_numpy(images[..., None] if images.ndim == 3 else images)
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     sized = F.interpolate(values, (side, side), mode="bilinear", antialias=True)
     return sized.round().clamp(0, 255).byte().numpy()
 
 
 def gradients(side: int) -> np.ndarray:
     random = np.random.default_rng(0)
-    angle, colours = random.uniform(0, 2 * np.pi, NUMBER), random.integers(0, 256, (NUMBER, 2, 3, 1, 1))
+    angle, colours = (
+        random.uniform(0, 2 * np.pi, NUMBER),
+        random.integers(0, 256, (NUMBER, 2, 3, 1, 1)),
+    )
     rows, columns = np.mgrid[:side, :side] / (side - 1) - 0.5
     along = np.cos(angle)[:, None, None] * rows + np.sin(angle)[:, None, None] * columns
     share = (along / np.abs(along).max((1, 2), keepdims=True) + 1)[:, None] / 2
@@ -91,12 +98,22 @@ def settings(network: str, initialisation: str, batch: int, seed: int) -> Recipe
     return given(recipe, network=given(recipe.network, initialisation=initialisation))
 
 
-def kls(recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, warm_up: int = 0) -> list[float]:
+def kls(
+    recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, warm_up: int = 0
+) -> list[float]:
     """The KL of each step, in nats an image, to the first that is not finite; the rate rises for `warm_up` steps."""
-    vae, balance = first_stage(recipe, list(images.shape[1:])), stage_balance(recipe.first, recipe, list(images.shape[1:]))
+    vae, balance = (
+        first_stage(recipe, list(images.shape[1:])),
+        stage_balance(recipe.first, recipe, list(images.shape[1:])),
+    )
     state = new_state(vae, balance, recipe.first, device)
     state.vae.train()
-    data, source, stage, size = ImageBatches(images, device), torch.Generator(device), recipe.first, recipe.first.batch_size
+    data, source, stage, size = (
+        ImageBatches(images, device),
+        torch.Generator(device),
+        recipe.first,
+        recipe.first.batch_size,
+    )
     order = global_batches(stage, len(images), number=1, seed=recipe.seed, start=0)
     values: list[float] = []
 
@@ -107,7 +124,10 @@ def kls(recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, wa
         for step, indices in zip(range(steps), order, strict=False):
             source.manual_seed(derive("noise", recipe.seed, 1, step))
             batch = data.place(data.fetch(indices), draw)
-            set_learning_rate(state.optimizer, stage.learning_rate * (min(1, (step + 1) / warm_up) if warm_up else 1))
+            set_learning_rate(
+                state.optimizer,
+                stage.learning_rate * (min(1, (step + 1) / warm_up) if warm_up else 1),
+            )
             training_step(state, batch, draw(recipe.network.latent_dim), stage)
             failed, _, _, kl, *_ = state.verdict.tolist()
             values.append(kl)
@@ -119,7 +139,11 @@ def kls(recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, wa
 def measure(recipe: Recipe, images: np.ndarray, device: torch.device) -> dict[str, Any]:
     values = kls(recipe, images, device, STEPS)
     stopped, highest = len(values) < STEPS or not all(map(math.isfinite, values)), max(values)
-    warm = max(kls(recipe, images, device, WARM_UP, WARM_UP)) if stopped or highest > LEAST_BAR else None
+    warm = (
+        max(kls(recipe, images, device, WARM_UP, WARM_UP))
+        if stopped or highest > LEAST_BAR
+        else None
+    )
     bar = max(LEAST_BAR, FACTOR * warm) if warm is not None and math.isfinite(warm) else LEAST_BAR
     return {
         "kl": [float(f"{value:.4g}") for value in values],
@@ -131,7 +155,9 @@ def measure(recipe: Recipe, images: np.ndarray, device: torch.device) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--networks", nargs="+", default=["resnet", "infogan", "wae"])
     parser.add_argument("--sides", nargs="+", type=int, default=[28, 32, 64, 128])
@@ -140,7 +166,11 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, default=Path("results/bench-first-steps.json"))
     options = parser.parse_args()
-    report = json.loads(options.json.read_text()) if options.json.exists() else machine(options.device) | {"runs": {}}
+    report = (
+        json.loads(options.json.read_text())
+        if options.json.exists()
+        else machine(options.device) | {"runs": {}}
+    )
     wanted = [
         (initialisation, seed, network, side, batch)
         for initialisation in options.initialisations
@@ -152,9 +182,13 @@ def main() -> None:
         for name, make in sets(options.data).items():
             key = f"{initialisation} / {network} / {side} / {name} / {seed}"
             if key not in report["runs"]:
-                report["runs"][key] = measure(settings(network, initialisation, batch, seed), make(side), options.device)
+                report["runs"][key] = measure(
+                    settings(network, initialisation, batch, seed), make(side), options.device
+                )
                 write_report(options.json, report)
-                print(key, report["runs"][key]["highest"], report["runs"][key]["passes"], flush=True)
+                print(
+                    key, report["runs"][key]["highest"], report["runs"][key]["passes"], flush=True
+                )
     tabulate(report["runs"])
 
 
@@ -163,7 +197,9 @@ def tabulate(runs: dict[str, dict[str, Any]]) -> None:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, run in runs.items():
         groups.setdefault(tuple(key.split(" / ")[:4]), []).append(run)
-    rows: list[list[Any]] = [["initialisation", "network", "side", "images", "highest KL", "passes"]]
+    rows: list[list[Any]] = [
+        ["initialisation", "network", "side", "images", "highest KL", "passes"]
+    ]
     for key, found in groups.items():
         passed = sum(run["passes"] for run in found)
         rows.append([*key, max(run["highest"] for run in found), f"{passed} of {len(found)}"])

@@ -65,7 +65,9 @@ def moments_by_poise(features: Tensor) -> Moments:
 
 
 def distance_by_poise(a: Moments, b: Moments) -> float:
-    return distance_between(Gaussian(a[0], covariance_factor(a[1])), Gaussian(b[0], covariance_factor(b[1])))
+    return distance_between(
+        Gaussian(a[0], covariance_factor(a[1])), Gaussian(b[0], covariance_factor(b[1]))
+    )
 
 
 def moments_by_numpy(features: Tensor) -> Moments:
@@ -108,7 +110,9 @@ def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def compare(sets: tuple[Tensor, Tensor], repeats: int) -> dict[str, dict[str, Any]]:
     """Of each method: seconds of its parts, and its distance's relative difference from ours."""
     found, values = methods(), {}
-    seconds: dict[str, dict[str, list[float]]] = {name: {"covariances": [], "trace_term": []} for name in found}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"covariances": [], "trace_term": []} for name in found
+    }
     for _ in range(repeats):
         for name, (moments, distance) in found.items():
             both, taken = timed(lambda moments=moments: [moments(features) for features in sets])
@@ -123,26 +127,38 @@ def compare(sets: tuple[Tensor, Tensor], repeats: int) -> dict[str, dict[str, An
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
 
 
 def peak_extra_mib(samples: int, dims: int) -> float:
     """Peak memory of `frechet_distance` in a fresh process beyond its features, MiB."""
     command = [sys.executable, "-c", PEAK, str(samples), str(dims)]
-    return round(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout), 1)
+    return round(
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout), 1
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dims", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    peak = peak_extra_mib(50_000, options.dims)  # first: a process starts with the peak of the one that started it
+    peak = peak_extra_mib(
+        50_000, options.dims
+    )  # first: a process starts with the peak of the one that started it
     sets = made_up(options.samples, options.dims, 0), made_up(options.samples, options.dims, 1)
     packages = ["poise", "torch", "numpy", "scipy"] + ["torch-fidelity"] * bool(metric_fid)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     report = {
         "experiment": "bench-frechet",
         "settings": {"samples": options.samples, "dims": options.dims, "repeats": options.repeats},

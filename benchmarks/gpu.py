@@ -40,7 +40,16 @@ from training_rate import step_flops
 from poise.recipes import RECIPES, Stage
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.support.kernels import kernels
-from poise.training import Batches, CodeBatches, Engine, ImageBatches, TrainingState, Watch, fit, new_state
+from poise.training import (
+    Batches,
+    CodeBatches,
+    Engine,
+    ImageBatches,
+    TrainingState,
+    Watch,
+    fit,
+    new_state,
+)
 from poise.training.engines import EAGER_STEPS, CapturedStep
 from poise.training.machine import tuned
 from poise.training.step import training_step
@@ -49,7 +58,11 @@ from poise.vae import VAE
 RECIPE = RECIPES["cifar10-released"]
 SHAPE = [3, 32, 32]
 LAPS = 3
-PRECISIONS = ("tf32", "bfloat16", "ieee")  # tf32 is what a stage's precision "float32" means on a GPU
+PRECISIONS = (
+    "tf32",
+    "bfloat16",
+    "ieee",
+)  # tf32 is what a stage's precision "float32" means on a GPU
 SIDE_BY_SIDE = 5
 EVALUATION_FLOPS, EVALUATION_SHARE = 4 * 10_000 * 11.5e9, 0.25
 
@@ -86,7 +99,11 @@ class Bench:
 
     def engines(self) -> list[str]:
         """Those that this version of the package has and this device can run."""
-        return [name for name in get_args(Engine) if name == "eager" or (name != "auto" and self.device.type == "cuda")]
+        return [
+            name
+            for name in get_args(Engine)
+            if name == "eager" or (name != "auto" and self.device.type == "cuda")
+        ]
 
     def stage(self, number: int, precision: str) -> Stage:
         stage = RECIPE.first if number == 1 else RECIPE.second
@@ -100,8 +117,12 @@ class Bench:
     def data(self, number: int) -> Batches:
         source = np.random.default_rng(0)
         if number == 1:
-            return ImageBatches(source.integers(0, 256, (self.scale.images, *SHAPE), dtype=np.uint8), self.device)
-        mean = torch.from_numpy(source.standard_normal((self.scale.images, RECIPE.network.latent_dim), dtype=np.float32))
+            return ImageBatches(
+                source.integers(0, 256, (self.scale.images, *SHAPE), dtype=np.uint8), self.device
+            )
+        mean = torch.from_numpy(
+            source.standard_normal((self.scale.images, RECIPE.network.latent_dim), dtype=np.float32)
+        )
         return CodeBatches(mean, torch.full_like(mean, -3.0), self.device)
 
     def state(self, number: int, stage: Stage) -> TrainingState:
@@ -115,18 +136,26 @@ def allow_tf32(allowed: bool) -> None:
 def matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
     """TFLOP per second of large square products."""
     allow_tf32(precision != "ieee")
-    side, dtype = bench.scale.matrix_side, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    side, dtype = (
+        bench.scale.matrix_side,
+        torch.bfloat16 if precision == "bfloat16" else torch.float32,
+    )
     matrix = torch.randn(side, side, device=bench.device).to(dtype)
     once = min(seconds(lambda: torch.mm(matrix, matrix), bench.device) for _ in range(3))
     number = math.ceil(bench.lap_seconds / once)
-    laps = [seconds(lambda: [torch.mm(matrix, matrix) for _ in range(number)] and None, bench.device) for _ in range(LAPS)]
+    laps = [
+        seconds(lambda: [torch.mm(matrix, matrix) for _ in range(number)] and None, bench.device)
+        for _ in range(LAPS)
+    ]
     return summary([2e-12 * number * side**3 / lap for lap in laps])
 
 
 class Clock:
     """Laps of a loop that asks after every step whether to stop: it is stopped after the last one."""
 
-    def __init__(self, bench: Bench, state: TrainingState, begun: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, bench: Bench, state: TrainingState, begun: Callable[[], None] = lambda: None
+    ) -> None:
         self.bench, self.state, self.begun = bench, state, begun
         self.step, self.at = -1, 0.0
         self.seconds_per_step: list[float] = []
@@ -146,7 +175,9 @@ class Clock:
         return len(self.seconds_per_step) == LAPS
 
     def _over(self) -> bool:
-        return self.state.step > self.step and time.perf_counter() - self.at > self.bench.lap_seconds
+        return (
+            self.state.step > self.step and time.perf_counter() - self.at > self.bench.lap_seconds
+        )
 
 
 def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[str, Any]:
@@ -160,7 +191,9 @@ def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[
     before = whole - sum(clock.seconds_per_step) / LAPS * (state.step - bench.scale.warm_up)
     return {
         "ms_per_step": milliseconds(clock.seconds_per_step),
-        "seconds_before": round(max(0.0, before), 2),  # data to the device, first steps, recording, compilation
+        "seconds_before": round(
+            max(0.0, before), 2
+        ),  # data to the device, first steps, recording, compilation
     }
 
 
@@ -179,7 +212,9 @@ def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, An
 
         once = seconds(lambda r=rounds: r(bench.scale.warm_up), bench.device) / bench.scale.warm_up
         repeats = max(1, round(bench.lap_seconds / once))
-        laps = [seconds(lambda r=rounds, n=repeats: r(n), bench.device) / repeats for _ in range(LAPS)]
+        laps = [
+            seconds(lambda r=rounds, n=repeats: r(n), bench.device) / repeats for _ in range(LAPS)
+        ]
         times[f"ms_per_round_of_{count}"] = milliseconds(laps)
     return times
 
@@ -200,16 +235,24 @@ def milliseconds(values: list[float]) -> dict[str, float]:
     return summary([1000 * value for value in values], 4)
 
 
-def time_bare(bench: Bench, number: int, precision: str, layout: torch.memory_format) -> dict[str, Any]:
+def time_bare(
+    bench: Bench, number: int, precision: str, layout: torch.memory_format
+) -> dict[str, Any]:
     allow_tf32(precision != "ieee")
     run = bare_loop(bench, number, precision, layout)
     run(bench.scale.warm_up)
     once = seconds(lambda: run(bench.scale.warm_up), bench.device) / bench.scale.warm_up
     steps = max(1, round(bench.lap_seconds / once))
-    return {"ms_per_step": milliseconds([seconds(lambda: run(steps), bench.device) / steps for _ in range(LAPS)])}
+    return {
+        "ms_per_step": milliseconds(
+            [seconds(lambda: run(steps), bench.device) / steps for _ in range(LAPS)]
+        )
+    }
 
 
-def bare_loop(bench: Bench, number: int, precision: str, layout: torch.memory_format) -> Callable[[int], None]:
+def bare_loop(
+    bench: Bench, number: int, precision: str, layout: torch.memory_format
+) -> Callable[[int], None]:
     """What one would write: so many steps of eager PyTorch; nothing in it waits for the GPU."""
     vae = bench.vae(number).to(bench.device).train()
     vae = vae.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -228,7 +271,9 @@ def bare_loop(bench: Bench, number: int, precision: str, layout: torch.memory_fo
             error = (x - reconstruction.float()).square().flatten(1).sum(1)
             kl = 0.5 * (mean.float().square() + logvar.float().exp() - logvar.float() - 1).sum(1)
             num_dims = x[0].numel()
-            loss = (error / (2 * gamma2) + num_dims / 2 * torch.log(2 * math.pi * gamma2) + kl).mean()
+            loss = (
+                error / (2 * gamma2) + num_dims / 2 * torch.log(2 * math.pi * gamma2) + kl
+            ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -240,7 +285,9 @@ def bare_loop(bench: Bench, number: int, precision: str, layout: torch.memory_fo
 def bare_batches(bench: Bench, number: int, layout: torch.memory_format) -> Callable[[], Tensor]:
     """Shuffled batches from the device's memory, for ever."""
     data, size, order = bench.data(number), bench.scale.batch_size, iter(())
-    images = torch.from_numpy(data.images).to(bench.device) if isinstance(data, ImageBatches) else None
+    images = (
+        torch.from_numpy(data.images).to(bench.device) if isinstance(data, ImageBatches) else None
+    )
 
     def batch() -> Tensor:
         nonlocal order
@@ -277,9 +324,17 @@ def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower())
+    places = Counter(
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in caught
+        if "synchroniz" in str(w.message).lower()
+    )
     steps = state.step - bench.scale.warm_up
-    return {"steps": steps, "per_step": round(sum(places.values()) / steps, 4), "places": dict(places.most_common(8))}
+    return {
+        "steps": steps,
+        "per_step": round(sum(places.values()) / steps, 4),
+        "places": dict(places.most_common(8)),
+    }
 
 
 def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
@@ -287,21 +342,35 @@ def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
     once, again, other = (trained(bench, number, name) for name in ("eager", "eager", engine))
     return {
         "steps": bench.scale.compared,
-        "eager_is_bit_identical_to_itself": all(torch.equal(once[name], again[name]) for name in once),
+        "eager_is_bit_identical_to_itself": all(
+            torch.equal(once[name], again[name]) for name in once
+        ),
         "bit_identical": all(torch.equal(once[name], other[name]) for name in once),
         "largest_relative_difference": max(relative(once[name], other[name]) for name in once),
     }
 
 
 def trained(bench: Bench, number: int, engine: Any) -> dict[str, Tensor]:
-    stage = replace(bench.stage(number, "tf32"), epochs=None, halve_every=None, steps=bench.scale.compared)
+    stage = replace(
+        bench.stage(number, "tf32"), epochs=None, halve_every=None, steps=bench.scale.compared
+    )
     state = bench.state(number, stage)
-    fit(state, bench.data(number), stage, number=number, seed=0, watch=Watch(quiet=True, save_seconds=math.inf), engine=engine)
+    fit(
+        state,
+        bench.data(number),
+        stage,
+        number=number,
+        seed=0,
+        watch=Watch(quiet=True, save_seconds=math.inf),
+        engine=engine,
+    )
     return state.vae.state_dict() | state.balance.state_dict()
 
 
 def relative(expected: Tensor, given: Tensor) -> float:
-    return float((given.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-3))
+    return float(
+        (given.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-3)
+    )
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -311,7 +380,9 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     quick = [name for name in bench.engines() if name not in slow]
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
     for precision in PRECISIONS:
-        todo[f"matrix / {precision}"] = lambda p=precision: {"tflop_per_second": matrix_rate(bench, p)}
+        todo[f"matrix / {precision}"] = lambda p=precision: {
+            "tflop_per_second": matrix_rate(bench, p)
+        }
 
     def add(precision: str, engines: list[str]) -> None:
         for number in (1, 2):
@@ -322,43 +393,72 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     for precision in PRECISIONS:
         for number in (1, 2):
             for name, layout in list(bare.items())[: 3 - number]:
-                todo[f"{precision} / stage {number} / {name}"] = lambda n=number, p=precision, f=layout: time_bare(
-                    bench, n, p, f
+                todo[f"{precision} / stage {number} / {name}"] = (
+                    lambda n=number, p=precision, f=layout: time_bare(bench, n, p, f)
                 )
         add(precision, quick)
         if bench.device.type == "cuda" and precision != "ieee":
             for number in (1, 2):
-                todo[f"side by side / stage {number} / {precision}"] = lambda n=number, p=precision: time_side_by_side(
-                    bench, n, p
+                todo[f"side by side / stage {number} / {precision}"] = (
+                    lambda n=number, p=precision: time_side_by_side(bench, n, p)
                 )
         if precision == "tf32":
             for number in (1, 2):
                 for engine in quick:
-                    todo[f"syncs / stage {number} / {engine}"] = lambda n=number, e=engine: count_syncs(bench, n, e)
+                    todo[f"syncs / stage {number} / {engine}"] = lambda n=number, e=engine: (
+                        count_syncs(bench, n, e)
+                    )
                 for engine in quick[1:]:
-                    todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: compare_engines(bench, n, e)
+                    todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: (
+                        compare_engines(bench, n, e)
+                    )
     for precision in PRECISIONS:
         add(precision, sorted(slow))
     for number in (1, 2):
         for engine in sorted(slow):
-            todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: compare_engines(bench, n, e)
+            todo[f"equality / stage {number} / {engine}"] = lambda n=number, e=engine: (
+                compare_engines(bench, n, e)
+            )
     return todo
 
 
-def rates(bench: Bench, done: dict[str, dict[str, Any]], flops: dict[int, float]) -> list[list[Any]]:
+def rates(
+    bench: Bench, done: dict[str, dict[str, Any]], flops: dict[int, float]
+) -> list[list[Any]]:
     """A row for each loop that was timed: what follows from its seconds per step."""
     rows: list[list[Any]] = [
-        ["precision", "stage", "loop", "ms per step", "images/s", "times the bare loop", "share of matrix rate"]
+        [
+            "precision",
+            "stage",
+            "loop",
+            "ms per step",
+            "images/s",
+            "times the bare loop",
+            "share of matrix rate",
+        ]
     ]
     for name, result in done.items():
         if "ms_per_step" not in result:
             continue
         precision, stage, loop = name.split(" / ")
         step = result["ms_per_step"]["median"] / 1000
-        bare, peak = median(done, f"{precision} / {stage} / bare", "ms_per_step"), matrix_flops(done, precision)
+        bare, peak = (
+            median(done, f"{precision} / {stage} / bare", "ms_per_step"),
+            matrix_flops(done, precision),
+        )
         faster = bare and round(bare / 1000 / step, 3)
         share = peak and round(flops[int(stage[-1])] / step / peak, 4)
-        rows.append([precision, stage, loop, result["ms_per_step"], bench.scale.batch_size / step, faster, share])
+        rows.append(
+            [
+                precision,
+                stage,
+                loop,
+                result["ms_per_step"],
+                bench.scale.batch_size / step,
+                faster,
+                share,
+            ]
+        )
     return rows
 
 
@@ -376,7 +476,10 @@ def whole(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Minutes that the released experiment would take with each loop that was timed in both stages."""
     minutes: dict[str, dict[str, float]] = {}
     for name in done:
-        first, second = median(done, name, "ms_per_step"), median(done, name.replace("stage 1", "stage 2"), "ms_per_step")
+        first, second = (
+            median(done, name, "ms_per_step"),
+            median(done, name.replace("stage 1", "stage 2"), "ms_per_step"),
+        )
         if "stage 1" not in name or first is None or second is None:
             continue
         precision, _, loop = name.split(" / ")
@@ -400,16 +503,29 @@ def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=7.5, help="no part begins after these")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each loop, about")
-    parser.add_argument("--only", nargs="*", metavar="WORD", help="parts whose name has one of these words, as in: stage 1")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        metavar="WORD",
+        help="parts whose name has one of these words, as in: stage 1",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything, to see that it runs"
+    )
     parser.add_argument("--json", type=Path, default=Path("results/bench-gpu-steps.json"))
     options = parser.parse_args()
     began, device = time.perf_counter(), torch.device(options.device)
-    bench = Bench(device, QUICK if options.quick else Scale(), 0.01 if options.quick else options.seconds / LAPS)
+    bench = Bench(
+        device,
+        QUICK if options.quick else Scale(),
+        0.01 if options.quick else options.seconds / LAPS,
+    )
     flops = {
         1: step_flops(bench.vae(1), torch.rand(1, *SHAPE)),
         2: step_flops(bench.vae(2), torch.rand(1, RECIPE.network.latent_dim)),
@@ -417,15 +533,22 @@ def main() -> None:
     flops = {number: value * bench.scale.batch_size for number, value in flops.items()}
     done: dict[str, dict[str, Any]] = {}
     report = {**machine(device), "cuda": torch.version.cuda, "quick": options.quick, "parts": done}
-    report["notes"] = [f"{name}: for cuda only" for name in get_args(Engine) if name not in bench.engines()]
-    report["gflop_per_step"] = {f"stage {number}": round(value / 1e9, 3) for number, value in flops.items()}
+    report["notes"] = [
+        f"{name}: for cuda only" for name in get_args(Engine) if name not in bench.engines()
+    ]
+    report["gflop_per_step"] = {
+        f"stage {number}": round(value / 1e9, 3) for number, value in flops.items()
+    }
     for name, part in parts(bench).items():
         if options.only and not any(word in name for word in options.only):
             continue
         late = time.perf_counter() - began > 60 * options.minutes
         done[name] = {"left_out": "out of time"} if late else attempt(part)
         print(f"{time.perf_counter() - began:6.1f} s  {name}: {done[name]}", flush=True)
-        report["rates"], report["minutes_of_the_experiment"] = rates(bench, done, flops), whole(done)
+        report["rates"], report["minutes_of_the_experiment"] = (
+            rates(bench, done, flops),
+            whole(done),
+        )
         write_report(options.json, report)
     show(report["rates"])
 

@@ -17,13 +17,33 @@ from pathlib import Path
 
 
 def command(folder: Path, epochs: int) -> list[str]:
-    arguments = ["train", "digits", "--epochs", str(epochs), "--second-epochs", str(epochs), "--device", "cpu"]
-    return [sys.executable, "-m", "poise", *arguments, "--save-seconds", "0.05", "--out", str(folder)]
+    arguments = [
+        "train",
+        "digits",
+        "--epochs",
+        str(epochs),
+        "--second-epochs",
+        str(epochs),
+        "--device",
+        "cpu",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "poise",
+        *arguments,
+        "--save-seconds",
+        "0.05",
+        "--out",
+        str(folder),
+    ]
 
 
 def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
     """Run to the end, or kill after so many seconds of life; whether it came to the end."""
-    process = subprocess.Popen(command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         _, complaints = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -41,7 +61,9 @@ def position(folder: Path) -> str:
     if not manifests:
         return "before the first checkpoint"
     meta = json.loads(manifests[-1].read_text())["meta"]
-    return f"after step {meta['step']} of stage {meta['stage']}" + (", finished" if meta["finished"] else "")
+    return f"after step {meta['step']} of stage {meta['stage']}" + (
+        ", finished" if meta["finished"] else ""
+    )
 
 
 def final_hash(folder: Path) -> str:
@@ -57,7 +79,9 @@ def compare(folder: Path, scratch: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)

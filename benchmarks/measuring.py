@@ -36,7 +36,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(tasks: Mapping[str, Task], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(
+    tasks: Mapping[str, Task], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each task in each round; every other round goes the other way about."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds):
@@ -72,7 +74,10 @@ def over(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, 
 def machine(device: torch.device) -> dict[str, Any]:
     """What every report says of the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"torch": torch.__version__, "machine": f"{name}, {torch.get_num_threads()} threads, {device.type}"}
+    return {
+        "torch": torch.__version__,
+        "machine": f"{name}, {torch.get_num_threads()} threads, {device.type}",
+    }
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
@@ -82,7 +87,9 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 def show(rows: Sequence[Sequence[Any]]) -> None:
     """A table whose first row is its head, as Markdown."""
-    head, *body = [[cell if isinstance(cell, str) else spread(cell) for cell in row] for row in rows]
+    head, *body = [
+        [cell if isinstance(cell, str) else spread(cell) for cell in row] for row in rows
+    ]
     for row in (head, ["---"] * len(head), *body):
         print(f"| {' | '.join(row)} |")
 

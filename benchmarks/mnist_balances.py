@@ -33,12 +33,22 @@ COLUMNS = (
 
 def one_run(balance: str, seed: int, epochs: int, runs: Path) -> dict[str, Any]:
     recipe = RECIPES["mnist"]
-    recipe = replace(recipe, first=replace(recipe.first, epochs=epochs, balance=balance), second=None, seed=seed)
-    run = poise.train("mnist", recipe=recipe, out=runs / f"{balance}-{seed}", options=poise.Options(device="cpu"))
+    recipe = replace(
+        recipe, first=replace(recipe.first, epochs=epochs, balance=balance), second=None, seed=seed
+    )
+    run = poise.train(
+        "mnist", recipe=recipe, out=runs / f"{balance}-{seed}", options=poise.Options(device="cpu")
+    )
     summary = json.loads((run.folder / "summary.json").read_text())
     config = json.loads((run.folder / "config.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    provenance = {"versions": config["versions"], "commit": commit, "machine": f"{platform.machine()}, {summary['device']}"}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    provenance = {
+        "versions": config["versions"],
+        "commit": commit,
+        "machine": f"{platform.machine()}, {summary['device']}",
+    }
     return {
         "experiment": "mnist-balances",
         "settings": config["recipe"],
@@ -53,9 +63,16 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: mean and standard deviation over seeds."""
-    lines = ["| balance | n | " + " | ".join(name for name, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [
+        "| balance | n | " + " | ".join(name for name, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
     for balance in BALANCES:
-        mine = [figures(result) for result in results if result["settings"]["first"]["balance"] == balance]
+        mine = [
+            figures(result)
+            for result in results
+            if result["settings"]["first"]["balance"] == balance
+        ]
         cells = [spread([row[name] for row in mine], style) for name, style in COLUMNS]
         lines.append(f"| {balance} | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -67,7 +84,9 @@ def spread(values: list[float], style: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/mnist-balances"))

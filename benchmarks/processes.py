@@ -92,9 +92,29 @@ def train(name: str, epochs: int, out: Path) -> None:
 
 def run(name: str, epochs: int, out: Path, processes: int) -> list[dict[str, float]]:
     """The log of a run of so many processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launch, __file__, "--train", name, "--epochs", str(epochs), "--out", str(out)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
+    command = [
+        sys.executable,
+        *launch,
+        __file__,
+        "--train",
+        name,
+        "--epochs",
+        str(epochs),
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         sys.exit(f"{name} with {processes} processes failed: {done.stderr[-2000:]}")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -144,7 +164,9 @@ def measure(name: str, rounds: int, factor: float) -> dict[str, Any]:
         "batch_size": size,
         "largest_difference": differences,
         "largest_difference_of_a_weight": float(f"{weights:.3g}"),
-        "largest_difference_in_the_first_20_steps": {curve: difference(logs[1][:20], logs[2][:20], curve) for curve in CURVES},
+        "largest_difference_in_the_first_20_steps": {
+            curve: difference(logs[1][:20], logs[2][:20], curve) for curve in CURVES
+        },
         "tolerance_of_the_loss": case.tolerance,
         "within": differences["loss"] <= case.tolerance,
         "ms_per_step": {"one process": summary(times[1]), "two processes": summary(times[2])},
@@ -153,20 +175,38 @@ def measure(name: str, rounds: int, factor: float) -> dict[str, Any]:
 
 
 def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    head = ["network", "steps", "loss differs by", "allowed", "in 20 steps", "ms per step, one", "two", "two as fast as one"]
+    head = [
+        "network",
+        "steps",
+        "loss differs by",
+        "allowed",
+        "in 20 steps",
+        "ms per step, one",
+        "two",
+        "two as fast as one",
+    ]
     rows: list[list[Any]] = [head]
     for name, report in reports.items():
         differs, times = report["largest_difference"], report["ms_per_step"].values()
-        allowed, early = report["tolerance_of_the_loss"], report["largest_difference_in_the_first_20_steps"]["loss"]
-        rows.append([name, report["steps"], differs["loss"], allowed, early, *times, report["one_over_two"]])
+        allowed, early = (
+            report["tolerance_of_the_loss"],
+            report["largest_difference_in_the_first_20_steps"]["loss"],
+        )
+        rows.append(
+            [name, report["steps"], differs["loss"], allowed, early, *times, report["one_over_two"]]
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs-factor", type=float, default=1.0, help="of the lengths of the runs")
+    parser.add_argument(
+        "--epochs-factor", type=float, default=1.0, help="of the lengths of the runs"
+    )
     parser.add_argument("--json", type=Path, default=Path("results/bench-processes.json"))
     for hidden, kind in (("--train", str), ("--epochs", int), ("--out", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
@@ -176,7 +216,9 @@ def main() -> None:
         return
     reports = {name: measure(name, options.rounds, options.epochs_factor) for name in options.only}
     show(table(reports))
-    write_report(options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "cases": reports})
+    write_report(
+        options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "cases": reports}
+    )
     sys.exit(0 if all(report["within"] for report in reports.values()) else 1)
 
 

@@ -62,17 +62,26 @@ class Sets:
         data = run.dataset()
         test, train = data.test[:count], data.train[:count]
         generation = run.recipe.generation
-        noiseless, renormalised = replace(generation, second_stage_noise=False), replace(generation, renormalise="always")
+        noiseless, renormalised = (
+            replace(generation, second_stage_noise=False),
+            replace(generation, renormalise="always"),
+        )
         sampled = replace(generation, reconstruct_from="sample")
         produced = {
             "REC": lambda: run.reconstruct_chunks(test),
             "REC sampled": lambda: run.reconstruct_chunks(test, generation=sampled),
             "GEN-1": lambda: run.sample_chunks(count, prior="normal"),
             "GEN-mixture": lambda: run.sample_chunks(count, prior="mixture"),
-            "GEN-2 without noise": lambda: run.sample_chunks(count, prior="second-stage", generation=noiseless),
-            "GEN-2 renormalised": lambda: run.sample_chunks(count, prior="second-stage", generation=renormalised),
+            "GEN-2 without noise": lambda: run.sample_chunks(
+                count, prior="second-stage", generation=noiseless
+            ),
+            "GEN-2 renormalised": lambda: run.sample_chunks(
+                count, prior="second-stage", generation=renormalised
+            ),
             **{
-                f"GEN-2 seed {seed}": lambda seed=seed: run.sample_chunks(count, prior="second-stage", seed=seed)
+                f"GEN-2 seed {seed}": lambda seed=seed: run.sample_chunks(
+                    count, prior="second-stage", seed=seed
+                )
                 for seed in SEEDS
             },
         }
@@ -84,14 +93,25 @@ class Sets:
         sets |= {name: lambda make=make: map(to_bytes, make()) for name, make in produced.items()}
         for name in ("REC", "GEN-2 seed 0"):
             sets[f"{name}, floats"] = produced[name]
-            sets[f"{name}, stretched"] = lambda make=produced[name]: (to_bytes(stretch_each(part)) for part in make())
+            sets[f"{name}, stretched"] = lambda make=produced[name]: (
+                to_bytes(stretch_each(part)) for part in make()
+            )
         return sets
 
 
-def features_of(name: str, make: Callable[[], Chunks], extractor: Extractor, count: int, work: Path) -> torch.Tensor:
-    path = work / f"{extractor.name}-{extractor.checksum[:8]}-{extractor.resize}-{count}-{name}.npy".replace(" ", "_")
+def features_of(
+    name: str, make: Callable[[], Chunks], extractor: Extractor, count: int, work: Path
+) -> torch.Tensor:
+    path = (
+        work
+        / f"{extractor.name}-{extractor.checksum[:8]}-{extractor.resize}-{count}-{name}.npy".replace(
+            " ", "_"
+        )
+    )
     if not path.exists():
-        features = extract(extractor, make(), total=count, title=f"{extractor.name}: {name}", quiet=False)
+        features = extract(
+            extractor, make(), total=count, title=f"{extractor.name}: {name}", quiet=False
+        )
         work.mkdir(parents=True, exist_ok=True)
         np.save(work / "writing.npy", features.numpy())
         (work / "writing.npy").replace(path)
@@ -120,30 +140,52 @@ def study(run: poise.Run, extractor: Extractor, count: int, work: Path) -> dict[
     half = count // 2
     rows: dict[str, dict[str, float | None]] = {}
 
-    def row(name: str, reference: torch.Tensor, restored: torch.Tensor | None, generated: torch.Tensor | None) -> None:
+    def row(
+        name: str,
+        reference: torch.Tensor,
+        restored: torch.Tensor | None,
+        generated: torch.Tensor | None,
+    ) -> None:
         pair = {"REC": restored, "GEN-2": generated}
-        rows[name] = {key: None if x is None else frechet_distance(reference, x) for key, x in pair.items()}
+        rows[name] = {
+            key: None if x is None else frechet_distance(reference, x) for key, x in pair.items()
+        }
 
     row("default", test, rec, gen)
     for seed in SEEDS[1:]:
         row(f"other samples (seed {seed})", test, None, known[f"GEN-2 seed {seed}"])
     row("floats, not rounded to bytes", test, known["REC, floats"], known["GEN-2 seed 0, floats"])
-    row("each image stretched to its own range", test, known["REC, stretched"], known["GEN-2 seed 0, stretched"])
+    row(
+        "each image stretched to its own range",
+        test,
+        known["REC, stretched"],
+        known["GEN-2 seed 0, stretched"],
+    )
     row("reference after JPEG, quality 75", known["test after JPEG"], rec, gen)
     row("training images as the reference", known["train"], rec, gen)
     row(f"half as many images ({half})", test[:half], rec[:half], gen[:half])
     dropped = count // 64 * 64
-    row(f"only whole batches of 64 ({dropped} images)", test[:dropped], rec[:dropped], gen[:dropped])
+    row(
+        f"only whole batches of 64 ({dropped} images)", test[:dropped], rec[:dropped], gen[:dropped]
+    )
     row("reconstructions from a posterior sample", test, known["REC sampled"], None)
     row("stage 2 without its noise (as released)", test, None, known["GEN-2 without noise"])
     row("latents renormalised", test, None, known["GEN-2 renormalised"])
     if extractor.name == "inception":
         for name in RESIZES:
             other = resized_otherwise(extractor, name)
-            again = {key: features_of(key, sets[key], other, count, work) for key in ("test", "REC", "GEN-2 seed 0")}
+            again = {
+                key: features_of(key, sets[key], other, count, work)
+                for key in ("test", "REC", "GEN-2 seed 0")
+            }
             row(f"resize: {name}", again["test"], again["REC"], again["GEN-2 seed 0"])
     ranked = {name: frechet_distance(test, known[name]) for name in RANKED}
-    return {"checksum": extractor.checksum, "resize": extractor.resize, "rows": rows, "ranked": ranked}
+    return {
+        "checksum": extractor.checksum,
+        "resize": extractor.resize,
+        "rows": rows,
+        "ranked": ranked,
+    }
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -152,7 +194,11 @@ def tables(report: dict[str, Any]) -> str:
     heads = [f"{label} {poise_name(name)}" for name in names for label in ("REC", "GEN-2")]
     lines = ["| one choice changed | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in report["studies"][names[0]]["rows"]:
-        cells = [cell(report["studies"][name]["rows"], row, label) for name in names for label in ("REC", "GEN-2")]
+        cells = [
+            cell(report["studies"][name]["rows"], row, label)
+            for name in names
+            for label in ("REC", "GEN-2")
+        ]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -173,7 +219,9 @@ def agreement(studies: dict[str, Any]) -> dict[str, float]:
     first, second = (studies[name]["ranked"] for name in ("inception", "light"))
     a, b = ([ranked[name] for name in first] for ranked in (first, second))
     within = [
-        (x < y) == (p < q) for k, (x, p) in enumerate(zip(a, b, strict=True)) for y, q in list(zip(a, b, strict=True))[:k]
+        (x < y) == (p < q)
+        for k, (x, p) in enumerate(zip(a, b, strict=True))
+        for y, q in list(zip(a, b, strict=True))[:k]
     ]
     return {
         "sets": len(a),
@@ -185,7 +233,9 @@ def agreement(studies: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--extractors", nargs="+", default=["inception", "light"])
     parser.add_argument("--count", type=int, default=1000)
@@ -198,8 +248,14 @@ def main() -> None:
         return
     run = poise.load(options.run)
     config = json.loads((run.folder / "config.json").read_text())
-    work = options.work / f"{run.folder.name}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]}"
-    studies = {spec: study(run, make_extractor(spec, run.device), options.count, work) for spec in options.extractors}
+    work = (
+        options.work
+        / f"{run.folder.name}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]}"
+    )
+    studies = {
+        spec: study(run, make_extractor(spec, run.device), options.count, work)
+        for spec in options.extractors
+    }
     report = {
         "experiment": "protocol-study",
         "settings": config["recipe"],

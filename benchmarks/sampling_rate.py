@@ -61,10 +61,16 @@ def measure_rates(run: Run, count: int, rounds: int, folder: Path) -> dict[str, 
     def write(out: Path) -> Callable[[], None]:
         return lambda: write_images(run.sample_chunks(count, prior="normal"), out, count)
 
-    tasks = {"decoder alone": bare_decoder(run, count), "sample, normal": sampling(run, count, "normal")}
+    tasks = {
+        "decoder alone": bare_decoder(run, count),
+        "sample, normal": sampling(run, count, "normal"),
+    }
     if run.second is not None:
         tasks["sample, second-stage"] = sampling(run, count, "second-stage")
-    tasks |= {"into an .npz": write(folder / "images.npz"), "into a folder of PNGs": write(folder / "images")}
+    tasks |= {
+        "into an .npz": write(folder / "images.npz"),
+        "into a folder of PNGs": write(folder / "images"),
+    }
     take_turns(tasks, 1, run.device)
     times = take_turns(tasks, rounds, run.device)
     return {
@@ -91,7 +97,9 @@ def in_a_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--images", type=int, default=500, help="in a round; a multiple of 100")
     parser.add_argument("--rounds", type=int, default=7)
@@ -100,18 +108,38 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("results/bench-sampling-rate.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = load(options.run or untrained(Path(folder, "run"), second_epochs=1), device=options.device)
+        run = load(
+            options.run or untrained(Path(folder, "run"), second_epochs=1), device=options.device
+        )
         rates = measure_rates(run, options.images, options.rounds, Path(folder))
         dense = untrained(Path(folder, "dense"), network="mlp", latent_dim=32, stages=1)
         counts = (options.many // 100, options.many)
-        memory = {str(count): in_a_process_of_its_own(peak_memory, dense, count) for count in counts}
+        memory = {
+            str(count): in_a_process_of_its_own(peak_memory, dense, count) for count in counts
+        }
     show(
         [["", "images per second", "share of the decoder's rate"]]
         + [[name, row["images_per_second"], row["share_of_decoder"]] for name, row in rates.items()]
     )
-    print("\npeak memory: " + ", ".join(f"{mib} MiB for {count} images" for count, mib in memory.items()))
-    report = {**machine(run.device), "network": run.recipe.network.kind, "shape": run.data["shape"], "rounds": options.rounds}
-    write_report(options.json, {**report, "images_in_a_round": options.images, "rates": rates, "peak_mib_of_images": memory})
+    print(
+        "\npeak memory: "
+        + ", ".join(f"{mib} MiB for {count} images" for count, mib in memory.items())
+    )
+    report = {
+        **machine(run.device),
+        "network": run.recipe.network.kind,
+        "shape": run.data["shape"],
+        "rounds": options.rounds,
+    }
+    write_report(
+        options.json,
+        {
+            **report,
+            "images_in_a_round": options.images,
+            "rates": rates,
+            "peak_mib_of_images": memory,
+        },
+    )
 
 
 if __name__ == "__main__":

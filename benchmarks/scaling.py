@@ -81,7 +81,10 @@ def train(path: Path, case: Case, steps: int, device_name: str) -> dict[str, flo
         read = time.perf_counter() - began
     with PeakMemory() as training:
         vae = first_stage(replace(IMAGES, network=network), list(data.shape))
-        state, batches = new_state(vae, ComputedBalance(), stage, device), ImageBatches(data.train, device)
+        state, batches = (
+            new_state(vae, ComputedBalance(), stage, device),
+            ImageBatches(data.train, device),
+        )
         watch = Watch(quiet=True, save_seconds=math.inf)
         fit(state, batches, stage, number=1, seed=0, watch=watch)
         longer = replace(stage, steps=WARM_UP + steps)
@@ -105,11 +108,29 @@ def measure(case: Case, steps: int, device: str, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=("batch", "size", "images"), default=["batch", "size", "images"])
-    parser.add_argument("--steps", type=int, default=20, help="timed in each row; ten times as many of the dense network")
-    parser.add_argument("--most", type=int, default=1_000_000, help="images in the largest data set")
-    parser.add_argument("--folder", type=Path, help="for the images, 784 MB; by default the system's for temporary files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=("batch", "size", "images"),
+        default=["batch", "size", "images"],
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        help="timed in each row; ten times as many of the dense network",
+    )
+    parser.add_argument(
+        "--most", type=int, default=1_000_000, help="images in the largest data set"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="for the images, 784 MB; by default the system's for temporary files",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-scaling.json"))
     options = parser.parse_args()
@@ -117,7 +138,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name in options.only:
             steps = options.steps * (10 if name == "images" else 1)
-            report[name] = [measure(case, steps, options.device, Path(folder)) for case in cases(options.most)[name]]
+            report[name] = [
+                measure(case, steps, options.device, Path(folder))
+                for case in cases(options.most)[name]
+            ]
             show([list(report[name][0]), *[list(row.values()) for row in report[name]]])
     write_report(options.json, report)
 

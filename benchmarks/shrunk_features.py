@@ -41,32 +41,46 @@ def measure(source: str, numbers: Sequence[int]) -> dict[str, Any]:
     data, light = load(source), make_extractor("light", "cpu")
 
     def features(images: Any) -> Tensor:
-        chunks = (torch.from_numpy(np.ascontiguousarray(images[k : k + 100])) for k in range(0, len(images), 100))
+        chunks = (
+            torch.from_numpy(np.ascontiguousarray(images[k : k + 100]))
+            for k in range(0, len(images), 100)
+        )
         return extract(light, chunks, total=len(images), title="images", quiet=True)
 
     most = max(numbers)
     order = np.random.default_rng(0).permutation(len(data.train))
-    test, train = features(data.test[:most]), features(data.train[np.sort(order[: most + min(numbers)])])
+    test, train = (
+        features(data.test[:most]),
+        features(data.train[np.sort(order[: most + min(numbers)])]),
+    )
     found: dict[str, Any] = {}
     for number in numbers:
         count = min(DRAWS, len(train) // number)
         sets = [train[k * number : (k + 1) * number] for k in range(count)]
         found[str(number)] = {
-            str(factor): [frechet_distance(test[:number], shrunk(some, factor)) for some in sets] for factor in FACTORS
+            str(factor): [frechet_distance(test[:number], shrunk(some, factor)) for some in sets]
+            for factor in FACTORS
         }
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fashion", default="fashion-mnist", help="its .npz, or where POISE_DATA has it")
-    parser.add_argument("--numbers", type=int, nargs="+", default=NUMBERS, help="images of each set")
+    parser.add_argument(
+        "--fashion", default="fashion-mnist", help="its .npz, or where POISE_DATA has it"
+    )
+    parser.add_argument(
+        "--numbers", type=int, nargs="+", default=NUMBERS, help="images of each set"
+    )
     parser.add_argument("--json", type=Path, default=DEFAULT)
     options = parser.parse_args()
     found = measure(options.fashion, options.numbers)
     write_report(options.json, machine(torch.device("cpu")) | {"draws": DRAWS, "distance": found})
     rows = [["images of each set", *(f"shrunk by {factor:g}" for factor in FACTORS)]]
-    rows += [[number, *(_spread(values) for values in of_factor.values())] for number, of_factor in found.items()]
+    rows += [
+        [number, *(_spread(values) for values in of_factor.values())]
+        for number, of_factor in found.items()
+    ]
     show(rows)
 
 

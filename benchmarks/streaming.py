@@ -93,7 +93,10 @@ def capped(mib: int) -> Iterator[Group | None]:
     """A control group with that limit, gone after the block; None, with a note, where none can be made."""
     group = make_group(mib) if mib else None
     if mib and group is None:
-        print("note: no memory control group could be made (Linux, as root): there is no cap", file=sys.stderr)
+        print(
+            "note: no memory control group could be made (Linux, as root): there is no cap",
+            file=sys.stderr,
+        )
     try:
         yield group
     finally:
@@ -103,7 +106,9 @@ def capped(mib: int) -> Iterator[Group | None]:
 
 def make_group(mib: int) -> Group | None:
     own = dict(line.split(":", 2)[1:] for line in lines(Path("/proc/self/cgroup")))
-    first = Path("/sys/fs/cgroup/memory" + own.get("memory", "/"))  # version 1: below our own group, within its limit
+    first = Path(
+        "/sys/fs/cgroup/memory" + own.get("memory", "/")
+    )  # version 1: below our own group, within its limit
     for parent, limit, peak in (
         (first, "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
         (Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max", "memory.peak"),
@@ -136,10 +141,24 @@ class Trainer:
     """
 
     def __init__(self, network: str, file: Path | None, group: Group | None) -> None:
-        command = [sys.executable, __file__, "--train", network, *(["--file", str(file)] if file else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--train",
+            network,
+            *(["--file", str(file)] if file else []),
+        ]
         if group is not None:
-            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.folder / "cgroup.procs"), *command]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command = [
+                "sh",
+                "-c",
+                'echo $$ > "$0" && exec "$@"',
+                str(group.folder / "cgroup.procs"),
+                *command,
+            ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.loaded = self._answer()
 
     def run(self, seconds: float) -> dict[str, Any]:
@@ -151,7 +170,9 @@ class Trainer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"the training process ended with {self.process.wait()} (-9: it passed the cap)")
+            sys.exit(
+                f"the training process ended with {self.process.wait()} (-9: it passed the cap)"
+            )
         return json.loads(line)
 
     def end(self) -> None:
@@ -164,10 +185,15 @@ def train(name: str, file: Path | None) -> None:
     began = time.perf_counter()
     with PeakMemory() as memory:
         if file is None:
-            images: Any = np.random.default_rng(0).integers(0, 256, (IN_MEMORY, SHAPE[2], *SHAPE[:2]), dtype=np.uint8)
+            images: Any = np.random.default_rng(0).integers(
+                0, 256, (IN_MEMORY, SHAPE[2], *SHAPE[:2]), dtype=np.uint8
+            )
         else:
             images = datasets.load(file).train
-    loaded = {"seconds": round(time.perf_counter() - began, 1), "peak_anonymous_mib": round(memory.mib, 1)}
+    loaded = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_anonymous_mib": round(memory.mib, 1),
+    }
     print(json.dumps(loaded), flush=True)
     stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
     vae = first_stage(replace(IMAGES, network=network), list(images.shape[1:]))
@@ -197,14 +223,26 @@ class Turns:
             }
             print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()
-        self.step, self.began, self.read, self.cpu = self.state.step, time.perf_counter(), disk_bytes(), time.process_time()
+        self.step, self.began, self.read, self.cpu = (
+            self.state.step,
+            time.perf_counter(),
+            disk_bytes(),
+            time.process_time(),
+        )
         self.ends = self.began + float(line or 0)
         return not line
 
 
 def disk_bytes() -> int:
     """What this process has had read from the disk (Linux)."""
-    return next((int(line.split()[1]) for line in lines(Path("/proc/self/io")) if line.startswith("read_bytes")), 0)
+    return next(
+        (
+            int(line.split()[1])
+            for line in lines(Path("/proc/self/io"))
+            if line.startswith("read_bytes")
+        ),
+        0,
+    )
 
 
 def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dict[str, Any]:
@@ -235,7 +273,10 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
         "images_per_second": {trainer: summary(values, 1) for trainer, values in rates.items()},
         "streamed_over_in_memory": over(rates["streamed"], rates["in memory"]),
         "processor_us_per_image": {trainer: summary(values, 1) for trainer, values in work.items()},
-        "anonymous_mib": {"first half": round(fmean(memory[:half]), 1), "second half": round(fmean(memory[-half:]), 1)},
+        "anonymous_mib": {
+            "first half": round(fmean(memory[:half]), 1),
+            "second half": round(fmean(memory[-half:]), 1),
+        },
         "anonymous_mib_by_round": [round(mib, 1) for mib in memory],
         "group_peak_mib": peak,
         "read_per_byte": summary([answer["read_per_byte"] for answer in answers["streamed"]]),
@@ -244,24 +285,40 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
 
 def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
     rows: list[list[Any]] = [
-        ["network", "streamed, images/s", "in memory", "ratio", "MiB, first half", "second", "group's peak"]
+        [
+            "network",
+            "streamed, images/s",
+            "in memory",
+            "ratio",
+            "MiB, first half",
+            "second",
+            "group's peak",
+        ]
     ]
     for name, report in reports.items():
         rate, memory = report["images_per_second"], report["anonymous_mib"]
         halves = [memory["first half"], memory["second half"]]
         ratio = report["streamed_over_in_memory"]
-        rows.append([name, rate["streamed"], rate["in memory"], ratio, *halves, report["group_peak_mib"]])
+        rows.append(
+            [name, rate["streamed"], rate["in memory"], ratio, *halves, report["group_peak_mib"]]
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cap", type=int, default=1024, help="MiB; 0: none")
-    parser.add_argument("--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)")
+    parser.add_argument(
+        "--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)"
+    )
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
-    parser.add_argument("--folder", type=Path, help="for the images; by default the system's for temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="for the images; by default the system's for temporary files"
+    )
     parser.add_argument("--json", type=Path, default=Path("results/bench-streaming.json"))
     parser.add_argument("--train", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
@@ -269,13 +326,21 @@ def main() -> None:
     if options.train:
         train(options.train, options.file)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the file and the group go in that case too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that the file and the group go in that case too
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file = Path(folder, "images.npy")
         write_noise(file, int(options.times * max(1, options.cap) * 2**20) // math.prod(SHAPE))
-        reports = {name: measure(name, file, options.cap, options.rounds, options.seconds) for name in options.only}
+        reports = {
+            name: measure(name, file, options.cap, options.rounds, options.seconds)
+            for name in options.only
+        }
     show(table(reports))
-    write_report(options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "networks": reports})
+    write_report(
+        options.json,
+        {**machine(torch.device("cpu")), "rounds": options.rounds, "networks": reports},
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def mixture(seen: np.ndarray, seed: int) -> GaussianMixture:
     """The mixture of the least BIC."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = [GaussianMixture(k, reg_covar=1e-3, random_state=seed).fit(seen) for k in range(1, 11)]
+        fitted = [
+            GaussianMixture(k, reg_covar=1e-3, random_state=seed).fit(seen) for k in range(1, 11)
+        ]
     return min(fitted, key=lambda model: model.bic(seen))
 
 
@@ -61,13 +63,20 @@ def measured(name: str, splits: int, steps: int) -> dict[str, Any]:
     rows = rows if name == "digits" else (rows - rows.mean(0)) / rows.std(0)
     found = [scores(rows, latents, steps, seed) for seed in range(splits)]
     columns = {model: [values[model] for values in found] for model in found[0]}
-    differences = {f"VAE - {model}": [values["VAE"] - values[model] for values in found] for model in ("PCA", "mixture")}
-    figures = {label: [round(v, 3) for v in values] for label, values in (columns | differences).items()}
+    differences = {
+        f"VAE - {model}": [values["VAE"] - values[model] for values in found]
+        for model in ("PCA", "mixture")
+    }
+    figures = {
+        label: [round(v, 3) for v in values] for label, values in (columns | differences).items()
+    }
     return {"rows": len(rows), "columns": rows.shape[1], "latents": latents} | figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--steps", type=int, default=VAEEstimator().steps)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
@@ -76,12 +85,19 @@ def main() -> None:
     tables = {name: measured(name, options.splits, options.steps) for name in options.only}
     head = [key for key in next(iter(tables.values())) if key not in ("rows", "columns", "latents")]
     rows = [
-        [name, *(str(found[key]) for key in ("rows", "latents")), *(mean_and_spread(spread(found[k])) for k in head)]
+        [
+            name,
+            *(str(found[key]) for key in ("rows", "latents")),
+            *(mean_and_spread(spread(found[k])) for k in head),
+        ]
         for name, found in tables.items()
     ]
     show([["nats a row", "rows", "latents", *head], *rows])
     if options.json:
-        write_report(options.json, machine(torch.device("cpu")) | {"splits": options.splits, "tables": tables})
+        write_report(
+            options.json,
+            machine(torch.device("cpu")) | {"splits": options.splits, "tables": tables},
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, matrix_products, over, seconds, show, summary, take_turns, write_report
+from measuring import (
+    machine,
+    matrix_products,
+    over,
+    seconds,
+    show,
+    summary,
+    take_turns,
+    write_report,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,11 +112,17 @@ def pythae_model(name: str, shape: tuple[int, ...]) -> Any:
     if name == "pythae-mlp":
         return models.VAE(config)
     if name == "pythae-mnist-conv":
-        return models.VAE(config, mnist.Encoder_Conv_VAE_MNIST(config), mnist.Decoder_Conv_AE_MNIST(config))
-    return models.VAE(config, cifar.Encoder_ResNet_VAE_CIFAR(config), cifar.Decoder_ResNet_AE_CIFAR(config))
+        return models.VAE(
+            config, mnist.Encoder_Conv_VAE_MNIST(config), mnist.Decoder_Conv_AE_MNIST(config)
+        )
+    return models.VAE(
+        config, cifar.Encoder_ResNet_VAE_CIFAR(config), cifar.Decoder_ResNet_AE_CIFAR(config)
+    )
 
 
-def pythae_steps(model: Any, images: Tensor, batch_size: int, device: torch.device, folder: str) -> Callable[[], None]:
+def pythae_steps(
+    model: Any, images: Tensor, batch_size: int, device: torch.device, folder: str
+) -> Callable[[], None]:
     """An epoch of pythae's trainer over the images."""
     from pythae.data.datasets import BaseDataset  # pyright: ignore[reportMissingImports]
     from pythae.trainers import BaseTrainer, BaseTrainerConfig  # pyright: ignore[reportMissingImports]
@@ -119,7 +134,9 @@ def pythae_steps(model: Any, images: Tensor, batch_size: int, device: torch.devi
         learning_rate=LEARNING_RATE,
         no_cuda=device.type == "cpu",
     )
-    trainer = BaseTrainer(model, BaseDataset(images, torch.zeros(len(images))), training_config=config)
+    trainer = BaseTrainer(
+        model, BaseDataset(images, torch.zeros(len(images))), training_config=config
+    )
     trainer.prepare_training()
 
     def run() -> None:
@@ -132,13 +149,22 @@ def pythae_steps(model: Any, images: Tensor, batch_size: int, device: torch.devi
 class PoiseSteps:
     """`poise.training.fit` in a thread of its own, which stands still between turns: it is asked after every step to stop."""
 
-    def __init__(self, vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, engine: Engine) -> None:
+    def __init__(
+        self,
+        vae: VAE,
+        data: datasets.Dataset,
+        batch_size: int,
+        device: torch.device,
+        engine: Engine,
+    ) -> None:
         stage = Stage(steps=10**9, batch_size=batch_size, learning_rate=LEARNING_RATE)
         self.state = new_state(vae, ComputedBalance(), stage, device)
         self.until, self.turn, self.rest = 0, threading.Semaphore(0), threading.Semaphore(0)
         watch = Watch(stop=self.stop, quiet=True, save_seconds=math.inf)
         arguments = {"number": 1, "seed": 0, "watch": watch, "engine": engine}
-        self.thread = threading.Thread(target=fit, args=(self.state, ImageBatches(data.train, device), stage), kwargs=arguments)
+        self.thread = threading.Thread(
+            target=fit, args=(self.state, ImageBatches(data.train, device), stage), kwargs=arguments
+        )
 
     def __call__(self, steps: int) -> None:
         self.until += steps
@@ -161,7 +187,13 @@ class PoiseSteps:
         self.thread.join()
 
 
-def bare_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, layout: torch.memory_format) -> Steps:
+def bare_steps(
+    vae: VAE,
+    data: datasets.Dataset,
+    batch_size: int,
+    device: torch.device,
+    layout: torch.memory_format,
+) -> Steps:
     vae = vae.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
     images = torch.from_numpy(data.train[:])
@@ -178,7 +210,9 @@ def bare_steps(vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             error = (x - vae.decoder(z)).square().sum((1, 2, 3))
             kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1).sum(1)
-            loss = (error / (2 * gamma2) + num_dims / 2 * math.log(2 * math.pi * gamma2) + kl).mean()
+            loss = (
+                error / (2 * gamma2) + num_dims / 2 * math.log(2 * math.pi * gamma2) + kl
+            ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -201,7 +235,9 @@ def step_flops(vae: VAE, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(name: str, device: torch.device, rounds: int, round_seconds: float, warm_up: float | None) -> dict[str, Any]:
+def measure(
+    name: str, device: torch.device, rounds: int, round_seconds: float, warm_up: float | None
+) -> dict[str, Any]:
     """All loops on one subject, after so many seconds of each, or its own."""
     subject = SUBJECTS[name]
     data, size = datasets.load(subject.data), subject.batch_size
@@ -212,11 +248,16 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float, 
         vae = VAE(PythaeEncoder(model.encoder), PythaeDecoder(model.decoder))
     flops = step_flops(vae, datasets.gather(data.train, range(size)))
     engines: list[Engine] = ["eager", "compiled"]
-    mine = {f"poise, {engine}": PoiseSteps(copy.deepcopy(vae), data, size, device, engine) for engine in engines}
+    mine = {
+        f"poise, {engine}": PoiseSteps(copy.deepcopy(vae), data, size, device, engine)
+        for engine in engines
+    }
     loops: dict[str, Steps] = {
         **mine,
         "bare": bare_steps(copy.deepcopy(vae), data, size, device, torch.contiguous_format),
-        "bare, channels_last": bare_steps(copy.deepcopy(vae), data, size, device, torch.channels_last),
+        "bare, channels_last": bare_steps(
+            copy.deepcopy(vae), data, size, device, torch.channels_last
+        ),
     }
     for run in loops.values():
         run(2)
@@ -224,8 +265,16 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float, 
         number = round(5 * warm_up / seconds(lambda: mine["poise, eager"](5), device))
         for run in loops.values():
             run(number)
-    steps = max(2, min(round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)), len(data.train) // size))
-    tasks: dict[str, Callable[[], Any]] = {name: lambda run=run: run(steps) for name, run in loops.items()}
+    steps = max(
+        2,
+        min(
+            round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)),
+            len(data.train) // size,
+        ),
+    )
+    tasks: dict[str, Callable[[], Any]] = {
+        name: lambda run=run: run(steps) for name, run in loops.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         if model is not None:
             images = datasets.gather(data.train, range(steps * size))
@@ -242,14 +291,23 @@ def measure(name: str, device: torch.device, rounds: int, round_seconds: float, 
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "batch_size": size,
         "steps_of_each": steps * rounds,
-        "images_per_second": {name: summary([steps * size / second for second in values]) for name, values in times.items()},
+        "images_per_second": {
+            name: summary([steps * size / second for second in values])
+            for name, values in times.items()
+        },
         "poise_over": {
-            engine: {name: over(values, times[engine]) for name, values in times.items() if name not in mine} for engine in mine
+            engine: {
+                name: over(values, times[engine])
+                for name, values in times.items()
+                if name not in mine
+            }
+            for engine in mine
         },
         "gflop_per_step": round(flops / 1e9, 4),
         "matrix_gflop_per_second": summary([rate / 1e9 for rate in matrix_rate]),
         "share_of_matrix_rate": {
-            name: over([steps * flops / second for second in values], matrix_rate) for name, values in times.items()
+            name: over([steps * flops / second for second in values], matrix_rate)
+            for name, values in times.items()
         },
     }
 
@@ -266,27 +324,47 @@ def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
     rows: list[list[Any]] = [head]
     for name, report in reports.items():
         for loop, rate in report["images_per_second"].items():
-            ratios = [report["poise_over"][f"poise, {engine}"].get(loop, "") for engine in ("eager", "compiled")]
+            ratios = [
+                report["poise_over"][f"poise, {engine}"].get(loop, "")
+                for engine in ("eager", "compiled")
+            ]
             rows.append([name, loop, rate, *ratios, report["share_of_matrix_rate"][loop]])
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--only", nargs="*", choices=SUBJECTS, default=list(SUBJECTS), metavar="NETWORK", help=", ".join(SUBJECTS)
+        "--only",
+        nargs="*",
+        choices=SUBJECTS,
+        default=list(SUBJECTS),
+        metavar="NETWORK",
+        help=", ".join(SUBJECTS),
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each loop in a round, about")
-    parser.add_argument("--warm-up", type=float, help="seconds of each loop before the clock starts (default: the network's)")
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        help="seconds of each loop before the clock starts (default: the network's)",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))
     options = parser.parse_args()
     device, chosen = torch.device(options.device), options.only
     if find_spec("pythae") is None:
         chosen = [name for name in chosen if SUBJECTS[name].recipe]
-        print("note: pythae is not installed (pip install pythae): its networks are left out", file=sys.stderr)
-    reports = {name: measure(name, device, options.rounds, options.seconds, options.warm_up) for name in chosen}
+        print(
+            "note: pythae is not installed (pip install pythae): its networks are left out",
+            file=sys.stderr,
+        )
+    reports = {
+        name: measure(name, device, options.rounds, options.seconds, options.warm_up)
+        for name in chosen
+    }
     show(table(reports))
     write_report(options.json, {**machine(device), "rounds": options.rounds, "networks": reports})
 

@@ -26,21 +26,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m claims", description="The evidence for what the method is said to do.")
+    made = argparse.ArgumentParser(
+        prog="python -m claims", description="The evidence for what the method is said to do."
+    )
     actions = made.add_subparsers(required=True)
-    runs = actions.add_parser("run", help="train and measure what is not done yet, and go on with what was interrupted")
+    runs = actions.add_parser(
+        "run", help="train and measure what is not done yet, and go on with what was interrupted"
+    )
     runs.set_defaults(action=run)
-    runs.add_argument("--only", nargs="+", metavar="PATTERN", help="experiments by name: claims-digits, claims-digits-batch-*")
+    runs.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="experiments by name: claims-digits, claims-digits-batch-*",
+    )
     runs.add_argument("--mnist", type=Path, help="its folder or .npz; else POISE_DATA is searched")
     runs.add_argument("--fashion", type=Path, help="the same for Fashion-MNIST")
-    runs.add_argument("--processes", type=int, default=2, help="of one thread each; 0: none but this one")
-    runs.add_argument("--runs", type=Path, default=RUNS, help="where runs lie until they are measured")
+    runs.add_argument(
+        "--processes", type=int, default=2, help="of one thread each; 0: none but this one"
+    )
+    runs.add_argument(
+        "--runs", type=Path, default=RUNS, help="where runs lie until they are measured"
+    )
     runs.add_argument("--results", type=Path, default=RESULTS)
     runs.add_argument("--keep", action="store_true", help="keep the runs")
-    trial = actions.add_parser("quick", help="the same pipeline on the digits in seconds: it shows that everything runs")
+    trial = actions.add_parser(
+        "quick", help="the same pipeline on the digits in seconds: it shows that everything runs"
+    )
     trial.set_defaults(action=run_quickly)
     trial.add_argument("--out", type=Path, default=QUICK)
-    trial.add_argument("--processes", type=int, default=0, help="two need longer to start than it takes")
+    trial.add_argument(
+        "--processes", type=int, default=0, help="two need longer to start than it takes"
+    )
     pages = actions.add_parser("page", help="write docs/claims.md and the table in README.md")
     pages.set_defaults(action=write)
     pages.add_argument("--results", type=Path, default=RESULTS)
@@ -51,12 +68,25 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """The design's runs, or some of them."""
-    wanted = [t for t in design() if not options.only or any(fnmatch(t.experiment, pattern) for pattern in options.only)]
+    wanted = [
+        t
+        for t in design()
+        if not options.only or any(fnmatch(t.experiment, pattern) for pattern in options.only)
+    ]
     if not wanted:
-        raise InputError(f"no experiment is called {' or '.join(options.only)}: python -m claims list shows them")
+        raise InputError(
+            f"no experiment is called {' or '.join(options.only)}: python -m claims list shows them"
+        )
     given = {"mnist": options.mnist, "fashion-mnist": options.fashion}
     sources = {name: str(path.resolve()) for name, path in given.items() if path}
-    work(wanted, options.runs, options.results, sources, processes=options.processes, keep=options.keep)
+    work(
+        wanted,
+        options.runs,
+        options.results,
+        sources,
+        processes=options.processes,
+        keep=options.keep,
+    )
 
 
 def run_quickly(options: argparse.Namespace) -> None:

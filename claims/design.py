@@ -14,15 +14,26 @@ OPTIMAL = "optimal"
 FIXED = "fixed:gamma2=1"
 BALANCES = (COMPUTED, RATCHET, LEARNED, FASTER, OPTIMAL, FIXED)
 TWICE_LEARNED = "learned, both stages"  # the two-stage VAE of Dai & Wipf
-RAE = "rae-l2:latent=0.005,decoder=8e-5"  # the published MNIST settings, at 784 values and 32 latents
+RAE = (
+    "rae-l2:latent=0.005,decoder=8e-5"  # the published MNIST settings, at 784 values and 32 latents
+)
 WAE = "wae-mmd"
 RIVALS = ("autoencoder", RAE, "rae-gp", WAE)
 PUBLISHED_BALANCE = "fixed:gamma2=0.5"  # of the rivals: squared error + penalty, as published
 
 MNIST, FASHION, DIGITS = "claims-mnist", "claims-fashion", "claims-digits"
-LENGTHS = (1, 3)  # epochs, beside the whole length: the same run stopped earlier, since the rate is not yet halved
+LENGTHS = (
+    1,
+    3,
+)  # epochs, beside the whole length: the same run stopped earlier, since the rate is not yet halved
 BATCHES = (20, 60, 200)
-SECOND_STAGES = ((300, 128), (1_000, 128), (3_000, 16), (3_000, 32), (3_000, 64))  # steps and width, beside 3,000 and 128
+SECOND_STAGES = (
+    (300, 128),
+    (1_000, 128),
+    (3_000, 16),
+    (3_000, 32),
+    (3_000, 64),
+)  # steps and width, beside 3,000 and 128
 
 Reference = Literal["train", "test"]
 
@@ -72,7 +83,9 @@ class Trial:
 IMAGES = Recipe(
     name="claims",
     data=Data("mnist"),
-    network=Network("mlp", latent_dim=32, hidden=(512, 512), second_hidden=256),  # 1.38 million parameters in stage 1
+    network=Network(
+        "mlp", latent_dim=32, hidden=(512, 512), second_hidden=256
+    ),  # 1.38 million parameters in stage 1
     first=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=3),
     second=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=2),
 )
@@ -82,7 +95,9 @@ SMALL = Recipe(
     data=Data("digits"),
     network=Network("mlp", latent_dim=10, hidden=(256, 256), second_hidden=128),
     first=Stage(epochs=100, batch_size=50, learning_rate=1e-3, halve_every=40),
-    second=Stage(steps=3_000, batch_size=64, learning_rate=2e-3, halve_every=1_200, balance=PATIENT),
+    second=Stage(
+        steps=3_000, batch_size=64, learning_rate=2e-3, halve_every=1_200, balance=PATIENT
+    ),
 )
 ONE_STAGE = replace(SMALL, second=None)
 
@@ -107,17 +122,28 @@ def _pictures() -> Iterator[Trial]:
         both = balanced(fashion, LEARNED, seed, second=LEARNED)
         yield Trial(FASHION, TWICE_LEARNED, both, (_light(BASIC), _pixels(EVERY_SET)))
         for objective in RIVALS:
-            sets = FIRST_STAGE if objective == WAE else BY_CODES  # the only one of them that has a prior to draw from
-            yield Trial(FASHION, objective, rival(fashion, objective, seed), (_light(sets), _pixels(FIRST_STAGE)))
+            sets = (
+                FIRST_STAGE if objective == WAE else BY_CODES
+            )  # the only one of them that has a prior to draw from
+            yield Trial(
+                FASHION,
+                objective,
+                rival(fashion, objective, seed),
+                (_light(sets), _pixels(FIRST_STAGE)),
+            )
         for epochs in LENGTHS:
             shorter = replace(fashion, first=replace(fashion.first, epochs=epochs), second=None)
             for label in (COMPUTED, LEARNED):
                 compared = (_light(BY_CODES), _pixels(FIRST_STAGE))
-                yield Trial(f"{FASHION}-epochs-{epochs}", label, balanced(shorter, label, seed), compared)
+                yield Trial(
+                    f"{FASHION}-epochs-{epochs}", label, balanced(shorter, label, seed), compared
+                )
 
 
 def _sets(experiment: str, label: str) -> tuple[Compared, ...]:
-    more: tuple[str, ...] = ("GEN-mixture",) if experiment == FASHION and label in (COMPUTED, LEARNED) else ()
+    more: tuple[str, ...] = (
+        ("GEN-mixture",) if experiment == FASHION and label in (COMPUTED, LEARNED) else ()
+    )
     more += (NOISELESS,) if label == COMPUTED else ()
     light = (_light((*BASIC, *more)),) if label in JUDGED_BY_LIGHT[experiment] else ()
     return (*light, _pixels(EVERY_SET))
@@ -136,16 +162,25 @@ def _digits() -> Iterator[Trial]:
     for seed in range(3):
         for label in (*BALANCES, "computed:kl_weight=4"):
             yield Trial(DIGITS, label, balanced(SMALL, label, seed), every)
-        for label in ("learned:rate=10", "learned:start=0.05", "computed:decay=0.9", "computed:decay=0.999"):
+        for label in (
+            "learned:rate=10",
+            "learned:start=0.05",
+            "computed:decay=0.9",
+            "computed:decay=0.999",
+        ):
             yield Trial(DIGITS, label, balanced(ONE_STAGE, label, seed), first)
         for gamma2 in (0.3, 0.1, 0.03, 0.01, 0.003):
             label = f"fixed:gamma2={gamma2}"
             yield Trial(DIGITS, label, balanced(ONE_STAGE, label, seed), first)
         for batch in BATCHES:
             for label in (COMPUTED, RATCHET):
-                yield Trial(f"{DIGITS}-batch-{batch}", label, balanced(_batched(batch), label, seed), ())
+                yield Trial(
+                    f"{DIGITS}-batch-{batch}", label, balanced(_batched(batch), label, seed), ()
+                )
         for steps, hidden in SECOND_STAGES:
-            yield Trial(second_stages(steps, hidden), COMPUTED, _seconded(steps, hidden, seed), every)
+            yield Trial(
+                second_stages(steps, hidden), COMPUTED, _seconded(steps, hidden, seed), every
+            )
 
 
 def _all_digits(sets: tuple[str, ...]) -> tuple[Compared, ...]:
@@ -186,8 +221,20 @@ def rival(recipe: Recipe, objective: str, seed: int) -> Recipe:
 def quick() -> list[Trial]:
     """The same pipeline in seconds, on the digits: it shows that everything runs, and nothing else."""
     assert SMALL.second is not None
-    first, second = replace(SMALL.first, epochs=2, halve_every=None), replace(SMALL.second, steps=20, halve_every=None)
-    recipe = replace(SMALL, first=first, second=second, network=replace(SMALL.network, hidden=(32,), second_hidden=16))
+    first, second = (
+        replace(SMALL.first, epochs=2, halve_every=None),
+        replace(SMALL.second, steps=20, halve_every=None),
+    )
+    recipe = replace(
+        SMALL,
+        first=first,
+        second=second,
+        network=replace(SMALL.network, hidden=(32,), second_hidden=16),
+    )
     compared = (Compared("pixels", EVERY_SET, 200, "train"),)
     labels = (COMPUTED, LEARNED)
-    return [Trial(DIGITS, label, balanced(recipe, label, seed), compared) for seed in range(3) for label in labels]
+    return [
+        Trial(DIGITS, label, balanced(recipe, label, seed), compared)
+        for seed in range(3)
+        for label in labels
+    ]

@@ -10,7 +10,9 @@ from poise.studies.results import Result
 
 Quantity = Callable[[Result], float]
 SETTLED = 500  # steps until the running average has forgotten its start: 0.99^500 = 0.7 %
-TOLERANCE = 1.02  # times an error, where it counts as reached: a point of a curve is noisy by about as much
+TOLERANCE = (
+    1.02  # times an error, where it counts as reached: a point of a curve is noisy by about as much
+)
 
 
 @final
@@ -19,16 +21,22 @@ class Evidence:
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.results = list(results)
-        self._runs = {(result.experiment, result.label, result.seed): result for result in self.results}
+        self._runs = {
+            (result.experiment, result.label, result.seed): result for result in self.results
+        }
 
     def runs(self, experiment: str, label: str) -> dict[int, Result]:
         """By seed, ascending."""
-        found = {seed: r for (e, name, seed), r in self._runs.items() if (e, name) == (experiment, label)}
+        found = {
+            seed: r for (e, name, seed), r in self._runs.items() if (e, name) == (experiment, label)
+        }
         return dict(sorted(found.items()))
 
     def values(self, experiment: str, label: str, quantity: Quantity) -> dict[int, float]:
         """A number of each run, by seed; runs of which it was not measured, or is undefined, are left out."""
-        found = {seed: number(result, quantity) for seed, result in self.runs(experiment, label).items()}
+        found = {
+            seed: number(result, quantity) for seed, result in self.runs(experiment, label).items()
+        }
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def mean(self, experiment: str, label: str, quantity: Quantity) -> float:
@@ -38,7 +46,9 @@ class Evidence:
 
     def ratios(self, experiment: str, label: str, other: str, quantity: Quantity) -> list[float]:
         """label / other, for each seed that both have."""
-        return quotients(self.values(experiment, label, quantity), self.values(experiment, other, quantity))
+        return quotients(
+            self.values(experiment, label, quantity), self.values(experiment, other, quantity)
+        )
 
     def pairs(self, experiment: str, label: str, other: str) -> list[tuple[Result, Result]]:
         """The runs of two labels, seed by seed."""
@@ -104,8 +114,15 @@ def balanced_share(result: Result, tolerance: float, *, settled: bool = True) ->
         tolerance: as a share: 0.1.
         settled: leave out the points of the first 500 steps.
     """
-    curve, first = result.curves["1"], SETTLED * result.settings["first"]["batch_size"] if settled else 0
-    quotient = [m / g for m, g, n in zip(curve["mse"], curve["gamma2"], curve["images_seen"], strict=True) if n > first]
+    curve, first = (
+        result.curves["1"],
+        SETTLED * result.settings["first"]["batch_size"] if settled else 0,
+    )
+    quotient = [
+        m / g
+        for m, g, n in zip(curve["mse"], curve["gamma2"], curve["images_seen"], strict=True)
+        if n > first
+    ]
     return sum(abs(q - 1) <= tolerance for q in quotient) / len(quotient) if quotient else math.nan
 
 
@@ -113,7 +130,11 @@ def late_fall(result: Result) -> float:
     """By what share the training MSE falls in the second half of stage 1."""
     curve = result.curves["1"]
     half = curve["images_seen"][-1] / 2
-    middle = next(mse for mse, images in zip(curve["mse"], curve["images_seen"], strict=True) if images >= half)
+    middle = next(
+        mse
+        for mse, images in zip(curve["mse"], curve["images_seen"], strict=True)
+        if images >= half
+    )
     return 1 - curve["mse"][-1] / middle
 
 
@@ -125,7 +146,9 @@ def speed_up(slow: Result, fast: Result, part: float) -> float:
     """
     curve = slow.curves["1"]
     whole = curve["images_seen"][-1]
-    place = next(k for k, images in enumerate(curve["images_seen"]) if images >= part * whole * (1 - 1e-9))
+    place = next(
+        k for k, images in enumerate(curve["images_seen"]) if images >= part * whole * (1 - 1e-9)
+    )
     goal = curve["mse"][place] * TOLERANCE
     return images_to(slow, goal) / images_to(fast, goal)
 
@@ -133,7 +156,10 @@ def speed_up(slow: Result, fast: Result, part: float) -> float:
 def images_to(result: Result, mse: float) -> float:
     """Images seen until the training MSE was first this small; infinite if it never was."""
     curve = result.curves["1"]
-    return next((n for n, value in zip(curve["images_seen"], curve["mse"], strict=True) if value <= mse), math.inf)
+    return next(
+        (n for n, value in zip(curve["images_seen"], curve["mse"], strict=True) if value <= mse),
+        math.inf,
+    )
 
 
 def gap_closed(slow: Result, fast: Result, other: Result) -> float:
@@ -143,7 +169,9 @@ def gap_closed(slow: Result, fast: Result, other: Result) -> float:
     at its end.
     """
     goal = slow.curves["1"]["mse"][-1] * TOLERANCE
-    late, soon, third = (min(images_to(run, goal), run.curves["1"]["images_seen"][-1]) for run in (slow, fast, other))
+    late, soon, third = (
+        min(images_to(run, goal), run.curves["1"]["images_seen"][-1]) for run in (slow, fast, other)
+    )
     return (late - third) / (late - soon) if late > soon else math.nan
 
 
@@ -158,7 +186,9 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _centred_ranks(values: Sequence[float]) -> list[float]:
     middle = (len(values) - 1) / 2
-    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 - middle for v in values]
+    return [
+        sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 - middle for v in values
+    ]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

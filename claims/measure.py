@@ -22,7 +22,14 @@ from poise.protocols import DEFAULT, Measurement, Protocol
 from poise.recipes.settings import Generation, Recipe, from_json, to_json
 from poise.runs.pipeline import prepare
 from poise.runs.run import PriorName, Run
-from poise.studies.results import Result, read_results, result_of, safe_name, source_commit, write_result
+from poise.studies.results import (
+    Result,
+    read_results,
+    result_of,
+    safe_name,
+    source_commit,
+    write_result,
+)
 from poise.support.guards import locked, stop_signals
 
 WAYS: dict[str, tuple[PriorName, Generation]] = {
@@ -31,12 +38,17 @@ WAYS: dict[str, tuple[PriorName, Generation]] = {
     "GEN-mixture": ("mixture", Generation()),
     RENORMALISED: ("second-stage", Generation(renormalise="always")),
     NOISELESS: ("second-stage", Generation(second_stage_noise=False)),
-    NOISELESS_RENORMALISED: ("second-stage", Generation(second_stage_noise=False, renormalise="always")),
+    NOISELESS_RENORMALISED: (
+        "second-stage",
+        Generation(second_stage_noise=False, renormalise="always"),
+    ),
 }
 KEPT = ("FD-", "KID-")  # the rest would be most of the results' bytes
 
 
-def perform(trial: Trial, runs: Path, results: Path, sources: dict[str, str], *, keep: bool = False) -> Path:
+def perform(
+    trial: Trial, runs: Path, results: Path, sources: dict[str, str], *, keep: bool = False
+) -> Path:
     """The result's file of a trial, trained and measured from wherever it stands.
 
     Args:
@@ -55,8 +67,13 @@ def perform(trial: Trial, runs: Path, results: Path, sources: dict[str, str], *,
     run = poise.load(folder, device="cpu")
     measured = evaluation(run, trial.compared)
     seconds = {"training": round(training, 1), "evaluation": round(time.monotonic() - began, 1)}
-    result = result_of(run, measured, experiment=trial.experiment, label=trial.label, seconds=seconds)
-    settings, data = result.settings | {"data": to_json(named)}, result.data | {"source": named.source}
+    result = result_of(
+        run, measured, experiment=trial.experiment, label=trial.label, seconds=seconds
+    )
+    settings, data = (
+        result.settings | {"data": to_json(named)},
+        result.data | {"source": named.source},
+    )
     path = write_result(replace(result, settings=settings, data=data), results)
     if not keep:
         shutil.rmtree(folder)
@@ -85,7 +102,9 @@ def finished(trial: Trial, results: Path) -> bool:
         return False
     (found,) = read_results([path])
     if not belongs(found, trial):
-        raise InputError(f"{path} is of other settings than the design's: remove it, or take another --results")
+        raise InputError(
+            f"{path} is of other settings than the design's: remove it, or take another --results"
+        )
     return True
 
 
@@ -95,14 +114,21 @@ def belongs(result: Result, trial: Trial) -> bool:
     A setting that is newer than the result counts as at its default.
     """
     same = to_json(from_json(Recipe, result.settings)) == to_json(trial.recipe)
-    wanted = {(f"FD-{c.extractor}", of, c.reference, c.number) for c in trial.compared for of in c.sets}
+    wanted = {
+        (f"FD-{c.extractor}", of, c.reference, c.number) for c in trial.compared for of in c.sets
+    }
     return same and wanted <= set(_compared(result))
 
 
 def _compared(result: Result) -> Iterator[tuple[str, str, str, int]]:
     protocols = result.evaluation["protocols"]
     for m in result.evaluation["measurements"]:
-        yield m["metric"], m["of"], protocols[m["protocol"]]["reference"], protocols[m["protocol"]]["real"]
+        yield (
+            m["metric"],
+            m["of"],
+            protocols[m["protocol"]]["reference"],
+            protocols[m["protocol"]]["real"],
+        )
 
 
 def evaluation(run: Run, compared: tuple[Compared, ...]) -> Evaluation:
@@ -123,7 +149,9 @@ def page(run: Run) -> dict[str, Any]:
         "pixel_variance": float(pixels.var(0, correction=0).mean()),
         "train_mse_sampled": reconstruction(vae, balance, some, seed=run.recipe.seed).mse_sampled,
         "parameters": sum(p.numel() for p in vae.parameters()),
-        "second_parameters": sum(p.numel() for p in run.second.vae.parameters()) if run.second else 0,
+        "second_parameters": sum(p.numel() for p in run.second.vae.parameters())
+        if run.second
+        else 0,
     }
 
 
@@ -142,20 +170,29 @@ def comparisons(run: Run, wanted: Compared) -> Iterator[Measurement]:
 def conditions(wanted: Compared) -> tuple[Protocol, Extractor]:
     """The protocol of a comparison, and its network."""
     plain = replace(
-        DEFAULT, name="claims", reference=wanted.reference, real=wanted.number, kid_subsets=1, kid_subset_size=wanted.number
+        DEFAULT,
+        name="claims",
+        reference=wanted.reference,
+        real=wanted.number,
+        kid_subsets=1,
+        kid_subset_size=wanted.number,
     )
     protocol, network, _ = choose_extractor(plain, wanted.extractor, torch.device("cpu"))
     assert network is not None
     return protocol, network
 
 
-def produced_set(run: Run, of: str, prior: PriorName | None, real: Any, generation: Generation) -> Produced:
+def produced_set(
+    run: Run, of: str, prior: PriorName | None, real: Any, generation: Generation
+) -> Produced:
     """A set of images by its name. Every label of a seed draws the same noise."""
     seed = run.recipe.seed
     if prior is None:
         chunks = partial(_restored, run, real, generation)
         return Produced(of, chunks, len(real), seed)
-    return Produced(of, partial(run.sample_chunks, prior=prior, seed=seed, generation=generation), seed=seed)
+    return Produced(
+        of, partial(run.sample_chunks, prior=prior, seed=seed, generation=generation), seed=seed
+    )
 
 
 def _restored(run: Run, real: Any, generation: Generation, count: int) -> Iterator[Any]:

@@ -7,7 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 
-from claims.design import COMPUTED, FASHION, JUDGED_BY_LIGHT, LEARNED, RIVALS, TWICE_LEARNED, Trial, design
+from claims.design import (
+    COMPUTED,
+    FASHION,
+    JUDGED_BY_LIGHT,
+    LEARNED,
+    RIVALS,
+    TWICE_LEARNED,
+    Trial,
+    design,
+)
 from claims.figures import KL, TEST_MSE, Evidence, distance
 from claims.measure import belongs
 from claims.questions import questions
@@ -67,7 +76,9 @@ is *undecided* between. A claim *holds* if all of its checks hold, *does not hol
 def bias() -> str:
     """What few images do to a distance, by `benchmarks/shrunk_features.py`."""
     found = json.loads(SHRUNK.read_text(encoding="utf-8"))["distance"]
-    plain, less = ([f"{fmean(found[n][factor]):.1f}" for n in ("500", "2000")] for factor in ("1.0", "0.9"))
+    plain, less = (
+        [f"{fmean(found[n][factor]):.1f}" for n in ("500", "2000")] for factor in ("1.0", "0.9")
+    )
     return (
         "Few images bias a distance upwards, and not alike for all: the more diverse a set is, the more. "
         f"Real training images of Fashion-MNIST are at FD-light {plain[0]} from 500 test images; the same "
@@ -82,7 +93,9 @@ def contrary(results: Iterable[Result]) -> str:
     evidence = Evidence(results)
     pairs = []
     for experiment, epochs in stages():
-        ours, theirs = (mean_of(evidence, experiment, label, NORMAL) for label in (COMPUTED, LEARNED))
+        ours, theirs = (
+            mean_of(evidence, experiment, label, NORMAL) for label in (COMPUTED, LEARNED)
+        )
         pairs.append(f"{ours} against {theirs} after {epochs}")
     return (
         "Against it: samples from N(0, I) (GEN-1) are further from the images than those of the learned balance all the "
@@ -103,7 +116,13 @@ def page(results: Iterable[Result], trials: Sequence[Trial] | None = None) -> st
     trials = design() if trials is None else trials
     evidence = Evidence(_wanted(results, trials))
     paper, ours = statements(evidence), questions(evidence)
-    parts = [HEAD, _done(evidence, len(trials)), "## Verdicts", summary([*paper, *ours]), _protocol()]
+    parts = [
+        HEAD,
+        _done(evidence, len(trials)),
+        "## Verdicts",
+        summary([*paper, *ours]),
+        _protocol(),
+    ]
     parts += ["# Claims of the paper", *map(section, paper), "# Our own", *map(section, ours)]
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +147,9 @@ def _done(evidence: Evidence, number: int) -> str:
     if not results:
         return f"**Nothing was run yet** ({number} runs)."
     seconds = sum(sum(result.seconds.values()) for result in results)
-    machines = sorted({f"{r.provenance['machine']['processor']}, torch {r.provenance['torch']}" for r in results})
+    machines = sorted(
+        {f"{r.provenance['machine']['processor']}, torch {r.provenance['torch']}" for r in results}
+    )
     commits = sorted({str(r.provenance.get("commit", "unknown")) for r in results})
     dates = sorted(result.provenance["finished"][:10] for result in results)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
@@ -140,13 +161,25 @@ def _done(evidence: Evidence, number: int) -> str:
 
 def summary(made: Sequence[Statement]) -> str:
     """One line for each claim."""
-    return markdown([["claim", "verdict"], *([f"{s.key}: {s.claim}", verdict_text(s.checks).split(":")[0]] for s in made)])
+    return markdown(
+        [
+            ["claim", "verdict"],
+            *([f"{s.key}: {s.claim}", verdict_text(s.checks).split(":")[0]] for s in made),
+        ]
+    )
 
 
 def section(statement: Statement) -> str:
     """All about one claim."""
-    paragraphs = (f"Verdict: {verdict_text(statement.checks)}.", statement.refutation, statement.remark)
-    parts = [f"## {statement.key}: {statement.claim}", *(fill(text, WIDTH) for text in paragraphs if text)]
+    paragraphs = (
+        f"Verdict: {verdict_text(statement.checks)}.",
+        statement.refutation,
+        statement.remark,
+    )
+    parts = [
+        f"## {statement.key}: {statement.claim}",
+        *(fill(text, WIDTH) for text in paragraphs if text),
+    ]
     parts += [check_table(statement.checks)] if statement.checks else []
     for caption, rows in (table for table in statement.tables if len(table[1]) > 1):
         parts += [f"{caption}:", markdown(rows)] if caption else [markdown(rows)]
@@ -157,18 +190,35 @@ def section(statement: Statement) -> str:
 def check_table(checks: Sequence[Check]) -> str:
     """Every check, its rule, its figure and what came out."""
     return markdown(
-        [["check", "mean [interval]", "holds if", "outcome"], *([c.what, c.figure, c.rule, c.outcome.value] for c in checks)]
+        [
+            ["check", "mean [interval]", "holds if", "outcome"],
+            *([c.what, c.figure, c.rule, c.outcome.value] for c in checks),
+        ]
     )
 
 
 def short_table(results: Iterable[Result]) -> str:
     """The main comparison, for README.md."""
     evidence = Evidence(results)
-    rows = [["", "n", "test MSE", "KL", *(f"FD-light {of}" for of in ("REC", "GEN-1", "GEN-2", "mixture"))]]
-    quantities = [TEST_MSE, KL, *(distance(of, "light") for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture"))]
+    rows = [
+        [
+            "",
+            "n",
+            "test MSE",
+            "KL",
+            *(f"FD-light {of}" for of in ("REC", "GEN-1", "GEN-2", "mixture")),
+        ]
+    ]
+    quantities = [
+        TEST_MSE,
+        KL,
+        *(distance(of, "light") for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture")),
+    ]
     for label in (*JUDGED_BY_LIGHT[FASHION], TWICE_LEARNED, *RIVALS):
         if count := len(evidence.runs(FASHION, label)):
-            rows.append([label, str(count), *(mean_of(evidence, FASHION, label, q) for q in quantities)])
+            rows.append(
+                [label, str(count), *(mean_of(evidence, FASHION, label, q) for q in quantities)]
+            )
     return markdown(rows) if len(rows) > 1 else "Nothing was run yet."
 
 
@@ -187,4 +237,9 @@ def with_table(readme: str, table: str) -> str:
     """
     if BEGIN not in readme or END not in readme:
         raise ValueError(f"README.md lacks the comments {BEGIN} and {END}")
-    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", readme, flags=re.DOTALL)
+    return re.sub(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}",
+        lambda _: f"{BEGIN}\n\n{table}\n\n{END}",
+        readme,
+        flags=re.DOTALL,
+    )

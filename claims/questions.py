@@ -26,7 +26,19 @@ from claims.figures import (
     relative,
     speed_up,
 )
-from claims.rules import FINE, NATS, PERCENT, PLAIN, Check, above, below, describe, less, near, no_worse
+from claims.rules import (
+    FINE,
+    NATS,
+    PERCENT,
+    PLAIN,
+    Check,
+    above,
+    below,
+    describe,
+    less,
+    near,
+    no_worse,
+)
 from claims.statements import MAIN, MARGIN, SETTINGS, Statement, mean_of, table_of
 
 STRONGER = "computed:kl_weight=4"
@@ -50,16 +62,42 @@ def questions(evidence: Evidence) -> list[Statement]:
 
 def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
     """O1."""
-    tried = [(DIGITS, "digits", label) for label in (FASTER, "learned:rate=10", "learned:start=0.05")]
+    tried = [
+        (DIGITS, "digits", label) for label in (FASTER, "learned:rate=10", "learned:start=0.05")
+    ]
     tried.append((FASHION, "Fashion-MNIST", FASTER))
-    checks, rows = [], [["", "balance", "share of the gap closed", "images that computed saves over it", "test MSE"]]
+    checks, rows = (
+        [],
+        [
+            [
+                "",
+                "balance",
+                "share of the gap closed",
+                "images that computed saves over it",
+                "test MSE",
+            ]
+        ],
+    )
     for experiment, name, label in tried:
-        thirds, pairs = evidence.runs(experiment, label), evidence.pairs(experiment, LEARNED, COMPUTED)
-        closed = [gap_closed(slow, fast, thirds[slow.seed]) for slow, fast in pairs if slow.seed in thirds]
-        gains = [speed_up(slow, fast, 1.0) for slow, fast in evidence.pairs(experiment, label, COMPUTED)]
+        thirds, pairs = (
+            evidence.runs(experiment, label),
+            evidence.pairs(experiment, LEARNED, COMPUTED),
+        )
+        closed = [
+            gap_closed(slow, fast, thirds[slow.seed]) for slow, fast in pairs if slow.seed in thirds
+        ]
+        gains = [
+            speed_up(slow, fast, 1.0) for slow, fast in evidence.pairs(experiment, label, COMPUTED)
+        ]
         checks.append(above(f"{name}, {label}", closed, 0.5))
         rows.append(
-            [name, label, describe(closed, PLAIN), describe(gains, PLAIN), mean_of(evidence, experiment, label, TEST_MSE)]
+            [
+                name,
+                label,
+                describe(closed, PLAIN),
+                describe(gains, PLAIN),
+                mean_of(evidence, experiment, label, TEST_MSE),
+            ]
         )
     return Statement(
         "O1",
@@ -82,15 +120,24 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
     checks, rows = [], [["batch", "balance", "gamma2 / training MSE at the end", "test MSE", "KL"]]
     sizes = {batch: f"{DIGITS}-batch-{batch}" for batch in BATCHES}
     for batch, experiment in sizes.items():
-        own = {label: list(evidence.values(experiment, label, own_balance).values()) for label in (COMPUTED, RATCHET)}
+        own = {
+            label: list(evidence.values(experiment, label, own_balance).values())
+            for label in (COMPUTED, RATCHET)
+        }
         checks.append(below(f"ratchet, batches of {batch}, gamma2 / MSE", own[RATCHET], 1, FINE))
-        checks.append(near(f"average, batches of {batch}, gamma2 / MSE", own[COMPUTED], 1, MARGIN, FINE))
+        checks.append(
+            near(f"average, batches of {batch}, gamma2 / MSE", own[COMPUTED], 1, MARGIN, FINE)
+        )
         for label, values in own.items():
             others = [mean_of(evidence, experiment, label, quantity) for quantity in (TEST_MSE, KL)]
             rows.append([str(batch), label, describe(values, FINE), *others])
-    few, many = (evidence.values(sizes[batch], RATCHET, own_balance) for batch in (BATCHES[0], BATCHES[-1]))
+    few, many = (
+        evidence.values(sizes[batch], RATCHET, own_balance) for batch in (BATCHES[0], BATCHES[-1])
+    )
     trend = [few[seed] - many[seed] for seed in few if seed in many]
-    checks.append(below(f"ratchet, batches of {BATCHES[0]} less than of {BATCHES[-1]}", trend, 0, FINE))
+    checks.append(
+        below(f"ratchet, batches of {BATCHES[0]} less than of {BATCHES[-1]}", trend, 0, FINE)
+    )
     return Statement(
         "O2",
         "The released min makes gamma2 a ratchet that batch noise pushes below the MSE, the more the smaller the batch; the "
@@ -108,10 +155,27 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
 def weight_four(evidence: Evidence) -> Statement:
     """O3."""
     sets = ("GEN-1", "GEN-2", "GEN-mixture")
-    checks = [above("test MSE", [r - 1 for r in evidence.ratios(DIGITS, STRONGER, COMPUTED, TEST_MSE)], 0, PERCENT)]
+    checks = [
+        above(
+            "test MSE",
+            [r - 1 for r in evidence.ratios(DIGITS, STRONGER, COMPUTED, TEST_MSE)],
+            0,
+            PERCENT,
+        )
+    ]
     for of in sets:
-        checks.append(less(f"FD-pixels of {of}", evidence.ratios(DIGITS, STRONGER, COMPUTED, distance(of, "pixels"))))
-    columns = {"test MSE": TEST_MSE, "KL": KL, "gamma2": GAMMA2, "active": of_page("latents.active_units")}
+        checks.append(
+            less(
+                f"FD-pixels of {of}",
+                evidence.ratios(DIGITS, STRONGER, COMPUTED, distance(of, "pixels")),
+            )
+        )
+    columns = {
+        "test MSE": TEST_MSE,
+        "KL": KL,
+        "gamma2": GAMMA2,
+        "active": of_page("latents.active_units"),
+    }
     columns |= {f"FD-pixels of {of}": distance(of, "pixels") for of in ("REC", *sets)}
     places = [(DIGITS, label, label) for label in (COMPUTED, STRONGER)]
     return Statement(
@@ -149,10 +213,15 @@ def noise_of_stage_two(evidence: Evidence) -> Statement:
     for setting in SETTINGS:
         for extractor in setting.extractors:
             noisy, bare = distance("GEN-2", extractor), distance(NOISELESS, extractor)
-            change = list(evidence.values(setting.experiment, COMPUTED, relative(noisy, bare)).values())
+            change = list(
+                evidence.values(setting.experiment, COMPUTED, relative(noisy, bare)).values()
+            )
             what = f"{setting.name}, FD-{extractor}"
             checks.append(below(what, change, 0, PERCENT))
-            means = [mean_of(evidence, setting.experiment, COMPUTED, quantity) for quantity in (noisy, bare)]
+            means = [
+                mean_of(evidence, setting.experiment, COMPUTED, quantity)
+                for quantity in (noisy, bare)
+            ]
             rows.append([what, *means, describe(change, PERCENT)])
     return Statement(
         "O5",
@@ -167,11 +236,19 @@ def noise_of_stage_two(evidence: Evidence) -> Statement:
 
 def decay_matters_little(evidence: Evidence) -> Statement:
     """O6."""
-    quantities = {"test MSE": TEST_MSE, "FD-pixels of GEN-mixture": distance("GEN-mixture", "pixels")}
+    quantities = {
+        "test MSE": TEST_MSE,
+        "FD-pixels of GEN-mixture": distance("GEN-mixture", "pixels"),
+    }
     checks, rows = [], [["balance", *(f"{name} relative to decay 0.99" for name in quantities)]]
     for label in DECAYS:
-        changes = {n: [r - 1 for r in evidence.ratios(DIGITS, label, COMPUTED, q)] for n, q in quantities.items()}
-        checks += [near(f"{label}, {name}", values, 0, MARGIN, PERCENT) for name, values in changes.items()]
+        changes = {
+            n: [r - 1 for r in evidence.ratios(DIGITS, label, COMPUTED, q)]
+            for n, q in quantities.items()
+        }
+        checks += [
+            near(f"{label}, {name}", values, 0, MARGIN, PERCENT) for name, values in changes.items()
+        ]
         rows.append([label, *(describe(values, PERCENT) for values in changes.values())])
     return Statement(
         "O6",
@@ -187,12 +264,21 @@ def no_grid_is_needed(evidence: Evidence) -> Statement:
     """O7."""
     mixture = distance("GEN-mixture", "pixels")
     columns = {"test MSE": TEST_MSE, "KL": KL, "ELBO at the best gamma2": evidence_bound}
-    columns |= {f"FD-pixels of {of}": distance(of, "pixels") for of in ("REC", "GEN-1", "GEN-mixture")}
-    bounds = {label: evidence.mean(DIGITS, label, evidence_bound) for label in GRID if evidence.runs(DIGITS, label)}
+    columns |= {
+        f"FD-pixels of {of}": distance(of, "pixels") for of in ("REC", "GEN-1", "GEN-mixture")
+    }
+    bounds = {
+        label: evidence.mean(DIGITS, label, evidence_bound)
+        for label in GRID
+        if evidence.runs(DIGITS, label)
+    }
     distances = {label: evidence.mean(DIGITS, label, mixture) for label in bounds}
     checks: list[Check] = []
     if bounds:
-        best, nearest = max(bounds, key=bounds.__getitem__), min(distances, key=distances.__getitem__)
+        best, nearest = (
+            max(bounds, key=bounds.__getitem__),
+            min(distances, key=distances.__getitem__),
+        )
         own, other = (evidence.values(DIGITS, label, evidence_bound) for label in (COMPUTED, best))
         gains = [own[seed] - other[seed] for seed in own if seed in other]
         checks = [

@@ -86,12 +86,16 @@ def above(what: str, values: Iterable[float], bound: float, style: Style = PLAIN
     return Check(what, f"above {style.bound(bound)}", describe(values, style), outcome)
 
 
-def near(what: str, values: Iterable[float], target: float, tolerance: float, style: Style = PLAIN) -> Check:
+def near(
+    what: str, values: Iterable[float], target: float, tolerance: float, style: Style = PLAIN
+) -> Check:
     """Holds if the interval lies within the tolerance of the target; does not if it lies outside."""
     values, (low, high) = _interval(values)
     least, most = target - tolerance, target + tolerance
     outcome = _outcome(values, least <= low and high <= most, high < least or low > most)
-    return Check(what, f"{style.bound(least)} to {style.bound(most)}", describe(values, style), outcome)
+    return Check(
+        what, f"{style.bound(least)} to {style.bound(most)}", describe(values, style), outcome
+    )
 
 
 def less(what: str, ratios: Iterable[float]) -> Check:
@@ -122,7 +126,11 @@ def describe(values: Sequence[float], style: Style) -> str:
         return "-"
     mean, limits = sum(values) / len(values), interval(values)
     shown = style.show(mean) + style.unit
-    return f"{shown} [{style.show(limits[0])}, {style.show(limits[1])}], n = {len(values)}" if limits else shown
+    return (
+        f"{shown} [{style.show(limits[0])}, {style.show(limits[1])}], n = {len(values)}"
+        if limits
+        else shown
+    )
 
 
 def verdict(checks: Sequence[Check]) -> Outcome | None:

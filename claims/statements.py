@@ -88,7 +88,11 @@ class Setting:
 
 
 MAIN = (MNIST, FASHION, DIGITS)
-SETTINGS = (Setting(MNIST, "MNIST", "light"), Setting(FASHION, "Fashion-MNIST", "light"), Setting(DIGITS, "digits", "pixels"))
+SETTINGS = (
+    Setting(MNIST, "MNIST", "light"),
+    Setting(FASHION, "Fashion-MNIST", "light"),
+    Setting(DIGITS, "digits", "pixels"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,25 @@ def sooner(evidence: Evidence) -> Statement:
     for setting in SETTINGS:
         pairs = evidence.pairs(setting.experiment, LEARNED, COMPUTED)
         gains = {part: [speed_up(slow, fast, part) for slow, fast in pairs] for part in parts}
-        checks += [above(f"{setting.name}, MSE after {p:.0%}", values, 1) for p, values in gains.items()]
+        checks += [
+            above(f"{setting.name}, MSE after {p:.0%}", values, 1) for p, values in gains.items()
+        ]
         rows.append([setting.name, *(describe(values, PLAIN) for values in gains.values())])
     extractor, sets = "light", ("REC", "GEN-mixture")
     lengths = [["epochs", "balance", *(f"FD-light of {of}" for of in sets), "FD-pixels of GEN-1"]]
     for experiment, epochs in stages():
         for label in (COMPUTED, LEARNED):
             cells = [mean_of(evidence, experiment, label, distance(of, extractor)) for of in sets]
-            lengths.append([str(epochs), label, *cells, mean_of(evidence, experiment, label, NORMAL)])
+            lengths.append(
+                [str(epochs), label, *cells, mean_of(evidence, experiment, label, NORMAL)]
+            )
         where = f"Fashion-MNIST, FD-light after {epochs} epoch{'s' * (epochs > 1)}"
         checks += [
-            less(f"{where}, {of}", evidence.ratios(experiment, COMPUTED, LEARNED, distance(of, extractor))) for of in sets
+            less(
+                f"{where}, {of}",
+                evidence.ratios(experiment, COMPUTED, LEARNED, distance(of, extractor)),
+            )
+            for of in sets
         ]
         where = where.replace("FD-light", "FD-pixels")
         checks += [less(f"{where}, GEN-1", evidence.ratios(experiment, COMPUTED, LEARNED, NORMAL))]
@@ -170,7 +182,10 @@ def sooner(evidence: Evidence) -> Statement:
                 "(both until they first come within 2 % of it; 0: it never gets there)",
                 rows,
             ),
-            ("Fashion-MNIST, after so many epochs of stage 1 (the same runs, stopped earlier)", lengths),
+            (
+                "Fashion-MNIST, after so many epochs of stage 1 (the same runs, stopped earlier)",
+                lengths,
+            ),
         ),
         "`learned` is as published: log gamma starts at 0 and moves at the network's learning rate. A lower training MSE alone "
         "says little: a weaker KL gives it for nothing, which is why distances of samples stand beside it. Those of GEN-1, "
@@ -186,9 +201,14 @@ def no_worse_in_the_end(evidence: Evidence) -> Statement:
         for name, quantity in quantities.items():
             ratios = evidence.ratios(setting.experiment, COMPUTED, LEARNED, quantity)
             checks.append(no_worse(f"{setting.name}, {name}", ratios, MARGIN))
-        tables.append((f"{setting.name}: mean ± standard deviation", balances_table(evidence, setting)))
         tables.append(
-            (f"{setting.name}: relative to `computed`, paired", against_table(evidence, setting, COMPUTED, quantities))
+            (f"{setting.name}: mean ± standard deviation", balances_table(evidence, setting))
+        )
+        tables.append(
+            (
+                f"{setting.name}: relative to `computed`, paired",
+                against_table(evidence, setting, COMPUTED, quantities),
+            )
         )
     return Statement(
         "C2",
@@ -204,7 +224,9 @@ def no_worse_in_the_end(evidence: Evidence) -> Statement:
 
 
 def _outcomes(setting: Setting) -> dict[str, Quantity]:
-    return {"test MSE": TEST_MSE} | {f"{setting.metric} of {of}": setting.fd(of) for of in ("REC", "GEN-1", "GEN-2")}
+    return {"test MSE": TEST_MSE} | {
+        f"{setting.metric} of {of}": setting.fd(of) for of in ("REC", "GEN-1", "GEN-2")
+    }
 
 
 def present(evidence: Evidence, experiment: str) -> list[str]:
@@ -222,18 +244,27 @@ def balances_table(evidence: Evidence, setting: Setting) -> Rows:
         "active": of_page("latents.active_units"),
     }
     columns |= {
-        f"FD-{e} of {of}": distance(of, e) for e in setting.extractors for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture")
+        f"FD-{e} of {of}": distance(of, e)
+        for e in setting.extractors
+        for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture")
     }
     places = [(setting.experiment, label, label) for label in present(evidence, setting.experiment)]
     return table_of(evidence, "balance", places, columns)
 
 
-def against_table(evidence: Evidence, setting: Setting, reference: str, quantities: dict[str, Quantity]) -> Rows:
+def against_table(
+    evidence: Evidence, setting: Setting, reference: str, quantities: dict[str, Quantity]
+) -> Rows:
     """A row for each other balance: how much more it has than the reference, with intervals."""
     rows = [["balance", *quantities]]
     for label in (label for label in present(evidence, setting.experiment) if label != reference):
-        ratios = [evidence.ratios(setting.experiment, label, reference, quantity) for quantity in quantities.values()]
-        rows.append([label, *(describe([ratio - 1 for ratio in values], PERCENT) for values in ratios)])
+        ratios = [
+            evidence.ratios(setting.experiment, label, reference, quantity)
+            for quantity in quantities.values()
+        ]
+        rows.append(
+            [label, *(describe([ratio - 1 for ratio in values], PERCENT) for values in ratios)]
+        )
     return rows
 
 
@@ -241,19 +272,25 @@ def balanced_throughout(evidence: Evidence) -> Statement:
     """C3."""
     checks = []
     for setting in SETTINGS:
-        shares = evidence.values(setting.experiment, COMPUTED, lambda run: balanced_share(run, ABOUT))
+        shares = evidence.values(
+            setting.experiment, COMPUTED, lambda run: balanced_share(run, ABOUT)
+        )
         checks.append(above(setting.name, shares.values(), 0.95, SHARE))
     columns: dict[str, tuple[Quantity, Style]] = {
         "within 10 %": (lambda run: balanced_share(run, 0.1), SHARE),
         "within 5 %": (lambda run: balanced_share(run, 0.05), SHARE),
-        "within 10 %, from the first step": (lambda run: balanced_share(run, 0.1, settled=False), SHARE),
+        "within 10 %, from the first step": (
+            lambda run: balanced_share(run, 0.1, settled=False),
+            SHARE,
+        ),
         "quadratic term / (D/2), test images": (of_page("reconstruction.quadratic_share"), FINE),
     }
     rows = [["", "balance", *columns]]
     for setting in SETTINGS:
         for label in present(evidence, setting.experiment):
             cells = [
-                describe(list(evidence.values(setting.experiment, label, q).values()), style) for q, style in columns.values()
+                describe(list(evidence.values(setting.experiment, label, q).values()), style)
+                for q, style in columns.values()
             ]
             rows.append([setting.name, label, *cells])
     return Statement(
@@ -274,9 +311,22 @@ def kl_prevails(evidence: Evidence) -> Statement:
     for setting in SETTINGS:
         name, experiment = setting.name, setting.experiment
         checks += [
-            below(f"{name}, KL over that of computed", evidence.ratios(experiment, FIXED, COMPUTED, KL), 0.5),
-            above(f"{name}, MSE over that of computed", evidence.ratios(experiment, FIXED, COMPUTED, TEST_MSE), 2),
-            below(f"{name}, fall of the MSE", evidence.values(experiment, FIXED, late_fall).values(), 0.1, PERCENT),
+            below(
+                f"{name}, KL over that of computed",
+                evidence.ratios(experiment, FIXED, COMPUTED, KL),
+                0.5,
+            ),
+            above(
+                f"{name}, MSE over that of computed",
+                evidence.ratios(experiment, FIXED, COMPUTED, TEST_MSE),
+                2,
+            ),
+            below(
+                f"{name}, fall of the MSE",
+                evidence.values(experiment, FIXED, late_fall).values(),
+                0.1,
+                PERCENT,
+            ),
         ]
     columns: dict[str, Quantity] = {
         "test MSE": TEST_MSE,
@@ -286,7 +336,11 @@ def kl_prevails(evidence: Evidence) -> Statement:
         "active latents": of_page("latents.active_units"),
         "quadratic term / (D/2)": of_page("reconstruction.quadratic_share"),
     }
-    places = [(s.experiment, label, f"{s.name}, {label}") for s in SETTINGS for label in (FIXED, COMPUTED, LEARNED)]
+    places = [
+        (s.experiment, label, f"{s.name}, {label}")
+        for s in SETTINGS
+        for label in (FIXED, COMPUTED, LEARNED)
+    ]
     return Statement(
         "C4",
         "With gamma2 = 1, KL prevails and the error stops falling.",
@@ -309,9 +363,16 @@ def second_stage_is_better(evidence: Evidence) -> Statement:
             change = evidence.values(setting.experiment, COMPUTED, relative(two, one))
             checks.append(below(f"{setting.name}, FD-{extractor}", change.values(), 0, PERCENT))
             for label in present(evidence, setting.experiment):
-                means = [mean_of(evidence, setting.experiment, label, quantity) for quantity in (one, two)]
-                change = list(evidence.values(setting.experiment, label, relative(two, one)).values())
-                rows.append([f"{setting.name}, FD-{extractor}", label, *means, describe(change, PERCENT)])
+                means = [
+                    mean_of(evidence, setting.experiment, label, quantity)
+                    for quantity in (one, two)
+                ]
+                change = list(
+                    evidence.values(setting.experiment, label, relative(two, one)).values()
+                )
+                rows.append(
+                    [f"{setting.name}, FD-{extractor}", label, *means, describe(change, PERCENT)]
+                )
     return Statement(
         "C5",
         "Latents from the second stage (GEN-2) give better images than latents from N(0, I) (GEN-1).",
@@ -328,27 +389,41 @@ def renormalisation_helps(evidence: Evidence) -> Statement:
     ways = {NOISELESS: (NOISELESS_RENORMALISED, NOISELESS), "GEN-2": (RENORMALISED, "GEN-2")}
     places = [Setting(s.experiment, s.name, "pixels") for s in SETTINGS]
     places += [
-        Setting(second_stages(*size), "digits, stage 2 of {:,} steps, width {}".format(*size), "pixels")
+        Setting(
+            second_stages(*size), "digits, stage 2 of {:,} steps, width {}".format(*size), "pixels"
+        )
         for size in SECOND_STAGES
     ]
     labelled = [(place, label) for place in places for label in present(evidence, place.experiment)]
-    runs = [run for place, label in labelled for run in evidence.runs(place.experiment, label).values()]
+    runs = [
+        run for place, label in labelled for run in evidence.runs(place.experiment, label).values()
+    ]
     checks = []
     for how, (after, before) in ways.items():
         change = relative(distance(after, "pixels"), distance(before, "pixels"))
         known = [(run.experiment, number(run, LOST), number(run, change)) for run in runs]
         much = [value for _, lost, value in known if lost >= LARGE]
         checks.append(below(f"{how}, runs that lost much", much, 0, PERCENT))
-        digits = [(lost, v) for name, lost, v in known if name.startswith(DIGITS) and math.isfinite(lost + v)]
+        digits = [
+            (lost, v)
+            for name, lost, v in known
+            if name.startswith(DIGITS) and math.isfinite(lost + v)
+        ]
         checks.append(_falling(f"{how}, correlation over the digits' runs", digits))
     columns: dict[str, tuple[Quantity, Style]] = {"variance lost by stage 2": (LOST, FINE)} | {
-        f"FD-pixels of {how}": (relative(distance(after, "pixels"), distance(before, "pixels")), PERCENT)
+        f"FD-pixels of {how}": (
+            relative(distance(after, "pixels"), distance(before, "pixels")),
+            PERCENT,
+        )
         for how, (after, before) in ways.items()
     }
     ordered = sorted(labelled, key=lambda pair: evidence.mean(pair[0].experiment, pair[1], LOST))
     rows = [["", "balance", *columns]]
     for place, label in ordered:
-        cells = [describe(list(evidence.values(place.experiment, label, q).values()), style) for q, style in columns.values()]
+        cells = [
+            describe(list(evidence.values(place.experiment, label, q).values()), style)
+            for q, style in columns.values()
+        ]
         rows.append([place.name, label, *cells])
     return Statement(
         "C6",
@@ -381,14 +456,20 @@ def _falling(what: str, pairs: Sequence[tuple[float, float]]) -> Check:
 
 def variance_lost_is_the_error(evidence: Evidence) -> Statement:
     """C7."""
-    pages = {"pixels": "reconstruction.variance_lost_share", "latents": "second_stage.variance_lost_share"}
+    pages = {
+        "pixels": "reconstruction.variance_lost_share",
+        "latents": "second_stage.variance_lost_share",
+    }
     checks, rows = [], [["", "balance", *(f"variance lost / MSE, {where}" for where in pages)]]
     for setting in SETTINGS:
         for where, page in pages.items():
             values = evidence.values(setting.experiment, COMPUTED, of_page(page))
             checks.append(near(f"{setting.name}, {where}", values.values(), 1, ABOUT, FINE))
         for label in present(evidence, setting.experiment):
-            found = [list(evidence.values(setting.experiment, label, of_page(page)).values()) for page in pages.values()]
+            found = [
+                list(evidence.values(setting.experiment, label, of_page(page)).values())
+                for page in pages.values()
+            ]
             rows.append([setting.name, label, *(describe(values, FINE) for values in found)])
     return Statement(
         "C7",
@@ -418,7 +499,10 @@ def variance_law_is_one(evidence: Evidence) -> Statement:
     rows = [["", "balance", *columns]]
     for setting in SETTINGS:
         for label in present(evidence, setting.experiment):
-            cells = [describe(list(evidence.values(setting.experiment, label, q).values()), FINE) for q in columns.values()]
+            cells = [
+                describe(list(evidence.values(setting.experiment, label, q).values()), FINE)
+                for q in columns.values()
+            ]
             rows.append([setting.name, label, *cells])
     return Statement(
         "C8",
@@ -436,7 +520,17 @@ def better_than_rivals(evidence: Evidence) -> Statement:
     generations = {label: _best_set(evidence, label) for label in RIVALS} | {TWICE_LEARNED: "GEN-2"}
     checks, rows = (
         [],
-        [["", "samples judged", "FD-light of them", "`computed` relative to it", "FD-light of REC", "FD-pixels", "test MSE"]],
+        [
+            [
+                "",
+                "samples judged",
+                "FD-light of them",
+                "`computed` relative to it",
+                "FD-light of REC",
+                "FD-pixels",
+                "test MSE",
+            ]
+        ],
     )
     own = evidence.values(FASHION, COMPUTED, distance("GEN-2", "light"))
     rows.append([COMPUTED, "GEN-2", *_rival_cells(evidence, COMPUTED, "GEN-2", None)])
@@ -447,7 +541,9 @@ def better_than_rivals(evidence: Evidence) -> Statement:
         rows.append([label, of, *_rival_cells(evidence, label, of, ratios)])
     mixture = distance("GEN-mixture", "light")
     for label in RIVALS:
-        checks.append(less(f"{label}, both by a mixture", evidence.ratios(FASHION, COMPUTED, label, mixture)))
+        checks.append(
+            less(f"{label}, both by a mixture", evidence.ratios(FASHION, COMPUTED, label, mixture))
+        )
     rows.append([COMPUTED, "GEN-mixture", *_rival_cells(evidence, COMPUTED, "GEN-mixture", None)])
     return Statement(
         "C9",
@@ -466,7 +562,9 @@ def better_than_rivals(evidence: Evidence) -> Statement:
 
 
 def _best_set(evidence: Evidence, label: str) -> str:
-    means = {of: evidence.mean(FASHION, label, distance(of, "light")) for of in ("GEN-mixture", "GEN-1")}
+    means = {
+        of: evidence.mean(FASHION, label, distance(of, "light")) for of in ("GEN-mixture", "GEN-1")
+    }
     return min(means, key=lambda of: means[of] if math.isfinite(means[of]) else math.inf)
 
 
@@ -484,7 +582,12 @@ def mean_of(evidence: Evidence, experiment: str, label: str, quantity: Quantity)
     return show(spread(list(evidence.values(experiment, label, quantity).values())))
 
 
-def table_of(evidence: Evidence, corner: str, places: Iterable[tuple[str, str, str]], columns: dict[str, Quantity]) -> Rows:
+def table_of(
+    evidence: Evidence,
+    corner: str,
+    places: Iterable[tuple[str, str, str]],
+    columns: dict[str, Quantity],
+) -> Rows:
     """A row for each (experiment, label, name): n, and mean ± standard deviation of each column."""
     rows = [[corner, "n", *columns]]
     for experiment, label, name in places:

@@ -19,7 +19,13 @@ Task = partial[Path]
 
 
 def work(
-    trials: Sequence[Trial], runs: Path, results: Path, sources: dict[str, str], *, processes: int = 2, keep: bool = False
+    trials: Sequence[Trial],
+    runs: Path,
+    results: Path,
+    sources: dict[str, str],
+    *,
+    processes: int = 2,
+    keep: bool = False,
 ) -> None:
     """Do what is not finished. A trial that was interrupted goes on where it stopped; one that fails does not stop the others.
 
@@ -32,14 +38,24 @@ def work(
         RunError: some failed.
     """
     left = [trial for trial in trials if not finished(trial, results)]
-    print(f"{len(trials)} runs, {len(trials) - len(left)} of them finished", file=sys.stderr, flush=True)
+    print(
+        f"{len(trials)} runs, {len(trials) - len(left)} of them finished",
+        file=sys.stderr,
+        flush=True,
+    )
     results.mkdir(parents=True, exist_ok=True)
     runs.mkdir(parents=True, exist_ok=True)
     tasks = [partial(perform, trial, runs, results, sources, keep=keep) for trial in left]
     began, failed = time.monotonic(), 0
-    for number, message in enumerate(_in_turn(tasks) if processes == 0 else _at_once(tasks, processes), start=1):
+    for number, message in enumerate(
+        _in_turn(tasks) if processes == 0 else _at_once(tasks, processes), start=1
+    ):
         failed += message.startswith("failed")
-        print(f"{number}/{len(left)} {message}, {(time.monotonic() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+        print(
+            f"{number}/{len(left)} {message}, {(time.monotonic() - began) / 60:.1f} min",
+            file=sys.stderr,
+            flush=True,
+        )
     if failed:
         raise RunError(f"{failed} of {len(left)} runs failed; the others are done")
 
@@ -49,8 +65,13 @@ def _in_turn(tasks: Sequence[Task]) -> Iterator[str]:
 
 
 def _at_once(tasks: Sequence[Task], processes: int) -> Iterator[str]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of torch's and of numpy's threads in the processes: they would wait for each other
-    with _ended_by_sigterm(), ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # of torch's and of numpy's threads in the processes: they would wait for each other
+    )
+    with (
+        _ended_by_sigterm(),
+        ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
         futures = [pool.submit(_in_pool, task) for task in tasks]
         try:
             for future in as_completed(futures):

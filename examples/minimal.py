@@ -24,10 +24,19 @@ class VAE(nn.Module):
     def __init__(self, inputs: int, output: nn.Module) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2 * LATENTS)
+            nn.Linear(inputs, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, 2 * LATENTS),
         )
         self.decoder = nn.Sequential(
-            nn.Linear(LATENTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, inputs), output
+            nn.Linear(LATENTS, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, inputs),
+            output,
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +76,9 @@ def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
             gamma2 = 0.99 * gamma2 + 0.01 * float(mse)  # <- the computed balance
         schedule.step()
         if (epoch + 1) % max(1, epochs // 5) == 0:
-            print(f"  epoch {epoch + 1:4d}   gamma2 {gamma2:.4f}   MSE {float(mse):.4f}   KL {float(kl):5.1f} nats")
+            print(
+                f"  epoch {epoch + 1:4d}   gamma2 {gamma2:.4f}   MSE {float(mse):.4f}   KL {float(kl):5.1f} nats"
+            )
     assert gamma2 is not None
     return gamma2
 
@@ -75,12 +86,16 @@ def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
 def grid(images: Tensor, columns: int = 16) -> Image.Image:
     framed = pad(images.clamp(0, 1).reshape(-1, columns, 8, 8), (1, 1, 1, 1))
     rows = (framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1) * 255).byte().numpy()
-    return Image.fromarray(rows).resize((rows.shape[1] * 5, rows.shape[0] * 5), Image.Resampling.NEAREST)
+    return Image.fromarray(rows).resize(
+        (rows.shape[1] * 5, rows.shape[0] * 5), Image.Resampling.NEAREST
+    )
 
 
 def main(path: str, epochs: int) -> None:
     torch.manual_seed(0)
-    images = torch.tensor(load_digits(return_X_y=True)[0] / 16, dtype=torch.float32)  # (1797, 64), in [0, 1]
+    images = torch.tensor(
+        load_digits(return_X_y=True)[0] / 16, dtype=torch.float32
+    )  # (1797, 64), in [0, 1]
 
     print("stage 1: images -> latents")
     first = VAE(64, nn.Sigmoid())
@@ -104,4 +119,7 @@ def main(path: str, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "samples.png", int(sys.argv[2]) if len(sys.argv) > 2 else 150)
+    main(
+        sys.argv[1] if len(sys.argv) > 1 else "samples.png",
+        int(sys.argv[2]) if len(sys.argv) > 2 else 150,
+    )

@@ -25,9 +25,13 @@ _checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is 
 sys.modules["poise_checker"] = _checker
 jaxtyping.install_import_hook("poise", "poise_checker.check")
 
-torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives, above all on a busy machine
+torch.set_num_threads(
+    1
+)  # for networks this small a second thread costs more than it gives, above all on a busy machine
 
-LONG_FIXTURE = "test_several_processes.py"  # whose tests all need what two processes did for 20 seconds
+LONG_FIXTURE = (
+    "test_several_processes.py"  # whose tests all need what two processes did for 20 seconds
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,8 +83,15 @@ def torch_fidelity() -> types.ModuleType:
     if find_spec("torch_fidelity") is None:
         pytest.skip('torch-fidelity is missing: "make test" installs it')
     if "torchvision" not in sys.modules and find_spec("torchvision") is None:
-        datasets = types.SimpleNamespace(CIFAR10=object, CIFAR100=type("CIFAR100", (), {}), STL10=type("STL10", (), {}))
-        stand_in = {"": MagicMock(), ".datasets": datasets, ".transforms": MagicMock(), ".transforms.functional": MagicMock()}
+        datasets = types.SimpleNamespace(
+            CIFAR10=object, CIFAR100=type("CIFAR100", (), {}), STL10=type("STL10", (), {})
+        )
+        stand_in = {
+            "": MagicMock(),
+            ".datasets": datasets,
+            ".transforms": MagicMock(),
+            ".transforms.functional": MagicMock(),
+        }
         sys.modules.update({f"torchvision{name}": module for name, module in stand_in.items()})
     return importlib.import_module("torch_fidelity")
 
@@ -91,8 +102,19 @@ def run_python():
 
     def run(code: str, *args: str, stdin: str = "") -> str:
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-        command, environment = [sys.executable, "-c", code, *args], os.environ | {"PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+        command, environment = (
+            [sys.executable, "-c", code, *args],
+            os.environ | {"PYTHONPATH": path},
+        )
+        done = subprocess.run(
+            command,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

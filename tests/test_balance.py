@@ -48,7 +48,9 @@ def gradients(balance: nn.Module, batch: list[Tensor]) -> tuple[LossTerms, list[
     return terms, list(torch.autograd.grad(terms.loss, leaves))
 
 
-def train(balance: nn.Module, seeds: range = range(3), dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def train(
+    balance: nn.Module, seeds: range = range(3), dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Terms and gradients of a few steps, in which gradient descent moves the balance's own parameters."""
     outcome = []
     for seed in seeds:
@@ -82,17 +84,25 @@ def test_reconstruction_is_the_negative_log_likelihood(power):
         1: torch.distributions.Laplace(reconstruction, gamma2).log_prob(target),
     }.get(power)
     if log_prob is None:
-        law = scipy.stats.gennorm(power, loc=reconstruction.numpy(), scale=(power * gamma2) ** (1 / power))
+        law = scipy.stats.gennorm(
+            power, loc=reconstruction.numpy(), scale=(power * gamma2) ** (1 / power)
+        )
         log_prob = torch.from_numpy(law.logpdf(target.numpy()))
     terms = FixedBalance(gamma2=gamma2, power=power)(*batch)
-    torch.testing.assert_close(terms.reconstruction, -log_prob.flatten(1).sum(1).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        terms.reconstruction, -log_prob.flatten(1).sum(1).mean(), rtol=1e-6, atol=0
+    )
 
 
 def test_kl_and_mse_are_those_of_torch(spec):
     batch = make_batch(dtype=torch.float64)
     reconstruction, target, mean, logvar = (value.detach() for value in batch)
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
-    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+    kl = (
+        torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
+        .sum(1)
+        .mean()
+    )
     balance = make_balance(spec)
     error = nn.functional.l1_loss if balance.power == 1 else nn.functional.mse_loss
     terms = balance(*batch)
@@ -103,7 +113,9 @@ def test_kl_and_mse_are_those_of_torch(spec):
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 2.5])
 def test_loss_is_reconstruction_plus_weighted_kl(kl_weight):
     terms = ComputedBalance(kl_weight=kl_weight)(*make_batch(dtype=torch.float64))
-    torch.testing.assert_close(terms.loss, terms.reconstruction + kl_weight * terms.kl, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        terms.loss, terms.reconstruction + kl_weight * terms.kl, rtol=1e-12, atol=0
+    )
 
 
 def test_loss_is_a_mean_of_per_image_sums(spec):
@@ -124,14 +136,18 @@ def test_only_the_loss_carries_gradients(spec):
     assert all(part.shape == () for part in terms)
     weight = weight_in_use(terms)
     assert grads[0].abs().sum() > 0
-    assert all((grad.abs().sum() > 0) == (weight > 0) for grad in grads[1:3]), "KL gradients, unless its weight is 0"
+    assert all((grad.abs().sum() > 0) == (weight > 0) for grad in grads[1:3]), (
+        "KL gradients, unless its weight is 0"
+    )
 
 
 def test_a_saved_balance_continues_identically(spec):
     first, second = make_balance(spec), make_balance(spec)
     train(first)
     second.load_state_dict(first.state_dict())
-    torch.testing.assert_close(train(second, range(3, 6)), train(first, range(3, 6)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        train(second, range(3, 6)), train(first, range(3, 6)), rtol=0, atol=0
+    )
 
 
 def test_state_changes_in_training_mode_only(spec):
@@ -140,7 +156,9 @@ def test_state_changes_in_training_mode_only(spec):
     balance.eval()(*make_batch())
     torch.testing.assert_close(dict(balance.state_dict()), dict(before), rtol=0, atol=0)
     train(balance.train())
-    moved = not all(torch.equal(value, before[name]) for name, value in balance.state_dict().items())
+    moved = not all(
+        torch.equal(value, before[name]) for name, value in balance.state_dict().items()
+    )
     assert moved == (not isinstance(balance, FixedBalance))
 
 
@@ -185,7 +203,9 @@ def test_conversion_keeps_the_precision_of_the_state(spec, dtype):
     before = copy.deepcopy(dict(model[1].state_dict()))
     model.to(dtype)
     assert model[0].weight.dtype == dtype
-    torch.testing.assert_close(dict(model[1].state_dict()), before, rtol=0, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        dict(model[1].state_dict()), before, rtol=0, atol=0, check_dtype=False
+    )
 
 
 def test_half_precision_inputs_give_float32_terms(spec):
@@ -195,7 +215,9 @@ def test_half_precision_inputs_give_float32_terms(spec):
     with torch.autocast("cpu", torch.bfloat16):
         terms = balances[0](*rounded)
     assert all(part.dtype == torch.float32 for part in [*terms, balances[0].gamma2])
-    torch.testing.assert_close(terms, balances[1](*(value.float() for value in rounded)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        terms, balances[1](*(value.float() for value in rounded)), rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(terms, balances[2](*batch), rtol=0.01, atol=0, check_dtype=False)
 
 
@@ -203,7 +225,9 @@ def test_no_step_waits_for_the_device(spec):
     """On the meta device tensors have no values: `.item()`, `bool()` or a branch on one raises."""
     balance = make_balance(spec).to("meta")
     for _ in range(2):
-        terms, _ = gradients(balance, [value.detach().to("meta").requires_grad_() for value in make_batch()])
+        terms, _ = gradients(
+            balance, [value.detach().to("meta").requires_grad_() for value in make_batch()]
+        )
     assert terms.loss.is_meta
     with pytest.raises(RuntimeError):
         bool(terms.loss > 0)
@@ -264,18 +288,26 @@ def test_combine_refuses_anything_but_one_value_per_image(unchecked):
     monotone=st.booleans(),
 )
 def test_gamma2_is_the_running_average_of_earlier_errors(errors, decay, start, monotone):
-    balance = ComputedBalance(decay=decay, start="first-batch" if start is None else start, monotone=monotone)
+    balance = ComputedBalance(
+        decay=decay, start="first-batch" if start is None else start, monotone=monotone
+    )
     average = np.float64(errors[0] if start is None else start)
     for error in errors:
         expected = NUM_DIMS / 2 * (error / average + np.log(2 * np.pi * average))
-        assert float(feed(balance, error).reconstruction) == pytest.approx(expected, rel=1e-4, abs=1e-2)
+        assert float(feed(balance, error).reconstruction) == pytest.approx(
+            expected, rel=1e-4, abs=1e-2
+        )
         following = decay * average + (1 - decay) * error
         average = min(average, following) if monotone else following
         assert float(balance.gamma2) == pytest.approx(average, rel=1e-4)
 
 
 @settings(deadline=None, max_examples=40, database=None)
-@given(errors=st.lists(st.floats(1e-4, 10.0), min_size=2, max_size=12), decay=st.floats(0.0, 0.999), monotone=st.booleans())
+@given(
+    errors=st.lists(st.floats(1e-4, 10.0), min_size=2, max_size=12),
+    decay=st.floats(0.0, 0.999),
+    monotone=st.booleans(),
+)
 def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, monotone):
     """Kingma & Ba 2015, algorithm 1: a moment that starts at 0, divided by 1 - decay^t."""
     balance = ComputedBalance(decay=decay, monotone=monotone)
@@ -303,12 +335,18 @@ def test_a_debiased_gamma2_has_no_start_to_forget():
         for error in [0.25] + 29 * [0.05]:
             feed(balance, error)
     assert float(plain.gamma2) == pytest.approx(0.05 + 0.2 * 0.99**29, rel=1e-5)
-    assert float(debiased.gamma2) == pytest.approx(0.05 + 0.2 * 0.99**29 / sum(0.99**k for k in range(30)), rel=1e-4)
+    assert float(debiased.gamma2) == pytest.approx(
+        0.05 + 0.2 * 0.99**29 / sum(0.99**k for k in range(30)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("make", [ComputedBalance, OptimalBalance])
 def test_states_saved_before_the_average_was_debiased_go_on_as_they_were(make):
-    old = {"gamma2": torch.tensor(0.3), "nonfinite_batches": torch.tensor(2), "started": torch.tensor(True)}
+    old = {
+        "gamma2": torch.tensor(0.3),
+        "nonfinite_batches": torch.tensor(2),
+        "started": torch.tensor(True),
+    }
     balance = make()
     balance.load_state_dict(old)
     assert "started" in old, "the caller's state is left as it was"
@@ -322,7 +360,11 @@ def test_states_saved_before_the_average_was_debiased_go_on_as_they_were(make):
 
 def test_a_learned_gamma_is_the_same_at_another_rate():
     """Adam of another rate moves it at another pace, from where it was."""
-    fast, slow, old = LearnedBalance(rate=100, start=0.2), LearnedBalance(), LearnedBalance(rate=100)
+    fast, slow, old = (
+        LearnedBalance(rate=100, start=0.2),
+        LearnedBalance(),
+        LearnedBalance(rate=100),
+    )
     slow.load_state_dict(fast.state_dict())
     assert float(slow.gamma2) == pytest.approx(0.2, rel=1e-5)
     assert float(slow.scaled_log_gamma.detach()) == pytest.approx(0.5 * math.log(0.2), rel=1e-5)
@@ -348,7 +390,9 @@ def test_computed_and_optimal_do_not_take_each_others_state():
 
 def test_the_first_batch_starts_the_average_and_is_its_own_scale():
     balance = ComputedBalance(decay=0.5)
-    assert float(feed(balance, 0.25).reconstruction) == pytest.approx(NUM_DIMS / 2 * (1 + math.log(2 * math.pi * 0.25)))
+    assert float(feed(balance, 0.25).reconstruction) == pytest.approx(
+        NUM_DIMS / 2 * (1 + math.log(2 * math.pi * 0.25))
+    )
     assert float(balance.gamma2) == 0.25
 
 
@@ -359,7 +403,9 @@ def test_a_monotone_average_never_grows(monotone, grows):
     assert (float(balance.gamma2) > 0.125) == grows
 
 
-@pytest.mark.parametrize(("image_size", "latent_dim", "weight"), [(64, 64, 4), (32, 64, 1), (32, 16, 16)])
+@pytest.mark.parametrize(
+    ("image_size", "latent_dim", "weight"), [(64, 64, 4), (32, 64, 1), (32, 16, 16)]
+)
 def test_released_starts_at_one_and_weighs_kl_by_size(image_size, latent_dim, weight):
     balance = ComputedBalance.released(image_size, latent_dim)
     assert float(balance.gamma2) == 1
@@ -377,7 +423,9 @@ def test_no_gradient_passes_through_a_scale_taken_from_the_batch():
     torch.testing.assert_close(computed, fixed, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("balance", [ComputedBalance(decay=0.0, floor=1e-3), OptimalBalance(floor=1e-3)])
+@pytest.mark.parametrize(
+    "balance", [ComputedBalance(decay=0.0, floor=1e-3), OptimalBalance(floor=1e-3)]
+)
 def test_a_perfect_reconstruction_stops_at_the_floor(balance):
     for _ in range(3):
         terms = feed(balance, 0.0)
@@ -506,7 +554,9 @@ def test_controlled_stays_within_its_bounds_without_wind_up(kl, bound):
     balance.train()
     for _ in range(3):
         feed(balance, 0.1, kl=100.0 - kl if kl < 50 else 0.0)
-    assert abs(weight_in_use(feed(balance.eval(), 0.1, 1.0)) - bound) > 0.1, "it leaves the bound at once"
+    assert abs(weight_in_use(feed(balance.eval(), 0.1, 1.0)) - bound) > 0.1, (
+        "it leaves the bound at once"
+    )
 
 
 # By name
@@ -515,19 +565,39 @@ def test_controlled_stays_within_its_bounds_without_wind_up(kl, bound):
 @pytest.mark.parametrize(
     ("text", "kind", "attributes"),
     [
-        ("computed", ComputedBalance, {"decay": 0.99, "monotone": False, "kl_weight": 1.0, "power": 2}),
+        (
+            "computed",
+            ComputedBalance,
+            {"decay": 0.99, "monotone": False, "kl_weight": 1.0, "power": 2},
+        ),
         ("computed:", ComputedBalance, {"decay": 0.99}),
-        ("computed:decay=0.9,start=0.5,power=1", ComputedBalance, {"decay": 0.9, "gamma2": 0.5, "power": 1}),
+        (
+            "computed:decay=0.9,start=0.5,power=1",
+            ComputedBalance,
+            {"decay": 0.9, "gamma2": 0.5, "power": 1},
+        ),
         ("computed:monotone=true", ComputedBalance, {"monotone": True}),
-        ("computed:start=first-batch,monotone=false", ComputedBalance, {"monotone": False, "debiased": False}),
+        (
+            "computed:start=first-batch,monotone=false",
+            ComputedBalance,
+            {"monotone": False, "debiased": False},
+        ),
         ("computed:start=debiased", ComputedBalance, {"debiased": True}),
-        ("released:image_size=64,latent_dim=64", ComputedBalance, {"monotone": True, "kl_weight": 4.0}),
+        (
+            "released:image_size=64,latent_dim=64",
+            ComputedBalance,
+            {"monotone": True, "kl_weight": 4.0},
+        ),
         ("learned:rate=1e2", LearnedBalance, {"rate": 100}),
         ("optimal:decay=0.5", OptimalBalance, {"decay": 0.5}),
         ("fixed", FixedBalance, {"gamma2": 1.0, "kl_weight": 1.0}),
         ("fixed:gamma2=0.5", FixedBalance, {"gamma2": 0.5, "kl_weight": 1.0}),
         ("fixed:beta=4", FixedBalance, {"gamma2": 1.0, "kl_weight": 4}),
-        ("scheduled:ramp_steps=100,period_steps=400", ScheduledBalance, {"ramp_steps": 100, "period_steps": 400}),
+        (
+            "scheduled:ramp_steps=100,period_steps=400",
+            ScheduledBalance,
+            {"ramp_steps": 100, "period_steps": 400},
+        ),
         ("constrained:target_mse=0.01", ConstrainedBalance, {"target_mse": 0.01}),
         ("controlled:target_kl=20,most=2", ControlledBalance, {"target_kl": 20, "most": 2}),
     ],

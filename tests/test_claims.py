@@ -28,42 +28,90 @@ from poise.studies.results import Result, read_results  # noqa: E402
 BEFORE, AFTER = design.NOISELESS, design.NOISELESS_RENORMALISED
 
 
-def made(experiment: str, label: str, seed: int, *, rate: float = 2.0, gamma2: float | None = None, **values: float) -> Result:
+def made(
+    experiment: str,
+    label: str,
+    seed: int,
+    *,
+    rate: float = 2.0,
+    gamma2: float | None = None,
+    **values: float,
+) -> Result:
     """A result whose training MSE falls as exp(-rate t) over stage 1, with gamma2 at it (or fixed), and values by name.
 
     A name is a page's figure ("reconstruction.mse") or a set's distance ("light GEN-1").
     """
     times = [k / 100 for k in range(1, 101)]
     mse = [0.1 * math.exp(-rate * t) for t in times]
-    pages: dict[str, dict] = {"reconstruction": {"mse": mse[-1]}, "latents": {}, "second_stage": {}, "claims": {}}
+    pages: dict[str, dict] = {
+        "reconstruction": {"mse": mse[-1]},
+        "latents": {},
+        "second_stage": {},
+        "claims": {},
+    }
     measurements = []
     for name, value in values.items():
         if "." in name:
             pages[name.split(".")[0]][name.split(".")[1]] = value
         else:
             extractor, of = name.split(" ", 1)
-            measurements.append({"metric": f"FD-{extractor}", "of": of, "value": value, "protocol": "p"})
-    curve = {"images_seen": [60_000 * t for t in times], "mse": mse, "gamma2": [gamma2 or m for m in mse]}
-    evaluation = {"protocols": {"p": {"name": "p"}}, "measurements": measurements, "notes": []} | pages
+            measurements.append(
+                {"metric": f"FD-{extractor}", "of": of, "value": value, "protocol": "p"}
+            )
+    curve = {
+        "images_seen": [60_000 * t for t in times],
+        "mse": mse,
+        "gamma2": [gamma2 or m for m in mse],
+    }
+    evaluation = {
+        "protocols": {"p": {"name": "p"}},
+        "measurements": measurements,
+        "notes": [],
+    } | pages
     provenance = {"machine": {"processor": "x"}, "torch": "2", "finished": "2026-01-01T00:00:00"}
     data = {"shape": [1, 28, 28], "checksum": "c"}
     settings = {"first": {"batch_size": 100}}
-    return Result(experiment, label, seed, settings, data, provenance, {"training": 60.0}, {"1": curve}, evaluation)
+    return Result(
+        experiment,
+        label,
+        seed,
+        settings,
+        data,
+        provenance,
+        {"training": 60.0},
+        {"1": curve},
+        evaluation,
+    )
 
 
-def evidence_of(values: dict[str, dict[str, float]], *, experiments=statements.MAIN, seeds=range(3)) -> figures.Evidence:
+def evidence_of(
+    values: dict[str, dict[str, float]], *, experiments=statements.MAIN, seeds=range(3)
+) -> figures.Evidence:
     """Evidence with the same values (but for a little that the seed adds) for each label in every experiment."""
 
     def varied(label: str, seed: int) -> dict[str, float]:
         return {name: value * (1 + 0.001 * seed) for name, value in values[label].items()}
 
-    return figures.Evidence(made(e, label, s, **varied(label, s)) for e in experiments for label in values for s in seeds)
+    return figures.Evidence(
+        made(e, label, s, **varied(label, s))
+        for e in experiments
+        for label in values
+        for s in seeds
+    )
 
 
 def test_a_check_holds_beyond_its_bound_fails_on_the_other_side_and_is_open_between():
     values = [1.0, 2.0, 3.0, 2.0]
-    assert [below("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == ["HOLDS", "OPEN", "FAILS"]
-    assert [above("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == ["FAILS", "OPEN", "HOLDS"]
+    assert [below("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == [
+        "HOLDS",
+        "OPEN",
+        "FAILS",
+    ]
+    assert [above("", values, bound).outcome.name for bound in (3.5, 2.0, 0.5)] == [
+        "FAILS",
+        "OPEN",
+        "HOLDS",
+    ]
     assert [near("", values, 2, by).outcome.name for by in (1.5, 0.1)] == ["HOLDS", "OPEN"]
     assert near("", values, 9, 1).outcome is near("", values, -9, 1).outcome is Outcome.FAILS
 
@@ -116,14 +164,20 @@ def test_the_gap_closed_is_none_at_the_slow_run_and_all_at_the_fast_one():
     slow, fast, between = (made("e", "x", 0, rate=rate) for rate in (2, 8, 3.2))
     assert figures.gap_closed(slow, fast, slow) == 0
     assert figures.gap_closed(slow, fast, fast) == 1
-    assert figures.gap_closed(slow, fast, between) == pytest.approx((1 - 2 / 3.2) / (1 - 2 / 8), abs=0.03)
+    assert figures.gap_closed(slow, fast, between) == pytest.approx(
+        (1 - 2 / 3.2) / (1 - 2 / 8), abs=0.03
+    )
     assert math.isnan(figures.gap_closed(slow, slow, fast))
 
 
 def test_the_share_at_balance_counts_points_after_the_start():
     following, constant = made("e", "x", 0), made("e", "x", 0, gamma2=1.0)
-    assert figures.balanced_share(following, 0.1) == 1 and figures.balanced_share(constant, 0.1) == 0
-    early = replace(following, settings={"first": {"batch_size": 200}})  # 500 steps are more than all there were
+    assert (
+        figures.balanced_share(following, 0.1) == 1 and figures.balanced_share(constant, 0.1) == 0
+    )
+    early = replace(
+        following, settings={"first": {"batch_size": 200}}
+    )  # 500 steps are more than all there were
     assert math.isnan(figures.balanced_share(early, 0.1))
 
 
@@ -139,7 +193,8 @@ def test_the_elbo_at_the_best_variance_is_the_gaussian_density_of_the_errors():
     mse = float(errors.square().mean())
     result = made("e", "x", 0, **{"reconstruction.mse_sampled": mse, "reconstruction.kl_nats": 7.0})
     densities = [
-        torch.distributions.Normal(0, variance**0.5).log_prob(errors).sum() for variance in (mse, 0.9 * mse, 1.1 * mse)
+        torch.distributions.Normal(0, variance**0.5).log_prob(errors).sum()
+        for variance in (mse, 0.9 * mse, 1.1 * mse)
     ]
     assert figures.evidence_bound(result) == pytest.approx(float(densities[0]) - 7)
     assert max(densities) == densities[0]
@@ -148,18 +203,27 @@ def test_the_elbo_at_the_best_variance_is_the_gaussian_density_of_the_errors():
 def test_verdicts_turn_round_with_the_figures():
     better = {f"{e} {of}": 50.0 for e in ("light", "pixels") for of in ("REC", "GEN-1", "GEN-2")}
     worse = dict.fromkeys(better, 70.0)
-    holds = statements.no_worse_in_the_end(evidence_of({design.COMPUTED: better, design.LEARNED: worse}))
-    fails = statements.no_worse_in_the_end(evidence_of({design.COMPUTED: worse, design.LEARNED: better}))
+    holds = statements.no_worse_in_the_end(
+        evidence_of({design.COMPUTED: better, design.LEARNED: worse})
+    )
+    fails = statements.no_worse_in_the_end(
+        evidence_of({design.COMPUTED: worse, design.LEARNED: better})
+    )
     distances = [[c for c in s.checks if "MSE" not in c.what] for s in (holds, fails)]
     assert [verdict(checks) for checks in distances] == [Outcome.HOLDS, Outcome.FAILS]
 
 
 def test_a_second_stage_that_helps_on_one_data_set_only_is_said_to_depend():
-    good, bad = {"light GEN-1": 60.0, "light GEN-2": 50.0}, {"light GEN-1": 60.0, "light GEN-2": 66.0}
+    good, bad = (
+        {"light GEN-1": 60.0, "light GEN-2": 50.0},
+        {"light GEN-1": 60.0, "light GEN-2": 66.0},
+    )
     results = evidence_of({design.COMPUTED: good}, experiments=(design.MNIST,)).results
     results += evidence_of({design.COMPUTED: bad}, experiments=(design.FASHION,)).results
     text = verdict_text(statements.second_stage_is_better(figures.Evidence(results)).checks)
-    assert text.startswith("**depends**: holds for MNIST, FD-light; does not hold for Fashion-MNIST, FD-light")
+    assert text.startswith(
+        "**depends**: holds for MNIST, FD-light; does not hold for Fashion-MNIST, FD-light"
+    )
 
 
 def test_renormalisation_is_judged_where_much_variance_was_lost():
@@ -168,7 +232,11 @@ def test_renormalisation_is_judged_where_much_variance_was_lost():
         results = []
         for (steps, hidden), share in lost.items():
             after = 1 + change_at_large * share
-            values = {"second_stage.variance_lost": share, f"pixels {BEFORE}": 1.0, f"pixels {AFTER}": after}
+            values = {
+                "second_stage.variance_lost": share,
+                f"pixels {BEFORE}": 1.0,
+                f"pixels {AFTER}": after,
+            }
             name = design.second_stages(steps, hidden)
             results += [made(name, design.COMPUTED, seed, **values) for seed in range(3)]
         return figures.Evidence(results)
@@ -193,7 +261,9 @@ def test_the_ratchet_is_found_to_sink_with_smaller_batches():
     for batch, share in shares.items():
         for label, own in ((design.COMPUTED, 1.0), (design.RATCHET, share)):
             values = {"reconstruction.gamma2": own * 0.01, "claims.train_mse_sampled": 0.01}
-            results += [made(f"{design.DIGITS}-batch-{batch}", label, seed, **values) for seed in range(3)]
+            results += [
+                made(f"{design.DIGITS}-batch-{batch}", label, seed, **values) for seed in range(3)
+            ]
     assert verdict(questions.the_ratchet_sinks(figures.Evidence(results)).checks) is Outcome.HOLDS
 
 
@@ -207,9 +277,18 @@ def test_every_run_of_the_design_is_another_and_can_be_made():
 
 
 def test_all_models_of_a_comparison_have_stage_ones_of_one_size_and_schedule():
-    mine = [trial.recipe for trial in design.design() if trial.experiment == design.FASHION and trial.recipe.seed == 0]
-    sizes = {sum(p.numel() for p in first_stage(recipe, [1, 28, 28]).parameters()) for recipe in mine}
-    schedules = {(r.first.epochs, r.first.batch_size, r.first.learning_rate, r.first.halve_every) for r in mine}
+    mine = [
+        trial.recipe
+        for trial in design.design()
+        if trial.experiment == design.FASHION and trial.recipe.seed == 0
+    ]
+    sizes = {
+        sum(p.numel() for p in first_stage(recipe, [1, 28, 28]).parameters()) for recipe in mine
+    }
+    schedules = {
+        (r.first.epochs, r.first.batch_size, r.first.learning_rate, r.first.halve_every)
+        for r in mine
+    }
     assert len(mine) == 10 and len(sizes) == len(schedules) == 1
 
 
@@ -231,7 +310,9 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_quick_set_trains_measures_and_writes_a_page(quick_run):
     results = read_results([quick_run / "results"])
     text = (quick_run / "claims.md").read_text()
-    assert len(results) == len(design.quick()) and f"**{len(results)} of {len(results)} runs**" in text
+    assert (
+        len(results) == len(design.quick()) and f"**{len(results)} of {len(results)} runs**" in text
+    )
     assert "Verdict: **" in text and not list((quick_run / "runs").iterdir())
     assert all(result.data["source"] == "digits" for result in results)
 
@@ -248,7 +329,9 @@ def test_a_result_of_other_settings_is_refused(quick_run):
     with pytest.raises(InputError, match="other settings"):
         finished(replace(trial, recipe=replace(trial.recipe, first=first)), quick_run / "results")
     with pytest.raises(InputError, match="other settings"):
-        page(read_results([quick_run / "results"]))  # of the quick set, by the names of the whole one
+        page(
+            read_results([quick_run / "results"])
+        )  # of the quick set, by the names of the whole one
 
 
 def test_a_result_measured_with_other_images_than_the_design_says_is_refused(quick_run):
@@ -264,8 +347,15 @@ def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_p
     trial = design.quick()[0]
     work([trial], tmp_path / "runs", tmp_path / "results", {}, processes=0)
     (again,) = read_results([tmp_path / "results"])
-    once = next(r for r in read_results([quick_run / "results"]) if (r.label, r.seed) == (trial.label, trial.recipe.seed))
-    values = [[(m["metric"], m["of"], m["value"]) for m in r.evaluation["measurements"]] for r in (once, again)]
+    once = next(
+        r
+        for r in read_results([quick_run / "results"])
+        if (r.label, r.seed) == (trial.label, trial.recipe.seed)
+    )
+    values = [
+        [(m["metric"], m["of"], m["value"]) for m in r.evaluation["measurements"]]
+        for r in (once, again)
+    ]
     assert values[0] == values[1]
 
 
@@ -273,7 +363,13 @@ def test_a_result_does_not_say_where_its_images_lay(tmp_path):
     images = load("digits")
     np.savez(tmp_path / "pixels.npz", x_train=images.train, x_test=images.test)
     trial = replace(design.quick()[0], compared=())
-    work([trial], tmp_path / "runs", tmp_path / "results", {"digits": str(tmp_path / "pixels.npz")}, processes=0)
+    work(
+        [trial],
+        tmp_path / "runs",
+        tmp_path / "results",
+        {"digits": str(tmp_path / "pixels.npz")},
+        processes=0,
+    )
     text = next((tmp_path / "results").iterdir()).read_text()
     assert "pixels.npz" not in text and '"source": "digits"' in text
     assert finished(trial, tmp_path / "results")

@@ -60,12 +60,33 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_ends_with_a_table_and_pictures(capsys, tmp_path):
     photos(tmp_path / "photos", of=[(20, 30)] * 12)
-    poise("train", "photos", "--size", "8", "--network", "mlp", "--latent-dim", "4", "--out", "run", *QUICK)
+    poise(
+        "train",
+        "photos",
+        "--size",
+        "8",
+        "--network",
+        "mlp",
+        "--latent-dim",
+        "4",
+        "--out",
+        "run",
+        *QUICK,
+    )
     out = capsys.readouterr().out
-    assert "MSE (per dimension)" in out and "training codes: Var(mu) + E[s^2]" in out and "stage 2: gamma2" in out
-    assert all(min(size(tmp_path / "run" / name)) > 8 for name in ("samples.png", "reconstructions.png", "training.png"))
+    assert (
+        "MSE (per dimension)" in out
+        and "training codes: Var(mu) + E[s^2]" in out
+        and "stage 2: gamma2" in out
+    )
+    assert all(
+        min(size(tmp_path / "run" / name)) > 8
+        for name in ("samples.png", "reconstructions.png", "training.png")
+    )
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
-    assert settings["data"]["source"] == str(tmp_path / "photos") and settings["first"]["epochs"] == 1
+    assert (
+        settings["data"]["source"] == str(tmp_path / "photos") and settings["first"]["epochs"] == 1
+    )
 
 
 @pytest.mark.parametrize("out", ["grid.png", "array.npz", "folder"])
@@ -76,7 +97,9 @@ def test_sample_writes_a_grid_an_array_or_a_folder(out, run_folder, tmp_path):
     elif out == "array.npz":
         assert np.load(out)["images"].shape == (5, 8, 8, 1)
     else:
-        assert sorted(path.name for path in Path(out).iterdir()) == [f"{k:06d}.png" for k in range(2, 7)]
+        assert sorted(path.name for path in Path(out).iterdir()) == [
+            f"{k:06d}.png" for k in range(2, 7)
+        ]
 
 
 def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys):
@@ -91,7 +114,9 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
 def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
     poise("sample", run_folder, "-n", "250", "--out", "whole.npz")
     poise("sample", run_folder, "-n", "130", "--first", "120", "--out", "rest.npz")
-    np.testing.assert_array_equal(np.load("whole.npz")["images"][120:], np.load("rest.npz")["images"])
+    np.testing.assert_array_equal(
+        np.load("whole.npz")["images"][120:], np.load("rest.npz")["images"]
+    )
     assert "images 250/250" in capsys.readouterr().err
 
 
@@ -125,13 +150,21 @@ main()
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_handful_of_pictures_is_enough_to_reconstruct(number, run_folder, tmp_path, capsys):
     folder = photos(tmp_path / "own", of=[(20, 30)] * number)
-    poise("reconstruct", run_folder, folder / "00.jpg" if number == 1 else folder, "--out", "pairs.png")
+    poise(
+        "reconstruct",
+        run_folder,
+        folder / "00.jpg" if number == 1 else folder,
+        "--out",
+        "pairs.png",
+    )
     assert capsys.readouterr().out.startswith("1 image:" if number == 1 else "3 images:")
 
 
 @pytest.mark.parametrize("options", [["-n", "0"], ["--out", "movie.mp4"], ["--out", "file"]])
 @pytest.mark.parametrize("command", ["sample", "reconstruct"])
-def test_what_cannot_be_written_is_said_before_work_is_done(command, options, run_folder, capsys, tmp_path):
+def test_what_cannot_be_written_is_said_before_work_is_done(
+    command, options, run_folder, capsys, tmp_path
+):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as exit:
         poise(command, run_folder, *options)
@@ -164,8 +197,16 @@ def test_evaluation_is_json_on_stdout_with_progress_on_stderr(run_folder, capsys
     poise("evaluate", run_folder, "--extractor", "pixels", "--nll-samples", "5")
     out, err = capsys.readouterr()
     values = json.loads(out)
-    assert {m["of"] for m in values["measurements"]} == {"REC", "model", "GEN-1", "GEN-2", "GEN-mixture"}
-    assert "GEN-2 180/180" in err and values == json.loads((run_folder / "evaluation.json").read_text())
+    assert {m["of"] for m in values["measurements"]} == {
+        "REC",
+        "model",
+        "GEN-1",
+        "GEN-2",
+        "GEN-mixture",
+    }
+    assert "GEN-2 180/180" in err and values == json.loads(
+        (run_folder / "evaluation.json").read_text()
+    )
 
 
 def test_options_of_evaluate_reach_the_evaluation(run_folder, capsys):
@@ -186,7 +227,11 @@ def test_evaluate_can_be_told_how_many_images(protocol, run_folder, capsys):
 
 def test_figures_are_on_disk_before_they_are_shown(run_folder, monkeypatch):
     (run_folder / "evaluation.json").unlink(missing_ok=True)
-    monkeypatch.setattr(cli.Evaluate, "_show", lambda self, evaluation, title: sys.exit("the reader of stdout has gone"))
+    monkeypatch.setattr(
+        cli.Evaluate,
+        "_show",
+        lambda self, evaluation, title: sys.exit("the reader of stdout has gone"),
+    )
     with pytest.raises(SystemExit):
         poise("evaluate", run_folder, "--extractor", "none")
     assert (run_folder / "evaluation.json").exists()
@@ -196,7 +241,10 @@ def test_errors_of_the_parser_are_plain_even_on_a_terminal():
     box = "\x1b[31m╭─ \x1b[0mParsing error ─╮\n\x1b[31m│\x1b[0m \x1b[1mnot a number\x1b[0m │\n│ ──── │"
     assert cli.one_line(box) == "not a number"
     for top in ("+- Parsing error -+", " Parsing error \n ------- "):
-        assert cli.one_line(f"{top}\n| --epochs: not a |\n| number |\n| ---- |\n| help |") == "--epochs: not a number"
+        assert (
+            cli.one_line(f"{top}\n| --epochs: not a |\n| number |\n| ---- |\n| help |")
+            == "--epochs: not a number"
+        )
 
 
 def test_evaluation_on_a_terminal_is_a_table_with_its_protocol(run_folder, capsys, monkeypatch):
@@ -211,7 +259,18 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
     photos(tmp_path / "a", of=[(20, 30)] * 12)
     np.save(tmp_path / "b.npy", RANDOM.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
     for limit, expected in (([], (12, 15)), (["--images", "10"], (10, 10))):
-        poise("evaluate", "--real", "a", "--generated", "b.npy", "--size", "16", "--extractor", "pixels", *limit)
+        poise(
+            "evaluate",
+            "--real",
+            "a",
+            "--generated",
+            "b.npy",
+            "--size",
+            "16",
+            "--extractor",
+            "pixels",
+            *limit,
+        )
         values = json.loads(capsys.readouterr().out)
         protocol = next(iter(values["protocols"].values()))
         assert (protocol["real"], protocol["generated"]) == expected
@@ -302,28 +361,58 @@ WRONG = {
     "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
     "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
     "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
-    "unknown option": (lambda tmp_path: ["train", "--epoch", "3"], r"--epoch.*mean --epochs\?.*poise train --help"),
+    "unknown option": (
+        lambda tmp_path: ["train", "--epoch", "3"],
+        r"--epoch.*mean --epochs\?.*poise train --help",
+    ),
     "unknown option with =": (lambda tmp_path: ["train", "--epoch=3"], r"--epoch.*mean --epochs\?"),
     "an option unlike any": (lambda tmp_path: ["train", "--wings", "3"], r"--wings, 3 \(see"),
     "unknown command": (lambda tmp_path: ["trian"], r"trian.*mean train\?.*poise --help"),
     "no number": (lambda tmp_path: ["train", "--epochs", "many"], r"--epochs.*many"),
     "unknown recipe": (lambda tmp_path: ["train", "--recipe", "imagenet"], r"imagenet.*cifar10"),
     "unknown balance": (lambda tmp_path: ["train", "--balance", "zen"], r"zen.*computed"),
-    "a balance misspelt": (lambda tmp_path: ["compare", "--balances", "lerned"], r"did you mean learned\?"),
-    "a balance without its number": (lambda tmp_path: ["train", "--balance", "fixed:beta"], r"write fixed:beta=1"),
-    "a balance without its option": (lambda tmp_path: ["train", "--balance", "constrained"], r"as in constrained:target_mse=1"),
+    "a balance misspelt": (
+        lambda tmp_path: ["compare", "--balances", "lerned"],
+        r"did you mean learned\?",
+    ),
+    "a balance without its number": (
+        lambda tmp_path: ["train", "--balance", "fixed:beta"],
+        r"write fixed:beta=1",
+    ),
+    "a balance without its option": (
+        lambda tmp_path: ["train", "--balance", "constrained"],
+        r"as in constrained:target_mse=1",
+    ),
     "unknown prior": (
         lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
         r"'gauss'; there are mixture, normal, second-stage, as in --prior mixture \(see",
     ),
-    "unknown priors": (lambda tmp_path: ["compare", "--priors", "gauss"], r"as in --priors mixture"),
+    "unknown priors": (
+        lambda tmp_path: ["compare", "--priors", "gauss"],
+        r"as in --priors mixture",
+    ),
     "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
-    "no such device": (lambda tmp_path: ["train", "--device", "abacus"], r"abacus.*give auto, cpu, cuda, cuda:1 or mps"),
-    "no images asked for": (lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"], r"second stage.*one stage"),
+    "no such device": (
+        lambda tmp_path: ["train", "--device", "abacus"],
+        r"abacus.*give auto, cpu, cuda, cuda:1 or mps",
+    ),
+    "no images asked for": (
+        lambda tmp_path: ["train", "--stages", "1", "--second-epochs", "3"],
+        r"second stage.*one stage",
+    ),
     "no data": (lambda tmp_path: ["train", "--recipe", "images"], r"no data of its own"),
-    "checkpoints before the past": (lambda tmp_path: ["train", "--save-seconds", "-1"], r"save_seconds"),
-    "a file for a folder": (lambda tmp_path: ["train", "--out", __file__, *QUICK], r"test_cli\.py.*it is a file; give --out"),
-    "a folder that cannot be": (lambda tmp_path: ["train", "--out", "/proc/x", *QUICK], r"/proc/x for.*; give --out"),
+    "checkpoints before the past": (
+        lambda tmp_path: ["train", "--save-seconds", "-1"],
+        r"save_seconds",
+    ),
+    "a file for a folder": (
+        lambda tmp_path: ["train", "--out", __file__, *QUICK],
+        r"test_cli\.py.*it is a file; give --out",
+    ),
+    "a folder that cannot be": (
+        lambda tmp_path: ["train", "--out", "/proc/x", *QUICK],
+        r"/proc/x for.*; give --out",
+    ),
 }
 
 
@@ -340,7 +429,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, uncheck
     assert len(captured.err.splitlines()) == 1 and captured.err.startswith("poise: error: ")
     assert captured.out == ""
     assert re.search(expected, captured.err), captured.err
-    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in ([], [tmp_path / "runs"])
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in (
+        [],
+        [tmp_path / "runs"],
+    )
 
 
 def test_unreadable_images_can_be_skipped_and_are_listed(tmp_path, capsys):
@@ -357,7 +449,11 @@ def test_damaged_checkpoints_are_one_line_and_exit_code_1(run_folder, tmp_path, 
     with pytest.raises(SystemExit) as exit:
         poise("sample", "run")
     error = capsys.readouterr().err
-    assert exit.value.code == 1 and len(error.splitlines()) == 1 and "every checkpoint is damaged" in error
+    assert (
+        exit.value.code == 1
+        and len(error.splitlines()) == 1
+        and "every checkpoint is damaged" in error
+    )
 
 
 def test_a_full_disk_is_one_line_and_exit_code_1(run_folder, tmp_path, capsys, monkeypatch):
@@ -383,7 +479,11 @@ def test_a_gpu_that_the_build_cannot_use_comes_with_a_remedy(capsys):
     with pytest.raises(SystemExit) as exit:
         poise("train", "--device", "cuda")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "build without CUDA; use --device cpu" in error and "pytorch.org" in error
+    assert (
+        exit.value.code == 2
+        and "build without CUDA; use --device cpu" in error
+        and "pytorch.org" in error
+    )
 
 
 def test_training_whose_reader_has_gone_is_finished_all_the_same(tmp_path):
@@ -397,20 +497,26 @@ def test_training_whose_reader_has_gone_is_finished_all_the_same(tmp_path):
 
 
 def test_a_single_step_and_a_single_image_are_singular(run_folder, capsys):
-    poise("train", "digits", "--out", "run", "--stages", "1", "--epochs", "1", "--batch-size", "1617")
+    poise(
+        "train", "digits", "--out", "run", "--stages", "1", "--epochs", "1", "--batch-size", "1617"
+    )
     assert "images, 1 step on " in capsys.readouterr().err
     poise("reconstruct", run_folder, "-n", "1")
     assert capsys.readouterr().out.startswith("1 image:")
 
 
-def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(tmp_path, capsys, monkeypatch):
+def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(
+    tmp_path, capsys, monkeypatch
+):
     """Pillow's own message ends in a full stop."""
     photos(tmp_path / "photos", of=[(40, 40)] * 12)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SystemExit) as exit:
         poise("train", "photos", *QUICK)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "attack; repair or remove it" in error and "attack." not in error
+    assert (
+        exit.value.code == 2 and "attack; repair or remove it" in error and "attack." not in error
+    )
 
 
 def test_what_comes_next_can_be_pasted_into_a_shell(tmp_path, capsys):
@@ -418,13 +524,18 @@ def test_what_comes_next_can_be_pasted_into_a_shell(tmp_path, capsys):
     assert "next: poise sample 'my run' -n 64" in capsys.readouterr().out
 
 
-def test_a_finished_run_without_checkpoints_says_so_and_is_trained_again(run_folder, tmp_path, capsys):
+def test_a_finished_run_without_checkpoints_says_so_and_is_trained_again(
+    run_folder, tmp_path, capsys
+):
     shutil.copytree(run_folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(SystemExit) as exit:
         poise("sample", "run")
     error = capsys.readouterr().err
-    assert exit.value.code == 1 and "was finished, and its checkpoints are gone: put run/checkpoints back" in error
+    assert (
+        exit.value.code == 1
+        and "was finished, and its checkpoints are gone: put run/checkpoints back" in error
+    )
     before = (tmp_path / "run" / "summary.json").stat().st_mtime_ns
     poise("train", "digits", "--out", "run", *QUICK)
     assert "trained again from the beginning" in capsys.readouterr().err
@@ -439,13 +550,17 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
     assert out.startswith("1 image from prior second-stage") and "poise diagnose" in out
     poise("diagnose", run_folder, "--json")
     figures = json.loads(capsys.readouterr().out)["figures"]
-    distances = {name: figures[f"distance_{name}"] for name in ("normal", "second-stage", "mixture")}
+    distances = {
+        name: figures[f"distance_{name}"] for name in ("normal", "second-stage", "mixture")
+    }
     best = min(distances, key=distances.__getitem__)
     worst = max(distances, key=distances.__getitem__)
     poise("sample", run_folder, "-n", "2", "--prior", worst)
     out = capsys.readouterr().out
     assert f"found {best} best" in out
-    assert out.rstrip().endswith(f"try --prior {best}") == (distances[worst] - distances[best] >= 0.01)
+    assert out.rstrip().endswith(f"try --prior {best}") == (
+        distances[worst] - distances[best] >= 0.01
+    )
     poise("sample", run_folder, "-n", "2", "--prior", best)
     out = capsys.readouterr().out
     assert f"found {best} best" in out and "try" not in out
@@ -457,9 +572,19 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
 def test_help_is_complete_and_does_not_import_torch():
     code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
     for command in ((), *((name,) for name in cli.COMMANDS)):
-        shown = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert shown.stderr == "" and "--help" in shown.stdout
     assert (
         "poise train"
-        in subprocess.run([sys.executable, "-m", "poise", "train", "--help"], capture_output=True, text=True, check=True).stdout
+        in subprocess.run(
+            [sys.executable, "-m", "poise", "train", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     )

@@ -47,10 +47,23 @@ OFTEN = replace(QUIET, save_seconds=0.05)
 def result(label: str, seed: int, mse: float, curve: list[float] | None = None) -> Result:
     """A result with an error, and no other figures."""
     curve = curve or [mse]
-    points = {"images_seen": [1000 * (k + 1) for k in range(len(curve))], "seconds": [2.0 * (k + 1) for k in range(len(curve))]}
+    points = {
+        "images_seen": [1000 * (k + 1) for k in range(len(curve))],
+        "seconds": [2.0 * (k + 1) for k in range(len(curve))],
+    }
     made = {"poise": "0", "machine": {"processor": "p", "threads": 1}, "device": "cpu"}
     evaluation = {"protocols": {}, "measurements": [], "notes": [], "reconstruction": {"mse": mse}}
-    return Result("trial", label, seed, {}, {}, made, {"training": 5.0}, {"1": points | {"mse": curve}}, evaluation)
+    return Result(
+        "trial",
+        label,
+        seed,
+        {},
+        {},
+        made,
+        {"training": 5.0},
+        {"1": points | {"mse": curve}},
+        evaluation,
+    )
 
 
 # statistics
@@ -69,43 +82,65 @@ def test_the_bootstrap_interval_is_the_quantile_of_all_resamples():
 
 def test_the_bootstrap_interval_is_scipys():
     values = np.random.default_rng(3).normal(size=30)
-    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(4))
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(4)
+    )
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
-    assert bootstrap(values.tolist()) == pytest.approx(tuple(theirs.confidence_interval), abs=0.03 * width)
+    assert bootstrap(values.tolist()) == pytest.approx(
+        tuple(theirs.confidence_interval), abs=0.03 * width
+    )
 
 
 def test_a_spread_is_the_sample_standard_deviation():
     values = [1.0, 4.0, 9.0]
     found = spread(values)
     assert found is not None and (found.mean, found.n) == (np.mean(values), 3)
-    assert found.deviation == pytest.approx(np.std(values, ddof=1)) and spread([2.0]).deviation is None and spread([]) is None
+    assert (
+        found.deviation == pytest.approx(np.std(values, ddof=1))
+        and spread([2.0]).deviation is None
+        and spread([]) is None
+    )
 
 
 def test_differences_are_paired_by_seed_so_that_what_a_seed_does_to_both_cancels():
     effects = {0: 0.0, 1: 50.0, 2: -30.0, 3: 7.0}
     mine = [result("b", seed, 2.0 + 0.5 * (seed % 2) + effect) for seed, effect in effects.items()]
-    theirs = [result("a", seed, 1.0 + effect) for seed, effect in reversed(effects.items())] + [result("a", 9, 1e6)]
+    theirs = [result("a", seed, 1.0 + effect) for seed, effect in reversed(effects.items())] + [
+        result("a", 9, 1e6)
+    ]
     rows = dict(differences([*theirs, *mine], "a"))
     assert rows["pairs"] == "4" and rows["test MSE (per dimension)"] == "+1.250 [+1.000, +1.500]"
     assert differences([*theirs, *mine], "a")[0] == ["", "b - a"]
 
 
 def test_of_fewer_than_three_pairs_there_is_no_interval():
-    rows = dict(differences([result(label, seed, ord(label) / 100) for label in "ab" for seed in (0, 1)], "a"))
+    rows = dict(
+        differences(
+            [result(label, seed, ord(label) / 100) for label in "ab" for seed in (0, 1)], "a"
+        )
+    )
     assert rows["test MSE (per dimension)"] == "+0.01000" and rows["pairs"] == "2"
 
 
 def test_a_table_has_mean_spread_and_number_of_seeds_and_says_what_failed():
     results = [result("a", 0, 0.1), result("a", 1, 0.3), result("b", 0, 0.01)]
     rows = table(results, {"b": 1, "c": 2})
-    assert rows[0] == ["", "a", "b", "c"] and rows[1] == ["seeds", "2", "1 (1 failed)", "0 (2 failed)"]
+    assert rows[0] == ["", "a", "b", "c"] and rows[1] == [
+        "seeds",
+        "2",
+        "1 (1 failed)",
+        "0 (2 failed)",
+    ]
     assert rows[2] == ["test MSE (per dimension)", "0.2000 ± 0.1414", "0.01000", "-"]
     assert rows[-1][0] == "training seconds" and not any("GEN" in row[0] for row in rows)
 
 
 def test_markdown_has_the_cells_of_the_table():
     rows = table([result("a", 0, 0.1), result("b", 0, 0.2)])
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(rows).splitlines()]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in markdown(rows).splitlines()
+    ]
     assert [lines[0], *lines[2:]] == rows and set("".join(lines[1])) == {"-", ":"}
 
 
@@ -126,8 +161,14 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
 def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> Result:
     """A result with distances of reconstructions, each of a protocol: 11 and 22 are both called default, 33 is not."""
     found = result(label, seed, 0.1)
-    protocols = {code: {"name": name} for code, name in (("11", "default"), ("22", "default"), ("33", "other"))}
-    measured = [{"metric": metric, "of": "REC", "protocol": code, "value": value} for metric, code, value in made]
+    protocols = {
+        code: {"name": name}
+        for code, name in (("11", "default"), ("22", "default"), ("33", "other"))
+    }
+    measured = [
+        {"metric": metric, "of": "REC", "protocol": code, "value": value}
+        for metric, code, value in made
+    ]
     found.evaluation.update(protocols=protocols, measurements=measured)
     return found
 
@@ -135,15 +176,26 @@ def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> R
 def test_a_number_has_one_name_in_all_results_of_a_table():
     """Under the default protocol the plain one, whatever else was measured; with the hash where it would stand for two."""
     one = measured_as(0, ("FID", "11", 1.0))
-    other = measured_as(1, ("FID", "11", 2.0), ("FID", "33", 3.0), ("FD-light", "22", 4.0), ("FID-infinity", "11", 0.0))
+    other = measured_as(
+        1,
+        ("FID", "11", 2.0),
+        ("FID", "33", 3.0),
+        ("FD-light", "22", 4.0),
+        ("FID-infinity", "11", 0.0),
+    )
     assert table_of_distances([one, other]) == [
         ["FID of REC", "1.500 ± 0.707"],
         ["FID of REC, other", "3.000 (of 1)"],
         ["FD-light of REC", "4.000 (of 1)"],
     ]
     unlike = [measured_as(0, ("FID", "11", 1.0)), measured_as(0, ("FID", "22", 5.0), label="b")]
-    assert table_of_distances(unlike) == [["FID of REC 11", "1.000", "-"], ["FID of REC 22", "-", "5.000"]]
-    assert not [row for row in differences(unlike, "a") if row[0].startswith("FID") and row[1] != "-"]
+    assert table_of_distances(unlike) == [
+        ["FID of REC 11", "1.000", "-"],
+        ["FID of REC 22", "-", "5.000"],
+    ]
+    assert not [
+        row for row in differences(unlike, "a") if row[0].startswith("FID") and row[1] != "-"
+    ]
 
 
 def table_of_distances(results: list[Result]) -> list[list[str]]:
@@ -157,29 +209,42 @@ def table_of_distances(results: list[Result]) -> list[list[str]]:
 def test_labels_change_stage_1_and_nothing_else():
     labels = variants(["computed", "fixed:beta=4"], ["rae-l2"], None)
     made = {label: Changes(**changes).apply(TINY) for label, changes in labels.items()}
-    assert [recipe.first.balance for recipe in made.values()] == ["computed", "fixed:beta=4", "fixed:gamma2=0.5"]
+    assert [recipe.first.balance for recipe in made.values()] == [
+        "computed",
+        "fixed:beta=4",
+        "fixed:gamma2=0.5",
+    ]
     assert [recipe.first.objective for recipe in made.values()] == ["vae", "vae", "rae-l2"]
     assert all(replace(recipe, first=TINY.first) == TINY for recipe in made.values())
 
 
-@pytest.mark.parametrize(("second", "expected"), [("same", ["learned", "computed"]), ("optimal", ["optimal", "optimal"])])
+@pytest.mark.parametrize(
+    ("second", "expected"), [("same", ["learned", "computed"]), ("optimal", ["optimal", "optimal"])]
+)
 def test_stage_2_may_follow_the_label_or_have_a_balance_for_all(second, expected):
     labels = variants(["learned"], ["autoencoder"], second)
-    assert [Changes(**changes).apply(TINY).second.balance for changes in labels.values()] == expected
+    assert [
+        Changes(**changes).apply(TINY).second.balance for changes in labels.values()
+    ] == expected
 
 
 def test_threads_depend_on_all_tasks_and_cores_are_not_shared_twice(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     cpu = torch.device("cpu")
-    shapes = [(len(crew.devices), crew.threads) for crew in (crew_for(cpu, None, n) for n in (1, 2, 3, 8, 30))]
+    shapes = [
+        (len(crew.devices), crew.threads)
+        for crew in (crew_for(cpu, None, n) for n in (1, 2, 3, 8, 30))
+    ]
     assert shapes == [(1, 8), (2, 4), (3, 2), (8, 1), (8, 1)]
     assert crew_for(cpu, 2, 30) == Crew(("cpu", "cpu"), 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert crew_for(torch.device("cuda"), None, 3).devices == ("cuda:0", "cuda:1")
     three = crew_for(torch.device("cuda"), 3, 3)
     assert three == Crew(("cuda:0", "cuda:1", "cuda:0"), 4)
-    assert [three.process(seat) for seat in range(3)] == [0, 1, 0] and [three.seats(process) for process in (0, 1)] == [2, 1]
+    assert [three.process(seat) for seat in range(3)] == [0, 1, 0] and [
+        three.seats(process) for process in (0, 1)
+    ] == [2, 1]
     assert [crew_for(cpu, 3, 30).process(seat) for seat in range(3)] == [0, 1, 2]
     assert crew_for(torch.device("cuda:1"), 2, 3).devices == ("cuda:1", "cuda:1")
 
@@ -188,7 +253,9 @@ def test_small_images_are_compared_by_pixels_and_others_by_what_is_at_hand(monke
     device = torch.device("cpu")
     assert resolve_extractor("light", 8, device) == ("light", ())
     assert resolve_extractor("auto", 8, device)[0] == "pixels"
-    monkeypatch.setattr(measuring, "choose_extractor", lambda *arguments: (DEFAULT, None, ("nothing",)))
+    monkeypatch.setattr(
+        measuring, "choose_extractor", lambda *arguments: (DEFAULT, None, ("nothing",))
+    )
     spec, notes = resolve_extractor("auto", 32, device)
     assert spec == "pixels" and "poise[light]" in notes[0]
 
@@ -216,7 +283,9 @@ def tasks(folder: Path, *labels: str) -> list[Task]:
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_a_process_that_dies_or_a_task_that_fails_stops_no_other(jobs, tmp_path, monkeypatch, capfd):
+def test_a_process_that_dies_or_a_task_that_fails_stops_no_other(
+    jobs, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr(execution, "START", DOUBLE)
     todo = tasks(tmp_path, "good", "dies", "fails", "complains", "better")
     outcome = execute(todo, Crew(("cpu",) * jobs, 1), 90, title="trial")
@@ -231,7 +300,12 @@ def test_when_the_time_is_up_all_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "START", DOUBLE)
     began = time.monotonic()
     outcome = execute(
-        tasks(tmp_path, "good", "sleeps", "sleeps", "better"), Crew(("cpu",), 1), 90, title="t", until=began + 1, quiet=True
+        tasks(tmp_path, "good", "sleeps", "sleeps", "better"),
+        Crew(("cpu",), 1),
+        90,
+        title="t",
+        until=began + 1,
+        quiet=True,
     )
     assert outcome.late and not outcome.failed and time.monotonic() - began < 30
 
@@ -259,8 +333,14 @@ def test_a_worker_ends_with_its_stdin_even_if_the_signal_for_it_comes_before_it_
 
 
 def test_an_answer_that_cannot_be_read_is_the_end_of_a_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "START", DOUBLE.replace('"sleeps"', '"chats"').replace("time.sleep(60)", 'print("well")'))
-    outcome = execute(tasks(tmp_path, "chats", "good"), Crew(("cpu",), 1), 90, title="t", quiet=True)
+    monkeypatch.setattr(
+        execution,
+        "START",
+        DOUBLE.replace('"sleeps"', '"chats"').replace("time.sleep(60)", 'print("well")'),
+    )
+    outcome = execute(
+        tasks(tmp_path, "chats", "good"), Crew(("cpu",), 1), 90, title="t", quiet=True
+    )
     assert list(outcome.failed) == ["chats, seed 0"]
 
 
@@ -274,7 +354,12 @@ def test_a_process_without_work_that_does_not_end_is_not_waited_for(tmp_path, mo
 
 def test_a_task_survives_json(tmp_path):
     (task,) = tasks(tmp_path, "fixed:beta=4")
-    task = replace(task, measuring=Measuring((DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)))
+    task = replace(
+        task,
+        measuring=Measuring(
+            (DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)
+        ),
+    )
     assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
 
 
@@ -288,7 +373,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny(folder: Path, *balances: str, seeds: int = 1, **options) -> poise.Comparison:
-    return poise.compare(IMAGES, recipe=TINY, balances=balances, seeds=seeds, out=folder, jobs=1, options=QUIET, **options)
+    return poise.compare(
+        IMAGES,
+        recipe=TINY,
+        balances=balances,
+        seeds=seeds,
+        out=folder,
+        jobs=1,
+        options=QUIET,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -297,13 +391,22 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> poise.Comparison:
 
 
 def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
-    run = poise.train(IMAGES, recipe=replace(TINY, first=replace(TINY.first, balance="learned")), out=tmp_path, options=QUIET)
+    run = poise.train(
+        IMAGES,
+        recipe=replace(TINY, first=replace(TINY.first, balance="learned")),
+        out=tmp_path,
+        options=QUIET,
+    )
     mine, theirs = weights(compared.folder / "learned-0"), weights(tmp_path)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name]) for name in mine
+    )
     evaluation = run.evaluate(extractor="pixels")
     (found,) = [r for r in compared.results if r.label == "learned"]
     assert found.value("FD-pixels", "GEN-2") == evaluation.value("FD-pixels", "GEN-2")
-    assert found.measurements()[0]["protocol"] == evaluation.to_json()["measurements"][0]["protocol"]
+    assert (
+        found.measurements()[0]["protocol"] == evaluation.to_json()["measurements"][0]["protocol"]
+    )
 
 
 @pytest.fixture
@@ -312,20 +415,38 @@ def one_process(monkeypatch):
     monkeypatch.setattr(Crew, "process", lambda self, seat: 0)
 
 
-def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own(compared, one_process, tmp_path):
+def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own(
+    compared, one_process, tmp_path
+):
     together = poise.compare(
-        IMAGES, recipe=TINY, balances=["computed", BROKEN, "learned"], seeds=1, out=tmp_path, jobs=3, options=QUIET
+        IMAGES,
+        recipe=TINY,
+        balances=["computed", BROKEN, "learned"],
+        seeds=1,
+        out=tmp_path,
+        jobs=3,
+        options=QUIET,
     )
-    assert [(key, " ".join(message.split())) for key, message in together.failed.items()] == list(compared.failed.items())
+    assert [(key, " ".join(message.split())) for key, message in together.failed.items()] == list(
+        compared.failed.items()
+    )
     for label in ("computed", "learned"):
         alone, beside = weights(compared.folder / f"{label}-0"), weights(tmp_path / f"{label}-0")
         assert all(torch.equal(alone[name], beside[name]) for name in alone)
-    assert [r.measurements() for r in together.results] == [r.measurements() for r in compared.results]
+    assert [r.measurements() for r in together.results] == [
+        r.measurements() for r in compared.results
+    ]
 
 
 def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path):
     longer = replace(LONG, first=replace(LONG.first, epochs=400))
-    shared = {"recipe": longer, "balances": ["computed", "learned"], "seeds": 1, "jobs": 2, "out": tmp_path / "stopped"}
+    shared = {
+        "recipe": longer,
+        "balances": ["computed", "learned"],
+        "seeds": 1,
+        "jobs": 2,
+        "out": tmp_path / "stopped",
+    }
 
     def stop_when_both_have_begun():
         while len(list((tmp_path / "stopped").glob("*/checkpoints/[0-9]*"))) < 2:
@@ -350,17 +471,25 @@ def test_a_failed_run_is_in_the_table_and_the_others_are_finished(compared):
     assert label == BROKEN and "not finite" in message and not others
     assert compared.table()[1] == ["seeds", "1", "1", "0 (1 failed)"]
     page = (compared.folder / "table.md").read_text()
-    assert page == str(compared) and f"failed: {BROKEN}, seed 0: the loss" in page and "FD-pixels of GEN-mixture" in page
+    assert (
+        page == str(compared)
+        and f"failed: {BROKEN}, seed 0: the loss" in page
+        and "FD-pixels of GEN-mixture" in page
+    )
     assert read_results([compared.folder]) == sorted(compared.results, key=lambda r: r.label)
 
 
-def test_the_command_prints_the_table_writes_a_page_and_fails_if_a_run_did(compared, monkeypatch, capsys):
+def test_the_command_prints_the_table_writes_a_page_and_fails_if_a_run_did(
+    compared, monkeypatch, capsys
+):
     monkeypatch.setattr(poise.studies.comparison, "compare", lambda *arguments, **options: compared)
     monkeypatch.setattr(sys, "argv", ["poise", "compare", "--seeds", "1", "--device", "cpu"])
     with pytest.raises(SystemExit) as exit:
         cli.main()
     out, errors = capsys.readouterr()
-    assert exit.value.code == 1 and errors.splitlines()[-1].startswith("poise: error: 1 of 3 runs failed")
+    assert exit.value.code == 1 and errors.splitlines()[-1].startswith(
+        "poise: error: 1 of 3 runs failed"
+    )
     assert str(compared) in out and (compared.folder / "report.html").stat().st_size > 10_000
 
 
@@ -386,11 +515,16 @@ def test_a_result_that_is_damaged_or_of_other_images_or_seeds_does_not_count(com
     (good, *_) = compared.results
     how = Measuring((), "pixels", ())
     recipe = replace(TINY, data=Data(good.settings["data"]["source"]))
-    task = Task(good.experiment, good.label, recipe, tmp_path, tmp_path, how, checksum=good.data["checksum"])
+    task = Task(
+        good.experiment, good.label, recipe, tmp_path, tmp_path, how, checksum=good.data["checksum"]
+    )
     path = write_result(good, tmp_path)
     assert task.result_path == path and task.result() == good
     assert replace(task, checksum="another").result() is None
-    assert replace(task, recipe=replace(recipe, first=replace(recipe.first, epochs=9))).result() is None
+    assert (
+        replace(task, recipe=replace(recipe, first=replace(recipe.first, epochs=9))).result()
+        is None
+    )
     assert replace(task, recipe=replace(recipe, data=Data("elsewhere"))).result() == good
     path.write_text(path.read_text()[:-9])
     assert task.result() is None
@@ -399,15 +533,27 @@ def test_a_result_that_is_damaged_or_of_other_images_or_seeds_does_not_count(com
 def test_without_the_second_stage_among_the_priors_none_is_trained(tmp_path, monkeypatch):
     asked, nothing = [], poise.Comparison("compare-tiny", tmp_path, (), "computed", {})
     monkeypatch.setattr(
-        poise.studies.comparison.comparing, "conduct", lambda experiment, **where: asked.append(experiment) or nothing
+        poise.studies.comparison.comparing,
+        "conduct",
+        lambda experiment, **where: asked.append(experiment) or nothing,
     )
     one_stage = replace(TINY, second=None)
-    for recipe, priors in ((TINY, ["mixture", "normal"]), (TINY, ["second-stage"]), (TINY, None), (one_stage, None)):
+    for recipe, priors in (
+        (TINY, ["mixture", "normal"]),
+        (TINY, ["second-stage"]),
+        (TINY, None),
+        (one_stage, None),
+    ):
         poise.compare("digits", recipe=recipe, priors=priors, out=tmp_path)
     trained = [experiment.base.second is not None for experiment in asked]
     measured = [experiment.priors for experiment in asked]
     assert trained == [False, True, True, False]
-    assert measured == [("normal", "mixture"), ("second-stage",), ("normal", "second-stage", "mixture"), ("normal", "mixture")]
+    assert measured == [
+        ("normal", "mixture"),
+        ("second-stage",),
+        ("normal", "second-stage", "mixture"),
+        ("normal", "mixture"),
+    ]
 
 
 WRONG = {
@@ -419,7 +565,10 @@ WRONG = {
     "a label twice": (["--balances", "fixed", "fixed"], "fixed is given twice"),
     "a model": (["--models", "gan"], "unknown objective 'gan'"),
     "no stage 2": (["--priors", "second-stage", "--stages", "1"], "needs a second stage"),
-    "a stage 2 of nothing": (["--priors", "normal", "--second-epochs", "3"], "makes no sense with one stage"),
+    "a stage 2 of nothing": (
+        ["--priors", "normal", "--second-epochs", "3"],
+        "makes no sense with one stage",
+    ),
     "seeds": (["--seeds", "0"], "seeds must be at least 1"),
     "jobs": (["--jobs", "0"], "jobs must be at least 1"),
     "data": (["nowhere"], "'nowhere' does not exist"),
@@ -436,11 +585,18 @@ WRONG = {
 def test_wrong_options_are_one_line_before_anything_starts(case, tmp_path, monkeypatch, capsys):
     arguments, message = WRONG[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["poise", "compare", *arguments, "--device", "cpu", "--out", "it"])
+    monkeypatch.setattr(
+        sys, "argv", ["poise", "compare", *arguments, "--device", "cpu", "--out", "it"]
+    )
     with pytest.raises(SystemExit) as exit:
         cli.main()
     complaint = capsys.readouterr().err
-    assert exit.value.code == 2 and complaint.count("\n") == 1 and message in complaint and not list(tmp_path.iterdir())
+    assert (
+        exit.value.code == 2
+        and complaint.count("\n") == 1
+        and message in complaint
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -449,7 +605,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         tiny(tmp_path, "computed")
 
 
-LONG = replace(TINY, first=replace(TINY.first, epochs=80), second=None)  # so that second-stage is no prior of it
+LONG = replace(
+    TINY, first=replace(TINY.first, epochs=80), second=None
+)  # so that second-stage is no prior of it
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -460,12 +618,16 @@ labels = dict(recipe=t.LONG, balances=["computed", "learned"], seeds=1)
 poise.compare(t.IMAGES, **labels, out={str(folder)!r}, jobs=1, options=t.OFTEN)
 """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+    )
 
 
 @pytest.mark.slow
 def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_numbers(tmp_path):
-    first, second = (tmp_path / "results" / f"compare-tiny-{label}-0.json" for label in ("computed", "learned"))
+    first, second = (
+        tmp_path / "results" / f"compare-tiny-{label}-0.json" for label in ("computed", "learned")
+    )
     process = start(tmp_path)
     while not (first.exists() and any((tmp_path / "learned-0" / "checkpoints").glob("[0-9]*"))):
         assert process.poll() is None
@@ -474,15 +636,30 @@ def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_number
     process.wait()
     assert not second.exists()
     written = first.stat().st_mtime_ns
-    again = poise.compare(IMAGES, recipe=LONG, balances=["computed", "learned"], seeds=1, out=tmp_path, jobs=1, options=QUIET)
-    assert {m["of"] for r in again.results for m in r.measurements() if m["metric"] == "FD-pixels"} == {
+    again = poise.compare(
+        IMAGES,
+        recipe=LONG,
+        balances=["computed", "learned"],
+        seeds=1,
+        out=tmp_path,
+        jobs=1,
+        options=QUIET,
+    )
+    assert {
+        m["of"] for r in again.results for m in r.measurements() if m["metric"] == "FD-pixels"
+    } == {
         "REC",
         "GEN-1",
         "GEN-mixture",
     }
     assert len(again.results) == 2 and first.stat().st_mtime_ns == written
     alone = poise.train(
-        IMAGES, recipe=replace(LONG, first=replace(LONG.first, balance="learned")), out=tmp_path / "alone", options=QUIET
+        IMAGES,
+        recipe=replace(LONG, first=replace(LONG.first, balance="learned")),
+        out=tmp_path / "alone",
+        options=QUIET,
     )
     mine, theirs = weights(tmp_path / "learned-0"), weights(alone.folder)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name]) for name in mine
+    )

@@ -105,10 +105,20 @@ def test_identical_images_cannot_be_split():
 def test_arrays_and_tensors_come_in_three_layouts(given_shape, shape):
     array = noise(*given_shape)
     dataset = load(array)
-    assert dataset.shape == shape and dataset.train.shape == (11, *shape) and dataset.test.shape == (1, *shape)
+    assert (
+        dataset.shape == shape
+        and dataset.train.shape == (11, *shape)
+        and dataset.test.shape == (1, *shape)
+    )
     assert (dataset.name, dataset.source, dataset.notes) == ("array", "array", ())
-    last = array.transpose(0, 3, 1, 2) if array.shape[-1] in (1, 3) and shape[1] == 8 and array.ndim == 4 else array
-    assert together(dataset) == sorted(content_hashes(np.ascontiguousarray(last.reshape(12, *shape))))
+    last = (
+        array.transpose(0, 3, 1, 2)
+        if array.shape[-1] in (1, 3) and shape[1] == 8 and array.ndim == 4
+        else array
+    )
+    assert together(dataset) == sorted(
+        content_hashes(np.ascontiguousarray(last.reshape(12, *shape)))
+    )
     assert load(torch.from_numpy(array)).checksum == dataset.checksum
 
 
@@ -175,7 +185,12 @@ def test_the_same_pictures_give_the_same_bytes_as_files_and_as_an_array(tmp_path
 def test_floats_are_resized_and_greyed_like_bytes_within_rounding():
     pixels, form = noise(12, 20, 30, 3), Reading(size=8, channels=1)
     floats = as_images(pixels / np.float32(255), "floats", form)
-    assert floats.dtype == np.float32 and floats.shape == (12, 1, 8, 8) and floats.min() >= 0 and floats.max() <= 1
+    assert (
+        floats.dtype == np.float32
+        and floats.shape == (12, 1, 8, 8)
+        and floats.min() >= 0
+        and floats.max() <= 1
+    )
     assert np.abs(floats * 255 - as_images(pixels, "bytes", form)).max() < 2
 
 
@@ -196,7 +211,10 @@ def test_an_npy_file_is_mapped_not_loaded(tmp_path):
     order = torch.randperm(36)
     images = gather(dataset.train, order)
     assert images.is_contiguous() and torch.equal(images, gather(np.asarray(dataset.train), order))
-    assert np.array_equal(dataset.train[3], np.asarray(dataset.train)[3]) and len(dataset.train[2:5]) == 3
+    assert (
+        np.array_equal(dataset.train[3], np.asarray(dataset.train)[3])
+        and len(dataset.train[2:5]) == 3
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"size": 4}, {"channels": 1}])
@@ -208,12 +226,20 @@ def test_a_mapped_file_of_floats_is_converted_block_by_block(tmp_path, monkeypat
     assert isinstance(mapped.train, Rows) and mapped.checksum == load(array, **options).checksum
 
 
-@pytest.mark.parametrize("keys", [("x_train", "x_test"), ("train", "test"), ("train_images", "test_images")])
+@pytest.mark.parametrize(
+    "keys", [("x_train", "x_test"), ("train", "test"), ("train_images", "test_images")]
+)
 def test_an_npz_file_keeps_its_split(tmp_path, keys):
     train, test = noise(12, 8, 8), noise(4, 8, 8, seed=1)
-    np.savez(tmp_path / "x.npz", **dict(zip(keys, (train, test), strict=True)), y_train=np.zeros(12))
+    np.savez(
+        tmp_path / "x.npz", **dict(zip(keys, (train, test), strict=True)), y_train=np.zeros(12)
+    )
     dataset = load("x.npz")
-    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test) and not dataset.notes
+    assert (
+        np.array_equal(dataset.train[:, 0], train)
+        and np.array_equal(dataset.test[:, 0], test)
+        and not dataset.notes
+    )
 
 
 @pytest.mark.parametrize("key", ["images", "x_train", "anything"])
@@ -247,14 +273,18 @@ def test_files_of_arrays_that_cannot_be_used_are_named(tmp_path):
 def test_damaged_files_of_arrays_are_refused(tmp_path, ending, content):
     path = tmp_path / f"x.{ending}"
     np.save(path, noise(12, 8, 8)) if ending == "npy" else np.savez(path, noise(12, 8, 8))
-    path.write_bytes({"cut": path.read_bytes()[:-300], "text": b"no array at all", "nothing": b""}[content])
+    path.write_bytes(
+        {"cut": path.read_bytes()[:-300], "text": b"no array at all", "nothing": b""}[content]
+    )
     assert f"x.{ending} is {'damaged (' if content == 'cut' else 'not an .np'}" in refusal(path)
 
 
 # Folders of images
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff", "ppm"])
+@pytest.mark.parametrize(
+    "ending", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff", "ppm"]
+)
 def test_a_folder_of_any_accepted_kind_is_read(tmp_path, ending):
     dataset = load(write_images(tmp_path / "photos", noise(12, 8, 8, 3), ending))
     assert dataset.shape == (3, 8, 8) and (len(dataset.train), len(dataset.test)) == (11, 1)
@@ -303,7 +333,11 @@ def test_a_damaged_image_is_named_or_skipped_and_listed(tmp_path):
     (folder / "007.jpg").write_text("no image")
     for options in ({}, {"size": 8}, {"size": 8, "channels": 3}):
         message = refusal(folder, **options)
-        assert "photos/00" in message and "cannot be decoded" in message and message.endswith("or pass --skip-unreadable")
+        assert (
+            "photos/00" in message
+            and "cannot be decoded" in message
+            and message.endswith("or pass --skip-unreadable")
+        )
         dataset = load(folder, skip_unreadable=True, **options)
         assert len(dataset.train) + len(dataset.test) == 11
         assert [note.split("/")[-1][:25] for note in dataset.notes] == [
@@ -331,7 +365,11 @@ def test_folders_that_cannot_be_used_say_what_to_do(tmp_path):
     assert "name the file itself, as texts/x.npy" in refusal("texts")
     assert "3 images are too few" in refusal(write_images(tmp_path / "few", noise(3, 8, 8)))
     tall = write_images(tmp_path / "tall", noise(12, 8, 6))
-    assert "not square: " in refusal(tall) and "000.png and " in refusal(tall) and "are 6x8; pass --size N" in refusal(tall)
+    assert (
+        "not square: " in refusal(tall)
+        and "000.png and " in refusal(tall)
+        and "are 6x8; pass --size N" in refusal(tall)
+    )
     write_images(tmp_path / "mixed", noise(11, 8, 8))
     write_images(tmp_path / "mixed" / "z", noise(1, 9, 9))
     message = refusal("mixed")
@@ -346,12 +384,16 @@ def test_pictures_are_turned_upright_before_the_cut(tmp_path):
     lying = Image.new("RGB", (48, 32), "white")
     lying.paste("black", (0, 0, 24, 32))
     lying.save(folder / "phone.jpg", exif=exif)
-    images = np.concatenate([part[:] for part in (lambda d: (d.train, d.test))(load(folder, size=16))])
+    images = np.concatenate(
+        [part[:] for part in (lambda d: (d.train, d.test))(load(folder, size=16))]
+    )
     halves = images[:, :, :7].mean((1, 2, 3)), images[:, :, 9:].mean((1, 2, 3))
     assert ((halves[0] < 5) & (halves[1] > 250)).sum() == 1
 
 
-@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    "layout", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["channels first", "channels last"]
+)
 def test_the_pages_of_the_wanted_rows_are_asked_for_and_no_others(tmp_path, layout, monkeypatch):
     np.save(tmp_path / "x.npy", noise(1000, 3, 32, 32))
     rows = np.load(tmp_path / "x.npy", mmap_mode="r").transpose(layout)[5:]
@@ -359,8 +401,14 @@ def test_the_pages_of_the_wanted_rows_are_asked_for_and_no_others(tmp_path, layo
     origin = np.frombuffer(mapping, np.uint8).ctypes.data
     monkeypatch.setattr(datasets.storage, "PIECE_BYTES", 2 * mmap.PAGESIZE)
     pieces = list(datasets.storage._pieces(rows, wanted, origin))
-    asked = [page for start, length in pieces for page in range(start, start + length, mmap.PAGESIZE)]
-    touched = {(rows[i : i + 1].ctypes.data - origin + byte) // mmap.PAGESIZE for i in wanted for byte in range(3072)}
+    asked = [
+        page for start, length in pieces for page in range(start, start + length, mmap.PAGESIZE)
+    ]
+    touched = {
+        (rows[i : i + 1].ctypes.data - origin + byte) // mmap.PAGESIZE
+        for i in wanted
+        for byte in range(3072)
+    }
     assert [page // mmap.PAGESIZE for page in asked] == sorted(touched)
     assert all(length <= 2 * mmap.PAGESIZE for _, length in pieces) and len(pieces) < len(asked)
     assert torch.equal(gather(rows, [-1, 3]), gather(rows, [994, 3]))
@@ -373,7 +421,9 @@ def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_pa
     (folder / "003.png").write_text("no image")
     mapped = load(folder, memory_budget=1000, cache=tmp_path / "cache", skip_unreadable=True)
     assert isinstance(mapped.train, Rows) and isinstance(mapped.train.array, np.memmap)
-    assert os.name != "posix" or not list((tmp_path / "cache").iterdir()), "a kill would leave it behind"
+    assert os.name != "posix" or not list((tmp_path / "cache").iterdir()), (
+        "a kill would leave it behind"
+    )
     plain = load(folder, skip_unreadable=True)
     assert mapped.checksum == plain.checksum and isinstance(plain.train, np.ndarray)
     assert torch.equal(gather(mapped.test, [2, 0, 0]), gather(plain.test, [2, 0, 0]))
@@ -390,15 +440,22 @@ def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkey
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_memory_that_a_control_group_denies_is_not_free(tmp_path, version):
-    controllers, limit, usage = ("memory", "limit_in_bytes", "usage_in_bytes") if version == 1 else ("", "max", "current")
+    controllers, limit, usage = (
+        ("memory", "limit_in_bytes", "usage_in_bytes") if version == 1 else ("", "max", "current")
+    )
     (tmp_path / "membership").write_text(f"9:cpu:/elsewhere\n4:{controllers}:/job/step\n")
-    for place, allowed, used in (("job", "1000", 700), ("job/step", "max" if version == 2 else "5000", 650)):
+    for place, allowed, used in (
+        ("job", "1000", 700),
+        ("job/step", "max" if version == 2 else "5000", 650),
+    ):
         folder = tmp_path / controllers / place
         folder.mkdir(parents=True)
         (folder / f"memory.{limit}").write_text(f"{allowed}\n")
         (folder / f"memory.{usage}").write_text(f"{used}\n")
         stat = "anon 300\nactive_file 40\ninactive_file 60\n"
-        (folder / "memory.stat").write_text(stat + ("total_active_file 140\ntotal_inactive_file 160\n" if version == 1 else ""))
+        (folder / "memory.stat").write_text(
+            stat + ("total_active_file 140\ntotal_inactive_file 160\n" if version == 1 else "")
+        )
     left = list(datasets.storage._left_in_groups(tmp_path / "membership", tmp_path))
     assert left == ([5000 - 650 + 300, 1000 - 700 + 300] if version == 1 else [1000 - 700 + 100])
 
@@ -427,26 +484,36 @@ def write_mnist(folder: Path, packed: bool = False) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+)
 def test_mnist_is_read_from_its_idx_files(tmp_path, monkeypatch, name, folder, packed):
     train, test = write_mnist(tmp_path / "shelf" / folder / "raw", packed)
     monkeypatch.setenv("POISE_DATA", str(tmp_path / "shelf"))
     dataset = load(name)
-    assert dataset.name == name and np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+    assert (
+        dataset.name == name
+        and np.array_equal(dataset.train[:, 0], train)
+        and np.array_equal(dataset.test[:, 0], test)
+    )
     monkeypatch.delenv("POISE_DATA")
     for place in ("shelf", f"shelf/{folder}", f"shelf/{folder}/raw"):
         assert load(place).checksum == dataset.checksum and load(place).name == folder
     assert load(name, data_dir="shelf", size=8, channels=3).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:7], lambda b: b"\0\0\x08\x01" + b[4:], lambda b: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:7], lambda b: b"\0\0\x08\x01" + b[4:], lambda b: b""]
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_damaged_idx_files_are_refused(tmp_path, damage, packed):
     write_mnist(tmp_path / "raw")
     path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
     content = damage(path.read_bytes())
     path.unlink()
-    path.with_suffix(".gz" if packed else "").write_bytes(gzip.compress(content) if packed else content)
+    path.with_suffix(".gz" if packed else "").write_bytes(
+        gzip.compress(content) if packed else content
+    )
     assert "t10k-images-idx3-ubyte" in refusal("raw") and "download it again" in refusal("raw")
     if packed:
         path.with_suffix(".gz").write_bytes(gzip.compress(content)[:-5])
@@ -462,10 +529,16 @@ def test_a_missing_idx_file_is_named(tmp_path):
 def write_cifar10(folder: Path, protocol: int = 4) -> tuple[np.ndarray, np.ndarray]:
     folder.mkdir(parents=True)
     parts = noise(20, 3072), noise(4, 3072, seed=1)
-    batches = {f"data_batch_{k + 1}": parts[0][4 * k : 4 * k + 4] for k in range(5)} | {"test_batch": parts[1]}
+    batches = {f"data_batch_{k + 1}": parts[0][4 * k : 4 * k + 4] for k in range(5)} | {
+        "test_batch": parts[1]
+    }
     for name, data in batches.items():
-        content = pickle.dumps({b"data": data, b"labels": [0, 1, 2, 3], b"batch_label": b"some"}, protocol)
-        (folder / name).write_bytes(content.replace(b"numpy._core", b"numpy.core") if protocol == 3 else content)
+        content = pickle.dumps(
+            {b"data": data, b"labels": [0, 1, 2, 3], b"batch_label": b"some"}, protocol
+        )
+        (folder / name).write_bytes(
+            content.replace(b"numpy._core", b"numpy.core") if protocol == 3 else content
+        )
     return parts[0].reshape(-1, 3, 32, 32), parts[1].reshape(-1, 3, 32, 32)
 
 
@@ -489,11 +562,16 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, protocol):
     write_cifar10(tmp_path / "x")
     (tmp_path / "x" / "data_batch_3").write_bytes(pickle.dumps({"data": Malicious()}, protocol))
     message = refusal("x")
-    assert "data_batch_3 is no intact CIFAR-10 batch (it asks for" in message and "exec, which is refused)" in message
+    assert (
+        "data_batch_3 is no intact CIFAR-10 batch (it asks for" in message
+        and "exec, which is refused)" in message
+    )
     assert not hasattr(poise, "was_here")
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({b"labels": 1}), pickle.dumps({b"data": [1, 2]})])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", pickle.dumps({b"labels": 1}), pickle.dumps({b"data": [1, 2]})]
+)
 def test_a_damaged_batch_is_refused(tmp_path, content):
     write_cifar10(tmp_path / "x")
     (tmp_path / "x" / "test_batch").write_bytes(content)
@@ -517,11 +595,21 @@ def test_the_jpeg_round_trip_of_the_release_is_named_in_the_notes(tmp_path):
 def write_celeba(folder: Path) -> np.ndarray:
     pixels = noise(20, 218, 178, 3)
     write_images(folder / "img_align_celeba", pixels, "jpg")
-    parts = ([0] * 12 + [1] * 3 + [2] * 5)[::-1]  # so that neither names nor listing happen to give the split
+    parts = ([0] * 12 + [1] * 3 + [2] * 5)[
+        ::-1
+    ]  # so that neither names nor listing happen to give the split
     lines = [f"{k:03}.jpg {part}" for k, part in enumerate(parts)]
     (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
-    faces = [Image.open(folder / "img_align_celeba" / f"{k:03}.jpg").crop((25, 45, 153, 173)) for k in range(20)]
-    return np.stack([np.asarray(face.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1) for face in faces])
+    faces = [
+        Image.open(folder / "img_align_celeba" / f"{k:03}.jpg").crop((25, 45, 153, 173))
+        for k in range(20)
+    ]
+    return np.stack(
+        [
+            np.asarray(face.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            for face in faces
+        ]
+    )
 
 
 def test_celeba_has_its_official_cut_and_split(tmp_path):
@@ -538,7 +626,9 @@ def test_celeba_split_by_the_order_of_the_listing_is_the_release(tmp_path, monke
     listing = [tmp_path / "celeba" / "img_align_celeba" / f"{k:03}.jpg" for k in order]
     monkeypatch.setattr(Path, "iterdir", lambda _: iter([*listing, Path("readme.jpg")]))
     dataset = load("celeba", file_order="listing")
-    assert np.array_equal(dataset.train, faces[order[:12]]) and np.array_equal(dataset.test, faces[order[-5:]])
+    assert np.array_equal(dataset.train, faces[order[:12]]) and np.array_equal(
+        dataset.test, faces[order[-5:]]
+    )
     assert "file system lists" in dataset.notes[0]
 
 
@@ -564,13 +654,20 @@ def test_celeba_images_of_another_size_are_named(tmp_path):
 
 def test_the_digits_are_scikit_learns():
     levels = load_digits(return_X_y=True)[0].reshape(-1, 1, 8, 8)
-    np.testing.assert_array_equal(read_images("digits"), np.floor(levels * 255 / 16 + 0.5).astype(np.uint8))
+    np.testing.assert_array_equal(
+        read_images("digits"), np.floor(levels * 255 / 16 + 0.5).astype(np.uint8)
+    )
 
 
 def test_the_digits_need_no_file():
     dataset = load("digits")
     assert dataset.name == "digits" and dataset.shape == (1, 8, 8)
-    assert (len(dataset.train), len(dataset.test), dataset.train.max(), dataset.train.min()) == (1617, 180, 255, 0)
+    assert (len(dataset.train), len(dataset.test), dataset.train.max(), dataset.train.min()) == (
+        1617,
+        180,
+        255,
+        0,
+    )
     assert len(np.unique(dataset.train)) == 17 and count_shared(dataset.train, dataset.test) == 0
 
 
@@ -594,8 +691,13 @@ def test_an_npz_file_of_the_name_does_as_well(tmp_path, name, file):
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_a_data_set_that_is_nowhere_says_where_to_put_it(name):
     message = refusal(name, MissingInputError)
-    assert f"{name} is not in the data folder data: put " in message and 'pip install "poise[data]"' in message
-    assert "data folder elsewhere does not exist" in refusal(name, MissingInputError, data_dir="elsewhere")
+    assert (
+        f"{name} is not in the data folder data: put " in message
+        and 'pip install "poise[data]"' in message
+    )
+    assert "data folder elsewhere does not exist" in refusal(
+        name, MissingInputError, data_dir="elsewhere"
+    )
 
 
 def test_a_folder_with_two_data_sets_asks_which(tmp_path):
@@ -606,7 +708,10 @@ def test_a_folder_with_two_data_sets_asks_which(tmp_path):
 
 def test_a_source_that_does_not_exist_gets_the_known_names():
     message = refusal("minst", MissingInputError)
-    assert "'minst' does not exist (did you mean mnist?): give a folder" in message and ", ".join(NAMES) in message
+    assert (
+        "'minst' does not exist (did you mean mnist?): give a folder" in message
+        and ", ".join(NAMES) in message
+    )
     assert "(did you mean fashion-mnist?)" in refusal("fashion_mnist", MissingInputError)
     assert "does not exist: give" in refusal("photos/holiday", MissingInputError)
     assert "does not exist" in refusal("", MissingInputError)
@@ -641,7 +746,9 @@ def test_a_parquet_file_without_a_split_and_with_a_damaged_image(tmp_path, hub):
     folder = write_images(tmp_path / "files", noise(13, 8, 8))
     encoded = [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.iterdir())]
     encoded[5]["bytes"] = encoded[5]["bytes"][:80]
-    table = hub.Dataset.from_dict({"label": [0] * 13, "img": encoded}).cast_column("img", hub.Image(decode=False))
+    table = hub.Dataset.from_dict({"label": [0] * 13, "img": encoded}).cast_column(
+        "img", hub.Image(decode=False)
+    )
     (tmp_path / "hub").mkdir()
     table.cast_column("img", hub.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
     assert "hf:hub train[5] cannot be decoded" in refusal("hf:hub")
@@ -656,8 +763,17 @@ def test_celeba_from_the_hub_is_cut_too(tmp_path, hub, monkeypatch):
     place = datasets.names._PLACES["celeba64"]
     monkeypatch.setitem(datasets.names._PLACES, "celeba64", dataclasses.replace(place, hub="x"))
     dataset = load("celeba64")
-    assert (dataset.name, dataset.source, len(dataset.train), len(dataset.test)) == ("celeba64", "hf:x", 8, 3)
-    face = Image.fromarray(pixels[9]).crop((25, 45, 153, 173)).resize((64, 64), Image.Resampling.BILINEAR)
+    assert (dataset.name, dataset.source, len(dataset.train), len(dataset.test)) == (
+        "celeba64",
+        "hf:x",
+        8,
+        3,
+    )
+    face = (
+        Image.fromarray(pixels[9])
+        .crop((25, 45, 153, 173))
+        .resize((64, 64), Image.Resampling.BILINEAR)
+    )
     assert np.array_equal(dataset.test[0], np.asarray(face).transpose(2, 0, 1))
 
 
@@ -671,7 +787,9 @@ def test_hub_data_without_images_and_hub_data_that_do_not_exist_are_named(tmp_pa
 
 @pytest.mark.usefixtures("no_hub")
 def test_the_hub_without_its_library_names_the_extra():
-    assert 'hf: data sets needs an optional dependency: pip install "poise[data]"' in refusal("hf:x/y", MissingExtraError)
+    assert 'hf: data sets needs an optional dependency: pip install "poise[data]"' in refusal(
+        "hf:x/y", MissingExtraError
+    )
 
 
 # What a data set can do
@@ -688,7 +806,11 @@ def test_the_checksum_sees_every_pixel_and_both_sides(tmp_path):
 @pytest.mark.parametrize("kind", ["bytes", "floats", "tensor"])
 def test_gathered_images_are_floats_in_the_order_asked(kind):
     images = noise(12, 1, 4, 4)
-    array = {"bytes": images, "floats": (images / np.float32(255)), "tensor": torch.from_numpy(images)}[kind]
+    array = {
+        "bytes": images,
+        "floats": (images / np.float32(255)),
+        "tensor": torch.from_numpy(images),
+    }[kind]
     for indices in ([3, 1, 1], torch.tensor([3, 1, 1]), np.array([3, 1, 1])):
         assert torch.equal(gather(array, indices), torch.from_numpy(images[[3, 1, 1]]) / 255)
     assert gather(array, range(0)).shape == (0, 1, 4, 4)

@@ -23,7 +23,13 @@ import poise
 from poise.balance import Balance, ComputedBalance, FixedBalance
 from poise.diagnosis import Diagnosis, Finding, causes, diagnose
 from poise.diagnosis.facts import Facts
-from poise.diagnosis.outputs import Comparison, largest_variance, linear_mse, reachable_range, spectrum
+from poise.diagnosis.outputs import (
+    Comparison,
+    largest_variance,
+    linear_mse,
+    reachable_range,
+    spectrum,
+)
 from poise.diagnosis.subject import Seen, look
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
@@ -61,14 +67,25 @@ def fast() -> Iterator[None]:
 
 
 def train_vae(
-    images: Tensor, loss: Loss, *, steps: int = 500, prepare: Callable[[VAE], object] | None = None, **network
+    images: Tensor,
+    loss: Loss,
+    *,
+    steps: int = 500,
+    prepare: Callable[[VAE], object] | None = None,
+    **network,
 ) -> VAE:
     """A user's own loop: Adam, its learning rate falling to zero like a cosine."""
     torch.manual_seed(0)
-    vae = VAE(*mlp(tuple(images.shape[1:]), network.pop("latent_dim", LATENTS), hidden=(64, 64), **network))
+    vae = VAE(
+        *mlp(
+            tuple(images.shape[1:]), network.pop("latent_dim", LATENTS), hidden=(64, 64), **network
+        )
+    )
     if prepare is not None:
         prepare(vae)
-    optimizer = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=2e-3, fused=True)
+    optimizer = torch.optim.Adam(
+        [p for p in vae.parameters() if p.requires_grad], lr=2e-3, fused=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with fast():
         for _ in range(steps):
@@ -125,7 +142,10 @@ def zero(vae: VAE) -> None:
 
 BROKEN = {
     "bytes": (lambda: sums, {"scale": 255, "steps": 30}),
-    "bytes, encoder that bears them": (lambda: sums, {"scale": 255, "prepare": smaller_first_layer}),
+    "bytes, encoder that bears them": (
+        lambda: sums,
+        {"scale": 255, "prepare": smaller_first_layer},
+    ),
     "kl times 100": (lambda: ComputedBalance(kl_weight=100), {}),
     "kl times 2.5": (lambda: ComputedBalance(kl_weight=2.5), {}),
     "kl times 0.1": (lambda: ComputedBalance(kl_weight=0.1), {}),
@@ -158,15 +178,45 @@ def named(diagnosis: Diagnosis) -> list[str]:
 @pytest.mark.parametrize(
     "name, cause, words, remedy",
     [
-        ("bytes", "data-range", "from 0 to 255, but the decoder's outputs stay between 0 and 1", "Divide the images by 255"),
-        ("bytes, encoder that bears them", "data-range", "stay between 0 and 1: ", "Divide the images by 255"),
+        (
+            "bytes",
+            "data-range",
+            "from 0 to 255, but the decoder's outputs stay between 0 and 1",
+            "Divide the images by 255",
+        ),
+        (
+            "bytes, encoder that bears them",
+            "data-range",
+            "stay between 0 and 1: ",
+            "Divide the images by 255",
+        ),
         ("kl times 100", "over-regularised", "multiplies it by 100", "Leave out kl_weight"),
         ("kl times 2.5", "over-regularised", "multiplies it by 2.5", "Leave out kl_weight"),
         ("kl times 0.1", "under-regularised", "multiplies it by 0.1", "Leave out kl_weight"),
-        ("gamma2 = 1", "over-regularised", "a decoder variance gamma2 of 1 where", "ComputedBalance"),
-        ("gamma2 = 1, own loop", "over-regularised", "a decoder variance gamma2 of 1 where", "ComputedBalance"),
-        ("means", "reduction", "averages the squared error over the 64 values of an image and the KL over", "ComputedBalance"),
-        ("mean error, summed KL", "reduction", "over the 64 values of an image, where it should sum", "ComputedBalance"),
+        (
+            "gamma2 = 1",
+            "over-regularised",
+            "a decoder variance gamma2 of 1 where",
+            "ComputedBalance",
+        ),
+        (
+            "gamma2 = 1, own loop",
+            "over-regularised",
+            "a decoder variance gamma2 of 1 where",
+            "ComputedBalance",
+        ),
+        (
+            "means",
+            "reduction",
+            "averages the squared error over the 64 values of an image and the KL over",
+            "ComputedBalance",
+        ),
+        (
+            "mean error, summed KL",
+            "reduction",
+            "over the 64 values of an image, where it should sum",
+            "ComputedBalance",
+        ),
         ("20 images", "too-few-images", "trained on 20 images", "at least 200"),
         ("drowned", "dead-decoder", "64 units of its layer layers.1 (ReLU) are dead", "LeakyReLU"),
         ("zeroed", "dead-decoder", "all weights of its layer layers.2 (Linear) are 0", "layers.2"),
@@ -201,13 +251,21 @@ def test_without_its_loss_the_model_tells(name, cause):
     diagnosis = diagnose(vae, test, train_images=train)
     assert named(diagnosis)[0] == cause, str(diagnosis)
     if cause == "posterior-collapse":
-        assert "averaged over pixels" in diagnosis.findings[0].sentence and "pass loss=" in diagnosis.findings[0].sentence
+        assert (
+            "averaged over pixels" in diagnosis.findings[0].sentence
+            and "pass loss=" in diagnosis.findings[0].sentence
+        )
 
 
 @pytest.mark.parametrize("name", ["healthy", "healthy, own loop"])
 def test_a_healthy_vae_is_said_to_be_healthy(name):
     vae, loss, train, test = case(name)
-    for settings in ({}, {"loss": loss}, {"train_images": train}, {"loss": loss, "train_images": train}):
+    for settings in (
+        {},
+        {"loss": loss},
+        {"train_images": train},
+        {"loss": loss, "train_images": train},
+    ):
         diagnosis = diagnose(vae, test, **settings)
         assert diagnosis.healthy and diagnosis.cause is None, f"{settings.keys()} {diagnosis}"
     assert str(diagnosis).startswith("Healthy") and "6 of 6 latents are active" in str(diagnosis)
@@ -218,11 +276,16 @@ def test_a_healthy_vae_is_said_to_be_healthy(name):
 
 def test_what_follows_from_a_cause_stands_below_it():
     vae, loss, train, test = case("kl times 100")
-    assert named(diagnose(vae, test, train_images=train, loss=loss)) == ["over-regularised", "posterior-collapse"]
+    assert named(diagnose(vae, test, train_images=train, loss=loss)) == [
+        "over-regularised",
+        "posterior-collapse",
+    ]
     vae, loss, train, test = case("kl times 0.1")
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
     assert named(diagnosis) == ["under-regularised", "prior-gap"]
-    assert "mixture" in diagnosis.findings[1].remedy and diagnosis.findings[1].figures["closed"] > 0.5
+    assert (
+        "mixture" in diagnosis.findings[1].remedy and diagnosis.findings[1].figures["closed"] > 0.5
+    )
     assert "follows from the imbalance above" in diagnosis.findings[1].sentence
 
 
@@ -234,7 +297,9 @@ def test_the_remedy_for_a_gap_can_be_followed():
         prior = fit_mixture(vae.encode(train_images))
         assert vae.decode(prior.latents(torch.randn(n, prior.noise_dims))).shape == (n, 1, 8, 8)
     facts = Facts(
-        look(vae.eval(), test, 0), comparison=Comparison(0.0, 0.1, {"normal": 0.5, "mixture": 0.2}, {}, {}), is_run=True
+        look(vae.eval(), test, 0),
+        comparison=Comparison(0.0, 0.1, {"normal": 0.5, "mixture": 0.2}, {}, {}),
+        is_run=True,
     )
     finding = causes.prior_gap(facts)
     assert finding is not None and 'run.sample(n, prior="mixture")' in finding.remedy
@@ -242,7 +307,9 @@ def test_the_remedy_for_a_gap_can_be_followed():
 
 def test_samples_are_called_unlike_codes_only_where_the_variance_says_so():
     vae, loss, _, test = case("healthy")
-    told = diagnose(vae, test, loss=lambda r, x, m, v: 10 * loss(r, x, m, v).loss - 9 * kl(m, v).mean()).cause
+    told = diagnose(
+        vae, test, loss=lambda r, x, m, v: 10 * loss(r, x, m, v).loss - 9 * kl(m, v).mean()
+    ).cause
     assert told is not None and told.name == "under-regularised" and "N(0, I)" not in told.sentence
     vae, _, train, test = case("kl times 0.1")
     told = diagnose(vae, test, train_images=train).cause
@@ -260,9 +327,15 @@ def test_a_following_balance_tells_of_overfitting_without_training_images():
 
 def test_an_error_that_a_balance_followed_is_not_said_to_be_measured():
     vae, loss, train, test = case("20 images")
-    followed, measured = diagnose(vae, test, loss=loss).cause, diagnose(vae, test, loss=loss, train_images=train).cause
+    followed, measured = (
+        diagnose(vae, test, loss=loss).cause,
+        diagnose(vae, test, loss=loss, train_images=train).cause,
+    )
     assert followed is not None and measured is not None
-    assert "followed the training error to gamma2" in followed.sentence and "on training images" not in followed.sentence
+    assert (
+        "followed the training error to gamma2" in followed.sentence
+        and "on training images" not in followed.sentence
+    )
     assert "on training images" in measured.sentence
 
 
@@ -271,7 +344,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> poise.Run:
     options = Options(device="cpu", quiet=True, save_seconds=1e9)
     with fast():
         folder = tmp_path_factory.mktemp("runs") / "digits"
-        return poise.train("digits", out=folder, epochs=80, batch_size=100, second_epochs=50, options=options)
+        return poise.train(
+            "digits", out=folder, epochs=80, batch_size=100, second_epochs=50, options=options
+        )
 
 
 def test_a_healthy_run_is_said_to_be_healthy(run):
@@ -279,7 +354,9 @@ def test_a_healthy_run_is_said_to_be_healthy(run):
     assert diagnosis.healthy, str(diagnosis)
     figures = diagnosis.figures
     assert (figures["images"], figures["train_images"]) == (180, 1617)
-    assert figures["equivalent_beta"] == pytest.approx(1.2, abs=0.2), "its gamma2 still follows a falling error"
+    assert figures["equivalent_beta"] == pytest.approx(1.2, abs=0.2), (
+        "its gamma2 still follows a falling error"
+    )
     assert figures["inferred_gamma2"] == pytest.approx(float(run.first.balance.gamma2), rel=0.2)
     assert {"distance_normal", "distance_second-stage", "distance_mixture"} <= set(figures)
 
@@ -289,10 +366,16 @@ def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
     images = images / 255 if images.max() > 1 else images
     assert named(diagnose(run, images * 255))[0] == "data-range"
     assert named(diagnose(run, images, loss=FixedBalance()))[0] == "over-regularised"
-    with pytest.raises(InputError, match=r"images must have shape \(n, 1, 8, 8\), as the run .* not \(180, 4, 16\)"):
+    with pytest.raises(
+        InputError, match=r"images must have shape \(n, 1, 8, 8\), as the run .* not \(180, 4, 16\)"
+    ):
         diagnose(run, images.reshape(-1, 4, 16))
     expected = diagnose(run, images).figures
-    for same in (images[:, 0], images.permute(0, 2, 3, 1).numpy(), (images[:, 0] * 255).round().to(torch.uint8).numpy()):
+    for same in (
+        images[:, 0],
+        images.permute(0, 2, 3, 1).numpy(),
+        (images[:, 0] * 255).round().to(torch.uint8).numpy(),
+    ):
         assert diagnose(run, same).figures == expected
 
 
@@ -337,25 +420,42 @@ def test_a_model_trained_with_cross_entropy_is_known_by_it():
     assert named(by_loss) == ["underfitted"] and "use a squared error" in by_loss.findings[0].remedy
     assert by_loss.figures["equivalent_beta"] == pytest.approx(1, rel=1e-4)
     assert "these are grey" in by_loss.notes[-1] and "these are grey" in by_model.notes[0]
-    assert not any("cross-entropy" in note for note in diagnose(vae, held_out().round(), loss=cross_entropy).notes)
+    assert not any(
+        "cross-entropy" in note
+        for note in diagnose(vae, held_out().round(), loss=cross_entropy).notes
+    )
 
 
 def weights_of(loss: Loss) -> LossWeights:
     images = torch.rand(50, 1, 4, 4)
     restored = (images + 0.2 * torch.randn(50, 1, 4, 4)).clamp(0.01, 0.99)
-    return loss_weights(loss, Seen(images, DiagonalGaussian(torch.randn(50, 3), torch.zeros(50, 3)), restored), CPU, 0)
+    return loss_weights(
+        loss,
+        Seen(images, DiagonalGaussian(torch.randn(50, 3), torch.zeros(50, 3)), restored),
+        CPU,
+        0,
+    )
 
 
 @pytest.mark.parametrize("c, k", [(0.5, 1.0), (12.0, 1.0), (1.0, 100.0), (1e-3, 2.5e-4)])
 def test_weights_are_read_from_a_loss(c, k):
     weights = weights_of(lambda r, x, m, v: c * summed(r, x).mean() + k * kl(m, v).mean())
-    assert (weights.error, weights.kl_formula, weights.batch_mismatch) == ("squared", "exact", False)
+    assert (weights.error, weights.kl_formula, weights.batch_mismatch) == (
+        "squared",
+        "exact",
+        False,
+    )
     assert (weights.error_averaged, weights.kl_averaged) == (False, False)
-    assert weights.error_weight == pytest.approx(c, rel=1e-4) and weights.kl_weight == pytest.approx(k, rel=1e-4)
+    assert weights.error_weight == pytest.approx(
+        c, rel=1e-4
+    ) and weights.kl_weight == pytest.approx(k, rel=1e-4)
     assert weights.gamma2 == pytest.approx(k / (2 * c), rel=1e-4)
 
 
-@pytest.mark.parametrize("balance", [ComputedBalance(start=0.03), FixedBalance(beta=4), ComputedBalance(start=0.2, power=1)])
+@pytest.mark.parametrize(
+    "balance",
+    [ComputedBalance(start=0.03), FixedBalance(beta=4), ComputedBalance(start=0.2, power=1)],
+)
 def test_a_balances_weights_are_its_own(balance):
     weights = weights_of(balance.eval())
     assert weights.error == ("squared" if balance.power == 2 else "absolute")
@@ -367,7 +467,11 @@ def test_means_in_place_of_sums_are_told_apart():
     assert weights_of(mean_error).error_averaged and not weights_of(mean_error).kl_averaged
     assert weights_of(lambda r, x, m, v: summed(r, x).mean() + kl(m, v).sum()).batch_mismatch
     assert not weights_of(lambda r, x, m, v: summed(r, x).sum() + kl(m, v).sum()).batch_mismatch
-    by_heart = weights_of(lambda r, x, m, v: (r.reshape(-1, 4, 4) - x.view(-1, 4, 4)).square().sum() / 16 + kl(m, v).sum())
+    by_heart = weights_of(
+        lambda r, x, m, v: (
+            (r.reshape(-1, 4, 4) - x.view(-1, 4, 4)).square().sum() / 16 + kl(m, v).sum()
+        )
+    )
     assert by_heart.kl_averaged is False
 
 
@@ -386,14 +490,34 @@ def test_wrong_formulas_of_the_kl_are_told_apart():
     "loss, name, words",
     [
         (lambda r, x, m, v: 20 * summed(r, x).mean() - kl(m, v).mean(), "kl-formula", "wrong sign"),
-        (lambda r, x, m, v: 20 * summed(r, x).mean() + gaussian_kl(m, 2 * v).mean(), "kl-formula", "log standard deviation"),
+        (
+            lambda r, x, m, v: 20 * summed(r, x).mean() + gaussian_kl(m, 2 * v).mean(),
+            "kl-formula",
+            "log standard deviation",
+        ),
         (lambda r, x, m, v: 20 * summed(r, x).mean(), "under-regularised", "it has no KL"),
-        (lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(), "no-gradient", "undetached"),
-        (lambda r, x, m, v: FixedBalance()(r, x, m, v).reconstruction + kl(m, v).mean(), "no-gradient", "which is detached"),
+        (
+            lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(),
+            "no-gradient",
+            "undetached",
+        ),
+        (
+            lambda r, x, m, v: FixedBalance()(r, x, m, v).reconstruction + kl(m, v).mean(),
+            "no-gradient",
+            "which is detached",
+        ),
         (lambda r, x, m, v: torch.tensor(3.0), "no-gradient", "depends on nothing"),
         (lambda r, x, m, v: r.sum() * math.nan, "not-finite", "The loss or its gradient is NaN"),
-        (lambda r, x, m, v: summed(r, x).mean() / 2e4 + kl(m, v).mean(), "data-range", "trained on another range than these"),
-        (lambda r, x, m, v: summed(r, x).mean() / 0.04 + kl(m, v).sum(), "reduction", "over the batch"),
+        (
+            lambda r, x, m, v: summed(r, x).mean() / 2e4 + kl(m, v).mean(),
+            "data-range",
+            "trained on another range than these",
+        ),
+        (
+            lambda r, x, m, v: summed(r, x).mean() / 0.04 + kl(m, v).sum(),
+            "reduction",
+            "over the batch",
+        ),
     ],
 )
 def test_mistakes_in_a_loss_are_named(loss, name, words):
@@ -405,16 +529,26 @@ def test_mistakes_in_a_loss_are_named(loss, name, words):
 def test_a_loss_that_is_not_known_is_said_to_be_unknown():
     vae, _, train, test = case("healthy")
     diagnosis = diagnose(
-        vae, test, train_images=train, loss=lambda r, x, m, v: (r - x).square().sum((1, 2, 3)).sqrt().mean() + m.abs().sum()
+        vae,
+        test,
+        train_images=train,
+        loss=lambda r, x, m, v: (r - x).square().sum((1, 2, 3)).sqrt().mean() + m.abs().sum(),
     )
     assert diagnosis.healthy and "inferred from the model" in diagnosis.notes[0]
-    assert str(diagnosis).startswith("Nothing wrong was found in the model; the loss could not be read")
+    assert str(diagnosis).startswith(
+        "Nothing wrong was found in the model; the loss could not be read"
+    )
 
 
 def test_idle_latents_in_a_balanced_model_are_healthy():
     source = torch.Generator().manual_seed(0)
-    factors, noise = torch.randn(1000, 2, generator=source), 0.1 * torch.randn(1000, 1, 4, 4, generator=source)
-    images = torch.sigmoid(2 * factors @ torch.randn(2, 16, generator=source)).view(-1, 1, 4, 4) + noise
+    factors, noise = (
+        torch.randn(1000, 2, generator=source),
+        0.1 * torch.randn(1000, 1, 4, 4, generator=source),
+    )
+    images = (
+        torch.sigmoid(2 * factors @ torch.randn(2, 16, generator=source)).view(-1, 1, 4, 4) + noise
+    )
     loss = ComputedBalance()
     vae = train_vae(images[:800], loss, latent_dim=8, output="linear", steps=2000)
     diagnosis = diagnose(vae, images[800:], train_images=images[:800], loss=loss)
@@ -430,8 +564,12 @@ def test_near_grey_reconstructions_are_not_called_healthy():
     assert named(diagnosis)[0] == "underfitted", str(diagnosis)
     finding, figures = diagnosis.findings[0], diagnosis.figures
     assert 0.7 < finding.figures["mse"] / finding.figures["image_variance"] < 1
-    assert "of the images' variance" in finding.sentence and finding.remedy.startswith("Train longer")
-    assert figures["linear_mse"] == pytest.approx(PCA(LATENTS).fit(train_images().flatten(1)).noise_variance_, rel=0.01)
+    assert "of the images' variance" in finding.sentence and finding.remedy.startswith(
+        "Train longer"
+    )
+    assert figures["linear_mse"] == pytest.approx(
+        PCA(LATENTS).fit(train_images().flatten(1)).noise_variance_, rel=0.01
+    )
 
 
 def test_the_error_of_the_best_linear_vae_is_that_of_probabilistic_pca():
@@ -440,11 +578,16 @@ def test_the_error_of_the_best_linear_vae_is_that_of_probabilistic_pca():
         rows = images.flatten(1).double().numpy()
         centred = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2 / len(rows)
         discarded = centred[latents:].sum() / (rows.shape[1] - latents)
-        assert linear_mse(spectrum(images), latents, rows.shape[1]) == pytest.approx(discarded, rel=1e-6)
+        assert linear_mse(spectrum(images), latents, rows.shape[1]) == pytest.approx(
+            discarded, rel=1e-6
+        )
     assert linear_mse(spectrum(torch.randn(50, 4)), 4, 4) == 0
 
 
-@pytest.mark.parametrize("balance", [ComputedBalance(), ComputedBalance(start="first-batch"), ComputedBalance(monotone=True)])
+@pytest.mark.parametrize(
+    "balance",
+    [ComputedBalance(), ComputedBalance(start="first-batch"), ComputedBalance(monotone=True)],
+)
 def test_nobody_who_uses_the_computed_balance_is_told_to_use_it(balance):
     """Whatever the finding: a balance whose gamma2 is far off, either way, and a collapse."""
     vae, _, train, test = case("healthy")
@@ -459,7 +602,9 @@ def test_nobody_who_uses_the_computed_balance_is_told_to_use_it(balance):
     collapsed, *_ = case("kl times 100")
     balance.gamma2.fill_(0.0735)
     found = diagnose(collapsed, test, loss=balance).findings
-    assert found[0].name == "posterior-collapse" and not any("ComputedBalance" in finding.remedy for finding in found)
+    assert found[0].name == "posterior-collapse" and not any(
+        "ComputedBalance" in finding.remedy for finding in found
+    )
 
 
 def log_of(stage: int, values: list[float]) -> str:
@@ -480,7 +625,9 @@ def test_a_second_stage_that_was_still_learning_is_not_called_healthy(run, tmp_p
         diagnosis = diagnose(poise.load(folder, device="cpu"))
         assert named(diagnosis) == expected, str(diagnosis)
         if expected:
-            assert "Stage 2 was still learning" in str(diagnosis) and "--second-epochs" in str(diagnosis)
+            assert "Stage 2 was still learning" in str(diagnosis) and "--second-epochs" in str(
+                diagnosis
+            )
         else:
             assert "second stage's MSE went from" in str(diagnosis) or len(curve) == 3
 
@@ -488,7 +635,9 @@ def test_a_second_stage_that_was_still_learning_is_not_called_healthy(run, tmp_p
 def test_a_collapse_under_a_balanced_loss_asks_for_a_better_start():
     vae, _, _, test = case("kl times 100")
     cause = diagnose(vae, test, loss=ComputedBalance(start=0.0735)).cause
-    assert cause is not None and cause.name == "posterior-collapse" and "start=0.001" in cause.remedy
+    assert (
+        cause is not None and cause.name == "posterior-collapse" and "start=0.001" in cause.remedy
+    )
 
 
 def test_noise_is_not_worth_encoding():
@@ -496,13 +645,19 @@ def test_noise_is_not_worth_encoding():
     for head in (vae.encoder.mean, vae.encoder.log_std):
         nn.init.zeros_(head.weight)
     cause = diagnose(vae, torch.rand(1000, 1, 4, 4)).cause
-    assert cause is not None and cause.name == "posterior-collapse" and "look like noise" in cause.sentence
+    assert (
+        cause is not None
+        and cause.name == "posterior-collapse"
+        and "look like noise" in cause.sentence
+    )
 
 
 def test_the_largest_variance_is_the_largest_eigenvalue_whichever_side_is_longer():
     for shape in ((200, 1, 3, 3), (20, 1, 8, 8)):
         images = torch.randn(shape)
-        expected = np.linalg.eigvalsh(np.cov(images.flatten(1).double().numpy(), rowvar=False, bias=True))[-1]
+        expected = np.linalg.eigvalsh(
+            np.cov(images.flatten(1).double().numpy(), rowvar=False, bias=True)
+        )[-1]
         assert largest_variance(images) == pytest.approx(expected, rel=1e-6)
 
 
@@ -524,7 +679,9 @@ class Times255(nn.Module):
 )
 def test_the_decoders_range_is_found_whatever_its_weights(end, expected):
     for spoil in (0.0, math.nan, 1.0):
-        decoder = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 16), *end).eval()
+        decoder = nn.Sequential(
+            nn.Linear(3, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 16), *end
+        ).eval()
         for parameter in decoder.parameters():
             parameter.data *= spoil
         assert reachable_range(decoder, torch.randn(64, 3)) == pytest.approx(expected)
@@ -546,7 +703,13 @@ def test_linear_decoders_have_no_range_to_leave():
 
 def plain(images: Tensor, loss: Loss, encoder: nn.Module, **settings) -> VAE:
     """An encoder that bounds nothing and a linear end, as in many a tutorial."""
-    return train_vae(images, loss, output="linear", prepare=lambda vae: setattr(vae, "encoder", encoder), **settings)
+    return train_vae(
+        images,
+        loss,
+        output="linear",
+        prepare=lambda vae: setattr(vae, "encoder", encoder),
+        **settings,
+    )
 
 
 class Heads(nn.Module):
@@ -567,14 +730,23 @@ class Heads(nn.Module):
 def test_a_model_that_has_diverged_is_told_so_and_nothing_else():
     loss, train, test = ComputedBalance(), 255 * train_images(), 255 * held_out()
     vae = plain(train, loss, Heads(widen=1.5), steps=60)
-    for settings in ({}, {"loss": loss}, {"train_images": train}, {"loss": loss, "train_images": train}):
+    for settings in (
+        {},
+        {"loss": loss},
+        {"train_images": train},
+        {"loss": loss, "train_images": train},
+    ):
         diagnosis = diagnose(vae, test, **settings)
         assert named(diagnosis) == ["diverged"], str(diagnosis)
         assert "Divide the images by 255, bound logvar" in diagnosis.findings[0].remedy
     vae = VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,), output="linear"))
     vae.decoder.layers[2].weight.data *= 1e4
     cause = diagnose(vae, held_out()).cause
-    assert cause is not None and cause.name == "diverged" and "a tenth of the learning rate" in cause.remedy
+    assert (
+        cause is not None
+        and cause.name == "diverged"
+        and "a tenth of the learning rate" in cause.remedy
+    )
 
 
 def test_a_gamma2_that_is_no_variance_is_not_told():
@@ -594,7 +766,8 @@ def test_a_mixture_that_cannot_be_fitted_is_a_note(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change, remedy", [(lambda x: 255 * x, "by 255"), (lambda x: 2 * x - 1, "that the model was trained on")]
+    "change, remedy",
+    [(lambda x: 255 * x, "by 255"), (lambda x: 2 * x - 1, "that the model was trained on")],
 )
 def test_images_and_training_images_of_two_ranges_are_told_apart(change, remedy):
     vae, _, train, test = case("healthy")
@@ -615,11 +788,16 @@ def test_a_loss_trained_on_bytes_is_told_when_it_meets_other_images():
     for images in (held_out(), (255 * held_out()).to(torch.uint8)):
         for settings in ({}, {"train_images": train_images()}):
             assert named(diagnose(vae, images, loss=loss, **settings)) == ["data-range"]
-    assert "data-range" not in named(diagnose(vae, 255 * held_out(), loss=loss, train_images=255 * train_images()))
+    assert "data-range" not in named(
+        diagnose(vae, 255 * held_out(), loss=loss, train_images=255 * train_images())
+    )
 
 
 def test_a_model_that_is_hardly_trained_is_told_to_be_trained():
-    for vae in (VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,))), train_vae(train_images(), ComputedBalance(), steps=5)):
+    for vae in (
+        VAE(*mlp((1, 8, 8), LATENTS, hidden=(16,))),
+        train_vae(train_images(), ComputedBalance(), steps=5),
+    ):
         for settings in ({}, {"loss": ComputedBalance()}, {"train_images": train_images()}):
             assert named(diagnose(vae, held_out(), **settings)) == ["hardly-trained"]
 
@@ -637,7 +815,9 @@ def test_narrow_latents_are_to_be_renormalised():
     images = 2.6 * torch.randn(2000, 1, 2, 2)  # codes of variance 1.69 + 0.25
     diagnosis = diagnose(vae, images, loss=FixedBalance(gamma2=1.0))
     finding = diagnosis.findings[-1]
-    assert finding.name == "variance-lost" and finding.figures["factor"] == pytest.approx(1.94**0.5, rel=0.05)
+    assert finding.name == "variance-lost" and finding.figures["factor"] == pytest.approx(
+        1.94**0.5, rel=0.05
+    )
     assert finding.figures["renormalised"] < 0.3 * finding.figures["distance"]
 
 
@@ -664,7 +844,9 @@ def test_nothing_of_the_model_is_changed():
     vae, balance = with_norm(), ComputedBalance()
     vae.train()
     vae.decoder[2].eval()
-    before = {name: value.clone() for name, value in (vae.state_dict() | balance.state_dict()).items()}
+    before = {
+        name: value.clone() for name, value in (vae.state_dict() | balance.state_dict()).items()
+    }
     modes = [part.training for part in (*vae.modules(), *balance.modules())]
     images = held_out().clone()
     torch.manual_seed(3)
@@ -683,7 +865,9 @@ def test_nothing_of_the_model_is_changed():
 def test_the_same_seed_gives_the_same_figures_and_bytes_those_of_floats():
     vae, loss, _, _ = case("healthy")
     pixels = (held_out() * 255).round().to(torch.uint8)
-    first, again = (diagnose(vae, images, loss=loss) for images in (pixels.numpy(), pixels.float() / 255))
+    first, again = (
+        diagnose(vae, images, loss=loss) for images in (pixels.numpy(), pixels.float() / 255)
+    )
     assert first.figures == again.figures
     assert diagnose(vae, pixels, loss=loss, seed=1).figures != first.figures
 
@@ -691,12 +875,18 @@ def test_the_same_seed_gives_the_same_figures_and_bytes_those_of_floats():
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda vae, images: images.index_put_((torch.tensor(3),), torch.tensor(math.nan)), "1 of 297 images hold NaN"),
+        (
+            lambda vae, images: images.index_put_((torch.tensor(3),), torch.tensor(math.nan)),
+            "1 of 297 images hold NaN",
+        ),
         (
             lambda vae, images: vae.decoder.layers[2].bias.data.fill_(math.inf),
             "100% of decoder.layers.2.bias is NaN or infinite",
         ),
-        (lambda vae, images: vae.encoder.log_std.bias.data.fill_(80.0), "KL is NaN or infinite though all weights are finite"),
+        (
+            lambda vae, images: vae.encoder.log_std.bias.data.fill_(80.0),
+            "KL is NaN or infinite though all weights are finite",
+        ),
     ],
 )
 def test_numbers_that_are_not_finite_are_named(spoil, words):
@@ -717,7 +907,11 @@ class Nowhere(nn.Module):
 def test_logvar_is_not_blamed_for_means_that_are_not_finite():
     vae = VAE(Nowhere(), mlp((1, 8, 8), LATENTS, hidden=(16,))[1])
     cause = diagnose(vae, held_out()).cause
-    assert cause is not None and cause.name == "not-finite" and "|logvar| goes up to 0.4" in cause.sentence
+    assert (
+        cause is not None
+        and cause.name == "not-finite"
+        and "|logvar| goes up to 0.4" in cause.sentence
+    )
     assert "logvar" not in cause.remedy and "encoder's forward method" in cause.remedy
 
 
@@ -725,12 +919,27 @@ def random_case(seed: int) -> tuple[VAE, Callable[[], Tensor], Loss | None]:
     """A small VAE, spoilt somehow, with images and a loss."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    shape, latents = draw.choice([(1, 1, 1), (1, 4, 4), (3, 4, 4), (5,), (1, 20, 20)]), draw.choice([1, 3])
+    shape, latents = (
+        draw.choice([(1, 1, 1), (1, 4, 4), (3, 4, 4), (5,), (1, 20, 20)]),
+        draw.choice([1, 3]),
+    )
     encoder = mlp(shape, latents, hidden=(8,))[0]
-    norm, end = draw.choice([[], [nn.BatchNorm1d(8)]]), draw.choice([[], [nn.Sigmoid()], [nn.ReLU()]])
-    layers = [nn.Linear(latents, 8), *norm, nn.ReLU(), nn.Linear(8, math.prod(shape)), *end, nn.Unflatten(1, shape)]
+    norm, end = (
+        draw.choice([[], [nn.BatchNorm1d(8)]]),
+        draw.choice([[], [nn.Sigmoid()], [nn.ReLU()]]),
+    )
+    layers = [
+        nn.Linear(latents, 8),
+        *norm,
+        nn.ReLU(),
+        nn.Linear(8, math.prod(shape)),
+        *end,
+        nn.Unflatten(1, shape),
+    ]
     vae = VAE(encoder, nn.Sequential(*layers))
-    spoilt = list(vae.parameters()) if draw.random() < 0.5 else [draw.choice(list(vae.parameters()))]
+    spoilt = (
+        list(vae.parameters()) if draw.random() < 0.5 else [draw.choice(list(vae.parameters()))]
+    )
     factor = draw.choice([1.0, 1.0, 0.0, 100.0, 1e10, -30.0, math.nan])
     for parameter in spoilt:
         parameter.data *= factor
@@ -744,7 +953,14 @@ def random_case(seed: int) -> tuple[VAE, Callable[[], Tensor], Loss | None]:
         lambda: 255 * torch.rand(number, *shape),
         lambda: 1e30 * torch.rand(number, *shape),
     ]
-    losses = [None, ComputedBalance(), sums, means, lambda r, x, m, v: (r - x).sqrt().sum(), lambda r, x, m, v: 1 / 0]
+    losses = [
+        None,
+        ComputedBalance(),
+        sums,
+        means,
+        lambda r, x, m, v: (r - x).sqrt().sum(),
+        lambda r, x, m, v: 1 / 0,
+    ]
     return vae, draw.choice(makers), draw.choice(losses)
 
 
@@ -770,11 +986,15 @@ def test_a_diagnosis_can_be_read_and_stored():
     vae, loss, train, test = case("means")
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
     lines = str(diagnosis).splitlines()
-    assert lines[0].startswith("1. reduction: The KL counts") and lines[1].startswith("   Try: Use poise.ComputedBalance()")
+    assert lines[0].startswith("1. reduction: The KL counts") and lines[1].startswith(
+        "   Try: Use poise.ComputedBalance()"
+    )
     assert lines[2].startswith("2. posterior-collapse: None of the 6 latents")
     stored = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))
     assert stored["healthy"] is False and stored["findings"][0]["figures"]["equivalent_beta"] > 10
-    unbounded = Diagnosis((Finding("data-range", "words", {"most": math.inf}, "remedy"),), {"least": -math.inf})
+    unbounded = Diagnosis(
+        (Finding("data-range", "words", {"most": math.inf}, "remedy"),), {"least": -math.inf}
+    )
     assert json.dumps(unbounded.to_json(), allow_nan=False).count("inf") == 2
 
 
@@ -783,27 +1003,54 @@ def test_what_cannot_be_diagnosed_is_refused_in_one_line(unchecked, tmp_path: Pa
     wrong = VAE(vae.encoder, mlp((8, 8), LATENTS, hidden=(16,))[1])
     attempts = [
         (lambda: diagnose(vae), "images are needed"),
-        (lambda: diagnose(nn.Linear(3, 3), images), r"not Linear: poise.diagnose\(poise.VAE\(encoder, decoder\)"),
-        (lambda: diagnose((vae.encoder, vae.decoder), images), r"not two networks: poise.diagnose\(poise.VAE\(encoder"),
+        (
+            lambda: diagnose(nn.Linear(3, 3), images),
+            r"not Linear: poise.diagnose\(poise.VAE\(encoder, decoder\)",
+        ),
+        (
+            lambda: diagnose((vae.encoder, vae.decoder), images),
+            r"not two networks: poise.diagnose\(poise.VAE\(encoder",
+        ),
         (lambda: diagnose(None, images), "a run or a VAE, not None"),
-        (lambda: diagnose("runs/digits"), r"not a name: poise.diagnose\(poise.load\('runs/digits'\)\)"),
+        (
+            lambda: diagnose("runs/digits"),
+            r"not a name: poise.diagnose\(poise.load\('runs/digits'\)\)",
+        ),
         (lambda: diagnose(vae, list(images)), "not a list: torch.stack or np.stack"),
         (lambda: diagnose(vae, np.array(["a", "b"])), "must be numbers"),
-        (lambda: diagnose(VAE(nn.Flatten(), vae.decoder), images), r"the encoder must return \(mean, logvar\)"),
-        (lambda: diagnose(copy.deepcopy(vae).half(), images), r"is float16, .*copy.deepcopy\(vae\).float\(\)"),
+        (
+            lambda: diagnose(VAE(nn.Flatten(), vae.decoder), images),
+            r"the encoder must return \(mean, logvar\)",
+        ),
+        (
+            lambda: diagnose(copy.deepcopy(vae).half(), images),
+            r"is float16, .*copy.deepcopy\(vae\).float\(\)",
+        ),
         (lambda: diagnose(vae, images, loss=lambda r, x, m, v: 1 / 0), "failed: division by zero"),
         (lambda: diagnose(vae, images, loss=lambda r, x, m, v: 1.0), "one number as a tensor"),
-        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: kl(m, v)), r"has shape \(128,\): return its mean or sum"),
+        (
+            lambda: diagnose(vae, images, loss=lambda r, x, m, v: kl(m, v)),
+            r"has shape \(128,\): return its mean or sum",
+        ),
         (lambda: diagnose(vae, images, loss="mse"), "loss must be a balance or a function"),
         (lambda: diagnose(vae, "folder"), "must be an array or a tensor"),
         (lambda: diagnose(vae, images[:1]), "at least two images"),
         (lambda: diagnose(vae, images[:0]), "at least two images"),
         (lambda: diagnose(vae, images[:, :, :4]), r"does not take images of shape \(1, 4, 8\)"),
-        (lambda: diagnose(vae, images, train_images=images[:, :, :4]), "does not take train_images of shape"),
+        (
+            lambda: diagnose(vae, images, train_images=images[:, :, :4]),
+            "does not take train_images of shape",
+        ),
         (lambda: diagnose(wrong, images), r"gives images of shape \(8, 8\)"),
         (lambda: diagnose(vae, torch.zeros(60, 1, 8, 8)), "all 60 images are the same"),
-        (lambda: diagnose(vae, images, loss=lambda r, x: r.mean()), r"loss\(reconstruction, images, mean, logvar\) failed"),
-        (lambda: diagnose(vae, images, loss=lambda r, x, m, v: (r - x).square()), "must return one number"),
+        (
+            lambda: diagnose(vae, images, loss=lambda r, x: r.mean()),
+            r"loss\(reconstruction, images, mean, logvar\) failed",
+        ),
+        (
+            lambda: diagnose(vae, images, loss=lambda r, x, m, v: (r - x).square()),
+            "must return one number",
+        ),
     ]
     for attempt, words in attempts:
         with pytest.raises(InputError, match=words) as caught:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from poise.errors import InputError
 from poise.metrics import blocks, manifold
-from poise.metrics.distances import frechet_distance, frechet_infinity, inception_score, kernel_distance
+from poise.metrics.distances import (
+    frechet_distance,
+    frechet_infinity,
+    inception_score,
+    kernel_distance,
+)
 from poise.metrics.manifold import manifold_figures
 
 
@@ -31,7 +36,9 @@ def with_moments(n: int, mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
     """Samples whose own mean and covariance are exactly these: whitened noise, coloured."""
     noise = torch.randn(n, len(mean), generator=generator(seed)).double()
     noise -= noise.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(noise.T)), noise.T, upper=False).T
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(torch.cov(noise.T)), noise.T, upper=False
+    ).T
     return white @ torch.linalg.cholesky(covariance).T + mean
 
 
@@ -49,7 +56,12 @@ def by_samples(a: Tensor, b: Tensor) -> float:
     """With A, B the centred samples over sqrt(n - 1): the trace term is the nuclear norm of A B^T, whatever the ranks."""
     half = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
     cross = torch.linalg.svdvals(half[0] @ half[1].T).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + half[0].square().sum() + half[1].square().sum() - 2 * cross)
+    return float(
+        (a.mean(0) - b.mean(0)).square().sum()
+        + half[0].square().sum()
+        + half[1].square().sum()
+        - 2 * cross
+    )
 
 
 def test_frechet_distance_equals_scipys_matrix_square_root():
@@ -61,7 +73,9 @@ def test_frechet_distance_equals_scipys_matrix_square_root():
 def test_frechet_distance_equals_torch_fidelitys(torch_fidelity, n_a, n_b, d):
     metric = importlib.import_module("torch_fidelity.metric_fid")
     a, b = features(n_a, d, 0).float(), features(n_b, d, 1, shift=0.3).float()
-    expected = metric.fid_statistics_to_metric(*(metric.fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False)
+    expected = metric.fid_statistics_to_metric(
+        *(metric.fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False
+    )
     assert frechet_distance(a, b) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
 
 
@@ -69,7 +83,10 @@ def test_frechet_distance_equals_torch_fidelitys(torch_fidelity, n_a, n_b, d):
 def test_frechet_distance_of_gaussians_with_commuting_covariances_is_the_sum_over_their_axes(n):
     d, turn = 12, rotation(12, 0)
     means, scales = features(2, d, 3), features(2, d, 4).abs() + 0.1
-    a, b = (with_moments(n, means[i], turn @ torch.diag(scales[i] ** 2) @ turn.T, seed=i) for i in range(2))
+    a, b = (
+        with_moments(n, means[i], turn @ torch.diag(scales[i] ** 2) @ turn.T, seed=i)
+        for i in range(2)
+    )
     expected = float((means[0] - means[1]).square().sum() + (scales[0] - scales[1]).square().sum())
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
@@ -77,10 +94,17 @@ def test_frechet_distance_of_gaussians_with_commuting_covariances_is_the_sum_ove
 def test_frechet_distance_of_gaussians_with_any_covariances_is_bures():
     root_a, root_b = (features(40, 6, seed) for seed in (0, 1))
     cov_a, cov_b = root_a.T @ root_a, root_b.T @ root_b
-    half = torch.from_numpy(scipy.linalg.sqrtm(cov_a.numpy()).real)  # tr (A^1/2 B A^1/2)^1/2, all symmetric
+    half = torch.from_numpy(
+        scipy.linalg.sqrtm(cov_a.numpy()).real
+    )  # tr (A^1/2 B A^1/2)^1/2, all symmetric
     cross = torch.linalg.eigvalsh(half @ cov_b @ half).sqrt().sum()
-    a, b = with_moments(30, torch.zeros(6).double(), cov_a, 2), with_moments(70, torch.ones(6).double(), cov_b, 3)
-    assert frechet_distance(a, b) == pytest.approx(float(6 + cov_a.trace() + cov_b.trace() - 2 * cross), rel=1e-9)
+    a, b = (
+        with_moments(30, torch.zeros(6).double(), cov_a, 2),
+        with_moments(70, torch.ones(6).double(), cov_b, 3),
+    )
+    assert frechet_distance(a, b) == pytest.approx(
+        float(6 + cov_a.trace() + cov_b.trace() - 2 * cross), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("n_a, n_b", [(20, 30), (30, 200), (200, 64), (2, 2), (64, 65)])
@@ -94,14 +118,18 @@ def test_repeated_features_count_once_more_and_constant_ones_not_at_all():
     a, b = features(300, 8, 0), features(250, 8, 1, shift=0.5)
     doubled = [torch.cat([x, x, torch.full((len(x), 3), 7.0).double()], 1) for x in (a, b)]
     assert frechet_distance(*doubled) == pytest.approx(2 * frechet_distance(a, b), rel=1e-7)
-    sums = [torch.cat([x, (x[:, :2] * 0.1).sum(1, keepdim=True)], 1) for x in (a, a + 1)]  # singular, to rounding
+    sums = [
+        torch.cat([x, (x[:, :2] * 0.1).sum(1, keepdim=True)], 1) for x in (a, a + 1)
+    ]  # singular, to rounding
     assert frechet_distance(*sums) == pytest.approx(8 + 0.2**2, rel=1e-7)
     constant = torch.ones(5, 4).double()
     assert frechet_distance(constant, 3 * constant) == pytest.approx(4 * 2**2, rel=1e-12)
 
 
 def test_few_samples_keep_directions_of_tiny_variance():
-    noise_a, noise_b = (with_moments(3, torch.zeros(2).double(), torch.eye(2).double(), seed) for seed in range(2))
+    noise_a, noise_b = (
+        with_moments(3, torch.zeros(2).double(), torch.eye(2).double(), seed) for seed in range(2)
+    )
     a = torch.cat([noise_a * torch.tensor([1, 1e-8]), torch.zeros(3, 18)], 1)
     b = torch.cat([noise_b * torch.tensor([1e-8, 1]), torch.zeros(3, 18)], 1)
     assert frechet_distance(a, b) == pytest.approx(2 - 4e-8, rel=1e-12)
@@ -110,7 +138,9 @@ def test_few_samples_keep_directions_of_tiny_variance():
 @pytest.mark.parametrize("seed", range(8))
 def test_a_dependent_feature_adds_no_variance_of_its_own(seed):
     x, b = features(300, 2, seed), torch.randn(250, 3, generator=generator(seed)).double()
-    a = x @ torch.randn(2, 3, generator=generator(seed)).double()  # a covariance of rank 2, to rounding
+    a = (
+        x @ torch.randn(2, 3, generator=generator(seed)).double()
+    )  # a covariance of rank 2, to rounding
     assert frechet_distance(a, b) == pytest.approx(by_samples(a, b), rel=1e-11)
 
 
@@ -155,12 +185,16 @@ def test_metrics_leave_their_arguments_alone():
 
 def test_extrapolation_takes_the_samples_bias_away():
     d, n, truth = 32, 2000, 0.2
-    real = with_moments(500, torch.full((d,), math.sqrt(truth / d)).double(), torch.eye(d).double(), 0)
+    real = with_moments(
+        500, torch.full((d,), math.sqrt(truth / d)).double(), torch.eye(d).double(), 0
+    )
     plain, extrapolated = [], []
     for seed in range(8):
         generated = torch.randn(n, d, generator=generator(seed + 1))
         plain.append(frechet_distance(real, generated.double()))
-        extrapolated.append(frechet_infinity(real, generated.double(), smallest=400, seed=seed).value)
+        extrapolated.append(
+            frechet_infinity(real, generated.double(), smallest=400, seed=seed).value
+        )
     bias, left = np.mean(plain) - truth, np.mean(extrapolated) - truth
     assert bias > 0.05
     assert abs(left) < bias / 5
@@ -173,7 +207,9 @@ def test_extrapolation_follows_the_line_of_its_own_subsets():
     found = frechet_infinity(real, generated, smallest=100, points=4, seed=5)
     source, values, sizes = generator(5), [], np.array([100, 200, 300, 400])
     for size in sizes:
-        values.append(frechet_distance(real, generated[torch.randperm(400, generator=source)[:size]]))
+        values.append(
+            frechet_distance(real, generated[torch.randperm(400, generator=source)[:size]])
+        )
     (_, intercept), spread = np.polyfit(1 / sizes, values, 1, cov=True)
     assert found.value == pytest.approx(intercept, rel=1e-9)
     assert found.standard_error == pytest.approx(math.sqrt(spread[1, 1]), rel=1e-6)
@@ -221,7 +257,9 @@ def test_kernel_distance_of_whole_sets_equals_three_loops():
     within = sum((s[i] @ s[j] / 5 + 1) ** 3 for s in (x, y) for i, j in pairs if i != j) / (9 * 8)
     expected = within - 2 * sum((x[i] @ y[j] / 5 + 1) ** 3 for i, j in pairs) / 81
     found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y), subsets=3, subset_size=9)
-    assert found.mean == pytest.approx(expected, rel=1e-10) and found.std == pytest.approx(0, abs=1e-12)
+    assert found.mean == pytest.approx(expected, rel=1e-10) and found.std == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_kernel_distance_is_unbiased_and_around_zero_for_equal_distributions():
@@ -238,12 +276,17 @@ def test_kernel_distance_of_a_set_to_itself_is_near_zero_and_grows_with_a_shift(
     a = features(2000, 16, 0)
     same = kernel_distance(a, a, subsets=20, subset_size=500)
     assert abs(same.mean) < 3 * same.std
-    shifted = [kernel_distance(a, a + shift, subsets=20, subset_size=500).mean for shift in (0.3, 1.0)]
+    shifted = [
+        kernel_distance(a, a + shift, subsets=20, subset_size=500).mean for shift in (0.3, 1.0)
+    ]
     assert same.mean + 0.1 < shifted[0] < shifted[1] - 0.1
 
 
 def test_kernel_distance_asks_for_smaller_subsets_openly():
-    with pytest.raises(InputError, match=r"subset_size 1000 is more .* 2000 real and 300 generated .* set subset_size"):
+    with pytest.raises(
+        InputError,
+        match=r"subset_size 1000 is more .* 2000 real and 300 generated .* set subset_size",
+    ):
         kernel_distance(features(2000, 4, 0), features(300, 4, 1))
     for settings in ({"subset_size": 1}, {"subsets": 0}):
         with pytest.raises(InputError, match="subsets >= 1"):
@@ -261,8 +304,12 @@ def test_inception_score_equals_torch_fidelitys(torch_fidelity, n, splits):
 
 
 def test_inception_score_is_one_for_equal_images_and_the_number_of_classes_at_best():
-    assert inception_score(features(1, 10, 0).expand(50, 10), splits=5).mean == pytest.approx(1, rel=1e-12)
-    certain = torch.eye(10).repeat(4, 1) * 2000  # so certain that all other probabilities are exactly zero
+    assert inception_score(features(1, 10, 0).expand(50, 10), splits=5).mean == pytest.approx(
+        1, rel=1e-12
+    )
+    certain = (
+        torch.eye(10).repeat(4, 1) * 2000
+    )  # so certain that all other probabilities are exactly zero
     assert inception_score(certain, splits=1).mean == pytest.approx(10, rel=1e-9)
     missing = torch.cat([certain[:3], torch.zeros(0, 10)])
     assert inception_score(missing, splits=1).mean == pytest.approx(3, rel=1e-9)
@@ -301,16 +348,21 @@ def test_manifold_figures_equal_brute_force_whatever_the_blocks(monkeypatch, row
     monkeypatch.setattr(manifold, "DISTANCES", rows * 150)
     monkeypatch.setattr(manifold, "ROWS", 41)
     assert four(manifold_figures(real, generated)) == pytest.approx(expected, rel=1e-12)
-    assert four(manifold_figures(real, generated, neighbours=7, density_neighbours=2)) == pytest.approx(
-        brute_force(real, generated, 7, 2), rel=1e-12
-    )
+    assert four(
+        manifold_figures(real, generated, neighbours=7, density_neighbours=2)
+    ) == pytest.approx(brute_force(real, generated, 7, 2), rel=1e-12)
 
 
 @pytest.mark.parametrize("d", [3, 40])
 def test_precision_and_recall_count_as_torch_fidelity_does(torch_fidelity, d):
     metric = importlib.import_module("torch_fidelity.metric_prc")
     real, generated = features(300, d, 0), features(220, d, 1, shift=0.4)
-    settings = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
+    settings = {
+        "prc_neighborhood": 3,
+        "prc_batch_size": 10_000,
+        "save_cpu_ram": False,
+        "verbose": False,
+    }
     expected = metric.prc_features_to_metric(generated, real, **settings)
     found = manifold_figures(real, generated)
     assert round(found.precision * 220) == round(expected["precision"] * 220)
@@ -321,15 +373,21 @@ def test_precision_and_recall_count_as_torch_fidelity_does(torch_fidelity, d):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_count_as_within_the_manifold_whatever_the_rounding(dtype):
     # On a lattice nearly every comparison is a tie; centred, its points are no longer exact.
-    real, generated = (torch.randint(0, 3, (n, 30), generator=generator(n)).to(dtype) / 4 + 5 for n in (90, 110))
-    assert four(manifold_figures(real, generated)) == pytest.approx(brute_force(real, generated, 3, 5), rel=1e-12)
+    real, generated = (
+        torch.randint(0, 3, (n, 30), generator=generator(n)).to(dtype) / 4 + 5 for n in (90, 110)
+    )
+    assert four(manifold_figures(real, generated)) == pytest.approx(
+        brute_force(real, generated, 3, 5), rel=1e-12
+    )
 
 
 def test_figures_of_a_set_beside_itself_and_beside_a_far_one():
     a = features(200, 8, 0)
     figures = manifold_figures(a, a)
     assert (figures.precision, figures.recall, figures.coverage) == (1, 1, 1)
-    assert figures.density == pytest.approx(6 / 5, rel=1e-12)  # closed balls: five neighbours and the sample
+    assert figures.density == pytest.approx(
+        6 / 5, rel=1e-12
+    )  # closed balls: five neighbours and the sample
     assert four(manifold_figures(a, a + 1000)) == (0, 0, 0, 0)
 
 
@@ -343,7 +401,9 @@ def test_one_repeated_image_is_precise_but_recalls_and_covers_nearly_nothing():
 
 def test_density_and_coverage_of_equal_distributions_have_their_expectations():
     figures = [
-        manifold_figures(*(torch.randn(300, 4, generator=generator(2 * seed + side)) for side in range(2)))
+        manifold_figures(
+            *(torch.randn(300, 4, generator=generator(2 * seed + side)) for side in range(2))
+        )
         for seed in range(10)
     ]
     assert np.mean([figure.density for figure in figures]) == pytest.approx(1, abs=0.05)
@@ -370,7 +430,10 @@ def test_manifold_figures_know_no_order_and_no_direction():
 
 
 def test_manifold_figures_say_how_many_samples_they_need():
-    for real, generated in [(features(5, 4, 0), features(50, 4, 1)), (features(50, 4, 0), features(5, 4, 1))]:
+    for real, generated in [
+        (features(5, 4, 0), features(50, 4, 1)),
+        (features(50, 4, 0), features(5, 4, 1)),
+    ]:
         with pytest.raises(InputError, match="too few for 5 neighbours: give at least 6"):
             manifold_figures(real, generated)
         assert manifold_figures(real, generated, density_neighbours=4).density >= 0
@@ -409,7 +472,9 @@ def test_figures_on_an_accelerator_are_those_on_the_cpu():
     a, b = features(300, 32, 0).float(), features(250, 32, 1, shift=0.3).float()
     far_a, far_b = a.cuda(), b.cuda()
     assert frechet_distance(far_a, far_b) == pytest.approx(frechet_distance(a, b), rel=1e-9)
-    ours, theirs = (kernel_distance(*pair, subsets=3, subset_size=100) for pair in ((a, b), (far_a, far_b)))
+    ours, theirs = (
+        kernel_distance(*pair, subsets=3, subset_size=100) for pair in ((a, b), (far_a, far_b))
+    )
     assert theirs.mean == pytest.approx(ours.mean, rel=1e-9)
     assert manifold_figures(far_a, far_b) == manifold_figures(a, b)
     assert inception_score(far_a).mean == pytest.approx(inception_score(a).mean, rel=1e-9)

@@ -21,9 +21,15 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
     outcome = []
     for step in range(STEPS):
         target = torch.rand(BATCH, 12, generator=generator, dtype=torch.float64)
-        noise, mean, logvar = (torch.randn(BATCH, 12, generator=generator, dtype=torch.float64) for _ in range(3))
-        scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (1 + step)  # the shards differ in their errors
-        inputs = [value[rows].requires_grad_() for value in (target + scale * noise, mean, scale * logvar)]
+        noise, mean, logvar = (
+            torch.randn(BATCH, 12, generator=generator, dtype=torch.float64) for _ in range(3)
+        )
+        scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (
+            1 + step
+        )  # the shards differ in their errors
+        inputs = [
+            value[rows].requires_grad_() for value in (target + scale * noise, mean, scale * logvar)
+        ]
         terms = balance(inputs[0], target[rows], *inputs[1:])
         terms.loss.backward()
         loss = average(terms.loss.detach())
@@ -33,7 +39,9 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
             parameter.data -= 1e-2 * parameters[-1]
             parameter.grad = None
         state = [value.double() for value in balance.state_dict().values()]
-        grads = [value.grad / (dist.get_world_size() if dist.is_initialized() else 1) for value in inputs]
+        grads = [
+            value.grad / (dist.get_world_size() if dist.is_initialized() else 1) for value in inputs
+        ]
         outcome.append([loss, *terms[1:], balance.gamma2, *parameters, *state, *grads])
     return outcome
 
@@ -50,7 +58,13 @@ def average(value: Tensor) -> Tensor:
 def work(rank: int, specs: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     meeting_point = f"file://{folder}/meeting_point"
-    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo",
+        init_method=meeting_point,
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=30),
+    )
     outcome = {}
     for name, sizes in SHARDS.items():
         start = sum(sizes[:rank])
@@ -58,7 +72,9 @@ def work(rank: int, specs: list[str], folder: str) -> None:
             outcome[name, spec] = run_steps(spec, slice(start, start + sizes[rank]))
     for spec in specs:
         balance = make_balance(spec).eval()
-        if rank == 0:  # alone: were this to communicate, it would meet the sum below, or wait until the timeout
+        if (
+            rank == 0
+        ):  # alone: were this to communicate, it would meet the sum below, or wait until the timeout
             balance(*torch.rand(4, 3, 12))
         together = torch.ones(7)
         dist.all_reduce(together)
@@ -82,8 +98,12 @@ def test_ranks_on_shards_equal_one_process_on_their_union(spec, shards, ranks):
     for step, expected in enumerate(whole):
         first, second = (rank[shards, spec][step] for rank in ranks)
         shared = len(expected) - 3
-        torch.testing.assert_close(first[:shared], second[:shared], rtol=0, atol=0, msg="the ranks disagree")
-        union = first[:shared] + [torch.cat(pair) for pair in zip(first[shared:], second[shared:], strict=True)]
+        torch.testing.assert_close(
+            first[:shared], second[:shared], rtol=0, atol=0, msg="the ranks disagree"
+        )
+        union = first[:shared] + [
+            torch.cat(pair) for pair in zip(first[shared:], second[shared:], strict=True)
+        ]
         torch.testing.assert_close(union, expected, rtol=1e-6, atol=1e-9)
 
 

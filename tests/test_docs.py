@@ -25,14 +25,23 @@ def section(page: str, title: str) -> str:
 
 
 def rows(table: str) -> list[list[str]]:
-    return [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines() if line.startswith("|")][2:]
+    return [
+        re.split(r"\s*\|\s*", line.strip("| "))
+        for line in table.splitlines()
+        if line.startswith("|")
+    ][2:]
 
 
 def test_the_mnist_table_in_the_log_is_that_of_the_results():
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("mnist-balances-*.json"))]
+    results = [
+        json.loads(path.read_text())
+        for path in sorted((ROOT / "results").glob("mnist-balances-*.json"))
+    ]
     generated = rows(script("mnist_balances").table(results))
     log = (ROOT / "docs" / "log.md").read_text()
-    assert len(results) == 9 and generated == rows(log[log.index("### MNIST") : log.index("### CIFAR-10")])
+    assert len(results) == 9 and generated == rows(
+        log[log.index("### MNIST") : log.index("### CIFAR-10")]
+    )
 
 
 def test_the_page_on_metrics_lists_every_protocol_with_its_hash():
@@ -42,11 +51,18 @@ def test_the_page_on_metrics_lists_every_protocol_with_its_hash():
 
 def test_the_table_of_what_each_choice_moves_is_that_of_the_results():
     report = json.loads((ROOT / "results" / "protocol-study.json").read_text())
-    assert rows(script("protocol_study").tables(report)) == rows(section("docs/metrics.md", "## What each choice moves"))
-    assert f"(Spearman) {report['agreement']['spearman']:.2f}" in (ROOT / "docs" / "metrics.md").read_text()
+    assert rows(script("protocol_study").tables(report)) == rows(
+        section("docs/metrics.md", "## What each choice moves")
+    )
+    assert (
+        f"(Spearman) {report['agreement']['spearman']:.2f}"
+        in (ROOT / "docs" / "metrics.md").read_text()
+    )
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
+)
 def test_links_between_documents_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / link).exists(), link

@@ -21,15 +21,25 @@ from poise.estimator import CHECKS, PATIENCE
 QUICK = {"hidden": (16,), "steps": 60, "device": "cpu", "importance_samples": 5}
 DRAWS = np.random.default_rng(0)
 AXES = np.linalg.qr(DRAWS.normal(size=(6, 6)))[0][:2] * [[3.0], [1.5]]
-LINEAR = DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7  # pPCA of two latents
+LINEAR = (
+    DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7
+)  # pPCA of two latents
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # few steps, few rows
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sklearn.exceptions.ConvergenceWarning"
+)  # few steps, few rows
 
 
 @pytest.fixture(scope="module")
 def linear() -> VAEEstimator:
-    how = {"steps": 3_000, "batch_size": 2_000, "learning_rate": 2e-2, "device": "cpu", "random_state": 0}
+    how = {
+        "steps": 3_000,
+        "batch_size": 2_000,
+        "learning_rate": 2e-2,
+        "device": "cpu",
+        "random_state": 0,
+    }
     return VAEEstimator(2, hidden=(), prior="normal", **how).fit(LINEAR)
 
 
@@ -38,7 +48,9 @@ def wine() -> np.ndarray:
     return StandardScaler().fit_transform(load_wine().data)
 
 
-@parametrize_with_checks([VAEEstimator(2, hidden=(8,), steps=10, importance_samples=2, device="cpu")])
+@parametrize_with_checks(
+    [VAEEstimator(2, hidden=(8,), steps=10, importance_samples=2, device="cpu")]
+)
 def test_scikit_learns_checks_pass(estimator, check, unchecked):
     check(estimator)
 
@@ -51,7 +63,10 @@ def test_without_hidden_layers_it_is_probabilistic_pca(linear):
     assert linear.score(some) == pytest.approx(exact.score(some), abs=0.02) and error.std() < 0.15
     latents = np.column_stack([linear.transform(LINEAR), np.ones(len(LINEAR))])
     explained = latents @ np.linalg.lstsq(latents, exact.transform(LINEAR), rcond=None)[0]
-    assert 1 - np.square(explained - exact.transform(LINEAR)).mean() / exact.transform(LINEAR).var() > 0.999
+    assert (
+        1 - np.square(explained - exact.transform(LINEAR)).mean() / exact.transform(LINEAR).var()
+        > 0.999
+    )
 
 
 def test_samples_have_the_mean_and_covariance_of_the_model(linear):
@@ -66,10 +81,14 @@ def test_samples_have_the_mean_and_covariance_of_the_model(linear):
 
 def test_units_move_the_density_and_nothing_else(wine):
     """p(10 x + 3) = p(x) / 10^D, and the codes are the same."""
-    one, other = (VAEEstimator(2, **QUICK, random_state=0).fit(table) for table in (wine, 10 * wine + 3))
+    one, other = (
+        VAEEstimator(2, **QUICK, random_state=0).fit(table) for table in (wine, 10 * wine + 3)
+    )
     moved = 10 * wine + 3
     np.testing.assert_allclose(one.transform(wine), other.transform(moved), atol=1e-3)
-    assert other.score(moved) == pytest.approx(one.score(wine) - wine.shape[1] * math.log(10), abs=1e-2)
+    assert other.score(moved) == pytest.approx(
+        one.score(wine) - wine.shape[1] * math.log(10), abs=1e-2
+    )
     assert other.noise_variance_ == pytest.approx(100 * one.noise_variance_, rel=1e-3)
     np.testing.assert_allclose(other.sample(9), 10 * one.sample(9) + 3, atol=1e-2)
 
@@ -82,7 +101,9 @@ def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
 
 
 def test_training_ends_when_rows_held_out_get_less_likely(wine):
-    model = VAEEstimator(2, hidden=(64,), steps=1_000, learning_rate=5e-3, device="cpu", random_state=0).fit(wine)
+    model = VAEEstimator(
+        2, hidden=(64,), steps=1_000, learning_rate=5e-3, device="cpu", random_state=0
+    ).fit(wine)
     last = max(entry["step"] for entry in model.history_)
     assert last < 1_000 and last == model.n_iter_ + PATIENCE * 1_000 // CHECKS
     whole = clone(model).set_params(validation_fraction=0).fit(wine)
@@ -106,7 +127,9 @@ def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
 
 
 def test_the_same_random_state_gives_the_same_model_and_samples(wine):
-    one, again, other = (VAEEstimator(2, **QUICK, random_state=seed).fit(wine) for seed in (0, 0, 1))
+    one, again, other = (
+        VAEEstimator(2, **QUICK, random_state=seed).fit(wine) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(one.transform(wine), again.transform(wine))
     np.testing.assert_array_equal(one.sample(5), again.sample(5))
     assert not np.allclose(one.transform(wine), other.transform(wine))
@@ -124,15 +147,26 @@ def test_a_fitted_model_survives_pickling(wine):
 def test_it_works_in_pipelines_and_searches():
     table, model = load_wine().data, VAEEstimator(2, **QUICK, random_state=0)
     line = make_pipeline(StandardScaler(), model).fit(table)
-    assert line.transform(table).shape == (178, 2) and line.inverse_transform(line.transform(table)).shape == (178, 13)
+    assert line.transform(table).shape == (178, 2) and line.inverse_transform(
+        line.transform(table)
+    ).shape == (178, 13)
     assert list(line.get_feature_names_out()) == ["vaeestimator0", "vaeestimator1"]
-    search = GridSearchCV(line, {"vaeestimator__balance": ["computed", "fixed:gamma2=1"]}, cv=2).fit(table)
+    search = GridSearchCV(
+        line, {"vaeestimator__balance": ["computed", "fixed:gamma2=1"]}, cv=2
+    ).fit(table)
     assert search.best_params_["vaeestimator__balance"] == "computed"
 
 
 def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
     """On its way the ELBO of rows held out is higher than at its aim."""
-    model = VAEEstimator(6, balance="constrained:target_mse=0.3", hidden=(32,), steps=1_500, device="cpu", random_state=0)
+    model = VAEEstimator(
+        6,
+        balance="constrained:target_mse=0.3",
+        hidden=(32,),
+        steps=1_500,
+        device="cpu",
+        random_state=0,
+    )
     assert model.fit(wine).n_iter_ == 1_500
     last = [entry["mse"] for entry in model.history_[-20:]]
     assert np.mean(last) == pytest.approx(0.3, rel=0.1)
@@ -145,7 +179,10 @@ def test_of_few_rows_two_are_held_out(wine):
 
 
 def test_too_few_rows_to_hold_some_out_are_said(wine):
-    with pytest.warns(UserWarning, match="2 rows are too few .* all 60 steps and learns them by heart; give at least 4"):
+    with pytest.warns(
+        UserWarning,
+        match="2 rows are too few .* all 60 steps and learns them by heart; give at least 4",
+    ):
         VAEEstimator(2, **QUICK).fit(wine[:2])
     VAEEstimator(2, **QUICK).fit(wine[:4])  # without a warning, which would be an error
     VAEEstimator(2, **QUICK, validation_fraction=0).fit(wine[:2])
@@ -155,13 +192,26 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
     """Of ten rows PCA, which divides by n - 1, gives 1.11 times as much."""
     draws = np.random.default_rng(1)
     rows = draws.normal(size=(10, 2)) @ AXES + 0.3 * draws.normal(size=(10, 6))
-    how = {"steps": 6_000, "batch_size": 10, "learning_rate": 3e-3, "validation_fraction": 0, "device": "cpu"}
-    model = VAEEstimator(2, hidden=(), prior="normal", balance="computed:decay=0.995", random_state=0, **how).fit(rows)
-    assert model.noise_variance_ / PCA(2).fit(rows).noise_variance_ == pytest.approx(9 / 10, abs=0.03)
+    how = {
+        "steps": 6_000,
+        "batch_size": 10,
+        "learning_rate": 3e-3,
+        "validation_fraction": 0,
+        "device": "cpu",
+    }
+    model = VAEEstimator(
+        2, hidden=(), prior="normal", balance="computed:decay=0.995", random_state=0, **how
+    ).fit(rows)
+    assert model.noise_variance_ / PCA(2).fit(rows).noise_variance_ == pytest.approx(
+        9 / 10, abs=0.03
+    )
 
 
 def test_too_few_steps_are_said(wine):
-    with pytest.warns(ConvergenceWarning, match=r"rose by .* nats in the last fifth of 100 steps: give more of them"):
+    with pytest.warns(
+        ConvergenceWarning,
+        match=r"rose by .* nats in the last fifth of 100 steps: give more of them",
+    ):
         VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)
 
 
@@ -174,7 +224,9 @@ def test_a_fit_that_fails_leaves_no_model(wine):
 
 
 def test_rows_far_from_all_others_have_a_density(wine):
-    model = VAEEstimator(2, hidden=(64,), steps=300, device="cpu", importance_samples=5, random_state=0).fit(wine)
+    model = VAEEstimator(
+        2, hidden=(64,), steps=300, device="cpu", importance_samples=5, random_state=0
+    ).fit(wine)
     scores = model.score_samples(wine * 10_000)
     assert np.isfinite(scores).all() and scores.max() < model.score_samples(wine).min()
 
@@ -218,6 +270,9 @@ def test_latents_of_another_number_and_no_samples_are_refused(wine):
     with pytest.raises(poise.InputError, match="X has 3 columns, but the model 2 latents"):
         model.inverse_transform(np.zeros((1, 3)))
     model.set_params(latent_dim=3)
-    assert model.inverse_transform(model.transform(wine)).shape == wine.shape and len(model.get_feature_names_out()) == 2
+    assert (
+        model.inverse_transform(model.transform(wine)).shape == wine.shape
+        and len(model.get_feature_names_out()) == 2
+    )
     with pytest.raises(poise.InputError, match="n_samples must be at least 1"):
         model.sample(0)

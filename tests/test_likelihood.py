@@ -60,7 +60,9 @@ class ProbabilisticPCA:
         return VAE(encoder, decoder)
 
     def nll(self, images: Tensor) -> np.ndarray:
-        return -multivariate_normal(self.mean.numpy(), self.covariance.numpy()).logpdf(images.flatten(1).double().numpy())
+        return -multivariate_normal(self.mean.numpy(), self.covariance.numpy()).logpdf(
+            images.flatten(1).double().numpy()
+        )
 
     def elbo_gap(self, wider: float, shifted: float) -> float:
         """KL(q(z|x) || p(z|x)), the same for all images."""
@@ -89,7 +91,9 @@ def test_with_a_wrong_posterior_enough_samples_come_within_a_tenth_of_a_nat_wher
     nll = nll_per_image(vae, pca.balance, digits, samples=500).nll_nats.numpy()
     assert nll.mean() == pytest.approx(exact.mean(), abs=0.03)
     assert np.abs(nll - exact).max() < 0.3
-    elbo = np.mean([reconstruction(vae, pca.balance, digits, seed=seed).elbo_nats for seed in range(20)])
+    elbo = np.mean(
+        [reconstruction(vae, pca.balance, digits, seed=seed).elbo_nats for seed in range(20)]
+    )
     gap = pca.elbo_gap(wider, shifted)
     assert gap > 0.3 and elbo == pytest.approx(-exact.mean() - gap, abs=0.2)
     assert elbo < -nll.mean()
@@ -99,7 +103,12 @@ def test_one_sample_gives_the_negative_elbo_on_average_and_more_samples_less(dig
     wider, shifted = 1.3, 0.5
     vae = pca.vae(wider=wider, shifted=shifted)
     means = [
-        np.mean([importance_weighted_nll(vae, pca.balance, digits, samples=k, seed=s).mean_nats for s in range(8)])
+        np.mean(
+            [
+                importance_weighted_nll(vae, pca.balance, digits, samples=k, seed=s).mean_nats
+                for s in range(8)
+            ]
+        )
         for k in (1, 4, 16, 64)
     ]
     assert means[0] == pytest.approx(pca.nll(digits).mean() + pca.elbo_gap(wider, shifted), abs=0.2)
@@ -109,20 +118,32 @@ def test_one_sample_gives_the_negative_elbo_on_average_and_more_samples_less(dig
 
 def test_the_figures_are_those_of_the_images(digits, pca):
     vae = pca.vae(wider=1.5)
-    likelihood, each = (f(vae, pca.balance, digits, samples=30) for f in (importance_weighted_nll, nll_per_image))
+    likelihood, each = (
+        f(vae, pca.balance, digits, samples=30) for f in (importance_weighted_nll, nll_per_image)
+    )
     nll = each.nll_nats.numpy()
     assert likelihood.samples == 30
     assert likelihood.mean_nats == pytest.approx(nll.mean(), rel=1e-12)
-    assert likelihood.standard_error_nats == pytest.approx(nll.std(ddof=1) / math.sqrt(IMAGES), rel=1e-12)
-    assert likelihood.bits_per_dim == pytest.approx((nll.mean() / 64 + math.log(255)) / math.log(2), rel=1e-12)
-    assert likelihood.effective_share == pytest.approx(float(each.effective_share.mean()), rel=1e-12)
+    assert likelihood.standard_error_nats == pytest.approx(
+        nll.std(ddof=1) / math.sqrt(IMAGES), rel=1e-12
+    )
+    assert likelihood.bits_per_dim == pytest.approx(
+        (nll.mean() / 64 + math.log(255)) / math.log(2), rel=1e-12
+    )
+    assert likelihood.effective_share == pytest.approx(
+        float(each.effective_share.mean()), rel=1e-12
+    )
     assert 1 / 30 <= float(each.effective_share.min()) < likelihood.effective_share < 1
 
 
 def test_the_effective_share_is_what_the_weights_second_moment_says(digits, pca):
     """For q = N(0, c^2) and target N(0, 1), K / ESS tends to E_q[w^2] / E_q[w]^2 = c^2 / sqrt(2 c^2 - 1) per latent."""
-    share = nll_per_image(pca.vae(wider=1.5), pca.balance, digits[:20], samples=4000).effective_share
-    assert float(share.mean()) == pytest.approx((math.sqrt(2 * 1.5**2 - 1) / 1.5**2) ** LATENTS, rel=0.02)
+    share = nll_per_image(
+        pca.vae(wider=1.5), pca.balance, digits[:20], samples=4000
+    ).effective_share
+    assert float(share.mean()) == pytest.approx(
+        (math.sqrt(2 * 1.5**2 - 1) / 1.5**2) ** LATENTS, rel=0.02
+    )
 
 
 def test_an_image_does_not_depend_on_the_others_or_on_the_chunks(digits, pca, monkeypatch):
@@ -136,18 +157,25 @@ def test_an_image_does_not_depend_on_the_others_or_on_the_chunks(digits, pca, mo
     torch.testing.assert_close(together.nll_nats[3], swapped.nll_nats[3], rtol=0, atol=1e-3)
     monkeypatch.setattr(encoding, "CHUNK", 13)
     torch.testing.assert_close(
-        nll_per_image(vae, pca.balance, digits, samples=BLOCK + 5).nll_nats, together.nll_nats, rtol=0, atol=1e-3
+        nll_per_image(vae, pca.balance, digits, samples=BLOCK + 5).nll_nats,
+        together.nll_nats,
+        rtol=0,
+        atol=1e-3,
     )
 
 
 def test_seeds_differ_images_differ_and_blocks_differ(digits, pca):
     vae, same = pca.vae(wider=1.5), digits[:1].expand(4, 1, 8, 8)
-    first, again, second = (nll_per_image(vae, pca.balance, same, samples=3, seed=seed).nll_nats for seed in (0, 0, 1))
+    first, again, second = (
+        nll_per_image(vae, pca.balance, same, samples=3, seed=seed).nll_nats for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert len(set(first.tolist() + second.tolist())) == 8
     share = nll_per_image(vae, pca.balance, digits[:1], samples=2 * BLOCK).effective_share
     once = nll_per_image(vae, pca.balance, digits[:1], samples=BLOCK).effective_share
-    assert float(share) != pytest.approx(float(once), rel=1e-3), "the second block would be the first again"
+    assert float(share) != pytest.approx(float(once), rel=1e-3), (
+        "the second block would be the first again"
+    )
 
 
 def test_samples_beyond_a_whole_block_count(digits, pca):
@@ -205,13 +233,23 @@ def test_any_decoder_and_error_agree_with_quadrature(power):
     values, gamma2 = torch.tensor([[0.3, 0.1], [-0.6, 0.9], [0.9, 0.2]]), 0.2
     noise = laplace(scale=gamma2) if power == 1 else norm(scale=math.sqrt(gamma2))
     likelihood = nll_per_image(
-        VAE(Constant(0.2, 1.2), Bent()), FixedBalance(gamma2=gamma2, power=power), values, samples=20_000
+        VAE(Constant(0.2, 1.2), Bent()),
+        FixedBalance(gamma2=gamma2, power=power),
+        values,
+        samples=20_000,
     )
     for (a, b), nll in zip(values.tolist(), likelihood.nll_nats.tolist(), strict=True):
-        density = lambda z, a=a, b=b: norm.pdf(z) * noise.pdf(a - math.sin(z)) * noise.pdf(b - z * z / 2)  # noqa: E731
-        exact, _ = quad(density, -6, 6, limit=200, points=[math.asin(a), math.sqrt(2 * b), -math.sqrt(2 * b)])
+
+        def density(z, a=a, b=b):
+            return norm.pdf(z) * noise.pdf(a - math.sin(z)) * noise.pdf(b - z * z / 2)
+
+        exact, _ = quad(
+            density, -6, 6, limit=200, points=[math.asin(a), math.sqrt(2 * b), -math.sqrt(2 * b)]
+        )
         assert nll == pytest.approx(-math.log(exact), abs=0.03)
-    figures = importance_weighted_nll(VAE(Constant(0.2, 1.2), Bent()), FixedBalance(), values, samples=5)
+    figures = importance_weighted_nll(
+        VAE(Constant(0.2, 1.2), Bent()), FixedBalance(), values, samples=5
+    )
     assert figures.bits_per_dim is None, "two numbers are not an image"
 
 
@@ -232,7 +270,10 @@ def test_a_posterior_that_misses_a_mode_looks_trustworthy_and_is_wrong_by_log_2(
     assert float(blind.nll_nats) == pytest.approx(exact + math.log(2), abs=1e-3)
     assert float(blind.effective_share) > 0.99
     seeing = nll_per_image(
-        VAE(Constant(0.0, 2.0), Folded()), FixedBalance(gamma2=gamma2), torch.tensor([[value]]), samples=20_000
+        VAE(Constant(0.0, 2.0), Folded()),
+        FixedBalance(gamma2=gamma2),
+        torch.tensor([[value]]),
+        samples=20_000,
     )
     assert float(seeing.nll_nats) == pytest.approx(exact, abs=0.05)
     assert float(seeing.effective_share) < 0.2

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from poise.training import denormals_as_zero
-from poise.training.machine import images_in_channels_last, kept_memory, pixels_as_products, tuned, usual_threads
+from poise.training.machine import (
+    images_in_channels_last,
+    kept_memory,
+    pixels_as_products,
+    tuned,
+    usual_threads,
+)
 
 CPU = torch.device("cpu")
 SINGLE_PIXEL = {  # kernel, stride, padding, side of the image
@@ -99,7 +105,10 @@ class Residual(nn.Module):
 
 
 def test_a_reshaped_vector_enters_convolutions_in_channels_last_with_the_same_values():
-    network, latents = Reshaping().double().to(memory_format=torch.channels_last), torch.randn(5, 128, dtype=torch.float64)
+    network, latents = (
+        Reshaping().double().to(memory_format=torch.channels_last),
+        torch.randn(5, 128, dtype=torch.float64),
+    )
     before = network(latents)
     with images_in_channels_last(network):
         inside = network(latents)
@@ -114,7 +123,9 @@ def test_the_network_is_as_it_was_after_an_error():
     with pytest.raises(KeyError), tuned(network, CPU):
         raise KeyError
     assert torch.get_num_threads() == before
-    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in network.modules())
+    assert not any(
+        module._forward_pre_hooks or "forward" in vars(module) for module in network.modules()
+    )
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -193,7 +204,9 @@ assert seen == {"other": 4, "mine": 2, "idle": 3, "later": 3, "after": 3}, seen
 """
 
 
-@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="threads of another kind than OpenMP's")
+@pytest.mark.skipif(
+    not torch.backends.openmp.is_available(), reason="threads of another kind than OpenMP's"
+)
 def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(run_python):
     run_python(THREADS)
 
@@ -255,7 +268,9 @@ with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": Tru
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 @pytest.mark.parametrize("kind", ["first", "second"])
 def test_200_compiled_steps_equal_200_eager_ones(kind, run_python):
     run_python(COMPILED + TWINS, kind)

@@ -37,7 +37,10 @@ class Affine(nn.Module):
 
 @pytest.mark.parametrize("power, distribution", [(2, Normal), (1, torch.distributions.Laplace)])
 def test_elbo_equals_torch_distributions(power, distribution):
-    vae, images = VAE(Affine(-40.0), Affine(None)), torch.rand(130, 1, 2, 2)  # so narrow a posterior that z = mean
+    vae, images = (
+        VAE(Affine(-40.0), Affine(None)),
+        torch.rand(130, 1, 2, 2),
+    )  # so narrow a posterior that z = mean
     balance = ComputedBalance(start=0.04, power=power)
     figures = reconstruction(vae, balance, images)
     decoder = distribution(images * 0.25, 0.2 if power == 2 else 0.04)
@@ -46,25 +49,44 @@ def test_elbo_equals_torch_distributions(power, distribution):
     kl = torch.distributions.kl_divergence(posterior, Normal(0.0, 1.0)).sum(1)
     assert figures.elbo_nats == pytest.approx(float((likelihood - kl).mean()), rel=1e-4)
     assert figures.mse == pytest.approx(float((0.75 * images).square().mean()), rel=1e-5)
-    assert figures.bits_per_dim == pytest.approx(-figures.elbo_nats / 4 / math.log(2) + math.log2(255), rel=1e-9)
-    assert figures.variance_lost == pytest.approx(float((1 - 1 / 16) * images.var(0, correction=0).mean()), rel=1e-3)
+    assert figures.bits_per_dim == pytest.approx(
+        -figures.elbo_nats / 4 / math.log(2) + math.log2(255), rel=1e-9
+    )
+    assert figures.variance_lost == pytest.approx(
+        float((1 - 1 / 16) * images.var(0, correction=0).mean()), rel=1e-3
+    )
 
 
 def by_skimage(a: Tensor, b: Tensor) -> list[float]:
-    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1, "channel_axis": 0}
-    return [ssim_by_skimage(x, y, **settings) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+    settings = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 1,
+        "channel_axis": 0,
+    }
+    return [
+        ssim_by_skimage(x, y, **settings)
+        for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)
+    ]
 
 
 def noisy(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Smooth pictures and their copies under noise of all strengths."""
     images = torch.rand(shape).cumsum(2).cumsum(3) / (shape[2] * shape[3])
-    return images, images + torch.linspace(0.001, 0.5, len(images)).view(-1, 1, 1, 1) * torch.randn(shape)
+    return images, images + torch.linspace(0.001, 0.5, len(images)).view(-1, 1, 1, 1) * torch.randn(
+        shape
+    )
 
 
-@pytest.mark.parametrize("shape", [(13, 3, 32, 32), (12, 1, 11, 11), (3, 3, 12, 29), (2, 1, 64, 48)])
+@pytest.mark.parametrize(
+    "shape", [(13, 3, 32, 32), (12, 1, 11, 11), (3, 3, 12, 29), (2, 1, 64, 48)]
+)
 def test_similarities_equal_scikit_images(shape):
     images, others = noisy(shape)
-    np.testing.assert_allclose(structural_similarity(images, others).numpy(), by_skimage(images, others), atol=1e-9)
+    np.testing.assert_allclose(
+        structural_similarity(images, others).numpy(), by_skimage(images, others), atol=1e-9
+    )
     pairs = zip(images.double().numpy(), others.double().numpy(), strict=True)
     psnr = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in pairs]
     np.testing.assert_allclose(peak_signal_to_noise(images, others).numpy(), psnr, rtol=1e-6)
@@ -87,7 +109,9 @@ def ssim_by_definition(x: np.ndarray, y: np.ndarray, width: int) -> float:
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize("sides, width", [((8, 8), 7), ((9, 20), 9), ((10, 12), 9), ((12, 15), 11), ((2, 2), 1)])
+@pytest.mark.parametrize(
+    "sides, width", [((8, 8), 7), ((9, 20), 9), ((10, 12), 9), ((12, 15), 11), ((2, 2), 1)]
+)
 def test_in_a_small_image_the_window_is_the_largest_odd_one_that_fits(sides, width):
     images, others = noisy((2, 2, *sides))
     expected = [
@@ -100,15 +124,22 @@ def test_in_a_small_image_the_window_is_the_largest_odd_one_that_fits(sides, wid
 def test_similarities_of_equal_and_of_opposite_images():
     image = torch.rand(2, 3, 16, 16)
     np.testing.assert_allclose(structural_similarity(image, image).numpy(), 1, atol=1e-12)
-    np.testing.assert_allclose(peak_signal_to_noise(image, image).numpy(), 480 * math.log10(2), rtol=1e-12)  # not infinity
+    np.testing.assert_allclose(
+        peak_signal_to_noise(image, image).numpy(), 480 * math.log10(2), rtol=1e-12
+    )  # not infinity
     black = torch.zeros(1, 1, 16, 16)
-    assert float(structural_similarity(black, 1 - black)) == pytest.approx(1e-4 / (1 + 1e-4), rel=1e-9)
+    assert float(structural_similarity(black, 1 - black)) == pytest.approx(
+        1e-4 / (1 + 1e-4), rel=1e-9
+    )
     assert float(peak_signal_to_noise(black, 1 - black)) == 0
 
 
 def test_similarities_are_of_reconstructions_from_the_posterior_mean_and_means_over_images():
     vae, images = VAE(*mlp((3, 16, 16), 4, hidden=(8,))), torch.rand(130, 3, 16, 16)
-    figures, restored = reconstruction(vae, FixedBalance(), images), vae.eval().reconstruct(images).detach()
+    figures, restored = (
+        reconstruction(vae, FixedBalance(), images),
+        vae.eval().reconstruct(images).detach(),
+    )
     assert figures.ssim == pytest.approx(np.mean(by_skimage(images, restored)), abs=1e-6)
     mse = (images - restored).double().square().mean((1, 2, 3))
     assert figures.psnr_db == pytest.approx(float((10 * (1 / mse).log10()).mean()), rel=1e-6)
@@ -118,7 +149,10 @@ def test_vectors_are_no_images_and_have_no_similarities_or_bits():
     vae, latents = VAE(*mlp(6, 3, hidden=(8,), output="linear")), 3 * torch.randn(40, 6)
     figures = reconstruction(vae, FixedBalance(), latents)
     assert figures.psnr_db is figures.ssim is figures.bits_per_dim is None
-    assert all(value is not None and math.isfinite(value) for value in (figures.mse, figures.elbo_nats, figures.variance_lost))
+    assert all(
+        value is not None and math.isfinite(value)
+        for value in (figures.mse, figures.elbo_nats, figures.variance_lost)
+    )
 
 
 def test_variance_lost_is_the_error_where_the_decoder_is_optimal():
@@ -128,15 +162,22 @@ def test_variance_lost_is_the_error_where_the_decoder_is_optimal():
     figures = reconstruction(pca.vae(), pca.balance, digits)
     assert figures.mse_sampled == pytest.approx(pca.gamma2, rel=0.01)
     assert figures.variance_lost == pytest.approx(pca.gamma2, rel=0.03)
-    assert figures.variance_lost_share == pytest.approx(figures.variance_lost / figures.mse_sampled, rel=1e-12)
+    assert figures.variance_lost_share == pytest.approx(
+        figures.variance_lost / figures.mse_sampled, rel=1e-12
+    )
     assert figures.variance_lost_share == pytest.approx(1, abs=0.03)
 
-    v, gamma2 = pca.variances, pca.gamma2  # from the mean instead: error and variance both smaller, and no longer equal
+    v, gamma2 = (
+        pca.variances,
+        pca.gamma2,
+    )  # from the mean instead: error and variance both smaller, and no longer equal
     restored = pca.vae().reconstruct(digits).detach().double()
     lost = float((digits.double().var(0, correction=0) - restored.var(0, correction=0)).mean())
     left_out = (64 - LATENTS) * gamma2
     assert figures.mse == pytest.approx((float((gamma2**2 / v).sum()) + left_out) / 64, rel=1e-4)
-    assert lost == pytest.approx((float((gamma2 * (2 - gamma2 / v)).sum()) + left_out) / 64, rel=1e-4)
+    assert lost == pytest.approx(
+        (float((gamma2 * (2 - gamma2 / v)).sum()) + left_out) / 64, rel=1e-4
+    )
     assert lost / figures.mse > 1.1
 
 
@@ -146,31 +187,47 @@ def test_no_variance_is_lost_without_an_error():
             return values, torch.full_like(values, -400.0)
 
     figures = reconstruction(VAE(Copy(3, 3), nn.Identity()), FixedBalance(), torch.randn(20, 3))
-    assert figures.mse_sampled == 0 and figures.variance_lost == 0 and figures.variance_lost_share is None
+    assert (
+        figures.mse_sampled == 0
+        and figures.variance_lost == 0
+        and figures.variance_lost_share is None
+    )
 
 
 def test_errors_are_summed_in_float64():
     difference = torch.full((1, 2, 200, 200), 0.1)
-    assert summed_error(difference, 1).item() == pytest.approx(80_000 * float(difference[0, 0, 0, 0]), rel=1e-13)
+    assert summed_error(difference, 1).item() == pytest.approx(
+        80_000 * float(difference[0, 0, 0, 0]), rel=1e-13
+    )
 
 
 def test_figures_do_not_depend_on_the_batch_or_on_training_mode():
     torch.manual_seed(0)
     vae, images = VAE(*mlp((1, 4, 4), 3, hidden=(8,))), torch.rand(250, 1, 4, 4)
     together = reconstruction(vae.train(), FixedBalance(gamma2=0.1), images)
-    halves = [reconstruction(vae, FixedBalance(gamma2=0.1), part) for part in (images[:100], images[100:])]
-    assert together.mse == pytest.approx((100 * halves[0].mse + 150 * halves[1].mse) / 250, rel=1e-6)
-    assert together.kl_nats == pytest.approx((100 * halves[0].kl_nats + 150 * halves[1].kl_nats) / 250, rel=1e-6)
+    halves = [
+        reconstruction(vae, FixedBalance(gamma2=0.1), part) for part in (images[:100], images[100:])
+    ]
+    assert together.mse == pytest.approx(
+        (100 * halves[0].mse + 150 * halves[1].mse) / 250, rel=1e-6
+    )
+    assert together.kl_nats == pytest.approx(
+        (100 * halves[0].kl_nats + 150 * halves[1].kl_nats) / 250, rel=1e-6
+    )
     for name in ("ssim", "psnr_db"):
         first, second = (getattr(half, name) for half in halves)
-        assert getattr(together, name) == pytest.approx((100 * first + 150 * second) / 250, rel=1e-6)
+        assert getattr(together, name) == pytest.approx(
+            (100 * first + 150 * second) / 250, rel=1e-6
+        )
 
 
 def test_bytes_and_floats_give_the_same_figures():
     vae = VAE(*mlp((1, 4, 4), 3, hidden=(8,)))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
     floats = torch.from_numpy(pixels).float() / 255
-    assert reconstruction(vae, FixedBalance(), pixels) == reconstruction(vae, FixedBalance(), floats)
+    assert reconstruction(vae, FixedBalance(), pixels) == reconstruction(
+        vae, FixedBalance(), floats
+    )
     torch.testing.assert_close(encode_all(vae, pixels).mean, vae.encode(floats).mean.detach())
 
 
@@ -179,8 +236,12 @@ def test_streamed_moments_equal_numpys():
     moments = PixelMoments()
     for part in images.split(7):
         moments.add(part)
-    np.testing.assert_allclose(moments.variance().numpy(), images.double().numpy().var(0), rtol=1e-10)
-    assert pixel_std(images) == pytest.approx(float(images.double().numpy().std(0).mean()), rel=1e-10)
+    np.testing.assert_allclose(
+        moments.variance().numpy(), images.double().numpy().var(0), rtol=1e-10
+    )
+    assert pixel_std(images) == pytest.approx(
+        float(images.double().numpy().std(0).mean()), rel=1e-10
+    )
 
 
 def test_latent_statistics_of_known_codes():
@@ -189,4 +250,7 @@ def test_latent_statistics_of_known_codes():
     statistics = latent_statistics(DiagonalGaussian(mean, logvar))
     assert statistics.active_units == 2 and statistics.latent_dim == 3
     assert statistics.variance_law == pytest.approx(1, abs=0.01)
-    assert latent_statistics(DiagonalGaussian(mean, logvar), released=True).variance_law > statistics.variance_law
+    assert (
+        latent_statistics(DiagonalGaussian(mean, logvar), released=True).variance_law
+        > statistics.variance_law
+    )

@@ -22,7 +22,10 @@ from poise.networks.layers import SameConv2d, SameConvTranspose2d, SpectrallyNor
 LATENTS = 6
 SMALL = {  # the least of each kind, with one item of its input
     "resnet": (lambda: resnet(8, 3, LATENTS, scales=2), (3, 8, 8)),
-    "released resnet": (lambda: resnet(8, 3, LATENTS, scales=2, initialisation="released"), (3, 8, 8)),
+    "released resnet": (
+        lambda: resnet(8, 3, LATENTS, scales=2, initialisation="released"),
+        (3, 8, 8),
+    ),
     "released wae": (lambda: wae(8, 1, LATENTS, initialisation="released"), (1, 8, 8)),
     "infogan": (lambda: infogan(8, 1, LATENTS), (1, 8, 8)),
     "wae": (lambda: wae(8, 1, LATENTS), (1, 8, 8)),
@@ -66,7 +69,9 @@ def test_parameter_counts_are_the_released_ones(make, args, encoder, decoder):
     assert counts == [encoder, decoder] if encoder else sum(counts) == decoder
 
 
-@pytest.mark.parametrize(("make", "sizes"), [(resnet, (8, 12, 28, 32, 64)), (infogan, (8, 28, 32)), (wae, (8, 32, 64))])
+@pytest.mark.parametrize(
+    ("make", "sizes"), [(resnet, (8, 12, 28, 32, 64)), (infogan, (8, 28, 32)), (wae, (8, 32, 64))]
+)
 def test_images_of_every_allowed_size_come_back_in_shape(make, sizes):
     for size in sizes:
         encoder, decoder = on_meta(make, size, 2, LATENTS)
@@ -131,20 +136,29 @@ def test_same_convolution_pads_the_odd_pixel_at_the_end(size, kernel, stride):
 
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), padding(size), padding(size + 1)))
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-    expected = [[correlate(image, w, "valid")[0, ::stride, ::stride] for w in weight] for image in padded]
-    np.testing.assert_allclose(layer(images).detach().numpy(), np.array(expected) + bias[:, None, None], rtol=1e-10)
+    expected = [
+        [correlate(image, w, "valid")[0, ::stride, ::stride] for w in weight] for image in padded
+    ]
+    np.testing.assert_allclose(
+        layer(images).detach().numpy(), np.array(expected) + bias[:, None, None], rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("kernel", [3, 4, 5])
 @pytest.mark.parametrize("size", [2, 6])
 def test_the_transposed_convolution_is_the_adjoint_of_the_strided_one(kernel, size):
-    down, up = SameConv2d(3, 4, kernel, stride=2).double(), SameConvTranspose2d(4, 3, kernel).double()
+    down, up = (
+        SameConv2d(3, 4, kernel, stride=2).double(),
+        SameConvTranspose2d(4, 3, kernel).double(),
+    )
     up.weight = down.weight
     for layer in (down, up):
         nn.init.zeros_(layer.bias)
     large = torch.randn(2, 3, 2 * size, 2 * size, dtype=torch.float64)
     small = torch.randn(2, 4, size, size, dtype=torch.float64)
-    torch.testing.assert_close((down(large) * small).sum(), (large * up(small)).sum(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        (down(large) * small).sum(), (large * up(small)).sum(), rtol=1e-10, atol=0
+    )
 
 
 # Initial weights and normalisation
@@ -173,7 +187,11 @@ def test_weights_and_biases_are_what_pytorch_draws(kind):
                 # of a transposed convolution PyTorch takes the outputs for inputs
                 bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
                 for values in (layer.weight.detach(), layer.bias.detach()):
-                    assert bound * (1 - 20 / values.numel()) < float(values.abs().max()) <= bound * (1 + 1e-6)
+                    assert (
+                        bound * (1 - 20 / values.numel())
+                        < float(values.abs().max())
+                        <= bound * (1 + 1e-6)
+                    )
 
 
 @pytest.mark.parametrize("count", [100, 10_000])
@@ -208,7 +226,9 @@ def test_infogan_weights_are_normal_with_std_0_02():
     for network in SMALL["infogan"][0]():
         for name, value in network.named_parameters():
             if value.dim() > 1:
-                assert float(value.detach().std()) == pytest.approx(0.02, abs=0.05 / math.sqrt(value.numel())), name
+                assert float(value.detach().std()) == pytest.approx(
+                    0.02, abs=0.05 / math.sqrt(value.numel())
+                ), name
             elif name.endswith("bias"):
                 assert value.eq(0).all(), name
 
@@ -231,8 +251,13 @@ def test_the_layers_of_the_infogan_encoder_have_spectral_norm_one():
     encoder, images = SMALL["infogan"][0]()[0], torch.rand(5, 1, 8, 8)
     for _ in range(30):  # one power iteration each
         encoder(images)
-    layers = [layer.eval() for layer in encoder.modules() if isinstance(layer, SpectrallyNormalised)]
-    exact = [float(torch.linalg.matrix_norm(layer.layer.weight.detach().flatten(1), 2)) for layer in layers]
+    layers = [
+        layer.eval() for layer in encoder.modules() if isinstance(layer, SpectrallyNormalised)
+    ]
+    exact = [
+        float(torch.linalg.matrix_norm(layer.layer.weight.detach().flatten(1), 2))
+        for layer in layers
+    ]
     assert [layer.spectral_norm().item() for layer in layers] == pytest.approx(exact, rel=0.03)
     assert len(exact) == 5
 
@@ -254,7 +279,10 @@ def test_spectral_normalisation_computes_what_torchs_does(make, inputs):
         outputs = [layer.train(step < 3)(batch) for layer in (mine, theirs)]
         torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
         weights = [mine.layer.weight, theirs.parametrizations.weight.original]
-        gradients = [torch.autograd.grad(y.square().sum(), w)[0] for y, w in zip(outputs, weights, strict=True)]
+        gradients = [
+            torch.autograd.grad(y.square().sum(), w)[0]
+            for y, w in zip(outputs, weights, strict=True)
+        ]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
         with torch.no_grad():
             for weight in weights:
@@ -286,7 +314,9 @@ def test_gradients_reach_every_parameter(network):
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("kind", ["resnet", "wae", "released wae", "mlp", "linear mlp", "second stage"])
+@pytest.mark.parametrize(
+    "kind", ["resnet", "wae", "released wae", "mlp", "linear mlp", "second stage"]
+)
 def test_the_second_head_gives_the_log_standard_deviation(kind):
     make, shape = SMALL[kind]
     encoder = make()[0].eval()
@@ -298,10 +328,16 @@ def test_the_second_head_gives_the_log_standard_deviation(kind):
 
 def test_the_infogan_encoder_gives_a_softplus_standard_deviation():
     encoder, images = SMALL["infogan"][0]()[0].eval(), torch.rand(2, 1, 8, 8)
-    nn.init.constant_(encoder.raw_std.layer.bias, -40.0)  # softplus is 0 there, and the floor alone remains
-    torch.testing.assert_close((0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 1e-6), rtol=1e-3, atol=0)
+    nn.init.constant_(
+        encoder.raw_std.layer.bias, -40.0
+    )  # softplus is 0 there, and the floor alone remains
+    torch.testing.assert_close(
+        (0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 1e-6), rtol=1e-3, atol=0
+    )
     nn.init.constant_(encoder.raw_std.layer.bias, 40.0)
-    torch.testing.assert_close((0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 40.0), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        (0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 40.0), rtol=0.1, atol=0
+    )
 
 
 def test_evaluation_does_not_depend_on_the_batch(network):
@@ -334,5 +370,7 @@ def test_without_hidden_layers_an_mlp_is_affine(hidden, affine):
         mixed = function(0.3 * first + 0.7 * second)
         return torch.allclose(mixed, 0.3 * function(first) + 0.7 * function(second), atol=1e-5)
 
-    parts = [keeps_means(lambda x, k=k: encoder(x)[k], 10) for k in (0, 1)] + [keeps_means(decoder, LATENTS)]
+    parts = [keeps_means(lambda x, k=k: encoder(x)[k], 10) for k in (0, 1)] + [
+        keeps_means(decoder, LATENTS)
+    ]
     assert parts == [affine] * 3

@@ -32,7 +32,15 @@ from poise.runs import checkpoint, pipeline
 from poise.runs.build import first_stage
 from poise.runs.options import Options
 from poise.runs.pipeline import train
-from poise.training import CodeBatches, TrainingState, Watch, fit, new_state, restore_state, state_tensors
+from poise.training import (
+    CodeBatches,
+    TrainingState,
+    Watch,
+    fit,
+    new_state,
+    restore_state,
+    state_tensors,
+)
 
 RIVALS = [name for name in OBJECTIVES if name != "vae"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8)
@@ -48,7 +56,13 @@ QUIET = Options(device="cpu", quiet=True, save_seconds=0.0)
 
 
 def tiny(out: Path, objective: str, **changes) -> poise.Run:
-    return train(IMAGES, recipe=replace(TINY, first=replace(FIRST, objective=objective)), out=out, options=QUIET, **changes)
+    return train(
+        IMAGES,
+        recipe=replace(TINY, first=replace(FIRST, objective=objective)),
+        out=out,
+        options=QUIET,
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module", params=["rae-gp", "wae-mmd"])
@@ -66,7 +80,11 @@ class Linear(nn.Module):
         self.head = nn.Linear(inputs, outputs) if encodes else None
 
     def forward(self, values):
-        return (self.linear(values), self.head(values)) if self.head is not None else self.linear(values)
+        return (
+            (self.linear(values), self.head(values))
+            if self.head is not None
+            else self.linear(values)
+        )
 
 
 def linear_vae(dims: int, latents: int) -> poise.VAE:
@@ -74,10 +92,18 @@ def linear_vae(dims: int, latents: int) -> poise.VAE:
     return poise.VAE(Deterministic(encoder), Linear(latents, dims, encodes=False)).double()
 
 
-def fitted(objective: str, data: torch.Tensor, latents: int, steps: int, **settings) -> TrainingState:
+def fitted(
+    objective: str, data: torch.Tensor, latents: int, steps: int, **settings
+) -> TrainingState:
     """A linear model after training on vectors, a full batch at each step."""
     torch.manual_seed(0)
-    stage = Stage(steps=steps, batch_size=len(data), balance="fixed:gamma2=0.5", objective=objective, **settings)
+    stage = Stage(
+        steps=steps,
+        batch_size=len(data),
+        balance="fixed:gamma2=0.5",
+        objective=objective,
+        **settings,
+    )
     vae = linear_vae(data.shape[1], latents)
     state = new_state(vae, poise.FixedBalance(gamma2=0.5), stage, torch.device("cpu"))
     batches = CodeBatches(data, torch.full_like(data, -60.0), torch.device("cpu"))
@@ -96,7 +122,9 @@ def test_a_linear_autoencoder_reaches_the_error_of_pca():
     pca = PCA(4).fit(data.numpy())
     error = np.square(data.numpy() - pca.inverse_transform(pca.transform(data.numpy()))).mean()
     with torch.no_grad():
-        assert float((vae.reconstruct(data) - data).square().mean()) == pytest.approx(error, rel=1e-3)
+        assert float((vae.reconstruct(data) - data).square().mean()) == pytest.approx(
+            error, rel=1e-3
+        )
 
 
 def test_a_linear_rae_reaches_the_closed_form_minimum():
@@ -110,38 +138,58 @@ def test_a_linear_rae_reaches_the_closed_form_minimum():
     assert (squares > 0).all()
     least = (kept * (a / 2) / (squares + a / 2) + b * squares).sum() + variances[3:].sum()
 
-    state = fitted(f"rae-l2:latent={a},decoder={b}", data, 3, 500, learning_rate=3e-2, halve_every=100)
+    state = fitted(
+        f"rae-l2:latent={a},decoder={b}", data, 3, 500, learning_rate=3e-2, halve_every=100
+    )
     constant = data.shape[1] / 2 * np.log(np.pi)  # of the balance, at gamma2 = 1/2
-    terms = make_objective(f"rae-l2:latent={a},decoder={b}")(state.vae, state.balance, data, torch.zeros(len(data), 3))
+    terms = make_objective(f"rae-l2:latent={a},decoder={b}")(
+        state.vae, state.balance, data, torch.zeros(len(data), 3)
+    )
     assert float(terms.loss.detach()) - constant == pytest.approx(least, rel=1e-3)
 
 
 def test_the_terms_of_rae_l2_are_those_that_numpy_computes():
     vae = first_stage(replace(TINY, first=replace(FIRST, objective="rae-l2")), [1, 8, 8])
     images, noise = torch.rand(5, 1, 8, 8), torch.randn(5, 3)
-    terms = make_objective("rae-l2:latent=0.3,decoder=0.7")(vae, poise.FixedBalance(gamma2=0.5), images, noise)
+    terms = make_objective("rae-l2:latent=0.3,decoder=0.7")(
+        vae, poise.FixedBalance(gamma2=0.5), images, noise
+    )
     mean, decoder = vae.encode(images).mean.detach().numpy(), dict(vae.decoder.named_parameters())
     weights = [decoder[name].detach().numpy() for name in ("layers.0.weight", "layers.2.weight")]
     assert len(decoder) == 4, "two layers, each with a bias, which is not penalised"
-    penalty = 0.3 * np.square(mean).sum(1).mean() / 2 + 0.7 * sum(np.square(weight).sum() for weight in weights)
-    error = np.square(vae.reconstruct(images).detach().numpy() - images.numpy()).sum((1, 2, 3)).mean()
+    penalty = 0.3 * np.square(mean).sum(1).mean() / 2 + 0.7 * sum(
+        np.square(weight).sum() for weight in weights
+    )
+    error = (
+        np.square(vae.reconstruct(images).detach().numpy() - images.numpy()).sum((1, 2, 3)).mean()
+    )
     assert float(terms.kl) == pytest.approx(penalty, rel=1e-5)
-    assert float(terms.loss.detach()) == pytest.approx(error + 32 * np.log(np.pi) + penalty, rel=1e-5)
+    assert float(terms.loss.detach()) == pytest.approx(
+        error + 32 * np.log(np.pi) + penalty, rel=1e-5
+    )
 
 
 def test_the_slope_in_a_direction_is_that_of_the_jacobian():
     decoder = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5)).double()
-    latents, direction = torch.randn(4, 3, dtype=torch.double, requires_grad=True), torch.randn(4, 5, dtype=torch.double)
+    latents, direction = (
+        torch.randn(4, 3, dtype=torch.double, requires_grad=True),
+        torch.randn(4, 5, dtype=torch.double),
+    )
     slope = squared_slope(decoder(latents), latents, direction)
     for one, v, found in zip(latents, direction, slope, strict=True):
         jacobian = torch.autograd.functional.jacobian(decoder, one)
-        assert float(found.detach()) == pytest.approx(float((v @ jacobian).square().sum()), rel=1e-9)
+        assert float(found.detach()) == pytest.approx(
+            float((v @ jacobian).square().sum()), rel=1e-9
+        )
 
 
 def test_the_gradient_penalty_is_on_average_the_square_of_all_the_jacobians_entries():
     torch.manual_seed(0)
     vae = linear_vae(6, 3)
-    images, noise = torch.randn(4000, 6, dtype=torch.double), torch.randn(4000, 3, dtype=torch.double)
+    images, noise = (
+        torch.randn(4000, 6, dtype=torch.double),
+        torch.randn(4000, 3, dtype=torch.double),
+    )
     terms = make_objective("rae-gp:latent=0,gradient=2")(vae, poise.FixedBalance(), images, noise)
     assert float(terms.kl) == pytest.approx(2 * float(weight_norm(vae.decoder).detach()), rel=0.05)
 
@@ -150,9 +198,14 @@ def test_the_gradient_penalty_of_a_linear_decoder_makes_its_weights_small():
     """Of the same Frobenius norm, it is RAE-L2 on a linear decoder: on average the same gradient."""
     torch.manual_seed(0)
     vae = linear_vae(6, 3)
-    weight, latents = vae.decoder.linear.weight, torch.randn(20_000, 3, dtype=torch.double, requires_grad=True)
+    weight, latents = (
+        vae.decoder.linear.weight,
+        torch.randn(20_000, 3, dtype=torch.double, requires_grad=True),
+    )
     images = vae.decode(latents)
-    (by_slope,) = torch.autograd.grad(squared_slope(images, latents, torch.randn_like(images)).mean(), weight)
+    (by_slope,) = torch.autograd.grad(
+        squared_slope(images, latents, torch.randn_like(images)).mean(), weight
+    )
     assert float((by_slope - 2 * weight.detach()).norm() / by_slope.norm()) < 0.05
 
 
@@ -163,7 +216,13 @@ def test_the_discrepancy_is_that_of_a_double_loop():
     def kernel(x, y):
         return sum(6 * scale / (6 * scale + ((x - y) ** 2).sum()) for scale in IMQ_SCALES)
 
-    within = sum(kernel(a, b) for points in (z, u) for i, a in enumerate(points) for j, b in enumerate(points) if i != j)
+    within = sum(
+        kernel(a, b)
+        for points in (z, u)
+        for i, a in enumerate(points)
+        for j, b in enumerate(points)
+        if i != j
+    )
     across = sum(kernel(a, b) for a in z for b in u)
     found = squared_mmd(torch.as_tensor(z), torch.as_tensor(u))
     assert float(found) == pytest.approx(within / 30 - 2 * across / 36, rel=1e-9)
@@ -171,14 +230,20 @@ def test_the_discrepancy_is_that_of_a_double_loop():
 
 def test_the_discrepancy_is_zero_on_average_for_equal_distributions_and_positive_for_others():
     draws = torch.randn(400, 2, 20, 4, generator=torch.Generator().manual_seed(0))
-    equal, wider = (torch.stack([squared_mmd(width * z, u) for z, u in draws]) for width in (1.0, 1.5))
+    equal, wider = (
+        torch.stack([squared_mmd(width * z, u) for z, u in draws]) for width in (1.0, 1.5)
+    )
     error = float(equal.std()) / 20
     assert abs(float(equal.mean())) < 3 * error and float(wider.mean()) > 5 * error
     assert float(equal.min()) < 0, "an estimate without bias has either sign"
 
 
 def test_the_discrepancy_weighs_as_much_as_asked_for_and_is_one_number_for_the_batch():
-    vae, images, noise = linear_vae(6, 3), torch.randn(10, 6, dtype=torch.double), torch.randn(10, 3)
+    vae, images, noise = (
+        linear_vae(6, 3),
+        torch.randn(10, 6, dtype=torch.double),
+        torch.randn(10, 3),
+    )
     terms = make_objective("wae-mmd:weight=7")(vae, poise.FixedBalance(), images, noise)
     expected = 7 * squared_mmd(vae.encode(images).mean, noise.double())
     assert float(terms.kl) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -186,7 +251,11 @@ def test_the_discrepancy_weighs_as_much_as_asked_for_and_is_one_number_for_the_b
 
 def test_with_a_discrepancy_codes_come_to_look_like_the_prior():
     data = 5 * torch.randn(200, 3, dtype=torch.double) + 3
-    codes = fitted("wae-mmd:weight=1000", data, 3, 120, learning_rate=1e-1, halve_every=30).vae.encode(data).mean.detach()
+    codes = (
+        fitted("wae-mmd:weight=1000", data, 3, 120, learning_rate=1e-1, halve_every=30)
+        .vae.encode(data)
+        .mean.detach()
+    )
     assert float(codes.mean(0).abs().max()) < 0.15
     assert torch.cov(codes.T) == pytest.approx(torch.eye(3).numpy(), abs=0.2)
 
@@ -197,13 +266,22 @@ def test_with_a_discrepancy_codes_come_to_look_like_the_prior():
 def test_gradients_reach_every_parameter_but_the_head_of_the_log_variance(name, kind, precision):
     network = Network(kind, latent_dim=3, hidden=(8,) if kind == "mlp" else ())
     stage = replace(FIRST, objective=name, precision=precision)
-    state = new_state(first_stage(replace(TINY, network=network, first=stage), [1, 8, 8]), poise.FixedBalance(), stage, CPU)
+    state = new_state(
+        first_stage(replace(TINY, network=network, first=stage), [1, 8, 8]),
+        poise.FixedBalance(),
+        stage,
+        CPU,
+    )
     images, noise = torch.rand(15, 1, 8, 8), torch.randn(15, 3)
     training.step.training_step(state, images, noise, stage)
     untouched = {name for name, parameter in state.vae.named_parameters() if parameter.grad is None}
     head = {"resnet": "log_std", "mlp": "log_std", "infogan": "raw_std"}[kind]
     assert untouched and all(head in name for name in untouched)
-    dead = [name for name, p in state.vae.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    dead = [
+        name
+        for name, p in state.vae.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
     assert not dead and float(state.verdict[0]) == 0
 
 
@@ -211,7 +289,10 @@ CPU = torch.device("cpu")
 
 
 def test_the_rivals_have_as_many_parameters_as_the_vae_and_begin_with_its_weights():
-    vae, rival = (first_stage(replace(TINY, first=replace(FIRST, objective=name)), [1, 8, 8]) for name in ("vae", "rae-l2"))
+    vae, rival = (
+        first_stage(replace(TINY, first=replace(FIRST, objective=name)), [1, 8, 8])
+        for name in ("vae", "rae-l2")
+    )
     expected = [tuple(parameter.shape) for parameter in vae.parameters()]
     assert [tuple(parameter.shape) for parameter in rival.parameters()] == expected
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), rival.parameters(), strict=True))
@@ -222,14 +303,18 @@ def test_the_vaes_objective_is_its_balance():
     images, noise = torch.rand(6, 1, 8, 8), torch.randn(6, 3)
     terms = make_objective("vae")(vae, balance.eval(), images, noise)
     reconstruction, posterior = vae(images, noise)
-    assert all(map(torch.equal, terms, balance(reconstruction, images, posterior.mean, posterior.logvar)))
+    assert all(
+        map(torch.equal, terms, balance(reconstruction, images, posterior.mean, posterior.logvar))
+    )
 
 
 def test_codes_are_points_everywhere(run):
     images = torch.rand(5, 1, 8, 8)
     assert float(run.codes.std.max()) < 2e-6 and float(run.encode(images).std.max()) < 2e-6
     sampled = replace(run.recipe.generation, reconstruct_from="sample")
-    torch.testing.assert_close(run.reconstruct(images, generation=sampled), run.reconstruct(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        run.reconstruct(images, generation=sampled), run.reconstruct(images), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(run.latents(), run.codes.mean, atol=1e-4, rtol=0)
 
 
@@ -242,12 +327,18 @@ def test_what_needs_a_posterior_is_left_out_and_said(run):
     evaluation = run.evaluate(IMAGES[:20], extractor="pixels")
     assert {m.metric for m in evaluation.measurements if m.of == "model"} == set()
     page, latents = evaluation.pages["reconstruction"], evaluation.pages["latents"]
-    assert [page[name] for name in ("kl_nats", "elbo_nats", "bits_per_dim")] == [None] * 3 and page["mse"] > 0
-    assert [latents[name] for name in ("variance_law", "mean_variance", "kl_nats_per_latent")] == [None] * 3
+    assert [page[name] for name in ("kl_nats", "elbo_nats", "bits_per_dim")] == [None] * 3 and page[
+        "mse"
+    ] > 0
+    assert [latents[name] for name in ("variance_law", "mean_variance", "kl_nats_per_latent")] == [
+        None
+    ] * 3
     assert evaluation.pages["second_stage"]["kl_nats"] > 0, "stage 2 is a VAE"
     assert any("no KL" in note for note in evaluation.notes)
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert summary["reconstruction"]["elbo_nats"] is None and any("no KL" in note for note in summary["notes"])
+    assert summary["reconstruction"]["elbo_nats"] is None and any(
+        "no KL" in note for note in summary["notes"]
+    )
     with pytest.raises(InputError, match="no likelihood"):
         run.evaluate(IMAGES[:20], extractor="none", nll_samples=2)
 
@@ -280,7 +371,9 @@ def test_a_run_that_was_killed_ends_bit_identical(run, tmp_path, monkeypatch):
         patch.setattr(training.loop, "training_step", mortal)
         tiny(tmp_path / "killed", objective)
     again = weights(tiny(tmp_path / "killed", objective))
-    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in again)
+    assert again.keys() == whole.keys() and all(
+        torch.equal(again[name], whole[name]) for name in again
+    )
 
 
 def weights(run: poise.Run) -> dict[str, torch.Tensor]:
@@ -313,7 +406,15 @@ def test_a_network_of_ones_own_becomes_deterministic_too(tmp_path):
 
     encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
     vae = poise.VAE(Returning(encoder), decoder)
-    run = train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET, objective="rae-l2", stages=1)
+    run = train(
+        IMAGES,
+        recipe=TINY,
+        vae=vae,
+        out=tmp_path / "run",
+        options=QUIET,
+        objective="rae-l2",
+        stages=1,
+    )
     assert float(run.codes.std.max()) < 2e-6
     loaded = poise.load(tmp_path / "run", device="cpu", vae=poise.VAE(Returning(encoder), decoder))
     assert float(loaded.encode(IMAGES[:3]).std.max()) < 2e-6
@@ -323,13 +424,19 @@ def test_an_objective_without_a_balance_is_the_published_one():
     digits = RECIPES["digits"]
     assert Changes(objective="rae-l2").apply(digits).first.balance == "fixed:gamma2=0.5"
     assert Changes(objective="rae-l2", balance="computed").apply(digits).first.balance == "computed"
-    assert Changes(objective="vae").apply(digits).first == Changes().apply(digits).first == digits.first
+    assert (
+        Changes(objective="vae").apply(digits).first
+        == Changes().apply(digits).first
+        == digits.first
+    )
     assert Changes(objective="rae-l2").apply(digits).second == digits.second
 
 
 def test_a_penalty_may_be_balanced_by_the_error(tmp_path):
     run = tiny(tmp_path / "run", "rae-l2", balance="computed:decay=0.5", stages=1)
-    assert float(run.first.balance.gamma2) == pytest.approx(run.evaluate(IMAGES, extractor="none").value("MSE"), rel=0.5)
+    assert float(run.first.balance.gamma2) == pytest.approx(
+        run.evaluate(IMAGES, extractor="none").value("MSE"), rel=0.5
+    )
 
 
 def test_a_run_from_before_there_were_objectives_is_loaded_and_goes_on(tmp_path):
@@ -351,7 +458,10 @@ def test_a_run_from_before_there_were_objectives_is_loaded_and_goes_on(tmp_path)
         ("elbo", "unknown objective 'elbo'; there are vae, autoencoder, rae-l2, rae-gp, wae-mmd"),
         ("rae-l2:gradient=1", "'rae-l2' has no option 'gradient'; it takes latent, decoder"),
         ("autoencoder:latent=1", "'autoencoder' has no option 'latent'; it takes none"),
-        ("rae-gp:latent=much", "latent='much' of objective 'rae-gp' is not a number: write rae-gp:latent="),
+        (
+            "rae-gp:latent=much",
+            "latent='much' of objective 'rae-gp' is not a number: write rae-gp:latent=",
+        ),
         ("wae-mmd:weight=-1", "weight must be a finite number >= 0, not -1"),
         ("wae-mmd:weight=nan", "weight must be a finite number >= 0, not nan"),
     ],
@@ -362,9 +472,16 @@ def test_a_wrong_objective_is_said_before_the_data_are_read(spec, message, tmp_p
         train("digits", out=tmp_path / "run", options=QUIET, objective=spec)
 
 
-@pytest.mark.parametrize("name, alone", [("rae-gp", True), ("wae-mmd", True), ("rae-l2", False), ("autoencoder", False)])
+@pytest.mark.parametrize(
+    "name, alone", [("rae-gp", True), ("wae-mmd", True), ("rae-l2", False), ("autoencoder", False)]
+)
 def test_several_processes_are_refused_where_a_batch_must_be_whole(name, alone, monkeypatch):
-    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}.items():
+    for variable, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "nowhere",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(variable, value)
     if not alone:
         pipeline.check_objective(name)

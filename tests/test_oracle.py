@@ -69,18 +69,28 @@ def test_a_linear_vae_ends_at_probabilistic_pca(digits, pca):
     gamma2 = float(balance.gamma2)
     assert gamma2 == pytest.approx(noise_variance, rel=0.01)
 
-    weight = (vae.decode(torch.eye(LATENTS)) - vae.decode(torch.zeros(1, LATENTS))).detach().double()
+    weight = (
+        (vae.decode(torch.eye(LATENTS)) - vae.decode(torch.zeros(1, LATENTS))).detach().double()
+    )
     model = weight.T @ weight + gamma2 * torch.eye(digits.shape[1])
     assert float((model - covariance).norm() / covariance.norm()) < 0.02
 
     with torch.no_grad():
         reconstruction, posterior = vae(digits)
         loss = float(balance.eval()(reconstruction, digits, posterior.mean, posterior.logvar).loss)
-    evidence = torch.distributions.MultivariateNormal(digits.double().mean(0), covariance).log_prob(digits.double()).mean()
-    assert loss == pytest.approx(-float(evidence), abs=0.5), "the bound is tight; one sample of the noise moves it by 0.1"
+    evidence = (
+        torch.distributions.MultivariateNormal(digits.double().mean(0), covariance)
+        .log_prob(digits.double())
+        .mean()
+    )
+    assert loss == pytest.approx(-float(evidence), abs=0.5), (
+        "the bound is tight; one sample of the noise moves it by 0.1"
+    )
 
 
 def test_the_ratchet_of_the_released_code_ends_below_the_optimum(digits, pca):
     balance = ComputedBalance.released(image_size=8, latent_dim=LATENTS)  # its KL weight is 1
     train_linear_vae(balance, digits, batch=100)
-    assert 0.85 < float(balance.gamma2) / pca[0] < 0.975, "and still sinking: the running average ends at 1.00"
+    assert 0.85 < float(balance.gamma2) / pca[0] < 0.975, (
+        "and still sinking: the running average ends at 1.00"
+    )

@@ -85,13 +85,24 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_a_run_folder_describes_itself(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     pictures = {"samples.png", "reconstructions.png", "training.png"}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "codes", *pictures}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "codes",
+        *pictures,
+    }
     config = json.loads((finished / "config.json").read_text())
-    assert config["recipe"]["first"]["epochs"] == 4 and config["data"]["train"] == 81 and config["data"]["test"] == 9
+    assert (
+        config["recipe"]["first"]["epochs"] == 4
+        and config["data"]["train"] == 81
+        and config["data"]["test"] == 9
+    )
     entries = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [(entry["stage"], entry["step"]) for entry in entries] == [(1, k) for k in range(1, 17)] + [
-        (2, k) for k in range(1, 13)
-    ]
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [
+        (1, k) for k in range(1, 17)
+    ] + [(2, k) for k in range(1, 13)]
     assert [entry["learning_rate"] for entry in entries[:16]] == [1e-2] * 8 + [5e-3] * 8
     assert len(checkpoint.checkpoints(finished / "checkpoints")) == 2
 
@@ -105,7 +116,10 @@ def test_a_run_killed_before_any_step_ends_bit_identical(step, finished, tmp_pat
     again, undisturbed = weights(tmp_path / "run"), weights(finished)
     assert again.keys() == undisturbed.keys()
     assert all(torch.equal(again[name], undisturbed[name]) for name in again)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [*range(1, 17), *range(1, 13)]
 
 
@@ -120,7 +134,10 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeyp
         tiny(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
     tiny(tmp_path / "run")
-    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(finished).items())
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "run")[name])
+        for name, tensor in weights(finished).items()
+    )
 
 
 def test_another_seed_gives_other_weights(finished, tmp_path):
@@ -145,8 +162,22 @@ def test_the_same_images_may_have_moved(tmp_path):
 
 
 def test_settings_can_be_changed_by_name(tmp_path):
-    run = train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET, epochs=1, latent_dim=2, stages=1, seed=3)
-    assert (run.recipe.first.epochs, run.recipe.network.latent_dim, run.recipe.second, run.recipe.seed) == (1, 2, None, 3)
+    run = train(
+        IMAGES,
+        recipe=TINY,
+        out=tmp_path / "run",
+        options=QUIET,
+        epochs=1,
+        latent_dim=2,
+        stages=1,
+        seed=3,
+    )
+    assert (
+        run.recipe.first.epochs,
+        run.recipe.network.latent_dim,
+        run.recipe.second,
+        run.recipe.seed,
+    ) == (1, 2, None, 3)
     with pytest.raises(InputError, match="no setting epoch;"):
         train(IMAGES, recipe=TINY, out=tmp_path / "other", epoch=1)
 
@@ -205,7 +236,9 @@ def test_damage_is_repaired_by_training_again(finished, copy, capsys):
     (copy / "codes" / "tensors.safetensors").write_bytes(b"")
     tiny(copy)
     assert "damaged" in capsys.readouterr().err
-    assert all(torch.equal(tensor, weights(copy)[name]) for name, tensor in weights(finished).items())
+    assert all(
+        torch.equal(tensor, weights(copy)[name]) for name, tensor in weights(finished).items()
+    )
     assert torch.equal(load(copy, device="cpu").codes.mean, load(finished, device="cpu").codes.mean)
 
 
@@ -218,12 +251,18 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, content)
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"No space left on device.*intact"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RunError, match=r"No space left on device.*intact"),
+    ):
         patch.setattr(checkpoint, "write_synced", full)
         tiny(tmp_path / "run")
     assert checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")[1] == []
     tiny(tmp_path / "run")
-    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(finished).items())
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "run")[name])
+        for name, tensor in weights(finished).items()
+    )
 
 
 def test_a_folder_of_other_settings_or_data_is_refused(copy, tmp_path):
@@ -235,7 +274,9 @@ def test_a_folder_of_other_settings_or_data_is_refused(copy, tmp_path):
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     with pytest.raises(InputError, match="not empty"):
         tiny(tmp_path / "thesis")
-    assert [path.name for path in (tmp_path / "thesis").iterdir() if path.name != ".lock"] == ["chapter.tex"]
+    assert [path.name for path in (tmp_path / "thesis").iterdir() if path.name != ".lock"] == [
+        "chapter.tex"
+    ]
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
@@ -271,16 +312,29 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
         train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET)
     saved, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.meta["step"] == 5
-    held = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("stage1.vae.")}
-    assert all(torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")]) for name, tensor in held.items())
+    held = {
+        name: tensor for name, tensor in saved.tensors.items() if name.startswith("stage1.vae.")
+    }
+    assert all(
+        torch.equal(tensor, vae.state_dict()[name.removeprefix("stage1.vae.")])
+        for name, tensor in held.items()
+    )
 
 
-def test_a_failure_read_steps_later_names_its_step_and_leaves_the_weights_of_then(tmp_path, monkeypatch):
+def test_a_failure_read_steps_later_names_its_step_and_leaves_the_weights_of_then(
+    tmp_path, monkeypatch
+):
     def failing(out):
         vae = VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(16,)))
         vae.decoder = Exploding(vae.decoder, after=5)
         with pytest.raises(RunError) as caught:
-            train(IMAGES, recipe=replace(TINY, first=Stage(steps=401, batch_size=20)), vae=vae, out=out, options=QUIET)
+            train(
+                IMAGES,
+                recipe=replace(TINY, first=Stage(steps=401, batch_size=20)),
+                vae=vae,
+                out=out,
+                options=QUIET,
+            )
         return str(caught.value), vae.state_dict()
 
     torch.manual_seed(1)
@@ -317,7 +371,9 @@ def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
         patch.setattr(training.loop, "training_step", greedy)
         tiny(tmp_path / "run")
-    tiny(tmp_path / "run", first=replace(TINY.first, batch_size=10))  # the folder holds nothing to protect
+    tiny(
+        tmp_path / "run", first=replace(TINY.first, batch_size=10)
+    )  # the folder holds nothing to protect
 
 
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
@@ -330,7 +386,9 @@ def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
 
     encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
     vae = VAE(encoder, nn.Sequential(Steep(), decoder))
-    with pytest.raises(RunError, match=r"gradient is not finite at step 0 of stage 1 \(gradient=nan"):
+    with pytest.raises(
+        RunError, match=r"gradient is not finite at step 0 of stage 1 \(gradient=nan"
+    ):
         train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET)
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
@@ -378,7 +436,10 @@ def test_one_stage_is_enough(tmp_path):
 
 def test_codes_are_drawn_afresh_at_every_visit():
     data = training.CodeBatches(torch.zeros(4, 2), torch.zeros(4, 2), torch.device("cpu"))
-    first, second = (data.place(data.fetch(torch.arange(4)), lambda columns: torch.randn(4, columns)) for _ in range(2))
+    first, second = (
+        data.place(data.fetch(torch.arange(4)), lambda columns: torch.randn(4, columns))
+        for _ in range(2)
+    )
     assert not torch.equal(first, second)
 
 
@@ -395,10 +456,15 @@ def test_images_read_ahead_or_resident_are_those_read_in_time(tmp_path, monkeypa
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     for images in (IMAGES[:, None], mapped, datasets.storage.Rows(mapped, np.arange(90))):
         seen = batches_seen(images, wanted)
-        assert len(seen) == 7 and all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+        assert len(seen) == 7 and all(
+            torch.equal(one, other) for one, other in zip(seen, expected, strict=True)
+        )
         with monkeypatch.context() as patch:
             patch.setattr(training.batches, "fits", lambda images, device: True)
-            assert all(torch.equal(one, other) for one, other in zip(batches_seen(images, wanted), expected, strict=True))
+            assert all(
+                torch.equal(one, other)
+                for one, other in zip(batches_seen(images, wanted), expected, strict=True)
+            )
 
 
 def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
@@ -409,7 +475,9 @@ def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
     with (
         pytest.raises(Killed),
         training.batches.fetched_ahead(
-            training.ImageBatches(mapped, torch.device("cpu")), iter([torch.arange(5)] * 9), slice(5)
+            training.ImageBatches(mapped, torch.device("cpu")),
+            iter([torch.arange(5)] * 9),
+            slice(5),
         ) as fetched,
     ):
         next(fetched)
@@ -447,7 +515,9 @@ def test_reconstructions_do_not_depend_on_their_neighbours(copy):
     assert figures["mse_as_shown"] == pytest.approx(float(error), rel=1e-4) != figures["mse"]
 
 
-@pytest.mark.parametrize("wrong", [255.0 * torch.rand(3, 1, 8, 8), torch.ones(3, 1, 8, 8).long(), torch.rand(3, 1, 9, 9)])
+@pytest.mark.parametrize(
+    "wrong", [255.0 * torch.rand(3, 1, 8, 8), torch.ones(3, 1, 8, 8).long(), torch.rand(3, 1, 9, 9)]
+)
 def test_images_of_the_wrong_kind_are_refused(wrong, finished, unchecked):
     with pytest.raises(InputError, match="images must"):
         load(finished, device="cpu").encode(wrong)
@@ -458,7 +528,9 @@ def test_released_generation_switches_run(finished):
     released = Generation(False, "always", "released", adjust_variance=True)
     adjusted = run.sample(6, generation=released)
     assert not torch.equal(adjusted, run.sample(6))
-    assert torch.equal(adjusted[:2], run.sample(2, generation=released)), "image i depends on how many are drawn"
+    assert torch.equal(adjusted[:2], run.sample(2, generation=released)), (
+        "image i depends on how many are drawn"
+    )
 
 
 def test_evaluation_covers_both_stages(finished):
@@ -466,7 +538,9 @@ def test_evaluation_covers_both_stages(finished):
     evaluation = run.evaluate(IMAGES[:20, None], extractor="none", nll_samples=30)
     pages = evaluation.pages
     assert pages["reconstruction"]["kl_nats"] > 0 and pages["latents"]["latent_dim"] == 3
-    assert {"mse_sampled", "variance_lost", "gamma2", "active_units", "aggregate"} <= pages["second_stage"].keys()
+    assert {"mse_sampled", "variance_lost", "gamma2", "active_units", "aggregate"} <= pages[
+        "second_stage"
+    ].keys()
     assert evaluation.value("MSE", "REC") == pages["reconstruction"]["mse"]
     assert evaluation.value("NLL (30 samples)", "model") < -evaluation.value("ELBO", "model")
     assert all(m.protocol.real == 20 for m in evaluation.measurements)
@@ -475,10 +549,20 @@ def test_evaluation_covers_both_stages(finished):
 
 
 def test_test_images_are_compared_with_each_kind_of_image(finished):
-    run, test, pixels = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None]), make_extractor("pixels")
+    run, test, pixels = (
+        load(finished, device="cpu"),
+        torch.from_numpy(IMAGES[:40, None]),
+        make_extractor("pixels"),
+    )
     evaluation = run.evaluate(test, extractor="pixels", seed=3)
-    produced = {"REC": run.reconstruct(test.float() / 255), "GEN-1": run.sample(40, prior="normal", seed=3)}
-    produced |= {"GEN-2": run.sample(40, prior="second-stage", seed=3), "GEN-mixture": run.sample(40, prior="mixture", seed=3)}
+    produced = {
+        "REC": run.reconstruct(test.float() / 255),
+        "GEN-1": run.sample(40, prior="normal", seed=3),
+    }
+    produced |= {
+        "GEN-2": run.sample(40, prior="second-stage", seed=3),
+        "GEN-mixture": run.sample(40, prior="mixture", seed=3),
+    }
     for label, images in produced.items():
         expected = frechet_distance(pixels(test), pixels(to_bytes(images)))
         assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
@@ -487,28 +571,43 @@ def test_test_images_are_compared_with_each_kind_of_image(finished):
 
 
 def test_a_protocol_says_how_images_are_made_and_how_many(finished):
-    run, test, pixels = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None]), make_extractor("pixels")
+    run, test, pixels = (
+        load(finished, device="cpu"),
+        torch.from_numpy(IMAGES[:40, None]),
+        make_extractor("pixels"),
+    )
     sampled = Generation(reconstruct_from="sample", second_stage_noise=False)
     protocol = Protocol("mine", real=30, generated=25, generation=sampled)
     evaluation = run.evaluate(test, protocol=protocol, extractor="pixels")
-    restored, drawn = run.reconstruct(test[:25], generation=sampled), run.sample(25, generation=sampled)
+    restored, drawn = (
+        run.reconstruct(test[:25], generation=sampled),
+        run.sample(25, generation=sampled),
+    )
     for label, images in {"REC": restored, "GEN-2": drawn}.items():
         expected = frechet_distance(pixels(test[:30]), pixels(to_bytes(images)))
         assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
     assert not torch.equal(restored, run.reconstruct(test[:25]))
 
 
-@pytest.mark.parametrize("trained_on, wanted", [(None, None), (None, 40), (40, None), (40, 40), (40, 60)])
-def test_images_are_as_the_protocol_says_whatever_the_run_was_trained_on(trained_on, wanted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "trained_on, wanted", [(None, None), (None, 40), (40, None), (40, 40), (40, 60)]
+)
+def test_images_are_as_the_protocol_says_whatever_the_run_was_trained_on(
+    trained_on, wanted, tmp_path, monkeypatch
+):
     np.save(tmp_path / "images.npy", IMAGES)
-    recipe = replace(TINY, data=Data(str(tmp_path / "images.npy"), jpeg_quality=trained_on), second=None)
+    recipe = replace(
+        TINY, data=Data(str(tmp_path / "images.npy"), jpeg_quality=trained_on), second=None
+    )
     run = train(tmp_path / "images.npy", recipe=recipe, out=tmp_path / "run", options=QUIET)
     raw = torch.from_numpy(datasets.load(tmp_path / "images.npy").test[:])
     expected = raw if wanted is None else jpeg_round_trip(raw, wanted)
     protocol = replace(PROTOCOLS["default"], jpeg=wanted)
     evaluation = run.evaluate(protocol=protocol, extractor="pixels")
     pixels, restored = make_extractor("pixels"), run.reconstruct(expected)
-    assert evaluation.distance("REC") == pytest.approx(frechet_distance(pixels(expected), pixels(to_bytes(restored))), rel=1e-9)
+    assert evaluation.distance("REC") == pytest.approx(
+        frechet_distance(pixels(expected), pixels(to_bytes(restored))), rel=1e-9
+    )
     error = (restored - expected / 255).double().square().mean()
     assert evaluation.value("MSE", "REC") == pytest.approx(float(error), rel=1e-5)
     assert {m.protocol.jpeg for m in evaluation.measurements} == {wanted}
@@ -520,7 +619,10 @@ def test_images_are_as_the_protocol_says_whatever_the_run_was_trained_on(trained
 def test_errors_are_of_the_images_that_the_protocol_describes(finished):
     run, test = load(finished, device="cpu"), torch.from_numpy(IMAGES[:40, None])
     for name in ("default", "released-celeba"):
-        evaluation, generation = run.evaluate(test, protocol=name, extractor="none"), PROTOCOLS[name].generation
+        evaluation, generation = (
+            run.evaluate(test, protocol=name, extractor="none"),
+            PROTOCOLS[name].generation,
+        )
         restored = run.reconstruct(test, generation=generation)
         error = float((restored - test / 255).double().square().mean())
         assert evaluation.value("MSE", "REC") == pytest.approx(error, rel=1e-5)
@@ -536,20 +638,29 @@ def test_what_the_recipe_says_of_generation_is_in_the_hash(finished, copy):
     config = json.loads((copy / "config.json").read_text())
     config["recipe"]["generation"] |= {"second_stage_noise": False}
     (copy / "config.json").write_text(json.dumps(config))
-    plain, other = (load(folder, device="cpu").evaluate(IMAGES[:40, None], extractor="pixels") for folder in (finished, copy))
+    plain, other = (
+        load(folder, device="cpu").evaluate(IMAGES[:40, None], extractor="pixels")
+        for folder in (finished, copy)
+    )
     assert plain.distance("GEN-2") != other.distance("GEN-2")
     assert plain.measurements[-1].protocol.hash != other.measurements[-1].protocol.hash
 
 
 def test_figures_of_the_model_are_of_as_many_images_as_the_protocol_says(finished):
     run, protocol = load(finished, device="cpu"), replace(PROTOCOLS["default"], real=30)
-    part, whole = (run.evaluate(IMAGES[:count, None], protocol=protocol, extractor="none") for count in (30, 50))
+    part, whole = (
+        run.evaluate(IMAGES[:count, None], protocol=protocol, extractor="none")
+        for count in (30, 50)
+    )
     assert [m.value for m in part.measurements] == [m.value for m in whole.measurements]
 
 
 def test_arrays_are_evaluated_as_they_are_trained_on(finished):
     run = load(finished, device="cpu")
-    flat, hwc, chw = (run.evaluate(x, extractor="none") for x in (IMAGES[:20], IMAGES[:20, ..., None], IMAGES[:20, None]))
+    flat, hwc, chw = (
+        run.evaluate(x, extractor="none")
+        for x in (IMAGES[:20], IMAGES[:20, ..., None], IMAGES[:20, None])
+    )
     assert flat.measurements == hwc.measurements == chw.measurements
 
 
@@ -558,7 +669,9 @@ def test_an_unfinished_run_is_evaluated_without_what_needs_its_codes(tmp_path, m
     with pytest.raises(Killed):
         tiny(tmp_path / "run")
     monkeypatch.undo()
-    evaluation = load(tmp_path / "run", device="cpu").evaluate(IMAGES[:40, None], extractor="pixels")
+    evaluation = load(tmp_path / "run", device="cpu").evaluate(
+        IMAGES[:40, None], extractor="pixels"
+    )
     assert {m.of for m in evaluation.measurements} == {"REC", "GEN-1", "model"}
     assert any("not finished" in note for note in evaluation.notes)
 
@@ -567,18 +680,38 @@ def test_mapped_images_are_not_read_whole(finished, tmp_path):
     np.save(tmp_path / "many.npy", IMAGES[:, None])
     rows = datasets.Rows(np.load(tmp_path / "many.npy", mmap_mode="r"), np.arange(40))
     run = load(finished, device="cpu")
-    assert run.evaluate(rows, extractor="none").measurements == run.evaluate(IMAGES[:40, None], extractor="none").measurements
+    assert (
+        run.evaluate(rows, extractor="none").measurements
+        == run.evaluate(IMAGES[:40, None], extractor="none").measurements
+    )
     assert run._checked(rows) is rows
 
 
 def test_the_training_images_are_the_reference_where_the_protocol_says_so(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
-    run = train(tmp_path / "images.npy", recipe=replace(TINY, second=None), out=tmp_path / "run", options=QUIET)
-    counts = {name: run.evaluate(protocol=name, extractor="pixels").measurements[-1].protocol for name in PROTOCOLS}
-    assert (counts["50k-train"].real, counts["default"].real, counts["50k-train"].generated) == (81, 9, 81)
+    run = train(
+        tmp_path / "images.npy",
+        recipe=replace(TINY, second=None),
+        out=tmp_path / "run",
+        options=QUIET,
+    )
+    counts = {
+        name: run.evaluate(protocol=name, extractor="pixels").measurements[-1].protocol
+        for name in PROTOCOLS
+    }
+    assert (counts["50k-train"].real, counts["default"].real, counts["50k-train"].generated) == (
+        81,
+        9,
+        81,
+    )
 
 
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboard")
-    train(IMAGES, recipe=replace(TINY, second=None), out=tmp_path / "run", options=replace(QUIET, tensorboard=True))
+    train(
+        IMAGES,
+        recipe=replace(TINY, second=None),
+        out=tmp_path / "run",
+        options=replace(QUIET, tensorboard=True),
+    )
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))

@@ -5,10 +5,21 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from poise.errors import InputError
-from poise.protocols import PROTOCOLS, Measurement, Protocol, find_protocol, model_protocol, protocols_json, show, table
+from poise.protocols import (
+    PROTOCOLS,
+    Measurement,
+    Protocol,
+    find_protocol,
+    model_protocol,
+    protocols_json,
+    show,
+    table,
+)
 from poise.recipes.settings import Generation
 
-COMPLETE = Protocol("mine", real=100, generated=100, extractor="pixels", extractor_checksum="ab" * 32, resize="none")
+COMPLETE = Protocol(
+    "mine", real=100, generated=100, extractor="pixels", extractor_checksum="ab" * 32, resize="none"
+)
 OTHER = {
     "reference": "train",
     "real": 99,
@@ -30,7 +41,9 @@ OTHER = {
 }
 
 
-def measurement(metric: str = "FID", of: str = "REC", protocol: Protocol = COMPLETE, value: float = 1.5) -> Measurement:
+def measurement(
+    metric: str = "FID", of: str = "REC", protocol: Protocol = COMPLETE, value: float = 1.5
+) -> Measurement:
     return Measurement(metric, of, value, protocol)
 
 
@@ -60,7 +73,12 @@ def test_the_hashes_of_named_protocols_are_those_of_every_earlier_version():
 
 def test_named_protocols_differ_where_the_literature_does():
     default, released = PROTOCOLS["default"], PROTOCOLS["released"]
-    assert (default.reference, default.real, default.pixels, default.stretch) == ("test", 10_000, "8-bit", False)
+    assert (default.reference, default.real, default.pixels, default.stretch) == (
+        "test",
+        10_000,
+        "8-bit",
+        False,
+    )
     assert (released.real, released.pixels, released.jpeg) == (9_984, "float", 75)
     assert released.generation is not None and released.generation.reconstruct_from == "sample"
     assert PROTOCOLS["dai-wipf"] == replace(default, name="dai-wipf", stretch=True)
@@ -68,7 +86,9 @@ def test_named_protocols_differ_where_the_literature_does():
     assert all(protocol.name == name for name, protocol in PROTOCOLS.items())
 
 
-@pytest.mark.parametrize("missing", [{"real": None}, {"generated": None}, {"extractor_checksum": ""}])
+@pytest.mark.parametrize(
+    "missing", [{"real": None}, {"generated": None}, {"extractor_checksum": ""}]
+)
 def test_a_measurement_needs_a_complete_protocol(missing):
     with pytest.raises(InputError, match="FID of REC needs a complete protocol"):
         measurement(protocol=replace(COMPLETE, **missing))
@@ -82,7 +102,12 @@ def test_a_measurement_needs_a_protocol(unchecked):
 
 
 def test_figures_of_the_model_need_no_extractor():
-    assert measurement("MSE", protocol=model_protocol(replace(PROTOCOLS["default"], real=180))).protocol.real == 180
+    assert (
+        measurement(
+            "MSE", protocol=model_protocol(replace(PROTOCOLS["default"], real=180))
+        ).protocol.real
+        == 180
+    )
 
 
 def test_json_names_the_protocol_by_its_hash():
@@ -102,14 +127,20 @@ def test_a_table_does_not_mix_protocols_silently():
     with pytest.raises(InputError, match="FID measured under several protocols"):
         table(mixed)
     rows = table(mixed, mixed=True)
-    assert rows[0][1] == "protocol, images" and [row[1] for row in rows[1:]] == [COMPLETE.hash, stretched.hash]
+    assert rows[0][1] == "protocol, images" and [row[1] for row in rows[1:]] == [
+        COMPLETE.hash,
+        stretched.hash,
+    ]
 
 
 def test_a_table_does_not_mix_real_images_silently():
     mixed = [replace(measurement(), data="one"), replace(measurement(), data="another")]
     with pytest.raises(InputError, match="against other real images"):
         table(mixed)
-    assert [row[1] for row in table(mixed, mixed=True)[1:]] == [f"{COMPLETE.hash} one", f"{COMPLETE.hash} another"]
+    assert [row[1] for row in table(mixed, mixed=True)[1:]] == [
+        f"{COMPLETE.hash} one",
+        f"{COMPLETE.hash} another",
+    ]
 
 
 def test_small_numbers_keep_their_digits():
@@ -122,7 +153,9 @@ def test_a_table_does_not_drop_a_number():
 
 
 def test_a_name_that_is_none_is_answered_with_those_that_are():
-    with pytest.raises(InputError, match=r"no protocol 'relesed': there are default, .*did you mean released\?"):
+    with pytest.raises(
+        InputError, match=r"no protocol 'relesed': there are default, .*did you mean released\?"
+    ):
         find_protocol("relesed")
     assert find_protocol(COMPLETE) is COMPLETE
 

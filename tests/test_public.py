@@ -14,7 +14,11 @@ from poise.recipes import RECIPES
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage, from_json, to_json
 from poise.runs.build import first_stage, second_stage
 
-SUBMODULES = [name for _, name, _ in pkgutil.walk_packages(poise.__path__, "poise.") if name != "poise.__main__"]
+SUBMODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(poise.__path__, "poise.")
+    if name != "poise.__main__"
+]
 
 
 def test_all_is_what_can_be_had():
@@ -92,7 +96,12 @@ def test_recipes_survive_json_and_build(name):
     assert to_json(restored) == to_json(recipe)
     for stage in filter(None, (recipe.first, recipe.second)):
         poise.balance.make_balance(stage.balance, image_size=64, latent_dim=64)
-    shape = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "fashion-mnist": [1, 28, 28], "cifar10": [3, 32, 32]}
+    shape = {
+        "digits": [1, 8, 8],
+        "mnist": [1, 28, 28],
+        "fashion-mnist": [1, 28, 28],
+        "cifar10": [3, 32, 32],
+    }
     first_stage(recipe, shape.get(recipe.data.source, [3, 64, 64]))
 
 
@@ -104,8 +113,13 @@ def test_released_recipes_have_the_released_sizes():
     assert parameters(first_stage(cifar, [3, 32, 32])) == 5_190_467
     assert parameters(first_stage(celeba, [3, 64, 64])) == 19_321_667
     assert parameters(second_stage(cifar)) == 17_457_344
-    assert cifar.first.total_steps(50_000) == 350_000 and cifar.second.total_steps(50_000) == 700_000
-    assert 113_800 < celeba.first.total_steps(162_770) < 114_000 and 227_700 < celeba.second.total_steps(162_770) < 228_000
+    assert (
+        cifar.first.total_steps(50_000) == 350_000 and cifar.second.total_steps(50_000) == 700_000
+    )
+    assert (
+        113_800 < celeba.first.total_steps(162_770) < 114_000
+        and 227_700 < celeba.second.total_steps(162_770) < 228_000
+    )
     assert cifar.first.learning_rate_at(249 * 500, 50_000) == 1e-4
     assert cifar.first.learning_rate_at(250 * 500, 50_000) == 5e-5
 
@@ -117,7 +131,10 @@ def test_released_recipes_have_the_released_sizes():
         (lambda: Stage(epochs=1, batch_size=1), "batch_size"),
         (lambda: Stage(steps=1, learning_rate=-1.0), "learning_rate"),
         (lambda: Stage(steps=1, ema_decay=1.0), "ema_decay"),
-        (lambda: Stage(steps=1, precision="bf16"), "precision must be one of float32, ieee, bfloat16"),
+        (
+            lambda: Stage(steps=1, precision="bf16"),
+            "precision must be one of float32, ieee, bfloat16",
+        ),
         (lambda: Generation(renormalise="allways"), "renormalise"),
         (lambda: Network("resnett"), "kind"),
         (lambda: Data("x", channels=2), "channels"),

@@ -27,10 +27,28 @@ from poise.report.records import read_record, read_records
 from poise.studies.comparison import table
 from poise.studies.results import write_result
 
-QUICK = {"epochs": 2, "second_epochs": 1, "batch_size": 100, "options": poise.Options(device="cpu", quiet=True)}
-SECTIONS = ["summary", "samples", "training", "latents", "diagnosis", "numbers", "settings", "data", "protocols", "versions"]
+QUICK = {
+    "epochs": 2,
+    "second_epochs": 1,
+    "batch_size": 100,
+    "options": poise.Options(device="cpu", quiet=True),
+}
+SECTIONS = [
+    "summary",
+    "samples",
+    "training",
+    "latents",
+    "diagnosis",
+    "numbers",
+    "settings",
+    "data",
+    "protocols",
+    "versions",
+]
 HOSTILE = "<img src=x onerror=alert(1)>&\"'</script>"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     for label, seed in (("computed", 0), ("computed", 1), ("fixed-beta=4", 0)):
         balance = label.replace("-", ":")
-        run = poise.train("digits", out=folder / f"{label}-{seed}", balance=balance, seed=seed, **QUICK)
+        run = poise.train(
+            "digits", out=folder / f"{label}-{seed}", balance=balance, seed=seed, **QUICK
+        )
     evaluation = poise.load(folder / "computed-0").evaluate(extractor="pixels")
     (folder / "computed-0" / "evaluation.json").write_text(json.dumps(evaluation.to_json()))
     assert run.finished
@@ -75,7 +95,9 @@ def words(path: Path) -> str:
 
 
 def values(path: Path) -> dict:
-    found = re.search(r'<script type="application/json" id="values">(.*?)</script>', body(path), re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="values">(.*?)</script>', body(path), re.DOTALL
+    )
     assert found is not None
     return json.loads(found[1])
 
@@ -83,7 +105,9 @@ def values(path: Path) -> dict:
 def cells(path: Path) -> dict[str, list[str]]:
     """Rows of all tables by their first cell; of several the first."""
     rows = re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', body(path))
-    return {html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in reversed(rows)}
+    return {
+        html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in reversed(rows)
+    }
 
 
 def test_a_page_loads_nothing(page):
@@ -91,12 +115,18 @@ def test_a_page_loads_nothing(page):
     assert "default-src 'none'" in content
     loaded = re.findall(r'(?:src|srcset|href|data|action)="([^"]*)"', content)
     assert loaded and all(target.startswith(("data:", "#")) for target in loaded)
-    assert not re.search(r"@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|<iframe|<object", content)
+    assert not re.search(
+        r"@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|<iframe|<object", content
+    )
 
 
 def test_a_page_has_every_section_and_a_link_to_it(page, compared):
     assert re.findall(r'<section id="(\w+)"', body(page)) == SECTIONS
-    assert re.findall(r'<section id="(\w+)"', body(compared)) == [SECTIONS[0], "comparison", *SECTIONS[1:]]
+    assert re.findall(r'<section id="(\w+)"', body(compared)) == [
+        SECTIONS[0],
+        "comparison",
+        *SECTIONS[1:],
+    ]
     assert all(f'href="#{name}"' in body(compared) for name in [*SECTIONS, "comparison"])
 
 
@@ -109,7 +139,10 @@ def test_every_picture_has_an_alternative_text(page):
 def test_numbers_are_those_of_the_summary(page, runs):
     summary = json.loads((runs / "computed-0" / "summary.json").read_text())
     stage1, rows = summary["reconstruction"], cells(page)
-    for name, value in (("MSE (per dimension)", stage1["mse"]), ("gamma2 (decoder variance)", stage1["gamma2"])):
+    for name, value in (
+        ("MSE (per dimension)", stage1["mse"]),
+        ("gamma2 (decoder variance)", stage1["gamma2"]),
+    ):
         assert rows[name] == [f"{value:.5f}"]
     assert rows["KL (nats per image)"] == [f"{stage1['kl_nats']:.2f}"]
     figures = {figure["id"]: figure for figure in values(page)["figures"]}
@@ -122,8 +155,12 @@ def test_numbers_are_those_of_the_summary(page, runs):
 def test_measurements_stand_with_their_protocols(page, runs):
     evaluation = json.loads((runs / "computed-0" / "evaluation.json").read_text())
     content = words(page)
-    assert len(evaluation["protocols"]) > 1 and all(code in content for code in evaluation["protocols"])
-    distance = next(m for m in evaluation["measurements"] if m["metric"] == "FD-pixels" and m["of"] == "GEN-2")
+    assert len(evaluation["protocols"]) > 1 and all(
+        code in content for code in evaluation["protocols"]
+    )
+    distance = next(
+        m for m in evaluation["measurements"] if m["metric"] == "FD-pixels" and m["of"] == "GEN-2"
+    )
     assert f"GEN-2 {distance['value']:.4g}" in content
 
 
@@ -146,19 +183,31 @@ def test_what_users_wrote_is_never_markup(runs, tmp_path):
 
 def test_labels_of_a_comparison_are_folders_without_their_seeds(runs):
     records = read_records([runs])
-    assert [(record.label, record.seed) for record in records] == [("computed", 0), ("computed", 1), ("fixed-beta=4", 0)]
+    assert [(record.label, record.seed) for record in records] == [
+        ("computed", 0),
+        ("computed", 1),
+        ("fixed-beta=4", 0),
+    ]
 
 
 def test_a_run_given_twice_is_shown_once_and_equal_names_are_told_apart(runs, changed, tmp_path):
     assert len(read_records([runs, runs / "computed-0"])) == 3
     again = shutil.copytree(changed, tmp_path / "other" / changed.name)
-    assert {record.label for record in read_records([changed, again])} == {f"{tmp_path.name}/run", "other/run"}
+    assert {record.label for record in read_records([changed, again])} == {
+        f"{tmp_path.name}/run",
+        "other/run",
+    }
 
 
 def test_the_comparison_is_that_of_poise_compare(compared, runs):
     results = results_of(read_records([runs]))
-    assert cells(compared)["test MSE (per dimension)"] == table(results)[2][1:] and table(results)[1][1:] == ["2", "1"]
-    errors = [json.loads((runs / f"computed-{k}" / "summary.json").read_text())["reconstruction"]["mse"] for k in (0, 1)]
+    assert cells(compared)["test MSE (per dimension)"] == table(results)[2][1:] and table(results)[
+        1
+    ][1:] == ["2", "1"]
+    errors = [
+        json.loads((runs / f"computed-{k}" / "summary.json").read_text())["reconstruction"]["mse"]
+        for k in (0, 1)
+    ]
     assert float(table(results)[2][1].split(" ± ")[0]) == pytest.approx(np.mean(errors), rel=1e-3)
 
 
@@ -168,18 +217,25 @@ def test_labels_and_numbers_are_those_that_a_comparison_wrote(changed, tmp_path)
     (folder / "evaluation.json").unlink()
     (record,) = read_records([folder.parent])
     assert record.evaluation is None and record.label == "fixed-beta=4"
-    write_result(replace(results_of([record])[0], label="fixed:beta=4", evaluation=evaluation), folder.parent / "results")
+    write_result(
+        replace(results_of([record])[0], label="fixed:beta=4", evaluation=evaluation),
+        folder.parent / "results",
+    )
     (record,) = read_records([folder.parent])
     assert record.evaluation == evaluation and record.label == "fixed:beta=4"
 
 
-def test_results_alone_make_a_page_with_the_numbers_and_curves_of_their_runs(compared, runs, tmp_path):
+def test_results_alone_make_a_page_with_the_numbers_and_curves_of_their_runs(
+    compared, runs, tmp_path
+):
     records = read_records([runs])
     for result in results_of(records):
         write_result(result, tmp_path / "results")
     shown = write_report([tmp_path], tmp_path / "alone.html")
     assert cells(shown)["test MSE (per dimension)"] == cells(compared)["test MSE (per dimension)"]
-    assert "Only the result of this run is here" in words(shown) and "data:image/png" not in body(shown)
+    assert "Only the result of this run is here" in words(shown) and "data:image/png" not in body(
+        shown
+    )
     drawn, expected = values(shown), values(compared)
     missing = {f"stage{k}-beta" for k in (1, 2)}  # its loss is not in a result
     assert {f["id"] for f in drawn["figures"]} == {f["id"] for f in expected["figures"]} - missing
@@ -195,10 +251,18 @@ def test_results_of_several_experiments_are_told_apart_in_every_table(runs, tmp_
         for found in results_of(read_records([runs]))[:2]:
             page = found.evaluation["reconstruction"] | {"mse": mse}
             write_result(
-                replace(found, experiment=experiment, evaluation=found.evaluation | {"reconstruction": page}), tmp_path
+                replace(
+                    found,
+                    experiment=experiment,
+                    evaluation=found.evaluation | {"reconstruction": page},
+                ),
+                tmp_path,
             )
     rows = {row[0]: row[1:] for row in table(results_of(read_records([tmp_path])))}
-    assert rows["seeds"] == ["2", "2"] and rows["test MSE (per dimension)"] == ["0.2500 ± 0.0000", "0.7500 ± 0.0000"]
+    assert rows["seeds"] == ["2", "2"] and rows["test MSE (per dimension)"] == [
+        "0.2500 ± 0.0000",
+        "0.7500 ± 0.0000",
+    ]
 
 
 def test_a_result_counts_once_and_of_two_that_contradict_each_other_none(runs, tmp_path):
@@ -217,7 +281,9 @@ def test_of_a_run_that_is_gone_its_comparison_still_has_the_result(changed, tmp_
     folder = Path(shutil.move(changed, tmp_path / "compared" / "computed-0"))
     (found,) = results_of(read_records([folder]))
     for label, seed in (("computed", 0), ("computed", 1), ("another", 0)):
-        write_result(replace(found, experiment="it", label=label, seed=seed), folder.parent / "results")
+        write_result(
+            replace(found, experiment="it", label=label, seed=seed), folder.parent / "results"
+        )
     described = {"name": "it", "labels": {"computed": {}}, "results": "results"}
     (folder.parent / "experiment.json").write_text(json.dumps(described))
     assert [(r.label, r.seed, r.alone) for r in read_records([folder.parent])] == [
@@ -228,7 +294,11 @@ def test_of_a_run_that_is_gone_its_comparison_still_has_the_result(changed, tmp_
 
 def entry(step: int, **more: float) -> dict[str, float]:
     terms = {"loss": 7.0, "reconstruction_nats": 3.0, "kl_nats": 1.0, "mse": 0.5, "gamma2": 1.0}
-    return {"stage": 1, "step": step, "images_seen": step * 10, "images_per_second": 5.0} | terms | more
+    return (
+        {"stage": 1, "step": step, "images_seen": step * 10, "images_per_second": 5.0}
+        | terms
+        | more
+    )
 
 
 def test_time_is_that_of_training_whatever_lay_between():
@@ -262,13 +332,17 @@ def test_each_original_lies_above_its_reconstruction():
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
     rows = [pixels[:, top : top + 64, :64] for top in (0, 66, 132, 198)]
-    for tile, image in zip(rows, (originals[0], restored[0], originals[2], restored[2]), strict=True):
+    for tile, image in zip(
+        rows, (originals[0], restored[0], originals[2], restored[2]), strict=True
+    ):
         assert torch.allclose(tile, image, atol=0.6 / 255)
 
 
 def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
     """Dark images come first, as in a folder sorted by name or date."""
-    values = np.linspace(0, 255, 400).astype(np.uint8)[:, None, None] + np.zeros((1, 8, 8), np.uint8)
+    values = np.linspace(0, 255, 400).astype(np.uint8)[:, None, None] + np.zeros(
+        (1, 8, 8), np.uint8
+    )
     values[:, 0, 0] = np.arange(400) % 256  # no two are the same
     run = poise.train(values, out=tmp_path / "run", network="mlp", latent_dim=2, **QUICK)
     dataset = run.dataset()
@@ -298,7 +372,12 @@ def test_a_phone_shows_the_second_column_of_a_comparison(compared, tmp_path):
     frame.write_text(probe)
     shutil.copy(compared, tmp_path / "compared.html")
     flags = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=20000 --dump-dom"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
+    command = [
+        str(CHROMIUM),
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        frame.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     edges = [int(edge) for edge in re.search(r"<title>([\d ]*)</title>", done.stdout)[1].split()]
     assert len(edges) >= 3 and max(edges) <= 360, edges
@@ -308,7 +387,10 @@ def test_a_phone_shows_the_second_column_of_a_comparison(compared, tmp_path):
     "gone, sentences",
     [
         (["evaluation.json", "metrics.jsonl"], ["poise evaluate", "No curves: there is no log"]),
-        (["checkpoints", "summary.json", "codes"], ["Training is not finished", "The model cannot be loaded"]),
+        (
+            ["checkpoints", "summary.json", "codes"],
+            ["Training is not finished", "The model cannot be loaded"],
+        ),
     ],
     ids=["not evaluated, no log", "killed"],
 )
@@ -331,7 +413,9 @@ def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):
     settings = QUICK | {"epochs": 1, "second_epochs": None, "batch_size": 20}
     poise.train(images, out=tmp_path / "run", network="mlp", latent_dim=3, stages=1, **settings)
     content = words(write_report([tmp_path / "run"], tmp_path / "report.html"))
-    assert "they were an array, which a run does not keep" in content and "one stage only" in content
+    assert (
+        "they were an array, which a run does not keep" in content and "one stage only" in content
+    )
     assert "as drawn at the end of training" in content and "GEN-1: prior N(0, I)" in content
 
 
@@ -340,7 +424,10 @@ def test_a_deterministic_rival_has_no_kl(tmp_path):
     out = write_report([run.folder], tmp_path / "report.html")
     assert "deterministic, without a KL" in words(out) and "objective autoencoder" in words(out)
     drawn = {figure["id"] for figure in values(out)["figures"]}
-    assert not {"stage1-kl", "stage1-beta", "latents1-kl"} & drawn and {"stage2-kl", "latents1-spectrum"} <= drawn
+    assert (
+        not {"stage1-kl", "stage1-beta", "latents1-kl"} & drawn
+        and {"stage2-kl", "latents1-spectrum"} <= drawn
+    )
 
 
 def test_wrong_paths_are_said_in_one_line(tmp_path, runs):
@@ -362,12 +449,21 @@ def test_wrong_paths_are_said_in_one_line(tmp_path, runs):
         write_report([])
 
 
-def test_the_command_takes_several_folders_and_writes_where_it_says(runs, tmp_path, capsys, monkeypatch):
+def test_the_command_takes_several_folders_and_writes_where_it_says(
+    runs, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page_module, "_exhibits", lambda records, device, quiet: [Exhibit(record) for record in records])
+    monkeypatch.setattr(
+        page_module,
+        "_exhibits",
+        lambda records, device, quiet: [Exhibit(record) for record in records],
+    )
     cli.parse(["report", str(runs / "computed-0"), str(runs / "fixed-beta=4-0")]).run()
     assert capsys.readouterr().out == "report: report.html\n"
-    assert all(f'data-label="{label}"' in body(tmp_path / "report.html") for label in ("computed", "fixed-beta=4"))
+    assert all(
+        f'data-label="{label}"' in body(tmp_path / "report.html")
+        for label in ("computed", "fixed-beta=4")
+    )
 
 
 def test_the_plotting_library_is_imported_by_a_report_alone(run_python):
@@ -378,11 +474,20 @@ def test_the_plotting_library_is_imported_by_a_report_alone(run_python):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_draws_every_plot_without_a_complaint(compared, tmp_path):
     still = "--no-first-run --disable-background-networking"
-    flags = f"--headless --no-sandbox --disable-gpu {still} --disable-component-update --disable-sync"
-    further = ["--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags = (
+        f"--headless --no-sandbox --disable-gpu {still} --disable-component-update --disable-sync"
+    )
+    further = [
+        "--virtual-time-budget=20000",
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command = [str(CHROMIUM), *flags.split(), *further, "--dump-dom", compared.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
+    complaints = [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line
+    ]
     assert not complaints, complaints
     places = re.findall(r'<div class="plot[^"]*" id="([\w-]+)"', done.stdout)
     drawn = done.stdout.count('class="main-svg"') / 3  # plotly lays three over each other, or two

@@ -28,11 +28,19 @@ TINY = Recipe(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[poise.Run, poise.Evaluation, Result]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[poise.Run, poise.Evaluation, Result]:
     folder = tmp_path_factory.mktemp("results") / "run"
     run = train(IMAGES, recipe=TINY, out=folder, options=Options(device="cpu", quiet=True))
     evaluation = run.evaluate(IMAGES[:20, None], extractor="pixels")
-    return run, evaluation, result_of(run, evaluation, experiment="trial", label="fixed:beta=4", seconds={"evaluation": 1.5})
+    return (
+        run,
+        evaluation,
+        result_of(
+            run, evaluation, experiment="trial", label="fixed:beta=4", seconds={"evaluation": 1.5}
+        ),
+    )
 
 
 def test_a_result_says_what_its_evaluation_and_the_runs_files_say(finished):
@@ -42,8 +50,15 @@ def test_a_result_says_what_its_evaluation_and_the_runs_files_say(finished):
     assert result.value("latents.active_units") == evaluation.pages["latents"]["active_units"]
     assert result.value("reconstruction.gamma2") == pytest.approx(float(run.first.balance.gamma2))
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert result.seconds == {"training": summary["seconds"], "evaluation": 1.5} and result.value("seconds.evaluation") == 1.5
-    assert result.seed == 7 and result.distance_names == ("FD-pixels",) and result.data["checksum"] == run.data["checksum"]
+    assert (
+        result.seconds == {"training": summary["seconds"], "evaluation": 1.5}
+        and result.value("seconds.evaluation") == 1.5
+    )
+    assert (
+        result.seed == 7
+        and result.distance_names == ("FD-pixels",)
+        and result.data["checksum"] == run.data["checksum"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +79,9 @@ def test_a_number_that_is_not_there_is_refused(finished, names, message):
 
 def test_a_result_comes_back_as_it_was_and_its_file_is_strict_json(finished, tmp_path):
     result = finished[2]
-    undefined = replace(result, evaluation=result.evaluation | {"latents": {"variance_law_active": math.nan}})
+    undefined = replace(
+        result, evaluation=result.evaluation | {"latents": {"variance_law_active": math.nan}}
+    )
     path = write_result(undefined, tmp_path)
     assert path.name == "trial-fixed-beta=4-7.json"
     json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -76,7 +93,13 @@ def test_a_result_comes_back_as_it_was_and_its_file_is_strict_json(finished, tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "cannot be read as JSON"), ("{}", "not a result"), (None, "no such file"), ("[]", "not a")]
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("{}", "not a result"),
+        (None, "no such file"),
+        ("[]", "not a"),
+    ],
 )
 def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "it.json"
@@ -103,17 +126,30 @@ def log_of(path: Path, seen: np.ndarray, rate: np.ndarray, mse: np.ndarray) -> P
 
 def test_a_curve_keeps_the_mean_over_all_images_and_the_time_that_the_rates_say(tmp_path):
     draws = np.random.default_rng(1)
-    images, rate, mse = draws.integers(50, 90, 403), draws.uniform(10, 1000, 403), draws.uniform(0, 1, 403)
+    images, rate, mse = (
+        draws.integers(50, 90, 403),
+        draws.uniform(10, 1000, 403),
+        draws.uniform(0, 1, 403),
+    )
     curve = curves(log_of(tmp_path / "metrics.jsonl", images.cumsum(), rate, mse))["1"]
     assert {len(values) for values in curve.values()} == {100}
     assert curve["images_seen"][-1] == images.sum()
     assert curve["seconds"][-1] == pytest.approx((images / rate).sum(), rel=1e-5)
     weights = np.diff(curve["images_seen"], prepend=0)
-    assert np.average(curve["mse"], weights=weights) == pytest.approx(np.average(mse, weights=images), rel=1e-5)
+    assert np.average(curve["mse"], weights=weights) == pytest.approx(
+        np.average(mse, weights=images), rel=1e-5
+    )
 
 
 def test_a_short_curve_is_the_log_itself(tmp_path):
-    curve = curves(log_of(tmp_path / "metrics.jsonl", np.array([10, 30]), np.array([5.0, 10.0]), np.array([0.5, 0.25])))["1"]
+    curve = curves(
+        log_of(
+            tmp_path / "metrics.jsonl",
+            np.array([10, 30]),
+            np.array([5.0, 10.0]),
+            np.array([0.5, 0.25]),
+        )
+    )["1"]
     assert curve == {
         "images_seen": [10, 30],
         "seconds": [2.0, 4.0],
@@ -137,9 +173,20 @@ def test_names_of_files_keep_labels_apart_and_hold_nothing_strange():
     assert len(set(names)) == len(names) and not set("".join(names)) & set(':/\\ *?"<>|')
 
 
-def test_the_commit_is_that_of_the_clone_with_a_mark_if_the_source_was_changed(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_clone_with_a_mark_if_the_source_was_changed(
+    tmp_path, monkeypatch
+):
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=n",
+            "-c",
+            "user.email=e",
+            *arguments,
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def commit() -> str | None:

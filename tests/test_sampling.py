@@ -50,12 +50,22 @@ def test_noise_is_standard_normal_and_independent_between_images_and_seeds():
 
 def test_noise_of_an_image_is_what_its_generator_gives():
     for dims in (3, 16, 33):
-        rows = [torch.randn(dims, generator=generator("image", 7, number)) for number in range(-2, 5)]
+        rows = [
+            torch.randn(dims, generator=generator("image", 7, number)) for number in range(-2, 5)
+        ]
         assert torch.equal(noise_per_image(7, dims, seed=7, first=-2), torch.stack(rows))
 
 
 def test_seeds_differ_by_every_part_and_are_stable():
-    assert len({derive(*parts) for parts in [(1, 2), (2, 1), (12,), ("1", 2, 0), ("order", 0, 1), ("noise", 0, 1)]}) == 6
+    assert (
+        len(
+            {
+                derive(*parts)
+                for parts in [(1, 2), (2, 1), (12,), ("1", 2, 0), ("order", 0, 1), ("noise", 0, 1)]
+            }
+        )
+        == 6
+    )
     assert generator("a", 1).initial_seed() == derive("a", 1)
 
 
@@ -63,12 +73,16 @@ def test_the_mixture_draws_from_what_scikit_learn_fitted():
     posterior = codes()
     prior = fit_mixture(posterior, components=2)
     latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator("mixture", 0)))
-    fitted = GaussianMixture(2, random_state=derive("mixture", 0) % 2**32).fit(latents.double().numpy())
+    fitted = GaussianMixture(2, random_state=derive("mixture", 0) % 2**32).fit(
+        latents.double().numpy()
+    )
     drawn = prior.latents(noise_per_image(20_000, prior.noise_dims, seed=3))
     expected_mean = fitted.weights_ @ fitted.means_
     np.testing.assert_allclose(drawn.mean(0), expected_mean, atol=0.03)
     centred = fitted.means_ - expected_mean
-    expected_cov = np.einsum("k,kij->ij", fitted.weights_, fitted.covariances_ + centred[:, :, None] * centred[:, None])
+    expected_cov = np.einsum(
+        "k,kij->ij", fitted.weights_, fitted.covariances_ + centred[:, :, None] * centred[:, None]
+    )
     np.testing.assert_allclose(np.cov(drawn.T.numpy()), expected_cov, atol=0.03)
     assert abs(float((drawn[:, 0] > 0).float().mean()) - 0.5) < 0.02
 
@@ -76,9 +90,13 @@ def test_the_mixture_draws_from_what_scikit_learn_fitted():
 @pytest.mark.parametrize(("dims", "components"), [(1, 4), (3, 1), (8, 5)])
 def test_expectation_maximisation_is_scikit_learns(dims, components):
     draws = np.random.default_rng(dims)
-    values = draws.normal(size=(1500, dims)) @ draws.normal(size=(dims, dims)) + 3 * draws.integers(0, 3, (1500, 1))
+    values = draws.normal(size=(1500, dims)) @ draws.normal(size=(dims, dims)) + 3 * draws.integers(
+        0, 3, (1500, 1)
+    )
     fitted = GaussianMixture(components, random_state=7).fit(values)
-    weights, means, factors = expectation_maximisation(torch.from_numpy(values), components, 7, torch.device("cpu"))
+    weights, means, factors = expectation_maximisation(
+        torch.from_numpy(values), components, 7, torch.device("cpu")
+    )
     np.testing.assert_allclose(weights, fitted.weights_, rtol=1e-5)
     np.testing.assert_allclose(means, fitted.means_, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(factors @ factors.mT, fitted.covariances_, rtol=1e-4, atol=1e-4)
@@ -89,12 +107,16 @@ def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch)
     monkeypatch.setattr("poise.priors.MOST_CODES", 2_000)
     mean = torch.linspace(-1, 1, 20_000)[:, None]
     prior = fit_mixture(DiagonalGaussian(mean, torch.full_like(mean, -20.0)), components=1)
-    assert float(prior.means) == pytest.approx(0, abs=4 * (3 * 2_000) ** -0.5)  # four standard errors
+    assert float(prior.means) == pytest.approx(
+        0, abs=4 * (3 * 2_000) ** -0.5
+    )  # four standard errors
     assert float(prior.factors) == pytest.approx(3**-0.5, rel=0.05)
 
 
 def test_mixture_components_are_chosen_by_weight():
-    prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3]), torch.tensor([[0.0], [10.0], [20.0]]), torch.zeros(3, 1, 1))
+    prior = MixturePrior(
+        torch.tensor([0.2, 0.5, 0.3]), torch.tensor([[0.0], [10.0], [20.0]]), torch.zeros(3, 1, 1)
+    )
     drawn = prior.latents(noise_per_image(20_000, 2, seed=0)).squeeze()
     shares = [(drawn == value).float().mean() for value in (0, 10, 20)]
     np.testing.assert_allclose(shares, [0.2, 0.5, 0.3], atol=0.01)

@@ -37,7 +37,9 @@ SHARED = Recipe(
     name="shared",
     data=Data("array"),
     network=Network("resnet", latent_dim=3, second_hidden=8),
-    first=Stage(epochs=3, batch_size=21, learning_rate=1e-3, ema_decay=0.9),  # 81 images: 3 steps; shares of 10 and 11
+    first=Stage(
+        epochs=3, batch_size=21, learning_rate=1e-3, ema_decay=0.9
+    ),  # 81 images: 3 steps; shares of 10 and 11
     second=Stage(epochs=2, batch_size=20, learning_rate=1e-3, balance="learned"),  # 4 steps
 )
 NORM_SHARES = (2, 5)
@@ -73,7 +75,9 @@ def network(seed: int = 0) -> poise.VAE:
 
 def run(out: Path, vae: poise.VAE | None = None, **changes: Any) -> poise.Run:
     options = Options(device="cpu", quiet=True, save_seconds=0.0)
-    return train(IMAGES, recipe=replace(SHARED, **changes), vae=vae or network(), out=out, options=options)
+    return train(
+        IMAGES, recipe=replace(SHARED, **changes), vae=vae or network(), out=out, options=options
+    )
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -117,20 +121,31 @@ def norm_outcome(layer: nn.Module, rows: slice) -> list[torch.Tensor]:
     layer = layer if rows == slice(None) else GlobalBatchNorm.of(layer)
     outcome = []
     for _ in range(2):
-        values, weight = (torch.randn(shape, generator=source, dtype=torch.float64)[rows] for _ in range(2))
+        values, weight = (
+            torch.randn(shape, generator=source, dtype=torch.float64)[rows] for _ in range(2)
+        )
         output = layer(values.requires_grad_())
         (output * weight).square().sum().backward()
         outcome += [output.detach(), values.grad]
     return [*outcome, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()]
 
 
-LAYERS = {"plain": lambda: nn.BatchNorm1d(3), "images": lambda: nn.BatchNorm2d(3, momentum=None, affine=False)}
+LAYERS = {
+    "plain": lambda: nn.BatchNorm1d(3),
+    "images": lambda: nn.BatchNorm2d(3, momentum=None, affine=False),
+}
 
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each process does, in a clean interpreter without checks."""
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": WORLD,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in place.items()})
     runs, seen = Path(folder), {}
     trained = run(runs / "whole", network(seed=rank))
@@ -141,7 +156,9 @@ def work(rank: int, port: int, folder: str) -> None:
     broken = network()
     broken.decoder = Exploding(broken.decoder, after=5) if rank == 1 else broken.decoder
     seen["nonfinite"] = error_of(lambda: run(runs / "nonfinite", broken))
-    seen["few"] = error_of(lambda: run(runs / "few", second=None, first=Stage(steps=1, batch_size=2)))
+    seen["few"] = error_of(
+        lambda: run(runs / "few", second=None, first=Stage(steps=1, batch_size=2))
+    )
     with poise.training.distributed.processes(torch.device("cpu")):
         start = sum(NORM_SHARES[:rank])
         rows = slice(start, start + NORM_SHARES[rank])
@@ -183,9 +200,13 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 def test_two_processes_equal_one(folder, tmp_path):
     one = run(tmp_path / "one")
-    torch.testing.assert_close(weights(folder / "whole"), weights(tmp_path / "one"), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        weights(folder / "whole"), weights(tmp_path / "one"), rtol=1e-6, atol=1e-7
+    )
     for entry, expected in zip(curve(folder / "whole"), curve(tmp_path / "one"), strict=True):
-        assert entry | {"images_per_second": 0} == pytest.approx(expected | {"images_per_second": 0}, rel=1e-5)
+        assert entry | {"images_per_second": 0} == pytest.approx(
+            expected | {"images_per_second": 0}, rel=1e-5
+        )
     codes = poise.load(folder / "whole", vae=network(), device="cpu").codes
     torch.testing.assert_close(codes.mean, one.codes.mean, rtol=1e-5, atol=1e-6)
 
@@ -193,7 +214,9 @@ def test_two_processes_equal_one(folder, tmp_path):
 def test_processes_stop_together_whichever_was_asked_and_go_on_bit_identically(folder, seen):
     for rank in seen:
         expected = ["step 6 of stage 1", "step 5 of stage 2"]
-        assert [text.split(",")[0] for text in rank["stops"]] == [f"Interrupted: stopped at {place}" for place in expected]
+        assert [text.split(",")[0] for text in rank["stops"]] == [
+            f"Interrupted: stopped at {place}" for place in expected
+        ]
     again, whole = weights(folder / "interrupted"), weights(folder / "whole")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     steps = [(entry["stage"], entry["step"]) for entry in curve(folder / "interrupted")]
@@ -202,7 +225,9 @@ def test_processes_stop_together_whichever_was_asked_and_go_on_bit_identically(f
 
 def test_every_process_returns_the_run(folder, seen):
     assert torch.equal(seen[0]["sample"], seen[1]["sample"])
-    assert torch.equal(seen[0]["sample"], poise.load(folder / "whole", vae=network(), device="cpu").sample(3))
+    assert torch.equal(
+        seen[0]["sample"], poise.load(folder / "whole", vae=network(), device="cpu").sample(3)
+    )
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_weights_change(folder, seen):
@@ -214,7 +239,10 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_weights_chang
 
 def test_an_error_of_one_process_reaches_all(seen):
     for rank in seen:
-        assert "processes 1 were started with settings or images other than process 0's" in rank["disagree"]
+        assert (
+            "processes 1 were started with settings or images other than process 0's"
+            in rank["disagree"]
+        )
         assert "seed: 0 -> 5" in rank["occupied"]
         assert rank["few"] == "no error"
 
@@ -227,13 +255,24 @@ def test_a_process_that_dies_brings_the_others_down(seen):
 def torchrun(out: Path) -> subprocess.Popen[str]:
     """`poise train digits` in two processes, once it has begun to learn."""
     options = ["--epochs", "300", "--stages", "1", "--device", "cpu", "--out", str(out)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(WORLD),
+    ]
     path = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [*launch, "-m", "poise", "train", "digits", *options]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     written = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
-    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(curve(out)) > written):
+    while process.poll() is None and not (
+        (out / "metrics.jsonl").exists() and len(curve(out)) > written
+    ):
         time.sleep(0.1)
     return process
 
@@ -245,7 +284,9 @@ def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path):
     _, complaints = process.communicate(timeout=60)
     stopped = re.search(r"poise: stopped at step (\d+) of stage 1, and saved", complaints)
     assert process.returncode != 0 and stopped is not None, complaints
-    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [int(stopped[1])]
+    assert [
+        int(path.name) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    ] == [int(stopped[1])]
     process = torchrun(tmp_path / "run")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
@@ -260,7 +301,9 @@ def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path):
 def test_batch_norm_over_processes_equals_batch_norm(name, seen):
     whole = norm_outcome(LAYERS[name](), slice(None))
     first, second = (rank["norms"][name] for rank in seen)
-    torch.testing.assert_close([torch.cat(pair) for pair in zip(first[:4], second[:4], strict=True)], whole[:4])
+    torch.testing.assert_close(
+        [torch.cat(pair) for pair in zip(first[:4], second[:4], strict=True)], whole[:4]
+    )
     shared = len(list(LAYERS[name]().parameters()))
     summed = [a + b for a, b in zip(first[4 : 4 + shared], second[4 : 4 + shared], strict=True)]
     torch.testing.assert_close(summed, whole[4 : 4 + shared])

@@ -36,28 +36,40 @@ HALF_A_MINUTE = Timing((Pace(3.0, 0.5), Pace(1.0, 0.25)), 2.0)
 
 def final_rates(recipe: Recipe, num_images: int) -> list[float]:
     stages = timing.stages_of(recipe)
-    return [stage.learning_rate_at(stage.total_steps(num_images) - 1, num_images) for stage in stages]
+    return [
+        stage.learning_rate_at(stage.total_steps(num_images) - 1, num_images) for stage in stages
+    ]
 
 
 # Lengths
 
 
 @given(
-    st.lists(st.floats(0, 60), min_size=3, max_size=3), st.floats(1e-3, 5), st.floats(1e-3, 5), st.sampled_from(sorted(RECIPES))
+    st.lists(st.floats(0, 60), min_size=3, max_size=3),
+    st.floats(1e-3, 5),
+    st.floats(1e-3, 5),
+    st.sampled_from(sorted(RECIPES)),
 )
 def test_lengths_take_the_whole_budget_and_no_more(once, first, second, name):
     recipe, num_images, budget = replace(RECIPES[name], minutes=60), 5_000, 3600
     measured = Timing((Pace(once[0], first), Pace(once[1], second)), once[2])
     chosen = fitted(recipe, measured, num_images, budget)
     times = measured.seconds(chosen, num_images)
-    assert budget - sum(pace.step for pace in measured.stages) - 1e-6 <= sum(times) + measured.rest <= budget + 1e-6
+    assert (
+        budget - sum(pace.step for pace in measured.stages) - 1e-6
+        <= sum(times) + measured.rest
+        <= budget + 1e-6
+    )
     training_times = [time - pace.start for time, pace in zip(times, measured.stages, strict=True)]
     assert training_times[1] + measured.stages[1].step >= 0.1 * sum(training_times) - 1e-6
     assert final_rates(chosen, num_images) == pytest.approx(final_rates(recipe, num_images))
 
 
 def test_a_second_stage_that_takes_longest_in_its_recipe_does_so_in_a_budget():
-    recipe, measured = replace(RECIPES["digits"], minutes=2), Timing((Pace(0, 1e-2), Pace(0, 1e-2)), 0.0)
+    recipe, measured = (
+        replace(RECIPES["digits"], minutes=2),
+        Timing((Pace(0, 1e-2), Pace(0, 1e-2)), 0.0),
+    )
     first, second = measured.seconds(fitted(recipe, measured, 1_600, 100), 1_600)
     assert second / first == pytest.approx(400 * 50 / (100 * 32), rel=1e-2)
 
@@ -75,13 +87,16 @@ def test_a_budget_that_is_too_short_names_one_that_is_not():
 
 
 def test_statistics_of_a_short_run_settle_within_it():
-    short, long = (fitted(replace(TINY, minutes=1), HALF_A_MINUTE, 81, seconds) for seconds in (60, 6_000))
+    short, long = (
+        fitted(replace(TINY, minutes=1), HALF_A_MINUTE, 81, seconds) for seconds in (60, 6_000)
+    )
     assert short.network.norm_decay ** (short.first.steps or 0) < 1e-3
     assert long.network.norm_decay == TINY.network.norm_decay
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "second"), [("digits", 1_000, 4_000), ("digits", 5, 20), ("images", 8, 25), ("cifar10", 7, 14)]
+    ("name", "epochs", "second"),
+    [("digits", 1_000, 4_000), ("digits", 5, 20), ("images", 8, 25), ("cifar10", 7, 14)],
 )
 def test_epochs_keep_the_proportions_of_a_recipe(name, epochs, second):
     recipe = RECIPES[name]
@@ -121,18 +136,28 @@ class Killed(BaseException):
 
 def paced(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
     """The machine has this pace, and only `fitted` looks at a clock."""
-    monkeypatch.setattr(timing, "measure", lambda *_, **__: Timing((Pace(0.0, pace), Pace(0.0, pace)), 0.0))
-    monkeypatch.setattr(timing, "fitted", lambda recipe, measured, n, left: fitted(recipe, measured, n, 60 * recipe.minutes))
+    monkeypatch.setattr(
+        timing, "measure", lambda *_, **__: Timing((Pace(0.0, pace), Pace(0.0, pace)), 0.0)
+    )
+    monkeypatch.setattr(
+        timing,
+        "fitted",
+        lambda recipe, measured, n, left: fitted(recipe, measured, n, 60 * recipe.minutes),
+    )
 
 
 @pytest.mark.parametrize("step", [0, 1, 30, 57])
-def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace(step, tmp_path, monkeypatch):
+def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace(
+    step, tmp_path, monkeypatch
+):
     def budgeted(out: Path) -> poise.Run:
         return train(IMAGES, recipe=TINY, out=out, options=QUIET, minutes=1)
 
     paced(monkeypatch, 1.0)
     undisturbed = budgeted(tmp_path / "undisturbed")
-    assert sum(stage.steps or 0 for stage in timing.stages_of(undisturbed.recipe)) == pytest.approx(60, abs=2)
+    assert sum(stage.steps or 0 for stage in timing.stages_of(undisturbed.recipe)) == pytest.approx(
+        60, abs=2
+    )
     taken, real = iter(range(step)), training.loop.training_step
 
     def mortal(*arguments):
@@ -146,7 +171,9 @@ def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace
     paced(monkeypatch, 0.5)
     assert budgeted(tmp_path / "run").recipe == undisturbed.recipe
     again, expected = weights(tmp_path / "run"), weights(tmp_path / "undisturbed")
-    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
+    assert again.keys() == expected.keys() and all(
+        torch.equal(again[name], expected[name]) for name in again
+    )
 
 
 def test_another_budget_is_another_run(tmp_path, monkeypatch):
@@ -163,7 +190,10 @@ def test_a_budget_is_measured_and_told_with_its_lengths(tmp_path, monkeypatch, c
     steps = [stage.steps for stage in timing.stages_of(run.recipe)]
     assert run.recipe.minutes == 0.1 and min(steps) >= 10
     told = capsys.readouterr().err
-    assert "0.1 minutes on cpu" in told and f"{steps[0]:,} + {steps[1]:,} steps take about 0:01 h here" in told
+    assert (
+        "0.1 minutes on cpu" in told
+        and f"{steps[0]:,} + {steps[1]:,} steps take about 0:01 h here" in told
+    )
 
 
 def test_what_was_tried_leaves_no_trace(tmp_path, capsys):
@@ -172,19 +202,28 @@ def test_what_was_tried_leaves_no_trace(tmp_path, capsys):
     assert "16 + 12 steps take about 0:01 h here" in capsys.readouterr().err
     quiet, told = weights(tmp_path / "quiet"), weights(tmp_path / "told")
     assert all(torch.equal(told[name], quiet[name]) for name in quiet)
-    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("quiet", "told")]
+    names = [
+        sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("quiet", "told")
+    ]
     assert names[0] == names[1]
 
 
 # Threads
 
 
-@pytest.mark.parametrize(("times", "chosen"), [({1: 1.0, 2: 0.95}, 1), ({1: 1.0, 2: 0.6}, 2), ({1: 1.0, 2: 4.0}, 1)])
+@pytest.mark.parametrize(
+    ("times", "chosen"), [({1: 1.0, 2: 0.95}, 1), ({1: 1.0, 2: 0.6}, 2), ({1: 1.0, 2: 4.0}, 1)]
+)
 def test_the_number_of_threads_is_the_least_that_is_clearly_fastest(times, chosen, monkeypatch):
     monkeypatch.setattr(
-        timing, "measure_pace", lambda state, data, stage, number, seed, engine, count, s: Pace(0, times[count])
+        timing,
+        "measure_pace",
+        lambda state, data, stage, number, seed, engine, count, s: Pace(0, times[count]),
     )
-    vae, data = poise.VAE(*poise.networks.mlp((1, 8, 8), 3)), ImageBatches(IMAGES[:, None], torch.device("cpu"))
+    vae, data = (
+        poise.VAE(*poise.networks.mlp((1, 8, 8), 3)),
+        ImageBatches(IMAGES[:, None], torch.device("cpu")),
+    )
     assert timing.choose_threads([1, 2], vae, poise.ComputedBalance(), TINY, data) == chosen
 
 
@@ -206,7 +245,12 @@ def test_a_run_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch):
 
 def test_a_clock_does_not_count_the_first_step(monkeypatch):
     """A machine on which the first step takes 10 seconds and each other one 2."""
-    state = new_state(poise.VAE(*poise.networks.mlp((1, 8, 8), 3)), poise.ComputedBalance(), TINY.first, torch.device("cpu"))
+    state = new_state(
+        poise.VAE(*poise.networks.mlp((1, 8, 8), 3)),
+        poise.ComputedBalance(),
+        TINY.first,
+        torch.device("cpu"),
+    )
     time, real = [0.0], training.loop.training_step
 
     def step(*arguments):
@@ -216,7 +260,14 @@ def test_a_clock_does_not_count_the_first_step(monkeypatch):
     monkeypatch.setattr(training.loop, "training_step", step)
     monkeypatch.setattr(timing.time, "monotonic", lambda: time[0])
     clock, data = timing.Clock(state, 5.0), ImageBatches(IMAGES[:, None], torch.device("cpu"))
-    fit(state, data, Stage(steps=100, batch_size=20), number=1, seed=0, watch=Watch(stop=clock, quiet=True))
+    fit(
+        state,
+        data,
+        Stage(steps=100, batch_size=20),
+        number=1,
+        seed=0,
+        watch=Watch(stop=clock, quiet=True),
+    )
     assert state.step == 4 and clock.pace() == Pace(start=8.0, step=2.0)
 
 

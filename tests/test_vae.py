@@ -71,7 +71,9 @@ def test_the_noise_decides_the_sample(vae):
     images, noise = torch.rand(5, 1, 4, 4), torch.randn(5, 3)
     given, posterior = vae(images, noise)
     torch.testing.assert_close(given, vae(images, noise)[0], rtol=0, atol=0)
-    torch.testing.assert_close(given, vae.decode(posterior.mean + (posterior.logvar / 2).exp() * noise))
+    torch.testing.assert_close(
+        given, vae.decode(posterior.mean + (posterior.logvar / 2).exp() * noise)
+    )
     assert not torch.equal(vae(images)[0], vae(images)[0])
     torch.manual_seed(3)
     drawn = vae(images)[0]

@@ -23,9 +23,16 @@ def test_images_are_written_as_grid_array_or_files(tmp_path):
     write_images(IMAGES.split(10), tmp_path / "array.npz", 25)
     write_images(IMAGES.split(10), tmp_path / "folder", 25, first=7)
     stored = np.load(tmp_path / "array.npz")["images"]
-    np.testing.assert_array_equal(stored, np.round(255 * IMAGES.permute(0, 2, 3, 1).numpy()).astype(np.uint8))
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [f"{k:06d}.png" for k in range(7, 32)]
-    with Image.open(tmp_path / "folder" / "000029.png") as picture, Image.open(tmp_path / "grid.png") as grid:
+    np.testing.assert_array_equal(
+        stored, np.round(255 * IMAGES.permute(0, 2, 3, 1).numpy()).astype(np.uint8)
+    )
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
+        f"{k:06d}.png" for k in range(7, 32)
+    ]
+    with (
+        Image.open(tmp_path / "folder" / "000029.png") as picture,
+        Image.open(tmp_path / "grid.png") as grid,
+    ):
         np.testing.assert_array_equal(np.asarray(picture), stored[22])
         assert grid.width > 20 * grid.height
 
@@ -55,7 +62,10 @@ def test_few_parts_are_held_at_a_time(out, tmp_path):
 
 
 @pytest.mark.parametrize("out", ["array.npz", "folder"])
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), InputError("NaN"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), InputError("NaN"), KeyboardInterrupt()],
+)
 def test_what_fails_half_way_leaves_nothing_half_done(out, failure, tmp_path):
     def drawn():
         yield IMAGES[:10]
@@ -65,7 +75,9 @@ def test_what_fails_half_way_leaves_nothing_half_done(out, failure, tmp_path):
     with pytest.raises(expected):
         write_images(drawn(), tmp_path / out, 25)
     if out == "folder":
-        assert sorted(path.name for path in (tmp_path / out).iterdir()) == [f"{k:06d}.png" for k in range(10)]
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == [
+            f"{k:06d}.png" for k in range(10)
+        ]
     else:
         assert not list(tmp_path.iterdir())
 
@@ -81,13 +93,21 @@ def test_a_file_that_was_there_stays_where_writing_fails(tmp_path):
 def test_an_archive_is_sound_and_not_compressed(tmp_path):
     write_images(IMAGES.split(10), tmp_path / "array.npz", 25)
     with zipfile.ZipFile(tmp_path / "array.npz") as archive:
-        assert archive.testzip() is None and archive.getinfo("images.npy").compress_type == zipfile.ZIP_STORED
+        assert (
+            archive.testzip() is None
+            and archive.getinfo("images.npy").compress_type == zipfile.ZIP_STORED
+        )
 
 
 @pytest.mark.parametrize("name", ["codes.npz", "codes.safetensors"])
 def test_codes_are_written_by_name(name, tmp_path):
-    parts = [DiagonalGaussian(mean, logvar) for mean, logvar in zip(CODES.mean.split(10), CODES.logvar.split(10), strict=True)]
+    parts = [
+        DiagonalGaussian(mean, logvar)
+        for mean, logvar in zip(CODES.mean.split(10), CODES.logvar.split(10), strict=True)
+    ]
     write_codes(parts, tmp_path / name, 25)
-    stored = load_file(tmp_path / name) if name.endswith("safetensors") else np.load(tmp_path / name)
+    stored = (
+        load_file(tmp_path / name) if name.endswith("safetensors") else np.load(tmp_path / name)
+    )
     for key in ("mean", "logvar"):
         np.testing.assert_array_equal(np.asarray(stored[key]), getattr(CODES, key))

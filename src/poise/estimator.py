@@ -36,7 +36,16 @@ from poise.priors import NormalPrior, Prior, SecondStagePrior, fit_mixture
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.seeds import derive, generator, noise_per_image, seeded
-from poise.training import Batches, CodeBatches, TrainingState, VectorBatches, Watch, denormals_as_zero, fit, new_state
+from poise.training import (
+    Batches,
+    CodeBatches,
+    TrainingState,
+    VectorBatches,
+    Watch,
+    denormals_as_zero,
+    fit,
+    new_state,
+)
 from poise.training.machine import choose_device
 from poise.vae import VAE
 
@@ -135,7 +144,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             RunError: the loss is not finite.
         """
         self._check_parameters()
-        vars(self).pop("vae_", None)  # if this fails, there is no model rather than half of an old one
+        vars(self).pop(
+            "vae_", None
+        )  # if this fails, there is no model rather than half of an old one
         table: np.ndarray = _validated(self, X, ensure_min_samples=2)
         self.mean_, self.scale_ = table.mean(0, dtype=np.float64), _scale(table)
         self.history_: list[dict[str, float]] = []
@@ -150,20 +161,39 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _check_parameters(self) -> None:
         if self.prior not in PRIORS:
             raise InputError(f"prior must be one of {', '.join(PRIORS)}, not {self.prior!r}")
-        least = {"latent_dim": 1, "steps": 1, "second_steps": 1, "batch_size": 2, "importance_samples": 1}
+        least = {
+            "latent_dim": 1,
+            "steps": 1,
+            "second_steps": 1,
+            "batch_size": 2,
+            "importance_samples": 1,
+        }
         for name, bound in least.items():
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < bound:
-                raise InputError(f"{name} must be a whole number of at least {bound}, not {value!r}")
+                raise InputError(
+                    f"{name} must be a whole number of at least {bound}, not {value!r}"
+                )
         widths = self.hidden if isinstance(self.hidden, (list, tuple)) else None
-        if widths is None or not all(isinstance(width, Integral) and width >= 1 for width in widths):
-            raise InputError(f"hidden must be a tuple of widths of at least 1, as (256, 256), not {self.hidden!r}")
+        if widths is None or not all(
+            isinstance(width, Integral) and width >= 1 for width in widths
+        ):
+            raise InputError(
+                f"hidden must be a tuple of widths of at least 1, as (256, 256), not {self.hidden!r}"
+            )
         if not isinstance(self.learning_rate, Real) or not self.learning_rate > 0:
             raise InputError(f"learning_rate must be greater than 0, not {self.learning_rate!r}")
         if not isinstance(self.validation_fraction, Real) or not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}")
-        if not isinstance(self.balance, str) or make_balance(self.balance, latent_dim=self.latent_dim).power != 2:
-            raise InputError(f"balance must be the name of one with a squared error, not {self.balance!r}")
+            raise InputError(
+                f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}"
+            )
+        if (
+            not isinstance(self.balance, str)
+            or make_balance(self.balance, latent_dim=self.latent_dim).power != 2
+        ):
+            raise InputError(
+                f"balance must be the name of one with a squared error, not {self.balance!r}"
+            )
 
     def _train(self, rows: Tensor, seed: int) -> None:
         """Stage 1, and of the prior what is learned."""
@@ -176,16 +206,30 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
             warnings.warn(text, UserWarning, stacklevel=3)  # where `fit` was called
         with seeded(derive("weights", seed, 1)):
-            encoder, decoder = networks.mlp(rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear")
-        stage = Stage(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, balance=self.balance)
+            encoder, decoder = networks.mlp(
+                rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear"
+            )
+        stage = Stage(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            balance=self.balance,
+        )
         data = VectorBatches(rows[kept], choose_device(self.device))
         state = self._fitted(1, stage, VAE(Bounded(encoder), decoder), data, rows[held_out], seed)
         prior = self._fit_prior(state.vae, rows, (held_out, kept), seed)
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
-        self.balance_, self.n_iter_, self.n_latents_, self.prior_ = state.balance, state.step, self.latent_dim, prior
+        self.balance_, self.n_iter_, self.n_latents_, self.prior_ = (
+            state.balance,
+            state.step,
+            self.latent_dim,
+            prior,
+        )
         self.vae_ = state.vae
 
-    def _fitted(self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int) -> TrainingState:
+    def _fitted(
+        self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int
+    ) -> TrainingState:
         """What was best for the rows held out, on the CPU."""
         balance = make_balance(stage.balance, latent_dim=self.latent_dim)
         state = new_state(vae, balance, stage, choose_device(self.device))
@@ -202,11 +246,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             return NormalPrior(self.latent_dim)
         codes = encode_all(vae, rows)
         if self.prior == "mixture":
-            return fit_mixture(codes, components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))), seed=seed)
+            return fit_mixture(
+                codes,
+                components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
+                seed=seed,
+            )
         held_out, kept = split
         with seeded(derive("weights", seed, 2)):
             second = VAE(*networks.second_stage(self.latent_dim, max(self.hidden, default=256)))
-        stage = Stage(steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        stage = Stage(
+            steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate
+        )
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
         latents = codes.sample(noise_per_image(len(rows), self.latent_dim, derive("codes", seed)))
         state = self._fitted(2, stage, second, data, latents[held_out], seed)
@@ -233,12 +283,19 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         check_is_fitted(self)
         latents: np.ndarray = check_array(X, dtype=DTYPES)
         if latents.shape[1] != self.n_latents_:
-            raise InputError(f"X has {latents.shape[1]} columns, but the model {self.n_latents_} latents")
+            raise InputError(
+                f"X has {latents.shape[1]} columns, but the model {self.n_latents_} latents"
+            )
         with torch.no_grad():
-            rows = [self.vae_.decode(part) for part in torch.tensor(latents, dtype=torch.float32).split(CHUNK)]
+            rows = [
+                self.vae_.decode(part)
+                for part in torch.tensor(latents, dtype=torch.float32).split(CHUNK)
+            ]
         return self._unscaled(torch.cat(rows)).astype(latents.dtype)
 
-    def sample(self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None) -> np.ndarray:
+    def sample(
+        self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None
+    ) -> np.ndarray:
         """New rows, (n_samples, features).
 
         Args:
@@ -255,7 +312,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         seed = _seed(self.random_state if random_state is None else random_state)
         rows = sample(self.vae_, self.prior_, n_samples, seed=seed)
         if noise:
-            rows = rows + float(self.balance_.gamma2) ** 0.5 * noise_per_image(*rows.shape, derive("rows", seed))
+            rows = rows + float(self.balance_.gamma2) ** 0.5 * noise_per_image(
+                *rows.shape, derive("rows", seed)
+            )
         return self._unscaled(rows)
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -273,7 +332,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _log_density(self, row: Tensor) -> float:
         """Its noise is a function of the row, so that its value is one whatever other rows stand beside it."""
         seed = derive("row", row.numpy().tobytes().hex())
-        nll, _ = nll_per_image(self.vae_, self.balance_, row[None], samples=self.importance_samples, seed=seed)
+        nll, _ = nll_per_image(
+            self.vae_, self.balance_, row[None], samples=self.importance_samples, seed=seed
+        )
         return -float(nll)
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -345,7 +406,11 @@ class Best:
         state.vae.train()
         assert elbo is not None
         if elbo > max(self.elbos, default=-math.inf):
-            self.kept = (state.step, copy.deepcopy(state.vae.state_dict()), copy.deepcopy(state.balance.state_dict()))
+            self.kept = (
+                state.step,
+                copy.deepcopy(state.vae.state_dict()),
+                copy.deepcopy(state.balance.state_dict()),
+            )
         self.elbos.append(elbo)
 
     def restore(self) -> None:
@@ -362,7 +427,8 @@ class Best:
         rise = max(self.elbos[-PATIENCE:], default=0.0) - max(self.elbos[:-PATIENCE], default=0.0)
         if self.state.step == self.steps and len(self.elbos) > PATIENCE and rise > RISING_NATS:
             text = (
-                f"the ELBO of rows held out rose by {rise:.2f} nats in the last fifth of {self.steps} steps: give more of them"
+                f"the ELBO of rows held out rose by {rise:.2f} nats in the last fifth of "
+                f"{self.steps} steps: give more of them"
             )
             warnings.warn(text, ConvergenceWarning, stacklevel=6)  # where `fit` was called
 
@@ -383,7 +449,9 @@ def _scale(table: np.ndarray) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         scale = math.sqrt(table.var(0, dtype=np.float64).mean())
     if not math.isfinite(scale):
-        raise InputError("the table's values are too large to be squared: scale them first (StandardScaler)")
+        raise InputError(
+            "the table's values are too large to be squared: scale them first (StandardScaler)"
+        )
     return scale if scale > 1e-12 * float(np.abs(table).max()) else 1.0
 
 

@@ -93,7 +93,9 @@ class Evaluation:
             sets = ", ".join(dict.fromkeys(m.of for m in self.measurements))
             known = ", ".join(dict.fromkeys(m.metric for m in self.measurements))
             problem = "measured of several: say of which" if found else "not measured"
-            raise InputError(f"{metric} of {of or 'what'} is {problem}; there are {known}, of {sets}")
+            raise InputError(
+                f"{metric} of {of or 'what'} is {problem}; there are {known}, of {sets}"
+            )
         return found[0].value
 
     def distance(self, of: str | None = None) -> float:
@@ -102,13 +104,20 @@ class Evaluation:
         Raises:
             InputError: see `value`.
         """
-        names = [m.metric for m in self.measurements if m.metric.startswith(("FID", "FD-")) and "infinity" not in m.metric]
+        names = [
+            m.metric
+            for m in self.measurements
+            if m.metric.startswith(("FID", "FD-")) and "infinity" not in m.metric
+        ]
         return self.value(names[0] if names else "FID", of)
 
     def __str__(self) -> str:
         rows = self.table()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__  # the pages alone fill a screen
@@ -169,21 +178,34 @@ def evaluate(
     """
     for source in (real, generated):
         if isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file():
-            raise InputError(f"{source} is a run: poise evaluate {source} measures it, or write its samples to a folder")
+            raise InputError(
+                f"{source} is a run: poise evaluate {source} measures it, or write its samples to a folder"
+            )
     wanted = with_count(find_protocol(protocol), count)
     split: Literal["train", "test"] = "train" if wanted.reference == "train" else "test"
-    (originals, side), (others, _) = (find_images(source, size=size, side=split) for source in (real, generated))
+    (originals, side), (others, _) = (
+        find_images(source, size=size, side=split) for source in (real, generated)
+    )
     conditions, network, notes = choose_extractor(wanted, extractor, choose_device(device))
     if network is None:
-        raise InputError(notes[0] if notes else "two sets can only be compared by an extractor: leave out extractor none")
+        raise InputError(
+            notes[0]
+            if notes
+            else "two sets can only be compared by an extractor: leave out extractor none"
+        )
     conditions = replace(conditions, reference=side, generation=None)
-    originals, others = head(originals, conditions.real or len(originals)), head(others, count or len(others))
+    originals, others = (
+        head(originals, conditions.real or len(originals)),
+        head(others, count or len(others)),
+    )
     if conditions.jpeg is not None:
         originals = through_jpeg(originals, conditions.jpeg)
     produced = Produced("generated", lambda count: chunks_of(others, count), len(others))
     check_sides(originals, others)
     measured = compare(originals, [produced], conditions, network, infinity=infinity, quiet=quiet)
-    return Evaluation(tuple(measured), {}, (*notes, *oddities(originals, others), *remarks(measured, infinity)))
+    return Evaluation(
+        tuple(measured), {}, (*notes, *oddities(originals, others), *remarks(measured, infinity))
+    )
 
 
 def oddities(real: Any, others: Any) -> Iterator[str]:
@@ -191,7 +213,9 @@ def oddities(real: Any, others: Any) -> Iterator[str]:
     if real.shape[1] != others.shape[1]:
         yield "one set is grey and the other in colour: grey images were taken as colour images of three equal channels"
     if real.shape == others.shape:
-        first, second = (content_checksum(chunks_of(images, len(images))) for images in (real, others))
+        first, second = (
+            content_checksum(chunks_of(images, len(images))) for images in (real, others)
+        )
         if first == second:
             yield "the two sets are the same images"
 
@@ -200,9 +224,13 @@ def check_sides(real: Any, others: Any) -> None:
     """Raises InputError for sets of differing sides, or of one image."""
     if real.shape[2:] != others.shape[2:]:
         sides = f"{'x'.join(map(str, real.shape[2:]))} and {'x'.join(map(str, others.shape[2:]))} pixels"
-        raise InputError(f"images of {sides} cannot be compared fairly: bring both to one size with --size (size=)")
+        raise InputError(
+            f"images of {sides} cannot be compared fairly: bring both to one size with --size (size=)"
+        )
     if min(len(real), len(others)) < 2:
-        raise InputError(f"{len(real)} and {len(others)} images cannot be compared: at least 2 are needed on each side")
+        raise InputError(
+            f"{len(real)} and {len(others)} images cannot be compared: at least 2 are needed on each side"
+        )
 
 
 def choose_extractor(
@@ -215,10 +243,16 @@ def choose_extractor(
         spec: "auto", "none", or see `features.make_extractor`; or what that made.
         device: where it runs.
     """
-    network, notes = _at_hand(protocol.extractor, device) if spec == AUTO else (_named(spec, device), ())
+    network, notes = (
+        _at_hand(protocol.extractor, device) if spec == AUTO else (_named(spec, device), ())
+    )
     if network is None:
         return replace(protocol, extractor=NO_EXTRACTOR), None, notes
-    known = {"extractor": network.name, "extractor_checksum": network.checksum, "resize": network.resize}
+    known = {
+        "extractor": network.name,
+        "extractor_checksum": network.checksum,
+        "resize": network.resize,
+    }
     return replace(protocol, **known), network, notes
 
 
@@ -239,7 +273,9 @@ def _at_hand(wanted: str, device: torch.device) -> tuple[Extractor | None, tuple
     try:
         light = make_extractor("light", device)
     except MissingExtraError:
-        return None, (f'no FID: Inception is not at hand; {how}; offline, pip install "poise[light]" gives FD-light',)
+        return None, (
+            f'no FID: Inception is not at hand; {how}; offline, pip install "poise[light]" gives FD-light',
+        )
     return light, (f"Inception is not at hand: compared by FD-light, which is not FID; {how}",)
 
 
@@ -264,14 +300,19 @@ def compare(
     """
     protocol = replace(protocol, real=len(real), side=real.shape[-1])
     checksum = content_checksum(_compared(real, protocol))
-    features = cached_features(extractor, _compared(real, protocol), checksum, total=len(real), title="real", quiet=quiet)
+    features = cached_features(
+        extractor, _compared(real, protocol), checksum, total=len(real), title="real", quiet=quiet
+    )
     place = _metrics_device(extractor.device)
     reference = Reference(features.to(place), protocol)
 
     def measure(item: Produced, features: Features, conditions: Protocol) -> list[Measurement]:
         found = distances(reference, features.to(place), conditions, extractor, infinity=infinity)
         common = {"data": checksum[:12], "seed": item.seed, "device": _where(extractor)}
-        return [Measurement(metric, item.label, value, conditions, spread=spread, **common) for metric, value, spread in found]
+        return [
+            Measurement(metric, item.label, value, conditions, spread=spread, **common)
+            for metric, value, spread in found
+        ]
 
     measured: list[Callable[[], list[Measurement]]] = []
     with ThreadPoolExecutor(1) as pool:
@@ -279,7 +320,9 @@ def compare(
             number = _number(item, protocol)
             chunks = (prepare(part, protocol) for part in item.chunks(number))
             features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
-            later = pool.submit(measure, item, features, complete(protocol, number))  # while a GPU is at the next set
+            later = pool.submit(
+                measure, item, features, complete(protocol, number)
+            )  # while a GPU is at the next set
             if place.type == "cpu":
                 later.result()
             measured.append(later.result)
@@ -293,13 +336,19 @@ def _metrics_device(device: torch.device) -> torch.device:
 
 def _where(extractor: Extractor) -> str:
     """The extractor's device, and its precision where that is not float32."""
-    return str(extractor.device) + (f", {extractor.precision}" if extractor.precision != "float32" else "")
+    return str(extractor.device) + (
+        f", {extractor.precision}" if extractor.precision != "float32" else ""
+    )
 
 
 def complete(protocol: Protocol, generated: int) -> Protocol:
     """A protocol whose number of real images is known, with that of produced ones; subsets are no larger than either."""
     assert protocol.real is not None
-    return replace(protocol, generated=generated, kid_subset_size=min(protocol.kid_subset_size, protocol.real, generated))
+    return replace(
+        protocol,
+        generated=generated,
+        kid_subset_size=min(protocol.kid_subset_size, protocol.real, generated),
+    )
 
 
 class Reference:
@@ -319,7 +368,11 @@ class Reference:
 
 
 def _number(item: Produced, protocol: Protocol) -> int:
-    wanted = protocol.generated or (item.count if protocol.reference == "given" else None) or protocol.real
+    wanted = (
+        protocol.generated
+        or (item.count if protocol.reference == "given" else None)
+        or protocol.real
+    )
     assert wanted is not None
     return wanted if item.count is None else min(wanted, item.count)
 
@@ -331,7 +384,9 @@ def _compared(real: Any, protocol: Protocol) -> Iterator[Images | ByteImages]:
 
 def through_jpeg(images: Any, quality: int) -> ByteImages:
     """All images as they come back from JPEG."""
-    return torch.cat([jpeg_round_trip(to_bytes(part), quality) for part in chunks_of(images, len(images))])
+    return torch.cat(
+        [jpeg_round_trip(to_bytes(part), quality) for part in chunks_of(images, len(images))]
+    )
 
 
 def chunks_of(images: Any, count: int) -> Iterator[Images]:
@@ -356,7 +411,12 @@ def content_checksum(chunks: Iterable[Tensor]) -> str:
 
 
 def distances(
-    reference: Reference, produced: Features, protocol: Protocol, extractor: Extractor, *, infinity: bool = False
+    reference: Reference,
+    produced: Features,
+    protocol: Protocol,
+    extractor: Extractor,
+    *,
+    infinity: bool = False,
 ) -> Iterator[tuple[str, float, float | None]]:
     """Name, value and spread of each metric, by the names that the extractor has a right to: FID only for Inception.
 
@@ -368,13 +428,25 @@ def distances(
     if infinity and smallest > produced.shape[1]:
         extrapolated = frechet_infinity(real, produced, smallest=smallest)
         yield f"{extractor.distance} infinity", extrapolated.value, extrapolated.standard_error
-    draws = {"subsets": protocol.kid_subsets, "subset_size": protocol.kid_subset_size, "seed": protocol.draws_seed}
+    draws = {
+        "subsets": protocol.kid_subsets,
+        "subset_size": protocol.kid_subset_size,
+        "seed": protocol.draws_seed,
+    }
     kernel = kernel_distance(real, produced, **draws)
-    whole = protocol.kid_subset_size == max(len(real), len(produced))  # every subset is the same then
+    whole = protocol.kid_subset_size == max(
+        len(real), len(produced)
+    )  # every subset is the same then
     yield extractor.metric_name("KID"), kernel.mean, None if whole else kernel.std
     if count > max(reference.neighbours):
         k, k_density = reference.neighbours
-        figures = manifold_figures(real, produced, neighbours=k, density_neighbours=k_density, real_reaches=reference.reaches)
+        figures = manifold_figures(
+            real,
+            produced,
+            neighbours=k,
+            density_neighbours=k_density,
+            real_reaches=reference.reaches,
+        )
         for name in ("precision", "recall", "density", "coverage"):
             yield name, getattr(figures, name), None
     if extractor.classifier is not None and len(produced) >= protocol.score_splits:
@@ -384,29 +456,56 @@ def distances(
 
 
 def likelihood_measurements(
-    figures: Reconstruction, nll: ImportanceWeightedNLL | None, protocol: Protocol, *, seed: int, device: str
+    figures: Reconstruction,
+    nll: ImportanceWeightedNLL | None,
+    protocol: Protocol,
+    *,
+    seed: int,
+    device: str,
 ) -> list[Measurement]:
     """KL, ELBO and, where it was estimated, the importance-weighted likelihood of a model; nothing of one that has none."""
-    common = {"protocol": model_protocol(protocol), "unit": "nats per image", "seed": seed, "device": device}
+    common = {
+        "protocol": model_protocol(protocol),
+        "unit": "nats per image",
+        "seed": seed,
+        "device": device,
+    }
     known = {"KL": figures.kl_nats, "ELBO": figures.elbo_nats}
-    named = [Measurement(metric, "model", value, **common) for metric, value in known.items() if value is not None]
+    named = [
+        Measurement(metric, "model", value, **common)
+        for metric, value in known.items()
+        if value is not None
+    ]
     if nll is not None:
         metric = f"NLL ({nll.samples} samples)"
-        named.append(Measurement(metric, "model", nll.mean_nats, spread=nll.standard_error_nats, **common))
+        named.append(
+            Measurement(metric, "model", nll.mean_nats, spread=nll.standard_error_nats, **common)
+        )
     return named
 
 
 def restored_measurements(
-    images: Iterable[Images], restored: Iterable[Images], protocol: Protocol, *, seed: int, device: str
+    images: Iterable[Images],
+    restored: Iterable[Images],
+    protocol: Protocol,
+    *,
+    seed: int,
+    device: str,
 ) -> list[Measurement]:
     """MSE, PSNR and SSIM of reconstructions as the protocol makes them; two sets that come in equal parts."""
     parts: list[Tensor] = []
     for a, b in zip(images, restored, strict=True):
         a, b = (part.to(_metrics_device(torch.device(device))) for part in (a, b))
         squared = (a - b).double().square().flatten(1).mean(1)
-        parts.append(torch.stack([squared.cpu(), peak_signal_to_noise(a, b), structural_similarity(a, b)]))
+        parts.append(
+            torch.stack([squared.cpu(), peak_signal_to_noise(a, b), structural_similarity(a, b)])
+        )
     values = torch.cat(parts, 1).mean(1).tolist()
-    common = {"protocol": model_protocol(protocol, generation=protocol.generation), "seed": seed, "device": device}
+    common = {
+        "protocol": model_protocol(protocol, generation=protocol.generation),
+        "seed": seed,
+        "device": device,
+    }
     named = zip(("MSE", "PSNR", "SSIM"), values, ("per dimension", "dB", ""), strict=True)
     return [Measurement(name, "REC", value, unit=unit, **common) for name, value, unit in named]
 
@@ -414,7 +513,9 @@ def restored_measurements(
 def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
     """What a reader of these comparisons must know."""
     compared = [m for m in measured if m.protocol.extractor != NO_EXTRACTOR]
-    fewest = min((min(m.protocol.real or 0, m.protocol.generated or 0) for m in compared), default=FEW_IMAGES)
+    fewest = min(
+        (min(m.protocol.real or 0, m.protocol.generated or 0) for m in compared), default=FEW_IMAGES
+    )
     notes: tuple[str, ...] = ()
     if fewest < FEW_IMAGES:
         notes += (

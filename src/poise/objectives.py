@@ -36,7 +36,9 @@ from poise.shapes import Latents, PerImage, Scalar, Values
 from poise.support.specs import make_named
 from poise.vae import VAE, as_posterior
 
-VANISHING = math.log(1e-12)  # the log variance of codes that have none: 1e-6 of the width of N(0, I)
+VANISHING = math.log(
+    1e-12
+)  # the log variance of codes that have none: 1e-6 of the width of N(0, I)
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -230,8 +232,12 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _combine(balance: Balance, reconstruction: Values, batch: Values, penalty: PerImage) -> LossTerms:
-    return balance.combine(balance.error_per_image(reconstruction, batch), penalty, num_dims=batch[0].numel())
+def _combine(
+    balance: Balance, reconstruction: Values, batch: Values, penalty: PerImage
+) -> LossTerms:
+    return balance.combine(
+        balance.error_per_image(reconstruction, batch), penalty, num_dims=batch[0].numel()
+    )
 
 
 def half_square(latents: Latents) -> PerImage:
@@ -241,7 +247,9 @@ def half_square(latents: Latents) -> PerImage:
 
 def weight_norm(network: nn.Module) -> Scalar:
     """|W|^2: the sum of squares of all weight matrices and kernels; biases and BatchNorm, of one dimension, are left out."""
-    return torch.stack([weight.square().sum() for weight in network.parameters() if weight.dim() > 1]).sum()
+    return torch.stack(
+        [weight.square().sum() for weight in network.parameters() if weight.dim() > 1]
+    ).sum()
 
 
 def squared_slope(reconstruction: Values, latents: Latents, direction: Values) -> PerImage:

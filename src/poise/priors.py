@@ -23,9 +23,15 @@ from poise.support.seeds import REFERENCE_SEED, derive, generator, noise_per_ima
 from poise.vae import VAE
 
 REFERENCE_DRAWS = 10_000
-MOST_ITERATIONS, LEAST_GAIN, LEAST_VARIANCE = 100, 1e-3, 1e-6  # scikit-learn's max_iter, tol (nats) and reg_covar
+MOST_ITERATIONS, LEAST_GAIN, LEAST_VARIANCE = (
+    100,
+    1e-3,
+    1e-6,
+)  # scikit-learn's max_iter, tol (nats) and reg_covar
 MOST_CODES = 20_000  # that a mixture is fitted to
-LOST_SHARE = 0.25  # of stage 2's MSE: the released rule renormalises where more variance than this was lost
+LOST_SHARE = (
+    0.25  # of stage 2's MSE: the released rule renormalises where more variance than this was lost
+)
 
 
 @runtime_checkable
@@ -67,7 +73,9 @@ class SecondStagePrior(nn.Module):
     @torch.no_grad()
     def latents(self, noise: Noise) -> Latents:
         mean = self.vae.eval().decode(noise[:, : self.latent_dim])
-        return mean if self.gamma2 is None else mean + self.gamma2.sqrt() * noise[:, self.latent_dim :]
+        return (
+            mean if self.gamma2 is None else mean + self.gamma2.sqrt() * noise[:, self.latent_dim :]
+        )
 
 
 @final
@@ -112,7 +120,11 @@ class RenormalisedPrior(nn.Module):
 
 
 def fit_mixture(
-    codes: DiagonalGaussian, *, components: int = 10, seed: int = 0, device: str | torch.device = "cpu"
+    codes: DiagonalGaussian,
+    *,
+    components: int = 10,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> MixturePrior:
     """A mixture fitted to latents drawn once from each training image's posterior, of 20,000 images chosen at random at most.
 
@@ -124,16 +136,23 @@ def fit_mixture(
         seed: of the draw, the choice and the initialisation.
         device: where it is computed, in float64 (on the CPU where that has none). The mixture is returned on the CPU.
     """
-    source, codes = generator("mixture", seed), DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu())
+    source, codes = (
+        generator("mixture", seed),
+        DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu()),
+    )
     latents = codes.sample(torch.randn(codes.mean.shape, generator=source))
     if len(latents) > MOST_CODES:
         latents = latents[torch.randperm(len(latents), generator=source)[:MOST_CODES]]
     number = max(1, min(components, len(latents) // 10))
     place = torch.device(device if torch.device(device).type != "mps" else "cpu")
-    return MixturePrior(*expectation_maximisation(latents.double(), number, derive("mixture", seed) % 2**32, place))
+    return MixturePrior(
+        *expectation_maximisation(latents.double(), number, derive("mixture", seed) % 2**32, place)
+    )
 
 
-def expectation_maximisation(values: Tensor, components: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def expectation_maximisation(
+    values: Tensor, components: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fit a mixture of Gaussians with full covariances by expectation maximisation, from k-means on.
 
     The steps, their order and their end are those of scikit-learn's `GaussianMixture`, and so is the result; but they run on
@@ -159,7 +178,9 @@ def expectation_maximisation(values: Tensor, components: int, seed: int, device:
     weights, means, factors = _maximised(values, shares)
     earlier = -math.inf
     for _ in range(MOST_ITERATIONS):
-        log_densities = torch.stack([_log_density(values, *part) for part in zip(weights, means, factors, strict=True)], 1)
+        log_densities = torch.stack(
+            [_log_density(values, *part) for part in zip(weights, means, factors, strict=True)], 1
+        )
         log_likelihoods = log_densities.logsumexp(1, keepdim=True)
         weights, means, factors = _maximised(values, (log_densities - log_likelihoods).exp())
         likelihood = float(log_likelihoods.mean())
@@ -177,7 +198,9 @@ def _maximised(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factors = []
     for share, count, mean in zip(shares.T, counts, means, strict=True):
         centred = values - mean
-        factors.append(torch.linalg.cholesky((share[:, None] * centred).T @ centred / count + ridge))
+        factors.append(
+            torch.linalg.cholesky((share[:, None] * centred).T @ centred / count + ridge)
+        )
     return counts / counts.sum(), means, torch.stack(factors)
 
 
@@ -189,7 +212,11 @@ def _log_density(values: Tensor, weight: Tensor, mean: Tensor, factor: Tensor) -
 
 
 def renormalisation_factor(
-    prior: Prior, codes: DiagonalGaussian, *, released: bool = False, device: str | torch.device = "cpu"
+    prior: Prior,
+    codes: DiagonalGaussian,
+    *,
+    released: bool = False,
+    device: str | torch.device = "cpu",
 ) -> float:
     """The scalar that takes a prior's latents to the standard deviation the codes' variance law demands.
 

@@ -67,7 +67,15 @@ class Protocol:
 
     def __post_init__(self) -> None:
         check_words(self)
-        least = {"real": 1, "generated": 1, "side": 1, "jpeg": 1, "kid_subsets": 1, "kid_subset_size": 2, "score_splits": 1}
+        least = {
+            "real": 1,
+            "generated": 1,
+            "side": 1,
+            "jpeg": 1,
+            "kid_subsets": 1,
+            "kid_subset_size": 2,
+            "score_splits": 1,
+        }
         for name, bound in (least | {"precision_neighbours": 1, "coverage_neighbours": 1}).items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -81,9 +89,13 @@ class Protocol:
 
         Of what differs from the defaults, so that an attribute added later leaves the hashes of older numbers as they are.
         """
-        settings = _differing(self) | ({"generation": _differing(self.generation)} if self.generation else {})
+        settings = _differing(self) | (
+            {"generation": _differing(self.generation)} if self.generation else {}
+        )
         settings.pop("name")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[
+            :HASH_LENGTH
+        ]
 
     @property
     def complete(self) -> bool:
@@ -97,13 +109,19 @@ class Protocol:
         images = f"{self.real} {self.reference} images{side}{jpeg}"
         if self.extractor == NO_EXTRACTOR:
             return f"{self.name} ({self.hash}), figures of the model: {images}"
-        produced = f"{self.generated} produced" + (", each stretched to its own range" if self.stretch else "")
+        produced = f"{self.generated} produced" + (
+            ", each stretched to its own range" if self.stretch else ""
+        )
         network = f"{self.extractor} {self.extractor_checksum[:8]}, {self.resize}"
         return f"{self.name} ({self.hash}): {images} against {produced}, {self.pixels}, {network}"
 
 
 def _differing(settings: Any) -> dict[str, Any]:
-    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+    return {
+        f.name: getattr(settings, f.name)
+        for f in fields(settings)
+        if getattr(settings, f.name) != f.default
+    }
 
 
 def model_protocol(protocol: Protocol, *, generation: Generation | None = None) -> Protocol:
@@ -113,8 +131,16 @@ def model_protocol(protocol: Protocol, *, generation: Generation | None = None) 
         protocol: with its number of real images and their side.
         generation: how the images were made, for figures that depend on it.
     """
-    images = Protocol(protocol.name, protocol.reference, jpeg=protocol.jpeg, side=protocol.side, generation=generation)
-    return replace(images, real=protocol.real, generated=protocol.real, pixels="float", extractor=NO_EXTRACTOR)
+    images = Protocol(
+        protocol.name,
+        protocol.reference,
+        jpeg=protocol.jpeg,
+        side=protocol.side,
+        generation=generation,
+    )
+    return replace(
+        images, real=protocol.real, generated=protocol.real, pixels="float", extractor=NO_EXTRACTOR
+    )
 
 
 RELEASED_GENERATION = Generation(
@@ -125,7 +151,9 @@ RELEASED_GENERATION = Generation(
     reconstruct_from="sample",
 )
 DEFAULT = Protocol("default")
-RELEASED_CELEBA = Protocol("released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION)
+RELEASED_CELEBA = Protocol(
+    "released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION
+)
 
 PROTOCOLS: dict[str, Protocol] = {
     "default": DEFAULT,
@@ -151,7 +179,9 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
     if protocol not in PROTOCOLS:
         close = get_close_matches(protocol, PROTOCOLS, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"there is no protocol {protocol!r}: there are {', '.join(PROTOCOLS)}{guess}")
+        raise InputError(
+            f"there is no protocol {protocol!r}: there are {', '.join(PROTOCOLS)}{guess}"
+        )
     return PROTOCOLS[protocol]
 
 
@@ -199,7 +229,9 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if not isinstance(self.protocol, Protocol) or not self.protocol.complete:
-            raise InputError(f"{self.metric} of {self.of} needs a complete protocol: counts, and the extractor's checksum")
+            raise InputError(
+                f"{self.metric} of {self.of} needs a complete protocol: counts, and the extractor's checksum"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the protocol as its hash. A value that is no number (an undefined one) is None."""
@@ -226,19 +258,34 @@ def table(measurements: Iterable[Measurement], *, mixed: bool = False) -> list[l
     """
     measurements = list(measurements)
     metrics = list(dict.fromkeys(m.metric for m in measurements))
-    conditions = {metric: {(m.protocol.hash, m.data) for m in measurements if m.metric == metric} for metric in metrics}
+    conditions = {
+        metric: {(m.protocol.hash, m.data) for m in measurements if m.metric == metric}
+        for metric in metrics
+    }
     several = sorted(metric for metric in metrics if len(conditions[metric]) > 1)
     if several and not mixed:
-        what = f"{', '.join(several)} measured under several protocols, or against other real images,"
+        what = (
+            f"{', '.join(several)} measured under several protocols, or against other real images,"
+        )
         raise InputError(f"{what} cannot stand in one table: show the hashes with mixed=True")
     rows: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in measurements:
-        cells = rows.setdefault((m.of, f"{m.protocol.hash} {m.data}".strip() if several else ""), {})
+        cells = rows.setdefault(
+            (m.of, f"{m.protocol.hash} {m.data}".strip() if several else ""), {}
+        )
         if m.metric in cells:
-            raise InputError(f"{m.metric} of {m.of} is given twice: a table needs a mean and spread over seeds, or one of them")
+            raise InputError(
+                f"{m.metric} of {m.of} is given twice: a table needs a mean and spread over seeds, or one of them"
+            )
         cells[m.metric] = m
     head = ["", *(["protocol, images"] if several else []), *metrics]
-    return [head, *([of, *([code] if several else []), *_cells(cells, metrics)] for (of, code), cells in rows.items())]
+    return [
+        head,
+        *(
+            [of, *([code] if several else []), *_cells(cells, metrics)]
+            for (of, code), cells in rows.items()
+        ),
+    ]
 
 
 def _cells(cells: dict[str, Measurement], metrics: list[str]) -> list[str]:

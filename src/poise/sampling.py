@@ -59,7 +59,9 @@ def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0)
     return torch.cat(list(sample_chunks(vae, prior, count, seed=seed, first=first)))
 
 
-def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Iterator[Values]:
+def sample_chunks(
+    vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0
+) -> Iterator[Values]:
     """What `sample` gives, in parts, so that any number fits into memory."""
     device = next(vae.parameters()).device
     vae.eval()
@@ -68,5 +70,7 @@ def sample_chunks(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: i
     for start in starts:
         with torch.no_grad():
             images = vae.decode(prior.latents(noise.to(device))).float()
-        noise = noise_per_image(CHUNK, prior.noise_dims, seed, start + CHUNK)  # while a device of its own decodes
+        noise = noise_per_image(
+            CHUNK, prior.noise_dims, seed, start + CHUNK
+        )  # while a device of its own decodes
         yield images.cpu()[max(first - start, 0) : first + count - start]

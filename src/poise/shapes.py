@@ -17,12 +17,18 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
     Images = Float[Tensor, "batch channels height width"]
     ByteImages = UInt8[Tensor, "batch channels height width"]
-    Values = Float[Tensor, "batch *dims"]  # images, vectors, sequences: anything with a batch dimension first
+    Values = Float[
+        Tensor, "batch *dims"
+    ]  # images, vectors, sequences: anything with a batch dimension first
     Latents = Float[Tensor, "batch latents"]
     Noise = Float[Tensor, "batch noise"]
     PerImage = Float[Tensor, " batch"]
     PerLatent = Float[Tensor, " latents"]
     Scalar = Float[Tensor, ""]
-    Features = Float[Tensor, "_ features"]  # any number of samples, but one number of features in a call
+    Features = Float[
+        Tensor, "_ features"
+    ]  # any number of samples, but one number of features in a call
 else:
-    Images = ByteImages = Values = Latents = Noise = PerImage = PerLatent = Scalar = Features = Tensor
+    Images = ByteImages = Values = Latents = Noise = PerImage = PerLatent = Scalar = Features = (
+        Tensor
+    )

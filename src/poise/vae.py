@@ -45,7 +45,9 @@ class VAE(nn.Module):
         """Each image decoded from its posterior mean. Deterministic in evaluation mode."""
         return self.decode(self.encode(images).mean)
 
-    def forward(self, images: Values, noise: Tensor | None = None) -> tuple[Values, DiagonalGaussian]:
+    def forward(
+        self, images: Values, noise: Tensor | None = None
+    ) -> tuple[Values, DiagonalGaussian]:
         """Reconstructions from sampled latents, and the posteriors they were sampled from.
 
         Args:
@@ -68,5 +70,7 @@ def as_posterior(codes: Any) -> DiagonalGaussian:
         return codes
     tensors = isinstance(codes, (tuple, list)) and all(isinstance(code, Tensor) for code in codes)
     if not (tensors and len(codes) == 2 and codes[0].shape == codes[1].shape):
-        raise TypeError("the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance")
+        raise TypeError(
+            "the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance"
+        )
     return DiagonalGaussian(codes[0], codes[1])

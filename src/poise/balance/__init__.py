@@ -46,7 +46,12 @@ scheduled or controlled), `named` (balances by name).
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood
 from poise.balance.following import ComputedBalance, LearnedBalance, OptimalBalance
 from poise.balance.named import BALANCES, make_balance
-from poise.balance.steering import ConstrainedBalance, ControlledBalance, FixedBalance, ScheduledBalance
+from poise.balance.steering import (
+    ConstrainedBalance,
+    ControlledBalance,
+    FixedBalance,
+    ScheduledBalance,
+)
 
 __all__ = [
     "BALANCES",

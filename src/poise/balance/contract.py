@@ -74,7 +74,9 @@ class Balance(nn.Module, ABC):
     def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         """The buffers' values after this batch."""
 
-    def forward(self, reconstruction: Values, target: Values, mean: Latents, logvar: Latents) -> LossTerms:
+    def forward(
+        self, reconstruction: Values, target: Values, mean: Latents, logvar: Latents
+    ) -> LossTerms:
         """The loss of a Gaussian posterior and an error |x - x^|^power.
 
         Args:
@@ -93,7 +95,9 @@ class Balance(nn.Module, ABC):
         """
         error = self.error_per_image(reconstruction, target)
         if mean.shape != logvar.shape or len(mean) != len(target):
-            raise InputError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree, with {len(target)} rows")
+            raise InputError(
+                f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree, with {len(target)} rows"
+            )
         return self.combine(error, gaussian_kl(mean, logvar), num_dims=target[0].numel())
 
     def error_per_image(self, reconstruction: Values, target: Values) -> PerImage:
@@ -103,9 +107,13 @@ class Balance(nn.Module, ABC):
             InputError: the shapes do not agree, or bytes were passed.
         """
         if reconstruction.shape != target.shape:
-            raise InputError(f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} differ in shape")
+            raise InputError(
+                f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} differ in shape"
+            )
         if not (reconstruction.is_floating_point() and target.is_floating_point()):
-            raise InputError(f"reconstruction and target must be floating point, not {reconstruction.dtype} and {target.dtype}")
+            raise InputError(
+                f"reconstruction and target must be floating point, not {reconstruction.dtype} and {target.dtype}"
+            )
         difference = at_least_float32(reconstruction) - at_least_float32(target)
         error = difference.square() if self.power == 2 else difference.abs().pow(self.power)
         return error.flatten(1).sum(1)
@@ -141,10 +149,16 @@ class Balance(nn.Module, ABC):
     def _batch_means(self, error: Tensor, kl: Tensor, num_dims: int) -> BatchMeans:
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return BatchMeans(error.sum() / (len(error) * num_dims), kl.sum() / len(kl), 1.0)
-        count = torch.full_like(error[:1], len(error)).sum()  # on the device, without a copy from the host
+        count = torch.full_like(
+            error[:1], len(error)
+        ).sum()  # on the device, without a copy from the host
         sums = torch.stack([error.sum(), kl.sum(), count])
         dist.all_reduce(sums)
-        return BatchMeans(sums[0] / (sums[2] * num_dims), sums[1] / sums[2], dist.get_world_size() * count / sums[2])
+        return BatchMeans(
+            sums[0] / (sums[2] * num_dims),
+            sums[1] / sums[2],
+            dist.get_world_size() * count / sums[2],
+        )
 
     @torch.no_grad()
     def _advance(self, batch: BatchMeans) -> None:
@@ -171,7 +185,9 @@ class Balance(nn.Module, ABC):
         return f"kl_weight={self.kl_weight:g}, power={self.power:g}"
 
 
-def negative_log_likelihood(error: Tensor, gamma2: Tensor, num_dims: int, *, power: float = 2) -> Tensor:
+def negative_log_likelihood(
+    error: Tensor, gamma2: Tensor, num_dims: int, *, power: float = 2
+) -> Tensor:
     """-log p(x|z), eq. 5 (eq. 1 for power 2): one value per image, summed over its dimensions, in nats.
 
     Args:

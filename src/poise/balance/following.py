@@ -40,7 +40,9 @@ class ComputedBalance(Balance):
         super().__init__(kl_weight=kl_weight, power=power, floor=floor)
         from_data = isinstance(start, str)
         if from_data and start not in ("debiased", "first-batch"):
-            raise InputError(f'start must be a number > 0, "debiased" or "first-batch", not {start!r}')
+            raise InputError(
+                f'start must be a number > 0, "debiased" or "first-batch", not {start!r}'
+            )
         self.decay = checked_decay(decay)
         self.debiased = start == "debiased"
         self.monotone = monotone
@@ -53,11 +55,15 @@ class ComputedBalance(Balance):
 
         The weight, which no text of theirs mentions, is 1 for 32 pixels and 4 for 64, at 64 latents.
         """
-        kl_weight = (2 * positive("image_size", image_size) / positive("latent_dim", latent_dim)) ** 2
+        kl_weight = (
+            2 * positive("image_size", image_size) / positive("latent_dim", latent_dim)
+        ) ** 2
         return cls(start=1.0, monotone=True, kl_weight=kl_weight)
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
-        return torch.where(self.weight > 0, self.gamma2, batch.error.clamp_min(self.floor)), self.kl_weight
+        return torch.where(
+            self.weight > 0, self.gamma2, batch.error.clamp_min(self.floor)
+        ), self.kl_weight
 
     def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         gamma2, _ = self._factors(batch)
@@ -72,7 +78,9 @@ class ComputedBalance(Balance):
             average = torch.minimum(gamma2, average)
         return {"gamma2": average, "weight": weight}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
         """States before 2026-11-26 hold `started`, and go on as plain averages."""
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}weight"] = started.float()
@@ -102,14 +110,23 @@ class LearnedBalance(Balance):
     saved_rate: Tensor
 
     def __init__(
-        self, start: float = 1.0, rate: float = 1.0, kl_weight: float = 1.0, power: float = 2, floor: float = FLOOR
+        self,
+        start: float = 1.0,
+        rate: float = 1.0,
+        kl_weight: float = 1.0,
+        power: float = 2,
+        floor: float = FLOOR,
     ) -> None:
         super().__init__(kl_weight=kl_weight, power=power, floor=floor)
         self.rate = positive("rate", rate)
-        self.scaled_log_gamma = nn.Parameter(torch.tensor(0.5 * math.log(positive("start", start)) / rate))
+        self.scaled_log_gamma = nn.Parameter(
+            torch.tensor(0.5 * math.log(positive("start", start)) / rate)
+        )
         self.register_buffer("saved_rate", torch.tensor(self.rate))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
         """States before 2026-11-26 do not hold their rate: it counts as this one's."""
         name = f"{prefix}scaled_log_gamma"
         rate = float(state_dict.pop(f"{prefix}saved_rate", self.rate))
@@ -148,7 +165,9 @@ class OptimalBalance(Balance):
 
     followed: Tensor  # whether a batch has come: not `weight`, lest its states pass for those of ComputedBalance
 
-    def __init__(self, decay: float = 0.99, kl_weight: float = 1.0, power: float = 2, floor: float = FLOOR) -> None:
+    def __init__(
+        self, decay: float = 0.99, kl_weight: float = 1.0, power: float = 2, floor: float = FLOOR
+    ) -> None:
         super().__init__(kl_weight=kl_weight, power=power, floor=floor)
         self.decay = checked_decay(decay)
         self.register_buffer("gamma2", torch.tensor(1.0))
@@ -156,14 +175,18 @@ class OptimalBalance(Balance):
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         own = batch.error.clamp_min(self.floor)
-        return (own if self.training else torch.where(self.followed, self.gamma2, own)), self.kl_weight
+        return (
+            own if self.training else torch.where(self.followed, self.gamma2, own)
+        ), self.kl_weight
 
     def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
         previous = torch.where(self.followed, self.gamma2, batch.error)
         average = self._average(self.decay, previous, batch.error)
         return {"gamma2": average, "followed": True}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
         """States before 2026-11-26 hold `started`."""
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}followed"] = started

@@ -2,7 +2,12 @@
 
 from poise.balance.contract import Balance
 from poise.balance.following import ComputedBalance, LearnedBalance, OptimalBalance
-from poise.balance.steering import ConstrainedBalance, ControlledBalance, FixedBalance, ScheduledBalance
+from poise.balance.steering import (
+    ConstrainedBalance,
+    ControlledBalance,
+    FixedBalance,
+    ScheduledBalance,
+)
 from poise.support.specs import make_named
 
 BALANCES = {

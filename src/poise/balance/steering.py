@@ -26,11 +26,15 @@ class FixedBalance(Balance):
     Source: Kingma & Welling 2014 (gamma2); Higgins et al. 2017 (beta).
     """
 
-    def __init__(self, *, gamma2: float | None = None, beta: float | None = None, power: float = 2) -> None:
+    def __init__(
+        self, *, gamma2: float | None = None, beta: float | None = None, power: float = 2
+    ) -> None:
         if gamma2 is not None and beta is not None:
             raise InputError("FixedBalance takes gamma2=... or beta=..., not both")
         super().__init__(kl_weight=1.0 if beta is None else beta, power=power)
-        self.register_buffer("gamma2", torch.tensor(1.0 if gamma2 is None else positive("gamma2", gamma2)))
+        self.register_buffer(
+            "gamma2", torch.tensor(1.0 if gamma2 is None else positive("gamma2", gamma2))
+        )
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
@@ -69,7 +73,9 @@ class ScheduledBalance(Balance):
         self.ramp_steps = whole("ramp_steps", ramp_steps)
         self.period_steps = None if period_steps is None else whole("period_steps", period_steps)
         if period_steps is not None and period_steps < ramp_steps:
-            raise InputError(f"period_steps ({period_steps}) must be at least ramp_steps ({ramp_steps})")
+            raise InputError(
+                f"period_steps ({period_steps}) must be at least ramp_steps ({ramp_steps})"
+            )
         if not start >= 0:
             raise InputError(f"start must be >= 0, not {start}")
         self.start = start
@@ -168,7 +174,9 @@ class ControlledBalance(Balance):
     ) -> None:
         super().__init__(power=power)
         if not 0 <= least <= most:
-            raise InputError(f"the bounds of the KL weight must obey 0 <= least <= most, not {least}, {most}")
+            raise InputError(
+                f"the bounds of the KL weight must obey 0 <= least <= most, not {least}, {most}"
+            )
         if not (kp >= 0 and ki >= 0):
             raise InputError(f"the gains kp and ki must be >= 0, not {kp}, {ki}")
         self.target_kl = positive("target_kl", target_kl)

@@ -44,7 +44,9 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exit like any other: half-written files go
     out, err = Kept(sys.stdout), Kept(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -108,7 +110,9 @@ def parse(arguments: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="poise", description=DESCRIPTION)
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, args=arguments, prog="poise", description=DESCRIPTION
+            )
     except SystemExit as exit:
         if exit.code:
             name = f"poise {arguments[0]}" if arguments and arguments[0] in COMMANDS else "poise"
@@ -142,12 +146,16 @@ def one_line(box: str) -> str:
 
 def _choices(line: str) -> str:
     """A wrong choice with the right ones in words, and an example; the parser also lists None, the default."""
-    wrong = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line)
+    wrong = re.match(
+        r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line
+    )
     if wrong is None:
         return line
     value, option, listed = wrong.groups()
     allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
-    return f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
+    return (
+        f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
+    )
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:

@@ -24,18 +24,30 @@ class Sample:
 
     run_folder: RunFolder
     count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images")] = 64
-    out: Annotated[Path, arg(help="a .png (one grid), an .npz (array `images`, bytes), or a folder (one PNG per image)")] = (
-        Path("samples.png")
-    )
+    out: Annotated[
+        Path,
+        arg(
+            help="a .png (one grid), an .npz (array `images`, bytes), or a folder (one PNG per image)"
+        ),
+    ] = Path("samples.png")
     prior: Annotated[
         PriorChoice | None,
-        arg(help="normal (GEN-1), second-stage (GEN-2), or mixture", help_behavior_hint="(default: second-stage if trained)"),
+        arg(
+            help="normal (GEN-1), second-stage (GEN-2), or mixture",
+            help_behavior_hint="(default: second-stage if trained)",
+        ),
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
-    noise: Annotated[Switch | None, recipes_own("add stage 2's decoder noise to its latents")] = None
-    renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = None
-    adjust_variance: Annotated[Switch | None, recipes_own("scale images to the real images' variance")] = None
+    noise: Annotated[Switch | None, recipes_own("add stage 2's decoder noise to its latents")] = (
+        None
+    )
+    renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = (
+        None
+    )
+    adjust_variance: Annotated[
+        Switch | None, recipes_own("scale images to the real images' variance")
+    ] = None
     device: Device = "auto"
 
     def run(self) -> None:
@@ -50,7 +62,9 @@ class Sample:
             renormalise=self.renormalise,
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
-        chunks = run.sample_chunks(self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation)
+        chunks = run.sample_chunks(
+            self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation
+        )
         with progress("images", self.count) as display:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
         used = self.prior or run.default_prior
@@ -63,13 +77,17 @@ class Sample:
             return  # the command cannot diagnose it
         if not distances:
             where = shlex.quote(str(self.run_folder))
-            print(f"note: poise diagnose {where} finds out which prior's samples are nearest to the images")
+            print(
+                f"note: poise diagnose {where} finds out which prior's samples are nearest to the images"
+            )
             return
         best = next(iter(distances))
         listed = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
         as_good = distances.get(used, float("inf")) - distances[best] < 0.01  # as far as is shown
         advice = "" if as_good else f": try --prior {best}"
-        print(f"note: poise diagnose found {best} best (distance from the images: {listed}){advice}")
+        print(
+            f"note: poise diagnose found {best} best (distance from the images: {listed}){advice}"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,10 +121,13 @@ class Reconstruct:
 
     run_folder: RunFolder
     images: Images = None
-    count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images, at most; of more some are drawn")] = 32
-    out: Annotated[Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")] = Path(
-        "reconstructions.png"
-    )
+    count: Annotated[
+        int,
+        arg(name="count", aliases=["-n"], help="number of images, at most; of more some are drawn"),
+    ] = 32
+    out: Annotated[
+        Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")
+    ] = Path("reconstructions.png")
     device: Device = "auto"
 
     def run(self) -> None:
@@ -136,7 +157,9 @@ def images_for(run: "Run", source: str | None) -> Any:
     from poise.data import read_images
 
     channels, size, _ = run.data["shape"]
-    return run.test_images() if source is None else read_images(source, size=size, channels=channels)
+    return (
+        run.test_images() if source is None else read_images(source, size=size, channels=channels)
+    )
 
 
 def interleave(left: Any, right: Any) -> Any:

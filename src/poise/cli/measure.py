@@ -29,12 +29,24 @@ class Evaluate:
 
     run_folder: Annotated[
         Positional[Path | None],
-        arg(metavar="RUN", help="the folder that `poise train` wrote", help_behavior_hint="(or --real and --generated)"),
+        arg(
+            metavar="RUN",
+            help="the folder that `poise train` wrote",
+            help_behavior_hint="(or --real and --generated)",
+        ),
     ] = None
-    real: Annotated[str | None, arg(help=f"real images: {ANY_IMAGES}", help_behavior_hint="(instead of a run)")] = None
-    generated: Annotated[str | None, arg(help="images to compare with them, likewise", help_behavior_hint="")] = None
+    real: Annotated[
+        str | None, arg(help=f"real images: {ANY_IMAGES}", help_behavior_hint="(instead of a run)")
+    ] = None
+    generated: Annotated[
+        str | None, arg(help="images to compare with them, likewise", help_behavior_hint="")
+    ] = None
     size: Annotated[
-        int | None, arg(help="crop both sets to squares and resize to this side, in pixels", help_behavior_hint="(as they are)")
+        int | None,
+        arg(
+            help="crop both sets to squares and resize to this side, in pixels",
+            help_behavior_hint="(as they are)",
+        ),
     ] = None
     protocol: Annotated[
         str | None,
@@ -52,10 +64,17 @@ class Evaluate:
     ] = "auto"
     images: Annotated[
         int | None,
-        arg(help="real images to measure, with as many generated ones", help_behavior_hint="(default: the protocol's)"),
+        arg(
+            help="real images to measure, with as many generated ones",
+            help_behavior_hint="(default: the protocol's)",
+        ),
     ] = None
-    infinity: Annotated[bool, arg(help="extrapolate Frechet distances to infinitely many images as well")] = False
-    nll_samples: Annotated[int, arg(help="importance samples per image for the log likelihood; 0: not estimated")] = 0
+    infinity: Annotated[
+        bool, arg(help="extrapolate Frechet distances to infinitely many images as well")
+    ] = False
+    nll_samples: Annotated[
+        int, arg(help="importance samples per image for the log likelihood; 0: not estimated")
+    ] = 0
     seed: Annotated[int, arg(help="of generated images")] = 0
     json: Annotated[bool, arg(help="JSON even on a terminal")] = False
     device: Device = "auto"
@@ -64,7 +83,9 @@ class Evaluate:
         if self.run_folder is not None and (self.real or self.generated):
             raise InputError("give a run, or --real and --generated, not both")
         if self.run_folder is None and not (self.real and self.generated):
-            raise InputError("give a run's folder, or two sets of images with --real and --generated")
+            raise InputError(
+                "give a run's folder, or two sets of images with --real and --generated"
+            )
         if self.run_folder is None:
             self._compare()
         else:
@@ -106,7 +127,9 @@ class Evaluate:
         try:
             write_json(folder / "evaluation.json", evaluation.to_json())
         finally:  # a full disk takes nothing that was measured
-            self._show(evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images")
+            self._show(
+                evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images"
+            )
             if self._for_people:
                 self._show_published(run)
 

@@ -19,7 +19,11 @@ def load_run(folder: Path, device: str) -> "Run":
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)
     if not run.finished:
         untrained = run.recipe.second is not None and run.second is None
-        without = ", and stage 2 has not begun: the prior is normal unless you choose" if untrained else ""
+        without = (
+            ", and stage 2 has not begun: the prior is normal unless you choose"
+            if untrained
+            else ""
+        )
         print(f"poise: warning: {folder} is not finished{without}", file=sys.stderr)
     return run
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from poise.studies.comparison import Comparison
 
 
-SecondBalance = Annotated[str | None, recipes_own("balance of stage 2, for all labels; same: each label's own")]
+SecondBalance = Annotated[
+    str | None, recipes_own("balance of stage 2, for all labels; same: each label's own")
+]
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,22 @@ class Compare:
         ),
     ] = None
     models: Annotated[
-        tuple[str, ...], arg(help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ...")
+        tuple[str, ...],
+        arg(help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ..."),
     ] = ()
     priors: Annotated[
         tuple[PriorChoice, ...] | None,
-        arg(help="whose samples are compared; without second-stage no stage 2 is trained", help_behavior_hint="(default: all)"),
+        arg(
+            help="whose samples are compared; without second-stage no stage 2 is trained",
+            help_behavior_hint="(default: all)",
+        ),
     ] = None
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 3
     recipe: RecipeName = None
-    out: Annotated[Path | None, arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)")] = None
+    out: Annotated[
+        Path | None,
+        arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)"),
+    ] = None
     second_balance: SecondBalance = None
     size: Size = None
     channels: Channels = None
@@ -84,7 +93,11 @@ class Compare:
     precision: Precision = None
     protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
     images: Annotated[
-        int | None, arg(help="real images to compare with as many others", help_behavior_hint="(default: the protocol's)")
+        int | None,
+        arg(
+            help="real images to compare with as many others",
+            help_behavior_hint="(default: the protocol's)",
+        ),
     ] = None
     extractor: Annotated[
         str,
@@ -101,7 +114,9 @@ class Compare:
 
     def run(self) -> None:
         own = ("data", "device", "engine", "save_seconds", "stages")
-        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        chosen: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in own
+        }
         chosen |= {"stages": 1} if self.stages == 1 else {}
         from poise.runs.options import Options
         from poise.studies.comparison import compare
@@ -111,7 +126,9 @@ class Compare:
         if comparison.results or comparison.failed:
             print(comparison)
             page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
-            print(f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED")
+            print(
+                f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED"
+            )
         say_if_late(comparison, self.stop_after)
         fail_if_any(comparison)
 
@@ -125,17 +142,29 @@ class Reproduce:
 
     name: Annotated[Positional[str], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
     data: Annotated[
-        str | None, arg(help="where its images are, if not in ./data or POISE_DATA", help_behavior_hint="(default: by name)")
+        str | None,
+        arg(
+            help="where its images are, if not in ./data or POISE_DATA",
+            help_behavior_hint="(default: by name)",
+        ),
     ] = None
     balances: Annotated[
         tuple[str, ...] | None,
-        arg(help="balances of stage 1, for instance computed learned optimal", help_behavior_hint=RECIPES_OWN),
+        arg(
+            help="balances of stage 1, for instance computed learned optimal",
+            help_behavior_hint=RECIPES_OWN,
+        ),
     ] = None
     second_balance: SecondBalance = None
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
-    length: Annotated[float, arg(help="share of the full length, for a trial; its label says so")] = 1.0
+    length: Annotated[
+        float, arg(help="share of the full length, for a trial; its label says so")
+    ] = 1.0
     stop_after: StopAfter = None
-    out: Annotated[Path | None, arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)")] = None
+    out: Annotated[
+        Path | None,
+        arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)"),
+    ] = None
     results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
     extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
     jobs: Jobs = None
@@ -143,11 +172,17 @@ class Reproduce:
     engine: Engine = "auto"
 
     def run(self) -> None:
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "device", "engine")}
+        chosen = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("name", "device", "engine")
+        }
         from poise.runs.options import Options
         from poise.studies.reproduction import reproduce, text
 
-        comparison = reproduce(self.name, options=Options(self.device, engine=self.engine), **chosen)
+        comparison = reproduce(
+            self.name, options=Options(self.device, engine=self.engine), **chosen
+        )
         if comparison.results or comparison.failed:
             print(text(comparison))
             print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
@@ -184,7 +219,9 @@ def write_page(comparison: "Comparison", device: str) -> Path:
     """The comparison's page of plots."""
     from poise.report import write_report
 
-    return write_report([comparison.folder], comparison.folder / "report.html", device=device, quiet=False)
+    return write_report(
+        [comparison.folder], comparison.folder / "report.html", device=device, quiet=False
+    )
 
 
 def say_if_late(comparison: "Comparison", stop_after: float | None) -> None:
@@ -197,4 +234,6 @@ def fail_if_any(comparison: "Comparison") -> None:
     """Raises RunError where a run has failed."""
     if comparison.failed:
         count = len(comparison.failed)
-        raise RunError(f"{count} of {count + len(comparison.results)} runs failed: see the end of the table")
+        raise RunError(
+            f"{count} of {count + len(comparison.results)} runs failed: see the end of the table"
+        )

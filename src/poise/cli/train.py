@@ -51,7 +51,9 @@ class Train:
             help_behavior_hint="(default: the recipe's own, or digits)",
         ),
     ] = None
-    out: Annotated[Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")] = None
+    out: Annotated[
+        Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")
+    ] = None
     recipe: RecipeName = None
     size: Size = None
     channels: Channels = None
@@ -59,7 +61,9 @@ class Train:
     latent_dim: LatentDim = None
     balance: Annotated[str | None, recipes_own(f"balance of stage 1: {BALANCES}")] = None
     second_balance: Annotated[str | None, recipes_own("balance of stage 2, likewise")] = None
-    objective: Annotated[str | None, recipes_own(f"what stage 1's loss is made of: {OBJECTIVES}")] = None
+    objective: Annotated[
+        str | None, recipes_own(f"what stage 1's loss is made of: {OBJECTIVES}")
+    ] = None
     minutes: Minutes = None
     epochs: Epochs = None
     second_epochs: SecondEpochs = None
@@ -70,7 +74,9 @@ class Train:
     precision: Precision = None
     seed: Annotated[int, arg(help="of weights, order and noise")] = 0
     device: Device = "auto"
-    skip_unreadable: Annotated[bool, arg(help="leave out images that cannot be decoded, and list them")] = False
+    skip_unreadable: Annotated[
+        bool, arg(help="leave out images that cannot be decoded, and list them")
+    ] = False
     save_seconds: SaveSeconds = 60.0
     engine: Engine = "auto"
     threads: Threads = 0
@@ -79,7 +85,9 @@ class Train:
     def settings(self) -> Recipe:
         """The recipe with what was given on the command line put in."""
         recipe = find_recipe(self.recipe or (None if self.data else "digits"), self.data)
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Changes)}
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(Changes)
+        }
         return Changes(**values).apply(recipe)
 
     def run(self) -> None:
@@ -92,15 +100,24 @@ class Train:
         from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):
-            make_balance(stage.balance, image_size=1, latent_dim=1)  # a wrong one is said before the data are read
+            make_balance(
+                stage.balance, image_size=1, latent_dim=1
+            )  # a wrong one is said before the data are read
         make_objective(recipe.first.objective)
-        options = Options(self.device, self.save_seconds, self.tensorboard, engine=self.engine, threads=self.threads)
+        options = Options(
+            self.device,
+            self.save_seconds,
+            self.tensorboard,
+            engine=self.engine,
+            threads=self.threads,
+        )
         run = train(self.data, recipe=recipe, out=self.out, options=options)
         if distributed.rank() > 0:
             return
         summary = json.loads((run.folder / "summary.json").read_text())
         show_table(
-            f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images", figures_table(summary)
+            f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images",
+            figures_table(summary),
         )
         for note in [*run.data["notes"], *summary.get("notes", [])]:
             print(f"note: {note}")

@@ -43,7 +43,10 @@ def read_npz(path: Path, reading: Reading) -> Found:
     """
     _check_start(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaves a damaged file open
+        with (
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as archive,
+        ):  # np.load leaves a damaged file open
             arrays = {key: archive[key] for key in _image_keys(path, archive.files)}
     except InputError:
         raise
@@ -76,7 +79,9 @@ def _check_start(path: Path) -> None:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     if any(words in str(error) for words in ("Object arrays", "Python objects")):  # numpy's words
-        return InputError(f"{path} holds Python objects, which are never loaded: save the images as a uint8 array")
+        return InputError(
+            f"{path} holds Python objects, which are never loaded: save the images as a uint8 array"
+        )
     return InputError(f"{path} is damaged ({' '.join(str(error).split())}): save the images again")
 
 
@@ -92,7 +97,9 @@ def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:
         InputError: another layout or type; values outside [0, 1], NaN or infinite; not square and no size given.
     """
     if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise InputError(f"{label} has type {array.dtype}: save as uint8 (0 to 255), or as floats in [0, 1]")
+        raise InputError(
+            f"{label} has type {array.dtype}: save as uint8 (0 to 255), or as floats in [0, 1]"
+        )
     images = _channels_first(array, label)
     if images.dtype != np.uint8:
         _check_range(images, label)
@@ -102,11 +109,15 @@ def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:
 def _channels_first(array: np.ndarray, label: str) -> np.ndarray:
     given = f"{label} has shape {tuple(array.shape)}"
     if array.ndim == 2:
-        raise InputError(f"{given}, which are vectors: poise train takes images, (n, h, w), (n, h, w, c) or (n, c, h, w)")
+        raise InputError(
+            f"{given}, which are vectors: poise train takes images, (n, h, w), (n, h, w, c) or (n, c, h, w)"
+        )
     if array.ndim not in (3, 4) or 0 in array.shape[1:]:
         raise InputError(f"{given}: images come as (n, h, w), (n, h, w, c) or (n, c, h, w)")
     if array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.shape[1] != array.shape[2]:
-        raise InputError(f"{given}, which looks like a single image: images come as (n, h, w), (n, h, w, c) or (n, c, h, w)")
+        raise InputError(
+            f"{given}, which looks like a single image: images come as (n, h, w), (n, h, w, c) or (n, c, h, w)"
+        )
     if array.ndim == 3:
         return array[:, None]
     if _channel_axis(array.shape, given) == 1:
@@ -118,10 +129,14 @@ def _channels_first(array: np.ndarray, label: str) -> np.ndarray:
 def _channel_axis(shape: tuple[int, ...], given: str) -> int:
     axes = [axis for axis in (1, 3) if shape[axis] in (1, 3)]
     if not axes:
-        raise InputError(f"{given}: images have 1 or 3 channels, first (n, c, h, w) or last (n, h, w, c)")
+        raise InputError(
+            f"{given}: images have 1 or 3 channels, first (n, c, h, w) or last (n, h, w, c)"
+        )
     square = [axis for axis in axes if shape[2] == shape[4 - axis]]
     if len(axes) == 2 and len(square) != 1:
-        raise InputError(f"{given}: the channels may be first or last; give another shape, as (n, h, w) for grey images")
+        raise InputError(
+            f"{given}: the channels may be first or last; give another shape, as (n, h, w) for grey images"
+        )
     return axes[0] if len(axes) == 1 else square[0]
 
 
@@ -132,17 +147,27 @@ def _check_range(images: np.ndarray, label: str) -> None:
         finite = np.isfinite(block).all(axis=(1, 2, 3))
         if not finite.all():
             first = rows.start + int(np.argmin(finite))
-            raise InputError(f"{label} holds NaN or infinite values, first in image {first}: repair or remove such images")
+            raise InputError(
+                f"{label} holds NaN or infinite values, first in image {first}: repair or remove such images"
+            )
         low, high = min(low, float(block.min())), max(high, float(block.max()))
     if low < 0 or high > 1:
-        hint = "divide by 255 or save as uint8" if low >= 0 else "rescale them (bytes: divide by 255 or save as uint8)"
-        raise InputError(f"{label} has values from {low:g} to {high:g}, allowed are floats in [0, 1]: {hint}")
+        hint = (
+            "divide by 255 or save as uint8"
+            if low >= 0
+            else "rescale them (bytes: divide by 255 or save as uint8)"
+        )
+        raise InputError(
+            f"{label} has values from {low:g} to {high:g}, allowed are floats in [0, 1]: {hint}"
+        )
 
 
 def _fit(images: np.ndarray, label: str, reading: Reading) -> np.ndarray:
     _, channels, height, width = images.shape
     if reading.size is None and height != width:
-        raise InputError(f"{label} has images of {width}x{height}, not square: pass --size N to crop and resize them")
+        raise InputError(
+            f"{label} has images of {width}x{height}, not square: pass --size N to crop and resize them"
+        )
     shape = (reading.channels or channels, reading.size or height, reading.size or width)
     dtype = np.dtype(np.uint8 if images.dtype == np.uint8 else np.float32)
     if images.shape[1:] == shape and images.dtype == dtype:
@@ -161,8 +186,12 @@ def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
         return images.repeat(3, 1)
     if images.dtype == np.uint8:
         weights = np.array([19595, 38470, 7471], np.uint32)
-        return ((np.einsum("nchw,c->nhw", images.astype(np.uint32), weights) + 0x8000) >> 16).astype(np.uint8)[:, None]
-    return np.einsum("nchw,c->nhw", images, np.array([0.299, 0.587, 0.114], images.dtype)).clip(0, 1)[:, None]
+        return (
+            (np.einsum("nchw,c->nhw", images.astype(np.uint32), weights) + 0x8000) >> 16
+        ).astype(np.uint8)[:, None]
+    return np.einsum("nchw,c->nhw", images, np.array([0.299, 0.587, 0.114], images.dtype)).clip(
+        0, 1
+    )[:, None]
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
@@ -171,6 +200,10 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     if images.shape[2:] == (size, size):
         return images
     planes = images.reshape(-1, *images.shape[2:])
-    resized = np.stack([np.asarray(center_square_resize(Image.fromarray(plane), size)) for plane in planes])
-    in_range = resized if images.dtype == np.uint8 else resized.clip(0, 1)  # bicubic overshoots at edges
+    resized = np.stack(
+        [np.asarray(center_square_resize(Image.fromarray(plane), size)) for plane in planes]
+    )
+    in_range = (
+        resized if images.dtype == np.uint8 else resized.clip(0, 1)
+    )  # bicubic overshoots at edges
     return in_range.reshape(*images.shape[:2], size, size)

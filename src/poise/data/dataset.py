@@ -76,7 +76,9 @@ class Reading:
         if self.channels not in (None, 1, 3):
             raise InputError(f"channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 95:
-            raise InputError(f"jpeg_quality must be 1 to 95 (the released code: 75), not {self.jpeg_quality}")
+            raise InputError(
+                f"jpeg_quality must be 1 to 95 (the released code: 75), not {self.jpeg_quality}"
+            )
         if self.file_order not in ("sorted", "listing"):
             raise InputError(f'file_order must be "sorted" or "listing", not {self.file_order!r}')
 
@@ -142,7 +144,8 @@ def content_hashes(images: Pixels) -> np.ndarray:
     hashes = np.empty(len(images), f"S{HASH_BYTES}")
     for block in blocks(images):
         digests = (
-            hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest() for image in np.ascontiguousarray(images[block])
+            hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest()
+            for image in np.ascontiguousarray(images[block])
         )
         hashes[block] = np.fromiter(digests, hashes.dtype, block.stop - block.start)
     return hashes

@@ -43,7 +43,9 @@ def to_bytes(images: Images) -> ByteImages:
         InputError: NaN among the values (this looks at every value, and so waits for the device).
     """
     if images.isnan().any():
-        raise InputError("the images hold NaN, which no byte can represent: the network that made them has diverged")
+        raise InputError(
+            "the images hold NaN, which no byte can represent: the network that made them has diverged"
+        )
     return images.detach().float().clamp(0, 1).mul_(255).add_(0.5).floor_().to(torch.uint8)
 
 
@@ -71,8 +73,15 @@ def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
         (130, 196, 1)
     """
     if len(images) == 0 or (columns is not None and columns < 1):
-        raise InputError(f"a grid needs at least one image and one column, not {len(images)} images in {columns} columns")
-    tiles = (images if images.dtype == torch.uint8 else to_bytes(images)).cpu().permute(0, 2, 3, 1).numpy()
+        raise InputError(
+            f"a grid needs at least one image and one column, not {len(images)} images in {columns} columns"
+        )
+    tiles = (
+        (images if images.dtype == torch.uint8 else to_bytes(images))
+        .cpu()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     factor = max(1, TILE_PIXELS // min(tiles.shape[1:3]))
     tiles = tiles.repeat(factor, 1).repeat(factor, 2)
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
@@ -157,9 +166,13 @@ def read_image(file: Path | io.BytesIO, mode: Mode, label: str | None = None) ->
     from PIL import Image, ImageOps
 
     with _decoding(label or str(file)), Image.open(file) as image:
-        sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        sixteen_bit = image.mode.startswith("I;16") or (
+            image.mode == "I" and image.format in ("PNG", "PPM")
+        )
         if image.mode in ("I", "F") and not sixteen_bit:
-            raise ValueError("32-bit pixels, whose range is not known; save as 8 or 16 bit, or give an array")
+            raise ValueError(
+                "32-bit pixels, whose range is not known; save as 8 or 16 bit, or give an array"
+            )
         image.load()  # every pixel: a cut-off file fails here
         upright = ImageOps.exif_transpose(image)
         if sixteen_bit:
@@ -206,7 +219,11 @@ def center_square_resize(image: Picture, size: int) -> Picture:
 
 
 def crop_and_resize(
-    image: Picture, rows: tuple[int, int] = (45, 173), cols: tuple[int, int] = (25, 153), *, size: int = 64
+    image: Picture,
+    rows: tuple[int, int] = (45, 173),
+    cols: tuple[int, int] = (25, 153),
+    *,
+    size: int = 64,
 ) -> Picture:
     """The usual cut of CelebA's aligned 178x218 faces: rows 45 to 172, columns 25 to 152, bilinear to (size, size).
 

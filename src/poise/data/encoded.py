@@ -11,13 +11,22 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from poise.data.dataset import Reading
-from poise.data.decoding import Header, Picture, center_square_resize, crop_and_resize, read_header, read_image
+from poise.data.decoding import (
+    Header,
+    Picture,
+    center_square_resize,
+    crop_and_resize,
+    read_header,
+    read_image,
+)
 from poise.errors import InputError
 from poise.support.progress import progress
 
 Result = TypeVar("Result")
 
-_FILES_AT_ONCE = 512  # handed to the threads; bounds what is pending, and how long an interrupt waits
+_FILES_AT_ONCE = (
+    512  # handed to the threads; bounds what is pending, and how long an interrupt waits
+)
 
 
 class Encoded(NamedTuple):
@@ -75,9 +84,13 @@ def _form(files: Sequence[Encoded], reading: Reading, errors: dict[int, InputErr
 
     headers = dict(_each(header, range(len(files)), errors, reading, "reading headers"))
     if not headers:
-        raise InputError(f"none of the {len(files)} images can be decoded: {next(iter(errors.values()), 'there are none')}")
+        raise InputError(
+            f"none of the {len(files)} images can be decoded: {next(iter(errors.values()), 'there are none')}"
+        )
     grey = all(header.grey for header in headers.values())
-    return _Form(reading.channels or (1 if grey else 3), reading.size or _common_side(files, headers))
+    return _Form(
+        reading.channels or (1 if grey else 3), reading.size or _common_side(files, headers)
+    )
 
 
 def _common_side(files: Sequence[Encoded], headers: dict[int, Header]) -> int:
@@ -85,7 +98,9 @@ def _common_side(files: Sequence[Encoded], headers: dict[int, Header]) -> int:
     other = next(((label, s) for label, s in others if s != size), None)
     remedy = "pass --size N to crop and resize all images to N x N"
     if other:
-        raise InputError(f"images differ in size: {first} is {size} and {other[0]} is {other[1]}; {remedy}")
+        raise InputError(
+            f"images differ in size: {first} is {size} and {other[0]} is {other[1]}; {remedy}"
+        )
     width, height, _ = next(iter(headers.values()))
     if width != height:
         raise InputError(f"images are not square: {first} and {others[0][0]} are {size}; {remedy}")
@@ -134,5 +149,7 @@ def _each(
                 elif reading.skip_unreadable:
                     errors[position] = result
                 else:
-                    raise InputError(f"{result}; repair or remove it, or pass --skip-unreadable") from result
+                    raise InputError(
+                        f"{result}; repair or remove it, or pass --skip-unreadable"
+                    ) from result
             bar.update(start + len(batch), {})

@@ -30,17 +30,25 @@ def read_folder(folder: Path, reading: Reading) -> Found:
     images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
     if not images:
         raise _no_images(folder, files)
-    notes = [f"ignored: {_count(len(files) - len(images), 'other file')}"] if len(images) < len(files) else []
+    notes = (
+        [f"ignored: {_count(len(files) - len(images), 'other file')}"]
+        if len(images) < len(files)
+        else []
+    )
     train, test = _official_split(folder, images)
     if test and len(train) + len(test) < len(images):
-        notes.append(f"ignored: {_count(len(images) - len(train) - len(test), 'image')} outside the split's two folders")
+        notes.append(
+            f"ignored: {_count(len(images) - len(train) - len(test), 'image')} outside the split's two folders"
+        )
     found = read_files(train, test, reading)
     return Found(folder.resolve().name, *found[:2], str(folder), (*notes, *found[2]))
 
 
 def read_files(train: Sequence[Path], test: Sequence[Path], reading: Reading) -> Split:
     """Images of the two sides of a split, and notes; None for the second side where `test` is empty."""
-    return decode_split([_encoded(path) for path in train], [_encoded(path) for path in test], reading)
+    return decode_split(
+        [_encoded(path) for path in train], [_encoded(path) for path in test], reading
+    )
 
 
 def decode_split(train: Sequence[Encoded], test: Sequence[Encoded], reading: Reading) -> Split:
@@ -77,7 +85,9 @@ def _no_images(folder: Path, files: list[Path]) -> InputError:
     hint = f"; for an array, name the file itself, as {folder / arrays[0]}" if arrays else ""
     if not files:
         return InputError(f"{folder} is empty: put images there ({endings})")
-    return InputError(f"{folder} holds {_count(len(files), 'file')}, none an image: accepted are {endings}{hint}")
+    return InputError(
+        f"{folder} holds {_count(len(files), 'file')}, none an image: accepted are {endings}{hint}"
+    )
 
 
 def _count(number: int, noun: str) -> str:

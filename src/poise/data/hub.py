@@ -33,10 +33,15 @@ def read_hub(name: str, reading: Reading) -> Found:
         raise InputError(f"hf:{name} has no split called train: it has {', '.join(splits)}")
     test = next((split for split in _TEST_SPLITS if split in splits and split != train), None)
     columns = _image_columns(splits[train], name)
-    sides = [_files(f"hf:{name} {split}", splits[split], columns[0]) if split else [] for split in (train, test)]
+    sides = [
+        _files(f"hf:{name} {split}", splits[split], columns[0]) if split else []
+        for split in (train, test)
+    ]
     images, test_images, notes = decode_split(sides[0], sides[1], reading)
     chosen = (f"image column {columns[0]}, of {', '.join(columns)}",) if len(columns) > 1 else ()
-    return Found(name.rstrip("/").split("/")[-1], images, test_images, f"hf:{name}", (*chosen, *notes))
+    return Found(
+        name.rstrip("/").split("/")[-1], images, test_images, f"hf:{name}", (*chosen, *notes)
+    )
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -50,7 +55,9 @@ def _load(name: str) -> dict[str, Any]:
             splits = datasets.load_dataset(str(local) if local.is_dir() else name)
     except Exception as error:  # the library, and the network below it, raise dozens of types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MissingInputError(f"hf:{name} cannot be loaded ({reason}): check the name and the network") from error
+        raise MissingInputError(
+            f"hf:{name} cannot be loaded ({reason}): check the name and the network"
+        ) from error
     return {str(split): images for split, images in splits.items()}
 
 
@@ -72,7 +79,9 @@ def _image_columns(split: Any, name: str) -> list[str]:
 
     columns = [column for column, kind in split.features.items() if isinstance(kind, Image)]
     if not columns:
-        raise InputError(f"hf:{name} has no column of images: its columns are {', '.join(split.features)}")
+        raise InputError(
+            f"hf:{name} has no column of images: its columns are {', '.join(split.features)}"
+        )
     return columns
 
 
@@ -80,7 +89,10 @@ def _files(label: str, split: Any, column: str) -> list[Encoded]:
     from datasets import Image
 
     encoded = split.select_columns([column]).cast_column(column, Image(decode=False))
-    return [Encoded(f"{label}[{row}]", partial(_open, encoded, column, row)) for row in range(len(encoded))]
+    return [
+        Encoded(f"{label}[{row}]", partial(_open, encoded, column, row))
+        for row in range(len(encoded))
+    ]
 
 
 def _open(split: Any, column: str, row: int) -> Path | BytesIO:

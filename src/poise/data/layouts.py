@@ -45,7 +45,10 @@ def read_mnist(folder: Path, reading: Reading) -> Found:
     Raises:
         InputError: a file is damaged. MissingInputError: one is not there.
     """
-    train, test = (as_images(_read_idx(folder, part), str(folder), reading) for part in ("train-images", "t10k-images"))
+    train, test = (
+        as_images(_read_idx(folder, part), str(folder), reading)
+        for part in ("train-images", "t10k-images")
+    )
     name = folder.resolve().parent.name if folder.name == "raw" else folder.resolve().name
     return Found(name, train, test, str(folder))
 
@@ -53,7 +56,9 @@ def read_mnist(folder: Path, reading: Reading) -> Found:
 def _read_idx(folder: Path, part: str) -> np.ndarray:
     path = _idx_file(folder, part)
     if path is None:
-        raise MissingInputError(f"{folder / part}-idx3-ubyte is missing (with or without .gz): put it there")
+        raise MissingInputError(
+            f"{folder / part}-idx3-ubyte is missing (with or without .gz): put it there"
+        )
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -61,7 +66,9 @@ def _read_idx(folder: Path, part: str) -> np.ndarray:
     magic, *shape = np.frombuffer(content[:16], ">u4").tolist() if len(content) >= 16 else (0,)
     if magic != _IDX_IMAGES or len(content) != 16 + math.prod(shape):
         raise InputError(f"{path} is damaged or not an idx file of images: download it again")
-    return np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()  # a copy, to be writable
+    return (
+        np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()
+    )  # a copy, to be writable
 
 
 def _idx_file(folder: Path, part: str) -> Path | None:
@@ -77,7 +84,12 @@ def read_cifar10(folder: Path, reading: Reading) -> Found:
     """
     batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
     train = as_images(np.concatenate(batches), str(folder), reading)
-    return Found("cifar10", train, as_images(_read_batch(folder / "test_batch"), str(folder), reading), str(folder))
+    return Found(
+        "cifar10",
+        train,
+        as_images(_read_batch(folder / "test_batch"), str(folder), reading),
+        str(folder),
+    )
 
 
 def _read_batch(path: Path) -> np.ndarray:
@@ -89,14 +101,22 @@ def _read_batch(path: Path) -> np.ndarray:
         return pixels.reshape(-1, 3, 32, 32)
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is no intact CIFAR-10 batch ({reason}): unpack cifar-10-python.tar.gz again") from error
+        raise InputError(
+            f"{path} is no intact CIFAR-10 batch ({reason}): unpack cifar-10-python.tar.gz again"
+        ) from error
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Loads dicts, lists, bytes and numpy arrays, and refuses all else: a pickle may name any function to be called."""
 
     # The functions that rebuild an array, by the names that old and new releases of numpy give them (protocols <= 4 and 5).
-    _modules = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    _modules = (
+        "numpy",
+        "numpy.core.multiarray",
+        "numpy._core.multiarray",
+        "numpy.core.numeric",
+        "numpy._core.numeric",
+    )
     _allowed = {  # noqa: RUF012
         "ndarray": np.ndarray,
         "dtype": np.dtype,
@@ -128,9 +148,14 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
     absent = sorted(set(partition) - set(listed))
     if absent:
         count = f"{len(absent)} of {len(partition)} images"
-        raise MissingInputError(f"{images} lacks {count}, {absent[0]} for one: unpack img_align_celeba.zip again")
+        raise MissingInputError(
+            f"{images} lacks {count}, {absent[0]} for one: unpack img_align_celeba.zip again"
+        )
     if reading.file_order == "sorted":
-        train, test = (sorted(name for name, part in partition.items() if part == side) for side in (_TRAIN, _TEST))
+        train, test = (
+            sorted(name for name, part in partition.items() if part == side)
+            for side in (_TRAIN, _TEST)
+        )
     else:
         counts = Counter(partition.values())
         train, test = listed[: counts[_TRAIN]], listed[len(listed) - counts[_TEST] :]
@@ -141,13 +166,19 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
 
 def celeba_reading(reading: Reading) -> Reading:
     """CelebA's cut to 128x128, and 64x64 RGB unless something else was asked for."""
-    return replace(reading, celeba_crop=True, size=reading.size or CELEBA_SIZE, channels=reading.channels or 3)
+    return replace(
+        reading, celeba_crop=True, size=reading.size or CELEBA_SIZE, channels=reading.channels or 3
+    )
 
 
 def _read_partition(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise MissingInputError(f"{path} is missing: it holds CelebA's official split, and comes with the images")
-    fields = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        raise MissingInputError(
+            f"{path} is missing: it holds CelebA's official split, and comes with the images"
+        )
+    fields = [
+        line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()
+    ]
     if any(len(field) != 2 or field[1] not in ("0", "1", "2") for field in fields):
         raise InputError(f"{path} is damaged: each line must be a file name and 0, 1 or 2")
     return dict(fields)

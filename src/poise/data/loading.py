@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from poise.data.arrays import as_images, read_npy, read_npz
-from poise.data.dataset import Dataset, FileOrder, Found, Reading, check_enough, count_shared, split_by_content
+from poise.data.dataset import (
+    Dataset,
+    FileOrder,
+    Found,
+    Reading,
+    check_enough,
+    count_shared,
+    split_by_content,
+)
 from poise.data.decoding import jpeg_round_trip
 from poise.data.folders import IMAGE_ENDINGS, read_files, read_folder
 from poise.data.hub import read_hub
@@ -61,10 +69,14 @@ def load(
         >>> load("digits").shape
         (1, 8, 8)
     """
-    reading = Reading(size, channels, skip_unreadable, jpeg_quality, file_order, memory_budget, cache)
+    reading = Reading(
+        size, channels, skip_unreadable, jpeg_quality, file_order, memory_budget, cache
+    )
     found = _find(source, data_dir, reading)
     if found.file_order != file_order:
-        raise InputError(f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, and {found.source} is none')
+        raise InputError(
+            f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, and {found.source} is none'
+        )
     train, test = _split(found)
     notes = list(found.notes)
     if found.test is not None and found.name not in NAMES and (shared := count_shared(train, test)):
@@ -73,7 +85,9 @@ def load(
         train, test = _through_jpeg(train, reading), _through_jpeg(test, reading)
         notes.append(f"every image went through JPEG at quality {jpeg_quality}")
     if file_order == "listing":
-        notes.append("split by the order in which the file system lists the files, not the official one")
+        notes.append(
+            "split by the order in which the file system lists the files, not the official one"
+        )
     return Dataset(found.name, train, test, found.source, tuple(notes))
 
 
@@ -107,7 +121,11 @@ def find_images(
 ) -> tuple[Pixels, Literal["train", "test", "given"]]:
     """What `read_images` gives, and which side of an official split it is; "given" where the source has none: all images."""
     reading = Reading(size=size, channels=channels)
-    if isinstance(source, (str, Path)) and Path(source).is_file() and Path(source).suffix.lower() in IMAGE_ENDINGS:
+    if (
+        isinstance(source, (str, Path))
+        and Path(source).is_file()
+        and Path(source).suffix.lower() in IMAGE_ENDINGS
+    ):
         return read_files([Path(source)], [], reading)[0], "given"
     found = _find(source, None, reading)
     if found.test is None:
@@ -115,14 +133,18 @@ def find_images(
     return (found.train if side == "train" else found.test), side
 
 
-def _find(source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None, reading: Reading) -> Found:
+def _find(
+    source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None, reading: Reading
+) -> Found:
     if isinstance(source, (np.ndarray, Tensor)):
         array = source if isinstance(source, np.ndarray) else _to_numpy(source)
         return Found("array", as_images(array, "the array", reading), None, "array")
     if isinstance(source, Path):
         return _read_path(source.expanduser(), reading)
     if not isinstance(source, str):
-        raise InputError(f"images must be a path, a name, an array or a tensor, not {type(source).__name__}")
+        raise InputError(
+            f"images must be a path, a name, an array or a tensor, not {type(source).__name__}"
+        )
     if source in NAMES:
         return read_named(source, data_dir, reading)
     if source.startswith(HUB_PREFIX):
@@ -132,7 +154,9 @@ def _find(source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None,
 
 def _to_numpy(images: Tensor) -> np.ndarray:
     images = images.detach().cpu()
-    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()  # numpy has no bfloat16
+    return (
+        images.float() if images.dtype == torch.bfloat16 else images
+    ).numpy()  # numpy has no bfloat16
 
 
 def _read_path(path: Path, reading: Reading) -> Found:
@@ -144,7 +168,9 @@ def _read_path(path: Path, reading: Reading) -> Found:
         return read_npy(path, reading)
     if path.suffix == ".npz":
         return read_npz(path, reading)
-    raise InputError(f"{path} is a single file: give a folder of images, or an .npy or .npz file (unpack archives first)")
+    raise InputError(
+        f"{path} is a single file: give a folder of images, or an .npy or .npz file (unpack archives first)"
+    )
 
 
 def _read_folder(folder: Path, reading: Reading) -> Found:
@@ -170,14 +196,20 @@ def _split(found: Found) -> tuple[Pixels, Pixels]:
         return take(found.train, train), take(found.train, test)
     if not len(found.train) or not len(found.test) or found.train.shape[1:] != found.test.shape[1:]:
         shapes = f"training images {found.train.shape} and test images {found.test.shape}"
-        raise InputError(f"{found.source}: {shapes} do not go together: both need images, of one shape")
+        raise InputError(
+            f"{found.source}: {shapes} do not go together: both need images, of one shape"
+        )
     return found.train, found.test
 
 
 def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
     if images.dtype != np.uint8:
-        raise InputError("jpeg_quality is for bytes, and these images are floats: save them as uint8, or leave it out")
+        raise InputError(
+            "jpeg_quality is for bytes, and these images are floats: save them as uint8, or leave it out"
+        )
     stored = reading.allocate(images.shape, images.dtype)
     for rows in blocks(images):
-        stored[rows] = jpeg_round_trip(torch.from_numpy(np.array(images[rows])), reading.jpeg_quality or 75).numpy()
+        stored[rows] = jpeg_round_trip(
+            torch.from_numpy(np.array(images[rows])), reading.jpeg_quality or 75
+        ).numpy()
     return stored

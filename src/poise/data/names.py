@@ -40,7 +40,9 @@ _PLACES = {
         ("fashion-mnist.npz", "fashion.npz"),
         "zalando-datasets/fashion_mnist",
     ),
-    "cifar10": _Place("cifar-10-batches-py", "cifar-10-batches-py/", ("cifar10.npz",), "uoft-cs/cifar10"),
+    "cifar10": _Place(
+        "cifar-10-batches-py", "cifar-10-batches-py/", ("cifar10.npz",), "uoft-cs/cifar10"
+    ),
     "celeba64": _Place(
         "celeba",
         "celeba/img_align_celeba/ and celeba/list_eval_partition.txt",
@@ -66,7 +68,9 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
     if name == "digits":
         return read_digits(reading)
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise MissingInputError(f"the data folder {data_dir} does not exist: name another, or create it")
+        raise MissingInputError(
+            f"the data folder {data_dir} does not exist: name another, or create it"
+        )
     root = Path(data_dir or os.environ.get("POISE_DATA") or "data").expanduser()
     found = _read_local(_PLACES[name], root, reading) or _read_remote(name, root, reading)
     return replace(found, name=name)
@@ -81,7 +85,11 @@ def read_digits(reading: Reading) -> Found:
 def _digits_levels() -> np.ndarray:
     """What scikit-learn's load_digits gives, (1797, 8, 8), from its file: to import scikit-learn takes a second or more."""
     package = find_spec("sklearn")
-    file = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package else Path()
+    file = (
+        Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz"
+        if package
+        else Path()
+    )
     if file.is_file():
         return np.loadtxt(file, delimiter=",", usecols=range(64)).reshape(-1, 8, 8)
     from sklearn.datasets import load_digits
@@ -103,6 +111,8 @@ def _read_remote(name: str, root: Path, reading: Reading) -> Found:
     try:
         return read_hub(place.hub, celeba_reading(reading) if name == "celeba64" else reading)
     except MissingExtraError as error:
-        raise MissingInputError(f'{missing}, or let it be downloaded: pip install "poise[data]"') from error
+        raise MissingInputError(
+            f'{missing}, or let it be downloaded: pip install "poise[data]"'
+        ) from error
     except MissingInputError as error:
         raise MissingInputError(f"{missing}, or try again: {error}") from error

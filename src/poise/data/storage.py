@@ -25,7 +25,9 @@ from poise.errors import RunError
 from poise.shapes import Values
 
 BLOCK_BYTES = 2**24
-PIECE_BYTES = 2**17  # asked of the system at once; Linux cuts requests short that pass its own read-ahead, by default this
+PIECE_BYTES = (
+    2**17
+)  # asked of the system at once; Linux cuts requests short that pass its own read-ahead, by default this
 
 
 @final
@@ -43,7 +45,11 @@ class Rows:
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
         indices = self.indices[rows]
-        return _in_file_order(self.array, indices) if isinstance(indices, np.ndarray) else np.array(self.array[indices])
+        return (
+            _in_file_order(self.array, indices)
+            if isinstance(indices, np.ndarray)
+            else np.array(self.array[indices])
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -108,7 +114,9 @@ def _asked_for(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
             madvise(origin + start, length, mmap.MADV_WILLNEED)
         yield
     finally:
-        mapping.madvise(mmap.MADV_NORMAL)  # what is read in blocks is served well by the system's own reading ahead
+        mapping.madvise(
+            mmap.MADV_NORMAL
+        )  # what is read in blocks is served well by the system's own reading ahead
 
 
 @cache
@@ -131,7 +139,10 @@ def _mapping(array: Any) -> mmap.mmap | None:
 def _pieces(array: np.ndarray, indices: np.ndarray, origin: int) -> Iterator[tuple[int, int]]:
     """Where the pages of these rows begin in the mapping at address `origin`, and their bytes: neighbours joined, then cut."""
     first = array.ctypes.data - origin + indices * array.strides[0]
-    row = array.itemsize + sum((count - 1) * stride for count, stride in zip(array.shape[1:], array.strides[1:], strict=True))
+    row = array.itemsize + sum(
+        (count - 1) * stride
+        for count, stride in zip(array.shape[1:], array.strides[1:], strict=True)
+    )
     begins, ends = first // mmap.PAGESIZE, (first + row - 1) // mmap.PAGESIZE + 1
     new = np.flatnonzero(begins[1:] > ends[:-1]) + 1
     begins, ends = begins[np.r_[0, new]] * mmap.PAGESIZE, ends[np.r_[new - 1, -1]] * mmap.PAGESIZE
@@ -150,15 +161,23 @@ def blocks(array: Pixels) -> Iterator[slice]:
 
 def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
     """Some rows: a copy, or for a memory-mapped array a `Rows`."""
-    return Rows(array, indices) if isinstance(array, np.memmap) else np.ascontiguousarray(array[indices])
+    return (
+        Rows(array, indices)
+        if isinstance(array, np.memmap)
+        else np.ascontiguousarray(array[indices])
+    )
 
 
 def head(images: Any, count: int) -> Any:
     """The first `count` images; those of a `Rows` are not read."""
-    return Rows(images.array, images.indices[:count]) if isinstance(images, Rows) else images[:count]
+    return (
+        Rows(images.array, images.indices[:count]) if isinstance(images, Rows) else images[:count]
+    )
 
 
-def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None, cache: Path | None) -> np.ndarray:
+def allocate(
+    shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None, cache: Path | None
+) -> np.ndarray:
     """An array to fill: in memory where it fits the budget, else in a file, deleted when nothing uses the array any more.
 
     Args:
@@ -170,7 +189,9 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None,
         RunError: too little space on the disk.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if size <= (_free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget):
+    if size <= (
+        _free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget
+    ):
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if cache is None else cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,13 +246,20 @@ def _left_in_groups(membership: Path, mounted: Path) -> Iterator[int]:
         for folder in [group, *group.parents]:
             allowed = folder / f"memory.{limit}"
             if allowed.exists() and (number := allowed.read_text().strip()) != "max":
-                yield int(number) - int((folder / f"memory.{usage}").read_text()) + _cached(folder / "memory.stat")
+                yield (
+                    int(number)
+                    - int((folder / f"memory.{usage}").read_text())
+                    + _cached(folder / "memory.stat")
+                )
 
 
 def _cached(report: Path) -> int:
     """Bytes of pages of files, which the system takes back when memory is wanted, in a control group and those below it."""
     found = _fields(report)  # version 1 says "total_" where those below are counted
-    return sum(int(found.get(f"total_{name}", found.get(name, "0"))) for name in ("active_file", "inactive_file"))
+    return sum(
+        int(found.get(f"total_{name}", found.get(name, "0")))
+        for name in ("active_file", "inactive_file")
+    )
 
 
 def _fields(report: Path) -> dict[str, str]:

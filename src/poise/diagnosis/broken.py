@@ -10,7 +10,15 @@ from torch import Tensor
 from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
 from poise.diagnosis.outputs import Layer
 from poise.diagnosis.subject import Seen, device_of
-from poise.diagnosis.verdict import IMBALANCED, LARGE_LOGVAR, LARGE_VALUES, OUT_OF_REACH, SURE, Finding, white
+from poise.diagnosis.verdict import (
+    IMBALANCED,
+    LARGE_LOGVAR,
+    LARGE_VALUES,
+    OUT_OF_REACH,
+    SURE,
+    Finding,
+    white,
+)
 from poise.diagnosis.weight import LossWeights
 from poise.metrics import CHUNK
 from poise.shapes import Values
@@ -21,7 +29,9 @@ BYTES = (200, 300)  # ratio of two ranges that are bytes and [0, 1]
 OTHER_IMAGES = 2.0  # MSE of training images over that of others; otherwise at most 1
 EXPLODED = 10.0  # MSE over the mean square of the images (at least 1): an untrained network gives small values
 HARDLY = 1.2  # MSE over the images' variance; a decoder that has learned nothing but the mean image has 1.00 to 1.01
-UNSETTLED = 2.0  # MSE with running averages over MSE with batch statistics; settled ones: 1.0 to 1.2
+UNSETTLED = (
+    2.0  # MSE with running averages over MSE with batch statistics; settled ones: 1.0 to 1.2
+)
 
 
 @torch.no_grad()
@@ -30,7 +40,12 @@ def not_finite(vae: VAE, images: Values, name: str = "images") -> Finding | None
     bad = ~images.flatten(1).isfinite().all(1)
     if bad.any():
         sentence = f"{int(bad.sum())} of {len(images)} {name} hold NaN or infinite values."
-        return Finding("not-finite", sentence, {"images": float(bad.sum())}, "Repair or leave out these images.")
+        return Finding(
+            "not-finite",
+            sentence,
+            {"images": float(bad.sum())},
+            "Repair or leave out these images.",
+        )
     for name, value in (*vae.named_parameters(), *vae.named_buffers()):
         if not value.isfinite().all():
             share = float((~value.isfinite()).float().mean())
@@ -52,16 +67,27 @@ def _divergence_remedy(images: Values) -> str:
 
 def _overflow(vae: VAE, images: Tensor) -> Finding | None:
     posterior = vae.encode(images)
-    outputs = {"means": posterior.mean, "logvars": posterior.logvar, "KL": posterior.kl(), "images": vae.decode(posterior.mean)}
+    outputs = {
+        "means": posterior.mean,
+        "logvars": posterior.logvar,
+        "KL": posterior.kl(),
+        "images": vae.decode(posterior.mean),
+    }
     for name, value in outputs.items():
         if not value.isfinite().all():
             finite = posterior.logvar[posterior.logvar.isfinite()].abs()
             most = float(finite.max()) if len(finite) else math.nan
             where = "decoder's" if name == "images" else "encoder's"
-            logvar = "no logvar is finite" if math.isnan(most) else f"|logvar| goes up to {most:.3g}"
-            sentence = f"The {where} {name} are NaN or infinite though all weights are finite; {logvar}."
+            logvar = (
+                "no logvar is finite" if math.isnan(most) else f"|logvar| goes up to {most:.3g}"
+            )
+            sentence = (
+                f"The {where} {name} are NaN or infinite though all weights are finite; {logvar}."
+            )
             remedy = _overflow_remedy(images, most, where)
-            return Finding("not-finite", sentence.replace("KL are", "KL is"), {"largest_logvar": most}, remedy)
+            return Finding(
+                "not-finite", sentence.replace("KL are", "KL is"), {"largest_logvar": most}, remedy
+            )
     return None
 
 
@@ -83,7 +109,12 @@ def other_range(images: Tensor, train: Tensor) -> Finding | None:
     if min(max(widths, 1 / widths), max(stds, 1 / stds)) < OTHER_RANGE:
         return None
     sentence = f"train_images go from {train_least:.3g} to {train_most:.3g}, but images from {least:.3g} to {most:.3g}."
-    figures = {"images_least": least, "images_most": most, "train_least": train_least, "train_most": train_most}
+    figures = {
+        "images_least": least,
+        "images_most": most,
+        "train_least": train_least,
+        "train_most": train_most,
+    }
     larger = "train_images" if widths > 1 else "images"
     divided = f"; divide {larger} by 255" if BYTES[0] < max(widths, 1 / widths) < BYTES[1] else ""
     remedy = "Give both with the values that the model was trained on: bytes (uint8) count as [0, 1], floats as they are"
@@ -92,7 +123,9 @@ def other_range(images: Tensor, train: Tensor) -> Finding | None:
 
 def other_images(seen: Seen, train: Seen) -> Finding | None:
     """Training images on which the model does far worse than on others."""
-    error = SURE * float(sum(each.error().var() / len(each.images) for each in (seen, train))) ** 0.5
+    error = (
+        SURE * float(sum(each.error().var() / len(each.images) for each in (seen, train))) ** 0.5
+    )
     if train.mse - seen.mse <= error or train.mse < OTHER_IMAGES * seen.mse:
         return None
     sentence = (
@@ -101,7 +134,10 @@ def other_images(seen: Seen, train: Seen) -> Finding | None:
     )
     figures = {"mse_train": train.mse, "mse": seen.mse}
     return Finding(
-        "other-images", sentence, figures, "Pass the training images as they went into training, or exchange the two."
+        "other-images",
+        sentence,
+        figures,
+        "Pass the training images as they went into training, or exchange the two.",
     )
 
 
@@ -115,7 +151,12 @@ def diverged(seen: Seen) -> Finding | None:
         f"Training has diverged: the MSE is {seen.mse:.3g}, {seen.mse / seen.variance:.3g} times the images' variance, and "
         f"logvar goes up to {logvar:.3g}."
     )
-    figures = {"mse": seen.mse, "image_variance": seen.variance, "scale": max(1.0, square), "largest_logvar": logvar}
+    figures = {
+        "mse": seen.mse,
+        "image_variance": seen.variance,
+        "scale": max(1.0, square),
+        "largest_logvar": logvar,
+    }
     return Finding("diverged", sentence, figures, _exploded_remedy(seen.images))
 
 
@@ -142,12 +183,18 @@ def hardly_trained(seen: Seen, *, surely_trained_on: bool) -> Finding | None:
         f"than if it gave the mean image always."
     )
     most = float(seen.images.abs().max())
-    divide = f"Divide the images by {white(most):.4g}, for training and here. " if most > LARGE_VALUES else ""
+    divide = (
+        f"Divide the images by {white(most):.4g}, for training and here. "
+        if most > LARGE_VALUES
+        else ""
+    )
     remedy = f"{divide}Train longer; if the MSE stays there, at another learning rate."
     if not surely_trained_on:
         sentence += " (A model that knows other images by heart, or learned from values of another range, looks the same.)"
         remedy += " If it is trained, pass train_images."
-    return Finding("hardly-trained", sentence, {"mse": seen.mse, "image_variance": seen.variance}, remedy)
+    return Finding(
+        "hardly-trained", sentence, {"mse": seen.mse, "image_variance": seen.variance}, remedy
+    )
 
 
 def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) -> Finding | None:
@@ -167,9 +214,19 @@ def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) 
     bounds = f"between {low:.3g} and {high:.3g}"
     if math.isinf(low) or math.isinf(high):
         bounds = f"above {low:.3g}" if math.isinf(high) else f"below {high:.3g}"
-    outcome = "numbers overflow" if mse is None else f"{share:.0%} of the squared error is out of its reach"
+    outcome = (
+        "numbers overflow"
+        if mse is None
+        else f"{share:.0%} of the squared error is out of its reach"
+    )
     sentence = f"The images' values go from {least:.3g} to {most:.3g}, but the decoder's outputs stay {bounds}: {outcome}."
-    figures = {"images_least": least, "images_most": most, "decoder_least": low, "decoder_most": high, "share_of_error": share}
+    figures = {
+        "images_least": least,
+        "images_most": most,
+        "decoder_least": low,
+        "decoder_most": high,
+        "share_of_error": share,
+    }
     return Finding("data-range", sentence, figures, _range_remedy(least, most, low, high))
 
 
@@ -190,23 +247,40 @@ def dead_decoder(change: float, layer: Layer | None) -> Finding:
     figures = {"decoder_response": change}
     if layer is not None:
         figures |= {"units": float(layer.units), "constant_units": layer.constant}
-    return Finding("dead-decoder", f"The decoder gives the same image for every latent: {reason}.", figures, remedy)
+    return Finding(
+        "dead-decoder",
+        f"The decoder gives the same image for every latent: {reason}.",
+        figures,
+        remedy,
+    )
 
 
 def _dead_layer(layer: Layer | None) -> tuple[str, str]:
     if layer is None:
-        return "no layer of its own is to blame", "Look for the place where its forward method drops the latents."
+        return (
+            "no layer of its own is to blame",
+            "Look for the place where its forward method drops the latents.",
+        )
     name = f"layer {layer.name} ({layer.kind})"
     if not layer.hears:
-        return f"what reaches its {name} is the same already", "Look at what its forward method does before that layer."
+        return (
+            f"what reaches its {name} is the same already",
+            "Look at what its forward method does before that layer.",
+        )
     if layer.zero_weight:
         remedy = f"Draw the weights of decoder layer {layer.name} anew (torch.nn.init.xavier_uniform_), and train again."
         return f"all weights of its {name} are 0", remedy
     if layer.silent:
         remedy = "Train again from new weights at a tenth of the learning rate; if units die again, use LeakyReLU there."
-        return f"all {layer.units} units of its {name} are dead, they give 0 whatever comes in", remedy
+        return (
+            f"all {layer.units} units of its {name} are dead, they give 0 whatever comes in",
+            remedy,
+        )
     remedy = "Train again from new weights at a tenth of the learning rate."
-    return f"all {layer.units} units of its {name} are saturated, they give the same whatever comes in", remedy
+    return (
+        f"all {layer.units} units of its {name} are saturated, they give the same whatever comes in",
+        remedy,
+    )
 
 
 def unsettled_norm(seen: Seen, batch_mse: float) -> Finding | None:
@@ -253,9 +327,12 @@ def _no_number(loss: LossWeights) -> Finding | None:
     if loss.finite:
         return None
     sentence = (
-        "The loss or its gradient is NaN or infinite, although the reconstructions, means and logvars given to it are not."
+        "The loss or its gradient is NaN or infinite, although the reconstructions, means and "
+        "logvars given to it are not."
     )
-    remedy = "Look in the loss for a division by 0, or a logarithm or root of 0 or of a negative number."
+    remedy = (
+        "Look in the loss for a division by 0, or a logarithm or root of 0 or of a negative number."
+    )
     return Finding("not-finite", sentence, {}, remedy)
 
 
@@ -285,18 +362,27 @@ def _wrong_formula(loss: LossWeights) -> Finding | None:
         remedy = "Write the KL as (mean^2 + exp(logvar) - logvar - 1) / 2, and sample with std = exp(logvar / 2)."
     else:
         sentence = f"The loss's KL has the wrong sign (its weight is {loss.kl_weight:.3g}): training makes the KL larger."
-        remedy = "Write the KL as +1/2 sum(mean^2 + exp(logvar) - logvar - 1), and add it to the error."
+        remedy = (
+            "Write the KL as +1/2 sum(mean^2 + exp(logvar) - logvar - 1), and add it to the error."
+        )
     return Finding("kl-formula", sentence, {"kl_weight": loss.kl_weight}, remedy)
 
 
-def _other_range(loss: LossWeights, balance: Balance | None, trained_on: Seen, surely_trained_on: bool) -> Finding | None:
+def _other_range(
+    loss: LossWeights, balance: Balance | None, trained_on: Seen, surely_trained_on: bool
+) -> Finding | None:
     """A loss that followed, or was made for, errors of other units than these images can have."""
     least, most = (float(value) for value in trained_on.images.aminmax())
     scale = max(1.0, float(trained_on.images.double().square().mean()))
     followed = isinstance(balance, (ComputedBalance, LearnedBalance, OptimalBalance))
     gamma2 = _gamma2_of_error(loss, followed)
     large = gamma2 > (TOO_LARGE if followed else FAR_TOO_LARGE) * scale
-    small = followed and surely_trained_on and max(-least, most) > LARGE_VALUES and gamma2 < TOO_SMALL * trained_on.mse
+    small = (
+        followed
+        and surely_trained_on
+        and max(-least, most) > LARGE_VALUES
+        and gamma2 < TOO_SMALL * trained_on.mse
+    )
     if not (large or small):
         return None
     diverged = "has diverged, or " if large and gamma2 > BYTES_SQUARED * scale else ""
@@ -308,13 +394,23 @@ def _other_range(loss: LossWeights, balance: Balance | None, trained_on: Seen, s
         "Pass the very values that the model was trained on (bytes, uint8, count as [0, 1], floats as they are); best train on "
         "[0, 1]."
     )
-    return Finding("data-range", sentence, {"gamma2": gamma2, "images_least": least, "images_most": most}, remedy)
+    return Finding(
+        "data-range",
+        sentence,
+        {"gamma2": gamma2, "images_least": least, "images_most": most},
+        remedy,
+    )
 
 
 def _gamma2_of_error(loss: LossWeights, followed: bool) -> float:
     """The decoder variance that the loss's error has, or NaN where its weights may mean something else."""
     if followed:
         return loss.gamma2 / loss.kl_weight if loss.known and loss.kl_weight > 0 else math.nan
-    plain = loss.error == "squared" and not loss.error_averaged and not loss.batch_mismatch and loss.error_weight > 0
+    plain = (
+        loss.error == "squared"
+        and not loss.error_averaged
+        and not loss.batch_mismatch
+        and loss.error_weight > 0
+    )
     near_one = abs(math.log(max(loss.kl_weight, 1e-30))) < math.log(IMBALANCED)
     return 1 / (2 * loss.error_weight) if plain and near_one else math.nan

@@ -5,7 +5,15 @@ import math
 from poise.balance import ComputedBalance, LearnedBalance, OptimalBalance
 from poise.diagnosis.facts import Facts, Weighing, is_binary
 from poise.diagnosis.outputs import Comparison
-from poise.diagnosis.verdict import CLOSED, GAP, IMBALANCED, OVERFITTED, STILL_FALLING, UNDERFITTED, Finding
+from poise.diagnosis.verdict import (
+    CLOSED,
+    GAP,
+    IMBALANCED,
+    OVERFITTED,
+    STILL_FALLING,
+    UNDERFITTED,
+    Finding,
+)
 from poise.diagnosis.weight import BATCH, LossWeights
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
@@ -13,26 +21,35 @@ FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, sample
 NO_WEIGHT = 1e-6  # of the KL, relative to its weight at balance
 FEW_PER_LATENT = 20  # with N images and L latents even a linear VAE errs (1 + L/N) / (1 - L/N) more on new ones: here 10 %
 FEW = 200  # with so few, no network of some thousand weights does without learning them by heart
-WORTH_ENCODING = 2.0  # largest variance of a direction over gamma2: in noise alone it is (1 + sqrt(D/n))^2
+WORTH_ENCODING = (
+    2.0  # largest variance of a direction over gamma2: in noise alone it is (1 + sqrt(D/n))^2
+)
 MOST_NAMED = 16  # latents in a sentence
 RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy: 0.92
 GAIN = 0.05  # what renormalisation must take off the distance, share of variance; healthy 8x8 digits: 0.01
 BEGIN_SMALL = "begin with a small decoder variance, poise.ComputedBalance(start=0.001): latents are then used first."
-BEGIN_SMALL_OWN = "begin with a small decoder variance, start=0.001 of your balance: latents are then used first."
+BEGIN_SMALL_OWN = (
+    "begin with a small decoder variance, start=0.001 of your balance: latents are then used first."
+)
 BEGIN_OWN = f"Train longer if it was short; else {BEGIN_SMALL_OWN}"
 CURE_THE_ABOVE = "Cure the above, and train again."
 USUAL_CAUSES = "an error averaged over pixels where it should be summed, a decoder variance held at 1, a KL weight above 1"
-BY_HEART = "A model that knows its training images by heart looks the same: pass train_images to tell."
+BY_HEART = (
+    "A model that knows its training images by heart looks the same: pass train_images to tell."
+)
 PASS_TRAINING_IMAGES = "Pass train_images, to tell an imbalance from overfitting."
 USE_COMPUTED = (
-    "Use poise.ComputedBalance() as the loss, or poise train --balance computed: it sums both parts and follows the error."
+    "Use poise.ComputedBalance() as the loss, or poise train --balance computed: it sums both "
+    "parts and follows the error."
 )
 
 
 def find_causes(facts: Facts) -> list[Finding]:
     """Everything wrong, the most fundamental first. Of two ways to better samples, the one that does more."""
     found = [imbalance(facts), collapse(facts), overfitting(facts)]
-    wrong = any(finding is not None for finding in found)  # what explains a large or a falling error
+    wrong = any(
+        finding is not None for finding in found
+    )  # what explains a large or a falling error
     found += [None if wrong else underfitting(facts)]
     found += [still_falling(facts, stage) for stage in facts.falls if stage > 1 or not wrong]
     found += [prior_gap(facts) or lost_variance(facts)]
@@ -50,15 +67,23 @@ def imbalance(facts: Facts) -> Finding | None:
     times = _times(weighing.beta if over else 1 / weighing.beta if weighing.beta else math.inf)
     effects = [_blocked(facts)] if over else [*_unlike(facts), *([BY_HEART] if unsure else [])]
     sentence = f"The KL counts {times} too {'much' if over else 'little'}: {' '.join([f'{reason}.', *effects])}"
-    figures = {"equivalent_beta": weighing.beta, "effective_gamma2": weighing.gamma2, "balanced_gamma2": weighing.right}
-    return Finding(name, sentence, figures, PASS_TRAINING_IMAGES if unsure else _balance_remedy(facts))
+    figures = {
+        "equivalent_beta": weighing.beta,
+        "effective_gamma2": weighing.gamma2,
+        "balanced_gamma2": weighing.right,
+    }
+    return Finding(
+        name, sentence, figures, PASS_TRAINING_IMAGES if unsure else _balance_remedy(facts)
+    )
 
 
 def _by_heart(facts: Facts, weighing: Weighing) -> bool:
     """Whether a KL that seems too weak may be one that was right for training images, which are not known."""
     if weighing.side == "over" or facts.train is not None or facts.followed is not None:
         return False
-    return weighing.by == "model" or (facts.loss is not None and _near(facts.loss.kl_weight, 1, IMBALANCED - 1))
+    return weighing.by == "model" or (
+        facts.loss is not None and _near(facts.loss.kl_weight, 1, IMBALANCED - 1)
+    )
 
 
 def _times(factor: float) -> str:
@@ -81,11 +106,17 @@ def _by_loss(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
     if loss.error == "cross-entropy" and not _near(gamma2, 1, IMBALANCED - 1):
         reasons.append(f"the loss multiplies the cross-entropy by {loss.error_weight:.3g}")
     elif not _near(gamma2, weighing.right, IMBALANCED - 1) or not reasons:
-        reasons.append(f"the loss has a decoder variance gamma2 of {gamma2:.3g} where the mean {error} is {weighing.right:.3g}")
+        reasons.append(
+            f"the loss has a decoder variance gamma2 of {gamma2:.3g} where the mean {error} is {weighing.right:.3g}"
+        )
     return " and ".join(reasons), False
 
 
-_ERRORS = {"squared": "squared error", "absolute": "absolute error", "cross-entropy": "cross-entropy"}
+_ERRORS = {
+    "squared": "squared error",
+    "absolute": "absolute error",
+    "cross-entropy": "cross-entropy",
+}
 
 
 def _means(facts: Facts, loss: LossWeights, error: str) -> str:
@@ -97,7 +128,9 @@ def _means(facts: Facts, loss: LossWeights, error: str) -> str:
         means.append(f"the KL over the {facts.num_latents} latents")
     words = [f"the loss averages {' and '.join(means)}, where it should sum"] if means else []
     if loss.batch_mismatch:
-        words.append(f"the loss averages one of {error} and KL over the batch and sums the other (here for batches of {BATCH})")
+        words.append(
+            f"the loss averages one of {error} and KL over the batch and sums the other (here for batches of {BATCH})"
+        )
     return "; ".join(words)
 
 
@@ -105,11 +138,16 @@ def _by_model(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
     """What the inferred weight looks like, and whether that is a mean in place of a sum."""
     num_dims, gamma2 = facts.seen.num_dims, weighing.gamma2
     reason = (
-        f"the posteriors' variances are those of a gamma2 (decoder variance) of {gamma2:.3g}, the MSE is {weighing.right:.3g}"
+        f"the posteriors' variances are those of a gamma2 (decoder variance) of {gamma2:.3g}, "
+        f"the MSE is {weighing.right:.3g}"
     )
     patterns = [
         (num_dims / 2, True, f"as if the squared error were averaged over {num_dims} values"),
-        (num_dims / 2 / facts.num_latents, True, "as if squared error and KL were averaged over values and latents"),
+        (
+            num_dims / 2 / facts.num_latents,
+            True,
+            "as if squared error and KL were averaged over values and latents",
+        ),
         (1.0, False, "as if gamma2 were held at 1"),
         (0.5, False, "as if the squared error were summed as it is, which holds gamma2 at 1/2"),
     ]
@@ -127,7 +165,9 @@ def _unlike(facts: Facts) -> list[str]:
     law = facts.codes_variance
     if _near(law, 1, FAR_LAW - 1):
         return []
-    return [f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."]
+    return [
+        f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."
+    ]
 
 
 def _balance_remedy(facts: Facts) -> str:
@@ -158,9 +198,13 @@ def collapse(facts: Facts) -> Finding | None:
         return None
     named = ", ".join(map(str, idle[:MOST_NAMED])) + (", ..." if len(idle) > MOST_NAMED else "")
     which = (
-        f"None of the {count} latents carries" if len(idle) == count else f"{len(idle)} of {count} latents ({named}) carry no"
+        f"None of the {count} latents carries"
+        if len(idle) == count
+        else f"{len(idle)} of {count} latents ({named}) carry no"
     )
-    reason, remedy = ("This follows from the above.", CURE_THE_ABOVE) if over else _why_collapsed(facts)
+    reason, remedy = (
+        ("This follows from the above.", CURE_THE_ABOVE) if over else _why_collapsed(facts)
+    )
     sentence = f"{which} information: their posterior means do not vary over the images. {reason}"
     figures = {"active_latents": float(count - len(idle)), "latents": float(count)}
     figures |= {"largest_variance": facts.largest_variance, "mse": facts.seen.mse}
@@ -170,7 +214,9 @@ def collapse(facts: Facts) -> Finding | None:
 def _why_collapsed(facts: Facts) -> tuple[str, str]:
     ratio = facts.largest_variance / max(facts.seen.mse, 1e-30)
     if ratio < WORTH_ENCODING:
-        noise = "In no direction do the images vary enough to be worth encoding: they look like noise."
+        noise = (
+            "In no direction do the images vary enough to be worth encoding: they look like noise."
+        )
         return noise, "Look at the images: are they what you mean to learn?"
     if facts.weighing is not None:
         stuck = (
@@ -195,18 +241,27 @@ def overfitting(facts: Facts) -> Finding | None:
     ratio, number = facts.overfitted, facts.num_train
     known = f"The MSE is {train_mse:.3g} on training images and {facts.seen.mse:.3g} on others"
     followed = (
-        f"The loss followed the training error to gamma2 = {train_mse:.3g}, and the MSE on these images is {facts.seen.mse:.3g}"
+        f"The loss followed the training error to gamma2 = {train_mse:.3g}, and the MSE on these "
+        f"images is {facts.seen.mse:.3g}"
     )
     sentence = f"{followed if facts.train is None else known}, {ratio:.3g} times as much"
-    figures = {"followed_gamma2" if facts.train is None else "mse_train": train_mse, "mse": facts.seen.mse, "ratio": ratio}
+    figures = {
+        "followed_gamma2" if facts.train is None else "mse_train": train_mse,
+        "mse": facts.seen.mse,
+        "ratio": ratio,
+    }
     enough = max(FEW, FEW_PER_LATENT * facts.num_latents)
     if 0 < number < enough:
         figures |= {"train_images": float(number), "enough": float(enough)}
         sentence = f"It was trained on {number} images and learned them by heart. {sentence}."
         remedy = f"Train on more images: at least {enough} for {facts.num_latents} latents."
         return Finding("too-few-images", sentence, figures, remedy)
-    remedy = "Stop training earlier: at the step with the best ELBO on images that are not trained on."
-    return Finding("overfitting", f"{sentence}: it learned the training images by heart.", figures, remedy)
+    remedy = (
+        "Stop training earlier: at the step with the best ELBO on images that are not trained on."
+    )
+    return Finding(
+        "overfitting", f"{sentence}: it learned the training images by heart.", figures, remedy
+    )
 
 
 def underfitting(facts: Facts) -> Finding | None:
@@ -223,7 +278,9 @@ def underfitting(facts: Facts) -> Finding | None:
         f"({linear:.3g})."
     )
     figures = {"mse": seen.mse, "linear_mse": linear, "image_variance": seen.variance}
-    remedy = "Train longer; if the MSE stays there, at another learning rate or with a larger network."
+    remedy = (
+        "Train longer; if the MSE stays there, at another learning rate or with a larger network."
+    )
     if cross_entropy:
         remedy = (
             "If the loss is a cross-entropy, use a squared error with poise.ComputedBalance(): on grey images a "
@@ -253,7 +310,11 @@ def prior_gap(facts: Facts) -> Finding | None:
         return None
     used = _used_prior(found)
     gap = found.priors[used] - found.reconstructions
-    rivals = {name: distance for name, distance in found.priors.items() if name != used and distance < math.inf}
+    rivals = {
+        name: distance
+        for name, distance in found.priors.items()
+        if name != used and distance < math.inf
+    }
     best = min(rivals, key=lambda name: rivals[name], default=None)
     if best is None or not gap >= max(GAP, found.halves):
         return None
@@ -265,7 +326,12 @@ def prior_gap(facts: Facts) -> Finding | None:
         f"{found.reconstructions:.2f}, in shares of the images' variance; with {_PRIORS[best]} it is {rivals[best]:.2f}, "
         f"which closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
     )
-    figures = {"distance": found.priors[used], "reconstructions": found.reconstructions, "best": rivals[best], "closed": closed}
+    figures = {
+        "distance": found.priors[used],
+        "reconstructions": found.reconstructions,
+        "best": rivals[best],
+        "closed": closed,
+    }
     remedies = _OF_RUNS if facts.is_run else _OF_VAES
     return Finding("prior-gap", sentence, figures, remedies[best])
 
@@ -273,7 +339,8 @@ def prior_gap(facts: Facts) -> Finding | None:
 def _following(facts: Facts) -> str:
     imbalanced = facts.weighing is not None and facts.weighing.side != "balanced"
     return (
-        " This follows from the imbalance above: cure that first, and use the other prior for the model as it is." * imbalanced
+        " This follows from the imbalance above: cure that first, and use the other prior for the model as it is."
+        * imbalanced
     )
 
 
@@ -314,7 +381,12 @@ def lost_variance(facts: Facts) -> Finding | None:
     )
     how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"
     remedy = f"Multiply latents by {factor:.3g} before decoding ({how})."
-    return Finding("variance-lost", sentence, {"distance": before, "renormalised": after, "factor": factor}, remedy)
+    return Finding(
+        "variance-lost",
+        sentence,
+        {"distance": before, "renormalised": after, "factor": factor},
+        remedy,
+    )
 
 
 def _near(value: float, target: float, within: float = 0.01) -> bool:

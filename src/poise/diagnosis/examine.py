@@ -67,7 +67,11 @@ def diagnose(
 
 def _examine(case: Case, seed: int, display: Progress) -> Diagnosis:
     images = chosen(case.vae, case.images, "images", seed)
-    train = None if case.train_images is None else chosen(case.vae, case.train_images, "train_images", seed)
+    train = (
+        None
+        if case.train_images is None
+        else chosen(case.vae, case.train_images, "train_images", seed)
+    )
     figures = _sizes(case, images)
     unusable = _unusable(case.vae, images, train, figures, seed)
     if unusable:
@@ -75,11 +79,19 @@ def _examine(case: Case, seed: int, display: Progress) -> Diagnosis:
     seen = look(case.vae, images, seed)
     trained = None if train is None else look(case.vae, train, seed)
     display.update(1, {})
-    figures |= {"mse": seen.mse, "kl_nats": float(seen.codes.kl().double().mean()), "image_variance": seen.variance}
+    figures |= {
+        "mse": seen.mse,
+        "kl_nats": float(seen.codes.kl().double().mean()),
+        "image_variance": seen.variance,
+    }
     wrong_range = _out_of_range(case.vae, images, seen.mse, figures, seed)
     if wrong_range is not None:
         return Diagnosis((wrong_range,), figures)
-    weights = None if case.loss is None else loss_weights(case.loss, trained or seen, device_of(case.vae), seed)
+    weights = (
+        None
+        if case.loss is None
+        else loss_weights(case.loss, trained or seen, device_of(case.vae), seed)
+    )
     fatal = _fatal(case, seen, trained, weights, figures, seed)
     display.update(2, {})
     if fatal:
@@ -100,21 +112,31 @@ def _sizes(case: Case, images: Values) -> dict[str, Any]:
     }
 
 
-def _unusable(vae: VAE, images: Tensor, train: Tensor | None, figures: dict[str, Any], seed: int) -> tuple[Finding, ...]:
+def _unusable(
+    vae: VAE, images: Tensor, train: Tensor | None, figures: dict[str, Any], seed: int
+) -> tuple[Finding, ...]:
     """What makes it impossible to look at the images."""
     finite = bool(images.isfinite().all())
     if train is not None and finite and train.isfinite().all():
         other = broken.other_range(images, train)
         if other is not None:
             return (other,)
-    diverged = broken.not_finite(vae, images) or (None if train is None else broken.not_finite(vae, train, "train_images"))
+    diverged = broken.not_finite(vae, images) or (
+        None if train is None else broken.not_finite(vae, train, "train_images")
+    )
     if diverged is None:
         return ()
     wrong_range = _out_of_range(vae, images, None, figures, seed) if finite else None
-    return (diverged,) if wrong_range is None else (wrong_range, replace(diverged, remedy=causes.CURE_THE_ABOVE))
+    return (
+        (diverged,)
+        if wrong_range is None
+        else (wrong_range, replace(diverged, remedy=causes.CURE_THE_ABOVE))
+    )
 
 
-def _out_of_range(vae: VAE, images: Values, mse: float | None, figures: dict[str, Any], seed: int) -> Finding | None:
+def _out_of_range(
+    vae: VAE, images: Values, mse: float | None, figures: dict[str, Any], seed: int
+) -> Finding | None:
     with torch.no_grad():
         mean = vae.encode(images[: outputs.PROBES].to(device_of(vae))).mean.float().cpu()
     latents = outputs.probes(mean.nan_to_num(0.0).clamp(-10, 10), seed).to(device_of(vae))
@@ -124,7 +146,12 @@ def _out_of_range(vae: VAE, images: Values, mse: float | None, figures: dict[str
 
 
 def _fatal(
-    case: Case, seen: Seen, train: Seen | None, weights: LossWeights | None, figures: dict[str, Any], seed: int
+    case: Case,
+    seen: Seen,
+    train: Seen | None,
+    weights: LossWeights | None,
+    figures: dict[str, Any],
+    seed: int,
 ) -> tuple[Finding, ...]:
     """What makes every other figure meaningless: of the loss, and of the model."""
     balance, known = case.loss if isinstance(case.loss, Balance) else None, train is not None
@@ -141,7 +168,10 @@ def _most_telling(*found: Finding | None) -> tuple[Finding, ...]:
     """The findings, less one of two that say the same: that the loss is of another range, and that the model has diverged."""
     by_name = {finding.name: finding for finding in found if finding is not None}
     if {"data-range", "diverged"} <= set(by_name):
-        finite = by_name["data-range"].figures.get("gamma2", 0.0) < BYTES_SQUARED * by_name["diverged"].figures["scale"]
+        finite = (
+            by_name["data-range"].figures.get("gamma2", 0.0)
+            < BYTES_SQUARED * by_name["diverged"].figures["scale"]
+        )
         del by_name["diverged" if finite else "data-range"]
     return tuple(by_name.values())
 
@@ -175,14 +205,27 @@ def _mse_by_batch(vae: VAE, seen: Seen) -> float:
         norm.train()
     for images in seen.images.split(CHUNK):
         if len(images) > 1:
-            errors.append((vae.reconstruct(images.to(device)).float().cpu() - images).flatten(1).double().square().mean(1))
+            errors.append(
+                (vae.reconstruct(images.to(device)).float().cpu() - images)
+                .flatten(1)
+                .double()
+                .square()
+                .mean(1)
+            )
     for norm, buffers in zip(norms, kept, strict=True):
         norm.eval()
         norm.load_state_dict(norm.state_dict() | buffers)
     return float(torch.cat(errors).mean())
 
 
-def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | None, seed: int, display: Progress) -> Facts:
+def _facts(
+    case: Case,
+    seen: Seen,
+    train: Seen | None,
+    weights: LossWeights | None,
+    seed: int,
+    display: Progress,
+) -> Facts:
     trained_on = train or seen
     inferred = inferred_weight(case.vae, trained_on, seed)
     display.update(3, {})
@@ -190,7 +233,11 @@ def _facts(case: Case, seen: Seen, train: Seen | None, weights: LossWeights | No
     enough = len(seen.images) >= FEWEST_IMAGES
     num_latents, known = seen.codes.mean.shape[1], len(trained_on.images)
     eigenvalues = spectrum(trained_on.images)
-    linear = linear_mse(eigenvalues, num_latents, seen.num_dims) if known >= causes.FEW_PER_LATENT * num_latents else None
+    linear = (
+        linear_mse(eigenvalues, num_latents, seen.num_dims)
+        if known >= causes.FEW_PER_LATENT * num_latents
+        else None
+    )
     comparison = compare(case.vae, seen, trained_on.codes, priors, seed) if enough else None
     display.update(STEPS, {})
     return Facts(
@@ -212,28 +259,55 @@ def _figures(facts: Facts) -> dict[str, Any]:
     seen, loss, inferred, found = facts.seen, facts.loss, facts.inferred, facts.comparison
     produced = float(seen.restored.double().var(0).mean())
     figures: dict[str, Any] = {"variance_lost": seen.variance - produced}
-    figures |= {"active_latents": int(seen.active.sum()), "inactive": facts.inactive, "variance_law": facts.codes_variance}
+    figures |= {
+        "active_latents": int(seen.active.sum()),
+        "inactive": facts.inactive,
+        "variance_law": facts.codes_variance,
+    }
     figures["largest_variance"] = facts.largest_variance
     if facts.linear_mse is not None:
         trained = facts.trained_on
-        shares = {"mse_share": trained.mse / trained.variance, "linear_share": facts.linear_mse / trained.variance}
+        shares = {
+            "mse_share": trained.mse / trained.variance,
+            "linear_share": facts.linear_mse / trained.variance,
+        }
         figures |= {"linear_mse": facts.linear_mse} | shares
     for stage, (before, after) in facts.falls.items():
-        figures |= {f"mse_before_{stage}": before, f"mse_after_{stage}": after, f"mse_fell_{stage}": facts.fell(stage)}
+        figures |= {
+            f"mse_before_{stage}": before,
+            f"mse_after_{stage}": after,
+            f"mse_fell_{stage}": facts.fell(stage),
+        }
     if facts.train_mse is not None:
         figures["followed_gamma2" if facts.train is None else "mse_train"] = facts.train_mse
     if facts.weighing is not None:
-        figures |= {"effective_gamma2": facts.weighing.gamma2, "equivalent_beta": facts.weighing.beta}
+        figures |= {
+            "effective_gamma2": facts.weighing.gamma2,
+            "equivalent_beta": facts.weighing.beta,
+        }
         figures["balanced_from"], figures["balanced_to"] = facts.weighing.bounds
     if loss is not None:
-        figures |= {"loss_error": loss.error, "loss_error_weight": loss.error_weight, "loss_kl_weight": loss.kl_weight}
+        figures |= {
+            "loss_error": loss.error,
+            "loss_error_weight": loss.error_weight,
+            "loss_kl_weight": loss.kl_weight,
+        }
         figures["loss_known"] = loss.known
     if inferred is not None:
-        figures |= {"inferred_gamma2": inferred.gamma2, "inferred_relative_error": inferred.relative_error}
+        figures |= {
+            "inferred_gamma2": inferred.gamma2,
+            "inferred_relative_error": inferred.relative_error,
+        }
         figures["inferred_cross_entropy_weight"] = inferred.cross_entropy
     if found is not None:
-        figures |= {"distance_between_halves": found.halves, "distance_reconstructions": found.reconstructions}
+        figures |= {
+            "distance_between_halves": found.halves,
+            "distance_reconstructions": found.reconstructions,
+        }
         figures |= {f"distance_{name}": distance for name, distance in found.priors.items()}
-        figures |= {f"distance_{name}_renormalised": distance for name, distance in found.renormalised.items()}
+        figures |= {
+            f"distance_{name}_renormalised": distance
+            for name, distance in found.renormalised.items()
+        }
         figures |= {f"renormalisation_{name}": factor for name, factor in found.factors.items()}
     return figures

@@ -15,7 +15,9 @@ from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, SURE
 from poise.diagnosis.weight import InferredWeight, LossWeights
 from poise.latent import variance_law
 
-CROSS_ENTROPY_CLOSE = 0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
+CROSS_ENTROPY_CLOSE = (
+    0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
+)
 BINARY = 0.95  # share of values within a tenth of 0 or 1: 8x8 digits have 0.65, binary images 1
 
 
@@ -79,9 +81,17 @@ class Facts:
         """MSE of new images over that of training images, or 1 where the difference is within the errors, or not known."""
         if self.train_mse is None:
             return 1.0
-        variances = [seen.error().var() / len(seen.images) for seen in (self.seen, self.train) if seen is not None]
+        variances = [
+            seen.error().var() / len(seen.images)
+            for seen in (self.seen, self.train)
+            if seen is not None
+        ]
         difference = self.seen.mse - self.train_mse
-        return self.seen.mse / max(self.train_mse, 1e-12) if difference > SURE * float(sum(variances)) ** 0.5 else 1.0
+        return (
+            self.seen.mse / max(self.train_mse, 1e-12)
+            if difference > SURE * float(sum(variances)) ** 0.5
+            else 1.0
+        )
 
     @cached_property
     def codes_variance(self) -> float:
@@ -98,7 +108,9 @@ class Facts:
         """Whether the loss is a cross-entropy, or where it is not known the model looks like it."""
         if self.loss is not None:
             return self.loss.error == "cross-entropy"
-        return self.inferred is not None and abs(self.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE
+        return (
+            self.inferred is not None and abs(self.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE
+        )
 
     @cached_property
     def weighing(self) -> "Weighing | None":
@@ -111,7 +123,9 @@ class Facts:
             return None
         doubt = 1 + SURE * self.inferred.relative_error
         train_mse = self.train_mse or self.seen.mse
-        return Weighing("model", self.inferred.gamma2, train_mse, self.seen.mse, INFERRED_IMBALANCED * doubt)
+        return Weighing(
+            "model", self.inferred.gamma2, train_mse, self.seen.mse, INFERRED_IMBALANCED * doubt
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,9 @@ class Weighing:
     def bounds(self) -> tuple[float, float]:
         """The equivalent betas between which the loss counts as balanced."""
         low, high = sorted((self.right, self.new))
-        return low / self.factor / max(self.right, 1e-12), self.factor * high / max(self.right, 1e-12)
+        return low / self.factor / max(self.right, 1e-12), self.factor * high / max(
+            self.right, 1e-12
+        )
 
     @property
     def side(self) -> Literal["over", "under", "balanced"]:
@@ -162,7 +178,12 @@ DISAGREE = 3.0  # inferred over measured weight: healthy models 0.9 to 1.1; larg
 
 def notes_on(case: Case, facts: Facts) -> list[str]:
     """The notes, what concerns the images first."""
-    return [*_on_images(case, facts), *_on_loss(facts), *_on_cross_entropy(facts), *_disagreement(facts)]
+    return [
+        *_on_images(case, facts),
+        *_on_loss(facts),
+        *_on_cross_entropy(facts),
+        *_disagreement(facts),
+    ]
 
 
 def _on_images(case: Case, facts: Facts) -> list[str]:
@@ -174,25 +195,39 @@ def _on_images(case: Case, facts: Facts) -> list[str]:
             f"{count} images are few: the figures are rough, and samples were not compared; give {FEWEST_IMAGES} or more."
         )
     elif facts.comparison is None:
-        notes.append("The images are the same once averaged down to 16x16: samples were not compared.")
+        notes.append(
+            "The images are the same once averaged down to 16x16: samples were not compared."
+        )
     elif "mixture" not in facts.comparison.priors:
-        notes.append("No mixture of Gaussians could be fitted to the codes: it was not tried as a prior.")
+        notes.append(
+            "No mixture of Gaussians could be fitted to the codes: it was not tried as a prior."
+        )
     if facts.train is None:
-        notes.append("Without train_images overfitting cannot be told from an imbalance: pass them too.")
+        notes.append(
+            "Without train_images overfitting cannot be told from an imbalance: pass them too."
+        )
     return notes
 
 
 def _on_loss(facts: Facts) -> list[str]:
     if facts.loss is None or facts.loss.known:
         return []
-    source = "its weights were inferred from the model" if facts.weighing is not None else "its weights are not known"
-    return [f"The loss could not be read: it is no squared, absolute or cross-entropy error plus KL; {source}."]
+    source = (
+        "its weights were inferred from the model"
+        if facts.weighing is not None
+        else "its weights are not known"
+    )
+    return [
+        f"The loss could not be read: it is no squared, absolute or cross-entropy error plus KL; {source}."
+    ]
 
 
 def _on_cross_entropy(facts: Facts) -> list[str]:
     if is_binary(facts.seen.images):
         return []
-    likeness = "which has no scale to balance; right for images of 0 and 1 only, and these are grey."
+    likeness = (
+        "which has no scale to balance; right for images of 0 and 1 only, and these are grey."
+    )
     if facts.loss is not None and facts.loss.error == "cross-entropy":
         return [f"The loss is a cross-entropy, {likeness}"]
     if facts.by_cross_entropy:
@@ -202,7 +237,13 @@ def _on_cross_entropy(facts: Facts) -> list[str]:
 
 def _disagreement(facts: Facts) -> list[str]:
     loss, inferred = facts.loss, facts.inferred
-    if loss is None or not loss.known or loss.error != "squared" or inferred is None or not 0 < loss.gamma2 < math.inf:
+    if (
+        loss is None
+        or not loss.known
+        or loss.error != "squared"
+        or inferred is None
+        or not 0 < loss.gamma2 < math.inf
+    ):
         return []
     if abs(math.log(inferred.gamma2 / loss.gamma2)) < math.log(DISAGREE):
         return []

@@ -81,9 +81,13 @@ def reachable_range(decoder: nn.Module, latents: Latents, seed: int = 0) -> tupl
     divergence hides the range.
     """
     last = _last_weighted(decoder, latents)
-    if last is None or isinstance(last[1], ParametrizationList):  # a normalised weight does not grow
+    if last is None or isinstance(
+        last[1], ParametrizationList
+    ):  # a normalised weight does not grow
         return -math.inf, math.inf
-    (low, high), (further_low, further_high) = (_range_at(decoder, last[0], latents, scale, seed) for scale in LARGE)
+    (low, high), (further_low, further_high) = (
+        _range_at(decoder, last[0], latents, scale, seed) for scale in LARGE
+    )
     width = high - low
     if not 0 < width < math.inf:
         return -math.inf, math.inf
@@ -93,21 +97,36 @@ def reachable_range(decoder: nn.Module, latents: Latents, seed: int = 0) -> tupl
 
 def _last_weighted(decoder: nn.Module, latents: Latents) -> tuple[str, nn.Module] | None:
     called: list[tuple[str, nn.Module]] = []
-    weighted = {name: part for name, part in decoder.named_modules() if any(True for _ in part.parameters(recurse=False))}
+    weighted = {
+        name: part
+        for name, part in decoder.named_modules()
+        if any(True for _ in part.parameters(recurse=False))
+    }
     with _hooked(weighted, lambda name, module, inputs, output: called.append((name, module))):
         decoder(latents[:2])
     return called[-1] if called else None
 
 
-def _range_at(decoder: nn.Module, last: str, latents: Latents, scale: float, seed: int) -> tuple[float, float]:
+def _range_at(
+    decoder: nn.Module, last: str, latents: Latents, scale: float, seed: int
+) -> tuple[float, float]:
     source, prefix = generator("range", seed), f"{last}." if last else ""
-    state = {name: buffer.where(buffer.isfinite(), torch.ones_like(buffer)) for name, buffer in decoder.named_buffers()}
-    own = {name for name, _ in decoder.named_parameters() if name.startswith(prefix) and "." not in name[len(prefix) :]}
+    state = {
+        name: buffer.where(buffer.isfinite(), torch.ones_like(buffer))
+        for name, buffer in decoder.named_buffers()
+    }
+    own = {
+        name
+        for name, _ in decoder.named_parameters()
+        if name.startswith(prefix) and "." not in name[len(prefix) :]
+    }
     for name, parameter in decoder.named_parameters():
         random = torch.randn(parameter.shape, generator=source).to(parameter)
         state[name] = random * (scale if name in own else max(1, _fan_in(parameter)) ** -0.5)
     opposite = {name: -value if name in own else value for name, value in state.items()}
-    outputs = torch.cat([functional_call(decoder, each, (latents,)).float() for each in (state, opposite)])
+    outputs = torch.cat(
+        [functional_call(decoder, each, (latents,)).float() for each in (state, opposite)]
+    )
     return float(outputs.min()), float(outputs.max())
 
 
@@ -124,7 +143,9 @@ def trace(decoder: nn.Module, latents: Latents) -> list[Layer]:
         if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
             layers.append(_layer(name, module, inputs[0], output))
 
-    leaves = {name: module for name, module in decoder.named_modules() if not list(module.children())}
+    leaves = {
+        name: module for name, module in decoder.named_modules() if not list(module.children())
+    }
     with _hooked(leaves, record):
         decoder(latents)
     return layers
@@ -190,7 +211,9 @@ class Comparison:
     factors: Mapping[str, float]
 
 
-def compare(vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int) -> Comparison | None:
+def compare(
+    vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int
+) -> Comparison | None:
     """Distances from images of reconstructions and of samples from the given priors and a mixture of Gaussians.
 
     None where the images are the same once averaged down. Without a mixture where none can be fitted to the codes.
@@ -218,23 +241,36 @@ def compare(vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, 
 
     mixture = _mixture(codes)
     mixtures = {} if mixture is None else {"mixture": mixture.to(device)}
-    factors = {name: renormalisation_factor(prior, codes, device=device) for name, prior in priors.items()}
+    factors = {
+        name: renormalisation_factor(prior, codes, device=device) for name, prior in priors.items()
+    }
     return Comparison(
-        halves=frechet_distance(images[::2], images[1::2]) / variance / 2,  # it goes like 1/n + 1/n, and the halves have n/2
+        halves=frechet_distance(images[::2], images[1::2])
+        / variance
+        / 2,  # it goes like 1/n + 1/n, and the halves have n/2
         reconstructions=distance(seen.restored[:MOST_SAMPLES]),
         priors={name: sampled(prior) for name, prior in {**priors, **mixtures}.items()},
-        renormalised={name: sampled(RenormalisedPrior(prior, factors[name])) for name, prior in priors.items()},
+        renormalised={
+            name: sampled(RenormalisedPrior(prior, factors[name])) for name, prior in priors.items()
+        },
         factors=factors,
     )
 
 
 def _mixture(codes: DiagonalGaussian) -> MixturePrior | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is compared, whatever it has converged to
-        warnings.simplefilter("ignore", RuntimeWarning)  # of codes so large that their squares overflow
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # it is compared, whatever it has converged to
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # of codes so large that their squares overflow
         try:
             return fit_mixture(codes)
-        except (ValueError, RuntimeError):  # covariances that are singular to rounding: codes far too large
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # covariances that are singular to rounding: codes far too large
             return None
 
 

@@ -94,7 +94,9 @@ def look(vae: VAE, images: Values, seed: int) -> Seen:
     parts, device = [], device_of(vae)
     for start in range(0, len(images), CHUNK):
         posterior = vae.encode(images[start : start + CHUNK].to(device))
-        noise = noise_per_image(len(posterior.mean), posterior.mean.shape[1], seed, start).to(device)
+        noise = noise_per_image(len(posterior.mean), posterior.mean.shape[1], seed, start).to(
+            device
+        )
         restored = vae.decode(posterior.sample(noise))
         parts.append([part.float().cpu() for part in (posterior.mean, posterior.logvar, restored)])
     mean, logvar, restored = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -144,23 +146,35 @@ def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Ca
             cannot be called.
     """
     if loss is not None and not callable(loss):
-        raise InputError(f"loss must be a balance or a function (reconstruction, images, mean, logvar), not {_kind(loss)}")
+        raise InputError(
+            f"loss must be a balance or a function (reconstruction, images, mean, logvar), not {_kind(loss)}"
+        )
     vae = model.first.vae if isinstance(model, Run) else model
     if isinstance(vae, VAE) and isinstance(vae.encoder, Deterministic):
-        raise InputError("a deterministic autoencoder has no posterior to diagnose: poise evaluate measures it")
+        raise InputError(
+            "a deterministic autoencoder has no posterior to diagnose: poise evaluate measures it"
+        )
     if isinstance(model, Run):
         return _case_of_run(model, images, train_images, loss)
     if not isinstance(model, VAE):
         raise InputError(_not_a_model(model))
     if images is None:
-        raise InputError("images are needed to diagnose a VAE: diagnose(vae, images), the values that it is trained on")
+        raise InputError(
+            "images are needed to diagnose a VAE: diagnose(vae, images), the values that it is trained on"
+        )
     return Case(model, images, train_images, loss)
 
 
 def _not_a_model(model: Any) -> str:
     if isinstance(model, (str, Path)):
-        return f"model must be a run or a VAE, not a name: poise.diagnose(poise.load({str(model)!r}))"
-    if isinstance(model, (tuple, list)) and len(model) == 2 and all(isinstance(part, nn.Module) for part in model):
+        return (
+            f"model must be a run or a VAE, not a name: poise.diagnose(poise.load({str(model)!r}))"
+        )
+    if (
+        isinstance(model, (tuple, list))
+        and len(model) == 2
+        and all(isinstance(part, nn.Module) for part in model)
+    ):
         return "model must be a run or a VAE, not two networks: poise.diagnose(poise.VAE(encoder, decoder), images)"
     return f"model must be a run or a VAE, not {_kind(model)}: poise.diagnose(poise.VAE(encoder, decoder), images)"
 
@@ -174,10 +188,22 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
         dataset = run.dataset()
         images, train_images = dataset.test, dataset.train if train_images is None else train_images
     images = _as_trained(images, "images", run.data["shape"])
-    train_images = None if train_images is None else _as_trained(train_images, "train_images", run.data["shape"])
+    train_images = (
+        None
+        if train_images is None
+        else _as_trained(train_images, "train_images", run.data["shape"])
+    )
     second = {} if run.second is None else {"second-stage": run.prior("second-stage")}
     balance = run.first.balance if loss is None else loss
-    return Case(run.first.vae, images, train_images, balance, second, is_run=True, falls=_falls(run.folder / "metrics.jsonl"))
+    return Case(
+        run.first.vae,
+        images,
+        train_images,
+        balance,
+        second,
+        is_run=True,
+        falls=_falls(run.folder / "metrics.jsonl"),
+    )
 
 
 def _falls(log: Path) -> dict[int, tuple[float, float]]:
@@ -204,16 +230,24 @@ def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
     if given == list(shape):
         return images
     if given == [height, width, channels]:
-        return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else np.asarray(images).transpose(0, 3, 1, 2)
+        return (
+            images.permute(0, 3, 1, 2)
+            if isinstance(images, Tensor)
+            else np.asarray(images).transpose(0, 3, 1, 2)
+        )
     if given == [height, width] and channels == 1:
         return images[:, None] if isinstance(images, Tensor) else np.asarray(images)[:, None]
     wanted = f"(n, {', '.join(map(str, shape))})"
-    raise InputError(f"{name} must have shape {wanted}, as the run was trained on, not {tuple(images.shape)}")
+    raise InputError(
+        f"{name} must have shape {wanted}, as the run was trained on, not {tuple(images.shape)}"
+    )
 
 
 def _check_array(images: Any, name: str) -> None:
     if isinstance(images, (list, tuple)):
-        raise InputError(f"{name} must be one array or tensor (n, ...), not a {_kind(images)}: torch.stack or np.stack them")
+        raise InputError(
+            f"{name} must be one array or tensor (n, ...), not a {_kind(images)}: torch.stack or np.stack them"
+        )
     if not isinstance(images, (Tensor, np.ndarray, Rows)):
         raise InputError(f"{name} must be an array or a tensor (n, ...), not {_kind(images)}")
     if isinstance(images, np.ndarray) and images.dtype.kind not in "fiub":
@@ -248,9 +282,13 @@ def some_images(images: Any, name: str, seed: int) -> Values:
     count = max(2, min(len(images), MOST_IMAGES, MOST_VALUES // math.prod(shape[1:])))
     order = np.random.default_rng(derive("diagnosis", seed)).permutation(len(images))
     try:
-        return gather(images, order[:count]).detach().cpu()  # in a random order: data sets are often sorted by class
+        return (
+            gather(images, order[:count]).detach().cpu()
+        )  # in a random order: data sets are often sorted by class
     except (TypeError, ValueError, RuntimeError) as error:  # numpy has types that torch has not
-        raise InputError(f"{name} of type {images.dtype} cannot be read: {first_line(error)}") from error
+        raise InputError(
+            f"{name} of type {images.dtype} cannot be read: {first_line(error)}"
+        ) from error
 
 
 @torch.no_grad()
@@ -264,9 +302,13 @@ def check_fit(vae: VAE, images: Values, name: str) -> None:
     except Exception as error:  # networks of a user's own can raise anything
         raise InputError(f"the VAE does not take {given}: {first_line(error)}") from error
     if mean.dim() != 2 or len(mean) != len(images[:CHUNK]) or not mean.shape[1]:
-        raise InputError(f"the encoder gives codes of shape {tuple(mean.shape)}; a diagnosis needs (n, latents): flatten them")
+        raise InputError(
+            f"the encoder gives codes of shape {tuple(mean.shape)}; a diagnosis needs (n, latents): flatten them"
+        )
     if produced[1:] != tuple(images.shape[1:]) or produced[0] != len(mean):
-        raise InputError(f"the decoder gives images of shape {produced[1:]} for {given}: they must be the same")
+        raise InputError(
+            f"the decoder gives images of shape {produced[1:]} for {given}: they must be the same"
+        )
 
 
 def _check_precision(vae: VAE) -> None:

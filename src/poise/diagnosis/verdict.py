@@ -5,18 +5,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-IMBALANCED = 1.5  # equivalent beta read from the loss; computed, learned and optimal balances: 0.9 to 1.1
+IMBALANCED = (
+    1.5  # equivalent beta read from the loss; computed, learned and optimal balances: 0.9 to 1.1
+)
 INFERRED_IMBALANCED = 2.0  # equivalent beta inferred from the model; balanced models: 0.65 to 1.6
 OVERFITTED = 2.0  # MSE of new over training images: gamma2, right for these, is then as wrong for new ones as an imbalance;
 # 8x8 digits: 1.1 after 1,500 steps on 1,500 images, 1.6 after the recipe's 3,200, 10 with 100 images, 700 with 20
 GAP = 0.1  # distance of samples less that of reconstructions, share of variance; healthy 8x8 digits: 0.08, with KL x 0.1: 0.21
 CLOSED = 0.5  # share of that gap that another prior must close
-UNDERFITTED = 1.5  # MSE over that of the best linear VAE; trained ones, digits and Fashion-MNIST: 0.3 to 1.0
+UNDERFITTED = (
+    1.5  # MSE over that of the best linear VAE; trained ones, digits and Fashion-MNIST: 0.3 to 1.0
+)
 STILL_FALLING = 0.05  # of an MSE from about 70 % of training to its last tenth, as a share of the variance of what is learned;
 # the digits' recipe 0.01 in stage 1 and 0.03 in stage 2; a second stage on its way from 1.2 to 0.7 has 0.1
 OUT_OF_REACH = 0.5  # share of the squared error: with more, no training can mend it; a sigmoid that misses 1 by little has 1e-3
 LARGE_VALUES = 5.0  # of images: standardised ones stay within, bytes do not
-LARGE_LOGVAR = 20.0  # posteriors of a variance of e^20 are none; on 8x8 digits, trained ones stay below 0.3
+LARGE_LOGVAR = (
+    20.0  # posteriors of a variance of e^20 are none; on 8x8 digits, trained ones stay below 0.3
+)
 SURE = 2.0  # standard errors by which two MSEs must differ
 
 
@@ -101,11 +107,18 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Numbers that JSON does not know (NaN, infinite) become the words "nan", "inf", "-inf"."""
-        parts = {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+        parts = {
+            "healthy": self.healthy,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
         return _plain(parts | {"figures": dict(self.figures), "notes": list(self.notes)})
 
     def __str__(self) -> str:
-        lines = [_verdict(self.figures), *(f"- {line}" for line in evidence(self.figures))] if self.healthy else []
+        lines = (
+            [_verdict(self.figures), *(f"- {line}" for line in evidence(self.figures))]
+            if self.healthy
+            else []
+        )
         for number, finding in enumerate(self.findings, 1):
             lines += [f"{number}. {finding.name}: {finding.sentence}", f"   Try: {finding.remedy}"]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
@@ -119,7 +132,9 @@ def _verdict(figures: Mapping[str, Any]) -> str:
 
 def evidence(figures: Mapping[str, Any]) -> list[str]:
     """The figures that show health, and how far they may go, in words; what was not measured is left out."""
-    samples = ", ".join(f"{{{key}:.3f}} ({label})" for key, label in _PRIORS.items() if key in figures)
+    samples = ", ".join(
+        f"{{{key}:.3f}} ({label})" for key, label in _PRIORS.items() if key in figures
+    )
     templates = {
         "images_least": "the images' values, {images_least:.3g} to {images_most:.3g}, are within the decoder's reach; half of "
         "the squared error outside would be a fault",
@@ -144,7 +159,11 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
     return [text.format(**figures) for name, text in templates.items() if name in figures]
 
 
-_PRIORS = {"distance_normal": "normal", "distance_second-stage": "second stage", "distance_mixture": "mixture"}
+_PRIORS = {
+    "distance_normal": "normal",
+    "distance_second-stage": "second stage",
+    "distance_mixture": "mixture",
+}
 
 
 def _plain(value: Any) -> Any:

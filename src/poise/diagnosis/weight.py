@@ -69,7 +69,9 @@ class LossWeights:
         return float(seen.error(1 if self.error == "absolute" else 2).mean())
 
 
-def loss_weights(loss: Callable[..., Any], seen: Seen, device: torch.device, seed: int) -> LossWeights:
+def loss_weights(
+    loss: Callable[..., Any], seen: Seen, device: torch.device, seed: int
+) -> LossWeights:
     """The weights that a loss gives its parts, by its gradients at reconstructions and at drawn means and logvars.
 
     Args:
@@ -84,7 +86,9 @@ def loss_weights(loss: Callable[..., Any], seen: Seen, device: torch.device, see
     count = seen.codes.mean.shape[1]
     drawn = torch.randn(2, BATCH, count, generator=generator("loss", seed))
     rows = torch.arange(BATCH) % len(seen.images)
-    restored = seen.restored[rows].nan_to_num(0.0, 0.0, 0.0)  # of a model that has diverged the loss can still be read
+    restored = seen.restored[rows].nan_to_num(
+        0.0, 0.0, 0.0
+    )  # of a model that has diverged the loss can still be read
     points = [point.to(device) for point in (restored, seen.images[rows], drawn[0], drawn[1] / 2)]
     whole = _gradients(loss, *points)
     if not whole.finite:
@@ -106,7 +110,8 @@ def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None"
         error_weight=error_slope * BATCH,
         kl_weight=kl_slope * BATCH,
         kl_formula=formula,
-        batch_mismatch=_doubles(error_slope, half.error_slope(kind)) != _doubles(kl_slope, half.kl_slope()),
+        batch_mismatch=_doubles(error_slope, half.error_slope(kind))
+        != _doubles(kl_slope, half.kl_slope()),
         error_averaged=None if wide is None else _doubles(error_slope, wide.error_slope(kind)),
         kl_averaged=None if wide is None else _doubles(kl_slope, wide.kl_slope()),
         flat=error is not None and not error_slope,
@@ -127,7 +132,9 @@ class _Gradients:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.value) and bool(self.error.isfinite().all() and self.kl.isfinite().all())
+        return math.isfinite(self.value) and bool(
+            self.error.isfinite().all() and self.kl.isfinite().all()
+        )
 
     def errors(self) -> dict[Error, Tensor]:
         """Gradients of errors summed over everything."""
@@ -152,18 +159,30 @@ class _Gradients:
         return _slope(self.kl, self.kls()["exact"])
 
 
-def _gradients(loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Latents, logvar: Latents) -> _Gradients:
+def _gradients(
+    loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Latents, logvar: Latents
+) -> _Gradients:
     at = [point.detach().clone().requires_grad_() for point in (reconstruction, mean, logvar)]
     try:
-        value = _scalar(loss(*(point.clone() for point in (at[0], images, at[1], at[2]))))  # it may change them
-        slopes = torch.autograd.grad(value, at, materialize_grads=True) if value.requires_grad else map(torch.zeros_like, at)
+        value = _scalar(
+            loss(*(point.clone() for point in (at[0], images, at[1], at[2])))
+        )  # it may change them
+        slopes = (
+            torch.autograd.grad(value, at, materialize_grads=True)
+            if value.requires_grad
+            else map(torch.zeros_like, at)
+        )
     except InputError:
         raise
     except Exception as error:  # a loss of a user's own can raise anything
-        raise InputError(f"loss(reconstruction, images, mean, logvar) failed: {first_line(error)}") from error
+        raise InputError(
+            f"loss(reconstruction, images, mean, logvar) failed: {first_line(error)}"
+        ) from error
     by_error, by_mean, by_logvar = (slope.detach().cpu().double() for slope in slopes)
     values = (tensor.detach().cpu().double() for tensor in (reconstruction, images, mean, logvar))
-    return _Gradients(*values, error=by_error, kl=torch.cat([by_mean, by_logvar]), value=float(value.detach()))
+    return _Gradients(
+        *values, error=by_error, kl=torch.cat([by_mean, by_logvar]), value=float(value.detach())
+    )
 
 
 def _scalar(returned: Any) -> Tensor:
@@ -174,7 +193,9 @@ def _scalar(returned: Any) -> Tensor:
             f"its mean or sum"
         )
     if not isinstance(value, Tensor) or value.is_complex():
-        raise InputError(f"loss must return one number as a tensor, the loss of the batch, not {type(value).__name__}")
+        raise InputError(
+            f"loss must return one number as a tensor, the loss of the batch, not {type(value).__name__}"
+        )
     return value.reshape(())
 
 
@@ -183,7 +204,9 @@ def _error(found: _Gradients) -> tuple[Error | None, float]:
     for kind, gradient in found.errors().items():
         if _cosine(found.error, gradient) > PROPORTIONAL:
             return kind, _slope(found.error, gradient)
-    flat = found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(found.value)
+    flat = found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(
+        found.value
+    )
     return ("squared" if flat or not found.error.any() else None), 0.0
 
 
@@ -244,16 +267,25 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
     felt = torch.zeros(len(ERRORS), count, dtype=torch.float64)
     for start in range(0, count, CHUNK):
         rows = slice(start, min(start + CHUNK, count))
-        mean, std, images = (part[rows].to(device) for part in (seen.codes.mean, seen.codes.std, seen.images))
+        mean, std, images = (
+            part[rows].to(device) for part in (seen.codes.mean, seen.codes.std, seen.images)
+        )
         for _ in range(PAIRS):
             noise = torch.randn(mean.shape, generator=source).to(device)
-            for signed in (noise, -noise):  # antithetic: the part of the error that is linear in the noise cancels
-                felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(2) / (2 * PAIRS)
+            for signed in (
+                noise,
+                -noise,
+            ):  # antithetic: the part of the error that is linear in the noise cancels
+                felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(
+                    2
+                ) / (2 * PAIRS)
     spent = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
     (gamma2, relative_error), (cross_entropy, _) = (_ratio(each, spent) for each in felt)
     if not (0 < gamma2 < math.inf and math.isfinite(relative_error)):
         return None
-    within = all(float(part.min()) >= 0 and float(part.max()) <= 1 for part in (seen.images, seen.restored))
+    within = all(
+        float(part.min()) >= 0 and float(part.max()) <= 1 for part in (seen.images, seen.restored)
+    )
     return InferredWeight(gamma2, relative_error, cross_entropy if within else math.nan)
 
 
@@ -265,7 +297,10 @@ def _felt(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
     if not restored.requires_grad:  # a decoder without gradients, as of a network that rounds
         return torch.zeros(len(ERRORS), *latents.shape, dtype=torch.float64)
     slopes = [
-        torch.autograd.grad(error(restored, images), latents, retain_graph=True, materialize_grads=True)[0] for error in ERRORS
+        torch.autograd.grad(
+            error(restored, images), latents, retain_graph=True, materialize_grads=True
+        )[0]
+        for error in ERRORS
     ]
     return torch.stack([(slope * step).cpu().double() for slope in slopes])
 
@@ -275,7 +310,9 @@ def _half_squares(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def _cross_entropy(reconstruction: Tensor, images: Tensor) -> Tensor:
-    return F.binary_cross_entropy(reconstruction.nan_to_num(0.0).clamp(0, 1), images.clamp(0, 1), reduction="sum")
+    return F.binary_cross_entropy(
+        reconstruction.nan_to_num(0.0).clamp(0, 1), images.clamp(0, 1), reduction="sum"
+    )
 
 
 ERRORS = (_half_squares, _cross_entropy)

@@ -28,7 +28,9 @@ from poise.support.files import write_file
 
 CACHE_VARIABLE = "POISE_CACHE"
 FORMAT = 1  # to be raised when the same key comes to mean other numbers
-LEFTOVER_SECONDS = 24 * 3600.0  # no file is written for so long: an older unfinished one is of a killed process
+LEFTOVER_SECONDS = (
+    24 * 3600.0
+)  # no file is written for so long: an older unfinished one is of a killed process
 
 
 def cached_features(
@@ -78,7 +80,11 @@ def default_cache() -> Path | None:
 
 
 def _key(extractor: Extractor, images: Any, content: str) -> str:
-    kind = [str(images.dtype).removeprefix("torch."), list(images.shape)] if hasattr(images, "shape") else "batches"
+    kind = (
+        [str(images.dtype).removeprefix("torch."), list(images.shape)]
+        if hasattr(images, "shape")
+        else "batches"
+    )
     parts = [FORMAT, content, kind, extractor.name, extractor.checksum, extractor.resize]
     parts += [] if extractor.precision == "float32" else [extractor.precision]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -47,7 +47,9 @@ def _model() -> nn.Module:
             f"DINOv2 could not be downloaded by torch.hub ({first_line(error)}); use another extractor"
         ) from error
     except RuntimeError as error:
-        raise InputError(f"torch.hub's copy of DINOv2 in {torch.hub.get_dir()} cannot be used ({first_line(error)})") from error
+        raise InputError(
+            f"torch.hub's copy of DINOv2 in {torch.hub.get_dir()} cannot be used ({first_line(error)})"
+        ) from error
     return wrapper.model
 
 

@@ -88,7 +88,9 @@ class Extractor:
             InputError: another shape, type or range, or no image at all; or the network does not give (n, d).
             RunError: a feature is not finite.
         """
-        images = _checked(images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images)))
+        images = _checked(
+            images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+        )
         size = CPU_BATCH if self.device.type == "cpu" else self.batch_size
         return torch.cat([self._features(part) for part in images.split(size)])
 
@@ -111,7 +113,9 @@ class Extractor:
 
 def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise InputError(f"images must have shape (n, 1 or 3, height, width), not {tuple(images.shape)}")
+        raise InputError(
+            f"images must have shape (n, 1 or 3, height, width), not {tuple(images.shape)}"
+        )
     if images.numel() == 0:
         raise InputError(f"there are no images: their shape is {tuple(images.shape)}")
     if images.dtype == torch.uint8:
@@ -120,12 +124,19 @@ def _checked(images: Tensor) -> Tensor:
         raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype}")
     least, most = images.aminmax()
     if not (least >= 0 and most <= 1):
-        raise InputError(f"images must be bytes or floats in [0, 1], not floats from {least:g} to {most:g}")
+        raise InputError(
+            f"images must be bytes or floats in [0, 1], not floats from {least:g} to {most:g}"
+        )
     return images
 
 
 def extract(
-    extractor: Extractor, images: Any, *, total: int | None = None, title: str = "features", quiet: bool = True
+    extractor: Extractor,
+    images: Any,
+    *,
+    total: int | None = None,
+    title: str = "features",
+    quiet: bool = True,
 ) -> Features:
     """Features of every image, (n, features), float32 on the CPU, in the order of the images.
 
@@ -163,7 +174,9 @@ def _regrouped(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
     """Join parts to batches of at least `size` images; the last one may be smaller."""
     held: list[Tensor] = []
     for part in parts:
-        held.append(part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part)))
+        held.append(
+            part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+        )
         if sum(map(len, held)) >= size:
             yield torch.cat(held)
             held = []
@@ -200,5 +213,7 @@ def _joined(parts: Iterable[Tensor], total: int | None, report: Callable[[int], 
         done += len(part)
         report(done)
     if done == 0 or done != (total or done):
-        raise InputError(f"there were {done} images, not {'any' if total is None else total}: no features of them can be given")
+        raise InputError(
+            f"there were {done} images, not {'any' if total is None else total}: no features of them can be given"
+        )
     return features if total is not None else torch.cat(kept)

@@ -22,7 +22,9 @@ from poise.features.weights import NOT_LOADABLE, first_line, load_tensors, load_
 
 WEIGHTS_VARIABLE = "POISE_INCEPTION"
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
-WEIGHTS_ADDRESS = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+WEIGHTS_ADDRESS = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+)
 SIDE = 299
 TAKEN_NAMES = ("inception", "light", "dinov2", "pixels")
 
@@ -35,7 +37,9 @@ def available_inception() -> Path | None:
     """
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named and not Path(named).is_file():
-        raise MissingInputError(f"{WEIGHTS_VARIABLE} names {named}, which is no file: correct or unset it")
+        raise MissingInputError(
+            f"{WEIGHTS_VARIABLE} names {named}, which is no file: correct or unset it"
+        )
     if named:
         return Path(named)
     return _downloaded() if _downloaded().exists() else None
@@ -73,7 +77,9 @@ def _download() -> Path:
     print(f"downloading {WEIGHTS_ADDRESS}", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(WEIGHTS_ADDRESS, str(path), hash_prefix=digits, progress=sys.stderr.isatty())
+        torch.hub.download_url_to_file(
+            WEIGHTS_ADDRESS, str(path), hash_prefix=digits, progress=sys.stderr.isatty()
+        )
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another checksum
         raise MissingInputError(
             f"Inception's weights could not be downloaded ({first_line(error)}); set {WEIGHTS_VARIABLE} to a local file"
@@ -81,7 +87,9 @@ def _download() -> Path:
     return path
 
 
-def network_file(path: Path, bounds: tuple[float, float] | None = None, *, device: str | torch.device = "cpu") -> Extractor:
+def network_file(
+    path: Path, bounds: tuple[float, float] | None = None, *, device: str | torch.device = "cpu"
+) -> Extractor:
     """The extractor in a file: called "inception" if it is the 2015 Inception, and else by the file's stem.
 
     Args:
@@ -99,16 +107,23 @@ def network_file(path: Path, bounds: tuple[float, float] | None = None, *, devic
     if bounds in (None, (-1, 1)) and _is_original(path, original := _centred(scripted)):
         return _extractor("inception", checksum, original, device)
     if bounds is None:
-        raise _not_inception(path, f"to use it under its own name, declare its inputs' range, for example {path}:range=-1..1")
+        raise _not_inception(
+            path,
+            f"to use it under its own name, declare its inputs' range, for example {path}:range=-1..1",
+        )
     low, high = bounds
     levels = 255 / (high - low)
     network = Prepared(scripted, _resize, shift=-low * levels, divisor=levels)
     _is_original(path, network)  # fails if it cannot take such images
-    return _extractor(_own_name(path), checksum, network, device, scale=f", scaled to {low:g}..{high:g}")
+    return _extractor(
+        _own_name(path), checksum, network, device, scale=f", scaled to {low:g}..{high:g}"
+    )
 
 
 def _not_inception(path: Path, remedy: str) -> InputError:
-    return InputError(f"{path} is not the 2015 Inception of the FID (its features of a test picture differ); {remedy}")
+    return InputError(
+        f"{path} is not the 2015 Inception of the FID (its features of a test picture differ); {remedy}"
+    )
 
 
 def _own_name(path: Path) -> str:
@@ -127,7 +142,9 @@ def _is_original(path: Path, network: Prepared) -> bool:
     try:
         return is_inception(network)
     except NOT_LOADABLE as error:
-        raise InputError(f"{path}: the network cannot take images (n, 3, {SIDE}, {SIDE}) ({first_line(error)})") from error
+        raise InputError(
+            f"{path}: the network cannot take images (n, 3, {SIDE}, {SIDE}) ({first_line(error)})"
+        ) from error
 
 
 def _extractor(
@@ -139,15 +156,23 @@ def _extractor(
     scale: str = "",
 ) -> Extractor:
     placed = network.to(device=torch.device(device))
-    return Extractor(name, checksum, f"TF1 bilinear to {SIDE}{scale}", placed, torch.device(device), classifier)
+    return Extractor(
+        name, checksum, f"TF1 bilinear to {SIDE}{scale}", placed, torch.device(device), classifier
+    )
 
 
-def _fidelity_extractor(path: Path, checksum: str, bounds: tuple[float, float] | None, device: str | torch.device) -> Extractor:
+def _fidelity_extractor(
+    path: Path, checksum: str, bounds: tuple[float, float] | None, device: str | torch.device
+) -> Extractor:
     network = _fidelity_network(path)
     if bounds is not None:
-        raise InputError(f"{path} holds weights of Inception, which has its own input range: leave the range out")
+        raise InputError(
+            f"{path} holds weights of Inception, which has its own input range: leave the range out"
+        )
     classifier = network.fc.weight.detach().clone()
-    layers = nn.Sequential(*[layer for name, layer in network.named_children() if name != "fc"], nn.Flatten())
+    layers = nn.Sequential(
+        *[layer for name, layer in network.named_children() if name != "fc"], nn.Flatten()
+    )
     prepared = _centred(_folded(layers))
     name = "inception" if _is_original(path, prepared) else _own_name(path)
     return _extractor(name, checksum, prepared, device, classifier)
@@ -155,7 +180,9 @@ def _fidelity_extractor(path: Path, checksum: str, bounds: tuple[float, float] |
 
 def _folded(network: nn.Module) -> nn.Module:
     """Each batch normalisation within the convolution before it (a tenth faster), channels_last."""
-    pairs: list[Any] = [layer for layer in network.modules() if hasattr(layer, "conv") and hasattr(layer, "bn")]
+    pairs: list[Any] = [
+        layer for layer in network.modules() if hasattr(layer, "conv") and hasattr(layer, "bn")
+    ]
     for layer in pairs:
         layer.conv, layer.bn = torch.nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -170,7 +197,9 @@ def _fidelity_network(path: Path) -> Any:
         raise
     except (InputError, *NOT_LOADABLE) as error:
         reason = first_line(error)
-        raise InputError(f"{path}: neither a TorchScript file nor torch-fidelity's Inception weights ({reason})") from error
+        raise InputError(
+            f"{path}: neither a TorchScript file nor torch-fidelity's Inception weights ({reason})"
+        ) from error
 
 
 def _fidelity_class() -> Any:

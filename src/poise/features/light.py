@@ -109,16 +109,29 @@ class Block(nn.Module):
         return x + self.layers(x) if self.keeps_shape else self.layers(x)
 
 
-def _convolution(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _convolution(
+    channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
     """A convolution with "SAME" padding, then ReLU6."""
     before, behind = (kernel - stride) // 2, (kernel - stride + 1) // 2
     padding = [] if before == behind else [nn.ZeroPad2d((before, behind, before, behind))]
     even = before if before == behind else 0
-    return [*padding, nn.Conv2d(channels, out, kernel, stride, even, groups=groups), nn.ReLU6(inplace=True)]
+    return [
+        *padding,
+        nn.Conv2d(channels, out, kernel, stride, even, groups=groups),
+        nn.ReLU6(inplace=True),
+    ]
 
 
 @torch.no_grad()
-def _load_folded(convolution: nn.Conv2d, kernel: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _load_folded(
+    convolution: nn.Conv2d,
+    kernel: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+) -> None:
     """Convolution and batch normalisation as one convolution."""
     assert convolution.bias is not None
     factor = scale / (variance + EPSILON).sqrt()

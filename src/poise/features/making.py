@@ -41,7 +41,9 @@ def make_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
         return NAMED[spec](torch.device(device))
     path, found, bounds = spec.partition(":range=")
     if not Path(path).exists() and not Path(path).suffix:
-        raise InputError(f"no extractor {spec!r}: give {', '.join(NAMED)}, or a TorchScript file as FILE.pt:range=-1..1")
+        raise InputError(
+            f"no extractor {spec!r}: give {', '.join(NAMED)}, or a TorchScript file as FILE.pt:range=-1..1"
+        )
     return network_file(Path(path), _bounds(bounds) if found else None, device=device)
 
 
@@ -51,5 +53,7 @@ def _bounds(text: str) -> tuple[float, float]:
     except ValueError:
         low, high = math.nan, math.nan
     if not (-math.inf < low < high < math.inf):
-        raise InputError(f"range={text} is not LOW..HIGH: give what the levels 0 and 255 become, for example -1..1 or 0..255")
+        raise InputError(
+            f"range={text} is not LOW..HIGH: give what the levels 0 and 255 become, for example -1..1 or 0..255"
+        )
     return low, high

@@ -18,7 +18,9 @@ DEFINITION = f"area averages over at most {CELLS}x{CELLS} cells, divided by 255,
 def pixels(device: str | torch.device = "cpu") -> Extractor:
     """Averages over cells: (n, 3 * 16 * 16) features for pictures of at least 16x16 pixels."""
     checksum = hashlib.sha256(DEFINITION.encode()).hexdigest()
-    return Extractor("pixels", checksum, f"area average to at most {CELLS}", _averages, torch.device(device))
+    return Extractor(
+        "pixels", checksum, f"area average to at most {CELLS}", _averages, torch.device(device)
+    )
 
 
 def _averages(levels: Tensor) -> Tensor:

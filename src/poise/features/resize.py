@@ -22,7 +22,9 @@ def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
 def _along(images: Tensor, dim: int, size: int) -> Tensor:
     """One dimension resized. Coordinates are float32, as in the original, whatever the images are."""
     given = images.shape[dim]
-    position = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(given / size)
+    position = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(
+        given / size
+    )
     below = position.long()
     above = (below + 1).clamp_max(given - 1)
     share = (position - below).view([size if k == dim else 1 for k in range(4)])

@@ -14,7 +14,15 @@ import torch
 
 from poise.errors import InputError, MissingInputError
 
-NOT_LOADABLE = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError)
+NOT_LOADABLE = (
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    EOFError,
+    UnpicklingError,
+)
 
 
 def sha256(path: Path) -> str:

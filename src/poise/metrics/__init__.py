@@ -17,7 +17,12 @@ from poise.metrics.encoding import CHUNK, encode_all, encode_chunks, encoded, pi
 from poise.metrics.latents import AggregatePosterior, LatentStatistics, latent_statistics
 from poise.metrics.likelihood import ImportanceWeightedNLL, importance_weighted_nll, nll_per_image
 from poise.metrics.manifold import Manifold, manifold_figures
-from poise.metrics.reconstruction import Reconstruction, peak_signal_to_noise, reconstruction, structural_similarity
+from poise.metrics.reconstruction import (
+    Reconstruction,
+    peak_signal_to_noise,
+    reconstruction,
+    structural_similarity,
+)
 
 __all__ = [
     "CHUNK",

@@ -129,13 +129,17 @@ def frechet_infinity(
     real, generated = checked(real, generated)
     n, d = generated.shape
     if points < 3:
-        raise InputError(f"a line through {points} points has no residuals: points must be at least 3")
+        raise InputError(
+            f"a line through {points} points has no residuals: points must be at least 3"
+        )
     if smallest <= d:
         raise InputError(
             f"the 1/N law needs subsets of more than d = {d} samples: smallest must be larger than that, not {smallest}"
         )
     if n < 2 * smallest:
-        raise InputError(f"{n} generated samples are too few: give at least {2 * smallest}, twice smallest, or lower smallest")
+        raise InputError(
+            f"{n} generated samples are too few: give at least {2 * smallest}, twice smallest, or lower smallest"
+        )
     sizes = torch.linspace(smallest, n, points, dtype=torch.float64).round().long()
     source, fixed = torch.Generator().manual_seed(seed), fit_gaussian(real)
     subsets = (torch.randperm(n, generator=source)[:size].to(generated.device) for size in sizes)
@@ -161,7 +165,12 @@ class Spread:
 
 
 def kernel_distance(
-    real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    real: Features,
+    generated: Features,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
 ) -> Spread:
     """Kernel distance: unbiased squared MMD with a cubic kernel, over random subsets; KID where the features are Inception's.
 
@@ -183,12 +192,19 @@ def kernel_distance(
     """
     real, generated = checked(real, generated)
     if subsets < 1 or subset_size < 2:
-        raise InputError(f"the kernel distance needs subsets >= 1 of subset_size >= 2, not {subsets} of {subset_size}")
+        raise InputError(
+            f"the kernel distance needs subsets >= 1 of subset_size >= 2, not {subsets} of {subset_size}"
+        )
     if subset_size > min(len(real), len(generated)):
         sizes = f"{len(real)} real and {len(generated)} generated samples"
-        raise InputError(f"subset_size {subset_size} is more than there are, {sizes}: give more, or set subset_size lower")
+        raise InputError(
+            f"subset_size {subset_size} is more than there are, {sizes}: give more, or set subset_size lower"
+        )
     draws = np.random.RandomState(seed)
-    pairs = ([_drawn(features, subset_size, draws) for features in (generated, real)] for _ in range(subsets))
+    pairs = (
+        [_drawn(features, subset_size, draws) for features in (generated, real)]
+        for _ in range(subsets)
+    )
     return _spread([_squared_mmd(x, y) for x, y in pairs])
 
 
@@ -200,7 +216,9 @@ def _drawn(features: Tensor, size: int, draws: np.random.RandomState) -> Tensor:
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy of two equally large sets, (m, d) each, float64."""
     m = len(x)
-    within = sum(kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y)))
+    within = sum(
+        kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y))
+    )
     return float(within / (m * (m - 1)) - 2 * _cubic_kernel(x, y).mean())
 
 
@@ -239,7 +257,9 @@ def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> 
             f"logits must be (n, classes) and finite; these are {tuple(logits.shape)}, or have NaN or infinite values"
         )
     if not 1 <= splits <= len(logits):
-        raise InputError(f"splits must be from 1 to the {len(logits)} images there are, not {splits}")
+        raise InputError(
+            f"splits must be from 1 to the {len(logits)} images there are, not {splits}"
+        )
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
     bounds = [split * len(logits) // splits for split in range(splits + 1)]
     return _spread([_score(logits[order[first:last]]) for first, last in pairwise(bounds)])
@@ -247,5 +267,7 @@ def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> 
 
 def _score(logits: Tensor) -> float:
     probabilities = logits.double().softmax(1)
-    entropy_of_mean = torch.special.entr(probabilities.mean(0)).sum()  # p = 0 counts 0, where p log(p/q) would be NaN
+    entropy_of_mean = torch.special.entr(
+        probabilities.mean(0)
+    ).sum()  # p = 0 counts 0, where p log(p/q) would be NaN
     return float((entropy_of_mean - torch.special.entr(probabilities).sum(1).mean()).exp())

@@ -24,7 +24,9 @@ def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
         InputError: there are none.
     """
     codes = list(encode_chunks(vae, images))
-    return DiagonalGaussian(torch.cat([part.mean for part in codes]), torch.cat([part.logvar for part in codes]))
+    return DiagonalGaussian(
+        torch.cat([part.mean for part in codes]), torch.cat([part.logvar for part in codes])
+    )
 
 
 def encode_chunks(vae: VAE, images: Any) -> Iterator[DiagonalGaussian]:

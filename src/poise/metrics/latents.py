@@ -70,7 +70,15 @@ class LatentStatistics:
 
     def without_posterior(self) -> "LatentStatistics":
         """These figures for codes that are points: what needs a posterior's variance left out."""
-        none = dict.fromkeys(("variance_law", "variance_law_active", "noise_term", "mean_variance", "kl_nats_per_latent"))
+        none = dict.fromkeys(
+            (
+                "variance_law",
+                "variance_law_active",
+                "noise_term",
+                "mean_variance",
+                "kl_nats_per_latent",
+            )
+        )
         return replace(self, **none)
 
 
@@ -92,7 +100,10 @@ def latent_statistics(codes: DiagonalGaussian, *, released: bool = False) -> Lat
     """
     mean, logvar = _checked(codes)
     law = variance_law(mean, logvar, released=released)
-    variance_of_mean, kl = mean.var(0, correction=0), 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(0)
+    variance_of_mean, kl = (
+        mean.var(0, correction=0),
+        0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(0),
+    )
     active = variance_of_mean > ACTIVE_VARIANCE
     return LatentStatistics(
         variance_law=float(law.mean()),
@@ -111,9 +122,13 @@ def _checked(codes: DiagonalGaussian) -> tuple[Tensor, Tensor]:
     mean, logvar = codes.mean.detach().cpu().double(), codes.logvar.detach().cpu().double()
     if mean.dim() != 2 or mean.shape != logvar.shape or len(mean) < 2:
         shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
-        raise InputError(f"codes must be a mean and a logvar of one shape (n, latents) with n >= 2, not {shapes}")
+        raise InputError(
+            f"codes must be a mean and a logvar of one shape (n, latents) with n >= 2, not {shapes}"
+        )
     if not (mean.isfinite().all() and logvar.isfinite().all() and logvar.exp().isfinite().all()):
-        raise InputError("codes and their variances must be finite; there are NaN or infinite values")
+        raise InputError(
+            "codes and their variances must be finite; there are NaN or infinite values"
+        )
     return mean, logvar
 
 
@@ -135,8 +150,12 @@ def _aggregate(codes: DiagonalGaussian) -> AggregatePosterior:
     centre, covariance = aggregate_moments(codes)
     eigenvalues = torch.linalg.eigvalsh(covariance).flip(0)
     rounding = torch.finfo(torch.float64).eps * len(eigenvalues) * eigenvalues[0]
-    singular = bool(eigenvalues[-1] <= rounding)  # what eigvalsh gives below this is noise, of either sign
-    kl = 0.5 * (eigenvalues.sum() + centre.square().sum() - len(eigenvalues) - eigenvalues.log().sum())
+    singular = bool(
+        eigenvalues[-1] <= rounding
+    )  # what eigvalsh gives below this is noise, of either sign
+    kl = 0.5 * (
+        eigenvalues.sum() + centre.square().sum() - len(eigenvalues) - eigenvalues.log().sum()
+    )
     return AggregatePosterior(
         mean_norm=float(centre.norm()),
         covariance_eigenvalues=tuple(eigenvalues.clamp_min(0).tolist()),

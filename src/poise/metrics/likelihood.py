@@ -63,7 +63,13 @@ class ImportanceWeightedNLL:
 
 
 def importance_weighted_nll(
-    vae: VAE, balance: Balance, images: Any, *, samples: int = 1000, seed: int = 0, quiet: bool = True
+    vae: VAE,
+    balance: Balance,
+    images: Any,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> ImportanceWeightedNLL:
     """Mean of -log p(x) over images, estimated with importance weights (eq. 1), and the share of samples that count.
 
@@ -89,7 +95,9 @@ def importance_weighted_nll(
     return ImportanceWeightedNLL(
         mean_nats=float(nll.mean()),
         standard_error_nats=float(nll.std() / math.sqrt(len(nll))),
-        bits_per_dim=bits_per_dim(float(nll.mean()), math.prod(images.shape[1:])) if len(images.shape) == 4 else None,
+        bits_per_dim=bits_per_dim(float(nll.mean()), math.prod(images.shape[1:]))
+        if len(images.shape) == 4
+        else None,
         samples=samples,
         effective_share=float(share.mean()),
     )
@@ -109,7 +117,13 @@ class NLLPerImage(NamedTuple):
 
 @torch.no_grad()
 def nll_per_image(
-    vae: VAE, balance: Balance, images: Any, *, samples: int = 1000, seed: int = 0, quiet: bool = True
+    vae: VAE,
+    balance: Balance,
+    images: Any,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> NLLPerImage:
     """-log p(x) of each image, estimated with importance weights (eq. 1), and the share of samples that count.
 
@@ -131,21 +145,29 @@ def nll_per_image(
         for batch, posterior in posteriors(vae, images):
             codes = DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
             if not (codes.mean.isfinite().all() and codes.logvar.isfinite().all()):
-                raise InputError("the codes must be finite; the encoder gives NaN or infinite values for some image")
+                raise InputError(
+                    "the codes must be finite; the encoder gives NaN or infinite values for some image"
+                )
             for image, mean, logvar in zip(batch, codes.mean, codes.logvar, strict=True):
                 noise = _noise_in_blocks(samples, len(mean), seed, len(sums))
                 code = DiagonalGaussian(mean[None].to(place), logvar[None].to(place))
                 together = (torch.cat(blocks).to(place) for blocks in _grouped(noise, at_once))
-                sums.append(_log_sums(_log_weights(vae, balance, image, code, draws) for draws in together))
+                sums.append(
+                    _log_sums(_log_weights(vae, balance, image, code, draws) for draws in together)
+                )
                 bar.update(len(sums), {})
     log_sum, log_sum_of_squares = torch.stack(sums).cpu().unbind(1)
-    return NLLPerImage(math.log(samples) - log_sum, (2 * log_sum - log_sum_of_squares).exp() / samples)
+    return NLLPerImage(
+        math.log(samples) - log_sum, (2 * log_sum - log_sum_of_squares).exp() / samples
+    )
 
 
 def _noise_in_blocks(samples: int, latents: int, seed: int, image: int) -> Iterator[Noise]:
     for block, start in enumerate(range(0, samples, BLOCK)):
         source = generator("likelihood", seed, image, block)
-        yield torch.randn(BLOCK, latents, generator=source)[: samples - start]  # torch draws fewer numbers differently
+        yield torch.randn(BLOCK, latents, generator=source)[
+            : samples - start
+        ]  # torch draws fewer numbers differently
 
 
 def _grouped(blocks: Iterator[Noise], size: int) -> Iterator[list[Noise]]:
@@ -163,12 +185,16 @@ def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
     return sums
 
 
-def _log_weights(vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise) -> PerImage:
+def _log_weights(
+    vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise
+) -> PerImage:
     """log p(x|z) + log p(z) - log q(z|x) of each sample; in the last two the terms L/2 log 2 pi cancel."""
     latents = code.sample(noise)
     difference = vae.decode(latents.to(image.device)).float() - image
     error = summed_error(difference, balance.power).to(latents.device)
     gamma2 = in_float64(balance.gamma2).to(latents.device)
     log_likelihood = -negative_log_likelihood(error, gamma2, image.numel(), power=balance.power)
-    log_ratio = 0.5 * (noise.double().square() + code.logvar.double() - latents.double().square()).sum(1)
+    log_ratio = 0.5 * (
+        noise.double().square() + code.logvar.double() - latents.double().square()
+    ).sum(1)
     return log_likelihood + log_ratio

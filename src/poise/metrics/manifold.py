@@ -68,13 +68,17 @@ def manifold_figures(
     real, generated = checked(real, generated)
     most = max(neighbours, density_neighbours)
     if min(neighbours, density_neighbours) < 1:
-        raise InputError(f"neighbours must be at least 1, not {neighbours} (and {density_neighbours} for density)")
+        raise InputError(
+            f"neighbours must be at least 1, not {neighbours} (and {density_neighbours} for density)"
+        )
     if min(len(real), len(generated)) <= most:
         given = f"{len(real)} real and {len(generated)} generated samples"
         raise InputError(
             f"{given} are too few for {most} neighbours: give at least {most + 1} of each, or ask for fewer neighbours"
         )
-    real_reach, density_reach = real_reaches or squared_reaches(real, [neighbours, density_neighbours])
+    real_reach, density_reach = real_reaches or squared_reaches(
+        real, [neighbours, density_neighbours]
+    )
     (generated_reach,) = squared_reaches(generated, [neighbours])
     precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
     recalled = covered = pairs = first = 0
@@ -101,7 +105,9 @@ def squared_reaches(features: Features, neighbours: list[int]) -> list[Tensor]:
     return [nearest[:, k] for k in neighbours]
 
 
-def _squared_distances(rows: Tensor, columns: Tensor, centre: Tensor, *, tie: float = 0.0) -> Iterator[Tensor]:
+def _squared_distances(
+    rows: Tensor, columns: Tensor, centre: Tensor, *, tie: float = 0.0
+) -> Iterator[Tensor]:
     """Squared distances in blocks of rows, (rows of the block, columns), less `tie` of |x|^2 + |y|^2.
 
     |x|^2 + |y|^2 - 2 x.y about a common centre, without which the squares' rounding would hide small distances. Taking a little

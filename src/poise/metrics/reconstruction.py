@@ -26,7 +26,9 @@ from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
 SSIM_VALUES = 2**22  # of the images that a GPU compares at a time
-LEAST_MSE = 2.0**-48  # (2^-24)^2, half the step of float32 below 1: an exact image has a PSNR of 144.5 dB, not infinity
+LEAST_MSE = (
+    2.0**-48
+)  # (2^-24)^2, half the step of float32 below 1: an exact image has a PSNR of 144.5 dB, not infinity
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,25 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
     """
     real, produced, batches = PixelMoments(), PixelMoments(), []
     for batch, posterior, noise in encoded(vae, images, seed):
-        restored, sampled = (vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise)))
-        batches.append({"kl": posterior.kl().cpu().double()} | _per_image(batch, restored, sampled, balance.power))
+        restored, sampled = (
+            vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
+        )
+        batches.append(
+            {"kl": posterior.kl().cpu().double()}
+            | _per_image(batch, restored, sampled, balance.power)
+        )
         real.add(batch)
         produced.add(sampled)
-    mean = {name: float(torch.cat([batch[name] for batch in batches]).mean()) for name in batches[0]}
+    mean = {
+        name: float(torch.cat([batch[name] for batch in batches]).mean()) for name in batches[0]
+    }
 
     num_dims = math.prod(images.shape[1:])
     gamma2 = balance.gamma2.cpu().double()
     error = torch.tensor(mean["error"], dtype=torch.float64)
-    elbo = -float(negative_log_likelihood(error, gamma2, num_dims, power=balance.power)) - mean["kl"]
+    elbo = (
+        -float(negative_log_likelihood(error, gamma2, num_dims, power=balance.power)) - mean["kl"]
+    )
     mse_sampled = mean["squared_sampled"] / num_dims
     variance_lost = float((real.variance() - produced.variance()).mean())
     return Reconstruction(
@@ -112,7 +123,9 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
     )
 
 
-def _per_image(batch: Values, restored: Values, sampled: Values, power: float) -> dict[str, PerImage]:
+def _per_image(
+    batch: Values, restored: Values, sampled: Values, power: float
+) -> dict[str, PerImage]:
     errors = {
         "squared": summed_error(restored - batch, 2).cpu(),
         "squared_sampled": summed_error(sampled - batch, 2).cpu(),
@@ -120,7 +133,10 @@ def _per_image(batch: Values, restored: Values, sampled: Values, power: float) -
     }
     if batch.dim() != 4:  # vectors, as stage 2's
         return errors
-    return errors | {"psnr_db": peak_signal_to_noise(batch, restored), "ssim": structural_similarity(batch, restored)}
+    return errors | {
+        "psnr_db": peak_signal_to_noise(batch, restored),
+        "ssim": structural_similarity(batch, restored),
+    }
 
 
 def summed_error(difference: Values, power: float) -> PerImage:
@@ -164,7 +180,9 @@ def structural_similarity(images: Images, others: Images) -> PerImage:
     Args:
         images, others: (n, channels, height, width), values in [0, 1].
     """
-    size = 10 if images.device.type == "cpu" else max(10, SSIM_VALUES // images[0].numel())  # several maps of each are held
+    size = (
+        10 if images.device.type == "cpu" else max(10, SSIM_VALUES // images[0].numel())
+    )  # several maps of each are held
     pairs = zip(images.split(size), others.split(size), strict=True)
     return torch.cat([_structural_similarity(in_float64(x), in_float64(y)) for x, y in pairs]).cpu()
 
@@ -172,7 +190,9 @@ def structural_similarity(images: Images, others: Images) -> PerImage:
 def _structural_similarity(x: Tensor, y: Tensor) -> Tensor:
     width = min(SSIM_WINDOW, (min(x.shape[2:]) - 1) // 2 * 2 + 1)
     rows, columns = (_window_at_each_place(side, width, x) for side in x.shape[2:])
-    mean_x, mean_y, square_x, square_y, product = (rows @ z @ columns.T for z in (x, y, x * x, y * y, x * y))
+    mean_x, mean_y, square_x, square_y, product = (
+        rows @ z @ columns.T for z in (x, y, x * x, y * y, x * y)
+    )
     variances, covariance = square_x - mean_x**2 + square_y - mean_y**2, product - mean_x * mean_y
     c1, c2 = SSIM_K1**2, SSIM_K2**2
     brightness = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)

@@ -47,7 +47,10 @@ class ResNetDecoder(nn.Module):
         self.dense = nn.Linear(latent_dim, math.prod(self.base))
         layers: list[nn.Module] = []
         for k in reversed(range(doublings)):
-            layers += [SameConvTranspose2d(32 * 2 ** (k + 1), 32 * 2**k, 3), ResidualBlock(32 * 2**k)]
+            layers += [
+                SameConvTranspose2d(32 * 2 ** (k + 1), 32 * 2**k, 3),
+                ResidualBlock(32 * 2**k),
+            ]
         self.layers = nn.Sequential(*layers, SameConv2d(32, channels, 3), nn.Sigmoid())
 
     def forward(self, latents: Latents) -> Images:
@@ -74,7 +77,9 @@ class DenseResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.branch = nn.Sequential(nn.ReLU(), nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
+        self.branch = nn.Sequential(
+            nn.ReLU(), nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs)
+        )
         self.shortcut = nn.Linear(inputs, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -120,11 +125,22 @@ class InfoGANDecoder(nn.Module):
 class WAEEncoder(nn.Module):
     """5x5 convolutions to 128 (stride 1), 256, 512 and 1024 channels (stride 2), two dense heads: mean and log s."""
 
-    def __init__(self, image_size: int, channels: int, latent_dim: int, head: type[nn.Linear] = nn.Linear) -> None:
+    def __init__(
+        self, image_size: int, channels: int, latent_dim: int, head: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in [(channels, 128, 1), (128, 256, 2), (256, 512, 2), (512, 1024, 2)]:
-            layers += [SameConv2d(inputs, outputs, 5, stride=stride), nn.BatchNorm2d(outputs), nn.ReLU()]
+        for inputs, outputs, stride in [
+            (channels, 128, 1),
+            (128, 256, 2),
+            (256, 512, 2),
+            (512, 1024, 2),
+        ]:
+            layers += [
+                SameConv2d(inputs, outputs, 5, stride=stride),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
         self.features = nn.Sequential(*layers, nn.Flatten())
         size = 1024 * (image_size // 8) ** 2
         self.mean = head(size, latent_dim)
@@ -141,7 +157,11 @@ class WAEDecoder(nn.Module):
     def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
         super().__init__()
         base = (1024, image_size // 8, image_size // 8)
-        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(base)), nn.ReLU(), nn.Unflatten(1, base)]
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, math.prod(base)),
+            nn.ReLU(),
+            nn.Unflatten(1, base),
+        ]
         for inputs, outputs in [(1024, 512), (512, 256), (256, 128)]:
             layers += [SameConvTranspose2d(inputs, outputs, 5), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers, SameConv2d(128, channels, 5), nn.Sigmoid())
@@ -168,7 +188,9 @@ class MLPEncoder(nn.Module):
 class MLPDecoder(nn.Module):
     """Dense ReLU layers, a dense output of the items' shape."""
 
-    def __init__(self, shape: Sequence[int], latent_dim: int, hidden: Sequence[int], output: str) -> None:
+    def __init__(
+        self, shape: Sequence[int], latent_dim: int, hidden: Sequence[int], output: str
+    ) -> None:
         super().__init__()
         widths = [latent_dim, *reversed(hidden)]
         self.layers = nn.Sequential(

@@ -63,7 +63,11 @@ def resnet(
     """
     _check_size("resnet", image_size, 4)
     if scales is None:
-        scales = max(k for k in range(1, 16) if k == 1 or (image_size % 2 ** (k - 1) == 0 and image_size >> (k - 1) >= 7))
+        scales = max(
+            k
+            for k in range(1, 16)
+            if k == 1 or (image_size % 2 ** (k - 1) == 0 and image_size >> (k - 1) >= 7)
+        )
     if scales < 1:
         raise InputError(f"scales must be >= 1, not {scales}")
     _check_size(f"resnet with {scales} scales", image_size, 2 ** (scales - 1))
@@ -73,7 +77,13 @@ def resnet(
     return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
 
 
-def infogan(image_size: int, channels: int = 1, latent_dim: int = 64, *, norm_decay: float = RELEASED_NORM_DECAY) -> Pair:
+def infogan(
+    image_size: int,
+    channels: int = 1,
+    latent_dim: int = 64,
+    *,
+    norm_decay: float = RELEASED_NORM_DECAY,
+) -> Pair:
     """Dai & Wipf's InfoGAN-type network: two strided convolutions and two dense layers; spectral norms in the encoder.
 
     Args:
@@ -85,8 +95,12 @@ def infogan(image_size: int, channels: int = 1, latent_dim: int = 64, *, norm_de
     """
     _check_size("infogan", image_size, 4)
     encoder = _finish(InfoGANEncoder(image_size, channels, latent_dim), norm_decay, _normal_init)
-    normalise_spectrally(encoder)  # after the weights are drawn: the power iteration starts from them
-    return encoder, _finish(InfoGANDecoder(image_size, channels, latent_dim), norm_decay, _normal_init)
+    normalise_spectrally(
+        encoder
+    )  # after the weights are drawn: the power iteration starts from them
+    return encoder, _finish(
+        InfoGANDecoder(image_size, channels, latent_dim), norm_decay, _normal_init
+    )
 
 
 def wae(
@@ -107,8 +121,14 @@ def wae(
         InputError: a size that the network cannot take.
     """
     _check_size("wae", image_size, 8)
-    head, init = nn.Linear if initialisation == "released" else WideLinear, _INITIALISATIONS[initialisation]
-    encoder, decoder = WAEEncoder(image_size, channels, latent_dim, head), WAEDecoder(image_size, channels, latent_dim)
+    head, init = (
+        nn.Linear if initialisation == "released" else WideLinear,
+        _INITIALISATIONS[initialisation],
+    )
+    encoder, decoder = (
+        WAEEncoder(image_size, channels, latent_dim, head),
+        WAEDecoder(image_size, channels, latent_dim),
+    )
     return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
 
 
@@ -130,7 +150,10 @@ def mlp(
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if output not in ("sigmoid", "linear"):
         raise InputError(f'output must be "sigmoid" or "linear", not {output!r}')
-    encoder, decoder = MLPEncoder(shape, latent_dim, hidden), MLPDecoder(shape, latent_dim, hidden, output)
+    encoder, decoder = (
+        MLPEncoder(shape, latent_dim, hidden),
+        MLPDecoder(shape, latent_dim, hidden, output),
+    )
     return _finish(encoder), _finish(decoder)
 
 
@@ -142,7 +165,9 @@ def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> P
         hidden: width of each layer: 2048 (CIFAR-10) or 4096 (CelebA) as released, 1024 for Dai & Wipf's small networks.
         layers: hidden layers on each side.
     """
-    return _finish(SecondStageEncoder(latent_dim, hidden, layers)), _finish(SecondStageDecoder(latent_dim, hidden, layers))
+    return _finish(SecondStageEncoder(latent_dim, hidden, layers)), _finish(
+        SecondStageDecoder(latent_dim, hidden, layers)
+    )
 
 
 def _check_size(name: str, image_size: int, multiple: int) -> None:

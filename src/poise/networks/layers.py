@@ -19,10 +19,14 @@ class SameConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride=stride)
 
     def forward(self, input: Tensor) -> Tensor:
-        (top, bottom), (left, right) = (_same_padding(input.shape[k], self.kernel_size[0], self.stride[0]) for k in (2, 3))
+        (top, bottom), (left, right) = (
+            _same_padding(input.shape[k], self.kernel_size[0], self.stride[0]) for k in (2, 3)
+        )
         if (top, left) == (bottom, right):
             return F.conv2d(input, self.weight, self.bias, self.stride, (top, left))
-        return F.conv2d(F.pad(input, (left, right, top, bottom)), self.weight, self.bias, self.stride)
+        return F.conv2d(
+            F.pad(input, (left, right, top, bottom)), self.weight, self.bias, self.stride
+        )
 
 
 class SameConvTranspose2d(nn.ConvTranspose2d):
@@ -83,7 +87,11 @@ class SpectrallyNormalised(nn.Module):
     def spectral_norm(self) -> Scalar:
         """sigma, in the weight's precision also under autocast; moves u and v in training mode."""
         kind = self.u.device.type  # "meta" has no autocast
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with (
+            torch.autocast(kind, enabled=False)
+            if torch.amp.is_autocast_available(kind)
+            else nullcontext()
+        ):
             return self._iterate() if self.training else self.u @ (self._weight() @ self.v)
 
     def _iterate(self) -> Scalar:
@@ -91,7 +99,9 @@ class SpectrallyNormalised(nn.Module):
         weight = self._weight()
         with torch.no_grad():
             u = F.normalize(weight @ self.v, dim=0)
-        product = u @ weight  # not weight.T @ u, whose gradient would be of the transposed layout, and slow to add
+        product = (
+            u @ weight
+        )  # not weight.T @ u, whose gradient would be of the transposed layout, and slow to add
         sigma = product.norm()
         self.u.copy_(u)
         self.v.copy_((product / sigma.clamp_min(SMALLEST_NORM)).detach())

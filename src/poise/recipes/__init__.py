@@ -15,7 +15,16 @@ from poise.recipes.presets import (
 )
 from poise.recipes.settings import Data, Generation, Network, Recipe, Stage
 
-__all__ = ["EXPERIMENTS", "RECIPES", "Data", "Generation", "Network", "Recipe", "Stage", "find_recipe"]
+__all__ = [
+    "EXPERIMENTS",
+    "RECIPES",
+    "Data",
+    "Generation",
+    "Network",
+    "Recipe",
+    "Stage",
+    "find_recipe",
+]
 
 _OF_DATA_SETS = (
     MNIST,

@@ -26,7 +26,13 @@ DIGITS = Recipe(
     first=Stage(epochs=100, batch_size=50, learning_rate=1e-3, halve_every=40),
     # A small start of gamma2: from its first batch's error, which is about the latents' variance, stage 2 stays long near
     # KL = 0 (docs/log.md, 2026-11-22).
-    second=Stage(epochs=400, batch_size=32, learning_rate=2e-3, halve_every=133, balance="computed:start=0.001"),
+    second=Stage(
+        epochs=400,
+        batch_size=32,
+        learning_rate=2e-3,
+        halve_every=133,
+        balance="computed:start=0.001",
+    ),
     cost="about a minute on two CPU cores",
 )
 

@@ -20,9 +20,18 @@ RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the sq
 def check_words(settings: Any) -> None:
     """Raises InputError for a field that takes one of some words (or numbers) and holds another."""
     for name, hint in get_type_hints(type(settings)).items():
-        allowed = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+        allowed = [
+            word
+            for part in (hint, *get_args(hint))
+            if get_origin(part) is Literal
+            for word in get_args(part)
+        ]
         value = getattr(settings, name)
-        if allowed and value not in allowed and not (value is None and type(None) in get_args(hint)):
+        if (
+            allowed
+            and value not in allowed
+            and not (value is None and type(None) in get_args(hint))
+        ):
             raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
 
 
@@ -76,7 +85,9 @@ class Network:
     def __post_init__(self) -> None:
         check_words(self)
         if bool(self.hidden) != (self.kind == "mlp"):
-            raise InputError(f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}")
+            raise InputError(
+                f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}"
+            )
         if self.latent_dim < 1:
             raise InputError(f"latent_dim must be at least 1, not {self.latent_dim}")
 
@@ -115,7 +126,9 @@ class Stage:
         if (self.epochs is None) == (self.steps is None):
             raise InputError("a stage's length is given in epochs or in steps, one of them")
         if self.batch_size < 2:
-            raise InputError(f"batch_size must be at least 2, not {self.batch_size}: one image has no batch statistics")
+            raise InputError(
+                f"batch_size must be at least 2, not {self.batch_size}: one image has no batch statistics"
+            )
         for name in ("epochs", "steps", "learning_rate", "halve_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -128,7 +141,11 @@ class Stage:
         return max(1, num_images // self.batch_size)
 
     def total_steps(self, num_images: int) -> int:
-        return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_per_epoch(num_images)
+        return (
+            self.steps
+            if self.steps is not None
+            else (self.epochs or 0) * self.steps_per_epoch(num_images)
+        )
 
     def learning_rate_at(self, step: int, num_images: int) -> float:
         if self.halve_every is None:
@@ -204,7 +221,9 @@ class Recipe:
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
         if self.second is not None and self.second.objective != VAE_OBJECTIVE:
-            raise InputError(f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}")
+            raise InputError(
+                f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -247,20 +266,34 @@ class Changes:
     def __post_init__(self) -> None:
         check_words(self)
         if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
-            raise InputError("a length or balance of the second stage makes no sense with one stage: leave one of them out")
+            raise InputError(
+                "a length or balance of the second stage makes no sense with one stage: leave one of them out"
+            )
         if self.minutes is not None and (self.epochs is not None or self.second_epochs is not None):
-            raise InputError("a budget in minutes chooses the lengths: leave out either it or the epochs")
+            raise InputError(
+                "a budget in minutes chooses the lengths: leave out either it or the epochs"
+            )
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these changes. Its cost is dropped where they change it."""
-        data = given(recipe.data, size=self.size, channels=self.channels, skip_unreadable=self.skip_unreadable)
+        data = given(
+            recipe.data,
+            size=self.size,
+            channels=self.channels,
+            skip_unreadable=self.skip_unreadable,
+        )
         network = given(self._kind(recipe.network), latent_dim=self.latent_dim)
         rival = self.objective not in (None, VAE_OBJECTIVE)
         balance = RIVALS_BALANCE if rival and self.balance is None else self.balance
         first, second = self._lengths(recipe)
         first = given(self._stage(first, balance), objective=self.objective)
         second = second and self._stage(second, self.second_balance)
-        as_costed = (data, network, first, second) == (recipe.data, recipe.network, recipe.first, recipe.second)
+        as_costed = (data, network, first, second) == (
+            recipe.data,
+            recipe.network,
+            recipe.first,
+            recipe.second,
+        )
         recipe = replace(recipe, data=data, network=network, first=first, second=second)
         return given(recipe, seed=self.seed, minutes=self.minutes, cost=None if as_costed else "")
 
@@ -278,7 +311,9 @@ class Changes:
             name, length = ("epochs", second.epochs) if second.epochs else ("steps", second.steps)
             return first, second.lasting(**{name: max(1, round(share * (length or 0)))})
         if second.steps is None or recipe.first.steps is None:
-            raise InputError("stage 1 of this recipe has a length in steps and stage 2 in epochs: give second_epochs too")
+            raise InputError(
+                "stage 1 of this recipe has a length in steps and stage 2 in epochs: give second_epochs too"
+            )
         passes = second.steps * second.batch_size / (recipe.first.steps * recipe.first.batch_size)
         return first, second.lasting(epochs=max(1, round(self.epochs * passes)))
 
@@ -290,7 +325,10 @@ class Changes:
         return replace(network, kind=self.network, hidden=hidden, initialisation=initialisation)
 
     def _stage(self, stage: Stage, balance: str | None) -> Stage:
-        both = {name: getattr(self, name) for name in ("batch_size", "learning_rate", "ema_decay", "precision")}
+        both = {
+            name: getattr(self, name)
+            for name in ("batch_size", "learning_rate", "ema_decay", "precision")
+        }
         return given(stage, balance=balance, **both)
 
 
@@ -301,7 +339,9 @@ def given(settings: Any, **values: Any) -> Any:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """The settings as plain values. Texts that do not change the run (cost, published) are left out."""
-    return {key: value for key, value in asdict(settings).items() if key not in ("cost", "published")}
+    return {
+        key: value for key, value in asdict(settings).items() if key not in ("cost", "published")
+    }
 
 
 def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
@@ -315,7 +355,12 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     if unknown:
         raise InputError(f"{where} has unknown keys {sorted(unknown)}; known are {sorted(known)}")
     try:
-        return cls(**{key: _restore(get_type_hints(cls)[key], value, f"{where}.{key}") for key, value in values.items()})
+        return cls(
+            **{
+                key: _restore(get_type_hints(cls)[key], value, f"{where}.{key}")
+                for key, value in values.items()
+            }
+        )
     except TypeError as error:
         raise InputError(f"{where}: {error}") from None
 

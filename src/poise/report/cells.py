@@ -17,7 +17,9 @@ Rows = list[list[str]]
 
 def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of names with units, and values."""
-    stage1, latents, stage2 = (figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage"))
+    stage1, latents, stage2 = (
+        figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage")
+    )
     likelihood = figures.get("likelihood", {})
     shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
     rows = [
@@ -28,14 +30,22 @@ def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
         ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
         ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
-        (f"NLL, {likelihood.get('samples')} samples (nats per image)", likelihood.get("mean_nats"), ".1f"),
+        (
+            f"NLL, {likelihood.get('samples')} samples (nats per image)",
+            likelihood.get("mean_nats"),
+            ".1f",
+        ),
         ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
         ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
         ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
         ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
         ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
         ("training codes: active latents", latents.get("active_units"), "d"),
-        (f"training codes: Var(mu) + {latents.get('noise_term')}", latents.get("variance_law"), ".3f"),
+        (
+            f"training codes: Var(mu) + {latents.get('noise_term')}",
+            latents.get("variance_law"),
+            ".3f",
+        ),
         (
             "training codes: KL of their Gaussian from N(0, I), nats",
             latents.get("aggregate", {}).get("gaussian_kl_nats"),
@@ -45,7 +55,11 @@ def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
         ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
         ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
-        (f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}", stage2.get("variance_law"), ".3f"),
+        (
+            f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}",
+            stage2.get("variance_law"),
+            ".3f",
+        ),
     ]
     rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
     return [(name, format(value, style)) for name, value, style in rows if value is not None]
@@ -75,7 +89,10 @@ def settings_rows(records: Sequence[Record]) -> Rows:
     """A row for each setting, a column for each label; the seeds of a label share theirs."""
     columns = {record.label: flat(_without_seed(record)) for record in first_of_each(records)}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [["setting", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+    return [
+        ["setting", *columns],
+        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
+    ]
 
 
 def _without_seed(record: Record) -> dict[str, Any]:
@@ -93,17 +110,26 @@ def data_rows(records: Iterable[Record]) -> Rows:
     for record in records:
         data = record.data
         counts = [f"{data['train']:,}", f"{data['test']:,}"]
-        rows.append([str(data["source"]), " × ".join(map(str, data["shape"])), *counts, data["checksum"]])
+        rows.append(
+            [str(data["source"]), " × ".join(map(str, data["shape"])), *counts, data["checksum"]]
+        )
     return _distinct(rows)
 
 
 def version_rows(records: Iterable[Record]) -> Rows:
     """A row for each set of versions that trained."""
-    names = list(dict.fromkeys(name for record in records for name in record.config.get("versions", {})))
+    names = list(
+        dict.fromkeys(name for record in records for name in record.config.get("versions", {}))
+    )
     rows = [[*names, "device"]]
     for record in records:
         versions = record.config.get("versions", {})
-        rows.append([*(str(versions.get(name, "–")) for name in names), (record.summary or {}).get("device", "–")])
+        rows.append(
+            [
+                *(str(versions.get(name, "–")) for name in names),
+                (record.summary or {}).get("device", "–"),
+            ]
+        )
     return _distinct(rows)
 
 
@@ -115,7 +141,10 @@ def figures_of_all(records: Sequence[Record]) -> Rows:
     """A row for each figure, a column for each run."""
     columns = {record.name: dict(figures_table(record.figures)) for record in records}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+    return [
+        ["", *columns],
+        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
+    ]
 
 
 def measurements_of(record: Record) -> list[Measurement]:
@@ -155,7 +184,10 @@ def protocol_rows(protocols: dict[str, Protocol]) -> Rows:
     """A row for each attribute, a column for each protocol."""
     columns = {code: flat(asdict(protocol)) for code, protocol in protocols.items()}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [["", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]
+    return [
+        ["", *columns],
+        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
+    ]
 
 
 def upright(rows: Rows) -> Rows:

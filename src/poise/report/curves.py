@@ -16,7 +16,16 @@ from poise.report.records import Record, labels_of
 POINTS = 200  # of a curve, at most: more than a screen shows
 WIDE = 5.0  # a quantity that varies by more than this factor is drawn on a logarithmic axis
 FALLBACK_RATE = 1.0  # images per second of an entry that lacks it
-COLOURS = ("#3b7dd8", "#d9632a", "#1f9e77", "#b65fb0", "#c28f00", "#4fa9d8", "#8a8f98", "#9a5b3a")  # told apart by all eyes
+COLOURS = (
+    "#3b7dd8",
+    "#d9632a",
+    "#1f9e77",
+    "#b65fb0",
+    "#c28f00",
+    "#4fa9d8",
+    "#8a8f98",
+    "#9a5b3a",
+)  # told apart by all eyes
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 Entry = dict[str, float]
@@ -58,15 +67,33 @@ def equivalent_beta(entry: Entry) -> float:
 
 
 QUANTITIES = (
-    Quantity("mse", "MSE per dimension", lambda e: e["mse"], "Mean squared error, from posterior samples.", "log"),
+    Quantity(
+        "mse",
+        "MSE per dimension",
+        lambda e: e["mse"],
+        "Mean squared error, from posterior samples.",
+        "log",
+    ),
     Quantity(
         "reconstruction",
         "Reconstruction, nats",
         lambda e: e["reconstruction_nats"],
         "−log p(x|z) per image: SE/(2γ²) + D/2·log(2πγ²). It may be negative: it is a density.",
     ),
-    Quantity("kl", "KL, nats", lambda e: e["kl_nats"], "KL of the posterior from N(0, I), per image.", needs_kl=True),
-    Quantity("gamma2", "γ², decoder variance", lambda e: e["gamma2"], "The loss divides the squared error SE by 2γ².", "log"),
+    Quantity(
+        "kl",
+        "KL, nats",
+        lambda e: e["kl_nats"],
+        "KL of the posterior from N(0, I), per image.",
+        needs_kl=True,
+    ),
+    Quantity(
+        "gamma2",
+        "γ², decoder variance",
+        lambda e: e["gamma2"],
+        "The loss divides the squared error SE by 2γ².",
+        "log",
+    ),
     Quantity(
         "share",
         "Quadratic term over D/2",
@@ -91,21 +118,30 @@ QUANTITIES = (
 def styles_of(labels: Sequence[str]) -> Styles:
     """A colour for each label, and another dash where colours are used up."""
     count = len(COLOURS)
-    return {label: {"color": COLOURS[k % count], "dash": DASHES[k // count % 4]} for k, label in enumerate(labels)}
+    return {
+        label: {"color": COLOURS[k % count], "dash": DASHES[k // count % 4]}
+        for k, label in enumerate(labels)
+    }
 
 
 def stage_entries(record: Record, stage: int) -> list[Entry]:
     return [entry for entry in record.entries if entry.get("stage") == stage]
 
 
-def training_figures(records: Sequence[Record]) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
+def training_figures(
+    records: Sequence[Record],
+) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
     """The x values of each run and stage ("images", "seconds"), and the figures.
 
     A figure has an id, a stage, a title, a caption, traces (each with the key of its x values) and an axis.
     """
-    axes = {_axis(r, stage): progress_of(stage_entries(r, stage)) for r in records for stage in (1, 2)}
+    axes = {
+        _axis(r, stage): progress_of(stage_entries(r, stage)) for r in records for stage in (1, 2)
+    }
     figures = [_figure(quantity, stage, records) for stage in (1, 2) for quantity in QUANTITIES]
-    return {key: axis for key, axis in axes.items() if axis["images"]}, [figure for figure in figures if figure["traces"]]
+    return {key: axis for key, axis in axes.items() if axis["images"]}, [
+        figure for figure in figures if figure["traces"]
+    ]
 
 
 def _axis(record: Record, stage: int) -> str:
@@ -117,11 +153,18 @@ def progress_of(entries: Sequence[Entry]) -> dict[str, list[float]]:
     images = np.array([entry["images_seen"] for entry in entries], float)
     rates = np.array([entry.get("images_per_second") or FALLBACK_RATE for entry in entries])
     seconds = np.cumsum(np.diff(images, prepend=0.0) / rates)  # right across interruptions too
-    return {"images": _last_of_parts(images), "seconds": [round(value, 2) for value in _last_of_parts(seconds)]}
+    return {
+        "images": _last_of_parts(images),
+        "seconds": [round(value, 2) for value in _last_of_parts(seconds)],
+    }
 
 
 def _last_of_parts(values: np.ndarray) -> list[float]:
-    return [float(part[-1]) for part in np.array_split(values, min(POINTS, len(values)) or 1) if len(part)]
+    return [
+        float(part[-1])
+        for part in np.array_split(values, min(POINTS, len(values)) or 1)
+        if len(part)
+    ]
 
 
 def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
@@ -135,7 +178,10 @@ def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[s
     colours = styles_of(labels_of(records))
     lacking = stage == 1 and quantity.needs_kl  # stage 2 is a VAE, whatever stage 1 is
     shown = [r for r in records if stage_entries(r, stage) and (r.has_kl or not lacking)]
-    traces = [_trace(record, stage, quantity, colours[record.label], thin=len(records) > 1) for record in shown]
+    traces = [
+        _trace(record, stage, quantity, colours[record.label], thin=len(records) > 1)
+        for record in shown
+    ]
     traces = [trace for trace in traces if any(value is not None for value in trace["y"])]
     values = [value for trace in traces for value in trace["y"] if value is not None]
     return {
@@ -149,10 +195,18 @@ def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[s
     }
 
 
-def _trace(record: Record, stage: int, quantity: Quantity, style: dict[str, str], *, thin: bool) -> dict[str, Any]:
+def _trace(
+    record: Record, stage: int, quantity: Quantity, style: dict[str, str], *, thin: bool
+) -> dict[str, Any]:
     values = [_value(quantity, entry) for entry in stage_entries(record, stage)]
     line = style | {"width": 1.2 if thin else 1.8}
-    return {"label": record.label, "seed": record.seed, "axis": _axis(record, stage), "y": thinned(values), "line": line}
+    return {
+        "label": record.label,
+        "seed": record.seed,
+        "axis": _axis(record, stage),
+        "y": thinned(values),
+        "line": line,
+    }
 
 
 def _value(quantity: Quantity, entry: Entry) -> float:

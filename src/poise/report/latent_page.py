@@ -11,7 +11,9 @@ Page = dict[str, Any]  # of LatentStatistics
 Shown = Sequence[tuple[Record, Page]]
 
 
-def latent_figures(pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styles) -> list[dict[str, Any]]:
+def latent_figures(
+    pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styles
+) -> list[dict[str, Any]]:
     """Three figures for each stage that has a page.
 
     Args:
@@ -22,14 +24,19 @@ def latent_figures(pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styl
     for stage, name in ((1, "latents"), (2, "second_stage")):
         shown = [(record, page[name]) for record, page in pages if name in page]
         with_kl = [(record, page) for record, page in shown if page.get("kl_nats_per_latent")]
-        figures += [make(stage, with_kl, styles) for make in (_kl_figure, _variance_figure) if with_kl]
+        figures += [
+            make(stage, with_kl, styles) for make in (_kl_figure, _variance_figure) if with_kl
+        ]
         figures += [_spectrum_figure(stage, shown, styles)] if shown else []
     return figures
 
 
 def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
     values = [sorted(page["kl_nats_per_latent"], reverse=True) for _, page in shown]
-    traces = [_trace(styles[record.label], record, kl) for (record, _), kl in zip(shown, values, strict=True)]
+    traces = [
+        _trace(styles[record.label], record, kl)
+        for (record, _), kl in zip(shown, values, strict=True)
+    ]
     if len(shown) == 1:
         traces = [_bars("", values[0], next(iter(styles.values()))["color"])]
     caption = "Each latent's share of the KL, sorted; the sum is the KL term. At zero a latent is off: the decoder ignores it."
@@ -42,36 +49,66 @@ def _variance_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
         f"A latent is active where Var(μ) is above {ACTIVE_VARIANCE:g}; an inactive one has E[s²] near 1."
     )
     if len(shown) > 1:
-        traces = [_trace(styles[record.label], record, [a + b for a, b in _variances(page)]) for record, page in shown]
+        traces = [
+            _trace(styles[record.label], record, [a + b for a, b in _variances(page)])
+            for record, page in shown
+        ]
         return _figure(stage, "law", "Variance law of each latent", caption, traces, line=1.0)
     page = shown[0][1]
     mean, noise = zip(*_variances(page), strict=True)
     parts = [_bars("Var(μ)", mean, "#3b7dd8"), _bars("E[s²]", noise, "#a9b4c2")]
-    return _figure(stage, "law", "Variance law of each latent", caption, parts, line=1.0, stacked=True)
+    return _figure(
+        stage, "law", "Variance law of each latent", caption, parts, line=1.0, stacked=True
+    )
 
 
 def _variances(page: Page) -> list[tuple[float, float]]:
     """(Var(mu), E[s^2]) of each latent, the largest KL first."""
-    columns = zip(page["kl_nats_per_latent"], page["variance_of_mean"], page["mean_variance"], strict=True)
+    columns = zip(
+        page["kl_nats_per_latent"], page["variance_of_mean"], page["mean_variance"], strict=True
+    )
     return [(mean, noise) for _, mean, noise in sorted(columns, reverse=True)]
 
 
 def _spectrum_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
-    traces = [_trace(styles[record.label], record, page["aggregate"]["covariance_eigenvalues"]) for record, page in shown]
+    traces = [
+        _trace(styles[record.label], record, page["aggregate"]["covariance_eigenvalues"])
+        for record, page in shown
+    ]
     caption = (
         "Eigenvalues of the covariance of all codes, Cov(μ) + diag(E[s²]); of the prior each is 1. "
         "Far from 1, samples from N(0, I) reach latents that the decoder never learned."
     )
-    return _figure(stage, "spectrum", "Spectrum of the codes' covariance", caption, traces, line=1.0, axis="log")
+    return _figure(
+        stage,
+        "spectrum",
+        "Spectrum of the codes' covariance",
+        caption,
+        traces,
+        line=1.0,
+        axis="log",
+    )
 
 
 def _trace(style: dict[str, str], record: Record, values: Sequence[float | None]) -> dict[str, Any]:
     line = style | {"width": 1.6}
-    return {"label": record.label, "seed": record.seed, "x": _ranks(values), "y": _rounded(values), "line": line}
+    return {
+        "label": record.label,
+        "seed": record.seed,
+        "x": _ranks(values),
+        "y": _rounded(values),
+        "line": line,
+    }
 
 
 def _bars(name: str, values: Sequence[float | None], colour: str) -> dict[str, Any]:
-    return {"name": name, "type": "bar", "x": _ranks(values), "y": _rounded(values), "colour": colour}
+    return {
+        "name": name,
+        "type": "bar",
+        "x": _ranks(values),
+        "y": _rounded(values),
+        "colour": colour,
+    }
 
 
 def _ranks(values: Sequence[Any]) -> list[int]:
@@ -82,6 +119,14 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else float(f"{value:.5g}") for value in values]
 
 
-def _figure(stage: int, key: str, title: str, caption: str, traces: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    head = {"id": f"latents{stage}-{key}", "stage": stage, "title": title, "caption": caption, "traces": traces}
+def _figure(
+    stage: int, key: str, title: str, caption: str, traces: list[dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    head = {
+        "id": f"latents{stage}-{key}",
+        "stage": stage,
+        "title": title,
+        "caption": caption,
+        "traces": traces,
+    }
     return head | {"axis": "linear", "line": None, "ranks": True} | more

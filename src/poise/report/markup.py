@@ -50,9 +50,12 @@ def table(rows: Sequence[Sequence[str]], *, marked: Collection[int] = (), kind: 
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in rows[0])
     body = "".join(_row(row, k in marked) for k, row in enumerate(rows[1:]))
     label = f'role="region" tabindex="0" aria-label="table: {text(", ".join(filter(None, rows[0][:3])))}"'
-    shape = "scroll pairs" if len(rows[0]) == 2 and kind != "numbers" else "scroll"  # pairs flow into two columns
+    shape = (
+        "scroll pairs" if len(rows[0]) == 2 and kind != "numbers" else "scroll"
+    )  # pairs flow into two columns
     return (
-        f'<div class="{shape}" {label}><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="{shape}" {label}><table '
+        f'class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
@@ -73,7 +76,9 @@ def plot(figure: dict[str, Any]) -> str:
     """The place of a figure that page.js draws."""
     name, title, caption = figure["id"], text(figure["title"]), text(figure["caption"])
     drawn = f'<div class="plot" id="{name}" role="img" aria-label="plot: {title}. {caption}"></div>'
-    return f'<figure class="chart"><h4>{title}</h4>{drawn}<figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure class="chart"><h4>{title}</h4>{drawn}<figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def legend(styles: Styles) -> str:
@@ -94,7 +99,9 @@ def toggle(name: str, choices: dict[str, str]) -> str:
         f'<button type="button" data-value="{value}" aria-pressed="{"false" if k else "true"}">{text(words)}</button>'
         for k, (value, words) in enumerate(choices.items())
     )
-    return f'<div class="toggle" id="{name}" role="group" aria-label="horizontal axis">{buttons}</div>'
+    return (
+        f'<div class="toggle" id="{name}" role="group" aria-label="horizontal axis">{buttons}</div>'
+    )
 
 
 def embedded_json(name: str, values: Any) -> str:

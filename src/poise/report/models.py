@@ -21,7 +21,11 @@ COLUMNS = 6
 PAIRS = 32
 PAIRS_OF_A_SHEET = 16
 MOST_PNG = 1_500_000  # bytes of a picture that is taken over from the run's folder
-PRIORS = {"GEN-1": "prior N(0, I)", "GEN-2": "second stage", "GEN-mixture": "mixture of Gaussians fitted to the training codes"}
+PRIORS = {
+    "GEN-1": "prior N(0, I)",
+    "GEN-2": "second stage",
+    "GEN-mixture": "mixture of Gaussians fitted to the training codes",
+}
 
 
 @dataclass
@@ -72,15 +76,21 @@ class Shelf:
 def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
     """Everything that the model of a run can show."""
     shown = Exhibit(record)
-    shown.latents = {name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures}
+    shown.latents = {
+        name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures
+    }
     if record.alone:
-        shown.missing.append("Only the result of this run is here, without its model: no pictures can be drawn.")
+        shown.missing.append(
+            "Only the result of this run is here, without its model: no pictures can be drawn."
+        )
         shown.undiagnosed = "No diagnosis: only the result of this run is here, without its model."
         return shown
     try:
         run = load(record.folder, device=device)
     except (InputError, RunError) as error:
-        shown.missing.append(f"The model cannot be loaded, so nothing is drawn from it: {_sentence(error)}.")
+        shown.missing.append(
+            f"The model cannot be loaded, so nothing is drawn from it: {_sentence(error)}."
+        )
         _take_kept_pictures(shown, samples=True)
         return shown
     _show_samples(shown, run)
@@ -93,25 +103,39 @@ def _show_samples(shown: Exhibit, run: Run) -> None:
     for label, prior in GENERATIONS.items():
         if prior == "second-stage" and run.second is None:
             if run.recipe.second is not None:
-                shown.missing.append("Stage 2 has not begun: there are no samples from the second stage (GEN-2).")
+                shown.missing.append(
+                    "Stage 2 has not begun: there are no samples from the second stage (GEN-2)."
+                )
             continue
-        _attempt(shown, f"No {label} samples", lambda label=label, prior=prior: _show_prior(shown, run, label, prior))
+        _attempt(
+            shown,
+            f"No {label} samples",
+            lambda label=label, prior=prior: _show_prior(shown, run, label, prior),
+        )
 
 
 def _show_prior(shown: Exhibit, run: Run, label: str, prior: PriorName) -> None:
-    shown.samples[label] = contact_sheet(run.sample(TILES, prior=prior, seed=run.recipe.seed), COLUMNS)
+    shown.samples[label] = contact_sheet(
+        run.sample(TILES, prior=prior, seed=run.recipe.seed), COLUMNS
+    )
 
 
 def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
     try:
         work()
-    except (InputError, RunError, ValueError) as error:  # scikit-learn's mixture raises ValueError for too few codes
+    except (
+        InputError,
+        RunError,
+        ValueError,
+    ) as error:  # scikit-learn's mixture raises ValueError for too few codes
         shown.missing.append(f"{what}: {_sentence(error)}.")
 
 
 def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
     if isinstance(dataset, str):
-        shown.missing.append(f"No real images are shown, since the data cannot be read again: {dataset}.")
+        shown.missing.append(
+            f"No real images are shown, since the data cannot be read again: {dataset}."
+        )
         shown.undiagnosed = f"No diagnosis, since the data cannot be read again: {dataset}."
         _take_kept_pictures(shown)
         return
@@ -141,7 +165,11 @@ def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
 def _add_codes(shown: Exhibit, run: Run) -> None:
     """The latent page of an unfinished run, whose summary is not written yet."""
     if "latents" not in shown.latents and (run.folder / "codes").exists():
-        _attempt(shown, "No latent page", lambda: shown.latents.update(latents=asdict(latent_statistics(run.codes))))
+        _attempt(
+            shown,
+            "No latent page",
+            lambda: shown.latents.update(latents=asdict(latent_statistics(run.codes))),
+        )
 
 
 def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:

@@ -19,7 +19,9 @@ from poise.support.progress import progress
 from poise.support.version import __version__
 
 HERE = Path(__file__).parent
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
 PAGE = Template(
     """<!DOCTYPE html>
 <html lang="en">
@@ -67,7 +69,11 @@ CONTENTS = {
 
 
 def write_report(
-    folders: Sequence[str | Path], out: str | Path = "report.html", *, device: str = "auto", quiet: bool = True
+    folders: Sequence[str | Path],
+    out: str | Path = "report.html",
+    *,
+    device: str = "auto",
+    quiet: bool = True,
 ) -> Path:
     """The path of a page about runs: one HTML file that needs nothing else.
 
@@ -121,7 +127,11 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
         subtitle=text(subtitle(records)),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
-        contents="".join(f'<a href="#{name}">{words}</a>' for name, words in CONTENTS.items() if f'id="{name}"' in parts),
+        contents="".join(
+            f'<a href="#{name}">{words}</a>'
+            for name, words in CONTENTS.items()
+            if f'id="{name}"' in parts
+        ),
         body=parts,
         values=values,
         library=plotly(),
@@ -131,7 +141,10 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
 
 
 def _parts(
-    records: Sequence[Record], exhibits: Sequence[Exhibit], curves: list[dict[str, Any]], codes: list[dict[str, Any]]
+    records: Sequence[Record],
+    exhibits: Sequence[Exhibit],
+    curves: list[dict[str, Any]],
+    codes: list[dict[str, Any]],
 ) -> str:
     return "\n".join(
         (

@@ -24,5 +24,9 @@ def paired_sheet(originals: Images, restored: Images, columns: int = PAIRS_IN_A_
     """Rows of originals, each with the row of their reconstructions below it, as a data URI; a short last row ends white."""
     columns = min(columns, len(originals))
     white = originals.new_ones(-len(originals) % columns, *originals.shape[1:])
-    rows = zip(torch.cat([originals, white]).split(columns), torch.cat([restored, white]).split(columns), strict=True)
+    rows = zip(
+        torch.cat([originals, white]).split(columns),
+        torch.cat([restored, white]).split(columns),
+        strict=True,
+    )
     return contact_sheet(torch.cat([row for pair in rows for row in pair]), columns)

@@ -62,7 +62,9 @@ class Record:
     @property
     def figures(self) -> dict[str, Any]:
         """Pages of figures of the model: those of the last evaluation, and what only the summary has."""
-        return (self.summary or {}) | {key: value for key, value in (self.evaluation or {}).items() if isinstance(value, dict)}
+        return (self.summary or {}) | {
+            key: value for key, value in (self.evaluation or {}).items() if isinstance(value, dict)
+        }
 
     @property
     def has_kl(self) -> bool:
@@ -90,7 +92,10 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             found.append(record_of(result, folder))
     if not found:
         raise InputError(f"{paths[0]} holds no run yet")
-    return sorted(_told_apart(found), key=lambda record: (record.label != REFERENCE, record.label, record.seed))
+    return sorted(
+        _told_apart(found),
+        key=lambda record: (record.label != REFERENCE, record.label, record.seed),
+    )
 
 
 def _results_in(path: Path) -> list[tuple[Path, Result]]:
@@ -104,7 +109,11 @@ def _results_in(path: Path) -> list[tuple[Path, Result]]:
         written = read_results([own if own.is_dir() else Path(said.get("results", own))])
     except MissingInputError:  # of no run yet
         return []
-    mine = [r for r in written if not said or (r.experiment == said["name"] and r.label in said["labels"])]
+    mine = [
+        r
+        for r in written
+        if not said or (r.experiment == said["name"] and r.label in said["labels"])
+    ]
     return [(path.resolve() / safe_name(result.label, result.seed), result) for result in mine]
 
 
@@ -122,7 +131,9 @@ def run_folders(path: Path) -> list[Path]:
         InputError: there is no such folder or file.
     """
     if not path.exists():
-        raise MissingInputError(f"{path}: no such folder; give the folder that `poise train` or `poise compare` wrote")
+        raise MissingInputError(
+            f"{path}: no such folder; give the folder that `poise train` or `poise compare` wrote"
+        )
     if (path / "config.json").exists():
         return [path]
     return sorted(config.parent for config in path.glob("*/config.json"))
@@ -147,11 +158,28 @@ def read_record(folder: Path, result: Result | None = None) -> Record:
 def record_of(result: Result, folder: Path) -> Record:
     """What a result says of a run whose folder is not there."""
     made = result.provenance
-    versions = {name: value for name, value in made.items() if isinstance(value, str) and name not in ("device", "finished")}
+    versions = {
+        name: value
+        for name, value in made.items()
+        if isinstance(value, str) and name not in ("device", "finished")
+    }
     config = {"recipe": result.settings, "data": result.data, "versions": versions}
     summary = {"seconds": result.seconds.get("training"), "device": made.get("device", "–")}
-    entries = tuple(entry for stage, curve in result.curves.items() for entry in _points(int(stage), curve))
-    return Record(result.label, result.seed, folder, config, entries, summary, result.evaluation, (), result, alone=True)
+    entries = tuple(
+        entry for stage, curve in result.curves.items() for entry in _points(int(stage), curve)
+    )
+    return Record(
+        result.label,
+        result.seed,
+        folder,
+        config,
+        entries,
+        summary,
+        result.evaluation,
+        (),
+        result,
+        alone=True,
+    )
 
 
 def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, float]]:
@@ -178,14 +206,18 @@ def _optional(path: Path) -> dict[str, Any] | None:
 
 
 def _entries(path: Path) -> Iterable[dict[str, float]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    ):
         try:
             yield json.loads(line)
         except ValueError:
             return  # torn by a kill, or still being written
 
 
-def _missing(folder: Path, config: dict[str, Any], entries: Sequence[Any], *files: dict[str, Any] | None) -> Iterable[str]:
+def _missing(
+    folder: Path, config: dict[str, Any], entries: Sequence[Any], *files: dict[str, Any] | None
+) -> Iterable[str]:
     summary, evaluation = files
     quoted = shlex.quote(str(folder))
     if summary is None:
@@ -207,15 +239,24 @@ def _told_apart(records: list[Record]) -> list[Record]:
     """
     twice = _repeated(records)
     labels = {label for label, _ in twice}
-    told = [replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r for r in records]
+    told = [
+        replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r
+        for r in records
+    ]
     if again := _repeated(told):
         label, seed = min(again)
-        raise InputError(f"there are several runs of {label}, seed {seed}: make a report of each, or rename their folders")
+        raise InputError(
+            f"there are several runs of {label}, seed {seed}: make a report of each, or rename their folders"
+        )
     return told
 
 
 def _repeated(records: Iterable[Record]) -> set[tuple[str, int]]:
-    return {key for key, count in Counter((record.label, record.seed) for record in records).items() if count > 1}
+    return {
+        key
+        for key, count in Counter((record.label, record.seed) for record in records).items()
+        if count > 1
+    }
 
 
 def labels_of(records: Iterable[Record]) -> list[str]:

@@ -7,7 +7,18 @@ from poise.diagnosis import Diagnosis
 from poise.errors import InputError
 from poise.report import cells, words
 from poise.report.curves import styles_of
-from poise.report.markup import legend, paragraphs, picture, plot, prose, section, subhead, table, text, toggle
+from poise.report.markup import (
+    legend,
+    paragraphs,
+    picture,
+    plot,
+    prose,
+    section,
+    subhead,
+    table,
+    text,
+    toggle,
+)
 from poise.report.models import PRIORS, Exhibit
 from poise.report.records import Record, labels_of
 from poise.studies.comparison import differences
@@ -56,7 +67,8 @@ def _advice(exhibits: Sequence[Exhibit]) -> list[str]:
 
 def _tiles(record: Record) -> str:
     shown = [
-        _tile(name, record.figures.get(page, {}).get(key), style, unit) for name, page, key, style, unit in _tiles_of(record)
+        _tile(name, record.figures.get(page, {}).get(key), style, unit)
+        for name, page, key, style, unit in _tiles_of(record)
     ]
     name = words.distance_name([record])
     for of, value, code in words.distances(record, name):
@@ -65,7 +77,11 @@ def _tiles(record: Record) -> str:
 
 
 def _tiles_of(record: Record) -> list[tuple[str, str, str, str, str]]:
-    return [tile for tile in TILES if record.has_kl or tile[2] not in ("kl_nats", "elbo_nats", "active_units")]
+    return [
+        tile
+        for tile in TILES
+        if record.has_kl or tile[2] not in ("kl_nats", "elbo_nats", "active_units")
+    ]
 
 
 def _tile(name: str, value: float | None, style: str, unit: str) -> str:
@@ -76,7 +92,11 @@ def _tile(name: str, value: float | None, style: str, unit: str) -> str:
 
 def samples(exhibits: Sequence[Exhibit]) -> str:
     """Grids of each prior beside real images, and reconstructions below their originals."""
-    return section("samples", "Samples and reconstructions", *(_pictures_of(e, named=len(exhibits) > 1) for e in exhibits))
+    return section(
+        "samples",
+        "Samples and reconstructions",
+        *(_pictures_of(e, named=len(exhibits) > 1) for e in exhibits),
+    )
 
 
 def _pictures_of(shown: Exhibit, *, named: bool) -> str:
@@ -85,19 +105,33 @@ def _pictures_of(shown: Exhibit, *, named: bool) -> str:
 
 
 def _grids(shown: Exhibit) -> str:
-    grids = [picture(shown.real, "grid of real test images", "Real test images")] if shown.real else []
+    grids = (
+        [picture(shown.real, "grid of real test images", "Real test images")] if shown.real else []
+    )
     for label, uri in shown.samples.items():
-        grids.append(picture(uri, f"grid of generated images, {label}", f"{label}: {PRIORS[label]}"))
+        grids.append(
+            picture(uri, f"grid of generated images, {label}", f"{label}: {PRIORS[label]}")
+        )
     if shown.kept_samples:
-        grids.append(picture(shown.kept_samples, "grid of generated images", "Samples, as drawn at the end of training"))
+        grids.append(
+            picture(
+                shown.kept_samples,
+                "grid of generated images",
+                "Samples, as drawn at the end of training",
+            )
+        )
     return f'<div class="grids">{"".join(grids)}</div>' if grids else ""
 
 
 def _pairs(shown: Exhibit) -> str:
     if shown.pairs:
-        made = "mean" if shown.record.recipe["generation"]["reconstruct_from"] == "mean" else "sample"
+        made = (
+            "mean" if shown.record.recipe["generation"]["reconstruct_from"] == "mean" else "sample"
+        )
         caption = f"Test images, and below each its reconstruction from the {made} of its posterior"
-        sheets = (picture(uri, "test images above their reconstructions", caption) for uri in shown.pairs)
+        sheets = (
+            picture(uri, "test images above their reconstructions", caption) for uri in shown.pairs
+        )
         return f'<div class="wide">{"".join(sheets)}</div>'
     if shown.kept_pairs:
         caption = "Test images, each with its reconstruction to the right, as drawn at the end of training"
@@ -108,10 +142,15 @@ def _pairs(shown: Exhibit) -> str:
 def training(records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> str:
     """The curves of both stages."""
     if not figures:
-        return section("training", "Training", paragraphs(["No curves: there is no log (metrics.jsonl)."], "missing"))
+        return section(
+            "training",
+            "Training",
+            paragraphs(["No curves: there is no log (metrics.jsonl)."], "missing"),
+        )
     toggled = toggle("axis", {"images": "images seen", "seconds": "training time"})
     parts = [
-        _figures_of(stage, figures, title) for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))
+        _figures_of(stage, figures, title)
+        for stage, title in ((1, "Stage 1: images"), (2, "Stage 2: latents of stage 1"))
     ]
     notes = _without_kl(records, "a penalty stands in its place")
     keys = legend(styles_of(labels_of(records)))
@@ -135,21 +174,42 @@ def _figures_of(stage: int, figures: Sequence[dict[str, Any]], title: str) -> st
     return f'{subhead(title)}<div class="charts">{"".join(mine)}</div>' if mine else ""
 
 
-def latents(exhibits: Sequence[Exhibit], records: Sequence[Record], figures: Sequence[dict[str, Any]]) -> str:
+def latents(
+    exhibits: Sequence[Exhibit], records: Sequence[Record], figures: Sequence[dict[str, Any]]
+) -> str:
     """The latent page of the first seed of each label."""
     if not figures:
-        return section("latents", "Latents", paragraphs(["There are no codes yet: stage 1 is not finished."], "missing"))
+        return section(
+            "latents",
+            "Latents",
+            paragraphs(["There are no codes yet: stage 1 is not finished."], "missing"),
+        )
     several = len(records) > len(exhibits)
-    notes = [f"Of the first seed of each label: {words.listed([e.record.name for e in exhibits])}."] if several else []
-    notes += _without_kl([e.record for e in exhibits], "their codes are points, without a posterior's variance")
+    notes = (
+        [f"Of the first seed of each label: {words.listed([e.record.name for e in exhibits])}."]
+        if several
+        else []
+    )
+    notes += _without_kl(
+        [e.record for e in exhibits], "their codes are points, without a posterior's variance"
+    )
     notes.append("From the posteriors of the training images.")
-    parts = [_figures_of(stage, figures, title) for stage, title in ((1, "Stage 1"), (2, "Stage 2: latents of latents"))]
-    return section("latents", "Latents", legend(styles_of(labels_of(records))), paragraphs(notes), *parts)
+    parts = [
+        _figures_of(stage, figures, title)
+        for stage, title in ((1, "Stage 1"), (2, "Stage 2: latents of latents"))
+    ]
+    return section(
+        "latents", "Latents", legend(styles_of(labels_of(records))), paragraphs(notes), *parts
+    )
 
 
 def diagnosis(exhibits: Sequence[Exhibit]) -> str:
     """What `poise.diagnose` says."""
-    return section("diagnosis", "Diagnosis", *(_diagnosis_of(shown, named=len(exhibits) > 1) for shown in exhibits))
+    return section(
+        "diagnosis",
+        "Diagnosis",
+        *(_diagnosis_of(shown, named=len(exhibits) > 1) for shown in exhibits),
+    )
 
 
 def _diagnosis_of(shown: Exhibit, *, named: bool) -> str:
@@ -166,7 +226,9 @@ def _findings(found: Diagnosis) -> str:
         f"<li><strong>{text(finding.name)}</strong> {prose(finding.sentence)}<br><em>Try:</em> {prose(finding.remedy)}</li>"
         for finding in found.findings
     )
-    return (verdict if found.healthy else f'<ol class="findings">{causes}</ol>') + paragraphs(found.notes, "note")
+    return (verdict if found.healthy else f'<ol class="findings">{causes}</ol>') + paragraphs(
+        found.notes, "note"
+    )
 
 
 def numbers(records: Sequence[Record]) -> str:
@@ -174,7 +236,9 @@ def numbers(records: Sequence[Record]) -> str:
     if len(records) == 1:
         return section("numbers", "Numbers", _numbers_of(records[0]))
     folded = "".join(_folded(record) for record in records)
-    return section("numbers", "Numbers", table(cells.figures_of_all(records), kind="numbers figures"), folded)
+    return section(
+        "numbers", "Numbers", table(cells.figures_of_all(records), kind="numbers figures"), folded
+    )
 
 
 def _folded(record: Record) -> str:
@@ -189,7 +253,11 @@ def comparison(records: Sequence[Record]) -> str:
         return ""
     reference = results[0].label
     means = paragraphs(["Mean ± sample standard deviation over seeds, on test images."])
-    parts = [means, table(compared_table(results), kind="numbers"), _differences(results, reference)]
+    parts = [
+        means,
+        table(compared_table(results), kind="numbers"),
+        _differences(results, reference),
+    ]
     return section("comparison", "Comparison", *parts, _speed(results, reference))
 
 
@@ -232,14 +300,23 @@ def settings(records: Sequence[Record]) -> str:
     rows = cells.settings_rows(records)
     marked = cells.varying(rows)
     note = ["Settings that differ are set off."] if marked else []
-    seeds = [f"Seed{'s' if len(records) > 1 else ''}: {words.listed(sorted({str(r.seed) for r in records}))}."]
-    return section("settings", "Settings", paragraphs(seeds + note), table(rows, marked=marked, kind="settings"))
+    seeds = [
+        f"Seed{'s' if len(records) > 1 else ''}: {words.listed(sorted({str(r.seed) for r in records}))}."
+    ]
+    return section(
+        "settings",
+        "Settings",
+        paragraphs(seeds + note),
+        table(rows, marked=marked, kind="settings"),
+    )
 
 
 def data(records: Sequence[Record]) -> str:
     """What the runs were trained on."""
     notes = list(dict.fromkeys(note for record in records for note in record.data.get("notes", [])))
-    return section("data", "Data", table(cells.data_rows(records), kind="data"), paragraphs(notes, "note"))
+    return section(
+        "data", "Data", table(cells.data_rows(records), kind="data"), paragraphs(notes, "note")
+    )
 
 
 def protocols(records: Sequence[Record]) -> str:
@@ -247,12 +324,21 @@ def protocols(records: Sequence[Record]) -> str:
     try:
         found = cells.protocols_of(records)
     except InputError as error:
-        return section("protocols", "Protocols", paragraphs([f"The protocols cannot be shown: {error}."], "missing"))
+        return section(
+            "protocols",
+            "Protocols",
+            paragraphs([f"The protocols cannot be shown: {error}."], "missing"),
+        )
     if not found:
         none = "None: nothing was measured by `poise evaluate`. The figures above are those of training's end, on test images."
         return section("protocols", "Protocols", paragraphs([none], "missing"))
     lines = [str(protocol) for protocol in found.values()]
-    return section("protocols", "Protocols", paragraphs(lines), table(cells.protocol_rows(found), kind="settings"))
+    return section(
+        "protocols",
+        "Protocols",
+        paragraphs(lines),
+        table(cells.protocol_rows(found), kind="settings"),
+    )
 
 
 def versions(records: Sequence[Record]) -> str:

@@ -11,7 +11,12 @@ from poise.report.records import Record, labels_of
 from poise.studies.comparison.statistics import spread as spread_of
 from poise.studies.comparison.tables import show
 
-NETWORKS = {"mlp": "an MLP", "resnet": "a ResNet", "infogan": "an InfoGAN-type network", "wae": "a WAE-type network"}
+NETWORKS = {
+    "mlp": "an MLP",
+    "resnet": "a ResNet",
+    "infogan": "an InfoGAN-type network",
+    "wae": "a WAE-type network",
+}
 
 
 def listed(words: Sequence[str]) -> str:
@@ -58,7 +63,9 @@ def model_sentence(record: Record) -> str:
     what = "A two-stage model" if recipe.get("second") else "A one-stage model"
     if record.has_kl:
         what = what.replace("model", "VAE")
-    images = f"{counted(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
+    images = (
+        f"{counted(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
+    )
     return (
         f"{what} ({kind}, {counted(network['latent_dim'], 'latent')}; recipe {recipe['name']}), trained on "
         f"{images}. {_lengths(recipe)}{_time(record)}"
@@ -66,7 +73,11 @@ def model_sentence(record: Record) -> str:
 
 
 def _lengths(recipe: dict[str, Any]) -> str:
-    parts = [f"stage {k}: {_length(recipe[name])}" for k, name in ((1, "first"), (2, "second")) if recipe.get(name)]
+    parts = [
+        f"stage {k}: {_length(recipe[name])}"
+        for k, name in ((1, "first"), (2, "second"))
+        if recipe.get(name)
+    ]
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
 
 
@@ -106,14 +117,20 @@ def _latents(figures: dict[str, Any]) -> str:
     page, codes = figures.get("reconstruction", {}), figures.get("latents", {})
     if not page:
         return ""
-    active = f", over {codes['active_units']} active latents of {codes['latent_dim']}" if codes else ""
+    active = (
+        f", over {codes['active_units']} active latents of {codes['latent_dim']}" if codes else ""
+    )
     return f"The codes carry {number(page.get('kl_nats'))} nats per image{active}."
 
 
 def _balance(record: Record) -> str:
     """Over the last tenth of the log of stage 1."""
     entries = stage_entries(record, 1)
-    shares = [entry["mse"] / entry["gamma2"] for entry in entries[-max(1, len(entries) // 10) :] if entry.get("gamma2")]
+    shares = [
+        entry["mse"] / entry["gamma2"]
+        for entry in entries[-max(1, len(entries) // 10) :]
+        if entry.get("gamma2")
+    ]
     if not shares:
         return ""
     return f"At the end of stage 1's log the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
@@ -125,7 +142,11 @@ def _distances(record: Record) -> str:
     if not found:
         return ""
     best = min((of for of in found if of.startswith("GEN")), key=lambda of: found[of], default=None)
-    tail = f" (lower is better): of the priors, {best} comes closest to the real images" if best else ""
+    tail = (
+        f" (lower is better): of the priors, {best} comes closest to the real images"
+        if best
+        else ""
+    )
     return f"{name}: {listed([f'{of} {number(value)}' for of, value in found.items()])}{tail}."
 
 
@@ -173,12 +194,22 @@ def group_results(records: Sequence[Record]) -> list[str]:
     lines = [_best(records, "The least error is that of", "an MSE of", _mse)]
     name = distance_name(records)
     if name:
-        lines.append(_best(records, "The best samples are those of", f"a {name} of", lambda r: best_distance(r, name)))
+        lines.append(
+            _best(
+                records,
+                "The best samples are those of",
+                f"a {name} of",
+                lambda r: best_distance(r, name),
+            )
+        )
     return [line for line in lines if line]
 
 
 def _best(records: Sequence[Record], head: str, unit: str, value: Any) -> str:
-    groups = {label: [v for r in records if r.label == label and (v := value(r)) is not None] for label in labels_of(records)}
+    groups = {
+        label: [v for r in records if r.label == label and (v := value(r)) is not None]
+        for label in labels_of(records)
+    }
     ranked = sorted((fmean(values), label) for label, values in groups.items() if values)
     if not ranked:
         return ""
@@ -193,11 +224,18 @@ def _mse(record: Record) -> float | None:
 
 def distance_name(records: Sequence[Record]) -> str | None:
     """The Frechet distance that all evaluated runs share; None: there is none."""
-    names = [{m["metric"] for m in r.evaluation.get("measurements", [])} for r in records if r.evaluation]
+    names = [
+        {m["metric"] for m in r.evaluation.get("measurements", [])} for r in records if r.evaluation
+    ]
     common = set.intersection(*names) if names else set()
-    return min((name for name in common if name.startswith(("FID", "FD-")) and "infinity" not in name), default=None)
+    return min(
+        (name for name in common if name.startswith(("FID", "FD-")) and "infinity" not in name),
+        default=None,
+    )
 
 
 def best_distance(record: Record, name: str) -> float | None:
     """Of the generations of a run, the least."""
-    return min((value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None)
+    return min(
+        (value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None
+    )

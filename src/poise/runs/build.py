@@ -22,18 +22,34 @@ def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> V
     """
     with seeded(derive("weights", recipe.seed, 1)):
         vae = given or VAE(*_first_pair(recipe.network, shape))
-    return VAE(Deterministic(vae.encoder), vae.decoder) if is_deterministic(recipe.first.objective) else vae
+    return (
+        VAE(Deterministic(vae.encoder), vae.decoder)
+        if is_deterministic(recipe.first.objective)
+        else vae
+    )
 
 
 def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
     channels, size, decay = shape[0], shape[1], network.norm_decay
     match network.kind:
         case "resnet":
-            return networks.resnet(size, channels, network.latent_dim, norm_decay=decay, initialisation=network.initialisation)
+            return networks.resnet(
+                size,
+                channels,
+                network.latent_dim,
+                norm_decay=decay,
+                initialisation=network.initialisation,
+            )
         case "infogan":
             return networks.infogan(size, channels, network.latent_dim, norm_decay=decay)
         case "wae":
-            return networks.wae(size, channels, network.latent_dim, norm_decay=decay, initialisation=network.initialisation)
+            return networks.wae(
+                size,
+                channels,
+                network.latent_dim,
+                norm_decay=decay,
+                initialisation=network.initialisation,
+            )
         case "mlp":
             return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
         case "custom":

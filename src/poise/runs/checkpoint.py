@@ -42,10 +42,16 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
         blob = save_safetensors(
-            {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
         )
         write_synced(writing / "tensors.safetensors", blob)
-        manifest = {"meta": meta, "sha256": {"tensors.safetensors": _sha256(blob), "meta": _sha256(_canonical(meta))}}
+        manifest = {
+            "meta": meta,
+            "sha256": {"tensors.safetensors": _sha256(blob), "meta": _sha256(_canonical(meta))},
+        }
         write_synced(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
         replaced = writing.with_name(writing.name + "-old")
         if folder.exists():
@@ -66,10 +72,15 @@ def read_folder(folder: Path) -> Saved:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        blobs = {"tensors.safetensors": (folder / "tensors.safetensors").read_bytes(), "meta": _canonical(manifest["meta"])}
+        blobs = {
+            "tensors.safetensors": (folder / "tensors.safetensors").read_bytes(),
+            "meta": _canonical(manifest["meta"]),
+        }
         for name, blob in blobs.items():
             if _sha256(blob) != manifest["sha256"][name]:
-                raise RunError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+                raise RunError(
+                    f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
+                )
         return Saved(load_safetensors(blobs["tensors.safetensors"]), manifest["meta"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
@@ -83,7 +94,9 @@ def _canonical(meta: Any) -> bytes:
     return json.dumps(meta, sort_keys=True).encode()
 
 
-def save_checkpoint(folder: Path, position: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, position: int, tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
     """Write the checkpoint of a position under `folder`, keep the last two, and clear what a killed process left."""
     write_folder(folder / f"{position:010d}", tensors, meta)
     for old in [*folder.glob(".writing-*"), *checkpoints(folder)[:-KEPT]]:
@@ -108,7 +121,9 @@ def newest_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
         except RunError as error:
             complaints.append(str(error))
     if complaints:
-        raise RunError(f"every checkpoint is damaged: {'; '.join(complaints)}; delete {folder} to start this run again")
+        raise RunError(
+            f"every checkpoint is damaged: {'; '.join(complaints)}; delete {folder} to start this run again"
+        )
     return None, complaints
 
 

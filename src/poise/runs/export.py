@@ -26,7 +26,9 @@ LARGEST_GRID = 10_000
 QUICK = 1  # effort of compression: twice as fast as Pillow's default, files 5 % larger
 
 
-def write_images(chunks: Iterable[Tensor], out: Path, number: int, *, columns: int | None = None, first: int = 0) -> None:
+def write_images(
+    chunks: Iterable[Tensor], out: Path, number: int, *, columns: int | None = None, first: int = 0
+) -> None:
     """Writes images as one grid (.png), as an array `images` of bytes (.npz), or as one PNG each (a folder).
 
     Args:
@@ -52,11 +54,15 @@ def write_images(chunks: Iterable[Tensor], out: Path, number: int, *, columns: i
 def check_output(out: Path, number: int = 1) -> None:
     """Raises InputError for what `write_images` cannot write to."""
     if out.suffix not in (".png", ".npz", ""):
-        raise InputError(f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)")
+        raise InputError(
+            f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)"
+        )
     if out.suffix == "" and out.is_file():
         raise InputError(f"{out} is a file: give a .png, an .npz or the name of a folder")
     if out.suffix == ".png" and number > LARGEST_GRID:
-        raise InputError(f"{out}: a grid takes {LARGEST_GRID} images, not {number}: give an .npz or a folder")
+        raise InputError(
+            f"{out}: a grid takes {LARGEST_GRID} images, not {number}: give an .npz or a folder"
+        )
 
 
 def _pixels(images: Images) -> np.ndarray:
@@ -109,7 +115,9 @@ def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> N
         RunError: the disk is full or cannot be written.
     """
     check_codes_output(out)
-    arrays: dict[str, np.ndarray] = dict(zip(("mean", "logvar"), _gathered(chunks, number), strict=True))
+    arrays: dict[str, np.ndarray] = dict(
+        zip(("mean", "logvar"), _gathered(chunks, number), strict=True)
+    )
     if out.suffix == ".safetensors":
         from safetensors.numpy import save
 

@@ -35,24 +35,36 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     for torn in folder.glob(".writing-*"):  # left by a process that was killed
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     is_run = (folder / "config.json").exists()
-    if not is_run and any(path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()):
+    if not is_run and any(
+        path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
+    ):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
-    if not is_run or not checkpoints(folder / "checkpoints"):  # nothing of an earlier run to protect
+    if not is_run or not checkpoints(
+        folder / "checkpoints"
+    ):  # nothing of an earlier run to protect
         if (folder / "summary.json").exists():
             gone = f"{folder} was finished, and its checkpoints are gone"
-            print(f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr)
+            print(
+                f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr
+            )
             for name in ("summary.json", "evaluation.json", "diagnosis.json"):
                 (folder / name).unlink(missing_ok=True)
         return None
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
-        earlier["recipe"]["data"]["source"] = settings["data"]["source"]  # the same images, wherever they lie now
-    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))  # with settings newer than it
+        earlier["recipe"]["data"]["source"] = settings["data"][
+            "source"
+        ]  # the same images, wherever they lie now
+    was = to_json(
+        from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe")
+    )  # with settings newer than it
     differing = differences(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
-        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out")
+        raise InputError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out"
+        )
     saved, complaints = newest_checkpoint(folder / "checkpoints")
     for line in complaints:
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)
@@ -77,7 +89,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
     if missing:
-        raise InputError(f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
+        raise InputError(
+            f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}"
+        )
     return config
 
 
@@ -97,7 +111,13 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
 def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
     """What config.json holds."""
     versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    return {"poise": 1, "recipe": to_json(recipe), "data": describe(dataset), "engine": engine, "versions": versions}
+    return {
+        "poise": 1,
+        "recipe": to_json(recipe),
+        "data": describe(dataset),
+        "engine": engine,
+        "versions": versions,
+    }
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

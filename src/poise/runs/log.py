@@ -54,4 +54,7 @@ def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
     from torch.utils.tensorboard import SummaryWriter
 
     purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}
-    return {stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step) for stage, step in purged.items()}
+    return {
+        stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step)
+        for stage, step in purged.items()
+    }

@@ -38,6 +38,8 @@ class Options:
     def __post_init__(self) -> None:
         check_words(self)
         if self.threads is not None and self.threads < 0:
-            raise InputError(f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}")
+            raise InputError(
+                f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}"
+            )
         if not self.save_seconds >= 0:
             raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")

@@ -100,7 +100,9 @@ def train(
     unknown = set(changes) - {field.name for field in fields(Changes)}
     if unknown:
         known = ", ".join(field.name for field in fields(Changes))
-        raise InputError(f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}")
+        raise InputError(
+            f"train has no setting {', '.join(sorted(unknown))}; a recipe's are {known}"
+        )
     recipe = Changes(**changes).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = distributed.device_of_rank(choose_device(options.device))
@@ -110,7 +112,9 @@ def train(
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
-        held.enter_context(denormals_as_zero())  # before the first work is shared among threads, which start with what is set
+        held.enter_context(
+            denormals_as_zero()
+        )  # before the first work is shared among threads, which start with what is set
         with distributed.processes(device):
             distributed.on_first(lambda: held.enter_context(locked(folder)))
             job = prepare(folder, recipe, vae, device, options, given, began)
@@ -129,11 +133,19 @@ def train(
 def check_objective(spec: str) -> None:
     """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
     if make_objective(spec).alone and (distributed.launched() or distributed.is_up()):
-        raise InputError(f"objective {spec} needs each batch whole, and one process: start it without torchrun")
+        raise InputError(
+            f"objective {spec} needs each batch whole, and one process: start it without torchrun"
+        )
 
 
 def prepare(
-    folder: Path, recipe: Recipe, vae: VAE | None, device: torch.device, options: Options, given: Any, began: float
+    folder: Path,
+    recipe: Recipe,
+    vae: VAE | None,
+    device: torch.device,
+    options: Options,
+    given: Any,
+    began: float,
 ) -> "Job":
     """Everything that training needs; what cannot be used is said before anything is written.
 
@@ -143,7 +155,9 @@ def prepare(
         given: images that the source does not name.
         began: when this start of the run did, by `time.monotonic`.
     """
-    dataset = given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+    dataset = (
+        given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+    )
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
@@ -155,7 +169,9 @@ def prepare(
     distributed.check_agreement("settings or images", (config["recipe"], checksum))
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
-    saved = distributed.on_first(lambda: open_folder(folder, configuration(recipe, dataset, engine)))
+    saved = distributed.on_first(
+        lambda: open_folder(folder, configuration(recipe, dataset, engine))
+    )
     talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
     if talks:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
@@ -172,10 +188,16 @@ def prepare(
     return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
 
 
-def networks_and_balances(recipe: Recipe, shape: list[int], vae: VAE | None) -> list[tuple[VAE, Balance]]:
+def networks_and_balances(
+    recipe: Recipe, shape: list[int], vae: VAE | None
+) -> list[tuple[VAE, Balance]]:
     """Those of each stage of a recipe, for images of a shape (channels, height, width)."""
     first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
-    return [first] if recipe.second is None else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
+    return (
+        [first]
+        if recipe.second is None
+        else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
+    )
 
 
 def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
@@ -188,7 +210,11 @@ def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) 
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
     length = " + ".join(lengths) if recipe.minutes is None else f"{recipe.minutes:g} minutes"
-    where = str(device) if distributed.ranks() == 1 else f"{distributed.ranks()} processes ({device.type})"
+    where = (
+        str(device)
+        if distributed.ranks() == 1
+        else f"{distributed.ranks()} processes ({device.type})"
+    )
     where += " (no GPU found)" if asked == "auto" and device.type == "cpu" else ""
     return f"{recipe.name}: {num_images:,} training images, {length} on {where}"
 
@@ -196,7 +222,10 @@ def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
     """The complete settings: a recipe with its source, and with the kind "custom" for a network of the user's own."""
     if not isinstance(recipe, Recipe):
-        recipe = find_recipe(recipe or ("digits" if images is None else None), images if isinstance(images, str) else None)
+        recipe = find_recipe(
+            recipe or ("digits" if images is None else None),
+            images if isinstance(images, str) else None,
+        )
     if vae is not None:
         recipe = replace(recipe, network=replace(recipe.network, kind="custom", hidden=()))
     return replace(recipe, data=replace(recipe.data, source=source_of(images, recipe)))
@@ -209,7 +238,9 @@ def source_of(images: Any, recipe: Recipe) -> str:
         return own
     if images is None:
         if own not in NAMES:
-            raise InputError(f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name")
+            raise InputError(
+                f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name"
+            )
         return own
     if not isinstance(images, (str, Path)):
         return "array"
@@ -244,7 +275,9 @@ class Job:
         self.threads = threads
         self.folder, self.recipe, self.config, self.dataset = folder, recipe, config, dataset
         self.stages, self.options, self.device = stages, options, torch.device(options.device)
-        self.meta = saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
+        self.meta = (
+            saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
+        )
         self.tensors = saved.tensors if saved else {}
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
@@ -258,7 +291,12 @@ class Job:
         """
         with ExitStack() as files:
             if distributed.rank() == 0:
-                log = Log(self.folder, self.meta["stage"], self.meta["step"], tensorboard=self.options.tensorboard)
+                log = Log(
+                    self.folder,
+                    self.meta["stage"],
+                    self.meta["step"],
+                    tensorboard=self.options.tensorboard,
+                )
                 self._write_log = files.enter_context(closing(log)).write
                 self._use_engine(self.config["engine"])
             first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
@@ -278,16 +316,30 @@ class Job:
             return state
         fell_back = self._fall_back if self.options.engine == "auto" else None
         watch = Watch(
-            self._write_log, lambda s: self._save(number, s), stop, fell_back, self.options.save_seconds, self.options.quiet
+            self._write_log,
+            lambda s: self._save(number, s),
+            stop,
+            fell_back,
+            self.options.save_seconds,
+            self.options.quiet,
         )
-        how: dict[str, Any] = {"number": number, "seed": self.recipe.seed, "engine": self.config["engine"]}
+        how: dict[str, Any] = {
+            "number": number,
+            "seed": self.recipe.seed,
+            "engine": self.config["engine"],
+        }
         if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
             distributed.wait()  # or a process that ends first would have the one that saves killed
-            raise Interrupted(f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on")
+            raise Interrupted(
+                f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on"
+            )
         return state
 
     def _fall_back(self, reason: str) -> None:
-        print(f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one", file=sys.stderr)
+        print(
+            f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one",
+            file=sys.stderr,
+        )
         self._use_engine("eager")
 
     def _use_engine(self, engine: Engine) -> None:
@@ -304,7 +356,9 @@ class Job:
 
     def _codes(self, first: TrainingState) -> DiagonalGaussian:
         """The training images' posteriors; where they are computed, stage 1 is over."""
-        mean, logvar = distributed.on_first(lambda: self._read_codes() or self._compute_codes(first.trained))
+        mean, logvar = distributed.on_first(
+            lambda: self._read_codes() or self._compute_codes(first.trained)
+        )
         if self.meta["stage"] == 1:
             self._keep(1, first, over=True)
             self._write(stage=2, step=0, finished=self.recipe.second is None)
@@ -322,13 +376,25 @@ class Job:
 
     def _compute_codes(self, vae: VAE) -> tuple[Tensor, Tensor]:
         codes = encode_all(vae, self.dataset.train)
-        write_folder(self.folder / "codes", {"mean": codes.mean, "logvar": codes.logvar}, {"images": len(codes.mean)})
+        write_folder(
+            self.folder / "codes",
+            {"mean": codes.mean, "logvar": codes.logvar},
+            {"images": len(codes.mean)},
+        )
         return codes.mean, codes.logvar
 
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
         """Replace what is held of a stage by its present state; without the optimiser's if the stage is over."""
-        mine = {name: tensor for name, tensor in state_tensors(state).items() if not (over and name.startswith("optimizer."))}
-        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(f"stage{number}.")}
+        mine = {
+            name: tensor
+            for name, tensor in state_tensors(state).items()
+            if not (over and name.startswith("optimizer."))
+        }
+        others = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if not name.startswith(f"stage{number}.")
+        }
         self.tensors = others | {f"stage{number}.{name}": tensor for name, tensor in mine.items()}
 
     def _save(self, number: int, state: TrainingState) -> None:
@@ -348,9 +414,15 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
-    save_png(run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8))
+    save_png(
+        run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8)
+    )
     write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
-    figures = {"train_images": len(dataset.train), "seconds": round(seconds, 1), "device": str(run.device)}
+    figures = {
+        "train_images": len(dataset.train),
+        "seconds": round(seconds, 1),
+        "device": str(run.device),
+    }
     evaluation = run.evaluate(dataset.test, extractor="none")
     notes = {"notes": list(evaluation.notes)} if evaluation.notes else {}
     write_json(run.folder / "summary.json", figures | evaluation.pages | notes)

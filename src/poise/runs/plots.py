@@ -5,7 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-CURVES = (("mse", "MSE", "log"), ("kl_nats", "KL (nats per image)", "linear"), ("gamma2", "gamma2", "log"))
+CURVES = (
+    ("mse", "MSE", "log"),
+    ("kl_nats", "KL (nats per image)", "linear"),
+    ("gamma2", "gamma2", "log"),
+)
 PENALTY = ("penalty", "penalty", "linear")  # in place of KL, of a model that has none
 
 
@@ -32,8 +36,15 @@ def training_curves(log: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _curve(axis: Any, entries: list[dict[str, float]], stage: int, key: str, label: str, scale: str) -> None:
-    axis.plot([e["images_seen"] / 1000 for e in entries], [e[key] for e in entries], linewidth=1.3, color="#1f5fa8")
+def _curve(
+    axis: Any, entries: list[dict[str, float]], stage: int, key: str, label: str, scale: str
+) -> None:
+    axis.plot(
+        [e["images_seen"] / 1000 for e in entries],
+        [e[key] for e in entries],
+        linewidth=1.3,
+        color="#1f5fa8",
+    )
     axis.set_yscale(scale)
     axis.set_title(f"stage {stage}: {label}", fontsize=10)
     axis.set_xlabel("thousand images seen", fontsize=9)

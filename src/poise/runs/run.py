@@ -69,7 +69,13 @@ from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
 from poise.runs.folder import read_config, read_data
 from poise.runs.plots import training_curves
-from poise.sampling import ADJUSTMENT_DRAWS, VarianceAdjustment, fit_adjustment, sample, sample_chunks
+from poise.sampling import (
+    ADJUSTMENT_DRAWS,
+    VarianceAdjustment,
+    fit_adjustment,
+    sample,
+    sample_chunks,
+)
 from poise.shapes import Images, Latents
 from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
@@ -83,7 +89,11 @@ PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
 DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
-GENERATIONS: dict[str, PriorName] = {"GEN-1": "normal", "GEN-2": "second-stage", "GEN-mixture": "mixture"}
+GENERATIONS: dict[str, PriorName] = {
+    "GEN-1": "normal",
+    "GEN-2": "second-stage",
+    "GEN-mixture": "mixture",
+}
 
 
 @dataclass(frozen=True)
@@ -108,15 +118,26 @@ class Run:
         warnings: damaged checkpoints that were passed over.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], saved: Saved, warnings: list[str], vae: VAE | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        saved: Saved,
+        warnings: list[str],
+        vae: VAE | None,
+    ) -> None:
         self.folder = folder
-        self.recipe: Recipe = from_json(Recipe, config["recipe"], f"{folder / 'config.json'}: recipe")
+        self.recipe: Recipe = from_json(
+            Recipe, config["recipe"], f"{folder / 'config.json'}: recipe"
+        )
         self.data: dict[str, Any] = config["data"]
         self.finished: bool = saved.meta["finished"]
         self.warnings = warnings
         self._dataset: Dataset | None = None
         self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
-        has_second = self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
+        has_second = (
+            self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
+        )
         self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
 
     def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
@@ -153,7 +174,9 @@ class Run:
         """
         folder = self.folder / "codes"
         if not folder.exists():
-            raise RunError(f"{self.folder} has no codes yet: stage 1 is not finished; go on with `poise train`")
+            raise RunError(
+                f"{self.folder} has no codes yet: stage 1 is not finished; go on with `poise train`"
+            )
         tensors = read_folder(folder).tensors
         return DiagonalGaussian(tensors["mean"], tensors["logvar"])
 
@@ -178,24 +201,35 @@ class Run:
         """
         return torch.cat(list(self.reconstruct_chunks(images, generation=generation)))
 
-    def reconstruct_chunks(self, images: Any, *, generation: Generation | None = None) -> Iterator[Images]:
+    def reconstruct_chunks(
+        self, images: Any, *, generation: Generation | None = None
+    ) -> Iterator[Images]:
         """What `reconstruct` gives, in parts, so that any number fits into memory."""
         generation = generation or self.recipe.generation
         source = generation.reconstruct_from
-        adjust = self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
+        adjust = (
+            self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
+        )
         for _, posterior, noise in encoded(self.first.vae, self._checked(images), self.recipe.seed):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
-                restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)  # a network of one's own may stray
+                restored = (
+                    self.first.vae.decode(latents).float().cpu().clamp(0, 1)
+                )  # a network of one's own may stray
             yield adjust(restored) if adjust else restored
 
     @torch.no_grad()
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
         """Fitted to reconstructions of the first training images, so that an image does not depend on its neighbours."""
-        some = DiagonalGaussian(self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS])
+        some = DiagonalGaussian(
+            self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS]
+        )
         noise = noise_per_image(*some.mean.shape, seed=self.recipe.seed)
         latents = some.sample(noise) if source == "sample" else some.mean
-        parts = [self.first.vae.decode(part.to(self.device)).float().cpu() for part in latents.split(CHUNK)]
+        parts = [
+            self.first.vae.decode(part.to(self.device)).float().cpu()
+            for part in latents.split(CHUNK)
+        ]
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
     @property
@@ -213,7 +247,9 @@ class Run:
             found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
             if found["checkpoint"] != self.position:
                 return {}
-            distances = {name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()}
+            distances = {
+                name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         known = {name: d for name, d in distances.items() if isinstance(d, float)}
@@ -236,7 +272,9 @@ class Run:
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
-        if generation.renormalise == "never" or (generation.renormalise == "when-lost" and not self._lost_much):
+        if generation.renormalise == "never" or (
+            generation.renormalise == "when-lost" and not self._lost_much
+        ):
             return prior
         released = generation.variance_law == "released"
         factor = renormalisation_factor(prior, self.codes, released=released, device=self.device)
@@ -249,9 +287,13 @@ class Run:
         if name == "mixture":
             return self._mixture.to(self.device)
         if name != "second-stage":
-            raise InputError(f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'")
+            raise InputError(
+                f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'"
+            )
         if self.second is None:
-            raise InputError(f"{self.folder} has no trained second stage: use --prior normal or --prior mixture")
+            raise InputError(
+                f"{self.folder} has no trained second stage: use --prior normal or --prior mixture"
+            )
         gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
         return SecondStagePrior(self.second.vae, latent_dim, gamma2)
 
@@ -293,7 +335,13 @@ class Run:
         Raises:
             InputError: count < 1, or there is no second stage.
         """
-        return torch.cat(list(self.sample_chunks(count, prior=prior, seed=seed, first=first, generation=generation)))
+        return torch.cat(
+            list(
+                self.sample_chunks(
+                    count, prior=prior, seed=seed, first=first, generation=generation
+                )
+            )
+        )
 
     def sample_chunks(
         self,
@@ -350,16 +398,22 @@ class Run:
                 likelihood of a model that has none was asked for.
         """
         if nll_samples and self.deterministic:
-            raise InputError(f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out")
+            raise InputError(
+                f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out"
+            )
         conditions, network, notes = choose_extractor(
-            self._completed(with_count(find_protocol(protocol), count), images), extractor, self.device
+            self._completed(with_count(find_protocol(protocol), count), images),
+            extractor,
+            self.device,
         )
         images = self._images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
         if network is not None:
             produced, left_out = self._produced(images, conditions, priors, seed)
-            measured += compare(images, produced, conditions, network, infinity=infinity, quiet=quiet)
+            measured += compare(
+                images, produced, conditions, network, infinity=infinity, quiet=quiet
+            )
             notes += left_out
         notes += (NO_POSTERIOR,) if self.deterministic else ()
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
@@ -377,8 +431,14 @@ class Run:
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
         if own not in (None, protocol.jpeg):  # what JPEG took away is only in the source
             dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
-        images = head(dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY)
-        return through_jpeg(images, protocol.jpeg) if own is None and protocol.jpeg is not None else images
+        images = head(
+            dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY
+        )
+        return (
+            through_jpeg(images, protocol.jpeg)
+            if own is None and protocol.jpeg is not None
+            else images
+        )
 
     def _given(self, images: Any, protocol: Protocol) -> Any:
         images = head(self._checked(images), protocol.real or MANY)
@@ -394,16 +454,23 @@ class Run:
         figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
         figures = figures.without_posterior() if self.deterministic else figures
         restored = self.reconstruct_chunks(images, generation=generation)
-        measured = restored_measurements(chunks_of(images, len(images)), restored, protocol, **common)
+        measured = restored_measurements(
+            chunks_of(images, len(images)), restored, protocol, **common
+        )
         pages: dict[str, dict[str, Any]] = {
-            "reconstruction": asdict(figures) | {"mse_as_shown": measured[0].value, "images": len(images)}
+            "reconstruction": asdict(figures)
+            | {"mse_as_shown": measured[0].value, "images": len(images)}
         }
         if nll_samples:
-            nll = importance_weighted_nll(vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet)
+            nll = importance_weighted_nll(
+                vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet
+            )
             pages["likelihood"] = asdict(nll)
         if self._has_codes:
             statistics = latent_statistics(self.codes, released=released)
-            pages["latents"] = asdict(statistics.without_posterior() if self.deterministic else statistics)
+            pages["latents"] = asdict(
+                statistics.without_posterior() if self.deterministic else statistics
+            )
         if self.second is not None:
             pages["second_stage"] = self._second_stage_page(released)
         return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
@@ -411,8 +478,12 @@ class Run:
     def _second_stage_page(self, released: bool) -> dict[str, Any]:
         assert self.second is not None
         latents = self.latents()
-        figures = reconstruction(self.second.vae, self.second.balance, latents, seed=self.recipe.seed)
-        return asdict(figures) | asdict(latent_statistics(encode_all(self.second.vae, latents), released=released))
+        figures = reconstruction(
+            self.second.vae, self.second.balance, latents, seed=self.recipe.seed
+        )
+        return asdict(figures) | asdict(
+            latent_statistics(encode_all(self.second.vae, latents), released=released)
+        )
 
     @property
     def _has_codes(self) -> bool:
@@ -426,7 +497,9 @@ class Run:
         assert generation is not None
         if unknown := set(priors) - set(GENERATIONS.values()):
             known = ", ".join(GENERATIONS.values())
-            raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']")
+            raise InputError(
+                f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']"
+            )
         restored = Produced(
             "REC",
             lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
@@ -440,12 +513,20 @@ class Run:
         }
         notes: tuple[str, ...] = ()
         if not self._has_codes:
-            names = {label: name for label, name in names.items() if name == "normal" and generation.renormalise == "never"}
+            names = {
+                label: name
+                for label, name in names.items()
+                if name == "normal" and generation.renormalise == "never"
+            }
             notes = ("stage 1 is not finished: what needs its codes is left out",)
         drawn = {
-            label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation) for label, name in names.items()
+            label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
+            for label, name in names.items()
         }
-        return [restored, *(Produced(label, chunks, seed=seed) for label, chunks in drawn.items())], notes
+        return [
+            restored,
+            *(Produced(label, chunks, seed=seed) for label, chunks in drawn.items()),
+        ], notes
 
     def test_images(self) -> Any:
         """The test images of the data the run was trained on, read again.
@@ -465,15 +546,23 @@ class Run:
         if self._dataset is not None:
             return self._dataset
         if self.data["source"] == "array":
-            raise InputError(f"{self.folder} was trained on an array, which is not kept: pass the images")
+            raise InputError(
+                f"{self.folder} was trained on an array, which is not kept: pass the images"
+            )
         dataset = read_data(self.recipe.data)
         if dataset.checksum != self.data["checksum"]:
-            raise InputError(f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed")
+            raise InputError(
+                f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed"
+            )
         return dataset
 
     def _checked(self, images: Any) -> Any:
         images = images if isinstance(images, (Tensor, Rows)) else np.asarray(images)
-        if len(images.shape) in (3, 4) and list(images.shape[1:]) != list(self.data["shape"]) and not isinstance(images, Rows):
+        if (
+            len(images.shape) in (3, 4)
+            and list(images.shape[1:]) != list(self.data["shape"])
+            and not isinstance(images, Rows)
+        ):
             images = self._arranged(images)
         if list(images.shape[1:]) != list(self.data["shape"]):
             raise InputError(
@@ -481,10 +570,14 @@ class Run:
             )
         if not len(images):
             raise InputError("there are no images")
-        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(images, Rows):  # which were looked at when read
+        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(
+            images, Rows
+        ):  # which were looked at when read
             least, most = float(images.min()), float(images.max())
             if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
-                raise InputError(f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}")
+                raise InputError(
+                    f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}"
+                )
         return images
 
     @staticmethod
@@ -512,7 +605,9 @@ class Run:
 
         log = self.folder / "metrics.jsonl"
         if not log.exists() or not log.read_text(encoding="utf-8").strip():
-            raise InputError(f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot")
+            raise InputError(
+                f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot"
+            )
         return Image.open(io.BytesIO(training_curves(log)))
 
     def _repr_html_(self) -> str:
@@ -520,7 +615,9 @@ class Run:
         shown = [self.folder / name for name in ("samples.png", "training.png")]
         encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
         style = "max-width:48%; vertical-align:top"
-        pictures = "".join(f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded)
+        pictures = "".join(
+            f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded
+        )
         return f"<p>{escape(repr(self))}</p>{pictures}"
 
     def __repr__(self) -> str:

@@ -49,11 +49,19 @@ from poise.vae import VAE
 SECONDS = 2.0  # of each measurement, at least
 SHARE_OF_BUDGET = 0.015  # for measuring the steps of a stage
 FIRST_STEPS = 5  # in which an engine compiles or records
-ENOUGH = (2, 100)  # steps: so many at least, and no more; one is enough if it takes three times as long as all may
+ENOUGH = (
+    2,
+    100,
+)  # steps: so many at least, and no more; one is enough if it takes three times as long as all may
 CLEARLY = 0.75  # more threads must take less than this share of the time: two lose 3 to 5 times when a core becomes busy
 LEAST_SECOND_SHARE = 0.1
-PICTURES_SECONDS = 6.0  # importing Matplotlib, drawing, writing, and what else does not depend on the run
-PASSES = {"train": (1, 0), "test": (2, 3)}  # of encoder and decoder over the images after stage 1 (`Run.evaluate`)
+PICTURES_SECONDS = (
+    6.0  # importing Matplotlib, drawing, writing, and what else does not depend on the run
+)
+PASSES = {
+    "train": (1, 0),
+    "test": (2, 3),
+}  # of encoder and decoder over the images after stage 1 (`Run.evaluate`)
 SECOND_PASSES = (2, 2)  # of stage 2 over the training codes
 LEAST_STEPS = 10
 SHARE_OF_AVERAGE = 0.1  # of stage 1, that BatchNorm's running averages are taken over
@@ -74,7 +82,10 @@ def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
         earlier: Recipe = from_json(Recipe, config["recipe"])
         earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
         if recipe.minutes is not None and recipe.minutes == earlier.minutes:
-            first, second = with_length(recipe.first, earlier.first), with_length(recipe.second, earlier.second)
+            first, second = (
+                with_length(recipe.first, earlier.first),
+                with_length(recipe.second, earlier.second),
+            )
             network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
             recipe = replace(recipe, first=first, second=second, network=network)
         if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
@@ -109,7 +120,14 @@ def make_plan(
     if recipe.minutes is None and options.quiet:  # nobody asks
         return Plan(recipe, count)
     measured = measure(
-        recipe, stages, dataset, folder, device=device, engine=options.engine, count=count, save_seconds=options.save_seconds
+        recipe,
+        stages,
+        dataset,
+        folder,
+        device=device,
+        engine=options.engine,
+        count=count,
+        save_seconds=options.save_seconds,
     )
     if recipe.minutes is not None:
         left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
@@ -121,7 +139,11 @@ def make_plan(
 
 def with_length(stage: Any, other: Stage | None) -> Any:
     """A stage with the length and halvings of another one; None where one of them is."""
-    return stage and other and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
+    return (
+        stage
+        and other
+        and replace(stage, epochs=other.epochs, steps=other.steps, halve_every=other.halve_every)
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,9 @@ class Timing:
 
     def seconds(self, recipe: Recipe, num_images: int) -> list[float]:
         """Of each stage at the recipe's lengths."""
-        lengths = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+        lengths = [
+            stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage
+        ]
         return [pace.seconds(steps) for pace, steps in zip(self.stages, lengths, strict=True)]
 
 
@@ -158,14 +182,22 @@ def fitted(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> R
         InputError: that is not enough for some steps.
     """
     left = seconds - timing.rest - sum(pace.start for pace in timing.stages)
-    parts = [pace.step * stage.total_steps(num_images) for pace, stage in zip(timing.stages, stages_of(recipe), strict=True)]
+    parts = [
+        pace.step * stage.total_steps(num_images)
+        for pace, stage in zip(timing.stages, stages_of(recipe), strict=True)
+    ]
     shares = [part / sum(parts) for part in parts]
     if len(shares) > 1:
         second = max(shares[1], LEAST_SECOND_SHARE)
         shares = [1 - second, second]
-    lengths = [int(share * left / pace.step) for share, pace in zip(shares, timing.stages, strict=True)]
+    lengths = [
+        int(share * left / pace.step) for share, pace in zip(shares, timing.stages, strict=True)
+    ]
     if min(lengths) < LEAST_STEPS:
-        least = max(LEAST_STEPS * pace.step / share for share, pace in zip(shares, timing.stages, strict=True))
+        least = max(
+            LEAST_STEPS * pace.step / share
+            for share, pace in zip(shares, timing.stages, strict=True)
+        )
         minutes = (recipe.minutes or 0) + (least - left) / 60
         raise InputError(
             f"{recipe.minutes:g} minutes are too few on this machine for {LEAST_STEPS} steps of each stage, codes and "
@@ -174,7 +206,9 @@ def fitted(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> R
     first = recipe.first.lasting(steps=lengths[0])
     second = recipe.second and recipe.second.lasting(steps=lengths[1])
     decay = min(recipe.network.norm_decay, 1 - 1 / max(1.0, SHARE_OF_AVERAGE * lengths[0]))
-    return replace(recipe, first=first, second=second, network=replace(recipe.network, norm_decay=decay))
+    return replace(
+        recipe, first=first, second=second, network=replace(recipe.network, norm_decay=decay)
+    )
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -185,11 +219,15 @@ def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
     """How long everything takes, in a line."""
     times = [*timing.seconds(recipe, num_images), timing.rest]
     names = [f"stage {number}" for number in range(1, len(times))] + ["codes and pictures"]
-    parts = ", ".join(f"{name} {hours_minutes(part)}" for name, part in zip(names, times, strict=True))
+    parts = ", ".join(
+        f"{name} {hours_minutes(part)}" for name, part in zip(names, times, strict=True)
+    )
     rate = recipe.first.batch_size / timing.stages[0].step
     lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in stages_of(recipe))
     line = f"{lengths} steps take about {hours_minutes(sum(times))} here: {parts} ({rate:.3g} images/s in stage 1)"
-    return line if recipe.minutes is not None else line + hint(recipe, timing, num_images, sum(times))
+    return (
+        line if recipe.minutes is not None else line + hint(recipe, timing, num_images, sum(times))
+    )
 
 
 def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str:
@@ -205,7 +243,9 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
     return f"; --minutes {minutes} would take {lengths} steps, its learning rates halved at the same shares of them"
 
 
-def choose_threads(candidates: Sequence[int], vae: VAE, balance: Balance, recipe: Recipe, data: Batches) -> int:
+def choose_threads(
+    candidates: Sequence[int], vae: VAE, balance: Balance, recipe: Recipe, data: Batches
+) -> int:
     """The number of CPU threads with which a few steps of stage 1 take the least time, or a smaller one that is as good."""
     chosen, least = candidates[0], float("inf")
     for count in sorted(candidates):
@@ -236,10 +276,25 @@ def measure(
     """
     seconds = max(SECONDS, 60 * SHARE_OF_BUDGET * (recipe.minutes or 0))
     paces, rest = [], PICTURES_SECONDS
-    for number, ((vae, balance), stage) in enumerate(zip(stages, stages_of(recipe), strict=True), 1):
-        data = ImageBatches(dataset.train, device) if number == 1 else blank_codes(len(dataset.train), recipe, device)
+    for number, ((vae, balance), stage) in enumerate(
+        zip(stages, stages_of(recipe), strict=True), 1
+    ):
+        data = (
+            ImageBatches(dataset.train, device)
+            if number == 1
+            else blank_codes(len(dataset.train), recipe, device)
+        )
         state = throwaway(vae, balance, stage, data, device)
-        pace = measure_pace(state, data, stage, number, recipe.seed, engine, count, seconds if number == 1 else SECONDS)
+        pace = measure_pace(
+            state,
+            data,
+            stage,
+            number,
+            recipe.seed,
+            engine,
+            count,
+            seconds if number == 1 else SECONDS,
+        )
         saving = checkpoint_seconds(state, folder)
         paces.append(Pace(pace.start, pace.step * (1 + saving / (save_seconds + saving))))
         encode, decode = inference_seconds(state.vae, data, count)
@@ -257,17 +312,28 @@ def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatche
     return CodeBatches(zeros, zeros, device)
 
 
-def throwaway(vae: VAE, balance: Balance, stage: Stage, data: Batches, device: torch.device) -> TrainingState:
+def throwaway(
+    vae: VAE, balance: Balance, stage: Stage, data: Batches, device: torch.device
+) -> TrainingState:
     """A state to try steps with; the networks given stay as they are."""
     return new_state(copy.deepcopy(vae), copy.deepcopy(balance), stage, device)
 
 
 def measure_pace(
-    state: TrainingState, data: Batches, stage: Stage, number: int, seed: int, engine: Engine, count: int | None, seconds: float
+    state: TrainingState,
+    data: Batches,
+    stage: Stage,
+    number: int,
+    seed: int,
+    engine: Engine,
+    count: int | None,
+    seconds: float,
 ) -> Pace:
     """What steps take, by taking some for about so many seconds."""
     clock = Clock(state, seconds)
-    watch = Watch(stop=clock, fell_back=lambda reason: None, quiet=True)  # the run itself will say it
+    watch = Watch(
+        stop=clock, fell_back=lambda reason: None, quiet=True
+    )  # the run itself will say it
     fit(state, data, stage, number=number, seed=seed, watch=watch, engine=engine, threads=count)
     return clock.pace()
 
@@ -288,7 +354,11 @@ class Clock:
             return False
         taken, (least, most) = self._state.step - self._step, ENOUGH
         passed = time.monotonic() - self._warm
-        return taken >= most or (taken >= least and passed >= self._seconds) or (taken >= 1 and passed >= 3 * self._seconds)
+        return (
+            taken >= most
+            or (taken >= least and passed >= self._seconds)
+            or (taken >= 1 and passed >= 3 * self._seconds)
+        )
 
     def pace(self) -> Pace:
         """Of the steps taken; of a stage that was over before the first ones were, of all."""
@@ -309,7 +379,10 @@ def checkpoint_seconds(state: TrainingState, folder: Path) -> float:
     """What it takes to write a checkpoint of this state."""
     if distributed.rank() > 0:
         return 0.0
-    probe, began = folder / ".writing-timing", time.monotonic()  # what bears such a name is cleared by the next start
+    probe, began = (
+        folder / ".writing-timing",
+        time.monotonic(),
+    )  # what bears such a name is cleared by the next start
     write_folder(probe, state_tensors(state), {})
     seconds = time.monotonic() - began
     shutil.rmtree(probe)
@@ -320,7 +393,10 @@ def checkpoint_seconds(state: TrainingState, folder: Path) -> float:
 def inference_seconds(vae: VAE, data: Batches, count: int | None) -> tuple[float, float]:
     """Seconds of the encoder and of the decoder for one image."""
     device, number = next(vae.parameters()).device, min(32, len(data))
-    images = data.place(data.fetch(torch.arange(number)), lambda columns: torch.randn(number, columns, device=device))
+    images = data.place(
+        data.fetch(torch.arange(number)),
+        lambda columns: torch.randn(number, columns, device=device),
+    )
     vae.eval()
     with threads(count or usual_threads(vae)):
         latents = vae.encode(images).mean

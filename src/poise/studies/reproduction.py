@@ -22,7 +22,10 @@ from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
 
-AUTHORS = {"cifar10": "released", "celeba64": "released-celeba"}  # the authors' own evaluation, by data set
+AUTHORS = {
+    "cifar10": "released",
+    "celeba64": "released-celeba",
+}  # the authors' own evaluation, by data set
 
 
 def reproduce(
@@ -66,13 +69,20 @@ def reproduce(
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
     if not 0 < length <= 1:
-        raise InputError(f"length must be a share of the whole, above 0 and at most 1, not {length}")
+        raise InputError(
+            f"length must be a share of the whole, above 0 and at most 1, not {length}"
+        )
     experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
-        print("poise: note: the order of images is the file's own: only a folder of files can be listed", file=sys.stderr)
+        print(
+            "poise: note: the order of images is the file's own: only a folder of files can be listed",
+            file=sys.stderr,
+        )
     trial = [] if length == 1 else ["length", f"{length:g}"]
     folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
-    comparison = conduct(experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options)
+    comparison = conduct(
+        experiment, folder=folder, results=Path(results), jobs=jobs, until=until, options=options
+    )
     if comparison.results or comparison.failed:
         write_file(folder / "table.md", text(comparison).encode())
     return comparison
@@ -94,7 +104,9 @@ def experiment_of(
     trial += "" if second_balance is None else f" (stage 2 {second_balance})"
     labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
-    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor)
+    return Experiment(
+        name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor
+    )
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
@@ -128,7 +140,9 @@ def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
         "default-renormalised": replace(own, renormalise="always"),
         "default-not-renormalised": replace(own, renormalise="never"),
     }
-    others = [replace(default, name=name, generation=way) for name, way in ways.items() if way != own]
+    others = [
+        replace(default, name=name, generation=way) for name, way in ways.items() if way != own
+    ]
     authors = [PROTOCOLS[AUTHORS[recipe.data.source]]] if recipe.data.source in AUTHORS else []
     return (default, *others, PROTOCOLS["dai-wipf"], *authors)
 
@@ -136,4 +150,8 @@ def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
 def text(comparison: Comparison) -> str:
     """Our numbers and, below them, the published ones."""
     published = [f"- published: {line}" for line in RECIPES[comparison.name].published]
-    return f"{comparison}\n" + "\n".join([*published, "" if published else "- nothing comparable is published"]).strip() + "\n"
+    return (
+        f"{comparison}\n"
+        + "\n".join([*published, "" if published else "- nothing comparable is published"]).strip()
+        + "\n"
+    )

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 POINTS = 100  # of a curve, at most
-CURVES = ("mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")  # a penalty is in place of KL where there is none
+CURVES = (
+    "mse",
+    "kl_nats",
+    "penalty",
+    "gamma2",
+    "reconstruction_nats",
+)  # a penalty is in place of KL where there is none
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,11 @@ class Result:
         Raises:
             InputError: there is no such number, or there are several.
         """
-        value = self._on_page(metric) if "." in metric else self._measured(metric, of, protocol)["value"]
+        value = (
+            self._on_page(metric)
+            if "." in metric
+            else self._measured(metric, of, protocol)["value"]
+        )
         return math.nan if value is None else float(value)
 
     def _on_page(self, name: str) -> Any:
@@ -86,27 +96,50 @@ class Result:
                 raise InputError(f"{self.name} has no {name}")
             value = value[part]
         if value is not None and not isinstance(value, (int, float)):
-            raise InputError(f"{name} is not one number: it holds {', '.join(value) if isinstance(value, dict) else 'several'}")
+            raise InputError(
+                f"{name} is not one number: it holds {', '.join(value) if isinstance(value, dict) else 'several'}"
+            )
         return value
 
     def _measured(self, metric: str, of: str | None, protocol: str | None) -> dict[str, Any]:
-        found = [m for m in self.measurements(protocol) if m["metric"] == metric and of in (None, m["of"])]
+        found = [
+            m
+            for m in self.measurements(protocol)
+            if m["metric"] == metric and of in (None, m["of"])
+        ]
         if len(found) != 1:
-            problem = "measured of several, or under several protocols: say which" if found else "not measured"
-            known = ", ".join(dict.fromkeys(f"{m['metric']} of {m['of']}" for m in self.measurements(protocol)))
-            raise InputError(f"{self.name}: {metric} of {of or 'what'} is {problem}; there are {known or 'none'}")
+            problem = (
+                "measured of several, or under several protocols: say which"
+                if found
+                else "not measured"
+            )
+            known = ", ".join(
+                dict.fromkeys(f"{m['metric']} of {m['of']}" for m in self.measurements(protocol))
+            )
+            raise InputError(
+                f"{self.name}: {metric} of {of or 'what'} is {problem}; there are {known or 'none'}"
+            )
         return found[0]
 
     def measurements(self, protocol: str | None = None) -> list[dict[str, Any]]:
         """All measurements, or those of a protocol (its name or hash), as `Measurement.to_json` gives them."""
-        named = {code: (code, settings["name"]) for code, settings in self.evaluation["protocols"].items()}
-        return [m for m in self.evaluation["measurements"] if protocol is None or protocol in named[m["protocol"]]]
+        named = {
+            code: (code, settings["name"])
+            for code, settings in self.evaluation["protocols"].items()
+        }
+        return [
+            m
+            for m in self.evaluation["measurements"]
+            if protocol is None or protocol in named[m["protocol"]]
+        ]
 
     @property
     def distance_names(self) -> tuple[str, ...]:
         """How the Frechet distances are called that were measured: "FID", "FD-light", ..."""
         names = dict.fromkeys(m["metric"] for m in self.evaluation["measurements"])
-        return tuple(name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name)
+        return tuple(
+            name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name
+        )
 
     @property
     def name(self) -> str:
@@ -172,7 +205,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
     }
     commit = {"commit": source_commit()} if source_commit() else {}
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return versions | commit | {"machine": machine, "device": name, "finished": finished}
@@ -183,14 +220,22 @@ def source_commit() -> str | None:
     """The commit that the package's source is of; None: it is not in a clone, or there is no git."""
     source = Path(__file__).parent
     commit = _git(source, "rev-parse", "--short=12", "HEAD")
-    if not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name:  # in somebody else's clone
+    if (
+        not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name
+    ):  # in somebody else's clone
         return None
     return commit + ("-dirty" if _git(source, "status", "--porcelain", ".") else "")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -215,15 +260,25 @@ def curves(log: Path) -> dict[str, dict[str, list[float]]]:
     """
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     stages = sorted({entry["stage"] for entry in entries})
-    return {str(stage): _curve([entry for entry in entries if entry["stage"] == stage]) for stage in stages}
+    return {
+        str(stage): _curve([entry for entry in entries if entry["stage"] == stage])
+        for stage in stages
+    }
 
 
 def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
-    images = np.diff([entry["images_seen"] for entry in entries], prepend=0)  # since the entry before
-    elapsed: list[float] = np.cumsum(images / np.maximum([entry["images_per_second"] for entry in entries], 1e-9)).tolist()
+    images = np.diff(
+        [entry["images_seen"] for entry in entries], prepend=0
+    )  # since the entry before
+    elapsed: list[float] = np.cumsum(
+        images / np.maximum([entry["images_per_second"] for entry in entries], 1e-9)
+    ).tolist()
     groups = np.array_split(np.arange(len(entries)), min(POINTS, len(entries)))
     ends = [group[-1] for group in groups]
-    curve = {"images_seen": [entries[end]["images_seen"] for end in ends], "seconds": [_short(elapsed[end]) for end in ends]}
+    curve = {
+        "images_seen": [entries[end]["images_seen"] for end in ends],
+        "seconds": [_short(elapsed[end]) for end in ends],
+    }
     for name in [name for name in CURVES if name in entries[0]]:
         values = np.array([entry[name] for entry in entries])
         curve[name] = [_short(np.average(values[group], weights=images[group])) for group in groups]
@@ -263,10 +318,16 @@ def _read(path: Path) -> list[Result]:
     if path.is_file():
         return [_restore(path, _values(path))]
     if not path.is_dir():
-        raise MissingInputError(f"{path}: no such file or folder; give results, or the folder of a comparison")
+        raise MissingInputError(
+            f"{path}: no such file or folder; give results, or the folder of a comparison"
+        )
     folder = path / "results" if (path / "results").is_dir() else path
     values = {file: _values(file) for file in sorted(folder.glob("*.json"))}
-    found = [_restore(file, value) for file, value in values.items() if isinstance(value, dict) and "result" in value]
+    found = [
+        _restore(file, value)
+        for file, value in values.items()
+        if isinstance(value, dict) and "result" in value
+    ]
     if not found:
         raise MissingInputError(
             f"{path} holds no results: give files that poise compare or poise reproduce wrote, or their folder"
@@ -283,6 +344,12 @@ def _values(path: Path) -> Any:
 
 def _restore(path: Path, values: Any) -> Result:
     names = {field.name for field in fields(Result)}
-    if not isinstance(values, dict) or values.get("result") != FORMAT or set(values) != names | {"result"}:
-        raise InputError(f"{path} is not a result of poise (format {FORMAT}): give files that poise compare or reproduce wrote")
+    if (
+        not isinstance(values, dict)
+        or values.get("result") != FORMAT
+        or set(values) != names | {"result"}
+    ):
+        raise InputError(
+            f"{path} is not a result of poise (format {FORMAT}): give files that poise compare or reproduce wrote"
+        )
     return Result(**{name: values[name] for name in names})

@@ -58,7 +58,11 @@ def strict(values: Any) -> Any:
 
 def write_failure(path: Path, error: OSError) -> RunError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "what was saved before is intact: make room, run again" if full else "choose a place that can be written to"
+    remedy = (
+        "what was saved before is intact: make room, run again"
+        if full
+        else "choose a place that can be written to"
+    )
     return RunError(f"cannot write {path}: {error.strerror or error}; {remedy}")
 
 

@@ -47,7 +47,10 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     """Restore torch's global generators after the block. Inside it, hold `LOCK` from seeding them to the last draw."""
     cuda = device.type == "cuda"
     with LOCK:
-        on_host, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+        on_host, on_device = (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if cuda else None,
+        )
     try:
         yield
     finally:

@@ -17,7 +17,12 @@ class Progress(Protocol):
     """Shows how far a task is."""
 
     def __enter__(self) -> "Progress": ...
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
     def update(self, done: int, figures: Mapping[str, str]) -> None: ...
 
 
@@ -57,19 +62,33 @@ class Bar:
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
-        self._bar = RichProgress(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = RichProgress(
+            *columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)
+        )
         self._task = self._bar.add_task(title, total=total, completed=done, figures="")
 
     def __enter__(self) -> "Bar":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def update(self, done: int, figures: Mapping[str, str]) -> None:
-        self._bar.update(self._task, completed=done, figures="  ".join(f"{k} {v}" for k, v in figures.items()))
+        self._bar.update(
+            self._task, completed=done, figures="  ".join(f"{k} {v}" for k, v in figures.items())
+        )
 
 
 @final
@@ -83,7 +102,12 @@ class Lines:
     def __enter__(self) -> "Lines":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         pass
 
     def update(self, done: int, figures: Mapping[str, str]) -> None:
@@ -104,7 +128,12 @@ class Silence:
     def __enter__(self) -> "Silence":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         pass
 
     def update(self, done: int, figures: Mapping[str, str]) -> None:

@@ -10,7 +10,9 @@ from poise.errors import InputError
 Made = TypeVar("Made")
 
 
-def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: int) -> Made:
+def make_named(
+    kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: int
+) -> Made:
     """What a text such as "fixed:gamma2=0.5" names.
 
     Args:
@@ -29,11 +31,15 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
         raise InputError(f"unknown {kind} {name!r}; there are {', '.join(makers)}{guess}")
     make = makers[name]
     allowed = inspect.signature(make).parameters
-    values: dict[str, float | bool | str] = {key: value for key, value in known.items() if key in allowed}
+    values: dict[str, float | bool | str] = {
+        key: value for key, value in known.items() if key in allowed
+    }
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in allowed:
-            raise InputError(f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}")
+            raise InputError(
+                f"{kind} {name!r} has no option {key!r}; it takes {', '.join(allowed) or 'none'}"
+            )
         values[key] = _parse(f"{kind} {name!r}", key, value, allowed[key], f"{name}:{key}")
     missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
     if missing:
@@ -43,11 +49,15 @@ def make_named(kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, 
     return make(**values)
 
 
-def _parse(what: str, key: str, value: str, option: inspect.Parameter, example: str) -> float | bool | str:
+def _parse(
+    what: str, key: str, value: str, option: inspect.Parameter, example: str
+) -> float | bool | str:
     default, words = option.default, _words(option.annotation)
     if isinstance(default, bool):
         if value not in ("true", "false"):
-            raise InputError(f"{key}={value!r} of {what} is neither true nor false: write {example}=true")
+            raise InputError(
+                f"{key}={value!r} of {what} is neither true nor false: write {example}=true"
+            )
         return value == "true"
     if value in words:
         return value
@@ -55,7 +65,9 @@ def _parse(what: str, key: str, value: str, option: inspect.Parameter, example: 
         number = float(value)
     except ValueError:
         number = default if isinstance(default, (int, float)) else 1
-        raise InputError(f"{key}={value!r} of {what} is not a number: write {example}={number:g}") from None
+        raise InputError(
+            f"{key}={value!r} of {what} is not a number: write {example}={number:g}"
+        ) from None
     return int(number) if number.is_integer() else number
 
 

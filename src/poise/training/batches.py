@@ -19,7 +19,9 @@ from poise.shapes import Features, Latents, Values
 from poise.support.seeds import generator
 
 READ_AHEAD = 2  # batches
-Draw = Callable[[int], Tensor]  # standard normal noise of so many columns, one row per image of the batch
+Draw = Callable[
+    [int], Tensor
+]  # standard normal noise of so many columns, one row per image of the batch
 
 
 @runtime_checkable
@@ -71,11 +73,15 @@ class ImageBatches:
         if self.resident is not None:
             return indices
         rows = gather_rows(self.images, indices.numpy())
-        return rows.pin_memory() if self.device.type == "cuda" else scale(rows)  # on a CPU the thread may as well scale
+        return (
+            rows.pin_memory() if self.device.type == "cuda" else scale(rows)
+        )  # on a CPU the thread may as well scale
 
     def place(self, fetched: Tensor, draw: Draw) -> Values:
         moved = fetched.to(self.device, non_blocking=True)
-        return scale(moved if self.resident is None else self.resident[moved]).contiguous(memory_format=torch.channels_last)
+        return scale(moved if self.resident is None else self.resident[moved]).contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 def fits(images: Any, device: torch.device) -> bool:
@@ -149,7 +155,9 @@ class VectorBatches:
 
 
 @contextmanager
-def fetched_ahead(data: Batches, wanted: Iterator[Tensor], share: slice) -> Iterator[Iterator[Tensor]]:
+def fetched_ahead(
+    data: Batches, wanted: Iterator[Tensor], share: slice
+) -> Iterator[Iterator[Tensor]]:
     """What `data` fetches for a share of each batch wanted, by a thread that ends with the block where that pays."""
     if data.ahead == 0:
         yield (data.fetch(indices[share]) for indices in wanted)
@@ -169,7 +177,9 @@ def _in_turn(ahead: int, reading: Iterator[Future[Tensor]]) -> Iterator[Tensor]:
         yield waiting.popleft().result()
 
 
-def global_batches(stage: Stage, num_images: int, *, number: int, seed: int, start: int) -> Iterator[Tensor]:
+def global_batches(
+    stage: Stage, num_images: int, *, number: int, seed: int, start: int
+) -> Iterator[Tensor]:
     """The indices of the images in each batch, over all processes, from step `start` to the end of the stage.
 
     Every epoch has an order of its own, a function of (seed, number of the stage, epoch).

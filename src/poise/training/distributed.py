@@ -30,7 +30,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from poise.errors import InputError, RunError
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-PATIENCE = timedelta(hours=1)  # with a process that does not answer; one that died is noticed at once
+PATIENCE = timedelta(
+    hours=1
+)  # with a process that does not answer; one that died is noticed at once
 
 Result = TypeVar("Result")
 
@@ -58,8 +60,12 @@ def processes(device: torch.device) -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise RunError("lost contact with another process of this run; its own message says why") from error
-    atexit.register(leave)  # not after an error: NCCL would wait for processes that wait for this one
+        raise RunError(
+            "lost contact with another process of this run; its own message says why"
+        ) from error
+    atexit.register(
+        leave
+    )  # not after an error: NCCL would wait for processes that wait for this one
 
 
 def leave() -> None:
@@ -97,18 +103,26 @@ def device_of_rank(device: torch.device) -> torch.device:
     if not launched() or device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise InputError(f"several processes train on cuda or on cpu, not on {device.type}: give one of them as device")
+        raise InputError(
+            f"several processes train on cuda or on cpu, not on {device.type}: give one of them as device"
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.index is not None:
         raise InputError(f"each process takes a GPU of its own: give cuda as device, not {device}")
     if local >= torch.cuda.device_count():
-        raise InputError(f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs"
+        )
     return torch.device("cuda", local)
 
 
 def share(size: int) -> slice:
     """The rows of a global batch that are this rank's; shares differ by one row at most."""
-    return slice(rank() * size // ranks(), (rank() + 1) * size // ranks()) if is_up() else slice(0, size)
+    return (
+        slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
+        if is_up()
+        else slice(0, size)
+    )
 
 
 def on_first(work: Callable[[], Result]) -> Result:
@@ -135,7 +149,9 @@ def check_agreement(what: str, value: Any) -> None:
     dist.all_gather_object(values, value)
     differing = [str(number) for number, other in enumerate(values) if other != values[0]]
     if differing:
-        raise InputError(f"processes {', '.join(differing)} were started with {what} other than process 0's")
+        raise InputError(
+            f"processes {', '.join(differing)} were started with {what} other than process 0's"
+        )
 
 
 def wait() -> None:
@@ -200,15 +216,27 @@ class GlobalBatchNorm(_BatchNorm):
         total, mean, variance = sums[0], *(sums[1:] / sums[0]).chunk(2)
         variance = (variance - mean.square()).clamp_min(0)
         self._follow(mean.detach(), variance.detach() * total / (total - 1))
-        scale = (variance + self.eps).rsqrt() if self.weight is None else (variance + self.eps).rsqrt() * self.weight
+        scale = (
+            (variance + self.eps).rsqrt()
+            if self.weight is None
+            else (variance + self.eps).rsqrt() * self.weight
+        )
         column = (-1, *[1] * (input.dim() - 2))
-        normalised = (values - mean.to(values.dtype).view(column)) * scale.to(values.dtype).view(column)
-        return (normalised if self.bias is None else normalised + self.bias.view(column)).to(input.dtype)
+        normalised = (values - mean.to(values.dtype).view(column)) * scale.to(values.dtype).view(
+            column
+        )
+        return (normalised if self.bias is None else normalised + self.bias.view(column)).to(
+            input.dtype
+        )
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics, as torch's layer does."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or self.num_batches_tracked is None
+        ):
             return
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum

@@ -33,7 +33,9 @@ def choose_engine(engine: Engine, device: torch.device) -> Engine:
     if engine == "auto":
         return "captured" if recordable else "eager"
     if "captured" in engine and not recordable:
-        raise InputError(f"a captured step is for one process on cuda, not for {device}: leave --engine out")
+        raise InputError(
+            f"a captured step is for one process on cuda, not for {device}: leave --engine out"
+        )
     return engine
 
 
@@ -62,7 +64,9 @@ class CapturedStep:
 
     def __init__(self, step: Step, fell_back: Callable[[str], None] | None = None) -> None:
         self.step, self.fell_back = step, fell_back
-        self.stream: torch.cuda.Stream | None = None  # of the device that is current when the first step is taken
+        self.stream: torch.cuda.Stream | None = (
+            None  # of the device that is current when the first step is taken
+        )
         self.taken = 0
         self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -85,7 +89,11 @@ class CapturedStep:
         self.graph.replay()
 
     def _record(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-        self.batch, self.noise, graph = torch.empty_like(batch), torch.empty_like(noise), torch.cuda.CUDAGraph()
+        self.batch, self.noise, graph = (
+            torch.empty_like(batch),
+            torch.empty_like(noise),
+            torch.cuda.CUDAGraph(),
+        )
         try:
             # "thread_local": a thread may pin the next batch meanwhile, which "global" would take for part of the recording
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -95,7 +103,9 @@ class CapturedStep:
         except RuntimeError as error:  # nothing was computed: the step is still to be taken
             reason = str(error).strip().splitlines()[0]
             if self.fell_back is None:
-                raise RunError(f"the step cannot be recorded as a CUDA graph ({reason}): use the engine eager") from error
+                raise RunError(
+                    f"the step cannot be recorded as a CUDA graph ({reason}): use the engine eager"
+                ) from error
             self.recordable = False
             state.optimizer.zero_grad(set_to_none=True)
             self.fell_back(reason)
@@ -120,7 +130,9 @@ class CompiledStep:
     """
 
     def __init__(self, stage: Stage) -> None:
-        self.objective: Loss = torch.compile(with_code_of_its_own(make_objective(stage.objective)), dynamic=False)
+        self.objective: Loss = torch.compile(
+            with_code_of_its_own(make_objective(stage.objective)), dynamic=False
+        )
 
     def __call__(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
         """One step.
@@ -134,7 +146,9 @@ class CompiledStep:
             training_step(state, batch, noise, stage, objective=self.objective)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"this network cannot be compiled here ({reason}): use the engine eager") from error
+            raise RunError(
+                f"this network cannot be compiled here ({reason}): use the engine eager"
+            ) from error
 
 
 def with_code_of_its_own(objective: Loss) -> Loss:

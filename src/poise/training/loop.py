@@ -29,7 +29,10 @@ from poise.vae import VAE
 
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
-STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict: off the CPU, reading it waits for all that is queued
+STEPS_BETWEEN_READS = {
+    "cpu": 1,
+    "otherwise": 50,
+}  # of the verdict: off the CPU, reading it waits for all that is queued
 
 
 @dataclass
@@ -90,7 +93,9 @@ def fit(
     total = stage.total_steps(len(data))
     size, alone = min(stage.batch_size, len(data)), distributed.ranks() == 1
     if size < distributed.ranks():
-        raise InputError(f"a batch of {size} images cannot be shared by {distributed.ranks()} processes: start fewer")
+        raise InputError(
+            f"a batch of {size} images cannot be shared by {distributed.ranks()} processes: start fewer"
+        )
     share = distributed.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
@@ -128,7 +133,9 @@ def fit(
                     seed_modules(device, "modules", seed, number, state.step)
                     take_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
-                raise RunError(f"out of memory on {device}: try a smaller --batch-size, with another --out") from error
+                raise RunError(
+                    f"out of memory on {device}: try a smaller --batch-size, with another --out"
+                ) from error
             state.step += 1
             logs = state.step % log_every == 0 or state.step == total
             if not (logs or state.step % read_every == 0 or (alone and watch.stop())):
@@ -136,12 +143,16 @@ def fit(
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
                 step = began + int(verdict.steps) - 1
-                indices = next(global_batches(stage, len(data), number=number, seed=seed, start=step))
+                indices = next(
+                    global_batches(stage, len(data), number=number, seed=seed, start=step)
+                )
                 raise nonfinite(stage, number, step, verdict, indices)
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
-                entry["images_per_second"] = round((state.step - logged) * size / max(now - logged_at, 1e-9), 1)
+                entry["images_per_second"] = round(
+                    (state.step - logged) * size / max(now - logged_at, 1e-9), 1
+                )
                 logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
@@ -170,7 +181,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def count_latents(vae: VAE, data: Batches) -> int:
     """The number of latents, asked of the encoder with one image; leaves no trace in its statistics."""
     device = next(vae.parameters()).device
-    one = data.place(data.fetch(torch.zeros(1, dtype=torch.long)), lambda columns: torch.zeros(1, columns, device=device))
+    one = data.place(
+        data.fetch(torch.zeros(1, dtype=torch.long)),
+        lambda columns: torch.zeros(1, columns, device=device),
+    )
     return vae.eval().encode(one).mean.shape[1]
 
 
@@ -190,7 +204,11 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     *sums, count = state.sums.tolist()
     state.sums.zero_()
     batch_size = min(stage.batch_size, num_images)
-    entry: dict[str, float] = {"stage": number, "step": state.step, "images_seen": state.step * batch_size}
+    entry: dict[str, float] = {
+        "stage": number,
+        "step": state.step,
+        "images_seen": state.step * batch_size,
+    }
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
@@ -200,7 +218,11 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """The part of a log entry that a progress bar has room for."""
-    penalty = {"penalty": f"{entry['penalty']:.3f}"} if "penalty" in entry else {"KL": f"{entry['kl_nats']:.1f}"}
+    penalty = (
+        {"penalty": f"{entry['penalty']:.3f}"}
+        if "penalty" in entry
+        else {"KL": f"{entry['kl_nats']:.1f}"}
+    )
     shown = {"MSE": f"{entry['mse']:.5f}", **penalty, "gamma2": f"{entry['gamma2']:.5f}"}
     return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
 

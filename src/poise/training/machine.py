@@ -114,7 +114,11 @@ def images_in_channels_last(network: nn.Module) -> Iterator[None]:
     that layout into every later block, and each operation there would pay for two layouts: 20 of 150 ms in a step of a ResNet
     without BatchNorm (2026-11-24).
     """
-    hooks = [module.register_forward_pre_hook(_to_channels_last) for module in network.modules() if has_convolutions(module)]
+    hooks = [
+        module.register_forward_pre_hook(_to_channels_last)
+        for module in network.modules()
+        if has_convolutions(module)
+    ]
     try:
         yield
     finally:
@@ -124,7 +128,9 @@ def images_in_channels_last(network: nn.Module) -> Iterator[None]:
 
 def _to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
-        value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.dim() == 4 else value
+        value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.dim() == 4
+        else value
         for value in inputs
     )
 
@@ -153,12 +159,22 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 def _convolve(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    pairs = list(zip(images.shape[-2:], layer.kernel_size, layer.stride, layer.padding, strict=True))
-    if images.dim() != 4 or any((side + 2 * int(pad) - kernel) // stride for side, kernel, stride, pad in pairs):
+    pairs = list(
+        zip(images.shape[-2:], layer.kernel_size, layer.stride, layer.padding, strict=True)
+    )
+    if images.dim() != 4 or any(
+        (side + 2 * int(pad) - kernel) // stride for side, kernel, stride, pad in pairs
+    ):
         return nn.Conv2d.forward(layer, images)
-    (bottom, right), (top, left) = ([kernel - int(pad) - side for side, kernel, _, pad in pairs], layer.padding)
+    (bottom, right), (top, left) = (
+        [kernel - int(pad) - side for side, kernel, _, pad in pairs],
+        layer.padding,
+    )
     padded = F.pad(images, (int(left), right, int(top), bottom))
-    columns, weights = padded.permute(0, 2, 3, 1).flatten(1), layer.weight.permute(0, 2, 3, 1).flatten(1)
+    columns, weights = (
+        padded.permute(0, 2, 3, 1).flatten(1),
+        layer.weight.permute(0, 2, 3, 1).flatten(1),
+    )
     return F.linear(columns, weights, layer.bias)[:, :, None, None]
 
 
@@ -169,7 +185,13 @@ def choose_device(name: str) -> torch.device:
         InputError: no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.empty(1, device=name)
         return torch.device(name)

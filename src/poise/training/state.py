@@ -72,12 +72,21 @@ def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) ->
         copy_from_first(vae)
         copy_from_first(balance)
     parameters = [*vae.parameters(), *balance.parameters()]
-    on_cuda = device.type == "cuda"  # there the learning rate is a tensor, so that a recorded step follows it
+    on_cuda = (
+        device.type == "cuda"
+    )  # there the learning rate is a tensor, so that a recorded step follows it
     rate = torch.tensor(stage.learning_rate, device=device) if on_cuda else stage.learning_rate
-    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda)
+    optimizer = torch.optim.Adam(
+        parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda
+    )
     average = copy.deepcopy(vae).requires_grad_(False) if stage.ema_decay is not None else None
-    sums, verdict = torch.zeros(len(TERMS) + 1, device=device), torch.zeros(len(Verdict._fields), device=device)
-    return TrainingState(vae, balance, optimizer, average, sums, verdict, torch.zeros((), device=device))
+    sums, verdict = (
+        torch.zeros(len(TERMS) + 1, device=device),
+        torch.zeros(len(Verdict._fields), device=device),
+    )
+    return TrainingState(
+        vae, balance, optimizer, average, sums, verdict, torch.zeros((), device=device)
+    )
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -90,7 +99,9 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors = {f"vae.{name}": tensor for name, tensor in state.vae.state_dict().items()}
     tensors |= {f"balance.{name}": tensor for name, tensor in state.balance.state_dict().items()}
     if state.average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
+        tensors |= {
+            f"average.{name}": tensor for name, tensor in state.average.state_dict().items()
+        }
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
     return tensors | {"sums": state.sums, "step": torch.tensor(state.step)}
@@ -109,7 +120,10 @@ def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     parameters = parameters_of(state.optimizer)
     for index, values in moments.items():
         like = parameters[index]  # its memory format is the one that the fused kernel relies on
-        moments[index] = {key: value if key == "step" else torch.empty_like(like).copy_(value) for key, value in values.items()}
+        moments[index] = {
+            key: value if key == "step" else torch.empty_like(like).copy_(value)
+            for key, value in values.items()
+        }
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.sums.copy_(tensors["sums"])
@@ -118,4 +132,8 @@ def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix` and a dot, without them."""
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+    return {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + ".")
+    }

@@ -18,7 +18,14 @@ Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` 
 Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # as `training_step` is called
 
 
-def training_step(state: TrainingState, batch: Values, noise: Latents, stage: Stage, *, objective: Loss | None = None) -> None:
+def training_step(
+    state: TrainingState,
+    batch: Values,
+    noise: Latents,
+    stage: Stage,
+    *,
+    objective: Loss | None = None,
+) -> None:
     """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation.
 
     Network and balance are to be in training mode. Of several processes each gives its share of the batch. Where the loss or
@@ -47,7 +54,9 @@ def training_step(state: TrainingState, batch: Values, noise: Latents, stage: St
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
 
 
-def note(state: TrainingState, terms: LossTerms, loss: Tensor, asked: Tensor, gradient: Tensor) -> None:
+def note(
+    state: TrainingState, terms: LossTerms, loss: Tensor, asked: Tensor, gradient: Tensor
+) -> None:
     """Update the verdict, which after a failure stays as it is: it then tells that step."""
     fails = ~torch.isfinite(loss + gradient)
     steps = state.verdict[Verdict._fields.index("steps")] + 1

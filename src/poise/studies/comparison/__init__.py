@@ -8,4 +8,14 @@ from poise.studies.comparison.comparing import BALANCES, compare
 from poise.studies.comparison.experiment import Comparison, Experiment, conduct
 from poise.studies.comparison.tables import differences, markdown, speed, table
 
-__all__ = ["BALANCES", "Comparison", "Experiment", "compare", "conduct", "differences", "markdown", "speed", "table"]
+__all__ = [
+    "BALANCES",
+    "Comparison",
+    "Experiment",
+    "compare",
+    "conduct",
+    "differences",
+    "markdown",
+    "speed",
+    "table",
+]

@@ -22,7 +22,12 @@ from poise.studies.results import safe_name
 from poise.support.files import appearing, write_file
 
 BALANCES = ("computed", "learned", "optimal", "fixed")
-VARIED = {"balance", "second_balance", "objective", "seed"}  # by other means than changes of the recipe
+VARIED = {
+    "balance",
+    "second_balance",
+    "objective",
+    "seed",
+}  # by other means than changes of the recipe
 BUDGET = {"minutes"}  # each run would choose a length of its own
 
 
@@ -76,10 +81,16 @@ def compare(
         >>> print(poise.compare("digits", balances=["computed", "fixed:beta=4"], seeds=3))      # doctest: +SKIP
     """
     until = deadline(stop_after)
-    labels = variants(balances if balances is not None else ("computed",) if models else BALANCES, models, second_balance)
+    labels = variants(
+        balances if balances is not None else ("computed",) if models else BALANCES,
+        models,
+        second_balance,
+    )
     one_stage = isinstance(recipe, Recipe) and recipe.second is None
     chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
-    base = base_recipe(data, recipe, changes if "second-stage" in chosen else {**changes, "stages": 1})
+    base = base_recipe(
+        data, recipe, changes if "second-stage" in chosen else {**changes, "stages": 1}
+    )
     name = f"compare-{_name(data, base)}"
     folder = Path(out or Path("runs") / name)
     wanted = replace(find_protocol(protocol), **({} if images is None else {"real": images}))
@@ -96,9 +107,13 @@ def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tup
     """The priors to measure, in the order of `GENERATIONS`; all that there are if none are given."""
     known: tuple[PriorName, ...] = tuple(GENERATIONS.values())
     if unknown := set(priors or ()) - set(known):
-        raise InputError(f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(known)}, as in priors=['mixture']")
+        raise InputError(
+            f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(known)}, as in priors=['mixture']"
+        )
     if stages == 1 and "second-stage" in (priors or ()):
-        raise InputError("the prior second-stage needs a second stage: leave it out of the priors, or allow both stages")
+        raise InputError(
+            "the prior second-stage needs a second stage: leave it out of the priors, or allow both stages"
+        )
     there: list[PriorName] = [prior for prior in known if stages != 1 or prior != "second-stage"]
     chosen: list[PriorName] = [prior for prior in there if priors is None or prior in priors]
     return tuple(chosen)
@@ -108,8 +123,12 @@ def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, An
     """What all labels have in common."""
     allowed = {field.name for field in fields(Changes)} - VARIED - BUDGET
     if unknown := set(changes) - allowed:
-        raise InputError(f"compare has no setting {', '.join(sorted(unknown))}; a recipe's are {', '.join(sorted(allowed))}")
-    return Changes(**changes).apply(resolve(str(data) if isinstance(data, Path) else data, recipe, None))
+        raise InputError(
+            f"compare has no setting {', '.join(sorted(unknown))}; a recipe's are {', '.join(sorted(allowed))}"
+        )
+    return Changes(**changes).apply(
+        resolve(str(data) if isinstance(data, Path) else data, recipe, None)
+    )
 
 
 def _name(data: Any, base: Recipe) -> str:
@@ -122,8 +141,12 @@ def _name(data: Any, base: Recipe) -> str:
 def _with_stored(array: Any, base: Recipe, folder: Path) -> Recipe:
     """The recipe with a file as its source, which the array is written to: other processes are to read it."""
     values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    read_images(values, size=base.data.size, channels=base.data.channels)  # what is wrong is said before it is written
-    digest = hashlib.sha256(f"{values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+    read_images(
+        values, size=base.data.size, channels=base.data.channels
+    )  # what is wrong is said before it is written
+    digest = hashlib.sha256(
+        f"{values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes()
+    ).hexdigest()
     path = folder.resolve() / f"images-{digest[:12]}.npy"
     if not path.exists():
         with appearing(path) as writing, open(writing, "wb") as file:

@@ -43,7 +43,13 @@ class Outcome:
 
 
 def execute(
-    tasks: Sequence[Task], crew: Crew, num_images: int, *, title: str, until: float | None = None, quiet: bool = False
+    tasks: Sequence[Task],
+    crew: Crew,
+    num_images: int,
+    *,
+    title: str,
+    until: float | None = None,
+    quiet: bool = False,
 ) -> Outcome:
     """Do tasks; one that fails is told in the outcome, and the others go on.
 
@@ -67,7 +73,9 @@ def execute(
     ):
         stopping = late = False
         while waiting or workers.busy:
-            if not stopping and (asked() or (late := until is not None and time.monotonic() > until)):
+            if not stopping and (
+                asked() or (late := until is not None and time.monotonic() > until)
+            ):
                 stopping = True
                 waiting.clear()
                 workers.stop()
@@ -88,7 +96,9 @@ def execute(
 class Worker:
     """One process, the tasks that it is doing by the numbers of their seats, and the file that it prints into."""
 
-    def __init__(self, number: int, crew: Crew, folder: Path, answers: "queue.SimpleQueue[Answer]") -> None:
+    def __init__(
+        self, number: int, crew: Crew, folder: Path, answers: "queue.SimpleQueue[Answer]"
+    ) -> None:
         self.device, self.log = crew.devices[number], folder / f"worker-{number + 1}.log"
         self.tasks: dict[int, Task] = {}
         path = os.pathsep.join(filter(None, sys.path))
@@ -101,7 +111,9 @@ class Worker:
         self._listener.start()
 
     def _listen(self, answers: "queue.SimpleQueue[Answer]") -> None:
-        with suppress(ValueError):  # not an answer: of this process no other is heard, as if it had ended
+        with suppress(
+            ValueError
+        ):  # not an answer: of this process no other is heard, as if it had ended
             for line in self._pipe(self.process.stdout):
                 answers.put(Answer(self, json.loads(line)))
         answers.put(Answer(self, None))
@@ -142,7 +154,12 @@ class Worker:
         code = self.process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         with suppress(OSError, IndexError):
-            said = self.log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip().splitlines()[-1]
+            said = (
+                self.log.read_bytes()[-TAIL_BYTES:]
+                .decode(errors="replace")
+                .strip()
+                .splitlines()[-1]
+            )
             how += f": {said} (see {self.log})"
         return f"its process ended {how}"
 
@@ -230,15 +247,21 @@ class Following:
 
     def __init__(self, tasks: Sequence[Task], num_images: int) -> None:
         self.tasks, self.num_images = tasks, num_images
-        self.total = sum(task.total_steps(num_images) + 1 for task in tasks)  # the last is measuring
+        self.total = sum(
+            task.total_steps(num_images) + 1 for task in tasks
+        )  # the last is measuring
         self.ended: set[str] = set()
         self._first_seen: dict[int, int] = {}
         self._said: set[int] = set()
 
     def done(self) -> int:
         """Steps of all tasks."""
-        over, going = [[t for t in self.tasks if (t.name in self.ended) == ended] for ended in (True, False)]
-        return sum(task.total_steps(self.num_images) + 1 for task in over) + sum(map(self._steps, going))
+        over, going = [
+            [t for t in self.tasks if (t.name in self.ended) == ended] for ended in (True, False)
+        ]
+        return sum(task.total_steps(self.num_images) + 1 for task in over) + sum(
+            map(self._steps, going)
+        )
 
     def _steps(self, task: Task) -> int:
         entry = last_entry(task.folder / "metrics.jsonl")
@@ -257,7 +280,9 @@ class Following:
         if steps == total:
             return "measuring"
         first = task.recipe.first.total_steps(self.num_images)
-        number, share = (1, steps / first) if steps < first else (2, (steps - first) / (total - first))
+        number, share = (
+            (1, steps / first) if steps < first else (2, (steps - first) / (total - first))
+        )
         return f"stage {number} {share:.0%}"
 
     def say_estimate(self, busy: Sequence[Task], jobs: int) -> None:
@@ -267,13 +292,20 @@ class Following:
             if entry is None or entry["stage"] in self._said or not entry["images_per_second"]:
                 continue
             stage = int(entry["stage"])
-            if self._first_seen.setdefault(stage, entry["step"]) == entry["step"]:  # the first steps of a process are slow
+            if (
+                self._first_seen.setdefault(stage, entry["step"]) == entry["step"]
+            ):  # the first steps of a process are slow
                 continue
             self._said.add(stage)
             seconds = self._batch(task, stage) / entry["images_per_second"]
-            left = sum(self._left(other, stage) for other in self.tasks) * seconds / min(jobs, len(self.tasks))
+            left = (
+                sum(self._left(other, stage) for other in self.tasks)
+                * seconds
+                / min(jobs, len(self.tasks))
+            )
             line = (
-                f"stage {stage}: {1000 * seconds:.1f} ms a step, so about {duration(left)} for what is left of it in all runs"
+                f"stage {stage}: {1000 * seconds:.1f} ms a step, so about {duration(left)} for "
+                "what is left of it in all runs"
             )
             print(line, file=sys.stderr, flush=True)
 
@@ -284,7 +316,10 @@ class Following:
 
     def _left(self, task: Task, stage: int) -> int:
         """Steps of one stage that are still to be done."""
-        first, total = task.recipe.first.total_steps(self.num_images), task.total_steps(self.num_images)
+        first, total = (
+            task.recipe.first.total_steps(self.num_images),
+            task.total_steps(self.num_images),
+        )
         steps = self._steps(task)
         return max(first - steps, 0) if stage == 1 else total - max(steps, first)
 

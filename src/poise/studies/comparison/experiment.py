@@ -24,7 +24,15 @@ from poise.runs.options import Options
 from poise.runs.run import PriorName
 from poise.studies.comparison.execution import Outcome, execute
 from poise.studies.comparison.measuring import Measuring, measuring_for
-from poise.studies.comparison.plan import Crew, Task, check_specs, check_start, crew_for, recipes, unsourced
+from poise.studies.comparison.plan import (
+    Crew,
+    Task,
+    check_specs,
+    check_start,
+    crew_for,
+    recipes,
+    unsourced,
+)
 from poise.studies.comparison.tables import page, table
 from poise.studies.results import Result, safe_name
 from poise.support.files import write_json
@@ -94,7 +102,9 @@ class Comparison:
         return Counter(label for label, _ in self.failed)
 
     def __str__(self) -> str:
-        messages = {f"{label}, seed {seed}": message for (label, seed), message in self.failed.items()}
+        messages = {
+            f"{label}, seed {seed}": message for (label, seed), message in self.failed.items()
+        }
         return page(self.name, self.results, self.reference, messages, self._failed_of_label)
 
 
@@ -138,15 +148,25 @@ def conduct(
     with locked(folder):
         dataset = read_data(experiment.base.data, cache=folder / "cache")
         device = check_start(experiment.base, dataset, options)
-        measuring = measuring_for(dataset, experiment.protocols, experiment.extractor, experiment.priors, device)
-        tasks = tasks_of(experiment, folder, results or folder / "results", measuring, options, dataset.checksum)
+        measuring = measuring_for(
+            dataset, experiment.protocols, experiment.extractor, experiment.priors, device
+        )
+        tasks = tasks_of(
+            experiment, folder, results or folder / "results", measuring, options, dataset.checksum
+        )
         crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
         open_folder(folder, experiment, dataset, results or folder / "results")
         for task in tasks:
             task.check_place()
         del dataset  # the processes read it for themselves
         outcome = carry_out(
-            tasks, crew, num_images, title=experiment.name, until=until, quiet=options.quiet, cost=experiment.base.cost
+            tasks,
+            crew,
+            num_images,
+            title=experiment.name,
+            until=until,
+            quiet=options.quiet,
+            cost=experiment.base.cost,
         )
     return collected(experiment, tasks, outcome, folder)
 
@@ -158,17 +178,30 @@ def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results:
         InputError: it holds something else.
     """
     path = folder / DESCRIPTION
-    now = {"settings": unsourced(to_json(experiment.base)), "data": dataset.checksum, "labels": dict(experiment.labels)}
+    now = {
+        "settings": unsourced(to_json(experiment.base)),
+        "data": dataset.checksum,
+        "labels": dict(experiment.labels),
+    }
     if path.exists():
         was = _read(path)
-        labels = {label: changes for label, changes in was["labels"].items() if label in now["labels"]}
+        labels = {
+            label: changes for label, changes in was["labels"].items() if label in now["labels"]
+        }
         differing = differences(was | {"labels": dict(now["labels"]) | labels}, now)
         if differing:
-            raise InputError(f"{folder} holds another experiment ({'; '.join(differing)}): choose another --out")
+            raise InputError(
+                f"{folder} holds another experiment ({'; '.join(differing)}): choose another --out"
+            )
         now["labels"] = was["labels"] | now["labels"]
     elif any(not _expected(found) for found in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and is not an experiment's folder: choose another --out")
-    write_json(path, {"experiment": FORMAT, "name": experiment.name, "results": str(results.resolve())} | now)
+        raise InputError(
+            f"{folder} is not empty and is not an experiment's folder: choose another --out"
+        )
+    write_json(
+        path,
+        {"experiment": FORMAT, "name": experiment.name, "results": str(results.resolve())} | now,
+    )
 
 
 def _expected(path: Path) -> bool:
@@ -186,12 +219,27 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def tasks_of(
-    experiment: Experiment, folder: Path, results: Path, measuring: Measuring, options: Options, checksum: str
+    experiment: Experiment,
+    folder: Path,
+    results: Path,
+    measuring: Measuring,
+    options: Options,
+    checksum: str,
 ) -> list[Task]:
     """Everything to be done, finished or not, in the order in which it is."""
-    surroundings = {"engine": options.engine, "save_seconds": options.save_seconds, "checksum": checksum}
-    places = [(label, recipe, folder / safe_name(label, recipe.seed)) for label, recipe in experiment.planned()]
-    return [Task(experiment.name, label, recipe, place, results, measuring, **surroundings) for label, recipe, place in places]
+    surroundings = {
+        "engine": options.engine,
+        "save_seconds": options.save_seconds,
+        "checksum": checksum,
+    }
+    places = [
+        (label, recipe, folder / safe_name(label, recipe.seed))
+        for label, recipe in experiment.planned()
+    ]
+    return [
+        Task(experiment.name, label, recipe, place, results, measuring, **surroundings)
+        for label, recipe, place in places
+    ]
 
 
 def carry_out(
@@ -213,27 +261,41 @@ def carry_out(
     """
     undone = [task for task in tasks if task.result() is None]
     if not quiet:
-        print(announce(title, tasks, undone, crew, num_images) + (f"; {cost}" if cost else ""), file=sys.stderr, flush=True)
+        print(
+            announce(title, tasks, undone, crew, num_images) + (f"; {cost}" if cost else ""),
+            file=sys.stderr,
+            flush=True,
+        )
     if not undone or (until is not None and time.monotonic() > until):
         return Outcome(late=bool(undone))
     return execute(undone, crew, num_images, title=title, until=until, quiet=quiet)
 
 
-def announce(title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int) -> str:
+def announce(
+    title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int
+) -> str:
     """What is about to be done."""
     recipe = tasks[0].recipe
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])
     labels, seeds = len({task.label for task in tasks}), len({task.recipe.seed for task in tasks})
-    runs = f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths}"
+    runs = (
+        f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths}"
+    )
     finished = f", {len(tasks) - len(undone)} of them finished" if len(undone) < len(tasks) else ""
     return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}"
 
 
-def collected(experiment: Experiment, tasks: Sequence[Task], outcome: Outcome, folder: Path) -> Comparison:
+def collected(
+    experiment: Experiment, tasks: Sequence[Task], outcome: Outcome, folder: Path
+) -> Comparison:
     """The results of all tasks, by label and then seed."""
     labels = list(experiment.labels)
     ordered = sorted(tasks, key=lambda task: labels.index(task.label))
     results = tuple(result for task in ordered if (result := task.result()) is not None)
-    failed = {(t.label, t.recipe.seed): outcome.failed[t.name] for t in ordered if t.name in outcome.failed}
+    failed = {
+        (t.label, t.recipe.seed): outcome.failed[t.name]
+        for t in ordered
+        if t.name in outcome.failed
+    }
     return Comparison(experiment.name, folder, results, labels[0], failed, outcome.late)

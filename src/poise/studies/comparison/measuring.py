@@ -20,7 +20,9 @@ from poise.runs.run import GENERATIONS, PriorName, Run
 from poise.studies.results import Result
 from poise.support.files import strict, write_json
 
-SMALL_SIDE = 16  # up to which pictures are compared pixel by pixel: `pixels` keeps every one of them
+SMALL_SIDE = (
+    16  # up to which pictures are compared pixel by pixel: `pixels` keeps every one of them
+)
 SMALL_NOTE = "images of at most 16x16 are compared pixel by pixel (FD-pixels): networks for photographs say little about them"
 PIXELS_NOTE = (
     "neither Inception nor the light network is at hand: compared by pixels averaged to 16x16 (FD-pixels), which says little "
@@ -68,7 +70,11 @@ class Measuring:
 
 
 def measuring_for(
-    dataset: Dataset, protocols: Iterable[Protocol], extractor: str, priors: Iterable[PriorName], device: torch.device
+    dataset: Dataset,
+    protocols: Iterable[Protocol],
+    extractor: str,
+    priors: Iterable[PriorName],
+    device: torch.device,
 ) -> Measuring:
     """The protocols with all filled in that is known before a run is trained; the extractor loaded once, to see that it can be.
 
@@ -93,7 +99,10 @@ def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
     side: Literal["train", "test"] = "train" if protocol.reference == "train" else "test"
     there = len(getattr(dataset, side))
     real = min(protocol.real or there, there)
-    return complete(replace(protocol, reference=side, real=real, side=dataset.shape[1]), protocol.generated or real)
+    return complete(
+        replace(protocol, reference=side, real=real, side=dataset.shape[1]),
+        protocol.generated or real,
+    )
 
 
 def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, tuple[str, ...]]:
@@ -116,10 +125,18 @@ def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
     parts = [_part(run, measuring, protocol, seed, network) for protocol in measuring.protocols]
     parts += _earlier(run.folder, parts)
     joined: dict[str, Any] = dict(parts[0]["evaluation"])
-    joined["protocols"] = {code: p for part in parts for code, p in part["evaluation"]["protocols"].items()}
+    joined["protocols"] = {
+        code: p for part in parts for code, p in part["evaluation"]["protocols"].items()
+    }
     measurements = [m for part in parts for m in part["evaluation"]["measurements"]]
-    joined["measurements"] = list({(m["metric"], m["of"], m["protocol"]): m for m in measurements}.values())
-    joined["notes"] = list(dict.fromkeys([*measuring.notes, *(n for part in parts for n in part["evaluation"]["notes"])]))
+    joined["measurements"] = list(
+        {(m["metric"], m["of"], m["protocol"]): m for m in measurements}.values()
+    )
+    joined["notes"] = list(
+        dict.fromkeys(
+            [*measuring.notes, *(n for part in parts for n in part["evaluation"]["notes"])]
+        )
+    )
     return joined | {"seconds": round(sum(part["seconds"] for part in parts), 2)}
 
 
@@ -128,7 +145,11 @@ def _loaded(spec: str, device: torch.device) -> str | Extractor:
 
 
 def _part(
-    run: Run, measuring: Measuring, protocol: Protocol, seed: int, network: Callable[[], str | Extractor]
+    run: Run,
+    measuring: Measuring,
+    protocol: Protocol,
+    seed: int,
+    network: Callable[[], str | Extractor],
 ) -> dict[str, Any]:
     """What a protocol gives, from the run's folder if it was measured before."""
     asked = {"priors": measuring.priors, "seed": seed, "weights": _weights(run.folder)}
@@ -137,8 +158,14 @@ def _part(
     if (kept := _kept(path)) and kept["request"] == request:
         return kept
     began = time.monotonic()
-    evaluation = run.evaluate(protocol=protocol, extractor=network(), priors=measuring.priors, seed=seed)
-    part = {"request": request, "seconds": time.monotonic() - began, "evaluation": evaluation.to_json()}
+    evaluation = run.evaluate(
+        protocol=protocol, extractor=network(), priors=measuring.priors, seed=seed
+    )
+    part = {
+        "request": request,
+        "seconds": time.monotonic() - began,
+        "evaluation": evaluation.to_json(),
+    }
     write_json(path, part)
     return strict(part)
 
@@ -148,7 +175,9 @@ def _earlier(folder: Path, parts: Sequence[dict[str, Any]]) -> list[dict[str, An
     used = {part["request"]["protocol"]["extractor"] for part in parts}
     same = [parts[0]["request"][name] for name in ("weights", "seed")]
     kept = [part for path in sorted((folder / "measured").glob("*.json")) if (part := _kept(path))]
-    asked = [part for part in kept if [part["request"][name] for name in ("weights", "seed")] == same]
+    asked = [
+        part for part in kept if [part["request"][name] for name in ("weights", "seed")] == same
+    ]
     return [part for part in asked if part["request"]["protocol"]["extractor"] not in used]
 
 

@@ -62,7 +62,11 @@ class Task:
 
     def total_steps(self, num_images: int) -> int:
         """Of both stages."""
-        return sum(stage.total_steps(num_images) for stage in (self.recipe.first, self.recipe.second) if stage)
+        return sum(
+            stage.total_steps(num_images)
+            for stage in (self.recipe.first, self.recipe.second)
+            if stage
+        )
 
     def result(self) -> Result | None:
         """What was written of this very task before: same settings, images, protocols and sets; else None."""
@@ -73,7 +77,9 @@ class Task:
         """Raises InputError where a result of other settings or images lies in this one's place: it would be lost."""
         found = self._written()
         if found and not self._is_mine(found):
-            raise InputError(f"{self.result_path} is of other settings or images: move it away, or choose another folder")
+            raise InputError(
+                f"{self.result_path} is of other settings or images: move it away, or choose another folder"
+            )
 
     def _written(self) -> Result | None:
         try:
@@ -94,12 +100,18 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the same task."""
-        values = asdict(self) | {"recipe": to_json(self.recipe), "measuring": self.measuring.to_json()}
+        values = asdict(self) | {
+            "recipe": to_json(self.recipe),
+            "measuring": self.measuring.to_json(),
+        }
         return values | {"folder": str(self.folder), "results": str(self.results)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Task":
-        recipe, measuring = from_json(Recipe, values["recipe"], "recipe"), Measuring.from_json(values["measuring"])
+        recipe, measuring = (
+            from_json(Recipe, values["recipe"], "recipe"),
+            Measuring.from_json(values["measuring"]),
+        )
         made: dict[str, Any] = {name: Path(values[name]) for name in ("folder", "results")}
         return cls(**values | made | {"recipe": recipe, "measuring": measuring})
 
@@ -109,7 +121,9 @@ def unsourced(settings: Mapping[str, Any]) -> Any:
     return strict(dict(settings) | {"data": dict(settings["data"]) | {"source": None}})
 
 
-def variants(balances: Sequence[str], models: Sequence[str], second_balance: str | None) -> dict[str, dict[str, Any]]:
+def variants(
+    balances: Sequence[str], models: Sequence[str], second_balance: str | None
+) -> dict[str, dict[str, Any]]:
     """The changes of the recipe that each label stands for.
 
     Args:
@@ -123,10 +137,17 @@ def variants(balances: Sequence[str], models: Sequence[str], second_balance: str
     labels = [*balances, *models]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice or not labels:
-        raise InputError(f"{', '.join(twice)} is given twice" if twice else "nothing to compare: give balances or models")
+        raise InputError(
+            f"{', '.join(twice)} is given twice"
+            if twice
+            else "nothing to compare: give balances or models"
+        )
     own = {} if second_balance in (None, SAME) else {"second_balance": second_balance}
     same = second_balance == SAME
-    named = {label: {"balance": label} | ({"second_balance": label} if same else own) for label in balances}
+    named = {
+        label: {"balance": label} | ({"second_balance": label} if same else own)
+        for label in balances
+    }
     return named | {label: {"objective": label} | own for label in models}
 
 
@@ -137,7 +158,9 @@ def check_specs(recipe: Recipe) -> None:
         make_objective(stage.objective)
 
 
-def recipes(base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> Iterator[tuple[str, Recipe]]:
+def recipes(
+    base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[int]
+) -> Iterator[tuple[str, Recipe]]:
     """Each label's recipe for each seed, the first seed of all labels first, so that pairs are complete early."""
     for seed in seeds:
         for label, changes in labels.items():
@@ -182,7 +205,11 @@ class Crew:
 
     def __str__(self) -> str:
         count, kind = len(self.devices), self.devices[0].partition(":")[0]
-        return f"{count} at a time on {kind}" if count > 1 else f"one after another on {self.devices[0]}"
+        return (
+            f"{count} at a time on {kind}"
+            if count > 1
+            else f"one after another on {self.devices[0]}"
+        )
 
 
 def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
@@ -201,7 +228,9 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be at least 1, not {jobs}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     places = [str(device)]
     if device.type == "cuda" and device.index is None:
         places = [f"cuda:{number}" for number in range(torch.cuda.device_count())]

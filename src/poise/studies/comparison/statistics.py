@@ -88,7 +88,9 @@ def spread(values: Sequence[float]) -> Spread | None:
     """Of no values None."""
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Spread(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def difference(values: Sequence[float]) -> Difference | None:
     """The mean of paired differences; of no pairs None."""
     if not values:
         return None
-    return Difference(statistics.fmean(values), bootstrap(values) if len(values) >= FEWEST else None, len(values))
+    return Difference(
+        statistics.fmean(values), bootstrap(values) if len(values) >= FEWEST else None, len(values)
+    )
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:

@@ -38,13 +38,27 @@ def table(results: Iterable[Result], failed: Mapping[str, int] | None = None) ->
     results = list(results)
     groups, failed, several = by_label(results), failed or {}, namesakes(results)
     labels = list(dict.fromkeys([*groups, *failed]))
-    measured = {label: [figures(result, several) for result in groups.get(label, {}).values()] for label in labels}
+    measured = {
+        label: [figures(result, several) for result in groups.get(label, {}).values()]
+        for label in labels
+    }
     names = _union(values for runs in measured.values() for values in runs)
-    counts = [str(len(measured[label])) + (f" ({failed[label]} failed)" if failed.get(label) else "") for label in labels]
-    cells = [
-        [_cell([run[name] for run in measured[label] if name in run], measured[label]) for label in labels] for name in names
+    counts = [
+        str(len(measured[label])) + (f" ({failed[label]} failed)" if failed.get(label) else "")
+        for label in labels
     ]
-    return [["", *labels], ["seeds", *counts], *([name, *row] for name, row in zip(names, cells, strict=True))]
+    cells = [
+        [
+            _cell([run[name] for run in measured[label] if name in run], measured[label])
+            for label in labels
+        ]
+        for name in names
+    ]
+    return [
+        ["", *labels],
+        ["seeds", *counts],
+        *([name, *row] for name, row in zip(names, cells, strict=True)),
+    ]
 
 
 def _cell(values: Sequence[float], runs: Sequence[object]) -> str:
@@ -65,14 +79,23 @@ def differences(results: Iterable[Result], reference: str) -> Rows:
     """
     results = list(results)
     groups, several = by_label(results), namesakes(results)
-    measured = {label: {seed: figures(result, several) for seed, result in runs.items()} for label, runs in groups.items()}
+    measured = {
+        label: {seed: figures(result, several) for seed, result in runs.items()}
+        for label, runs in groups.items()
+    }
     others = [label for label in groups if label != reference]
     names = _union(values for runs in measured.values() for values in runs.values())
     rows = [["", *(f"{label} - {reference}" for label in others)]]
-    columns = {label: _paired_figures(measured[label], measured.get(reference, {}), names) for label in others}
+    columns = {
+        label: _paired_figures(measured[label], measured.get(reference, {}), names)
+        for label in others
+    }
     pairs = {label: len(set(groups[label]) & set(groups.get(reference, {}))) for label in others}
     rows.append(["pairs", *(str(pairs[label]) for label in others)])
-    return rows + [[name, *(_difference(columns[label][name], pairs[label]) for label in others)] for name in names]
+    return rows + [
+        [name, *(_difference(columns[label][name], pairs[label]) for label in others)]
+        for name in names
+    ]
 
 
 def _difference(value: Difference | None, pairs: int) -> str:
@@ -80,7 +103,9 @@ def _difference(value: Difference | None, pairs: int) -> str:
 
 
 def _paired_figures(
-    mine: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]], names: Sequence[str]
+    mine: Mapping[int, Mapping[str, float]],
+    theirs: Mapping[int, Mapping[str, float]],
+    names: Sequence[str],
 ) -> dict[str, Difference | None]:
     def column(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
         return {seed: values[name] for seed, values in runs.items() if name in values}
@@ -94,12 +119,19 @@ def speed(results: Iterable[Result], reference: str) -> Rows:
     mse = threshold(groups.get(reference, {}).values())
     if mse is None:
         return []
-    found = {label: [reached(result, mse) for result in runs.values()] for label, runs in groups.items()}
+    found = {
+        label: [reached(result, mse) for result in runs.values()] for label, runs in groups.items()
+    }
     counts = [f"{sum(r is not None for r in places)} of {len(places)}" for places in found.values()]
     images = [_over_places(places, lambda place: place.images / 1000) for places in found.values()]
     seconds = [_over_places(places, lambda place: place.seconds) for places in found.values()]
     head = [f"until training MSE <= {mse:.4g}", *groups]
-    return [head, ["runs that reached it", *counts], ["thousand training images", *images], ["training seconds", *seconds]]
+    return [
+        head,
+        ["runs that reached it", *counts],
+        ["thousand training images", *images],
+        ["training seconds", *seconds],
+    ]
 
 
 def _over_places(places: Sequence[Reached | None], value: Callable[[Reached], float]) -> str:
@@ -112,7 +144,9 @@ def show(value: Spread | Difference | None) -> str:
         return ABSENT
     if isinstance(value, Spread):
         digits = _digits(value.mean)
-        return f"{value.mean:.{digits}f}" + (f" ± {value.deviation:.{digits}f}" if value.deviation is not None else "")
+        return f"{value.mean:.{digits}f}" + (
+            f" ± {value.deviation:.{digits}f}" if value.deviation is not None else ""
+        )
     if value.interval is None:
         return f"{value.mean:+.{_digits(value.mean)}f}"
     digits = _digits(max(map(abs, value.interval)))
@@ -128,12 +162,25 @@ def _digits(value: float) -> int:
 def markdown(rows: Rows) -> str:
     """Rows as a Markdown table whose columns also line up where it is read as text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    lines = [
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        for row in rows
+    ]
+    rule = (
+        "|"
+        + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def page(title: str, results: Sequence[Result], reference: str, failed: Mapping[str, str], labels: Mapping[str, int]) -> str:
+def page(
+    title: str,
+    results: Sequence[Result],
+    reference: str,
+    failed: Mapping[str, str],
+    labels: Mapping[str, int],
+) -> str:
     """Everything that was compared, as Markdown.
 
     Args:
@@ -143,13 +190,21 @@ def page(title: str, results: Sequence[Result], reference: str, failed: Mapping[
         failed: messages of failed runs, by the run's name.
         labels: number of failed runs, by label.
     """
-    parts = [f"# {title}", markdown(table(results, labels)), "Mean ± sample standard deviation over seeds, on test images."]
+    parts = [
+        f"# {title}",
+        markdown(table(results, labels)),
+        "Mean ± sample standard deviation over seeds, on test images.",
+    ]
     groups = by_label(results)
     if len(groups) > 1 and reference in groups:
         parts += [markdown(differences(results, reference)), _about_differences(groups, reference)]
     if rows := speed(results, reference):
         parts += [markdown(rows), ABOUT_SPEED.format(near=NEAR, reference=reference)]
-    parts += ["\n".join(f"- failed: {name}: {message}" for name, message in failed.items())] if failed else []
+    parts += (
+        ["\n".join(f"- failed: {name}: {message}" for name, message in failed.items())]
+        if failed
+        else []
+    )
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in conditions(results))]) + "\n"
 
 
@@ -160,7 +215,11 @@ ABOUT_SPEED = (
 
 
 def _about_differences(groups: Mapping[str, Mapping[int, Result]], reference: str) -> str:
-    fewest = min(len(set(runs) & set(groups[reference])) for label, runs in groups.items() if label != reference)
+    fewest = min(
+        len(set(runs) & set(groups[reference]))
+        for label, runs in groups.items()
+        if label != reference
+    )
     text = f"Mean difference from {reference}, paired by seed"
     if fewest < FEWEST:
         return f"{text}; of fewer than {FEWEST} pairs there is no interval."
@@ -176,18 +235,30 @@ def conditions(results: Iterable[Result]) -> list[str]:
         for line in [*_protocols(result), *result.evaluation["notes"], made_by(result)]:
             of.setdefault(line, {})[result.label] = None
     everyone = max((len(labels) for labels in of.values()), default=0)
-    return [line if len(labels) == everyone else f"{', '.join(labels)}: {line}" for line, labels in of.items()]
+    return [
+        line if len(labels) == everyone else f"{', '.join(labels)}: {line}"
+        for line, labels in of.items()
+    ]
 
 
 def _protocols(result: Result) -> list[str]:
     evaluation, distances = result.evaluation, result.distance_names
-    used = dict.fromkeys(m["protocol"] for m in evaluation["measurements"] if m["metric"] in distances)
-    return [f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}" for code in used]
+    used = dict.fromkeys(
+        m["protocol"] for m in evaluation["measurements"] if m["metric"] in distances
+    )
+    return [
+        f"protocol {from_json(Protocol, evaluation['protocols'][code], 'protocol')}"
+        for code in used
+    ]
 
 
 def made_by(result: Result) -> str:
     """Versions and machine in a line."""
     made = result.provenance
-    versions = ", ".join(f"{name} {made[name]}" for name in ("poise", "commit", "torch", "python", "numpy") if name in made)
+    versions = ", ".join(
+        f"{name} {made[name]}"
+        for name in ("poise", "commit", "torch", "python", "numpy")
+        if name in made
+    )
     machine = made["machine"]
     return f"{versions}; {machine['processor']}, {machine['threads']} threads a run, device {made['device']}"

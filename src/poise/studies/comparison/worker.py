@@ -35,7 +35,9 @@ POLL_SECONDS = 0.5
 def main() -> None:
     """Do tasks until stdin ends."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: half-written files go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exit like any other: half-written files go
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     shelf = Shelf()
@@ -63,7 +65,11 @@ def in_threads(carry_out: Callable[[bytes], None], shelf: "Shelf") -> None:
     """
 
     def beside_others(line: bytes) -> None:
-        with torch.cuda.stream(torch.cuda.Stream(json.loads(line)["device"])) if torch.cuda.is_available() else nullcontext():
+        with (
+            torch.cuda.stream(torch.cuda.Stream(json.loads(line)["device"]))
+            if torch.cuda.is_available()
+            else nullcontext()
+        ):
             carry_out(line)
 
     threads: list[threading.Thread] = []
@@ -88,7 +94,9 @@ def lines_of_stdin(asked: Callable[[], bool] = lambda: False) -> Iterator[bytes]
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in open(0, "rb", buffering=0, closefd=False):  # unbuffered: no lock is held when the process ends
+        for line in open(
+            0, "rb", buffering=0, closefd=False
+        ):  # unbuffered: no lock is held when the process ends
             lines.put(line)
         lines.put(None)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -111,7 +119,10 @@ def answer(task: Task, device: str, shelf: "Shelf") -> dict[str, str]:
         return {"state": "failed", "message": " ".join(str(error).split()) or type(error).__name__}
     except Exception as error:  # the others go on: the traceback is in this worker's file
         traceback.print_exc()
-        return {"state": "failed", "message": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        return {
+            "state": "failed",
+            "message": f"{type(error).__name__}: {' '.join(str(error).split())}",
+        }
     return {"state": "done"}
 
 
@@ -119,12 +130,17 @@ def perform(task: Task, device: str, shelf: "Shelf") -> Path:
     """Train, measure and write the result, from wherever each of them stands; the result's path."""
     options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)  # pyright: ignore
     run = train(
-        shelf.dataset(task.recipe.data, task.folder.parent / "cache"), recipe=task.recipe, out=task.folder, options=options
+        shelf.dataset(task.recipe.data, task.folder.parent / "cache"),
+        recipe=task.recipe,
+        out=task.folder,
+        options=options,
     )
     shelf.measuring.add(threading.current_thread())
     evaluation = measured(run, task.measuring, task.recipe.seed)
     seconds = {"evaluation": evaluation.pop("seconds")}
-    result = result_of(run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds)
+    result = result_of(
+        run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds
+    )
     return write_result(result, task.results)
 
 
