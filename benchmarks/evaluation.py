@@ -25,7 +25,7 @@ from measuring import machine, seconds, write_report
 
 import poise
 from poise.data.decoding import to_bytes
-from poise.evaluation import Reference, chunks_of, complete, distances
+from poise.evaluation import Reference, chunks_of, complete, every_distance
 from poise.features import CACHE_VARIABLE, Extractor, extract, make_extractor
 from poise.metrics import frechet_distance
 from poise.protocols import DEFAULT
@@ -101,7 +101,7 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
         timed(
             parts,
             f"{label} metrics",
-            lambda f=found: list(distances(reference, f, conditions, extractor)),
+            lambda f=found: list(every_distance(reference, f, conditions, extractor)),
             device,
         )
     figures = {f"{m.metric} of {m.of}": m.value for m in evaluation.measurements}

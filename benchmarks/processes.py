@@ -32,7 +32,7 @@ from torch import nn
 import poise
 from poise.recipes import RECIPES, Network, Recipe
 from poise.runs.build import first_stage
-from poise.runs.checkpoint import newest_checkpoint
+from poise.runs.checkpoint import newest_intact_checkpoint
 from poise.runs.options import Options
 from poise.training import under
 
@@ -133,7 +133,7 @@ def weights_apart(one: Path, two: Path) -> float:
 
 
 def newest(folder: Path) -> dict[str, torch.Tensor]:
-    saved, _ = newest_checkpoint(folder / "checkpoints")
+    saved, _ = newest_intact_checkpoint(folder / "checkpoints")
     assert saved is not None
     return saved.tensors
 

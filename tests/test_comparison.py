@@ -22,7 +22,7 @@ from poise import cli
 from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
-from poise.runs.checkpoint import newest_checkpoint
+from poise.runs.checkpoint import newest_intact_checkpoint
 from poise.runs.options import Options
 from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
 from poise.studies.comparison.execution import execute
@@ -367,7 +367,7 @@ def test_a_task_survives_json(tmp_path):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved, _ = newest_checkpoint(folder / "checkpoints")
+    saved, _ = newest_intact_checkpoint(folder / "checkpoints")
     assert saved is not None and saved.meta["finished"]
     return saved.tensors
 

@@ -18,7 +18,7 @@ from poise.recipes.settings import Changes
 from poise.runs import checkpoint, timing
 from poise.runs.options import Options
 from poise.runs.pipeline import train
-from poise.runs.timing import Pace, Timing, fitted
+from poise.runs.timing import Pace, Timing, lengths_within_budget
 from poise.support.progress import hours_minutes
 from poise.training import ImageBatches, Watch, fit, new_state
 
@@ -53,7 +53,7 @@ def final_rates(recipe: Recipe, num_images: int) -> list[float]:
 def test_lengths_take_the_whole_budget_and_no_more(once, first, second, name):
     recipe, num_images, budget = replace(RECIPES[name], minutes=60), 5_000, 3600
     measured = Timing((Pace(once[0], first), Pace(once[1], second)), once[2])
-    chosen = fitted(recipe, measured, num_images, budget)
+    chosen = lengths_within_budget(recipe, measured, num_images, budget)
     times = measured.seconds(chosen, num_images)
     assert (
         budget - sum(pace.step for pace in measured.stages) - 1e-6
@@ -70,25 +70,28 @@ def test_a_second_stage_that_takes_longest_in_its_recipe_does_so_in_a_budget():
         replace(RECIPES["digits"], minutes=2),
         Timing((Pace(0, 1e-2), Pace(0, 1e-2)), 0.0),
     )
-    first, second = measured.seconds(fitted(recipe, measured, 1_600, 100), 1_600)
+    first, second = measured.seconds(lengths_within_budget(recipe, measured, 1_600, 100), 1_600)
     assert second / first == pytest.approx(400 * 50 / (100 * 32), rel=1e-2)
 
 
 def test_a_budget_for_one_stage_is_all_its_own():
     recipe = replace(TINY, second=None, minutes=1)
-    assert fitted(recipe, Timing((Pace(3.0, 0.5),), 2.0), 81, 60).first.steps == 110
+    assert lengths_within_budget(recipe, Timing((Pace(3.0, 0.5),), 2.0), 81, 60).first.steps == 110
 
 
 def test_a_budget_that_is_too_short_names_one_that_is_not():
     recipe = replace(TINY, minutes=0.1)
     with pytest.raises(InputError, match=r"0\.1 minutes are too few.*give 2 or more"):
-        fitted(recipe, Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 6)
-    fitted(replace(recipe, minutes=2), Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 120)
+        lengths_within_budget(recipe, Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 6)
+    lengths_within_budget(
+        replace(recipe, minutes=2), Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 120
+    )
 
 
 def test_statistics_of_a_short_run_settle_within_it():
     short, long = (
-        fitted(replace(TINY, minutes=1), HALF_A_MINUTE, 81, seconds) for seconds in (60, 6_000)
+        lengths_within_budget(replace(TINY, minutes=1), HALF_A_MINUTE, 81, seconds)
+        for seconds in (60, 6_000)
     )
     assert short.network.norm_decay ** (short.first.steps or 0) < 1e-3
     assert long.network.norm_decay == TINY.network.norm_decay
@@ -135,14 +138,16 @@ class Killed(BaseException):
 
 
 def paced(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
-    """The machine has this pace, and only `fitted` looks at a clock."""
+    """The machine has this pace, and only `lengths_within_budget` looks at a clock."""
     monkeypatch.setattr(
         timing, "measure", lambda *_, **__: Timing((Pace(0.0, pace), Pace(0.0, pace)), 0.0)
     )
     monkeypatch.setattr(
         timing,
-        "fitted",
-        lambda recipe, measured, n, left: fitted(recipe, measured, n, 60 * recipe.minutes),
+        "lengths_within_budget",
+        lambda recipe, measured, n, left: lengths_within_budget(
+            recipe, measured, n, 60 * recipe.minutes
+        ),
     )
 
 

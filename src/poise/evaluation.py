@@ -307,7 +307,9 @@ def compare(
     reference = Reference(features.to(place), protocol)
 
     def measure(item: Produced, features: Features, conditions: Protocol) -> list[Measurement]:
-        found = distances(reference, features.to(place), conditions, extractor, infinity=infinity)
+        found = every_distance(
+            reference, features.to(place), conditions, extractor, infinity=infinity
+        )
         common = {"data": checksum[:12], "seed": item.seed, "device": _where(extractor)}
         return [
             Measurement(metric, item.label, value, conditions, spread=spread, **common)
@@ -410,7 +412,7 @@ def content_checksum(chunks: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def distances(
+def every_distance(
     reference: Reference,
     produced: Features,
     protocol: Protocol,

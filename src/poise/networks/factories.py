@@ -74,7 +74,7 @@ def resnet(
     encoder = ResNetEncoder(channels, latent_dim, scales)
     decoder = ResNetDecoder(image_size, channels, latent_dim)
     init = _INITIALISATIONS[initialisation]
-    return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
+    return _initialise(encoder, norm_decay, init), _initialise(decoder, norm_decay, init)
 
 
 def infogan(
@@ -94,11 +94,13 @@ def infogan(
         InputError: a size that the network cannot take.
     """
     _check_size("infogan", image_size, 4)
-    encoder = _finish(InfoGANEncoder(image_size, channels, latent_dim), norm_decay, _normal_init)
+    encoder = _initialise(
+        InfoGANEncoder(image_size, channels, latent_dim), norm_decay, _normal_init
+    )
     normalise_spectrally(
         encoder
     )  # after the weights are drawn: the power iteration starts from them
-    return encoder, _finish(
+    return encoder, _initialise(
         InfoGANDecoder(image_size, channels, latent_dim), norm_decay, _normal_init
     )
 
@@ -129,7 +131,7 @@ def wae(
         WAEEncoder(image_size, channels, latent_dim, head),
         WAEDecoder(image_size, channels, latent_dim),
     )
-    return _finish(encoder, norm_decay, init), _finish(decoder, norm_decay, init)
+    return _initialise(encoder, norm_decay, init), _initialise(decoder, norm_decay, init)
 
 
 def mlp(
@@ -154,7 +156,7 @@ def mlp(
         MLPEncoder(shape, latent_dim, hidden),
         MLPDecoder(shape, latent_dim, hidden, output),
     )
-    return _finish(encoder), _finish(decoder)
+    return _initialise(encoder), _initialise(decoder)
 
 
 def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> Pair:
@@ -165,7 +167,7 @@ def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> P
         hidden: width of each layer: 2048 (CIFAR-10) or 4096 (CelebA) as released, 1024 for Dai & Wipf's small networks.
         layers: hidden layers on each side.
     """
-    return _finish(SecondStageEncoder(latent_dim, hidden, layers)), _finish(
+    return _initialise(SecondStageEncoder(latent_dim, hidden, layers)), _initialise(
         SecondStageDecoder(latent_dim, hidden, layers)
     )
 
@@ -190,7 +192,7 @@ _INITIALISATIONS: dict[Initialisation, Callable[[Tensor], Tensor] | None] = {
 }
 
 
-def _finish(
+def _initialise(
     network: nn.Module,
     norm_decay: float = RELEASED_NORM_DECAY,
     init: Callable[[Tensor], Tensor] | None = nn.init.xavier_uniform_,

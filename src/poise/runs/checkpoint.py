@@ -108,7 +108,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*"))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
+def newest_intact_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
     """The newest intact checkpoint, and a line for every damaged one that was passed over.
 
     Raises:

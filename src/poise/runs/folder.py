@@ -16,7 +16,7 @@ from poise.recipes.settings import Data, Recipe, from_json, to_json
 from poise.runs.checkpoint import (
     Saved,
     checkpoints,
-    newest_checkpoint,
+    newest_intact_checkpoint,
 )
 from poise.support.version import __version__
 from poise.training import (
@@ -58,14 +58,14 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     was = to_json(
         from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe")
     )  # with settings newer than it
-    differing = differences(*json.loads(json.dumps([was, settings])))
+    differing = differing_settings(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out"
         )
-    saved, complaints = newest_checkpoint(folder / "checkpoints")
+    saved, complaints = newest_intact_checkpoint(folder / "checkpoints")
     for line in complaints:
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)
     return saved
@@ -108,7 +108,7 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
     )
 
 
-def configuration(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
+def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
     """What config.json holds."""
     versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {
@@ -133,13 +133,13 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+def differing_settings(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
     """Settings that differ, each as "name: was -> is"."""
     lines: list[str] = []
     for key in sorted(set(earlier) | set(now)):
         was, new = earlier.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(new, dict):
-            lines += differences(was, new, f"{where}{key}.")
+            lines += differing_settings(was, new, f"{where}{key}.")
         elif was != new:
             lines.append(f"{where}{key}: {was} -> {new}")
     return lines

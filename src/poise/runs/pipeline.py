@@ -29,7 +29,7 @@ from poise.runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from poise.runs.folder import configuration, open_folder, read_config, read_data
+from poise.runs.folder import config_to_write, open_folder, read_config, read_data
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
@@ -164,13 +164,13 @@ def prepare(
     shape = list(dataset.shape)
     stages = networks_and_balances(recipe, shape, vae)
     engine = choose_engine(options.engine, device)
-    config = configuration(recipe, dataset, engine)
+    config = config_to_write(recipe, dataset, engine)
     checksum: str = dataset.checksum
     distributed.check_agreement("settings or images", (config["recipe"], checksum))
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(
-        lambda: open_folder(folder, configuration(recipe, dataset, engine))
+        lambda: open_folder(folder, config_to_write(recipe, dataset, engine))
     )
     talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
     if talks:
@@ -180,7 +180,7 @@ def prepare(
     count = options.threads or plan.threads
     if talks and count is not None:
         print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
-    config = configuration(plan.recipe, dataset, engine) | {"threads": count}
+    config = config_to_write(plan.recipe, dataset, engine) | {"threads": count}
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or distributed.rank() > 0)
@@ -314,7 +314,7 @@ class Job:
             restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
-        fell_back = self._fall_back if self.options.engine == "auto" else None
+        fell_back = self._use_eager_steps if self.options.engine == "auto" else None
         watch = Watch(
             self._write_log,
             lambda s: self._save(number, s),
@@ -335,7 +335,7 @@ class Job:
             )
         return state
 
-    def _fall_back(self, reason: str) -> None:
+    def _use_eager_steps(self, reason: str) -> None:
         print(
             f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one",
             file=sys.stderr,

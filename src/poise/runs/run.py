@@ -66,7 +66,7 @@ from poise.priors import (
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs.build import first_stage, second_stage, stage_balance
-from poise.runs.checkpoint import Saved, checkpoints, newest_checkpoint, read_folder
+from poise.runs.checkpoint import Saved, checkpoints, newest_intact_checkpoint, read_folder
 from poise.runs.folder import read_config, read_data
 from poise.runs.plots import training_curves
 from poise.sampling import (
@@ -646,7 +646,7 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
             else "brings its own network: leave vae out"
         )
         raise InputError(f"{folder} {needed}")
-    saved, warnings = newest_checkpoint(folder / "checkpoints")
+    saved, warnings = newest_intact_checkpoint(folder / "checkpoints")
     if saved is None and (folder / "summary.json").exists():
         raise RunError(
             f"{folder} was finished, and its checkpoints are gone: put {folder / 'checkpoints'} back "

@@ -131,7 +131,9 @@ def make_plan(
     )
     if recipe.minutes is not None:
         left = 60 * recipe.minutes * (1 - MARGIN) - (time.monotonic() - began)
-        recipe = distributed.on_first(lambda: fitted(recipe, measured, num_images, left))
+        recipe = distributed.on_first(
+            lambda: lengths_within_budget(recipe, measured, num_images, left)
+        )
     if talks:
         print(estimate(recipe, measured, num_images), file=sys.stderr)
     return Plan(recipe, count)
@@ -172,7 +174,9 @@ class Timing:
         return [pace.seconds(steps) for pace, steps in zip(self.stages, lengths, strict=True)]
 
 
-def fitted(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> Recipe:
+def lengths_within_budget(
+    recipe: Recipe, timing: Timing, num_images: int, seconds: float
+) -> Recipe:
     """The recipe with lengths, in steps, that take so many seconds in all; learning rates are halved at the same shares.
 
     Where stage 1 has fewer than 1,000 steps, BatchNorm's running averages are over a tenth of them: at a decay of 0.99, 85
@@ -236,7 +240,9 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
     if minutes is None:
         return "; --minutes chooses lengths that take so many"
     try:
-        shorter = fitted(replace(recipe, minutes=minutes), timing, num_images, 60 * minutes)
+        shorter = lengths_within_budget(
+            replace(recipe, minutes=minutes), timing, num_images, 60 * minutes
+        )
     except InputError:
         return ""
     lengths = " + ".join(f"{stage.steps:,}" for stage in stages_of(shorter))

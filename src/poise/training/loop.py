@@ -130,7 +130,7 @@ def fit(
                 state.asked.fill_(1)
             try:
                 with kernels(device, tf32=stage.precision != "ieee"):
-                    seed_modules(device, "modules", seed, number, state.step)
+                    seed_random_layers(device, "modules", seed, number, state.step)
                     take_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
                 raise RunError(
@@ -188,7 +188,7 @@ def count_latents(vae: VAE, data: Batches) -> int:
     return vae.eval().encode(one).mean.shape[1]
 
 
-def seed_modules(device: torch.device, *place: int | str) -> None:
+def seed_random_layers(device: torch.device, *place: int | str) -> None:
     """Seeds what modules draw from: dropout and its like, for each process apart.
 
     torch.manual_seed would queue a call for every absent device.

@@ -49,7 +49,7 @@ def training_step(
     state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]  (fused Adam then leaves all as it is)
     state.optimizer.step()
     if state.average is not None and stage.ema_decay is not None:
-        update_average(state.average, state.vae, stage.ema_decay)
+        update_averaged_weights(state.average, state.vae, stage.ema_decay)
     values = (loss, terms.reconstruction, terms.kl, terms.mse, state.balance.gamma2)
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
 
@@ -70,7 +70,7 @@ def failed(state: TrainingState) -> Scalar:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, current: nn.Module, decay: float) -> None:
+def update_averaged_weights(average: nn.Module, current: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * current for parameters; buffers (BatchNorm's statistics) are copied."""
     for kept, new in zip(average.parameters(), current.parameters(), strict=True):
         kept.lerp_(new, 1 - decay)

@@ -19,7 +19,7 @@ from poise.data import Dataset
 from poise.errors import InputError
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, to_json
-from poise.runs.folder import differences, read_data
+from poise.runs.folder import differing_settings, read_data
 from poise.runs.options import Options
 from poise.runs.run import PriorName
 from poise.studies.comparison.execution import Outcome, execute
@@ -188,7 +188,7 @@ def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results:
         labels = {
             label: changes for label, changes in was["labels"].items() if label in now["labels"]
         }
-        differing = differences(was | {"labels": dict(now["labels"]) | labels}, now)
+        differing = differing_settings(was | {"labels": dict(now["labels"]) | labels}, now)
         if differing:
             raise InputError(
                 f"{folder} holds another experiment ({'; '.join(differing)}): choose another --out"
