@@ -377,7 +377,7 @@ def test_a_run_that_was_killed_ends_bit_identical(run, tmp_path, monkeypatch):
 
 
 def weights(run: poise.Run) -> dict[str, torch.Tensor]:
-    saved, _ = checkpoint.newest_checkpoint(run.folder / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(run.folder / "checkpoints")
     assert saved is not None and saved.meta["finished"]
     return saved.tensors
 

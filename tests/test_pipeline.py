@@ -47,7 +47,7 @@ def tiny(out: Path, **changes) -> poise.Run:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved, _ = checkpoint.newest_checkpoint(folder / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(folder / "checkpoints")
     assert saved is not None and saved.meta["finished"]
     return saved.tensors
 
@@ -257,7 +257,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
     ):
         patch.setattr(checkpoint, "write_synced", full)
         tiny(tmp_path / "run")
-    assert checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")[1] == []
+    assert checkpoint.newest_intact_checkpoint(tmp_path / "run" / "checkpoints")[1] == []
     tiny(tmp_path / "run")
     assert all(
         torch.equal(tensor, weights(tmp_path / "run")[name])
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tmp_path):
         match=r"step 5 of stage 1 \((reconstruction|mse)=.*batch images \d+.*--learning-rate 0\.001 or another --network\)",
     ):
         train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET)
-    saved, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and saved.meta["step"] == 5
     held = {
         name: tensor for name, tensor in saved.tensors.items() if name.startswith("stage1.vae.")

@@ -189,7 +189,7 @@ def seen(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved, _ = checkpoint.newest_checkpoint(folder / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(folder / "checkpoints")
     assert saved is not None and saved.meta["finished"]
     return saved.tensors
 
@@ -233,7 +233,7 @@ def test_every_process_returns_the_run(folder, seen):
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_weights_change(folder, seen):
     assert seen[0]["nonfinite"] == seen[1]["nonfinite"]
     assert "not finite at step 5 of stage 1" in seen[0]["nonfinite"]
-    saved, _ = checkpoint.newest_checkpoint(folder / "nonfinite" / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(folder / "nonfinite" / "checkpoints")
     assert saved is not None and saved.meta["step"] == 5
 
 

@@ -128,7 +128,7 @@ def test_a_whole_number_of_epochs_halves_rates_at_the_steps_it_always_did():
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved, _ = checkpoint.newest_checkpoint(folder / "checkpoints")
+    saved, _ = checkpoint.newest_intact_checkpoint(folder / "checkpoints")
     assert saved is not None and saved.meta["finished"]
     return saved.tensors
 
