@@ -19,25 +19,18 @@ HIDDEN = 256
 BATCH = 100
 
 
+def dense(inputs: int, outputs: int) -> nn.Sequential:
+    widths = [(inputs, HIDDEN), (HIDDEN, HIDDEN)]
+    hidden = [layer for width in widths for layer in (nn.Linear(*width), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(HIDDEN, outputs))
+
+
 # A VAE. The encoder gives the mean and the log standard deviation of q(z|x), the decoder the mean of p(x|z).
 class VAE(nn.Module):
     def __init__(self, inputs: int, output: nn.Module) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Linear(inputs, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, 2 * LATENTS),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(LATENTS, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, inputs),
-            output,
-        )
+        self.encoder = dense(inputs, 2 * LATENTS)
+        self.decoder = nn.Sequential(dense(LATENTS, inputs), output)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.encoder(x).chunk(2, dim=1)
@@ -77,7 +70,7 @@ def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
         schedule.step()
         if (epoch + 1) % max(1, epochs // 5) == 0:
             print(
-                f"  epoch {epoch + 1:4d}   gamma2 {gamma2:.4f}   MSE {float(mse):.4f}   KL {float(kl):5.1f} nats"
+                f"  epoch {epoch + 1:4d}   gamma2 {gamma2:.4f}   MSE {mse:.4f}   KL {kl:5.1f} nats"
             )
     assert gamma2 is not None
     return gamma2
@@ -86,16 +79,14 @@ def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
 def grid(images: Tensor, columns: int = 16) -> Image.Image:
     framed = pad(images.clamp(0, 1).reshape(-1, columns, 8, 8), (1, 1, 1, 1))
     rows = (framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1) * 255).byte().numpy()
-    return Image.fromarray(rows).resize(
-        (rows.shape[1] * 5, rows.shape[0] * 5), Image.Resampling.NEAREST
-    )
+    height, width = rows.shape
+    return Image.fromarray(rows).resize((width * 5, height * 5), Image.Resampling.NEAREST)
 
 
 def main(path: str, epochs: int) -> None:
     torch.manual_seed(0)
-    images = torch.tensor(
-        load_digits(return_X_y=True)[0] / 16, dtype=torch.float32
-    )  # (1797, 64), in [0, 1]
+    pixels = load_digits(return_X_y=True)[0] / 16  # (1797, 64), in [0, 1]
+    images = torch.tensor(pixels, dtype=torch.float32)
 
     print("stage 1: images -> latents")
     first = VAE(64, nn.Sigmoid())
@@ -119,7 +110,5 @@ def main(path: str, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1] if len(sys.argv) > 1 else "samples.png",
-        int(sys.argv[2]) if len(sys.argv) > 2 else 150,
-    )
+    given = dict(enumerate(sys.argv))
+    main(given.get(1, "samples.png"), int(given.get(2, 150)))

@@ -366,9 +366,9 @@ def test_a_run_that_was_killed_ends_bit_identical(run, tmp_path, monkeypatch):
         return real(*arguments)
 
     objective, whole = run.recipe.first.objective, weights(run)
-    taken, real = iter(range(4)), training.loop.training_step
+    taken, real = iter(range(4)), training.engines.training_step
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training.loop, "training_step", mortal)
+        patch.setattr(training.engines, "training_step", mortal)
         tiny(tmp_path / "killed", objective)
     again = weights(tiny(tmp_path / "killed", objective))
     assert again.keys() == whole.keys() and all(

@@ -78,8 +78,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return real(*arguments)
 
-    real = training.loop.training_step
-    monkeypatch.setattr(training.loop, "training_step", mortal)
+    real = training.engines.training_step
+    monkeypatch.setattr(training.engines, "training_step", mortal)
 
 
 def test_a_run_folder_describes_itself(finished):
@@ -369,7 +369,7 @@ def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
-        patch.setattr(training.loop, "training_step", greedy)
+        patch.setattr(training.engines, "training_step", greedy)
         tiny(tmp_path / "run")
     tiny(
         tmp_path / "run", first=replace(TINY.first, batch_size=10)
@@ -422,7 +422,7 @@ def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
 def test_the_average_of_weights_follows_its_formula():
     average, current = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = 0.9 * average.weight.detach() + 0.1 * current.weight.detach()
-    training.step.update_average(average, current, 0.9)
+    training.step.update_averaged_weights(average, current, 0.9)
     torch.testing.assert_close(average.weight.detach(), expected)
 
 

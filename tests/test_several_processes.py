@@ -95,11 +95,11 @@ def at_step(step: int, act: Callable[[], None]) -> None:
 
     def acting(*arguments: Any) -> None:
         if next(left, None) is None:
-            training.loop.training_step = real
+            training.engines.training_step = real
             act()
         real(*arguments)
 
-    real, training.loop.training_step = training.loop.training_step, acting
+    real, training.engines.training_step = training.engines.training_step, acting
 
 
 def interrupted(out: Path, rank: int) -> list[str]:

@@ -163,7 +163,7 @@ def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace
     assert sum(stage.steps or 0 for stage in timing.stages_of(undisturbed.recipe)) == pytest.approx(
         60, abs=2
     )
-    taken, real = iter(range(step)), training.loop.training_step
+    taken, real = iter(range(step)), training.engines.training_step
 
     def mortal(*arguments):
         if next(taken, None) is None:
@@ -171,7 +171,7 @@ def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training.loop, "training_step", mortal)
+        patch.setattr(training.engines, "training_step", mortal)
         budgeted(tmp_path / "run")
     paced(monkeypatch, 0.5)
     assert budgeted(tmp_path / "run").recipe == undisturbed.recipe
@@ -256,13 +256,13 @@ def test_a_clock_does_not_count_the_first_step(monkeypatch):
         TINY.first,
         torch.device("cpu"),
     )
-    time, real = [0.0], training.loop.training_step
+    time, real = [0.0], training.engines.training_step
 
     def step(*arguments):
         time[0] += 2.0 if state.step else 10.0
         return real(*arguments)
 
-    monkeypatch.setattr(training.loop, "training_step", step)
+    monkeypatch.setattr(training.engines, "training_step", step)
     monkeypatch.setattr(timing.time, "monotonic", lambda: time[0])
     clock, data = timing.Clock(state, 5.0), ImageBatches(IMAGES[:, None], torch.device("cpu"))
     fit(
