@@ -684,7 +684,7 @@ def test_mapped_images_are_not_read_whole(finished, tmp_path):
         run.evaluate(rows, extractor="none").measurements
         == run.evaluate(IMAGES[:40, None], extractor="none").measurements
     )
-    assert run._checked(rows) is rows
+    assert datasets.checked_images(rows, run.data["shape"]) is rows
 
 
 def test_the_training_images_are_the_reference_where_the_protocol_says_so(tmp_path):

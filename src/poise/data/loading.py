@@ -1,8 +1,10 @@
 """One door for all sources of images."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from poise.data.folders import IMAGE_ENDINGS, read_files, read_folder
 from poise.data.hub import read_hub
 from poise.data.layouts import find_layouts
 from poise.data.names import NAMES, read_named
-from poise.data.storage import Pixels, blocks, take
+from poise.data.storage import Pixels, Rows, blocks, take
 from poise.errors import InputError, MissingInputError
 
 HUB_PREFIX = "hf:"
@@ -213,3 +215,38 @@ def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
             torch.from_numpy(np.array(images[rows])), reading.jpeg_quality or 75
         ).numpy()
     return stored
+
+
+def checked_images(images: Any, shape: Sequence[int]) -> Any:
+    """Return images as a network takes that has learned images of a shape.
+
+    Args:
+        images: (n, channels, height, width), (n, height, width) or (n, height, width, channels), an array or tensor of bytes
+            or of floats in [0, 1]; or `Rows`, as they are.
+        shape: channels, height, width.
+
+    Raises:
+        InputError: another shape, no images, or values outside that range.
+    """
+    if isinstance(images, Rows):  # whose values were looked at when they were read
+        _check_shape(images, shape)
+        return images
+    images = images if isinstance(images, Tensor) else np.asarray(images)
+    if len(images.shape) in (3, 4) and list(images.shape[1:]) != list(shape):
+        with suppress(InputError):
+            images = read_images(images)
+    _check_shape(images, shape)
+    if images.dtype not in (torch.uint8, np.uint8):
+        least, most = float(images.min()), float(images.max())
+        if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
+            given = f"{images.dtype} from {least:g} to {most:g}"
+            raise InputError(f"images must be bytes or floats in [0, 1], not {given}")
+    return images
+
+
+def _check_shape(images: Any, shape: Sequence[int]) -> None:
+    if list(images.shape[1:]) != list(shape):
+        wanted = f"(n, {', '.join(map(str, shape))})"
+        raise InputError(f"images must have shape {wanted}, not {tuple(images.shape)}")
+    if not len(images):
+        raise InputError("there are no images")

@@ -14,19 +14,16 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from poise.balance import Balance
-from poise.data import Dataset, Rows, head, read_images
+from poise.data import Dataset, checked_images, head
 from poise.data.decoding import grid, to_picture
 from poise.errors import InputError, RunError
 from poise.evaluation import (
@@ -186,11 +183,11 @@ class Run:
         Raises:
             InputError: another shape, or values outside that range.
         """
-        return encode_all(self.first.vae, self._checked(images))
+        return encode_all(self.first.vae, checked_images(images, self.data["shape"]))
 
     def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
         """What `encode` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
-        return encode_chunks(self.first.vae, self._checked(images))
+        return encode_chunks(self.first.vae, checked_images(images, self.data["shape"]))
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
@@ -210,7 +207,9 @@ class Run:
         adjust = (
             self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
         )
-        for _, posterior, noise in encoded(self.first.vae, self._checked(images), self.recipe.seed):
+        for _, posterior, noise in encoded(
+            self.first.vae, checked_images(images, self.data["shape"]), self.recipe.seed
+        ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
                 restored = (
@@ -441,7 +440,7 @@ class Run:
         )
 
     def _given(self, images: Any, protocol: Protocol) -> Any:
-        images = head(self._checked(images), protocol.real or MANY)
+        images = head(checked_images(images, self.data["shape"]), protocol.real or MANY)
         return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
     def _model_figures(
@@ -555,37 +554,6 @@ class Run:
                 f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed"
             )
         return dataset
-
-    def _checked(self, images: Any) -> Any:
-        images = images if isinstance(images, (Tensor, Rows)) else np.asarray(images)
-        if (
-            len(images.shape) in (3, 4)
-            and list(images.shape[1:]) != list(self.data["shape"])
-            and not isinstance(images, Rows)
-        ):
-            images = self._arranged(images)
-        if list(images.shape[1:]) != list(self.data["shape"]):
-            raise InputError(
-                f"images must have shape (n, {', '.join(map(str, self.data['shape']))}), not {tuple(images.shape)}"
-            )
-        if not len(images):
-            raise InputError("there are no images")
-        if images.dtype not in (torch.uint8, np.uint8) and not isinstance(
-            images, Rows
-        ):  # which were looked at when read
-            least, most = float(images.min()), float(images.max())
-            if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
-                raise InputError(
-                    f"images must be bytes or floats in [0, 1], not {images.dtype} from {least:g} to {most:g}"
-                )
-        return images
-
-    @staticmethod
-    def _arranged(images: Any) -> Any:
-        """(n, h, w) and (n, h, w, c) as (n, c, h, w), as `poise.train` takes them; others as they are."""
-        with suppress(InputError):
-            return read_images(images if isinstance(images, Tensor) else np.asarray(images))
-        return images
 
     def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
         """Return one picture of generated images, a `PIL.Image`: a notebook shows it, `.save("grid.png")` writes it.
