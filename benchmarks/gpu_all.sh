@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for one GPU, in order of value: about 11 minutes of an H200. Each part leaves its file in FOLDER.
 #
-#     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_session.sh FOLDER [SECONDS]
+#     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_all.sh FOLDER [SECONDS]
 #
 # SECONDS: no part is begun after so many, and the one that runs then is stopped (default 800).
 set -u
