@@ -204,7 +204,7 @@ def lengths_within_budget(
         )
         minutes = (recipe.minutes or 0) + (least - left) / 60
         raise InputError(
-            f"{recipe.minutes:g} minutes are too few on this machine for {LEAST_STEPS} steps of each stage, codes and "
+            f"a budget of {recipe.minutes:g} min is too short on this machine for {LEAST_STEPS} steps of each stage, codes and "
             f"pictures: give {minutes + 1:.0f} or more, a smaller --size, or another --network"
         )
     first = recipe.first.lasting(steps=lengths[0])
