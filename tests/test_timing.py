@@ -81,7 +81,7 @@ def test_a_budget_for_one_stage_is_all_its_own():
 
 def test_a_budget_that_is_too_short_names_one_that_is_not():
     recipe = replace(TINY, minutes=0.1)
-    with pytest.raises(InputError, match=r"0\.1 minutes are too few.*give 2 or more"):
+    with pytest.raises(InputError, match=r"0\.1 min is too short.*give 2 or more"):
         lengths_within_budget(recipe, Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 6)
     lengths_within_budget(
         replace(recipe, minutes=2), Timing((Pace(10.0, 2.0), Pace(0.0, 0.1)), 20.0), 81, 120
