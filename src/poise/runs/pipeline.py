@@ -20,7 +20,7 @@ from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
 from poise.objectives import make_objective
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage
+from poise.recipes.settings import Changes, Recipe, Stage, to_json
 from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
@@ -169,9 +169,7 @@ def prepare(
     distributed.check_agreement("settings or images", (config["recipe"], checksum))
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
-    saved = distributed.on_first(
-        lambda: open_folder(folder, config_to_write(recipe, dataset, engine))
-    )
+    saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
     talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
     if talks:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
@@ -180,7 +178,7 @@ def prepare(
     count = options.threads or plan.threads
     if talks and count is not None:
         print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
-    config = config_to_write(plan.recipe, dataset, engine) | {"threads": count}
+    config |= {"recipe": to_json(plan.recipe), "threads": count}
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or distributed.rank() > 0)
