@@ -21,7 +21,9 @@ class ResNetEncoder(nn.Module):
     gives logvar itself.
     """
 
-    def __init__(self, channels: int, latent_dim: int, scales: int) -> None:
+    def __init__(
+        self, channels: int, latent_dim: int, scales: int, head: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
         widths = [32 * 2**k for k in range(scales)]
         layers: list[nn.Module] = [SameConv2d(channels, widths[0], 3), ResidualBlock(widths[0])]
@@ -29,8 +31,8 @@ class ResNetEncoder(nn.Module):
             layers += [SameConv2d(narrow, wide, 3, stride=2), ResidualBlock(wide)]
         self.features = nn.Sequential(*layers)
         self.dense = DenseResidualBlock(widths[-1], 512)
-        self.mean = nn.Linear(512, latent_dim)
-        self.log_std = nn.Linear(512, latent_dim)
+        self.mean = head(512, latent_dim)
+        self.log_std = head(512, latent_dim)
 
     def forward(self, images: Images) -> Codes:
         features = self.dense(self.features(images).mean((2, 3)))

@@ -71,9 +71,9 @@ def resnet(
     if scales < 1:
         raise InputError(f"scales must be >= 1, not {scales}")
     _check_size(f"resnet with {scales} scales", image_size, 2 ** (scales - 1))
-    encoder = ResNetEncoder(channels, latent_dim, scales)
+    head, init = _HEADS[initialisation], _INITIALISATIONS[initialisation]
+    encoder = ResNetEncoder(channels, latent_dim, scales, head)
     decoder = ResNetDecoder(image_size, channels, latent_dim)
-    init = _INITIALISATIONS[initialisation]
     return _initialise(encoder, norm_decay, init), _initialise(decoder, norm_decay, init)
 
 
@@ -123,10 +123,7 @@ def wae(
         InputError: a size that the network cannot take.
     """
     _check_size("wae", image_size, 8)
-    head, init = (
-        nn.Linear if initialisation == "released" else WideLinear,
-        _INITIALISATIONS[initialisation],
-    )
+    head, init = _HEADS[initialisation], _INITIALISATIONS[initialisation]
     encoder, decoder = (
         WAEEncoder(image_size, channels, latent_dim, head),
         WAEDecoder(image_size, channels, latent_dim),
@@ -190,6 +187,7 @@ _INITIALISATIONS: dict[Initialisation, Callable[[Tensor], Tensor] | None] = {
     "pytorch": None,
     "released": nn.init.xavier_uniform_,
 }
+_HEADS: dict[Initialisation, type[nn.Linear]] = {"pytorch": WideLinear, "released": nn.Linear}
 
 
 def _initialise(
