@@ -1,12 +1,14 @@
 """Pairs of encoder and decoder.
 
-Initial weights. "pytorch" leaves what PyTorch draws for each layer. "released" draws them as the TensorFlow programs did:
-Glorot-uniform, with zero biases. Released, the first steps of `resnet` and `wae` may explode at 64 pixels and more:
+Initial weights. "released" draws them as the TensorFlow programs did: Glorot-uniform, with zero biases. With them the first
+steps of `resnet` and `wae` may explode at 64 pixels and more. "pytorch" keeps PyTorch's weights and differs in the heads:
 
-- `resnet`: the shortcuts of its blocks are convolutions that nothing normalises. Glorot's weights keep the variance from
-  layer to layer, so that branch and shortcut double it with every block; PyTorch's weights have a third of that variance.
-- `wae`: its heads see n = 65,536 values at 64 pixels. A step of Adam moves each weight by about its rate, and so an output
-  by up to rate times the L1 norm of what it sees, which grows like n. With "pytorch" they see it divided by sqrt(n).
+- `resnet`: nothing normalises the convolutional shortcuts of its blocks. Glorot's weights keep the variance of a layer's
+  input, so branch and shortcut double it in every block. PyTorch's weights have a third of that variance. At 128 pixels
+  the features still grow enough for one step of Adam to move the heads' outputs by tens.
+- `wae`: its heads see n = 65,536 values at 64 pixels. A step of Adam moves each weight by about the learning rate, and so
+  an output by up to the rate times the L1 norm of the input, which grows like n.
+- With "pytorch", the heads of both see their input divided by sqrt(n) (`WideLinear`).
 
 `infogan` and `mlp` have one initialisation each, with which their first steps were sound (docs/log.md, 2026-11-26).
 """
