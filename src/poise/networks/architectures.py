@@ -18,7 +18,7 @@ class ResNetEncoder(nn.Module):
     """Convolution, residual blocks with strided convolutions between, average pool, dense residual block, two heads.
 
     The heads give the mean and log s, the log standard deviation: logvar = 2 log s learns at twice the pace of a head that
-    gives logvar itself.
+    gives logvar itself. `head` is the layer of log s.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ResNetEncoder(nn.Module):
             layers += [SameConv2d(narrow, wide, 3, stride=2), ResidualBlock(wide)]
         self.features = nn.Sequential(*layers)
         self.dense = DenseResidualBlock(widths[-1], 512)
-        self.mean = head(512, latent_dim)
+        self.mean = nn.Linear(512, latent_dim)
         self.log_std = head(512, latent_dim)
 
     def forward(self, images: Images) -> Codes:

@@ -5,10 +5,10 @@ steps of `resnet` and `wae` may explode at 64 pixels and more. "pytorch" keeps P
 
 - `resnet`: nothing normalises the convolutional shortcuts of its blocks. Glorot's weights keep the variance of a layer's
   input, so branch and shortcut double it in every block. PyTorch's weights have a third of that variance. At 128 pixels
-  the features still grow enough for one step of Adam to move the heads' outputs by tens.
+  one step of Adam may still move log s by tens, and the KL grows like s^2. So the head of log s sees its input divided by
+  sqrt(n), n = 512 (`WideLinear`). The head of the mean does not: divided too, it learns more slowly (docs/log.md).
 - `wae`: its heads see n = 65,536 values at 64 pixels. A step of Adam moves each weight by about the learning rate, and so
-  an output by up to the rate times the L1 norm of the input, which grows like n.
-- With "pytorch", the heads of both see their input divided by sqrt(n) (`WideLinear`).
+  an output by up to the rate times the L1 norm of the input, which grows like n. Both heads are `WideLinear`.
 
 `infogan` and `mlp` have one initialisation each, with which their first steps were sound (docs/log.md, 2026-11-26).
 """
