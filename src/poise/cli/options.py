@@ -16,6 +16,15 @@ from poise.runs.options import Options
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
+BALANCES = (
+    "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, "
+    "constrained:target_mse=0.01, ..."
+)
+OBJECTIVES = (
+    "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance "
+    "then fixed:gamma2=0.5)"
+)
+NAMES = {"balance": BALANCES, "objective": OBJECTIVES}
 COMMANDS_OWN = Options(threads=0)  # the command measures which number is fastest
 PriorChoice = Literal["normal", "second-stage", "mixture"]
 
@@ -119,9 +128,10 @@ def _stages(declared: type, mark: Option) -> str:
 
 
 def help_texts(declared: type) -> dict[str, str]:
-    """Return the text of each setting under "Attributes" in the docstring of its class."""
+    """Return the help of each setting: its text under "Attributes" in the docstring of its class."""
     found = docstring_parser.parse(declared.__doc__ or "").params
-    return {one.arg_name: " ".join((one.description or "").split()).rstrip(".") for one in found}
+    texts = {one.arg_name: " ".join((one.description or "").split()).rstrip(".") for one in found}
+    return texts | {name: f"{texts[name]}: {NAMES[name]}" for name in texts.keys() & NAMES.keys()}
 
 
 def default_texts(recipe: Recipe | None) -> dict[str, str]:

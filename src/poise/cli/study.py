@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from poise.cli.options import (
     ANY_IMAGES,
+    BALANCES,
     RECIPES_OWN,
     Device,
     Jobs,
@@ -16,12 +17,11 @@ from poise.cli.options import (
     SecondBalance,
     StopAfter,
     TrainingCommand,
-    help_texts,
 )
 from poise.errors import RunError
 from poise.protocols import PROTOCOLS
 from poise.recipes import CHANGES, EXPERIMENTS
-from poise.recipes.settings import OF_ONE_RUN, Stage
+from poise.recipes.settings import OF_ONE_RUN
 
 if TYPE_CHECKING:
     from poise.studies.comparison import Comparison
@@ -52,7 +52,7 @@ class Compare(TrainingCommand):
         tuple[str, ...] | None,
         arg(
             metavar="NAME [NAME ...]",
-            help=f"one for each label, the first is the reference. Stage 1: {help_texts(Stage).get('balance')}",
+            help=f"balances of stage 1, the first is the reference: {BALANCES}",
             help_behavior_hint="(default: computed learned optimal fixed; beside models computed)",
         ),
     ] = None

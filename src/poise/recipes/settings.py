@@ -152,11 +152,8 @@ class Stage:
         learning_rate: Adam's learning rate at the start.
         halve_every: halve the learning rate after so many epochs, or steps if the length is in steps. It need not be a whole
             number. None: never.
-        balance: weight between reconstruction and KL: computed, learned, optimal, fixed:gamma2=1, fixed:beta=4,
-            scheduled:ramp_steps=1000, constrained:target_mse=0.01, ... See `poise.balance.make_balance`.
-        objective: what the loss is made of: vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10,
-            ... A change to a rival also sets the balance fixed:gamma2=0.5, as published, unless a balance is given. See
-            `poise.objectives.make_objective`.
+        balance: balance of reconstruction and KL (see `poise.balance.make_balance`).
+        objective: what the loss is made of (see `poise.objectives.make_objective`).
         ema_decay: decay of a running average of the weights, which replaces them after training. None: no average.
         precision: arithmetic of the networks. float32 allows TF32 on a GPU, ieee does not. bfloat16: products and
             convolutions under autocast. Weights, balance and sums are always float32.
@@ -308,6 +305,10 @@ OF_ONE_RUN = frozenset({"balance", "second_balance", "objective", "seed", "minut
 
 class Changes:
     """Changes of a recipe, by the names and types of `CHANGES`.
+
+    A change of the objective to a rival of the VAE also sets the balance "fixed:gamma2=0.5", with which the rivals were
+    published, unless a balance is given. A change of `epochs` makes stage 2 as many times longer or shorter, and halves the
+    learning rates at the same shares of the length.
 
     Args:
         values: by name; None: as the recipe has it.
