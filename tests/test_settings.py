@@ -1,5 +1,7 @@
 """A setting is declared once: the command, `poise.train` and config.json read its declaration."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -56,15 +58,17 @@ def flag(name: str) -> str:
 
 
 @pytest.fixture
-def help_of(capsys, monkeypatch) -> Callable[..., str]:
-    """Return what a command's help shows, with single spaces and without the frames."""
+def help_of(monkeypatch) -> Callable[..., str]:
+    """Return what a command's help shows: as it is, or with single spaces and without the frames."""
 
     def shown(*arguments: str, columns: int = 80, raw: bool = False) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
-        with pytest.raises(SystemExit) as exit:
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # frames need this spelling
+        with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(terminal):
             cli.parse([*arguments, "--help"])
         assert not exit.value.code
-        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        terminal.seek(0)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", terminal.read())
         return text if raw else " ".join(text.replace("│", " ").split())
 
     return shown
