@@ -19,11 +19,11 @@ from poise import cli
 from poise.errors import InputError
 from poise.recipes import CHANGES, RECIPES
 from poise.recipes.settings import (
+    DECLARED,
     OF_ONE_RUN,
     Changes,
     Data,
     Network,
-    Overall,
     Recipe,
     Stage,
     options_of,
@@ -285,6 +285,6 @@ def test_config_json_holds_every_field_but_texts():
 
 
 def test_every_option_has_a_help():
-    for declared in (Data, Network, Stage, Recipe, Overall, poise.Options):
+    for declared in (*DECLARED, poise.Options):
         texts = cli.options.help_texts(declared)
         assert all(texts.get(name) for name in options_of(declared))

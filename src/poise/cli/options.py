@@ -11,7 +11,7 @@ import docstring_parser
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from poise.recipes import CHANGES, RECIPES
-from poise.recipes.settings import Data, Network, Option, Overall, Recipe, Stage, options_of
+from poise.recipes.settings import DECLARED, Option, Recipe, Stage, options_of
 from poise.runs.options import Options
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
@@ -86,7 +86,7 @@ class TrainingCommand:
         """
         groups: dict[str, list[tuple[str, Any, Any]]] = {}
         defaults = default_texts(recipe)
-        for declared in (Data, Overall, Network, Stage, Recipe, Options):
+        for declared in (*DECLARED, Options):
             hints, helps = get_type_hints(declared), help_texts(declared)
             for name, mark in options_of(declared).items():
                 if name not in cls.leaves_out:
@@ -155,7 +155,7 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
         "second_epochs": lengths[1:],
         "second_balance": [stage.balance for stage in stages[1:]],
     }
-    for part in (recipe.data, recipe.network, *stages, recipe):
+    for part in (recipe.data, recipe.network, *stages, recipe.generation, recipe):
         for name, mark in options_of(type(part)).items():
             if not (mark.first_only and part is recipe.second):
                 values.setdefault(name, []).append(getattr(part, name))

@@ -293,10 +293,9 @@ class Overall:
     second_epochs: Annotated[int, Option("training")]
 
 
+DECLARED = (Data, Overall, Network, Stage, Generation, Recipe)
 CHANGES: dict[str, Any] = {
-    name: get_type_hints(declared)[name]
-    for declared in (Data, Network, Stage, Recipe, Overall)
-    for name in options_of(declared)
+    name: get_type_hints(declared)[name] for declared in DECLARED for name in options_of(declared)
 }
 """What `poise.train(**changes)` and the command can change in a recipe: names and types."""
 OF_ONE_RUN = frozenset({"balance", "second_balance", "objective", "seed", "minutes"})
@@ -351,9 +350,13 @@ class Changes:
         if second is not None:
             second = self._put(second, first=False)
             second = given(second, balance=self.values.get("second_balance"))
-        network = self._put(self._kind(recipe.network))
         changed = replace(
-            recipe, data=self._put(recipe.data), network=network, first=first, second=second
+            recipe,
+            data=self._put(recipe.data),
+            network=self._put(self._kind(recipe.network)),
+            first=first,
+            second=second,
+            generation=self._put(recipe.generation),
         )
         cost = recipe.cost if changed == recipe else ""
         return replace(self._put(changed), cost=cost)
