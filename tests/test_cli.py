@@ -307,7 +307,7 @@ def test_diagnosis_is_in_words_or_in_json(run_folder, capsys):
 @pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "cifar10"]])
 def test_every_engine_can_be_chosen(command):
     for engine in get_args(Engine):
-        assert cli.parse([*command, "--engine", engine]).engine == engine
+        assert cli.parse([*command, "--engine", engine]).options().engine == engine
 
 
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from poise.errors import InputError
-from poise.recipes.settings import Generation, check_words
+from poise.recipes.settings import Generation, check_values
 from poise.support.version import __version__
 
 HASH_LENGTH = 10
@@ -66,7 +66,7 @@ class Protocol:
     score_splits: int = 10
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_values(self)
         least = {
             "real": 1,
             "generated": 1,

@@ -20,12 +20,15 @@ from itertools import dropwhile, takewhile
 from typing import Any, NoReturn
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from poise.cli.images import Encode, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
+from poise.cli.options import TrainingCommand
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
+from poise.recipes import Recipe, find_recipe
 from poise.support.version import __version__
 
 DESCRIPTION = "Variational autoencoders that balance themselves."
@@ -41,6 +44,21 @@ COMMANDS = {
     "reproduce": Reproduce,
     "report": Report,
 }
+TYPES = ConstructorRegistry()
+
+
+@TYPES.primitive_rule
+def name_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """Show texts as NAME in the help, where tyro shows STR."""
+    if info.type is not str:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
 
 
 def main() -> None:
@@ -120,31 +138,74 @@ def parse(arguments: list[str]) -> Any:
     if arguments == ["--version"]:
         print(f"poise {__version__}")
         sys.exit()
-    complaint = io.StringIO()
+    commands, complaint = with_options(None), io.StringIO()
+    others = [word for word in arguments if word not in ("-h", "--help")]
+    if len(others) < len(arguments):  # the rest chooses the recipe that the help shows
+        commands = with_options(recipe_of(others, commands))
+        arguments = [*others[:1], "--help"]
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, args=arguments, prog="poise", description=DESCRIPTION
-            )
+            return read(arguments, commands)
     except SystemExit as exit:
         if exit.code:
-            name = f"poise {arguments[0]}" if arguments and arguments[0] in COMMANDS else "poise"
-            fail(f"{one_line(complaint.getvalue())}{_suggestion(arguments)} (see {name} --help)", 2)
+            name = f"poise {arguments[0]}" if arguments[0] in COMMANDS else "poise"
+            suggestion = _suggestion(arguments, commands)
+            fail(f"{one_line(complaint.getvalue())}{suggestion} (see {name} --help)", 2)
         raise
 
 
-def _suggestion(arguments: list[str]) -> str:
+def read(arguments: list[str], commands: dict[str, type]) -> Any:
+    """Return the command with its options. tyro prints help and errors, and exits."""
+    return tyro.extras.subcommand_cli_from_dict(
+        commands,
+        args=arguments,
+        prog="poise",
+        description=DESCRIPTION,
+        config=(tyro.conf.DisallowNone,),
+        registry=TYPES,
+    )
+
+
+def with_options(recipe: Recipe | None) -> dict[str, type]:
+    """Return the commands with all their options. Their help shows the values of the recipe as defaults."""
+    return {
+        name: command.with_options(recipe) if issubclass(command, TrainingCommand) else command
+        for name, command in COMMANDS.items()
+    }
+
+
+def recipe_of(arguments: list[str], commands: dict[str, type]) -> Recipe | None:
+    """Return the recipe that DATA or --recipe names. None: neither is given, or the arguments are wrong."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            command = read(arguments, commands)
+        data, recipe = getattr(command, "data", None), getattr(command, "recipe", None)
+        return find_recipe(recipe, data) if data or recipe else None
+    except (SystemExit, InputError):
+        return None
+
+
+def _suggestion(arguments: list[str], commands: dict[str, type]) -> str:
     """The command, or the option of the command, that a misspelt one is like."""
     name, *options = arguments
-    if name not in COMMANDS:
-        given, known = [name], list(COMMANDS)
+    if name not in commands:
+        given, known = [name], list(commands)
     else:
-        known = ["--" + field.name.replace("_", "-") for field in fields(COMMANDS[name])]
+        known = ["--" + option.replace("_", "-") for option in option_names(commands[name])]
         given = [text.partition("=")[0] for text in options if text.startswith("--")]
     for text in given:
         if text not in known and (like := difflib.get_close_matches(text, known, n=1, cutoff=0.75)):
             return f"; did you mean {like[0]}?"
     return ""
+
+
+def option_names(command: type) -> Iterator[str]:
+    """Yield the names of a command's options, those in groups included."""
+    for option in fields(command):
+        if isinstance(option.default_factory, type):  # a group of options
+            yield from option_names(option.default_factory)
+        else:
+            yield option.name
 
 
 def one_line(box: str) -> str:
@@ -154,21 +215,21 @@ def one_line(box: str) -> str:
     borders = "╭╰─╮╯+-"  # the latter two where the locale has no lines to draw
     inside = dropwhile(lambda line: not line.strip(borders), lines)
     message = " ".join(takewhile(lambda line: line.strip(borders), inside))
-    return _choices(message) or plain.strip()
+    return _wrong_value(message) or plain.strip()
 
 
-def _choices(line: str) -> str:
-    """A wrong choice with the right ones in words, and an example; the parser also lists None, the default."""
-    wrong = re.match(
+def _wrong_value(line: str) -> str:
+    """Return the parser's message about a wrong value in plain words. Empty or unknown messages stay as they are."""
+    if found := re.match(
         r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line
-    )
-    if wrong is None:
-        return line
-    value, option, listed = wrong.groups()
-    allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
-    return (
-        f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
-    )
+    ):
+        value, option, listed = found.groups()
+        allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})  # the default of some
+        return f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
+    if found := re.match(r"Error parsing (\S+): no type matching (INT|FLOAT) .* \[(.*)\]\.", line):
+        option, kind, value = found.groups()
+        return f"{option} must be {'a whole number' if kind == 'INT' else 'a number'}, not {value}"
+    return line
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from poise.cli.options import Device, Images, PriorChoice, RunFolder, recipes_own
+from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolder
 from poise.cli.showing import load_run
 from poise.errors import InputError
 from poise.recipes.settings import Generation, Renormalise, given
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
+
+
+def of_recipe(text: str) -> Any:
+    """Help of an option whose default the run's recipe has."""
+    return arg(help=text, help_behavior_hint=RECIPES_OWN)
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,12 @@ class Sample:
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
-    noise: Annotated[Switch | None, recipes_own("add stage 2's decoder noise to its latents")] = (
-        None
-    )
-    renormalise: Annotated[Renormalise | None, recipes_own("scale latents to the variance law")] = (
+    noise: Annotated[Switch | None, of_recipe("add stage 2's decoder noise to its latents")] = None
+    renormalise: Annotated[Renormalise | None, of_recipe("scale latents to the variance law")] = (
         None
     )
     adjust_variance: Annotated[
-        Switch | None, recipes_own("scale images to the real images' variance")
+        Switch | None, of_recipe("scale images to the real images' variance")
     ] = None
     device: Device = "auto"
 
@@ -94,7 +97,7 @@ class Sample:
 class Encode:
     """Write the posterior of each image: arrays `mean` and `logvar` (log variance), one row per image, float32.
 
-    Rows are in the order of the images: those of a folder sorted by path.
+    Rows are in the order of the images. Those of a folder are sorted by path.
     """
 
     run_folder: RunFolder
@@ -117,7 +120,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Show images beside their reconstructions. Of more than --count a fixed seed draws some, in their order."""
+    """Show images beside their reconstructions. A fixed seed draws --count of them, in their order."""
 
     run_folder: RunFolder
     images: Images = None

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Evaluate:
     """Measure a run on its test images, or compare any two sets of images. Every number carries its protocol.
 
-    A run: error, likelihood, latents, and how reconstructions and samples of each prior compare with real images (FID, KID,
-    precision, recall, density, coverage). A table on a terminal, JSON into a file or a pipe; progress goes to stderr.
+    Of a run: error, likelihood, latents, and reconstructions and samples of each prior compared with real images (FID, KID,
+    precision, recall, density, coverage). The output is a table on a terminal, and JSON in a file or a pipe.
     """
 
     run_folder: Annotated[
@@ -36,16 +36,22 @@ class Evaluate:
         ),
     ] = None
     real: Annotated[
-        str | None, arg(help=f"real images: {ANY_IMAGES}", help_behavior_hint="(instead of a run)")
+        str | None,
+        arg(
+            metavar="DATA",
+            help=f"real images: {ANY_IMAGES}",
+            help_behavior_hint="(instead of a run)",
+        ),
     ] = None
     generated: Annotated[
-        str | None, arg(help="images to compare with them, likewise", help_behavior_hint="")
+        str | None,
+        arg(metavar="DATA", help="images to compare with them, likewise", help_behavior_hint=""),
     ] = None
     size: Annotated[
         int | None,
         arg(
             help="crop both sets to squares and resize to this side, in pixels",
-            help_behavior_hint="(as they are)",
+            help_behavior_hint="(default: as they are)",
         ),
     ] = None
     protocol: Annotated[
@@ -75,7 +81,7 @@ class Evaluate:
     nll_samples: Annotated[
         int, arg(help="importance samples per image for the log likelihood; 0: not estimated")
     ] = 0
-    seed: Annotated[int, arg(help="of generated images")] = 0
+    seed: Annotated[int, arg(help="seed of generated images")] = 0
     json: Annotated[bool, arg(help="JSON even on a terminal")] = False
     device: Device = "auto"
 
@@ -162,9 +168,9 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Say in plain words what is wrong with a run, with the figure behind each sentence and the one thing to try.
+    """Say in plain words what is wrong with a run, with the figure behind each sentence and one thing to try.
 
-    It is kept in the run's diagnosis.json, so that `poise sample` can say which prior was best.
+    The diagnosis is kept in the run's diagnosis.json. From it `poise sample` says which prior was best.
     """
 
     run_folder: RunFolder

@@ -1,15 +1,18 @@
-"""Options that several commands have in common, each a type with its help.
+"""Options that several commands have in common. The options of a run are made from its settings' declarations.
 
 No torch here: help is instant.
 """
 
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from tyro.conf import Positional, arg
+import docstring_parser
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from poise.recipes import RECIPES
-from poise.recipes.settings import Recipe
+from poise.recipes import CHANGES, RECIPES
+from poise.recipes.settings import DECLARED, Option, Recipe, Stage, options_of
+from poise.runs.options import Options
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
@@ -21,33 +24,9 @@ OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance "
     "then fixed:gamma2=0.5)"
 )
-ENGINES = (
-    "how a step is taken. auto: captured on one GPU, else eager; captured: replay a recorded CUDA graph, the same numbers as "
-    "eager; compiled: machine code made for the network, for long runs; compiled-captured: both"
-)
-RATES = "resnet 110 at 32 pixels and 27 at 64, infogan 360 and 91, wae 13 and 3, mlp 2,700 and 930"  # 2026-11-26
-SHOWN = ("batch_size", "learning_rate")
+NAMES = {"balance": BALANCES, "objective": OBJECTIVES}
+COMMANDS_OWN = Options(threads=0)  # the command measures which number is fastest
 PriorChoice = Literal["normal", "second-stage", "mixture"]
-
-
-def recipes_own(text: str) -> Any:
-    """Help for an option that the recipe decides where it is not given."""
-    return arg(help=text, help_behavior_hint=RECIPES_OWN)
-
-
-def values(recipe: Recipe) -> str:
-    """What a recipe says of the options that it decides, in a line."""
-    stages = [stage for stage in (recipe.first, recipe.second) if stage]
-    units = " + ".join(
-        f"{stage.epochs} epochs" if stage.epochs else f"{stage.steps:,} steps" for stage in stages
-    )
-    both = {
-        name: " and ".join(dict.fromkeys(f"{getattr(stage, name):g}" for stage in stages))
-        for name in SHOWN
-    }
-    network = f"{recipe.network.kind}, {recipe.network.latent_dim} latents"
-    return f"{recipe.name} ({network}, {units}, batch {both['batch_size']}, rate {both['learning_rate']})"
-
 
 RunFolder = Annotated[
     Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")
@@ -55,6 +34,7 @@ RunFolder = Annotated[
 Images = Annotated[
     Positional[str | None],
     arg(
+        metavar="[IMAGES]",
         help="a folder, an image file or an array",
         help_behavior_hint="(default: the run's test images)",
     ),
@@ -62,52 +42,16 @@ Images = Annotated[
 RecipeName = Annotated[
     str | None,
     arg(
-        help=f"complete settings by name: {'; '.join(map(values, RECIPES.values()))}. Those called released keep the authors' "
-        "initial weights, with which the first steps may explode at 64 pixels",
+        help=f"complete settings by name: {', '.join(RECIPES)}; `poise train NAME --help` shows them. Those called released "
+        "keep the authors' initial weights, with which the first steps may explode at 64 pixels",
         help_behavior_hint="(default: DATA's own, or images)",
     ),
 ]
-Size = Annotated[
-    int | None, recipes_own("crop to the centre square and resize to this side, in pixels")
-]
-Network = Annotated[
-    Literal["resnet", "infogan", "wae", "mlp"] | None,
-    recipes_own(
-        f"architecture of stage 1; images/s on one core, two give up to 1.6 times as many: {RATES}"
-    ),
-]
-LatentDim = Annotated[int | None, recipes_own("number of latents")]
-Minutes = Annotated[
-    float | None,
+SecondBalance = Annotated[
+    str | None,
     arg(
-        help="a budget: both stages get lengths that fit, pictures included",
-        help_behavior_hint="(default: the recipe's lengths)",
-    ),
-]
-Epochs = Annotated[
-    int | None,
-    recipes_own(
-        "length of stage 1, passes over the training images; stage 2 and the learning rates keep their proportions"
-    ),
-]
-SecondEpochs = Annotated[
-    int | None,
-    arg(
-        help="length of stage 2, passes over the training codes",
-        help_behavior_hint="(default: in the recipe's proportion)",
-    ),
-]
-Stages = Annotated[Literal[1, 2], arg(help="1 leaves out the second stage")]
-BatchSize = Annotated[int | None, recipes_own("images per step, both stages")]
-Channels = Annotated[Literal[1, 3] | None, recipes_own("convert to grey (1) or RGB (3)")]
-EmaDecay = Annotated[
-    float | None,
-    recipes_own("of a running average of the weights, used in their place, both stages"),
-]
-Precision = Annotated[
-    Literal["float32", "ieee", "bfloat16"] | None,
-    recipes_own(
-        "of the networks' arithmetic, both stages; float32 allows TF32 on a GPU, ieee does not"
+        help="balance of stage 2, for all labels; same: each label's own",
+        help_behavior_hint=RECIPES_OWN,
     ),
 ]
 StopAfter = Annotated[
@@ -117,19 +61,6 @@ StopAfter = Annotated[
         help_behavior_hint="(default: never)",
     ),
 ]
-LearningRate = Annotated[float | None, recipes_own("Adam's, at the start of both stages")]
-Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1, mps")]
-Engine = Annotated[
-    Literal["auto", "eager", "compiled", "captured", "compiled-captured"], arg(help=ENGINES)
-]
-Threads = Annotated[
-    int,
-    arg(
-        help="of the CPU",
-        help_behavior_hint="(default: what some steps show to be fastest; kept in config.json)",
-    ),
-]
-SaveSeconds = Annotated[float, arg(help="time between checkpoints, seconds")]
 Jobs = Annotated[
     int | None,
     arg(
@@ -137,3 +68,95 @@ Jobs = Annotated[
         help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)",
     ),
 ]
+Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """A command that trains. Its options are all settings of a recipe and of `Options` but those that it leaves out."""
+
+    leaves_out: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def with_options(cls, recipe: Recipe | None) -> type:
+        """Return this command with its options as fields, in groups, by name.
+
+        Args:
+            recipe: the help shows its values as defaults; None: those that all recipes have.
+        """
+        groups: dict[str, list[tuple[str, Any, Any]]] = {}
+        defaults = default_texts(recipe)
+        for declared in (*DECLARED, Options):
+            hints, helps = get_type_hints(declared), help_texts(declared)
+            for name, mark in options_of(declared).items():
+                if name not in cls.leaves_out:
+                    text = _stages(declared, mark) + helps.get(name, "")
+                    shown = arg(help=text, help_behavior_hint=f"(default: {defaults[name]})")
+                    option = (name, Annotated[hints[name] | None, shown], None)
+                    groups.setdefault(mark.group, []).append(option)
+        parts: list[tuple[str, Any, Any]] = []
+        for group, options in groups.items():
+            made = make_dataclass(group, sorted(options), frozen=True)
+            hint = Annotated[made, OmitArgPrefixes, arg(name=group)]
+            parts.append((f"{group}_options", hint, field(default_factory=made)))
+        described = {"__doc__": cls.__doc__}
+        return make_dataclass(cls.__name__, parts, bases=(cls,), namespace=described, frozen=True)
+
+    def changes(self) -> dict[str, Any]:
+        """Return the given changes of the recipe."""
+        return {name: value for name, value in self._given().items() if name in CHANGES}
+
+    def options(self) -> Options:
+        """Return the given options, and the command's own values of the others."""
+        given = self._given()
+        return replace(COMMANDS_OWN, **{name: given[name] for name in given if name not in CHANGES})
+
+    def _given(self) -> dict[str, Any]:
+        groups = [value for name, value in vars(self).items() if name.endswith("_options")]
+        return {
+            name: value
+            for group in groups
+            for name, value in vars(group).items()
+            if value is not None
+        }
+
+
+def _stages(declared: type, mark: Option) -> str:
+    if declared is not Stage:
+        return ""
+    return "stage 1: " if mark.first_only else "both stages: "
+
+
+def help_texts(declared: type) -> dict[str, str]:
+    """Return the help of each setting: its text under "Attributes" in the docstring of its class."""
+    found = docstring_parser.parse(declared.__doc__ or "").params
+    texts = {one.arg_name: " ".join((one.description or "").split()).rstrip(".") for one in found}
+    return texts | {name: f"{texts[name]}: {NAMES[name]}" for name in texts.keys() & NAMES.keys()}
+
+
+def default_texts(recipe: Recipe | None) -> dict[str, str]:
+    """Return the default of each option as the help shows it: the recipe's or, without a recipe, that of all recipes."""
+    first, *others = map(recipe_texts, [recipe] if recipe else RECIPES.values())
+    texts = {
+        name: text if all(other[name] == text for other in others) else "the recipe's"
+        for name, text in first.items()
+    }
+    return texts | {name: str(value) for name, value in asdict(COMMANDS_OWN).items()}
+
+
+def recipe_texts(recipe: Recipe) -> dict[str, str]:
+    """Return what a recipe has of each of `CHANGES`. Values of both stages are joined where they differ."""
+    stages = [stage for stage in (recipe.first, recipe.second) if stage]
+    lengths = [str(stage.epochs) if stage.epochs else f"{stage.steps:,} steps" for stage in stages]
+    values: dict[str, list[Any]] = {
+        "network": [recipe.network.kind],
+        "stages": [len(stages)],
+        "epochs": lengths[:1],
+        "second_epochs": lengths[1:],
+        "second_balance": [stage.balance for stage in stages[1:]],
+    }
+    for part in (recipe.data, recipe.network, *stages, recipe.generation, recipe):
+        for name, mark in options_of(type(part)).items():
+            if not (mark.first_only and part is recipe.second):
+                values.setdefault(name, []).append(getattr(part, name))
+    return {name: " and ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}

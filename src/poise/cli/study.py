@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from tyro.conf import Positional, arg
 
@@ -10,66 +10,65 @@ from poise.cli.options import (
     ANY_IMAGES,
     BALANCES,
     RECIPES_OWN,
-    BatchSize,
-    Channels,
     Device,
-    EmaDecay,
-    Engine,
-    Epochs,
     Jobs,
-    LatentDim,
-    LearningRate,
-    Network,
-    Precision,
     PriorChoice,
     RecipeName,
-    SaveSeconds,
-    SecondEpochs,
-    Size,
-    Stages,
+    SecondBalance,
     StopAfter,
-    recipes_own,
+    TrainingCommand,
 )
 from poise.errors import RunError
 from poise.protocols import PROTOCOLS
-from poise.recipes import EXPERIMENTS
+from poise.recipes import CHANGES, EXPERIMENTS
+from poise.recipes.settings import OF_ONE_RUN
 
 if TYPE_CHECKING:
     from poise.studies.comparison import Comparison
 
 
-SecondBalance = Annotated[
-    str | None, recipes_own("balance of stage 2, for all labels; same: each label's own")
-]
+OF_WORKERS = frozenset({"threads", "tensorboard"})  # which the processes of a study choose
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Train and measure several balances or models under the same conditions, with several seeds: one table, one page of plots.
+class Compare(TrainingCommand):
+    """Train and measure several balances or models under the same conditions, with several seeds.
 
-    All labels have the images, network, order, noise, length and protocol in common; only stage 1's balance (or objective)
-    differs. Run the same command again to go on after an interruption; what is finished is not done again.
+    The result is one table and one page of plots. Only stage 1's balance or objective differs between the labels. Images,
+    network, order, noise, length and protocol are the same. The same command continues an interrupted comparison.
     """
+
+    leaves_out = OF_ONE_RUN | OF_WORKERS
 
     data: Annotated[
         Positional[str | None],
-        arg(help=ANY_IMAGES, help_behavior_hint="(default: the recipe's own, or digits)"),
+        arg(
+            metavar="[DATA]",
+            help=ANY_IMAGES,
+            help_behavior_hint="(default: the recipe's own, or digits)",
+        ),
     ] = None
     balances: Annotated[
         tuple[str, ...] | None,
         arg(
+            metavar="NAME [NAME ...]",
             help=f"balances of stage 1, the first is the reference: {BALANCES}",
             help_behavior_hint="(default: computed learned optimal fixed; beside models computed)",
         ),
     ] = None
     models: Annotated[
         tuple[str, ...],
-        arg(help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ..."),
+        arg(
+            metavar="NAME [NAME ...]",
+            help="objectives of stage 1: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ...",
+            help_behavior_hint="(default: none)",
+        ),
     ] = ()
     priors: Annotated[
         tuple[PriorChoice, ...] | None,
         arg(
-            help="whose samples are compared; without second-stage no stage 2 is trained",
+            metavar="NAME [NAME ...]",
+            help=f"whose samples are compared: {', '.join(get_args(PriorChoice))}; without second-stage no stage 2 is trained",
             help_behavior_hint="(default: all)",
         ),
     ] = None
@@ -80,17 +79,6 @@ class Compare:
         arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)"),
     ] = None
     second_balance: SecondBalance = None
-    size: Size = None
-    channels: Channels = None
-    network: Network = None
-    latent_dim: LatentDim = None
-    epochs: Epochs = None
-    second_epochs: SecondEpochs = None
-    stages: Stages = 2
-    batch_size: BatchSize = None
-    learning_rate: LearningRate = None
-    ema_decay: EmaDecay = None
-    precision: Precision = None
     protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
     images: Annotated[
         int | None,
@@ -108,24 +96,16 @@ class Compare:
     ] = "auto"
     stop_after: StopAfter = None
     jobs: Jobs = None
-    device: Device = "auto"
-    engine: Engine = "auto"
-    save_seconds: SaveSeconds = 60.0
 
     def run(self) -> None:
-        own = ("data", "device", "engine", "save_seconds", "stages")
-        chosen: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in own
-        }
-        chosen |= {"stages": 1} if self.stages == 1 else {}
-        from poise.runs.options import Options
         from poise.studies.comparison import compare
 
-        options = Options(self.device, self.save_seconds, engine=self.engine)
-        comparison = compare(self.data, options=options, **chosen)
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Compare)}
+        options = self.options()
+        comparison = compare(**own, options=options, **self.changes())
         if comparison.results or comparison.failed:
             print(comparison)
-            page = f"; page: {write_page(comparison, self.device)}" if comparison.results else ""
+            page = f"; page: {write_page(comparison, options.device)}" if comparison.results else ""
             print(
                 f"table: {comparison.folder}/table.md{page}; runs: {comparison.folder}/LABEL-SEED"
             )
@@ -134,11 +114,13 @@ class Compare:
 
 
 @dataclass(frozen=True)
-class Reproduce:
-    """Do a published experiment: both stages, all ways to sample, each protocol it was scored under, beside published numbers.
+class Reproduce(TrainingCommand):
+    """Run a published experiment with all priors and protocols it was scored under, beside the published numbers.
 
-    Run the same command again to go on after an interruption, or after --stop-after.
+    The same command continues it after an interruption, or after --stop-after.
     """
+
+    leaves_out = frozenset(CHANGES) | OF_WORKERS
 
     name: Annotated[Positional[str], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
     data: Annotated[
@@ -151,6 +133,7 @@ class Reproduce:
     balances: Annotated[
         tuple[str, ...] | None,
         arg(
+            metavar="NAME [NAME ...]",
             help="balances of stage 1, for instance computed learned optimal",
             help_behavior_hint=RECIPES_OWN,
         ),
@@ -168,21 +151,12 @@ class Reproduce:
     results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
     extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
     jobs: Jobs = None
-    device: Device = "auto"
-    engine: Engine = "auto"
 
     def run(self) -> None:
-        chosen = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("name", "device", "engine")
-        }
-        from poise.runs.options import Options
         from poise.studies.reproduction import reproduce, text
 
-        comparison = reproduce(
-            self.name, options=Options(self.device, engine=self.engine), **chosen
-        )
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Reproduce)}
+        comparison = reproduce(**own, options=self.options())
         if comparison.results or comparison.failed:
             print(text(comparison))
             print(f"results: {self.results}/{self.name}-LABEL-SEED.json; runs: {comparison.folder}")
@@ -194,7 +168,7 @@ class Reproduce:
 class Report:
     """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
 
-    The page is complete in itself and loads nothing: send it, or print it.
+    The page is one file that loads nothing.
     """
 
     folders: Annotated[

@@ -13,9 +13,10 @@ from poise.recipes.presets import (
     MNIST,
     MNIST_PUBLISHED,
 )
-from poise.recipes.settings import Data, Generation, Network, Recipe, Stage
+from poise.recipes.settings import CHANGES, Data, Generation, Network, Recipe, Stage
 
 __all__ = [
+    "CHANGES",
     "EXPERIMENTS",
     "RECIPES",
     "Data",

@@ -1,14 +1,22 @@
 """The settings of a run: frozen, typed, complete. Two runs with equal settings and equal data are the same run.
 
+A setting is declared once: its field has the type and the default, and its line under "Attributes" is the help of the
+command. A field marked with `Option` is an option of `poise train` and a keyword of `poise.train`. `to_json` writes every
+field to config.json.
+
 No torch here: the command reads these for its help.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
 
-NetworkKind = Literal["resnet", "infogan", "wae", "mlp", "custom"]
+Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
+BuiltNetwork = Literal["resnet", "infogan", "wae", "mlp"]
+NetworkKind = Literal[BuiltNetwork, "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
 Precision = Literal["float32", "ieee", "bfloat16"]
@@ -17,22 +25,63 @@ VAE_OBJECTIVE = "vae"
 RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
 
 
-def check_words(settings: Any) -> None:
-    """Raises InputError for a field that takes one of some words (or numbers) and holds another."""
+@dataclass(frozen=True)
+class Option:
+    """Marks a field that the command and the keywords of `poise.train` can set.
+
+    Attributes:
+        group: the group of the command's help that lists it.
+        first_only: for a field of `Stage`: the option sets it in stage 1 only, not in both stages.
+    """
+
+    group: Literal["data", "model", "training", "run"]
+    first_only: bool = False
+
+
+def options_of(declared: type) -> dict[str, Option]:
+    """Return the fields of a class that are options, by name."""
+    return {
+        name: mark
+        for name, hint in get_type_hints(declared, include_extras=True).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Option)
+    }
+
+
+def check_values(settings: Any) -> None:
+    """Check the fields of a dataclass against their types.
+
+    Raises:
+        InputError: a value has another type, or is not among the allowed ones.
+    """
     for name, hint in get_type_hints(type(settings)).items():
-        allowed = [
-            word
-            for part in (hint, *get_args(hint))
-            if get_origin(part) is Literal
-            for word in get_args(part)
-        ]
-        value = getattr(settings, name)
-        if (
-            allowed
-            and value not in allowed
-            and not (value is None and type(None) in get_args(hint))
-        ):
-            raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        check_value(name, hint, getattr(settings, name))
+
+
+def check_value(name: str, hint: Any, value: Any) -> None:
+    """Raise InputError if a value of a setting does not have the setting's type."""
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    allowed = [
+        word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)
+    ]
+    if (value is None and NoneType in choices) or value in allowed:
+        return
+    if allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+    kind = next((kind for kind in PLAIN if kind in choices), None)
+    if kind is None:  # a part of a recipe, or a tuple
+        return
+    plain, words = PLAIN[kind]
+    if not isinstance(value, plain) or isinstance(value, bool) != (kind is bool):
+        raise InputError(f"{name} must be {words}, not {value!r}")
+
+
+PLAIN: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +90,8 @@ class Data:
 
     Attributes:
         source: a data set's name, a path, or hf:owner/name.
-        size: side in pixels that images are cropped and resized to; None: as they are.
-        channels: 1 (grey) or 3 (RGB); None: as they are.
+        size: crop images to the centre square and resize to this side, in pixels. None: keep the size.
+        channels: convert images to grey (1) or RGB (3). None: keep the channels.
         jpeg_quality: send every image through JPEG at this quality, as the released CIFAR-10 loader did (75); None: never.
         file_order: CelebA's split: "sorted" (official), or "listing", the order in which the file system lists the files,
             as released.
@@ -50,14 +99,14 @@ class Data:
     """
 
     source: str
-    size: int | None = None
-    channels: Literal[1, 3] | None = None
+    size: Annotated[int | None, Option("data")] = None
+    channels: Annotated[Literal[1, 3] | None, Option("data")] = None
     jpeg_quality: int | None = None
     file_order: Literal["sorted", "listing"] = "sorted"
-    skip_unreadable: bool = False
+    skip_unreadable: Annotated[bool, Option("data")] = False
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -76,14 +125,14 @@ class Network:
     """
 
     kind: NetworkKind = "resnet"
-    latent_dim: int = 64
+    latent_dim: Annotated[int, Option("model")] = 64
     hidden: tuple[int, ...] = ()
     norm_decay: float = 0.99
     second_hidden: int = 1024
     initialisation: Literal["pytorch", "released"] = "released"
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_values(self)
         if bool(self.hidden) != (self.kind == "mlp"):
             raise InputError(
                 f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}"
@@ -94,35 +143,34 @@ class Network:
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained: Adam (0.9, 0.999, 1e-8).
+    """How one stage is trained, by Adam (0.9, 0.999, 1e-8).
 
     Attributes:
         epochs: length in passes over the training images; or
         steps: length in batches. One of the two is given.
         batch_size: images per step.
-        learning_rate: Adam's, at the start.
-        halve_every: the learning rate is halved after so many epochs (or steps, where the length is in steps), which need not
-            be a whole number; None: never.
-        balance: see `poise.balance.make_balance`.
-        objective: what the loss is made of: see `poise.objectives.make_objective`. Of stage 1; stage 2 is a VAE.
-        ema_decay: of a running average of the weights, used in place of them afterwards; None: no average.
-        precision: of the networks' arithmetic; weights, balance and sums are float32 in any case. "float32": on a GPU products
-            may round their inputs to TF32 (10 bits of mantissa). "ieee": float32 throughout, on a GPU too. "bfloat16": products
-            and convolutions under autocast.
+        learning_rate: Adam's learning rate at the start.
+        halve_every: halve the learning rate after so many epochs, or steps if the length is in steps. It need not be a whole
+            number. None: never.
+        balance: balance of reconstruction and KL (see `poise.balance.make_balance`).
+        objective: what the loss is made of (see `poise.objectives.make_objective`).
+        ema_decay: decay of a running average of the weights, which replaces them after training. None: no average.
+        precision: arithmetic of the networks. float32 allows TF32 on a GPU, ieee does not. bfloat16: products and
+            convolutions under autocast. Weights, balance and sums are always float32.
     """
 
     epochs: int | None = None
     steps: int | None = None
-    batch_size: int = 100
-    learning_rate: float = 1e-4
+    batch_size: Annotated[int, Option("training")] = 100
+    learning_rate: Annotated[float, Option("training")] = 1e-4
     halve_every: float | None = None
-    balance: str = "computed"
-    objective: str = VAE_OBJECTIVE
-    ema_decay: float | None = None
-    precision: Precision = "float32"
+    balance: Annotated[str, Option("model", first_only=True)] = "computed"
+    objective: Annotated[str, Option("model", first_only=True)] = VAE_OBJECTIVE
+    ema_decay: Annotated[float | None, Option("training")] = None
+    precision: Annotated[Precision, Option("training")] = "float32"
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_values(self)
         if (self.epochs is None) == (self.steps is None):
             raise InputError("a stage's length is given in epochs or in steps, one of them")
         if self.batch_size < 2:
@@ -187,7 +235,7 @@ class Generation:
     reconstruct_from: Literal["mean", "sample"] = "mean"
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -199,11 +247,11 @@ class Recipe:
         data, network, generation: see there.
         first: stage 1, which learns images.
         second: stage 2, which learns the latents of stage 1; None: one stage only.
-        seed: of weights, order and noise.
+        seed: seed of weights, order and noise.
         cost: what a run takes, in words, with the machine it was measured on.
         published: numbers from the literature to stand beside, each with its protocol.
-        minutes: a budget for the whole run. The lengths of both stages are then chosen to fit into it on the machine where
-            the run starts, and kept in its config.json (see `poise.runs.timing`). None: the lengths are as they are.
+        minutes: budget of the whole run, pictures included. The run chooses lengths of its stages that fit, and keeps them in
+            config.json (see `poise.runs.timing`). None: the lengths of the stages.
     """
 
     name: str
@@ -212,10 +260,10 @@ class Recipe:
     first: Stage
     second: Stage | None
     generation: Generation = Generation()
-    seed: int = 0
+    seed: Annotated[int, Option("training")] = 0
     cost: str = ""
     published: tuple[str, ...] = field(default=())
-    minutes: float | None = None
+    minutes: Annotated[float | None, Option("training")] = None
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
@@ -226,88 +274,111 @@ class Recipe:
             )
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What users most often change in a recipe; None: as the recipe has it.
+class Overall:
+    """Options that change several fields of a recipe at once.
 
     Attributes:
-        size, channels, skip_unreadable: see `Data`.
-        network, latent_dim: see `Network`; the kind of network and its latents.
-        balance, second_balance: of stage 1 and of stage 2; see `poise.balance.make_balance`.
-        objective: of stage 1; see `poise.objectives.make_objective`. Where it is another than vae and no balance is given, the
-            balance of stage 1 is "fixed:gamma2=0.5", with which the objective is the published one.
-        epochs: length of stage 1, passes over the training images. Stage 2 becomes as many times longer or shorter, and both
-            learning rates are halved at the same shares of the length as in the recipe.
-        second_epochs: length of stage 2, likewise; None: as `epochs` makes it.
-        minutes: see `Recipe`; in place of lengths.
-        stages: 1 leaves out the second stage.
-        batch_size, learning_rate, ema_decay, precision: of both stages; see `Stage`.
-        seed: of weights, order and noise.
+        network: architecture of stage 1. Images/s on one CPU core: resnet 110 at 32 pixels and 27 at 64, infogan 360 and
+            91, wae 13 and 3, mlp 2,700 and 930.
+        second_balance: balance of stage 2, with the same names as that of stage 1.
+        stages: number of stages; 1 leaves out the second stage.
+        epochs: length of stage 1 in passes over the training images. Stage 2 and the learning rates keep their proportions.
+        second_epochs: length of stage 2 in passes over the training codes.
     """
 
-    size: int | None = None
-    channels: Literal[1, 3] | None = None
-    skip_unreadable: bool | None = None
-    network: NetworkKind | None = None
-    latent_dim: int | None = None
-    balance: str | None = None
-    second_balance: str | None = None
-    objective: str | None = None
-    epochs: int | None = None
-    second_epochs: int | None = None
-    minutes: float | None = None
-    stages: Literal[1, 2] | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    ema_decay: float | None = None
-    precision: Precision | None = None
-    seed: int | None = None
+    network: Annotated[BuiltNetwork, Option("model")]
+    second_balance: Annotated[str, Option("model")]
+    stages: Annotated[Literal[1, 2], Option("training")]
+    epochs: Annotated[int, Option("training")]
+    second_epochs: Annotated[int, Option("training")]
 
-    def __post_init__(self) -> None:
-        check_words(self)
-        if self.stages == 1 and (self.second_epochs is not None or self.second_balance is not None):
+
+DECLARED = (Data, Overall, Network, Stage, Generation, Recipe)
+CHANGES: dict[str, Any] = {
+    name: get_type_hints(declared)[name] for declared in DECLARED for name in options_of(declared)
+}
+"""What `poise.train(**changes)` and the command can change in a recipe: names and types."""
+OF_ONE_RUN = frozenset({"balance", "second_balance", "objective", "seed", "minutes"})
+"""Changes that are not the same for all runs of a comparison."""
+
+
+class Changes:
+    """Changes of a recipe, by the names and types of `CHANGES`.
+
+    A change of the objective to a rival of the VAE also sets the balance "fixed:gamma2=0.5", with which the rivals were
+    published, unless a balance is given. A change of `epochs` makes stage 2 as many times longer or shorter, and halves the
+    learning rates at the same shares of the length.
+
+    Args:
+        values: by name; None: as the recipe has it.
+
+    Raises:
+        InputError: an unknown name, a wrong value, or changes that exclude each other.
+
+    Example:
+        >>> from poise.recipes import RECIPES
+        >>> changed = Changes(epochs=50, batch_size=100).apply(RECIPES["digits"])
+        >>> changed.first.epochs, changed.second.epochs, changed.second.batch_size
+        (50, 200, 100)
+    """
+
+    def __init__(self, **values: Any) -> None:
+        if unknown := values.keys() - CHANGES.keys():
+            raise InputError(
+                f"a recipe has no setting {', '.join(sorted(unknown))}; there are {', '.join(CHANGES)}"
+            )
+        self.values = {name: value for name, value in values.items() if value is not None}
+        for name, value in self.values.items():
+            check_value(name, CHANGES[name], value)
+        of_second = self.values.keys() & {"second_epochs", "second_balance"}
+        if self.values.get("stages") == 1 and of_second:
             raise InputError(
                 "a length or balance of the second stage makes no sense with one stage: leave one of them out"
             )
-        if self.minutes is not None and (self.epochs is not None or self.second_epochs is not None):
+        if "minutes" in self.values and self.values.keys() & {"epochs", "second_epochs"}:
             raise InputError(
                 "a budget in minutes chooses the lengths: leave out either it or the epochs"
             )
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """The recipe with these changes. Its cost is dropped where they change it."""
-        data = given(
-            recipe.data,
-            size=self.size,
-            channels=self.channels,
-            skip_unreadable=self.skip_unreadable,
-        )
-        network = given(self._kind(recipe.network), latent_dim=self.latent_dim)
-        rival = self.objective not in (None, VAE_OBJECTIVE)
-        balance = RIVALS_BALANCE if rival and self.balance is None else self.balance
+        """Return the recipe with these changes. Its cost is dropped if they change it."""
         first, second = self._lengths(recipe)
-        first = given(self._stage(first, balance), objective=self.objective)
-        second = second and self._stage(second, self.second_balance)
-        as_costed = (data, network, first, second) == (
-            recipe.data,
-            recipe.network,
-            recipe.first,
-            recipe.second,
+        first = self._put(first)
+        objective = self.values.get("objective", VAE_OBJECTIVE)
+        if objective != VAE_OBJECTIVE and "balance" not in self.values:
+            first = replace(first, balance=RIVALS_BALANCE)
+        if second is not None:
+            second = self._put(second, first=False)
+            second = given(second, balance=self.values.get("second_balance"))
+        changed = replace(
+            recipe,
+            data=self._put(recipe.data),
+            network=self._put(self._kind(recipe.network)),
+            first=first,
+            second=second,
+            generation=self._put(recipe.generation),
         )
-        recipe = replace(recipe, data=data, network=network, first=first, second=second)
-        return given(recipe, seed=self.seed, minutes=self.minutes, cost=None if as_costed else "")
+        cost = recipe.cost if changed == recipe else ""
+        return replace(self._put(changed), cost=cost)
+
+    def _put(self, part: Any, *, first: bool = True) -> Any:
+        """A part of a recipe with the changes of its fields. Of stage 2, not those of stage 1 only."""
+        names = [
+            name for name, mark in options_of(type(part)).items() if first or not mark.first_only
+        ]
+        return given(part, **{name: self.values.get(name) for name in names})
 
     def _lengths(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
         """Both stages at the lengths asked for: stage 2 keeps its proportion to stage 1 unless it has a length of its own."""
-        first, second = recipe.first, None if self.stages == 1 else recipe.second
-        if self.epochs is not None:
-            first = first.lasting(epochs=self.epochs)
-        if second is not None and self.second_epochs is not None:
-            return first, second.lasting(epochs=self.second_epochs)
-        if second is None or self.epochs is None:
+        epochs, second_epochs = self.values.get("epochs"), self.values.get("second_epochs")
+        first = recipe.first if epochs is None else recipe.first.lasting(epochs=epochs)
+        second = None if self.values.get("stages") == 1 else recipe.second
+        if second is not None and second_epochs is not None:
+            return first, second.lasting(epochs=second_epochs)
+        if second is None or epochs is None:
             return first, second
         if recipe.first.epochs is not None:
-            share = self.epochs / recipe.first.epochs
+            share = epochs / recipe.first.epochs
             name, length = ("epochs", second.epochs) if second.epochs else ("steps", second.steps)
             return first, second.lasting(**{name: max(1, round(share * (length or 0)))})
         if second.steps is None or recipe.first.steps is None:
@@ -315,21 +386,15 @@ class Changes:
                 "stage 1 of this recipe has a length in steps and stage 2 in epochs: give second_epochs too"
             )
         passes = second.steps * second.batch_size / (recipe.first.steps * recipe.first.batch_size)
-        return first, second.lasting(epochs=max(1, round(self.epochs * passes)))
+        return first, second.lasting(epochs=max(1, round(epochs * passes)))
 
     def _kind(self, network: Network) -> Network:
-        if self.network is None or self.network == network.kind:
+        kind = self.values.get("network", network.kind)
+        if kind == network.kind:
             return network
-        initialisation = "pytorch" if self.network in INITIALISED else "released"
-        hidden = (512, 512) if self.network == "mlp" else ()
-        return replace(network, kind=self.network, hidden=hidden, initialisation=initialisation)
-
-    def _stage(self, stage: Stage, balance: str | None) -> Stage:
-        both = {
-            name: getattr(self, name)
-            for name in ("batch_size", "learning_rate", "ema_decay", "precision")
-        }
-        return given(stage, balance=balance, **both)
+        initialisation = "pytorch" if kind in INITIALISED else "released"
+        hidden = (512, 512) if kind == "mlp" else ()
+        return replace(network, kind=kind, hidden=hidden, initialisation=initialisation)
 
 
 def given(settings: Any, **values: Any) -> Any:

@@ -4,7 +4,7 @@ Recording leaves the numbers as they are; compiling changes them by rounding.
 """
 
 from collections.abc import Callable
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,14 +12,13 @@ from torch import Tensor
 from poise.balance import Balance, LossTerms
 from poise.errors import InputError, RunError
 from poise.objectives import make_objective
-from poise.recipes.settings import Stage
+from poise.recipes.settings import Engine, Stage
 from poise.shapes import Latents, Values
 from poise.training import distributed
 from poise.training.state import TrainingState
 from poise.training.step import Loss, Step, training_step
 from poise.vae import VAE
 
-Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
 EAGER_STEPS = 3  # before a recording
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from poise.data import read_images
 from poise.errors import InputError
 from poise.protocols import Protocol, find_protocol
-from poise.recipes.settings import Changes, Recipe
+from poise.recipes.settings import CHANGES, OF_ONE_RUN, Changes, Recipe
 from poise.runs.options import Options
 from poise.runs.pipeline import resolve
 from poise.runs.run import GENERATIONS, PriorName
@@ -22,13 +22,6 @@ from poise.studies.results import safe_name
 from poise.support.files import appearing, write_file
 
 BALANCES = ("computed", "learned", "optimal", "fixed")
-VARIED = {
-    "balance",
-    "second_balance",
-    "objective",
-    "seed",
-}  # by other means than changes of the recipe
-BUDGET = {"minutes"}  # each run would choose a length of its own
 
 
 def compare(
@@ -121,7 +114,7 @@ def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tup
 
 def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, Any]) -> Recipe:
     """What all labels have in common."""
-    allowed = {field.name for field in fields(Changes)} - VARIED - BUDGET
+    allowed = CHANGES.keys() - OF_ONE_RUN
     if unknown := set(changes) - allowed:
         raise InputError(
             f"compare has no setting {', '.join(sorted(unknown))}; a recipe's are {', '.join(sorted(allowed))}"
