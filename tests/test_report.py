@@ -8,17 +8,20 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 
 import poise
 from poise import cli
-from poise.report import curves, markup, models, write_report
+from poise.report import curves, models, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
 from poise.report.models import Exhibit
@@ -110,6 +113,19 @@ def cells(path: Path) -> dict[str, list[str]]:
     }
 
 
+class Elements(HTMLParser):
+    """How often each element occurs in HTML, and its attributes that a browser runs as code."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags, self.handlers = Counter[str](), list[str]()
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
 def test_a_page_loads_nothing(page):
     content = body(page)
     assert "default-src 'none'" in content
@@ -174,10 +190,13 @@ def test_what_users_wrote_is_never_markup(runs, tmp_path):
     folder = tmp_path / "runs" / f"{HOSTILE.replace('/', '|')}-0"
     shutil.copytree(runs / "fixed-beta=4-0", folder)
     config = json.loads((folder / "config.json").read_text())
-    config["data"] |= {"notes": [HOSTILE], "source": HOSTILE}
+    config["data"] |= {"notes": [HOSTILE, "{{ 7 * 7 }}"], "source": HOSTILE}
     (folder / "config.json").write_text(json.dumps(config))
     out = write_report([folder, runs / "computed-0"], tmp_path / "report.html")
     assert "<img src=x" not in body(out) and "onerror" in words(out)
+    assert html.unescape(body(out)).count(HOSTILE) == 3 and "{{ 7 * 7 }}" in words(out)
+    seen = Elements(body(out))
+    assert not seen.handlers and seen.tags["script"] == 2  # values and page.js
     assert values(out)["figures"][0]["traces"][1]["label"].startswith("<img src=x")
 
 
@@ -357,8 +376,8 @@ def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
 
 
 def test_words_in_backticks_are_code_in_html(page):
-    assert "<code>" in markup.paragraphs(["Run `poise diagnose` again."])
-    assert markup.prose("`<b>`") == "<code>&lt;b&gt;</code>"
+    assert page_module.prose("Run `poise diagnose`.") == "Run <code>poise diagnose</code>."
+    assert page_module.prose("`<b>`") == "<code>&lt;b&gt;</code>"
     assert "`" not in re.sub(r"<script.*?</script>", "", body(page), flags=re.DOTALL)
 
 
@@ -466,9 +485,25 @@ def test_the_command_takes_several_folders_and_writes_where_it_says(
     )
 
 
-def test_the_plotting_library_is_imported_by_a_report_alone(run_python):
-    code = "import sys, poise.cli, poise.report; print('plotly' in sys.modules)"
-    assert run_python(code).strip() == "False"
+def test_a_name_that_a_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
+        page_module._templates().get_template("page.html").render()
+
+
+def test_every_section_has_a_template_and_every_template_is_of_a_section():
+    folder = Path(page_module.__file__).parent / "templates" / "sections"
+    assert {path.stem for path in folder.iterdir()} == {part.name for part in sections.SECTIONS}
+
+
+def test_the_libraries_of_a_report_are_imported_by_a_report_alone(run_python):
+    code = """
+import sys, poise.cli
+poise.train, poise.load
+print('jinja2' in sys.modules)
+import poise.report
+print('plotly' in sys.modules)
+"""
+    assert run_python(code).split() == ["False", "False"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")

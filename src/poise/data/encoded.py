@@ -139,8 +139,11 @@ def _each(
         except InputError as error:
             return error
 
-    bar = progress(title, len(positions), quiet=not sys.stderr.isatty())
-    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
+    quiet = not sys.stderr.isatty()
+    with (
+        progress(title, len(positions), quiet=quiet) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
         for start in range(0, len(positions), _FILES_AT_ONCE):
             batch = positions[start : start + _FILES_AT_ONCE]
             for position, result in zip(batch, threads.map(attempt, batch), strict=True):

@@ -1,4 +1,4 @@
-"""Tables of a report as rows of cells, the first one the head."""
+"""Tables of a report as rows of cells; the first row is the head."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ Rows = list[list[str]]
 
 
 def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of names with units, and values."""
+    """Return name (with unit) and value of each figure of a model."""
     stage1, latents, stage2 = (
         figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage")
     )
@@ -66,7 +66,7 @@ def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
-    """Settings by dotted names, as words."""
+    """Return nested settings as text by dotted names."""
     rows: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -77,7 +77,7 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
 
 
 def plain(value: Any) -> str:
-    """A setting as a reader writes it."""
+    """Format the value of a setting."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -86,26 +86,27 @@ def plain(value: Any) -> str:
 
 
 def settings_rows(records: Sequence[Record]) -> Rows:
-    """A row for each setting, a column for each label; the seeds of a label share theirs."""
-    columns = {record.label: flat(_without_seed(record)) for record in first_of_each(records)}
+    """Return a row for each setting but the seed and a column for each label."""
+    columns = {record.label: flat(record.recipe) for record in first_of_each(records)}
+    for column in columns.values():
+        column.pop("seed", None)
+    return _side_by_side("setting", columns)
+
+
+def _side_by_side(corner: str, columns: dict[str, dict[str, str]]) -> Rows:
+    """A row for each name that a column has; the head gives the columns' names."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [
-        ["setting", *columns],
-        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
-    ]
-
-
-def _without_seed(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in record.recipe.items() if key != "seed"}
+    rows = ([name, *(column.get(name, "–") for column in columns.values())] for name in names)
+    return [[corner, *columns], *rows]
 
 
 def varying(rows: Rows) -> set[int]:
-    """Numbers of the rows whose cells differ."""
+    """Return the numbers of the rows whose cells differ; the head does not count."""
     return {k for k, row in enumerate(rows[1:]) if len(set(row[1:])) > 1}
 
 
 def data_rows(records: Iterable[Record]) -> Rows:
-    """A row for each data set that the runs were trained on."""
+    """Return a row for each data set that the runs were trained on."""
     rows = [["source", "shape", "training images", "test images", "SHA-256"]]
     for record in records:
         data = record.data
@@ -117,7 +118,7 @@ def data_rows(records: Iterable[Record]) -> Rows:
 
 
 def version_rows(records: Iterable[Record]) -> Rows:
-    """A row for each set of versions that trained."""
+    """Return a row for each set of software versions and device used for training."""
     names = list(
         dict.fromkeys(name for record in records for name in record.config.get("versions", {}))
     )
@@ -138,17 +139,12 @@ def _distinct(rows: Rows) -> Rows:
 
 
 def figures_of_all(records: Sequence[Record]) -> Rows:
-    """A row for each figure, a column for each run."""
-    columns = {record.name: dict(figures_table(record.figures)) for record in records}
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [
-        ["", *columns],
-        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
-    ]
+    """Return a row for each figure and a column for each run."""
+    return _side_by_side("", {r.name: dict(figures_table(r.figures)) for r in records})
 
 
 def measurements_of(record: Record) -> list[Measurement]:
-    """The measurements of the last evaluation with their protocols.
+    """Return the measurements of the last evaluation with their protocols.
 
     Raises:
         InputError: evaluation.json is of another version of Poise.
@@ -167,7 +163,7 @@ def _measurement(values: dict[str, Any], protocols: dict[str, Protocol]) -> Meas
 
 
 def protocols_of(records: Iterable[Record]) -> dict[str, Protocol]:
-    """Every protocol that numbers of these runs were measured under, by hash."""
+    """Return the protocols of all measurements of these runs, by hash."""
     found: dict[str, Any] = {}
     for record in records:
         found |= (record.evaluation or {}).get("protocols", {})
@@ -175,30 +171,25 @@ def protocols_of(records: Iterable[Record]) -> dict[str, Protocol]:
 
 
 def evaluation_rows(record: Record) -> Rows:
-    """What was measured, and of what."""
+    """Return a row for each measured set of images and a column for each metric."""
     measured = measurements_of(record)
     return table(measured, mixed=True) if measured else []
 
 
 def protocol_rows(protocols: dict[str, Protocol]) -> Rows:
-    """A row for each attribute, a column for each protocol."""
-    columns = {code: flat(asdict(protocol)) for code, protocol in protocols.items()}
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return [
-        ["", *columns],
-        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
-    ]
+    """Return a row for each attribute and a column for each protocol."""
+    return _side_by_side("", {code: flat(asdict(p)) for code, p in protocols.items()})
 
 
 def upright(rows: Rows) -> Rows:
-    """A table with many columns and few rows, on its side: it then fits a phone and a sheet of paper."""
+    """Transpose a table with many columns and few rows, to fit a phone and a sheet of paper."""
     if not rows or len(rows[0]) <= max(len(rows), 6):
         return rows
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def results_of(records: Iterable[Record]) -> list[Result]:
-    """The results of the finished runs: what `poise compare` wrote, or what the run's own files say."""
+    """Return the results of the finished runs, from `poise compare` or else the run's files."""
     finished = [record for record in records if record.summary]
     return [replace(r.result, label=r.label) if r.result else _as_result(r) for r in finished]
 
@@ -227,5 +218,5 @@ def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
 
 
 def speed_rows(results: Sequence[Result], reference: str) -> Rows:
-    """See `poise.studies.comparison.speed`; none where a run has no curves."""
+    """Return the rows of `poise.studies.comparison.speed`, or none if a run has no curves."""
     return speed(results, reference) if all("1" in result.curves for result in results) else []

@@ -1,7 +1,10 @@
-"""Training curves as plain values that page.js draws: one figure for each quantity and stage, one line for each run.
+"""Training curves as plain values that page.js draws.
 
-Of the loss c SE + k KL the log holds gamma2 = 1/(2c), and k follows from loss = reconstruction + k KL. The quadratic term
-SE/(2 gamma2) over D/2 is MSE/gamma2. The equivalent beta is k gamma2 / MSE, as in `poise.diagnosis`: 1 at balance.
+There is one figure for each quantity and stage, with one line for each run.
+
+The loss is c SE + k KL. The log holds gamma2 = 1/(2c), and k follows from
+loss = reconstruction + k KL. The quadratic term SE/(2 gamma2) over D/2 is MSE/gamma2. The
+equivalent beta is k gamma2 / MSE, as in `poise.diagnosis`: 1 at balance.
 """
 
 import math
@@ -34,15 +37,15 @@ Styles = dict[str, dict[str, str]]  # of each label: colour and dash
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is drawn over training.
+    """A quantity that is drawn over training.
 
     Attributes:
         key: short name.
-        title: with the unit.
-        value: of a log entry.
-        caption: what it is.
-        scale: of the axis: "linear", or "log" where values allow it and vary much.
-        line: a value to mark.
+        title: name with unit.
+        value: computes it from a log entry.
+        caption: explanation under the figure.
+        scale: of the axis: "linear", or "log" if the values are positive and vary widely.
+        line: a value to mark, or None.
         needs_kl: whether deterministic models lack it.
     """
 
@@ -56,13 +59,13 @@ class Quantity:
 
 
 def kl_weight(entry: Entry) -> float:
-    """k, from loss = reconstruction + k KL; NaN where the KL vanishes."""
+    """Return k from loss = reconstruction + k KL; NaN if the KL vanishes."""
     kl = entry["kl_nats"]
     return (entry["loss"] - entry["reconstruction_nats"]) / kl if kl > 1e-6 else math.nan
 
 
 def equivalent_beta(entry: Entry) -> float:
-    """k gamma2 / MSE."""
+    """Return k gamma2 / MSE."""
     return kl_weight(entry) * entry["gamma2"] / entry["mse"]
 
 
@@ -116,7 +119,7 @@ QUANTITIES = (
 
 
 def styles_of(labels: Sequence[str]) -> Styles:
-    """A colour for each label, and another dash where colours are used up."""
+    """Return a colour for each label, with another dash once the colours are used up."""
     count = len(COLOURS)
     return {
         label: {"color": COLOURS[k % count], "dash": DASHES[k // count % 4]}
@@ -131,9 +134,10 @@ def stage_entries(record: Record, stage: int) -> list[Entry]:
 def training_figures(
     records: Sequence[Record],
 ) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
-    """The x values of each run and stage ("images", "seconds"), and the figures.
+    """Return the x values of each run and stage ("images", "seconds"), and the figures.
 
-    A figure has an id, a stage, a title, a caption, traces (each with the key of its x values) and an axis.
+    A figure has an id, a stage, a title, a caption, an axis and traces. Each trace has the key of
+    its x values.
     """
     axes = {
         _axis(r, stage): progress_of(stage_entries(r, stage)) for r in records for stage in (1, 2)
@@ -149,7 +153,7 @@ def _axis(record: Record, stage: int) -> str:
 
 
 def progress_of(entries: Sequence[Entry]) -> dict[str, list[float]]:
-    """Images seen, and seconds of training since the stage began, of each point of a curve."""
+    """Return images seen and seconds of training since the stage began, for each point."""
     images = np.array([entry["images_seen"] for entry in entries], float)
     rates = np.array([entry.get("images_per_second") or FALLBACK_RATE for entry in entries])
     seconds = np.cumsum(np.diff(images, prepend=0.0) / rates)  # right across interruptions too
@@ -168,7 +172,7 @@ def _last_of_parts(values: np.ndarray) -> list[float]:
 
 
 def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """Means over at most `POINTS` equal parts, to five digits; None where nothing is finite."""
+    """Return means over at most `POINTS` equal parts, to five digits; None if none is finite."""
     parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)) or 1)
     finite = (part[np.isfinite(part)] for part in parts)
     return [float(f"{part.mean():.5g}") if len(part) else None for part in finite]

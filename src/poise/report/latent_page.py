@@ -1,4 +1,4 @@
-"""The latent page as plain values that page.js draws: KL, variances and spectrum, of both stages."""
+"""KL, variances and spectrum of the latents of both stages, as plain values that page.js draws."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ Shown = Sequence[tuple[Record, Page]]
 def latent_figures(
     pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styles
 ) -> list[dict[str, Any]]:
-    """Three figures for each stage that has a page.
+    """Return three figures for each stage: bars for one run, lines for several.
 
     Args:
-        pages: of each run its pages by name, "latents" and "second_stage". Bars for one run, lines for several.
-        styles: of each label.
+        pages: each run with its latent statistics by name, "latents" and "second_stage".
+        styles: colour and dash of each label.
     """
     figures = []
     for stage, name in ((1, "latents"), (2, "second_stage")):
@@ -63,7 +63,7 @@ def _variance_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
 
 
 def _variances(page: Page) -> list[tuple[float, float]]:
-    """(Var(mu), E[s^2]) of each latent, the largest KL first."""
+    """Return (Var(mu), E[s^2]) of each latent, the largest KL first."""
     columns = zip(
         page["kl_nats_per_latent"], page["variance_of_mean"], page["mean_variance"], strict=True
     )

@@ -1,4 +1,4 @@
-"""What only a trained model can show: samples, reconstructions, codes and the diagnosis. What cannot be had is said."""
+"""What needs the trained model: samples, reconstructions, codes and the diagnosis."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,16 +30,17 @@ PRIORS = {
 
 @dataclass
 class Exhibit:
-    """What the model of one run shows; `missing` says what it does not.
+    """Images, latent statistics and diagnosis of the model of one run.
 
     Attributes:
-        record: of the run.
+        record: what the files of the run say.
         real, pairs: data URIs of real images, and of test images above their reconstructions.
-        kept_pairs, kept_samples: pictures made at the end of training, where the model or the data are not to be had.
-        samples: data URI of each generation, by "GEN-1", ...
-        latents: pages by "latents" and "second_stage", as in summary.json.
-        diagnosis: None: it could not be made; `undiagnosed` says why.
-        missing: a sentence for each thing that is not there.
+        kept_pairs, kept_samples: data URIs of the pictures that training wrote at its end, used if
+            the model or the data cannot be loaded.
+        samples: data URI of the samples of each generation, by "GEN-1", ...
+        latents: latent statistics by "latents" and "second_stage", as in summary.json.
+        diagnosis: None if there is none; `undiagnosed` then says why.
+        missing: a sentence for each thing that cannot be shown.
     """
 
     record: Record
@@ -55,13 +56,13 @@ class Exhibit:
 
 
 class Shelf:
-    """Data sets that have been read once, by checksum: the runs of a comparison share theirs."""
+    """Cache of data sets by checksum: the runs of a comparison share theirs."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Dataset | str] = {}
 
     def dataset(self, run: Run) -> Dataset | str:
-        """The data of a run, or why they cannot be had."""
+        """Return the data of a run, or the reason why they cannot be read."""
         if run.data["source"] == "array":
             return "they were an array, which a run does not keep"
         key = run.data["checksum"]
@@ -74,7 +75,7 @@ class Shelf:
 
 
 def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
-    """Everything that the model of a run can show."""
+    """Load the model of a run and return what it shows."""
     shown = Exhibit(record)
     shown.latents = {
         name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures
@@ -163,7 +164,7 @@ def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
 
 
 def _add_codes(shown: Exhibit, run: Run) -> None:
-    """The latent page of an unfinished run, whose summary is not written yet."""
+    """Compute the latent statistics of an unfinished run, which has no summary yet."""
     if "latents" not in shown.latents and (run.folder / "codes").exists():
         _attempt(
             shown,
@@ -173,7 +174,7 @@ def _add_codes(shown: Exhibit, run: Run) -> None:
 
 
 def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:
-    """Pictures that training wrote at its end."""
+    """Take the pictures that training wrote at its end."""
     shown.kept_pairs = _kept(shown.record.folder / "reconstructions.png")
     shown.kept_samples = _kept(shown.record.folder / "samples.png") if samples else None
 
@@ -183,5 +184,5 @@ def _kept(path: Path) -> str | None:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, in one line without a full stop."""
+    """Return the error message as one line without a full stop."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

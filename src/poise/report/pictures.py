@@ -1,4 +1,4 @@
-"""Images into the page: one PNG for each grid, as a data URI."""
+"""Grids of images as data URIs of PNGs, so that the page needs no other file."""
 
 import base64
 
@@ -11,17 +11,20 @@ PAIRS_IN_A_ROW = 8
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG as an address that needs no file."""
+    """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def contact_sheet(images: Images | ByteImages, columns: int) -> str:
-    """A grid of images as a data URI."""
+    """Return a grid of images as a data URI."""
     return data_uri(to_png(grid(images, columns=columns), effort=9))
 
 
 def paired_sheet(originals: Images, restored: Images, columns: int = PAIRS_IN_A_ROW) -> str:
-    """Rows of originals, each with the row of their reconstructions below it, as a data URI; a short last row ends white."""
+    """Return a data URI of rows of originals, each above the row of their reconstructions.
+
+    White tiles fill the last row.
+    """
     columns = min(columns, len(originals))
     white = originals.new_ones(-len(originals) % columns, *originals.shape[1:])
     rows = zip(

@@ -1,4 +1,4 @@
-"""Folders -> what is known of each run, from its files alone; what is missing is said in a sentence."""
+"""Folders -> what the files of each run say, with a sentence for each thing that is missing."""
 
 import json
 import math
@@ -61,7 +61,7 @@ class Record:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Pages of figures of the model: those of the last evaluation, and what only the summary has."""
+        """Figures of the model by page: of the last evaluation, or else of the summary."""
         return (self.summary or {}) | {
             key: value for key, value in (self.evaluation or {}).items() if isinstance(value, dict)
         }
@@ -73,13 +73,13 @@ class Record:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The runs in these places, by label and seed, those of the reference first.
+    """Return the runs in these places, by label and seed, those of the reference first.
 
     Args:
-        paths: each a run's folder, or a folder with runs in it; or, where there are none, a result, or a folder of results.
+        paths: folders of runs, or folders with runs in them; or else results, or folders of them.
 
     Raises:
-        InputError: nothing is given, or a place without runs and results.
+        InputError: `paths` is empty, or a place has neither runs nor results.
     """
     if not paths:
         raise InputError("give the folder of a run or of a comparison, or results")
@@ -99,7 +99,10 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _results_in(path: Path) -> list[tuple[Path, Result]]:
-    """The results in a place with the folders of their runs: a comparison or a reproduction says where its results are."""
+    """Return the results in a folder with the folders of their runs.
+
+    A comparison or a reproduction says where its results are.
+    """
     own, described = path / "results", path / DESCRIPTION
     if not (run_folders(path) or described.exists()):
         alone = _only_results(path)
@@ -125,7 +128,7 @@ def _only_results(path: Path) -> list[Result]:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The run in a folder, or the runs that lie in it.
+    """Return the folder itself if it is a run's, or else the runs' folders in it.
 
     Raises:
         InputError: there is no such folder or file.
@@ -140,7 +143,7 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def read_record(folder: Path, result: Result | None = None) -> Record:
-    """What the files of a run say, and the result that a comparison wrote of it.
+    """Read the files of a run, and take over the result that a comparison wrote of it.
 
     Raises:
         InputError: config.json is damaged, or not a run's.
@@ -156,7 +159,7 @@ def read_record(folder: Path, result: Result | None = None) -> Record:
 
 
 def record_of(result: Result, folder: Path) -> Record:
-    """What a result says of a run whose folder is not there."""
+    """Make the record of a run from its result alone, without its folder."""
     made = result.provenance
     versions = {
         name: value
@@ -183,7 +186,7 @@ def record_of(result: Result, folder: Path) -> Record:
 
 
 def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, float]]:
-    """The points of a curve as entries of a log."""
+    """Return the points of a curve as entries of a log."""
     seen, elapsed = curve["images_seen"], curve["seconds"]
     for number, values in enumerate(zip(*curve.values(), strict=True)):
         images = seen[number] - (seen[number - 1] if number else 0)
@@ -193,7 +196,7 @@ def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, flo
 
 
 def _label(name: str, seed: int) -> str:
-    """The folder's name without the run's seed at its end."""
+    """Return the folder's name without the run's seed at its end."""
     return re.sub(rf"[-_.]?(seed)?[-_=]?\b{seed}$", "", name) or name
 
 
@@ -232,7 +235,7 @@ def _missing(
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    """With other labels where two runs of one label and seed lie in different folders.
+    """Put the parent folder's name before the label if two runs share label and seed.
 
     Raises:
         InputError: the folders' names do not tell them apart either.
@@ -260,12 +263,12 @@ def _repeated(records: Iterable[Record]) -> set[tuple[str, int]]:
 
 
 def labels_of(records: Iterable[Record]) -> list[str]:
-    """Each label once, in order."""
+    """Return each label once, in order."""
     return list(dict.fromkeys(record.label for record in records))
 
 
 def first_of_each(records: Iterable[Record]) -> list[Record]:
-    """For each label the run of the first seed."""
+    """Return the run of the first seed of each label."""
     found: dict[str, Record] = {}
     for record in records:
         found.setdefault(record.label, record)

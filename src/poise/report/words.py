@@ -34,14 +34,14 @@ def number(value: float | None, style: str = ".4g") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, as tables of a comparison show them."""
+    """Format mean and sample standard deviation, as in the tables of a comparison."""
     return show(spread_of(values))
 
 
@@ -56,7 +56,7 @@ def source_word(record: Record) -> str:
 
 
 def model_sentence(record: Record) -> str:
-    """What was trained, on what, how long."""
+    """Say what was trained, on what data and how long."""
     recipe, data = record.recipe, record.data
     network = recipe["network"]
     kind = NETWORKS.get(network["kind"], "a network of the user's own")
@@ -96,7 +96,7 @@ def _time(record: Record) -> str:
 
 
 def result_sentences(record: Record) -> list[str]:
-    """What came out, in words."""
+    """Say what the figures of a run are."""
     figures = record.figures
     codes = f"{_latents(figures)} {_balance(record)}".strip() if record.has_kl else ""
     return [line for line in (_error(figures), codes, _distances(record)) if line]
@@ -124,7 +124,7 @@ def _latents(figures: dict[str, Any]) -> str:
 
 
 def _balance(record: Record) -> str:
-    """Over the last tenth of the log of stage 1."""
+    """Say the balance over the last tenth of the log of stage 1."""
     entries = stage_entries(record, 1)
     shares = [
         entry["mse"] / entry["gamma2"]
@@ -151,7 +151,10 @@ def _distances(record: Record) -> str:
 
 
 def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
-    """What was compared by a distance, its value, and the protocol's hash: the first protocol of a run that has several."""
+    """Return (set of images, value, protocol hash) for each measurement of a distance.
+
+    If a run was measured under several protocols, only the first counts.
+    """
     measured = [m for m in (record.evaluation or {}).get("measurements", []) if m["metric"] == name]
     return [
         (m["of"], m["value"], m["protocol"])
@@ -161,7 +164,7 @@ def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
 
 
 def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
-    """What to do next: the diagnosis's first remedy, and what is missing."""
+    """Say what to do next: the diagnosis's first remedy, and what is missing."""
     lines = [] if diagnosis is None else [_remedy(diagnosis)]
     return [*lines, *(line for line in record.missing if "one stage only" not in line)] or [
         "Nothing wrong is known, but the model was not diagnosed."
@@ -169,7 +172,7 @@ def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
 
 
 def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
-    """What to do next with one of several runs, in short."""
+    """Say in one line what to do next with one of several runs."""
     if diagnosis is None or diagnosis.cause is None:
         return f"{record.label}: {advice(record, diagnosis)[0]}"
     return f"{record.label}: {diagnosis.cause.name}. Try: {diagnosis.cause.remedy}"
@@ -182,7 +185,7 @@ def _remedy(diagnosis: Diagnosis) -> str:
 
 
 def group_sentence(records: Sequence[Record]) -> str:
-    """What several runs are."""
+    """Say which labels, seeds and data several runs have."""
     labels, seeds = labels_of(records), sorted({record.seed for record in records})
     sources = listed(list(dict.fromkeys(map(source_word, records))))
     several = f"seed{'s' if len(seeds) > 1 else ''} {listed(list(map(str, seeds)))}"
@@ -190,7 +193,7 @@ def group_sentence(records: Sequence[Record]) -> str:
 
 
 def group_results(records: Sequence[Record]) -> list[str]:
-    """Which label did best at error and at samples; ± is the standard deviation over seeds."""
+    """Say which label has the least error and the best samples; ± is over seeds."""
     lines = [_best(records, "The least error is that of", "an MSE of", _mse)]
     name = distance_name(records)
     if name:
@@ -223,7 +226,7 @@ def _mse(record: Record) -> float | None:
 
 
 def distance_name(records: Sequence[Record]) -> str | None:
-    """The Frechet distance that all evaluated runs share; None: there is none."""
+    """Return the name of a Frechet distance that all evaluated runs share, or None."""
     names = [
         {m["metric"] for m in r.evaluation.get("measurements", [])} for r in records if r.evaluation
     ]
@@ -235,7 +238,7 @@ def distance_name(records: Sequence[Record]) -> str | None:
 
 
 def best_distance(record: Record, name: str) -> float | None:
-    """Of the generations of a run, the least."""
+    """Return the least distance among the generations of a run, or None."""
     return min(
         (value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None
     )

@@ -1,1 +1,1 @@
-"""What the other rooms share: seeds, files, locks and signals, progress, specs, kernels, version."""
+"""Shared by the other folders: seeds, files, locks, signals, progress, specs, kernels, version."""

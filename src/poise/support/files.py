@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever kills the process."""
+"""Atomic writes: a file appears complete or not at all, even if the process is killed."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name to write under in place of `path`, which the file gets when the block ends, and never if the block fails.
+    """Yield a temporary path to write to. On exit it is renamed to `path`, on an error deleted.
 
     Raises:
         RunError: the disk is full or cannot be written; a file that was there before is intact.
@@ -43,12 +43,12 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write values as JSON, those that are no numbers as null: see `strict`."""
+    """Write values as JSON, with null for infinity and NaN."""
     write_file(path, (json.dumps(strict(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def strict(values: Any) -> Any:
-    """Values that JSON can hold: it has neither infinity nor NaN, which become None."""
+    """Replace infinity and NaN, which JSON lacks, by None."""
     if isinstance(values, dict):
         return {key: strict(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -67,13 +67,13 @@ def write_failure(path: Path, error: OSError) -> RunError:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and wait until its content is on the disk."""
     with open(path, "wb") as file:
         file.write(content)
         sync(file)
 
 
 def sync(file: IO[bytes]) -> None:
-    """Wait until what was written is on the disk."""
+    """Flush a file and wait until its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())

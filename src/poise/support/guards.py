@@ -1,25 +1,30 @@
-"""What protects a run's folder: signals that wait for the checkpoint, and a lock against a second run."""
+"""Protection of a run: signals wait for its checkpoint; a lock keeps others out of its folder."""
 
-import os
+import errno
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from poise.errors import InputError
 
-_heard: list[list[float]] = []  # when the blocks that the main thread is in were asked to stop
-ECHO_SECONDS = 1.0  # torchrun, srun and terminals each pass a signal on, so that one request may arrive several times
+_heard: list[list[float]] = []  # for each open block of the main thread, the times of its signals
+ECHO_SECONDS = 1.0  # torchrun, srun and terminals each forward a signal: one request arrives often
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block, a first Ctrl-C or SIGTERM only sets what the yielded function tells; one after a second acts.
+    """Yield a function that tells whether Ctrl-C or SIGTERM has arrived inside the block.
 
-    Only the main thread hears signals. In another thread the function tells what the main thread's block has heard.
+    The first signal only sets this answer. A signal more than a second later acts as usual.
+    Python delivers signals to the main thread. In another thread, the function gives the answer of
+    the main thread's block.
     """
     asked: list[float] = []
     if threading.current_thread() is not threading.main_thread():
@@ -46,35 +51,38 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, made if need be, against a second process; a folder left empty is removed.
+    """Lock the folder against other processes; make it first if it does not exist.
+
+    The lock ends with the block, and also when the process is killed. On exit an empty folder is
+    removed. Two blocks of one process refuse each other too.
 
     Raises:
-        InputError: another process is training there, or the folder cannot be made.
+        InputError: another process has locked the folder, the folder cannot be written to, or its
+            file system has no locks. A marker file in place of a lock would outlive a killed job
+            and block its restart on another machine, so we refuse.
     """
-    lock = folder / ".lock"
+    path = folder / ".lock"
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror or error
-        remedy = "give --out (out=) a folder that can be written to"
-        raise InputError(f"cannot use {folder} for the run: {reason}; {remedy}") from None
-    with file:
-        _hold(file, folder)
-        try:
-            yield
-        finally:
-            if list(folder.iterdir()) == [lock]:
-                lock.unlink()
-                folder.rmdir()
-
-
-def _hold(file: IO[str], folder: Path) -> None:
-    if os.name != "posix":  # no advisory locks there
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.acquire()
+    except Timeout:
         raise InputError(f"{folder}: another process is training there") from None
+    except OSError as error:
+        raise InputError(f"cannot use {folder} for the run: {_refusal(folder, error)}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder is gone; or Windows, where release() deletes the file
+            if list(folder.iterdir()) == [path]:
+                path.unlink()
+        lock.release()
+        with suppress(OSError):  # the folder is not empty
+            folder.rmdir()
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    if error.errno in WITHOUT_LOCKS:
+        return "its file system has no file locks; give --out (out=) a folder on another one"
+    reason = "it is a file" if folder.is_file() else error.strerror or error
+    return f"{reason}; give --out (out=) a folder that can be written to"

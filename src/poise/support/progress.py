@@ -1,40 +1,67 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere. Results go to stdout, never here."""
+"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere."""
 
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from types import TracebackType
-from typing import Protocol, TypeVar, final, runtime_checkable
+from contextlib import contextmanager
+from typing import TypeVar, final
+
+import rich.console
+import rich.progress
 
 Part = TypeVar("Part", bound=Sized)
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_OF_SPEED = 600.0  # the time left follows from the speed of these last seconds
 
 
-@runtime_checkable
-class Progress(Protocol):
-    """Shows how far a task is."""
+@contextmanager
+def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Progress"]:
+    """Yield a display for `total` units of work, of which `done` are finished already."""
+    terminal = sys.stderr.isatty()
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[figures]}"),
+        console=rich.console.Console(stderr=True),
+        speed_estimate_period=SECONDS_OF_SPEED,
+        disable=quiet or not terminal,  # it keeps count all the same
+    )
+    with bar:
+        bar.add_task(title, total=total, completed=done, figures="")
+        yield Progress(bar, lines=not (quiet or terminal))
 
-    def __enter__(self) -> "Progress": ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-    def update(self, done: int, figures: Mapping[str, str]) -> None: ...
 
+@final
+class Progress:
+    """The state of a task, shown by rich's bar or by lines in a log.
 
-def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Progress:
-    """A display for `total` units of work of which `done` are finished already."""
-    if quiet:
-        return Silence()
-    return Bar(title, total, done) if sys.stderr.isatty() else Lines(title, total, done)
+    Args:
+        bar: rich's progress display with one task.
+        lines: whether to print a line every 15 seconds, because the bar is switched off.
+    """
+
+    def __init__(self, bar: rich.progress.Progress, *, lines: bool) -> None:
+        self._bar, self._task, self._lines = bar, bar.tasks[0], lines
+        self._last = time.monotonic()
+
+    def update(self, done: int, figures: Mapping[str, str]) -> None:
+        """Show that `done` units are finished, with figures by name."""
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self._bar.update(self._task.id, completed=done, figures=text)
+        now = time.monotonic()
+        if self._lines and (self._task.finished or now - self._last >= SECONDS_BETWEEN_LINES):
+            self._last, left = now, self._task.time_remaining
+            known = "" if left is None else f", {hours_minutes(left)} left"
+            line = f"{self._task.description} {done}/{self._task.total}{known}  {text}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
-    """The same parts; the display learns how many items have been used up, and at what rate."""
+    """Yield the parts; show the number of items used so far and the rate."""
     done, began = 0, time.monotonic()
     for part in parts:
         yield part
@@ -43,7 +70,7 @@ def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
 
 
 def hours_minutes(seconds: float) -> str:
-    """A time as h:mm, rounded up to a whole minute.
+    """Format a time as h:mm, rounded up to a whole minute.
 
     Example:
         >>> hours_minutes(0), hours_minutes(50), hours_minutes(3 * 3600 + 61)
@@ -51,90 +78,3 @@ def hours_minutes(seconds: float) -> str:
     """
     minutes = math.ceil(seconds / 60)
     return f"{minutes // 60}:{minutes % 60:02d} h"
-
-
-@final
-class Bar:
-    """A bar with percentage, time left and figures, redrawn in place."""
-
-    def __init__(self, title: str, total: int, done: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = RichProgress(
-            *columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)
-        )
-        self._task = self._bar.add_task(title, total=total, completed=done, figures="")
-
-    def __enter__(self) -> "Bar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, done: int, figures: Mapping[str, str]) -> None:
-        self._bar.update(
-            self._task, completed=done, figures="  ".join(f"{k} {v}" for k, v in figures.items())
-        )
-
-
-@final
-class Lines:
-    """A plain line every quarter of a minute, for logs."""
-
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self.title, self.total, self.start = title, total, done
-        self._began = self._last = time.monotonic()
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def update(self, done: int, figures: Mapping[str, str]) -> None:
-        now = time.monotonic()
-        if done < self.total and now - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        left = (now - self._began) / max(done - self.start, 1) * (self.total - done)
-        known = f", {hours_minutes(left)} left" if done > self.start or done == self.total else ""
-        text = "  ".join(f"{k} {v}" for k, v in figures.items())
-        print(f"{self.title} {done}/{self.total}{known}  {text}", file=sys.stderr, flush=True)
-
-
-@final
-class Silence:
-    """Nothing."""
-
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def update(self, done: int, figures: Mapping[str, str]) -> None:
-        pass
