@@ -405,7 +405,7 @@ def test_rows_of_a_mapped_file_are_those_of_the_array_in_the_order_asked_for(
     expected = images.transpose(layout)[5:][wanted]
     assert torch.equal(gather_rows(rows, wanted), torch.from_numpy(expected))
     with pytest.raises(IndexError):
-        gather_rows(rows, [*wanted, 995])
+        gather_rows(rows, np.append(wanted, 995))
 
 
 def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_path):
