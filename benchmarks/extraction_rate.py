@@ -2,27 +2,36 @@
 
     python benchmarks/extraction_rate.py [--inception FILE ...] [--rounds 7] [--json results/bench-extraction-rate.json]
 
-Measured in turn, round by round, so that a change of the machine's pace hits all alike: a large float32 matrix product, each
-way to run each network on one prepared batch, and the whole extractor of the package on 32x32 bytes. The share is the
-network's FLOPs (counted by torch, a multiply-add as two) times images per second, over the matrix product's FLOPs per second
-in the same round. Each way's largest deviation from the network as it was loaded stands beside its rate. What the machine
-has no means for (a compiler, OpenVINO) is left out and named.
+Processes take turns, round by round: large float32 matrix products, each way to run a network on one
+prepared batch, and the whole extractor of the package on 32x32 bytes. The share is the network's
+FLOPs (counted by torch, a multiply-add as two) times images per second, over the FLOPs per second of
+the matrix products in the same round. Each way's largest deviation from the network as it was loaded
+is reported with its rate. What this machine cannot run (a compiler, OpenVINO) is listed as left out.
 """
 
 import argparse
+import contextlib
 import copy
-import json
-import platform
-import statistics
-import time
+import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import (
+    Worker,
+    machine,
+    matrix_products,
+    over,
+    send,
+    serve,
+    show,
+    summary,
+    take_turns,
+    write_report,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +41,7 @@ from poise.features.extractor import CPU_BATCH
 from poise.features.light import PACKAGE as LIGHT_PACKAGE
 
 Forward = Callable[[Tensor], Tensor]
-MATRIX_SIDE = 2048
+WHOLE = "whole extractor, 32x32 bytes"
 
 
 def as_loaded(network: nn.Module, batch: Tensor) -> Forward:
@@ -124,21 +133,6 @@ WAYS = (
 )
 
 
-def ways(extractor: Extractor, batch: Tensor) -> tuple[dict[str, Forward], dict[str, str]]:
-    """Each way to run a network, warmed up; and those that are not to be had here, with the reason."""
-    network: Any = extractor.network
-    found, left_out = {}, {}
-    for way in WAYS:
-        try:
-            forward = way(copy.deepcopy(network.network), batch)
-            for _ in range(3):
-                forward(batch)
-            found[way.__name__] = forward
-        except Exception as error:  # a compiler can fail in any way; the reason is reported
-            left_out[way.__name__] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return found, left_out
-
-
 def prepared(extractor: Extractor, images: Tensor) -> Tensor:
     """What the network itself is given for images of bytes."""
     module: Any = extractor.network
@@ -151,27 +145,68 @@ def flops(network: nn.Module, batch: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+def work(name: str, way: str, images: int) -> None:
+    """Serve the turns of one way to run a network, in a process of its own.
+
+    The first report gives the FLOPs of an image and the way's largest deviation, or the error with
+    which the way failed.
+    """
+    cpu = torch.device("cpu")
+    if name == "matrix":
+        products, products_flops = matrix_products(cpu, 1.0)
+        send({"flops": products_flops})
+        serve(lambda amount: products, cpu)
+        return
+    source = torch.Generator().manual_seed(0)
+    bytes_ = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=source)
+    extractor = make_extractor("light") if name == "light" else inception(Path(name))
+    module: Any = extractor.network
+    batch = prepared(extractor, bytes_)
+    gflop = flops(module.network, batch) / 1e9
+    if way == WHOLE:
+        send({"gflop": gflop})
+        serve(lambda amount: lambda: extract(extractor, bytes_), cpu)
+        return
+    try:
+        expected = module.network(batch)
+        forward = next(w for w in WAYS if w.__name__ == way)(copy.deepcopy(module.network), batch)
+        for _ in range(2):
+            forward(batch)
+        given = forward(batch)
+    except Exception as error:  # a compiler can fail in any way; the reason is reported
+        send({"left_out": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
+        return
+    send({"gflop": gflop, "largest_deviation": float((given - expected).abs().max())})
+    serve(lambda amount: lambda: forward(batch), cpu)
 
 
-def measure(
-    tasks: dict[tuple[str, str], Callable[[], Any]], rounds: int
-) -> dict[tuple[str, str], list[float]]:
-    times: dict[tuple[str, str], list[float]] = {task: [] for task in tasks}
-    for _ in range(rounds):
-        for task, run in tasks.items():
-            times[task].append(seconds(run))
-    return times
-
-
-def summary(values: list[float]) -> dict[str, float]:
+def measure(name: str, images: int, rounds: int) -> dict[str, Any]:
+    """Let all ways to run a network take turns with matrix products."""
+    ways = [*(way.__name__ for way in WAYS), WHOLE]
+    command = [__file__, "--images", str(images), "--work"]
+    workers = {way: Worker([*command, name, way]) for way in ways}
+    workers["matrix"] = Worker([*command, "matrix", ""])
+    facts = {way: worker.ready for way, worker in workers.items()}
+    left_out = {way: fact["left_out"] for way, fact in facts.items() if "left_out" in fact}
+    found = {way: worker for way, worker in workers.items() if way not in left_out}
+    take_turns(found, dict.fromkeys(found, 1), 1)
+    times = take_turns(found, dict.fromkeys(found, 1), rounds)
+    for worker in workers.values():
+        worker.end()
+    matrix_flops = [facts["matrix"]["flops"] / second for second in times.pop("matrix")]
+    gflop = facts[WHOLE]["gflop"]
+    rows: dict[str, dict[str, Any]] = {}
+    for way, values in times.items():
+        rates = [images / second for second in values]
+        share = over([1e9 * gflop * rate for rate in rates], matrix_flops)
+        rows[way] = {"images_per_second": summary(rates), "share_of_matrix_rate": share}
+        if "largest_deviation" in facts[way]:
+            rows[way]["largest_deviation"] = facts[way]["largest_deviation"]
     return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
+        "gflop_per_image": round(gflop, 3),
+        "matrix_gflop_per_second": summary([rate / 1e9 for rate in matrix_flops]),
+        "left_out": left_out,
+        "ways": rows,
     }
 
 
@@ -188,71 +223,24 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=CPU_BATCH, help="in a batch")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("results/bench-extraction-rate.json"))
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", r"`torch\.jit")  # deprecated, and measured nevertheless
-    files = (
-        options.inception
-        if options.inception is not None
-        else [path for path in [available_inception()] if path]
-    )
-    extractors = {f"inception, {path.suffix}": inception(path) for path in files}
-    if find_spec(LIGHT_PACKAGE):
-        extractors["light"] = make_extractor("light")
-    bytes_ = torch.randint(
-        0,
-        256,
-        (options.images, 3, 32, 32),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(0),
-    )
-    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE)
-    tasks: dict[tuple[str, str], Callable[[], Any]] = {
-        ("matrix", "product"): partial(torch.mm, matrix, matrix)
-    }
-    networks: dict[str, dict[str, Any]] = {}
-    for name, extractor in extractors.items():
-        module: Any = extractor.network
-        batch = prepared(extractor, bytes_)
-        expected = module.network(batch)
-        found, left_out = ways(extractor, batch)
-        deviations = {
-            way: float((forward(batch) - expected).abs().max()) for way, forward in found.items()
-        }
-        gflop = flops(module.network, batch) / 1e9
-        networks[name] = {
-            "gflop_per_image": round(gflop, 3),
-            "deviations": deviations,
-            "left_out": left_out,
-        }
-        tasks |= {(name, way): partial(forward, batch) for way, forward in found.items()}
-        tasks[name, "whole extractor, 32x32 bytes"] = partial(extract, extractor, bytes_)
-    measure(tasks, 1)
-    times = measure(tasks, options.rounds)
-    gflops = [2 * MATRIX_SIDE**3 / 1e9 / s for s in times["matrix", "product"]]
-    for (name, way), values in times.items():
-        if name == "matrix":
-            continue
-        rates = [options.images / s for s in values]
-        shares = [
-            networks[name]["gflop_per_image"] * rate / most
-            for rate, most in zip(rates, gflops, strict=True)
-        ]
-        figures = {"images_per_second": summary(rates), "share_of_matrix_rate": summary(shares)}
-        if way in networks[name]["deviations"]:
-            figures["largest_deviation"] = networks[name]["deviations"].pop(way)
-        networks[name].setdefault("ways", {})[way] = figures
-    report = {
-        "images_in_a_batch": options.images,
-        "rounds": options.rounds,
-        "matrix_gflop_per_second": summary(gflops),
-        "networks": networks,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cpu",
-    }
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.work:
+        name, way = options.work
+        with contextlib.redirect_stdout(sys.stderr):
+            work(name, way, options.images)
+        return
+    default = [path for path in [available_inception()] if path]
+    files = default if options.inception is None else options.inception
+    names = [str(path) for path in files] + ["light"] * bool(find_spec(LIGHT_PACKAGE))
+    networks = {name: measure(name, options.images, options.rounds) for name in names}
+    for name, found in networks.items():
+        rates = ("images_per_second", "share_of_matrix_rate")
+        show([[name, *rates], *([way, *map(row.get, rates)] for way, row in found["ways"].items())])
+    report = {"images_in_a_batch": options.images, "rounds": options.rounds, "networks": networks}
+    write_report(options.json, machine(torch.device("cpu")) | report)
 
 
 if __name__ == "__main__":

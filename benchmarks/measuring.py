@@ -1,22 +1,28 @@
-"""What the benchmarks share: tasks that take turns, ratios round by round, the machine's matrix rate, memory, a table, a file.
+"""What the benchmarks share: processes that take turns, ratios, the matrix rate, memory, tables.
 
-Machines change their pace from minute to minute, so nothing is compared that was not measured in turns within one run.
+A machine's speed changes from minute to minute, so only what took turns in one run is compared.
+Loops that are compared run in processes of their own (`Worker`), each in its main thread: in one
+process, two threads that compute have two OpenMP thread pools, which slow each other down.
 """
 
 import json
 import math
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from poise.support.files import write_json
+from poise.training import TrainingState
 
 Task = Callable[[], Any]
 MATRIX_SIDE = 2048
@@ -36,15 +42,103 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Worker:
+    """A process that works in turns and sleeps between them.
+
+    Args:
+        command: a Python script that calls `send` once it is ready and then serves turns with
+            `wait_for_turn` and `send`, with its arguments.
+        environment: variables added to this process's own.
+        prefix: a command that runs the interpreter, as in `nice -n 5`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, *command],
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @cached_property
+    def ready(self) -> Any:
+        """The script's first report."""
+        return self.answer()
+
+    def turn(self, amount: float) -> Any:
+        """Let the process work for one turn of so many steps or seconds; return its report."""
+        self.begin(amount)
+        return self.answer()
+
+    def begin(self, amount: float) -> None:
+        """Begin a turn, whose report `answer` returns."""
+        _ = self.ready
+        assert self.process.stdin is not None
+        print(amount, file=self.process.stdin, flush=True)
+
+    def end(self) -> None:
+        """Tell the process to end, and wait for it."""
+        self.process.communicate()
+
+    def answer(self) -> Any:
+        """Wait for the next report."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a process of the benchmark ended with {self.process.wait()}")
+        return json.loads(line)
+
+
+def send(figures: Any) -> None:
+    """In a worker: send figures to the benchmark."""
+    print(json.dumps(figures), file=sys.__stdout__, flush=True)
+
+
+def wait_for_turn() -> float | None:
+    """In a worker: return the amount of the next turn; None: there are no more."""
+    line = sys.stdin.readline()
+    return float(line) if line else None
+
+
+def serve(task_of: Callable[[int], Task], device: torch.device) -> None:
+    """In a worker: report the seconds of each turn's task; `task_of(amount)` itself is not timed."""
+    while (amount := wait_for_turn()) is not None:
+        send(seconds(task_of(int(amount)), device))
+
+
+class Turns:
+    """`Watch.stop` in a worker: after the first step, reports each turn and waits for the next."""
+
+    def __init__(self, state: TrainingState, device: torch.device) -> None:
+        self.state, self.device = state, device
+        self.until, self.began = 1, 0.0
+
+    def __call__(self) -> bool:
+        if self.state.step < self.until:
+            return False
+        synchronise(self.device)
+        send(time.perf_counter() - self.began if self.began else {})
+        steps = wait_for_turn()
+        self.until += int(steps or 0)
+        self.began = time.perf_counter()
+        return steps is None
+
+
 def take_turns(
-    tasks: Mapping[str, Task], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each task in each round; every other round goes the other way about."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
+    workers: Mapping[str, Any], amounts: Mapping[str, float], rounds: int
+) -> dict[str, list[Any]]:
+    """Return each worker's reports; the order of the turns is reversed in every other round."""
+    reports: dict[str, list[Any]] = {name: [] for name in workers}
     for number in range(rounds):
-        for name in list(tasks) if number % 2 == 0 else list(tasks)[::-1]:
-            times[name].append(seconds(tasks[name], device))
-    return times
+        for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
+            reports[name].append(workers[name].turn(amounts[name]))
+    return reports
 
 
 def matrix_products(device: torch.device, at_least: float) -> tuple[Task, float]:

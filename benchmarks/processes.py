@@ -10,13 +10,21 @@ The difference of a curve is its largest over the entries of metrics.jsonl, over
 (a loss in nats passes through zero). The largest difference of a weight shows that the two did not do the very same. Exits with
 1 where the loss differs by more than the tolerance.
 
-Two processes gain only where each has a core of its own and a step is worth an exchange: on the digits the ratio says
-what the exchange costs. Gradients go round once per step; BatchNorm adds two exchanges per layer.
+Two processes are faster than one only if each has a core of its own and a step takes longer than an
+exchange of gradients: on the digits, the ratio is the cost of the exchange. Gradients are averaged
+during backward; each BatchNorm layer adds two exchanges.
+
+    python benchmarks/processes.py --time [digits mnist cifar10-released] [--other OTHER_CHECKOUT/src]
+
+measures only the seconds per step, of larger networks on random images, in processes that take
+turns; with `--other`, of the package of another checkout as well.
 """
 
 import argparse
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +33,17 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
-from measuring import machine, over, show, summary, write_report
+from measuring import Turns, Worker, machine, over, show, summary, take_turns, write_report
 from torch import nn
 
 import poise
-from poise.recipes import RECIPES, Network, Recipe
+from poise.recipes import RECIPES, Network, Recipe, Stage
 from poise.runs.build import first_stage
 from poise.runs.checkpoint import newest_intact_checkpoint
 from poise.runs.options import Options
-from poise.training import under
+from poise.training import ImageBatches, Watch, distributed, fit, new_state, under
 
 CURVES = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
 
@@ -77,6 +86,69 @@ class Double(nn.Module):
 def recipe_of(case: Case) -> Recipe:
     digits = RECIPES["digits"]
     return replace(digits, network=case.network or digits.network, second=None)
+
+
+TIMED = {
+    "digits": ([1, 8, 8], 50),
+    "mnist": ([1, 28, 28], 64),
+    "cifar10-released": ([3, 32, 32], 100),
+}
+TRIAL = 3  # steps from which the length of a turn is set
+
+
+def serve_steps(name: str) -> None:
+    """Serve turns of training steps, in one of several processes."""
+    torch.set_num_threads(1)
+    (shape, batch_size), cpu = TIMED[name], torch.device("cpu")
+    images = np.random.default_rng(0).integers(0, 256, (1_000, *shape), dtype=np.uint8)
+    stage = Stage(steps=10**9, batch_size=batch_size)
+    with distributed.processes(cpu):
+        vae = first_stage(RECIPES[name], shape)
+        state = new_state(vae, poise.ComputedBalance(), stage, cpu)
+        watch = Watch(stop=Turns(state, cpu), quiet=True, save_seconds=math.inf)
+        fit(state, ImageBatches(images, cpu), stage, number=1, seed=0, watch=watch, threads=1)
+
+
+class Ranks:
+    """So many processes that train one model, and take their turns together."""
+
+    def __init__(self, name: str, count: int, source: Path | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        path = os.pathsep.join(filter(None, [source and str(source), os.environ.get("PYTHONPATH")]))
+        place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [__file__, "--serve", name]
+        self.workers = [
+            Worker(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)
+        ]
+
+    def turn(self, steps: float) -> float:
+        """Train for so many steps; return the seconds per step of the slowest process."""
+        for worker in self.workers:
+            worker.begin(steps)
+        return max(worker.answer() for worker in self.workers) / steps
+
+    def end(self) -> None:
+        for worker in self.workers:
+            assert worker.process.stdin is not None
+            worker.process.stdin.close()
+        for worker in self.workers:
+            worker.process.wait()
+
+
+def measure_steps(name: str, rounds: int, seconds: float, other: Path | None) -> dict[str, Any]:
+    """Milliseconds per step of one process and of two, which take turns."""
+    groups = {"one process": Ranks(name, 1, None), "two processes": Ranks(name, 2, None)}
+    if other is not None:
+        groups["two processes, other"] = Ranks(name, 2, other.resolve())
+    steps = {label: max(2, round(seconds / ranks.turn(TRIAL))) for label, ranks in groups.items()}
+    times = take_turns(groups, steps, rounds)
+    for ranks in groups.values():
+        ranks.end()
+    return {label: summary([1000 * value for value in values]) for label, values in times.items()}
 
 
 def train(name: str, epochs: int, out: Path) -> None:
@@ -207,18 +279,31 @@ def main() -> None:
     parser.add_argument(
         "--epochs-factor", type=float, default=1.0, help="of the lengths of the runs"
     )
-    parser.add_argument("--json", type=Path, default=Path("results/bench-processes.json"))
-    for hidden, kind in (("--train", str), ("--epochs", int), ("--out", Path)):
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--time", nargs="*", choices=TIMED, metavar="RECIPE")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, about")
+    parser.add_argument("--other", type=Path, help="the src folder of another checkout")
+    for hidden, kind in (("--train", str), ("--epochs", int), ("--out", Path), ("--serve", str)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         train(options.train, options.epochs, options.out)
         return
+    if options.serve:
+        serve_steps(options.serve)
+        return
+    if options.time is not None:
+        how = (options.rounds, options.seconds, options.other)
+        figures = {name: measure_steps(name, *how) for name in options.time or TIMED}
+        loops = list(next(iter(figures.values())))
+        show([["ms per step", *loops], *([n, *f.values()] for n, f in figures.items())])
+        path = options.json or Path("results/bench-processes-steps.json")
+        write_report(path, {**machine(torch.device("cpu")), "ms_per_step": figures})
+        return
     reports = {name: measure(name, options.rounds, options.epochs_factor) for name in options.only}
     show(table(reports))
-    write_report(
-        options.json, {**machine(torch.device("cpu")), "rounds": options.rounds, "cases": reports}
-    )
+    path = options.json or Path("results/bench-processes.json")
+    write_report(path, {**machine(torch.device("cpu")), "rounds": options.rounds, "cases": reports})
     sys.exit(0 if all(report["within"] for report in reports.values()) else 1)
 
 

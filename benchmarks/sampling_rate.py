@@ -2,12 +2,14 @@
 
     python benchmarks/sampling_rate.py [RUN] [--images 500] [--rounds 7] [--many 100000]
 
-Measured in turn, round by round: the decoder alone, on latents that lie on its device, in batches as sampling makes them;
-`run.sample_chunks` from each prior; and the same into an .npz file and into a folder of PNGs. Without RUN, an untrained
-network of the CIFAR-10 recipe is used (its rate is that of a trained one).
+Processes take turns, round by round. They measure the decoder alone, on latents that are on its
+device, in the batches that sampling makes; `run.sample_chunks` from each prior; and the same into
+an .npz file and into a folder of PNGs. Without RUN, an untrained network of the CIFAR-10 recipe is
+used, which is as fast as a trained one.
 
-Memory: a dense network for 32x32 RGB images (12,288 bytes each as floats) writes `--many` images, and a hundredth of them, to
-an .npz, each in a process of its own. The most anonymous memory of each is reported; it is flat if the two are alike.
+Memory: a dense network for 32x32 RGB images (12,288 bytes each as floats) writes `--many` images
+and a hundredth of them to an .npz, each in a process of its own. Reported is the peak of anonymous
+memory of each; memory is flat if the two are alike.
 """
 
 import argparse
@@ -20,7 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import PeakMemory, machine, over, show, summary, take_turns, write_report
+from measuring import (
+    PeakMemory,
+    Worker,
+    machine,
+    over,
+    send,
+    serve,
+    show,
+    summary,
+    take_turns,
+    write_report,
+)
 
 import poise
 from poise.runs.export import write_images
@@ -57,7 +70,9 @@ def sampling(run: Run, count: int, prior: Any) -> Callable[[], None]:
     return draw
 
 
-def measure_rates(run: Run, count: int, rounds: int, folder: Path) -> dict[str, Any]:
+def tasks_of(run: Run, count: int, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return what is compared: each task gives `count` images."""
+
     def write(out: Path) -> Callable[[], None]:
         return lambda: write_images(run.sample_chunks(count, prior="normal"), out, count)
 
@@ -67,12 +82,29 @@ def measure_rates(run: Run, count: int, rounds: int, folder: Path) -> dict[str, 
     }
     if run.second is not None:
         tasks["sample, second-stage"] = sampling(run, count, "second-stage")
-    tasks |= {
+    return tasks | {
         "into an .npz": write(folder / "images.npz"),
         "into a folder of PNGs": write(folder / "images"),
     }
-    take_turns(tasks, 1, run.device)
-    times = take_turns(tasks, rounds, run.device)
+
+
+def work(run: Run, task: str) -> None:
+    """Serve the turns of one task, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        send({})
+        serve(lambda count: tasks_of(run, count, Path(folder))[task], run.device)
+
+
+def measure_rates(run: Run, count: int, rounds: int) -> dict[str, Any]:
+    command = [__file__, str(run.folder), "--device", str(run.device)]
+    workers = {
+        name: Worker([*command, "--task", name]) for name in tasks_of(run, count, run.folder)
+    }
+    counts = dict.fromkeys(workers, count)
+    take_turns(workers, counts, 1)
+    times = take_turns(workers, counts, rounds)
+    for process in workers.values():
+        process.end()
     return {
         name: {
             "images_per_second": summary([count / second for second in values], 1),
@@ -106,12 +138,16 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=100_000, help="images whose memory is measured")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-sampling-rate.json"))
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.task:
+        work(load(options.run, device=options.device), options.task)
+        return
     with tempfile.TemporaryDirectory() as folder:
         run = load(
             options.run or untrained(Path(folder, "run"), second_epochs=1), device=options.device
         )
-        rates = measure_rates(run, options.images, options.rounds, Path(folder))
+        rates = measure_rates(run, options.images, options.rounds)
         dense = untrained(Path(folder, "dense"), network="mlp", latent_dim=32, stages=1)
         counts = (options.many // 100, options.many)
         memory = {

@@ -14,11 +14,9 @@ the first and the second half of its turns; the group's peak; bytes read from th
 """
 
 import argparse
-import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import PeakMemory, anonymous_mib, machine, over, show, summary, write_report
+from measuring import (
+    PeakMemory,
+    Worker,
+    anonymous_mib,
+    machine,
+    over,
+    send,
+    show,
+    summary,
+    take_turns,
+    wait_for_turn,
+    write_report,
+)
 
 from poise import data as datasets
 from poise.balance import ComputedBalance
@@ -131,56 +141,22 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-class Trainer:
-    """A process of this script that trains when told to.
+def trainer(network: str, file: Path | None, group: Group | None) -> Worker:
+    """Return a process of this script that trains when told to.
 
     Args:
         network: of `NETWORKS`.
         file: to stream; None: images in memory.
-        group: that it is to run in, from its first instruction on.
+        group: the control group in which it runs from its first instruction; None: no group.
     """
-
-    def __init__(self, network: str, file: Path | None, group: Group | None) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--train",
-            network,
-            *(["--file", str(file)] if file else []),
-        ]
-        if group is not None:
-            command = [
-                "sh",
-                "-c",
-                'echo $$ > "$0" && exec "$@"',
-                str(group.folder / "cgroup.procs"),
-                *command,
-            ]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.loaded = self._answer()
-
-    def run(self, seconds: float) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        print(seconds, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(
-                f"the training process ended with {self.process.wait()} (-9: it passed the cap)"
-            )
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.communicate()
+    streamed = ["--file", str(file)] if file else []
+    enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"']
+    prefix = [*enter, str(group.folder / "cgroup.procs")] if group else []
+    return Worker([__file__, "--train", network, *streamed], prefix=prefix)
 
 
 def train(name: str, file: Path | None) -> None:
-    """The other side: for each line of standard input, that many seconds of training, and a line of JSON of how it went."""
+    """Serve turns of so many seconds of training, after a report about reading the images."""
     network, batch_size = NETWORKS[name]
     began = time.perf_counter()
     with PeakMemory() as memory:
@@ -190,11 +166,8 @@ def train(name: str, file: Path | None) -> None:
             )
         else:
             images = datasets.load(file).train
-    loaded = {
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_anonymous_mib": round(memory.mib, 1),
-    }
-    print(json.dumps(loaded), flush=True)
+    read = round(time.perf_counter() - began, 1)
+    send({"seconds": read, "peak_anonymous_mib": round(memory.mib, 1)})
     stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
     vae = first_stage(replace(IMAGES, network=network), list(images.shape[1:]))
     state = new_state(vae, ComputedBalance(), stage, device)
@@ -203,7 +176,7 @@ def train(name: str, file: Path | None) -> None:
 
 
 class Turns:
-    """Stands still between turns: asked after every step of the loop whether to stop."""
+    """`Watch.stop` of a worker's loop: reports each turn, and waits for the next one."""
 
     def __init__(self, state: TrainingState, batch_size: int) -> None:
         self.state, self.batch_size = state, batch_size
@@ -221,16 +194,16 @@ class Turns:
                 "anonymous_mib": anonymous_mib(),
                 "read_per_byte": (disk_bytes() - self.read) / (images * math.prod(SHAPE)),
             }
-            print(json.dumps(answer), flush=True)
-        line = sys.stdin.readline()
+            send(answer)
+        seconds = wait_for_turn()
         self.step, self.began, self.read, self.cpu = (
             self.state.step,
             time.perf_counter(),
             disk_bytes(),
             time.process_time(),
         )
-        self.ends = self.began + float(line or 0)
-        return not line
+        self.ends = self.began + (seconds or 0)
+        return seconds is None
 
 
 def disk_bytes() -> int:
@@ -249,18 +222,15 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
     """The two processes on one network."""
     forget(file)
     with capped(cap) as group:
-        trainers = {"streamed": Trainer(name, file, group), "in memory": Trainer(name, None, None)}
-        answers: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in trainers}
-        for trainer in trainers.values():
-            trainer.run(WARM_UP)
-        for number in range(rounds):
-            for trainer in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
-                answers[trainer].append(trainers[trainer].run(seconds))
-        for trainer in trainers.values():
-            trainer.end()
+        trainers = {"streamed": trainer(name, file, group), "in memory": trainer(name, None, None)}
+        for process in trainers.values():
+            process.turn(WARM_UP)
+        answers = take_turns(trainers, dict.fromkeys(trainers, seconds), rounds)
+        for process in trainers.values():
+            process.end()
         peak = group and group.peak_mib()
     rates, work = (
-        {trainer: [answer[figure] for answer in given] for trainer, given in answers.items()}
+        {name: [answer[figure] for answer in given] for name, given in answers.items()}
         for figure in ("images_per_second", "processor_us_per_image")
     )
     memory = [answer["anonymous_mib"] for answer in answers["streamed"]]
@@ -269,10 +239,10 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
         "batch_size": NETWORKS[name][1],
         "file_mib": round(file.stat().st_size / 2**20),
         "cap_mib": group and cap,
-        "loading": trainers["streamed"].loaded,
-        "images_per_second": {trainer: summary(values, 1) for trainer, values in rates.items()},
+        "loading": trainers["streamed"].ready,
+        "images_per_second": {name: summary(values, 1) for name, values in rates.items()},
         "streamed_over_in_memory": over(rates["streamed"], rates["in memory"]),
-        "processor_us_per_image": {trainer: summary(values, 1) for trainer, values in work.items()},
+        "processor_us_per_image": {name: summary(values, 1) for name, values in work.items()},
         "anonymous_mib": {
             "first half": round(fmean(memory[:half]), 1),
             "second half": round(fmean(memory[-half:]), 1),

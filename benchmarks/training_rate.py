@@ -1,18 +1,21 @@
-"""Images per second of the training loop beside bare PyTorch loops, the machine's matrix rate, and pythae's trainer.
+"""Images per second of the training loop beside bare PyTorch loops, the matrix rate and pythae.
 
-    POISE_DATA=... python benchmarks/training_rate.py [--only digits pythae-mlp ...] [--rounds 10] [--seconds 3]
+    POISE_DATA=... python benchmarks/training_rate.py [--only digits pythae-mlp ...] [--rounds 10]
+        [--seconds 3] [--loops "poise, eager" bare ...] [--other OTHER_CHECKOUT/src]
 
-For each network the loops take turns, round by round, so that a change of the machine's pace hits all alike. Each has its own
-copy of the weights, its own optimiser and balance. Printed are the median rate of each, its spread over rounds, and the ratio
-round by round. The bare loop reads uint8 from memory, scales, runs forward, loss and backward and steps Adam; it logs nothing,
-saves nothing and checks nothing. Poise's loop runs with the engines eager and compiled, the bare loop twice: with weights and
-images as PyTorch makes them (NCHW), and in channels_last.
-The share of the matrix rate is the step's FLOPs (counted by torch, a multiply-add as two) times steps per second, over the
-FLOPs per second of large float32 matrix products, which take their turn in every round for as long.
+Each loop runs in a process of its own, in the main thread, on its own copy of the network. The
+processes take turns, round by round. Printed are the median images per second of each loop, the
+spread over rounds, and the ratio of Poise's loop to each other loop, round by round.
 
-The rival is pythae's trainer on pythae's own networks (an MLP, the convolutional one for MNIST, the ResNet for CIFAR-10) in
-batches of 64, its default: `BaseTrainer.train_step`, which is an epoch, on as many images as the others see in a round.
-Without pythae (`pip install pythae`) its networks are left out, with a note.
+- "poise, eager" and "poise, compiled": `poise.training.fit` with these engines.
+- "other, eager" and "other, compiled": the same with the package of another checkout (`--other`).
+- "bare": reads uint8 from memory, scales, runs forward, loss, backward and Adam. It logs nothing,
+  saves nothing and checks nothing. "bare, channels_last": the same in that layout.
+- "pythae": pythae's trainer on pythae's own networks, in batches of 64, its default:
+  `BaseTrainer.train_step`, one epoch of as many images as the other loops see in a turn. Without
+  pythae (`pip install pythae`) its networks are left out, with a note.
+- "matrix": large float32 matrix products. The share of the matrix rate is the step's FLOPs (counted
+  by torch, a multiply-add as two) times steps per second, over the FLOPs per second of these.
 """
 
 import argparse
@@ -22,9 +25,9 @@ import io
 import itertools
 import logging
 import math
+import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,10 +36,13 @@ from typing import Any
 
 import torch
 from measuring import (
+    Turns,
+    Worker,
     machine,
     matrix_products,
     over,
-    seconds,
+    send,
+    serve,
     show,
     summary,
     take_turns,
@@ -55,6 +61,17 @@ from poise.vae import VAE
 Steps = Callable[[int], None]  # trains for so many steps
 LEARNING_RATE = 1e-4
 PYTHAE_LATENTS = 16
+TRIAL = 3  # steps from which the length of a turn is set
+LOOPS = (
+    "poise, eager",
+    "poise, compiled",
+    "other, eager",
+    "other, compiled",
+    "bare",
+    "bare, channels_last",
+    "pythae",
+    "matrix",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,8 @@ class Subject:
         data: a data set's name.
         batch_size: images per step.
         recipe: whose network it is; None: pythae's.
-        warm_up_seconds: of training before the clock starts, for each loop; the digits' net changes its pace when units die.
+        warm_up_seconds: of training before the clock starts, for each loop. A step of the digits'
+            network takes longer once some of its units are dead.
     """
 
     data: str
@@ -82,6 +100,50 @@ SUBJECTS = {
     "pythae-mnist-conv": Subject("mnist", 64),
     "pythae-cifar-resnet": Subject("cifar10", 64),
 }
+
+
+# In the process of a loop
+
+
+def work(name: str, loop: str, device: torch.device, turn_seconds: float) -> None:
+    """Serve the turns of one loop on one subject. The first report gives facts about the loop."""
+    if loop == "matrix":
+        products, flops = matrix_products(device, turn_seconds)
+        send({"flops": flops})
+        serve(lambda amount: products, device)
+        return
+    torch.manual_seed(0)
+    subject = SUBJECTS[name]
+    data, size = datasets.load(subject.data), subject.batch_size
+    if loop == "pythae":
+        model = pythae_model(name, data.shape)
+        send({"images": len(data.train)})
+        with tempfile.TemporaryDirectory() as folder:
+            serve(
+                lambda steps: pythae_epoch(
+                    model, datasets.gather(data.train, range(steps * size)), size, device, folder
+                ),
+                device,
+            )
+        return
+    vae = network(name, data.shape)
+    if loop.startswith("bare"):
+        layout = torch.channels_last if "channels_last" in loop else torch.contiguous_format
+        parameters = sum(parameter.numel() for parameter in vae.parameters())
+        flops = step_flops(vae, datasets.gather(data.train, range(size)))
+        run = bare_steps(vae, data, size, device, layout)
+        send({"shape": data.shape, "parameters": parameters, "flops": flops})
+        serve(lambda steps: lambda: run(steps), device)
+        return
+    engine: Any = loop.split(", ")[1]
+    train(vae, data, size, device, engine)
+
+
+def network(name: str, shape: tuple[int, ...]) -> VAE:
+    if recipe := SUBJECTS[name].recipe:
+        return first_stage(RECIPES[recipe], list(shape))
+    model = pythae_model(name, shape)
+    return VAE(PythaeEncoder(model.encoder), PythaeDecoder(model.decoder))
 
 
 class PythaeEncoder(nn.Module):
@@ -104,7 +166,7 @@ class PythaeDecoder(nn.Module):
 
 
 def pythae_model(name: str, shape: tuple[int, ...]) -> Any:
-    """pythae's VAE with the network of a subject."""
+    """Return pythae's VAE with the network of a subject."""
     from pythae import models  # pyright: ignore[reportMissingImports]
     from pythae.models.nn.benchmarks import cifar, mnist  # pyright: ignore[reportMissingImports]
 
@@ -120,10 +182,10 @@ def pythae_model(name: str, shape: tuple[int, ...]) -> Any:
     )
 
 
-def pythae_steps(
+def pythae_epoch(
     model: Any, images: Tensor, batch_size: int, device: torch.device, folder: str
 ) -> Callable[[], None]:
-    """An epoch of pythae's trainer over the images."""
+    """Return an epoch of pythae's trainer over the images."""
     from pythae.data.datasets import BaseDataset  # pyright: ignore[reportMissingImports]
     from pythae.trainers import BaseTrainer, BaseTrainerConfig  # pyright: ignore[reportMissingImports]
 
@@ -146,45 +208,16 @@ def pythae_steps(
     return run
 
 
-class PoiseSteps:
-    """`poise.training.fit` in a thread of its own, which stands still between turns: it is asked after every step to stop."""
-
-    def __init__(
-        self,
-        vae: VAE,
-        data: datasets.Dataset,
-        batch_size: int,
-        device: torch.device,
-        engine: Engine,
-    ) -> None:
-        stage = Stage(steps=10**9, batch_size=batch_size, learning_rate=LEARNING_RATE)
-        self.state = new_state(vae, ComputedBalance(), stage, device)
-        self.until, self.turn, self.rest = 0, threading.Semaphore(0), threading.Semaphore(0)
-        watch = Watch(stop=self.stop, quiet=True, save_seconds=math.inf)
-        arguments = {"number": 1, "seed": 0, "watch": watch, "engine": engine}
-        self.thread = threading.Thread(
-            target=fit, args=(self.state, ImageBatches(data.train, device), stage), kwargs=arguments
-        )
-
-    def __call__(self, steps: int) -> None:
-        self.until += steps
-        if self.thread.ident is None:
-            self.thread.start()
-        else:
-            self.turn.release()
-        self.rest.acquire()
-
-    def stop(self) -> bool:
-        if self.state.step < self.until:
-            return False
-        self.rest.release()
-        self.turn.acquire()
-        return self.until < 0
-
-    def end(self) -> None:
-        self.until = -1
-        self.turn.release()
-        self.thread.join()
+def train(
+    vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, engine: Engine
+) -> None:
+    """Serve turns by one call of `poise.training.fit`, which waits between its steps."""
+    stage = Stage(steps=10**9, batch_size=batch_size, learning_rate=LEARNING_RATE)
+    state = new_state(vae, ComputedBalance(), stage, device)
+    watch = Watch(stop=Turns(state, device), quiet=True, save_seconds=math.inf)
+    fit(
+        state, ImageBatches(data.train, device), stage, number=1, seed=0, watch=watch, engine=engine
+    )
 
 
 def bare_steps(
@@ -222,113 +255,101 @@ def bare_steps(
 
 
 def shuffled(count: int, batch_size: int) -> Iterator[Tensor]:
-    """Batches of row numbers, for ever."""
+    """Yield batches of row numbers, for ever."""
     while True:
         yield from torch.randperm(count)[: count // batch_size * batch_size].split(batch_size)
 
 
 def step_flops(vae: VAE, images: Tensor) -> float:
-    """FLOPs of forward and backward of one batch."""
+    """Return the FLOPs of forward and backward of one batch."""
     with FlopCounterMode(display=False) as counter:
         reconstruction, posterior = copy.deepcopy(vae)(images)
         (reconstruction.sum() + posterior.mean.sum() + posterior.logvar.sum()).backward()
     return float(counter.get_total_flops())
 
 
-def measure(
-    name: str, device: torch.device, rounds: int, round_seconds: float, warm_up: float | None
-) -> dict[str, Any]:
-    """All loops on one subject, after so many seconds of each, or its own."""
-    subject = SUBJECTS[name]
-    data, size = datasets.load(subject.data), subject.batch_size
-    model: Any = None if subject.recipe else pythae_model(name, data.shape)
-    if subject.recipe:
-        vae = first_stage(RECIPES[subject.recipe], list(data.shape))
-    else:
-        vae = VAE(PythaeEncoder(model.encoder), PythaeDecoder(model.decoder))
-    flops = step_flops(vae, datasets.gather(data.train, range(size)))
-    engines: list[Engine] = ["eager", "compiled"]
-    mine = {
-        f"poise, {engine}": PoiseSteps(copy.deepcopy(vae), data, size, device, engine)
-        for engine in engines
-    }
-    loops: dict[str, Steps] = {
-        **mine,
-        "bare": bare_steps(copy.deepcopy(vae), data, size, device, torch.contiguous_format),
-        "bare, channels_last": bare_steps(
-            copy.deepcopy(vae), data, size, device, torch.channels_last
-        ),
-    }
-    for run in loops.values():
-        run(2)
-    if warm_up := subject.warm_up_seconds if warm_up is None else warm_up:
-        number = round(5 * warm_up / seconds(lambda: mine["poise, eager"](5), device))
-        for run in loops.values():
-            run(number)
-    steps = max(
-        2,
-        min(
-            round(5 * round_seconds / seconds(lambda: loops["bare"](5), device)),
-            len(data.train) // size,
-        ),
-    )
-    tasks: dict[str, Callable[[], Any]] = {
-        name: lambda run=run: run(steps) for name, run in loops.items()
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        if model is not None:
-            images = datasets.gather(data.train, range(steps * size))
-            tasks["pythae"] = pythae_steps(copy.deepcopy(model), images, size, device, folder)
-            take_turns({"pythae": tasks["pythae"]}, 1, device)
-        products, products_flops = matrix_products(device, round_seconds)
-        times = take_turns({**tasks, "matrix": products}, rounds, device)
-    for steps_of_mine in mine.values():
-        steps_of_mine.end()
-    matrix_rate = [products_flops / second for second in times.pop("matrix")]
-    return {
-        "data": data.name,
-        "shape": data.shape,
-        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+# In the process that compares
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Let all loops take turns on one subject."""
+    subject, size = SUBJECTS[name], SUBJECTS[name].batch_size
+    workers = {loop: worker(name, loop, options) for loop in chosen_loops(name, options)}
+    facts: dict[str, Any] = next((w.ready for n, w in workers.items() if n.startswith("bare")), {})
+    warm_up = subject.warm_up_seconds if options.warm_up is None else options.warm_up
+    loops = [loop for loop in workers if loop != "matrix"]
+    poise = [loop for loop in loops if loop.startswith("poise")]
+    trial = workers[loops[0]].turn(TRIAL) / TRIAL
+    for loop in loops:
+        workers[loop].turn(max(TRIAL, round(warm_up / trial)))
+    steps = max(2, round(options.seconds * TRIAL / workers[loops[-1]].turn(TRIAL)))
+    if "pythae" in workers:  # whose turn is one epoch
+        steps = min(steps, workers["pythae"].ready["images"] // size)
+    times = take_turns(workers, dict.fromkeys(workers, steps), options.rounds)
+    result = {
+        "data": subject.data,
         "batch_size": size,
-        "steps_of_each": steps * rounds,
+        "steps_of_each": steps * options.rounds,
+        **{fact: value for fact, value in facts.items() if fact != "flops"},
         "images_per_second": {
-            name: summary([steps * size / second for second in values])
-            for name, values in times.items()
+            loop: summary([steps * size / second for second in times[loop]]) for loop in loops
         },
         "poise_over": {
-            engine: {
-                name: over(values, times[engine])
-                for name, values in times.items()
-                if name not in mine
-            }
-            for engine in mine
-        },
-        "gflop_per_step": round(flops / 1e9, 4),
-        "matrix_gflop_per_second": summary([rate / 1e9 for rate in matrix_rate]),
-        "share_of_matrix_rate": {
-            name: over([steps * flops / second for second in values], matrix_rate)
-            for name, values in times.items()
+            mine: {loop: over(times[loop], times[mine]) for loop in loops if loop not in poise}
+            for mine in poise
         },
     }
+    if facts:
+        result["gflop_per_step"] = round(facts["flops"] / 1e9, 4)
+    if facts and "matrix" in workers:
+        rates = [workers["matrix"].ready["flops"] / second for second in times["matrix"]]
+        result["matrix_gflop_per_second"] = summary([rate / 1e9 for rate in rates])
+        result["share_of_matrix_rate"] = {
+            loop: over([steps * facts["flops"] / second for second in times[loop]], rates)
+            for loop in loops
+        }
+    for process in workers.values():
+        process.end()
+    return result
+
+
+def chosen_loops(name: str, options: argparse.Namespace) -> list[str]:
+    return [
+        loop
+        for loop in options.loops
+        if (loop != "pythae" or SUBJECTS[name].recipe is None)
+        and (not loop.startswith("other") or options.other is not None)
+    ]
+
+
+def worker(name: str, loop: str, options: argparse.Namespace) -> Worker:
+    command = [__file__, "--work", loop, "--only", name, "--device", options.device]
+    path = [str(options.other.resolve())] if loop.startswith("other") else []
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return Worker(
+        [*command, "--seconds", str(options.seconds)], {"PYTHONPATH": os.pathsep.join(path)}
+    )
 
 
 def table(reports: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    head = [
-        "network",
-        "loop",
-        "images per second",
-        "Poise, eager, over it",
-        "Poise, compiled, over it",
-        "share of the matrix rate",
+    rows: list[list[Any]] = [
+        [
+            "network",
+            "loop",
+            "images per second",
+            "Poise, eager, over it",
+            "Poise, compiled, over it",
+            "share of the matrix rate",
+        ]
     ]
-    rows: list[list[Any]] = [head]
-    for name, report in reports.items():
-        for loop, rate in report["images_per_second"].items():
+    for name, figures in reports.items():
+        for loop, rate in figures["images_per_second"].items():
             ratios = [
-                report["poise_over"][f"poise, {engine}"].get(loop, "")
+                figures["poise_over"].get(f"poise, {engine}", {}).get(loop, "")
                 for engine in ("eager", "compiled")
             ]
-            rows.append([name, loop, rate, *ratios, report["share_of_matrix_rate"][loop]])
+            share = figures.get("share_of_matrix_rate", {}).get(loop, "")
+            rows.append([name, loop, rate, *ratios, share])
     return rows
 
 
@@ -336,16 +357,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only",
-        nargs="*",
-        choices=SUBJECTS,
-        default=list(SUBJECTS),
-        metavar="NETWORK",
-        help=", ".join(SUBJECTS),
-    )
+    names = {"choices": SUBJECTS, "metavar": "NETWORK", "help": ", ".join(SUBJECTS)}
+    parser.add_argument("--only", nargs="*", default=list(SUBJECTS), **names)
+    names = {"choices": LOOPS, "metavar": "LOOP", "help": "; ".join(LOOPS)}
+    parser.add_argument("--loops", nargs="*", default=list(LOOPS), **names)
+    parser.add_argument("--other", type=Path, help="the src folder of another checkout")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each loop in a round, about")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, about")
     parser.add_argument(
         "--warm-up",
         type=float,
@@ -353,20 +371,26 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))
+    parser.add_argument("--work", choices=LOOPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device, chosen = torch.device(options.device), options.only
+    if options.work:
+        with contextlib.redirect_stdout(sys.stderr):
+            work(chosen[0], options.work, device, options.seconds)
+        return
     if find_spec("pythae") is None:
         chosen = [name for name in chosen if SUBJECTS[name].recipe]
         print(
             "note: pythae is not installed (pip install pythae): its networks are left out",
             file=sys.stderr,
         )
-    reports = {
-        name: measure(name, device, options.rounds, options.seconds, options.warm_up)
-        for name in chosen
-    }
+    reports: dict[str, dict[str, Any]] = {}
+    for name in chosen:
+        reports[name] = measure(name, options)
+        write_report(
+            options.json, {**machine(device), "rounds": options.rounds, "networks": reports}
+        )
     show(table(reports))
-    write_report(options.json, {**machine(device), "rounds": options.rounds, "networks": reports})
 
 
 if __name__ == "__main__":

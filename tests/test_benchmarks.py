@@ -33,11 +33,13 @@ def report(script: str, folder: Path, *options: str) -> dict:
 @pytest.mark.slow
 def test_training_is_measured_beside_a_bare_loop(tmp_path):
     short = ("--only", "digits", "--rounds", "1", "--seconds", "0.05", "--warm-up", "0")
-    digits = report("training_rate.py", tmp_path, *short)["networks"]["digits"]
+    loops = ("poise, eager", "poise, compiled", "other, eager", "bare", "matrix")
+    other = ("--other", str(SCRIPTS.parent / "src"))
+    digits = report("training_rate.py", tmp_path, *short, *other, "--loops", *loops)
+    digits = digits["networks"]["digits"]
     assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
-    assert all(
-        set(ratios) == {"bare", "bare, channels_last"} for ratios in digits["poise_over"].values()
-    )
+    assert all(set(ratios) == {"other, eager", "bare"} for ratios in digits["poise_over"].values())
+    assert set(digits["share_of_matrix_rate"]) == set(loops[:-1])
     # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's
     weights = 64 * 256 + 256 * 256 + 256 * 20 + 10 * 256 + 256 * 256 + 256 * 64
     assert digits["gflop_per_step"] == pytest.approx(
@@ -62,6 +64,14 @@ def test_a_streamed_data_set_is_trained_on_beside_one_in_memory(tmp_path):
         dense["images_per_second"]["streamed"]["min"] > 0
         and dense["streamed_over_in_memory"]["median"] > 0
     )
+
+
+@pytest.mark.slow
+def test_sampling_is_measured_beside_the_decoder(tmp_path):
+    short = ("--images", "100", "--rounds", "1", "--many", "1000")
+    rates = report("sampling_rate.py", tmp_path, *short)["rates"]
+    assert set(rates) > {"decoder alone", "sample, second-stage", "into a folder of PNGs"}
+    assert rates["decoder alone"]["share_of_decoder"]["median"] == 1
 
 
 @pytest.mark.slow

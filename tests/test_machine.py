@@ -1,131 +1,40 @@
-"""What makes a step fast leaves what it computes alone: layouts, products, memory, compiled code."""
+"""Settings of the machine hold inside a block; compiled steps compute what eager steps compute."""
 
-import resource
 import shutil
-import sys
 
 import pytest
 import torch
 from torch import nn
 
-from poise.training import denormals_as_zero
-from poise.training.machine import (
-    images_in_channels_last,
-    kept_memory,
-    pixels_as_products,
-    tuned,
-    usual_threads,
-)
+import poise
+from poise.recipes import Stage
+from poise.training import ImageBatches, denormals_as_zero, new_state
+from poise.training.machine import tuned, usual_threads
 
 CPU = torch.device("cpu")
-SINGLE_PIXEL = {  # kernel, stride, padding, side of the image
-    "the whole image": (4, 1, 0, 4),
-    "pythae's last convolution for MNIST": (4, 2, 1, 3),
-    "a kernel that leaves out the last row": (3, 2, 0, 4),
-    "a kernel beyond the image": (5, 3, 1, 4),
-}
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
-def outcome(layer: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """Output and gradients of a loss that weighs every value differently."""
-    layer.zero_grad()
-    images = images.clone().requires_grad_()
-    given = layer(images)
-    (given * torch.arange(given.numel(), dtype=given.dtype).view(given.shape)).sum().backward()
-    gradients = [parameter.grad for parameter in layer.parameters()]
-    return [given.detach(), images.grad, *gradients]
+@pytest.mark.parametrize("kind", ["resnet", "infogan", "wae"])
+def test_images_stay_in_channels_last_from_the_first_layer_of_a_network_to_the_last(kind):
+    def check(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert output.is_contiguous(memory_format=torch.channels_last), module
+
+    vae = poise.VAE(*getattr(poise.networks, kind)(16, 3, 4))
+    state = new_state(vae, poise.ComputedBalance(), Stage(steps=1), CPU)
+    convolutions = [m for m in state.vae.modules() if isinstance(m, CONVOLUTIONS)]
+    for layer in convolutions:
+        layer.register_forward_hook(check)
+    images = ImageBatches(torch.rand(5, 3, 16, 16).numpy(), CPU)
+    state.vae(images.place(images.fetch(torch.arange(5)), lambda columns: torch.zeros(5, columns)))
+    assert len(convolutions) > 3
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("case", SINGLE_PIXEL)
-def test_a_convolution_to_one_pixel_is_the_product_that_torch_computes(case, layout, bias):
-    kernel, stride, padding, side = SINGLE_PIXEL[case]
-    layer = nn.Conv2d(3, 5, kernel, stride, padding, bias=bias).double().to(memory_format=layout)
-    images = torch.randn(7, 3, side, side, dtype=torch.float64).contiguous(memory_format=layout)
-    expected = outcome(layer, images)
-    assert expected[0].shape == (7, 5, 1, 1)
-    with pixels_as_products(layer):
-        for mine, theirs in zip(outcome(layer, images), expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    assert "forward" not in vars(layer)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 6, 3, padding=1),
-        nn.Conv2d(4, 6, 4, groups=2),
-        nn.Conv2d(4, 6, 2, dilation=3),
-        nn.Conv2d(4, 6, 4, padding="valid"),
-        nn.Conv2d(4, 6, 5, padding=1, padding_mode="reflect"),
-    ],
-    ids=str,
-)
-def test_any_other_convolution_is_torchs_own(layer):
-    images = torch.randn(2, 4, 4, 4)
-    expected = layer(images)
-    with pixels_as_products(layer):
-        assert torch.equal(layer(images), expected)
-
-
-def test_a_convolution_without_a_batch_is_torchs_own():
-    layer, image = nn.Conv2d(4, 6, 4), torch.randn(4, 4, 4)
-    with pixels_as_products(layer):
-        assert torch.equal(layer(image), nn.Conv2d.forward(layer, image))
-
-
-def test_a_layer_that_somebody_has_changed_stays_as_it_is():
-    layer = nn.Conv2d(4, 6, 4)
-    layer.forward = lambda input: input.sum()
-    with pixels_as_products(layer), pixels_as_products(nn.Sequential(layer)):
-        assert layer(torch.ones(1, 4, 4, 4)) == 64
-    assert layer(torch.ones(1, 4, 4, 4)) == 64
-
-
-class Reshaping(nn.Module):
-    """Makes an image of a vector, and adds to it what convolutions make of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-        self.layers = nn.ModuleList([Residual(self.block)])
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.layers[0](latents.reshape(-1, 8, 4, 4))
-
-
-class Residual(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images + self.block(images)
-
-
-def test_a_reshaped_vector_enters_convolutions_in_channels_last_with_the_same_values():
-    network, latents = (
-        Reshaping().double().to(memory_format=torch.channels_last),
-        torch.randn(5, 128, dtype=torch.float64),
-    )
-    before = network(latents)
-    with images_in_channels_last(network):
-        inside = network(latents)
-    assert inside.is_contiguous(memory_format=torch.channels_last)
-    assert not before.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(inside, before, rtol=1e-12, atol=1e-12)
-    assert not any(module._forward_pre_hooks for module in network.modules())
-
-
-def test_the_network_is_as_it_was_after_an_error():
-    network, before = Reshaping(), torch.get_num_threads()
-    with pytest.raises(KeyError), tuned(network, CPU):
+def test_settings_are_as_they_were_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), tuned(nn.Conv2d(1, 1, 3), CPU, before + 1):
         raise KeyError
     assert torch.get_num_threads() == before
-    assert not any(
-        module._forward_pre_hooks or "forward" in vars(module) for module in network.modules()
-    )
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -138,32 +47,6 @@ def test_denormals_are_zero_inside_the_block_and_as_before_after_it(before):
         assert (float(tiny * 1) == 0) == before
     finally:
         torch.set_flush_denormal(False)
-
-
-def faults(mib: int = 80) -> int:
-    """Pages that making five arrays one after another fetches from the system."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.zeros(mib * 2**18)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_arrays_of_usual_size_are_as_cheap_after_the_block_as_before_it():
-    with kept_memory():
-        pass
-    faults(4)
-    assert faults(4) < 500  # of 5,120 pages
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_large_arrays_are_not_fetched_from_the_system_again_and_again():
-    before = faults()
-    with kept_memory():
-        faults()  # the process grows to what it needs
-        inside = faults()
-    assert inside < 0.01 * before
-    assert faults() > 0.1 * before
 
 
 def test_small_dense_networks_run_on_one_thread_and_others_on_all(monkeypatch):

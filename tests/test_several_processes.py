@@ -136,17 +136,22 @@ LAYERS = {
 }
 
 
+def place_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a process."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """What each process does, in a clean interpreter without checks."""
     torch.set_num_threads(1)
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": WORLD,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(place_of(rank, WORLD, port))
     runs, seen = Path(folder), {}
     trained = run(runs / "whole", network(seed=rank))
     seen["sample"] = trained.sample(3)
@@ -176,10 +181,7 @@ def work(rank: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two processes, and what each of them saw."""
     folder = tmp_path_factory.mktemp("several")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=WORLD)
+    torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=WORLD)
     return folder
 
 
@@ -250,6 +252,38 @@ def test_an_error_of_one_process_reaches_all(seen):
 def test_a_process_that_dies_brings_the_others_down(seen):
     assert seen[0]["death"].startswith("RunError: lost contact with another process")
     assert seen[0]["seconds"] < 60
+
+
+def resume(rank: int, port: int, folder: str) -> None:
+    """What each of three processes does: train in one go, and again in two halves."""
+    torch.set_num_threads(1)
+    os.environ.update(place_of(rank, 3, port))
+    cpu, stage = torch.device("cpu"), Stage(steps=8, batch_size=30, learning_rate=1e-3)
+    data = training.ImageBatches(IMAGES[:, None], cpu)
+
+    def trained(state: training.TrainingState, steps: int) -> dict[str, torch.Tensor]:
+        how: dict[str, Any] = {"number": 1, "seed": 0, "watch": training.Watch(quiet=True)}
+        training.fit(state, data, replace(stage, steps=steps), **how)
+        return {name: value.clone() for name, value in training.state_tensors(state).items()}
+
+    def new() -> training.TrainingState:
+        torch.manual_seed(0)
+        vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 4, hidden=(700, 600)))  # several buckets
+        return training.new_state(vae, poise.ComputedBalance(), stage, cpu)
+
+    with poise.training.distributed.processes(cpu):
+        whole, halves = trained(new(), 8), new()
+        training.restore_state(halves, trained(new(), 4))
+        torch.save([whole, trained(halves, 8)], Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_three_processes_resume_bit_identically(tmp_path):
+    """Sums of three depend on their order, which must not depend on where the run was stopped."""
+    torch.multiprocessing.spawn(resume, (free_port(), str(tmp_path)), nprocs=3)
+    for rank in range(3):
+        whole, resumed = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def torchrun(out: Path) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Latents, PerImage, Values
+from poise.support.snapshots import snapshot
 
 FLOOR = 1e-8  # of gamma2. Rounding to 8 bits alone leaves 1.3e-6, so no image model comes near it.
 
@@ -209,28 +210,6 @@ def scale_and_normaliser(gamma2: Tensor, num_dims: int, power: float) -> tuple[T
 def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
     """The product; small networks feel every operation, so none is spent on the number 1."""
     return values if isinstance(factor, float) and factor == 1 else factor * values
-
-
-def snapshot(factor: Tensor) -> Tensor:
-    """A copy of what was read from the state: the state moves before backward reads this value.
-
-    Compiled code needs more than a copy. To save memory its backward may recompute any simple operation on a buffer, and
-    would read the buffer after the move: silently wrong gradients (pytorch/pytorch#197039; 10 % off in our tests, torch
-    2.13). It never recomputes an operation that it does not know.
-    """
-    if factor.requires_grad:  # a parameter, which only the optimiser moves
-        return factor
-    return _opaque_copy(factor) if torch.compiler.is_compiling() else factor.clone()
-
-
-@torch.library.custom_op("poise::opaque_copy", mutates_args=())
-def _opaque_copy(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-@_opaque_copy.register_fake
-def _opaque_copy_of_fake(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

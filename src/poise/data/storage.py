@@ -1,18 +1,17 @@
-"""Arrays of images that may be larger than memory: allocated in memory or in a file, read in blocks or by row.
+"""Arrays of images that may be larger than memory: allocated in memory or in a file, read by rows.
 
-Two kinds hold a data set's images, NCHW, uint8 or float32: numpy arrays (in memory, or memory-mapped), and `Rows` of a
-memory-mapped array.
+A data set's images, NCHW, uint8 or float32, are a numpy array (in memory or memory-mapped) or the
+`Rows` of a memory-mapped array.
 """
 
-import ctypes
 import mmap
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, final
 
@@ -25,14 +24,13 @@ from poise.errors import RunError
 from poise.shapes import Values
 
 BLOCK_BYTES = 2**24
-PIECE_BYTES = (
-    2**17
-)  # asked of the system at once; Linux cuts requests short that pass its own read-ahead, by default this
+READERS = 8  # threads that read rows of a mapped file
+FAR_APART = 4  # mean distance of rows, in rows, from which read-ahead costs more than it saves
 
 
 @final
 class Rows:
-    """Some rows of a memory-mapped array, read when indexed: one side of a split that never enters memory whole."""
+    """Some rows of a memory-mapped array, read when indexed: one side of a split."""
 
     def __init__(self, array: np.ndarray, indices: np.ndarray) -> None:
         self.array = array
@@ -59,19 +57,22 @@ Pixels = np.ndarray | Rows
 
 
 def gather(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> Values:
-    """The images at `indices`, in that order: float32 in [0, 1], contiguous NCHW, on the CPU (or where a tensor is).
+    """Return the images at `indices`, in that order: float32 in [0, 1], contiguous NCHW.
 
-    Memory-mapped arrays are read in the order of the file, however the indices are shuffled.
+    Memory-mapped arrays are read in the order of the file, whatever the order of the indices.
 
     Args:
-        array: images of a `Dataset`, or others like them: bytes, or floats in [0, 1].
+        array: images of a `Dataset`, or others like them: uint8, or floats in [0, 1].
         indices: row numbers, on the CPU.
+
+    Returns:
+        (indices, channels, height, width), on the CPU, or on the device of a tensor.
     """
     return scale(gather_rows(array, indices))
 
 
 def gather_rows(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-    """What `gather` gives, before it is scaled: bytes stay bytes."""
+    """Return the images at `indices`, in that order, in their dtype."""
     rows = np.asarray(indices, np.int64)
     if isinstance(array, Tensor):
         return array[torch.from_numpy(rows).to(array.device)].contiguous()
@@ -80,79 +81,57 @@ def gather_rows(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Te
 
 
 def scale(rows: Tensor) -> Values:
-    """Float32 images: bytes are scaled to [0, 1], floats stay as they are."""
+    """Return float32 images; uint8 is scaled to [0, 1]."""
     return to_float(rows) if rows.dtype == torch.uint8 else rows.float()
 
 
 def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Read rows of a mapped file in the order of the file, by several threads at once.
+
+    A row that is not in memory is a page fault, which waits for the disk. Threads wait together:
+    numpy releases Python's lock while it copies rows.
+    """
     order = np.argsort(indices, kind="stable")
     rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
-    with _asked_for(array, indices[order]):
-        rows[order] = array[indices[order]]
+
+    def read(part: np.ndarray) -> None:
+        rows[part] = array[indices[part]]
+
+    with _without_read_ahead(array, indices), ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, np.array_split(order, min(READERS, max(1, len(order))))))
     return rows
 
 
 @contextmanager
-def _asked_for(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
-    """Rows of a mapped file are on their way from the disk, all at once, and nothing else is read inside the block.
+def _without_read_ahead(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
+    """Turn off the read-ahead of a mapped file inside the block, if the rows lie far apart.
 
-    Left alone, each row is a page fault that waits for the disk, and what the system reads around it pushes out pages that
-    are still wanted: 190 rows of 3 KB a second from a file five times the memory, 38,000 with this (2026-11-24).
-
-    Args:
-        array: perhaps a view of a mapped file; of others nothing is asked.
-        indices: ascending; for those outside the array, which are the reader's to refuse, nothing is asked.
+    The system reads megabytes around each row (1,420 bytes for each byte wanted), which pushes
+    other
+    rows out of memory: 190 rows of 3 KB a second from a file five times the memory. By eight
+        threads
+    and without read-ahead it is about 31,000 (docs/log.md, 2026-11-24).
     """
-    mapping, indices = _mapping(array), indices[(indices >= 0) & (indices < len(array))]
-    if mapping is None or not len(indices):
+    mapping = _mapping(array)
+    if mapping is None or len(indices) == 0 or np.ptp(indices) < FAR_APART * len(indices):
         yield
         return
-    origin, madvise = np.frombuffer(mapping, np.uint8).ctypes.data, _madvise()
     mapping.madvise(mmap.MADV_RANDOM)
     try:
-        for start, length in _pieces(array, indices, origin):
-            madvise(origin + start, length, mmap.MADV_WILLNEED)
         yield
     finally:
-        mapping.madvise(
-            mmap.MADV_NORMAL
-        )  # what is read in blocks is served well by the system's own reading ahead
-
-
-@cache
-def _madvise() -> Any:
-    """The C library's, which lets other threads run meanwhile: Python's own holds its lock while the disk is asked, and with
-    500 rows a batch a small network trained 8 % slower for it (2026-11-24).
-    """
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+        mapping.madvise(mmap.MADV_NORMAL)
 
 
 def _mapping(array: Any) -> mmap.mmap | None:
-    """The mapped file that an array is a view of, where there is one and the system takes advice (not on Windows)."""
+    """Return the mapped file of an array, or None if there is none or the system has no madvise."""
     while isinstance(array, np.ndarray):
         array = array.base
     return array if isinstance(array, mmap.mmap) and hasattr(array, "madvise") else None
 
 
-def _pieces(array: np.ndarray, indices: np.ndarray, origin: int) -> Iterator[tuple[int, int]]:
-    """Where the pages of these rows begin in the mapping at address `origin`, and their bytes: neighbours joined, then cut."""
-    first = array.ctypes.data - origin + indices * array.strides[0]
-    row = array.itemsize + sum(
-        (count - 1) * stride
-        for count, stride in zip(array.shape[1:], array.strides[1:], strict=True)
-    )
-    begins, ends = first // mmap.PAGESIZE, (first + row - 1) // mmap.PAGESIZE + 1
-    new = np.flatnonzero(begins[1:] > ends[:-1]) + 1
-    begins, ends = begins[np.r_[0, new]] * mmap.PAGESIZE, ends[np.r_[new - 1, -1]] * mmap.PAGESIZE
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        for start in range(begin, end, PIECE_BYTES):
-            yield start, min(PIECE_BYTES, end - start)
-
-
 def blocks(array: Pixels) -> Iterator[slice]:
-    """Slices of the first axis, in order, of about 16 MiB each."""
+    """Yield slices of the first axis, in order, of about 16 MiB each."""
     bytes_per_row = max(1, array.dtype.itemsize * int(np.prod(array.shape[1:])))
     step = max(1, BLOCK_BYTES // bytes_per_row)
     for start in range(0, len(array), step):
@@ -160,7 +139,7 @@ def blocks(array: Pixels) -> Iterator[slice]:
 
 
 def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
-    """Some rows: a copy, or for a memory-mapped array a `Rows`."""
+    """Return some rows: a copy, or `Rows` of a memory-mapped array."""
     return (
         Rows(array, indices)
         if isinstance(array, np.memmap)
@@ -169,7 +148,7 @@ def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
 
 
 def head(images: Any, count: int) -> Any:
-    """The first `count` images; those of a `Rows` are not read."""
+    """Return the first `count` images; those of `Rows` are not read."""
     return (
         Rows(images.array, images.indices[:count]) if isinstance(images, Rows) else images[:count]
     )
@@ -178,11 +157,14 @@ def head(images: Any, count: int) -> Any:
 def allocate(
     shape: tuple[int, ...], dtype: np.dtype, memory_budget: int | None, cache: Path | None
 ) -> np.ndarray:
-    """An array to fill: in memory where it fits the budget, else in a file, deleted when nothing uses the array any more.
+    """Return an empty array, in memory if it fits the budget, else in a temporary file.
+
+    The file is deleted with the array.
 
     Args:
         shape, dtype: of the array.
-        memory_budget: bytes; None: half of the memory that is free now, shared by the processes that train together.
+        memory_budget: bytes; None: half of the free memory, shared by the processes of this
+            machine.
         cache: folder for the file; None: the system's folder for temporary files.
 
     Raises:
@@ -205,7 +187,7 @@ def allocate(
 
 
 def _processes_here() -> int:
-    """How many processes torchrun started on this machine: each reads the images for itself."""
+    """Return how many processes torchrun started on this machine; each reads all images."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -221,7 +203,7 @@ def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.me
 
 
 def _free_memory() -> int:
-    """Bytes that could be allocated now (Linux), or all memory (macOS); 4 GiB where the system does not say (Windows)."""
+    """Return the bytes that could be allocated (Linux), all memory (macOS) or 4 GiB (Windows)."""
     report = Path("/proc/meminfo")
     if report.exists():  # not sysconf's SC_AVPHYS_PAGES, which counts the file cache as taken
         free = 1024 * int(_fields(report)["MemAvailable:"])
@@ -231,11 +213,13 @@ def _free_memory() -> int:
 
 
 def _left_in_groups(membership: Path, mounted: Path) -> Iterator[int]:
-    """Bytes that each control group around this process still allows, as of a container or a batch job: Linux kills beyond.
+    """Yield the bytes that each control group of this process still allows.
+
+    Containers and batch jobs run in such groups. Linux kills a process that exceeds them.
 
     Args:
         membership: the system's list of the groups of a process.
-        mounted: where versions 1 and 2 of control groups are found.
+        mounted: the folder of control groups, of version 1 or 2.
     """
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -254,7 +238,7 @@ def _left_in_groups(membership: Path, mounted: Path) -> Iterator[int]:
 
 
 def _cached(report: Path) -> int:
-    """Bytes of pages of files, which the system takes back when memory is wanted, in a control group and those below it."""
+    """Return the bytes of cached files in a control group, which the system frees on demand."""
     found = _fields(report)  # version 1 says "total_" where those below are counted
     return sum(
         int(found.get(f"total_{name}", found.get(name, "0")))
@@ -263,6 +247,6 @@ def _cached(report: Path) -> int:
 
 
 def _fields(report: Path) -> dict[str, str]:
-    """The first two words of each line."""
+    """Return the first two words of each line, as a dictionary."""
     words = (line.split()[:2] for line in report.read_text().splitlines())
     return {pair[0]: pair[1] for pair in words if len(pair) == 2}

@@ -36,8 +36,9 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
         super().__init__(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        height, width = input.shape[2:]
-        return super().forward(input)[:, :, : 2 * height, : 2 * width]
+        output = super().forward(input)
+        surplus = output.shape[2] - 2 * input.shape[2]
+        return F.pad(output, (0, -surplus, 0, -surplus)) if surplus else output
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

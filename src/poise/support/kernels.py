@@ -1,10 +1,10 @@
-"""What PyTorch keeps for the whole process and runs of several threads share: choices of kernels, and the global generators.
+"""PyTorch's process-wide settings: the choice of kernels, and the global random generators.
 
-Here they are set for a block and restored after it. A lock keeps two threads from doing so at the same time, so that several
-runs in one process get the kernels and the numbers that each would get alone.
+They are set for a block and restored after it. A lock keeps threads from setting them at the same
+time: each of several runs in one process gets the kernels and the numbers that it would get alone.
 
-TF32 rounds the inputs of a product to 10 bits of mantissa and adds up in float32. It is what makes tensor cores usable for
-float32 data; what it changes is measured in docs/log.md (2026-11-26).
+TF32 rounds the inputs of a product to 10 bits of mantissa and adds up in float32, so that tensor
+cores can be used for float32 data. docs/log.md (2026-11-26) has its effect on results.
 """
 
 import threading
@@ -20,8 +20,8 @@ LOCK = threading.RLock()
 def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> Iterator[None]:
     """Choose the kernels of convolutions and matrix products that are launched inside the block.
 
-    Other threads that ask for kernels wait until the block ends, so launch inside it and wait for results outside. A recorded
-    CUDA graph keeps the kernels it was recorded with. On devices other than CUDA nothing happens.
+    Other threads that enter such a block wait, so launch inside it and wait for results outside. A
+    recorded CUDA graph keeps the kernels it was recorded with. On other devices nothing happens.
 
     Args:
         device: where the block computes.
@@ -44,7 +44,10 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Restore torch's global generators after the block. Inside it, hold `LOCK` from seeding them to the last draw."""
+    """Restore torch's global generators after the block.
+
+    Inside the block, hold `LOCK` from seeding them to the last draw.
+    """
     cuda = device.type == "cuda"
     with LOCK:
         on_host, on_device = (

@@ -1,6 +1,8 @@
-"""Training of one stage. `batches` say what is learned from, `state` is what a step changes, `step` changes it, `loop` repeats
-it; `machine` says how a network runs here, `compiled` and `captured` are other ways to take a step, `batch_norm` is for several
-processes.
+"""Training of one stage.
+
+`batches` loads data, `state` holds model and optimizer, `step` is one update, `loop` repeats it.
+`machine` sets threads and the device, `engines` compiles or records a step, and `distributed`
+trains one model in several processes.
 """
 
 from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches

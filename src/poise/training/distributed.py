@@ -1,50 +1,54 @@
-"""Several processes that train one model: `torchrun --nproc-per-node 2 -m poise train ...`. One process is the case N = 1.
+"""Several processes train one model: `torchrun --nproc-per-node 2 -m poise train ...`.
 
-Each process ("rank") computes on its share of every global batch. The loss of a rank is scaled by its share, so that the
-average of gradients over ranks is the gradient of the whole batch:
+Each process ("rank") computes on its share of every global batch. The loss of a rank is scaled by
+its share, so that the average of gradients over ranks is the gradient of the whole batch:
 
     g = 1/N sum_r g_r,    g_r = gradient of  N n_r / n * (mean loss over the n_r images of rank r)
 
-All ranks then take the same step from the same weights, and hold the same state to the last bit. Rank 0 alone writes files.
+All ranks then take the same step from the same weights, and their states are bit-identical. Only
+rank 0 writes files.
 
-BatchNorm over the global batch of several processes, so that N ranks equal one process.
-
-torch.nn.SyncBatchNorm is for CUDA alone; this one runs wherever sums can be reduced. With n_r values of a channel on rank r,
-of mean m_r and variance v_r, the ranks sum n_r, n_r m_r and n_r (v_r + m_r^2) in double precision, and
+BatchNorm uses the statistics of the global batch, so that N ranks equal one process.
+torch.nn.SyncBatchNorm is for CUDA only; `GlobalBatchNorm` also runs on CPUs. With n_r values of a
+channel on rank r, of mean m_r and variance v_r, the ranks sum n_r, n_r m_r and n_r (v_r + m_r^2) in
+double precision, and
 
     n = sum n_r,    m = sum n_r m_r / n,    v = sum n_r (v_r + m_r^2) / n - m^2.
 """
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from poise.balance import Balance, LossTerms
 from poise.errors import InputError, RunError
+from poise.vae import VAE
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-PATIENCE = timedelta(
-    hours=1
-)  # with a process that does not answer; one that died is noticed at once
+PATIENCE = timedelta(hours=1)  # for a process that does not answer; a death is noticed at once
 
 Result = TypeVar("Result")
+Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """A process group inside the block where a launcher started this process with others; nothing otherwise.
+    """Start a process group for the block if a launcher started several processes.
 
-    The group stays up after the block: a launcher's meeting point serves for one group only.
+    The group stays after the block, because a launcher's rendezvous serves one group only.
 
     Raises:
-        RunError: another process has gone.
+        RunError: another process ended.
     """
     if not launched() and not is_up():
         yield
@@ -63,48 +67,48 @@ def processes(device: torch.device) -> Iterator[None]:
         raise RunError(
             "lost contact with another process of this run; its own message says why"
         ) from error
-    atexit.register(
-        leave
-    )  # not after an error: NCCL would wait for processes that wait for this one
+    atexit.register(leave)  # not after an error: NCCL would wait for the others, and they for this
 
 
 def leave() -> None:
-    """End the process group."""
+    """Destroy the process group, if there is one."""
     if is_up():
         dist.destroy_process_group()
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Return whether a launcher started this process as one of several."""
     return all(name in os.environ for name in LAUNCH) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_up() -> bool:
-    """Whether there is a process group."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def ranks() -> int:
-    """The number of processes that compute together now."""
+    """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if is_up() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0, also before and after there is a group."""
+    """Return the number of this process, from 0, also without a group."""
     return dist.get_rank() if is_up() else int(os.environ["RANK"]) if launched() else 0
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """The device of this process: the GPU of its number on this machine.
+    """Return the device of this process: the GPU of its number on this machine, or the CPU.
 
     Raises:
-        InputError: one GPU was named for all, there are fewer than processes, or the device cannot be used by several.
+        InputError: one GPU was named for all processes, there are fewer GPUs than processes, or the
+            device is of another kind.
     """
     if not launched() or device.type == "cpu":
         return device
     if device.type != "cuda":
         raise InputError(
-            f"several processes train on cuda or on cpu, not on {device.type}: give one of them as device"
+            f"several processes train on cuda or on cpu, not on {device.type}: "
+            "give one of them as device"
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.index is not None:
@@ -117,7 +121,7 @@ def device_of_rank(device: torch.device) -> torch.device:
 
 
 def share(size: int) -> slice:
-    """The rows of a global batch that are this rank's; shares differ by one row at most."""
+    """Return this rank's rows of a global batch; shares differ by one row at most."""
     return (
         slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
         if is_up()
@@ -126,7 +130,7 @@ def share(size: int) -> slice:
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """What `work` gives on rank 0, which alone does it; all ranks get it, or the InputError or RunError that it raised."""
+    """Call `work` on rank 0 only. All ranks return its result or raise its error."""
     if not is_up():
         return work()
     outcome: list[Any] = [None, None]  # a value, or a kind of error and its text
@@ -142,7 +146,7 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 
 def check_agreement(what: str, value: Any) -> None:
-    """Raises InputError, on all ranks, where the ranks hold different values."""
+    """Raise InputError on all ranks if the ranks hold different values."""
     if not is_up():
         return
     values: list[Any] = [None] * ranks()
@@ -155,48 +159,80 @@ def check_agreement(what: str, value: Any) -> None:
 
 
 def wait() -> None:
-    """Returns when all ranks are here."""
+    """Wait for all ranks."""
     if is_up():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would occupy the GPU
 
 
+def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
+    """Prepare a network and a balance for several ranks.
+
+    All ranks get the weights of rank 0, and BatchNorm uses the statistics of the global batch.
+
+    Returns:
+        A module of (objective, batch, noise) that gives `LossTerms`. Its backward averages gradients
+        over ranks while it computes others.
+    """
+    use_global_batch_norm(vae)
+    copy_from_first(vae)
+    copy_from_first(balance)
+    # Buffers are not copied from rank 0 at each step: all ranks compute them from the global batch.
+    # torch 2.13 renamed this argument.
+    known = signature(DistributedDataParallel).parameters
+    copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    own_buffers: dict[str, Any] = {copies: False}
+    return DistributedDataParallel(
+        SharedLoss(vae, balance),
+        init_sync=False,
+        static_graph=True,
+        gradient_as_bucket_view=True,
+        **own_buffers,
+    )
+
+
+@final
+class SharedLoss(nn.Module):
+    """Encoder, decoder and balance as one module, as DistributedDataParallel needs them."""
+
+    def __init__(self, vae: VAE, balance: Balance) -> None:
+        super().__init__()
+        self.vae, self.balance = vae, balance
+
+    def forward(self, objective: Loss, batch: Tensor, noise: Tensor) -> LossTerms:
+        return objective(self.vae, self.balance, batch, noise)
+
+
 @torch.no_grad()
 def copy_from_first(module: nn.Module) -> None:
-    """Give a module rank 0's parameters and buffers on all ranks: a network of the user's own may be drawn by each."""
-    if is_up():
-        for tensor in [*module.parameters(), *module.buffers()]:
-            values = tensor.detach().contiguous()
-            dist.broadcast(values, 0)
-            tensor.copy_(values)
+    """Copy rank 0's parameters and buffers to all ranks, in place."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        values = tensor.detach().contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
 
 
-@torch.no_grad()
-def average(gradients: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
-    """Average gradients over ranks in place, and return the averages of some scalars, in one all-reduce.
-
-    Not DistributedDataParallel: at each forward pass it overwrites all buffers with rank 0's, so that gamma2 and the
-    statistics of BatchNorm would be estimates from one rank's images, silently; it fits no model that is entered through
-    `encode` and `decode` as well; and with BatchNorm it drops CUDA graphs (pytorch/pytorch#139207). What it has over one
-    all-reduce, communication during backward, gains little on networks of this size.
-    """
+def start_average(*values: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Start to average scalars over ranks. The returned function waits for the averages."""
     if not is_up():
-        return values
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack(values)])
-    dist.all_reduce(flat)
-    flat /= ranks()
-    *averages, means = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
-    for gradient, averaged in zip(gradients, averages, strict=True):
-        gradient.copy_(averaged.view_as(gradient))
-    return tuple(means)
+        return lambda: values
+    stacked = torch.stack(values)
+    work = dist.all_reduce(stacked, async_op=True)
+    assert work is not None
+
+    def averages() -> tuple[Tensor, ...]:
+        work.wait()
+        return tuple(stacked / ranks())
+
+    return averages
 
 
 @final
 class GlobalBatchNorm(_BatchNorm):
-    """A BatchNorm layer that normalises by the statistics of all ranks in training, and is as it was otherwise."""
+    """A BatchNorm layer that uses the statistics of all ranks in training mode."""
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> "GlobalBatchNorm":
-        """A layer that shares everything with the given one: parameters, statistics, mode."""
+        """Return a layer that shares parameters, statistics and mode with the given one."""
         shared = cls.__new__(cls)
         object.__setattr__(shared, "__dict__", layer.__dict__)
         return shared
@@ -231,7 +267,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, as torch's layer does."""
+        """Update the running statistics, as torch's layer does."""
         if (
             self.running_mean is None
             or self.running_var is None
@@ -245,7 +281,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks. Its gradient is the sum of the ranks' gradients, since each rank's loss depends on it."""
+    """The sum over ranks. Each rank's loss depends on it, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -261,7 +297,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def use_global_batch_norm(module: nn.Module) -> None:
-    """Replace the BatchNorm layers inside a module, in place; parameters, their names and evaluation stay as they are."""
+    """Replace the BatchNorm layers of a module in place; names and parameters stay the same."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             setattr(module, name, GlobalBatchNorm.of(child))

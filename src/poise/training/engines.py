@@ -1,6 +1,6 @@
-"""How a step is taken: as it is, compiled to machine code, recorded once as a CUDA graph and replayed, or both.
+"""Engines: a step is eager, compiled by torch.compile, recorded as a CUDA graph, or both.
 
-Recording leaves the numbers as they are; compiling changes them by rounding.
+A recorded step gives the same numbers; a compiled one differs by rounding.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,20 @@ from poise.objectives import make_objective
 from poise.recipes.settings import Engine, Stage
 from poise.shapes import Latents, Values
 from poise.training import distributed
+from poise.training.distributed import Loss
 from poise.training.state import TrainingState
-from poise.training.step import Loss, Step, training_step
+from poise.training.step import Step, training_step
 from poise.vae import VAE
 
 EAGER_STEPS = 3  # before a recording
 
 
 def choose_engine(engine: Engine, device: torch.device) -> Engine:
-    """Return the engine to use: what was asked for, or for "auto" a captured step on one GPU and an eager one elsewhere.
+    """Return the engine to use; "auto" is "captured" on one GPU and "eager" elsewhere.
 
     Raises:
-        InputError: a captured step on another device than CUDA, or by one of several processes.
+        InputError: a captured step is not possible: the device is not CUDA, or there are several
+            processes.
     """
     recordable = device.type == "cuda" and not distributed.launched()
     if engine == "auto":
@@ -46,26 +48,26 @@ def step_of(engine: Engine, stage: Stage, fell_back: Callable[[str], None] | Non
 
 @final
 class CapturedStep:
-    """Takes the same step as another one, with the same numbers, on a CUDA device.
+    """Records another step as a CUDA graph and replays it, with the same numbers.
 
-    The first steps run as they are, on the stream of the recording, so that cuBLAS, cuDNN and Adam have allocated what they
-    keep. The next one is recorded: forward, balance, backward, Adam, sums and verdict, with batch and noise in memory of their
-    own, into which every later batch and noise is copied. The seed of dropout is read at each replay (pytorch/pytorch#84967),
-    and the learning rate, a tensor, by each step of Adam.
+    The first steps are eager, on the stream of the recording, so that cuBLAS, cuDNN and Adam
+    allocate what they keep. The next step is recorded whole: forward, balance, backward, Adam, sums
+    and verdict. Batch and noise have memory of their own, into which each later batch and noise is
+    copied. Each replay reads the seed of dropout (pytorch/pytorch#84967), and Adam reads the
+    learning rate from a tensor.
 
-    A network that decides in Python, step by step (a counter, a schedule), would repeat the decisions of the recording. One
-    that reads a value back from the GPU cannot be recorded.
+    A network that decides in Python at each step (a counter, a schedule) would repeat the decisions
+    of the recording. A network that reads a value back from the GPU cannot be recorded.
 
     Args:
-        step: what is recorded: `training_step`, or a compiled one, whose first call compiles before anything is recorded.
-        fell_back: called with the reason where the step cannot be recorded; all steps are then taken as they are. None: raise.
+        step: to record: `training_step`, or a `CompiledStep`, which compiles in its first call.
+        fell_back: called with the reason if the step cannot be recorded; all steps are then eager.
+            None: raise.
     """
 
     def __init__(self, step: Step, fell_back: Callable[[str], None] | None = None) -> None:
         self.step, self.fell_back = step, fell_back
-        self.stream: torch.cuda.Stream | None = (
-            None  # of the device that is current when the first step is taken
-        )
+        self.stream: torch.cuda.Stream | None = None  # made on the device of the first step
         self.taken = 0
         self.recordable = True
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -74,7 +76,7 @@ class CapturedStep:
         """Take one step.
 
         Raises:
-            RunError: the step cannot be recorded, and nobody wants to fall back.
+            RunError: the step cannot be recorded, and `fell_back` is None.
         """
         self.stream = self.stream or torch.cuda.Stream()
         if self.graph is None and self.recordable and self.taken >= EAGER_STEPS:
@@ -94,12 +96,12 @@ class CapturedStep:
             torch.cuda.CUDAGraph(),
         )
         try:
-            # "thread_local": a thread may pin the next batch meanwhile, which "global" would take for part of the recording
+            # "thread_local": another thread may pin the next batch, which "global" would forbid
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.step(state, self.batch, self.noise, stage)
         except (torch.OutOfMemoryError, RunError):
             raise
-        except RuntimeError as error:  # nothing was computed: the step is still to be taken
+        except RuntimeError as error:  # nothing was computed, so the caller takes the step
             reason = str(error).strip().splitlines()[0]
             if self.fell_back is None:
                 raise RunError(
@@ -122,10 +124,10 @@ class CapturedStep:
 
 @final
 class CompiledStep:
-    """Does what `training_step` does. The first step compiles, which takes from seconds to a minute or two.
+    """Takes a step with a compiled objective. Compilation, in the first step, takes up to minutes.
 
-    Batches have one size throughout a stage, so that code is made for that size alone. Sums are taken in another order than
-    in the eager step: weights differ from its by rounding.
+    The batch size is constant in a stage, so the code is compiled for that size alone. Sums are in
+    another order than in the eager step: weights differ by rounding.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -134,7 +136,7 @@ class CompiledStep:
         )
 
     def __call__(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-        """One step.
+        """Take one step.
 
         Raises:
             RunError: the network cannot be compiled, or there is no C++ compiler (on a CPU).
@@ -151,10 +153,11 @@ class CompiledStep:
 
 
 def with_code_of_its_own(objective: Loss) -> Loss:
-    """The same function, with a code object that no other has.
+    """Return the same function with a new code object.
 
-    Torch counts compilations by code object: what is compiled for a ninth network, or for another balance, would run
-    uncompiled, with no more than a warning (torch._dynamo.config.recompile_limit). A comparison has that many in one process.
+    torch.compile counts compilations per code object, and after eight falls back to eager code with
+    only a warning (torch._dynamo.config.recompile_limit). A comparison compiles more networks than
+    that in one process.
     """
 
     def loss(vae: VAE, balance: Balance, batch: Tensor, noise: Tensor) -> LossTerms:

@@ -1,8 +1,8 @@
-"""The one loop, for both stages: what varies is where a batch comes from, and the balance.
+"""The training loop of both stages, which differ in their batches and their balance.
 
-A step is a function of (state, batch, noise). The order of an epoch is f(seed, stage, epoch), the noise of a step
-f(seed, stage, step), and the position is one integer, so that a run stopped anywhere and resumed from a checkpoint ends with
-bit-identical weights on the same machine.
+A step is a function of (state, batch, noise). The order of an epoch is f(seed, stage, epoch), the
+noise of a step f(seed, stage, step), and the position is one integer. A run that was stopped at any
+step and resumed from its checkpoint therefore ends with bit-identical weights on the same machine.
 """
 
 import math
@@ -25,26 +25,24 @@ from poise.training.batches import Batches, fetched_ahead, global_batches
 from poise.training.engines import Engine, choose_engine, step_of
 from poise.training.machine import tuned
 from poise.training.state import TERMS, TrainingState, Verdict
+from poise.training.step import fix_order_of_sums
 from poise.vae import VAE
 
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
-STEPS_BETWEEN_READS = {
-    "cpu": 1,
-    "otherwise": 50,
-}  # of the verdict: off the CPU, reading it waits for all that is queued
+STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict; on a GPU, reading it waits
 
 
 @dataclass
 class Watch:
-    """What happens around the steps.
+    """Callbacks of the loop: logging, checkpoints, stopping.
 
     Attributes:
         log: receives one dictionary per log entry.
         save: called with the state when a checkpoint is due.
-        stop: asked after every step; if true, the loop saves and returns early.
-        fell_back: called with the reason where a step could not be recorded; training goes on with eager steps. None: such a
-            step is an error.
+        stop: called after every step; if true, the loop saves and returns early.
+        fell_back: called with the reason if a step cannot be recorded; training goes on with eager
+            steps. None: raise an error instead.
         save_seconds: time between checkpoints.
         quiet: no progress display.
     """
@@ -72,21 +70,20 @@ def fit(
 
     Args:
         state: changed in place.
-        data: where batches come from.
+        data: gives the batches.
         stage: length, batch size, learning rate, balance.
         number: of the stage, 1 or 2: shown, logged, and part of every seed.
         seed: of order and noise.
-        watch: logging, checkpoints, early stop. Several processes stop together when any of them is asked to.
-        engine: "compiled" runs machine code made for the network (see `CompiledStep`), "captured" replays a recorded step
-            (CUDA, one process; see `CapturedStep`), "compiled-captured" replays a recording of the compiled one; "auto" is
-            what `choose_engine` says.
-        threads: of the CPU, that share a step; None: one for a small dense network, as many as torch has for others.
+        watch: logging, checkpoints, stopping. If any process is asked to stop, all stop together.
+        engine: "compiled" is a `CompiledStep`, "captured" a `CapturedStep` (CUDA, one process),
+            "compiled-captured" a recording of a compiled step; "auto" see `choose_engine`.
+        threads: number of CPU threads; None: see `usual_threads`.
 
     Returns:
-        Whether the stage is finished (False: `watch.stop` asked to stop, and the state was saved).
+        Whether the stage is finished. False: `watch.stop` was true, and the state was saved.
 
     Raises:
-        RunError: the loss is not finite. Says which term, which step, which images, and what to try.
+        RunError: the loss is not finite. The message names the term, the step and the images.
         InputError: there are more processes than images in a batch.
     """
     device = state.sums.device
@@ -94,24 +91,28 @@ def fit(
     size, alone = min(stage.batch_size, len(data)), distributed.ranks() == 1
     if size < distributed.ranks():
         raise InputError(
-            f"a batch of {size} images cannot be shared by {distributed.ranks()} processes: start fewer"
+            f"a batch of {size} images cannot be shared by {distributed.ranks()} processes: "
+            "start fewer"
         )
     share = distributed.share(size)
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
     num_latents = count_latents(state.vae, data)
+    if state.shared is not None:
+        noise = torch.zeros(1, num_latents, device=device)
+        fix_order_of_sums(state, first_item(data, device), noise, stage)
     state.vae.train()
     state.balance.train()
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
-    logged = began  # of the sums since the last entry, a checkpoint may have brought some along
+    logged = began  # the restored sums may include steps before this one
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
 
     def draw(columns: int) -> Tensor:
-        """This process's rows of the noise that a whole batch gets."""
+        """Draw the noise of the global batch; return the rows of this process."""
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
@@ -169,7 +170,7 @@ def fit(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Where it is a tensor, its value."""
+    """Set the learning rate; a tensor is changed in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -179,17 +180,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def count_latents(vae: VAE, data: Batches) -> int:
-    """The number of latents, asked of the encoder with one image; leaves no trace in its statistics."""
-    device = next(vae.parameters()).device
-    one = data.place(
-        data.fetch(torch.zeros(1, dtype=torch.long)),
-        lambda columns: torch.zeros(1, columns, device=device),
-    )
+    """Return the number of latents of an encoder. Encodes one image, in evaluation mode."""
+    one = first_item(data, next(vae.parameters()).device)
     return vae.eval().encode(one).mean.shape[1]
 
 
+def first_item(data: Batches, device: torch.device) -> Tensor:
+    """Return a batch of the first item, without noise."""
+    fetched = data.fetch(torch.zeros(1, dtype=torch.long))
+    return data.place(fetched, lambda columns: torch.zeros(1, columns, device=device))
+
+
 def seed_random_layers(device: torch.device, *place: int | str) -> None:
-    """Seeds what modules draw from: dropout and its like, for each process apart.
+    """Seed the generators of random layers such as dropout, differently in each process.
 
     torch.manual_seed would queue a call for every absent device.
     """
@@ -200,15 +203,12 @@ def seed_random_layers(device: torch.device, *place: int | str) -> None:
 
 
 def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) -> dict[str, float]:
-    """Means since the last entry, for the log; the sums start anew."""
+    """Return the means since the last log entry, and reset the sums."""
     *sums, count = state.sums.tolist()
     state.sums.zero_()
     batch_size = min(stage.batch_size, num_images)
-    entry: dict[str, float] = {
-        "stage": number,
-        "step": state.step,
-        "images_seen": state.step * batch_size,
-    }
+    entry: dict[str, float] = {"stage": number, "step": state.step}
+    entry["images_seen"] = state.step * batch_size
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
@@ -217,7 +217,7 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
-    """The part of a log entry that a progress bar has room for."""
+    """Return the part of a log entry that the progress bar shows."""
     penalty = (
         {"penalty": f"{entry['penalty']:.3f}"}
         if "penalty" in entry
@@ -228,7 +228,7 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
 
 
 def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
-    """The error of a loss that is not finite; values that are not finite come first."""
+    """Return the error for a loss that is not finite, with the non-finite terms first."""
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
@@ -238,6 +238,7 @@ def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: T
     options += ["--precision float32"] if stage.precision != "float32" else []
     options += ["another --network"] if number == 1 else []
     return RunError(
-        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; {images} {some}); weights were not "
-        f"touched: try a lower learning rate ({' or '.join(options)}), with another --out"
+        f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; "
+        f"{images} {some}); weights were not touched: try a lower learning rate "
+        f"({' or '.join(options)}), with another --out"
     )

@@ -1,27 +1,28 @@
-"""What training changes, and how it is kept in a checkpoint."""
+"""The state of training: network, balance, optimizer, sums. Saved in and read from checkpoints."""
 
 import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.balance import Balance
 from poise.recipes.settings import Stage
-from poise.training.distributed import copy_from_first, ranks, use_global_batch_norm
+from poise.training.distributed import ranks, share_gradients
+from poise.training.machine import has_convolutions
 from poise.vae import VAE
 
 TERMS = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
 
 
 class Verdict(NamedTuple):
-    """How the steps of a loop went. Held on the device, so that reading it is the loop's choice.
+    """Outcome of the steps of a loop. It stays on the device until the loop reads it.
 
     Attributes:
-        failed: 1 from the first step on whose loss or gradient was not finite; from then on no weight moves.
+        failed: 1 from the first step whose loss or gradient was not finite; weights then stay.
         asked: share of the processes that were asked to stop.
-        steps: number of steps, that one included, where the count ends.
+        steps: number of steps up to the failure, that step included.
         kl, mse, reconstruction, gradient: of the last step counted; gradient is its norm.
     """
 
@@ -41,9 +42,10 @@ class TrainingState:
     Attributes:
         vae, balance, optimizer: of this stage.
         average: running average of the weights, if the stage keeps one.
-        sums: sums since the last log entry of the values in `TERMS`, and their number.
+        sums: sums of the values in `TERMS` since the last log entry, and their number.
         verdict: the values of a `Verdict`.
         asked: 1 if this process was asked to stop; read by a step of several processes.
+        shared: averages gradients over several processes; None: there is one process.
         step: batches seen.
     """
 
@@ -54,48 +56,45 @@ class TrainingState:
     sums: Tensor
     verdict: Tensor
     asked: Tensor
+    shared: nn.Module | None
     step: int = 0
 
     @property
     def trained(self) -> VAE:
-        """The network to use afterwards: the average of the weights where there is one."""
+        """The network to use after training: the averaged weights, if the stage keeps them."""
         return self.vae if self.average is None else self.average
 
 
 def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) -> TrainingState:
-    """The state before the first step. Several processes begin with the weights of the first."""
+    """Return the state before the first step.
+
+    Weights of convolutions are in `torch.channels_last`, as the batches of `ImageBatches` are. All
+    processes begin with the weights of the first.
+    """
     vae, balance = vae.to(device), balance.to(device)
-    if any(parameter.dim() == 4 for parameter in vae.parameters()):
-        vae = vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
-    if ranks() > 1:
-        use_global_batch_norm(vae)
-        copy_from_first(vae)
-        copy_from_first(balance)
+    if has_convolutions(vae):
+        vae = vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    shared = share_gradients(vae, balance) if ranks() > 1 else None
     parameters = [*vae.parameters(), *balance.parameters()]
-    on_cuda = (
-        device.type == "cuda"
-    )  # there the learning rate is a tensor, so that a recorded step follows it
+    on_cuda = device.type == "cuda"  # a recorded step needs the learning rate as a tensor
     rate = torch.tensor(stage.learning_rate, device=device) if on_cuda else stage.learning_rate
     optimizer = torch.optim.Adam(
         parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda
     )
     average = copy.deepcopy(vae).requires_grad_(False) if stage.ema_decay is not None else None
-    sums, verdict = (
-        torch.zeros(len(TERMS) + 1, device=device),
-        torch.zeros(len(Verdict._fields), device=device),
-    )
-    return TrainingState(
-        vae, balance, optimizer, average, sums, verdict, torch.zeros((), device=device)
-    )
+    sums = torch.zeros(len(TERMS) + 1, device=device)
+    verdict = torch.zeros(len(Verdict._fields), device=device)
+    asked = torch.zeros((), device=device)
+    return TrainingState(vae, balance, optimizer, average, sums, verdict, asked, shared)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Everything an optimiser moves."""
+    """Return the parameters of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Everything a checkpoint of a stage in progress needs, by name."""
+    """Return all tensors of the checkpoint of a stage in progress, by name."""
     tensors = {f"vae.{name}": tensor for name, tensor in state.vae.state_dict().items()}
     tensors |= {f"balance.{name}": tensor for name, tensor in state.balance.state_dict().items()}
     if state.average is not None:
@@ -108,7 +107,7 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 
 def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
-    """Put back what `state_tensors` gave, in place."""
+    """Restore, in place, the tensors that `state_tensors` returned."""
     state.vae.load_state_dict(under("vae", tensors))
     state.balance.load_state_dict(under("balance", tensors))
     if state.average is not None:
@@ -119,7 +118,7 @@ def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
         moments.setdefault(int(index), {})[key] = tensor
     parameters = parameters_of(state.optimizer)
     for index, values in moments.items():
-        like = parameters[index]  # its memory format is the one that the fused kernel relies on
+        like = parameters[index]  # fused Adam needs the moments in the parameter's memory format
         moments[index] = {
             key: value if key == "step" else torch.empty_like(like).copy_(value)
             for key, value in values.items()
@@ -131,7 +130,7 @@ def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix` and a dot, without them."""
+    """Return the tensors whose names begin with `prefix` and a dot, without that prefix."""
     return {
         name[len(prefix) + 1 :]: tensor
         for name, tensor in tensors.items()

@@ -6,15 +6,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from poise.balance import Balance, LossTerms
+from poise.balance import LossTerms
 from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
 from poise.training import distributed
+from poise.training.distributed import Loss
 from poise.training.state import TrainingState, Verdict, parameters_of
-from poise.vae import VAE
 
-Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
 Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # as `training_step` is called
 
 
@@ -26,27 +25,27 @@ def training_step(
     *,
     objective: Loss | None = None,
 ) -> None:
-    """One step of Adam on the loss of a batch, in place: a function of (state, batch, noise), without host synchronisation.
+    """Take one step of Adam on the loss of a batch, in place and without host synchronisation.
 
-    Network and balance are to be in training mode. Of several processes each gives its share of the batch. Where the loss or
-    its gradient is not finite, weights and optimiser stay as they are, in this step and in all that follow.
+    The network and the balance must be in training mode. Each of several processes gives its share
+    of the batch. If the loss or its gradient is not finite, weights and optimizer do not change, in
+    this step and in all later ones.
 
     Args:
         state: changed in place.
         batch, noise: of this step.
-        stage: whose objective, precision and decay of the average are used.
-        objective: a compiled form of the stage's; None: as it is.
+        stage: its objective, precision and decay of the averaged weights are used.
+        objective: a compiled form of the stage's objective; None: the objective itself.
     """
-    objective = objective or make_objective(stage.objective)
-    mixed = stage.precision == "bfloat16"
-    with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
-        terms = objective(state.vae, state.balance, batch, noise)
+    terms = loss_terms(state, batch, noise, stage, objective)
     state.optimizer.zero_grad(set_to_none=True)
+    averages = distributed.start_average(terms.loss.detach(), state.asked)
     terms.loss.backward()
+    loss, asked = averages()
     gradients = [p.grad for p in parameters_of(state.optimizer) if p.grad is not None]
-    loss, asked = distributed.average(gradients, terms.loss.detach(), state.asked)
     note(state, terms, loss, asked, nn.utils.get_total_norm(gradients))
-    state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]  (fused Adam then leaves all as it is)
+    # If found_inf is 1, fused Adam changes nothing.
+    state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]
     state.optimizer.step()
     if state.average is not None and stage.ema_decay is not None:
         update_averaged_weights(state.average, state.vae, stage.ema_decay)
@@ -54,10 +53,40 @@ def training_step(
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
 
 
+def loss_terms(
+    state: TrainingState,
+    batch: Values,
+    noise: Latents,
+    stage: Stage,
+    objective: Loss | None = None,
+) -> LossTerms:
+    """Return the loss of a batch in the stage's precision; see `training_step`."""
+    objective = objective or make_objective(stage.objective)
+    mixed = stage.precision == "bfloat16"
+    with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
+        if state.shared is None:
+            return objective(state.vae, state.balance, batch, noise)
+        loss, *others = state.shared(objective, batch, noise)
+    return LossTerms(loss, *(value.detach() for value in others))
+
+
+def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
+    """Run one backward of several processes in evaluation mode, which changes no state.
+
+    DistributedDataParallel groups gradients in the order in which its first backward computes them.
+    If the first backward were a step, the step after a resume would add up in another order than
+    the same step of a run that was not stopped.
+    """
+    state.vae.eval()
+    state.balance.eval()
+    loss_terms(state, batch, noise, stage).loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def note(
     state: TrainingState, terms: LossTerms, loss: Tensor, asked: Tensor, gradient: Tensor
 ) -> None:
-    """Update the verdict, which after a failure stays as it is: it then tells that step."""
+    """Update the verdict. After a failure it no longer changes, and so describes that step."""
     fails = ~torch.isfinite(loss + gradient)
     steps = state.verdict[Verdict._fields.index("steps")] + 1
     now = Verdict(fails, asked, steps, terms.kl, terms.mse, terms.reconstruction, gradient)  # pyright: ignore[reportArgumentType]
@@ -65,13 +94,13 @@ def note(
 
 
 def failed(state: TrainingState) -> Scalar:
-    """1 if a loss or gradient was not finite since the loop began, else 0."""
+    """Return 1 if a loss or gradient was not finite since the loop began, else 0."""
     return state.verdict[Verdict._fields.index("failed")]
 
 
 @torch.no_grad()
 def update_averaged_weights(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * current for parameters; buffers (BatchNorm's statistics) are copied."""
+    """Set parameters to decay * average + (1 - decay) * current; copy buffers (of BatchNorm)."""
     for kept, new in zip(average.parameters(), current.parameters(), strict=True):
         kept.lerp_(new, 1 - decay)
     for kept, new in zip(average.buffers(), current.buffers(), strict=True):
