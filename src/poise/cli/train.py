@@ -94,7 +94,7 @@ class Train:
         recipe = self.settings()
         from poise.balance import make_balance
         from poise.objectives import make_objective
-        from poise.report.cells import figures_table
+        from poise.metrics.listed import figures_table
         from poise.runs.options import Options
         from poise.runs.pipeline import train
         from poise.training import distributed
