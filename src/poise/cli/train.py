@@ -33,8 +33,9 @@ from poise.cli.options import (
 from poise.cli.showing import show_table
 from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Recipe
+from poise.variants import DATA_SETS
 
-DATA_NAMES = [name for name in RECIPES if name != "images"]
+DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name != "images"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Train:
     def run(self) -> None:
         recipe = self.settings()
         from poise.balance import make_balance
-        from poise.objectives import make_objective
         from poise.metrics.listed import figures_table
+        from poise.objectives import make_objective
         from poise.runs.options import Options
         from poise.runs.pipeline import train
         from poise.training import distributed

@@ -1,0 +1,60 @@
+"""Data sets by name. To add one, write its module and add one entry here.
+
+The command reads these lists for its help, which must not import torch. So an entry says where its
+class or function is, as "package.module:name", and `pkgutil.resolve_name` imports it at first use.
+Metrics have their list in `poise.metrics.listed`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NamedDataSet:
+    """A data set by name: in the data folder, or else on the Hugging Face Hub.
+
+    Attributes:
+        folder: below the data folder, as torchvision lays it out (see `poise.data.layouts`).
+        files: the files that are expected there, for error messages.
+        archives: .npz files in the data folder that do as well.
+        hub: its name on the Hub.
+        reader: function that returns its images, if they are in neither place.
+        preparation: function from `Reading` to `Reading`: crop, size and channels of the images
+            from the Hub.
+        protocol: name of the protocol under which its authors' numbers were measured, if any.
+    """
+
+    folder: str = ""
+    files: str = ""
+    archives: tuple[str, ...] = ()
+    hub: str = ""
+    reader: str = ""
+    preparation: str = ""
+    protocol: str = ""
+
+
+_IDX_FILES = "{train,t10k}-images-idx3-ubyte"
+DATA_SETS = {
+    "digits": NamedDataSet(reader="poise.data.names:read_digits"),
+    "mnist": NamedDataSet("MNIST", f"MNIST/raw/{_IDX_FILES}", ("mnist.npz",), "ylecun/mnist"),
+    "fashion-mnist": NamedDataSet(
+        "FashionMNIST",
+        f"FashionMNIST/raw/{_IDX_FILES}",
+        ("fashion-mnist.npz", "fashion.npz"),
+        "zalando-datasets/fashion_mnist",
+    ),
+    "cifar10": NamedDataSet(
+        "cifar-10-batches-py",
+        "cifar-10-batches-py/",
+        ("cifar10.npz",),
+        "uoft-cs/cifar10",
+        protocol="released",
+    ),
+    "celeba64": NamedDataSet(
+        "celeba",
+        "celeba/img_align_celeba/ and celeba/list_eval_partition.txt",
+        ("celeba64.npz",),
+        "flwrlabs/celeba",
+        preparation="poise.data.layouts:celeba_reading",
+        protocol="released-celeba",
+    ),
+}
