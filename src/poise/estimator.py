@@ -29,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from poise import networks
-from poise.balance import make_balance
+from poise.balance import Balance, make_balance
 from poise.errors import InputError
 from poise.metrics import CHUNK, encode_all, nll_per_image, reconstruction
 from poise.priors import NormalPrior, Prior, SecondStagePrior, fit_mixture
@@ -50,7 +50,6 @@ from poise.training.machine import choose_device
 from poise.vae import VAE
 
 PRIORS = ("normal", "second-stage", "mixture")
-STEERED = ("scheduled", "constrained", "controlled")  # balances
 CHECKS = 50  # of the rows held out, over the length of training
 FEWEST_TO_SPLIT = 4  # rows, of which two are held out
 PATIENCE = 10  # checks without a higher ELBO, after which training ends
@@ -187,17 +186,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise InputError(
                 f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}"
             )
-        if (
-            not isinstance(self.balance, str)
-            or make_balance(self.balance, latent_dim=self.latent_dim).power != 2
-        ):
+        if not isinstance(self.balance, str) or self._new_balance(self.balance).power != 2:
             raise InputError(
                 f"balance must be the name of one with a squared error, not {self.balance!r}"
             )
 
+    def _new_balance(self, spec: str) -> Balance:
+        return make_balance(spec, latent_dim=self.latent_dim)
+
     def _train(self, rows: Tensor, seed: int) -> None:
         """Stage 1, and of the prior what is learned."""
-        fraction = 0 if self.balance.startswith(STEERED) else self.validation_fraction
+        stops_early = self._new_balance(self.balance).early_stopping
+        fraction = self.validation_fraction if stops_early else 0
         held_out, kept = _split(len(rows), fraction, seed)
         if fraction and not len(held_out):
             text = (
@@ -231,7 +231,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int
     ) -> TrainingState:
         """What was best for the rows held out, on the CPU."""
-        balance = make_balance(stage.balance, latent_dim=self.latent_dim)
+        balance = self._new_balance(stage.balance)
         state = new_state(vae, balance, stage, choose_device(self.device))
         best = Best(state, held_out, steps=stage.total_steps(len(data)))
         watch = Watch(log=self.history_.append, stop=best.is_over, quiet=not self.verbose)

@@ -1,4 +1,4 @@
-"""Data sets by name. To add one, write its module and add one entry here.
+"""Balances and data sets by name. To add one, write its module and add one entry here.
 
 The command reads these lists for its help, which must not import torch. So an entry says where its
 class or function is, as "package.module:name", and `pkgutil.resolve_name` imports it at first use.
@@ -6,6 +6,39 @@ Metrics have their list in `poise.metrics.listed`.
 """
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NamedBalance:
+    """A balance by name.
+
+    Attributes:
+        home: its class, or a function that returns one. Its parameters are the options of the name.
+        examples: texts for `poise.balance.make_balance`, which the help shows.
+    """
+
+    home: str
+    examples: tuple[str, ...]
+
+
+BALANCES = {
+    "computed": NamedBalance("poise.balance.following:ComputedBalance", ("computed",)),
+    "released": NamedBalance("poise.balance.following:ComputedBalance.released", ("released",)),
+    "learned": NamedBalance("poise.balance.following:LearnedBalance", ("learned",)),
+    "optimal": NamedBalance("poise.balance.following:OptimalBalance", ("optimal",)),
+    "fixed": NamedBalance(
+        "poise.balance.steering:FixedBalance", ("fixed:gamma2=1", "fixed:beta=4")
+    ),
+    "scheduled": NamedBalance(
+        "poise.balance.steering:ScheduledBalance", ("scheduled:ramp_steps=1000",)
+    ),
+    "constrained": NamedBalance(
+        "poise.balance.steering:ConstrainedBalance", ("constrained:target_mse=0.01",)
+    ),
+    "controlled": NamedBalance(
+        "poise.balance.steering:ControlledBalance", ("controlled:target_kl=20",)
+    ),
+}
 
 
 @dataclass(frozen=True)

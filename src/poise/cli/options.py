@@ -10,13 +10,11 @@ from tyro.conf import Positional, arg
 
 from poise.recipes import RECIPES
 from poise.recipes.settings import Recipe
+from poise.variants import BALANCES as NAMED_BALANCES
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
-BALANCES = (
-    "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, "
-    "constrained:target_mse=0.01, ..."
-)
+BALANCES = ", ".join(text for balance in NAMED_BALANCES.values() for text in balance.examples)
 OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance "
     "then fixed:gamma2=0.5)"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
+from poise.balance import Balance
 from poise.diagnosis.outputs import FEWEST_IMAGES, Comparison
 from poise.diagnosis.subject import Case, Seen
 from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, SURE
@@ -64,8 +64,8 @@ class Facts:
 
     @cached_property
     def followed(self) -> float | None:
-        """The training error, where it is known only by a balance that has followed it to below that of the images."""
-        if not isinstance(self.balance, (ComputedBalance, LearnedBalance, OptimalBalance)):
+        """The training error by the balance's gamma2; None if that is not below the images' error."""
+        if self.balance is None or not self.balance.follows_error:
             return None
         gamma2 = float(self.balance.gamma2)
         return gamma2 if gamma2 < float(self.seen.error(self.balance.power).mean()) else None
