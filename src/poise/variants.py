@@ -1,4 +1,4 @@
-"""Balances and data sets by name. To add one, write its module and add one entry here.
+"""Balances, priors and data sets by name. To add one, write its module and add one entry here.
 
 The command reads these lists for its help, which must not import torch. So an entry says where its
 class or function is, as "package.module:name", and `pkgutil.resolve_name` imports it at first use.
@@ -6,6 +6,11 @@ Metrics have their list in `poise.metrics.listed`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+from poise.errors import InputError
+
+PriorName = str  # a key of PRIORS
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,61 @@ BALANCES = {
         "poise.balance.steering:ControlledBalance", ("controlled:target_kl=20",)
     ),
 }
+
+
+@dataclass(frozen=True)
+class NamedPrior:
+    """A prior of latents by name.
+
+    Attributes:
+        home: its class, a `poise.priors.Prior` with `fitted(model: TrainedModel)`.
+        label: name of its samples in tables. It begins with "GEN-".
+        words: what latents are drawn from, for sentences.
+        needs: what it is made from: the posteriors of the training images ("codes"), stage 2, or
+            nothing that is trained.
+    """
+
+    home: str
+    label: str
+    words: str
+    needs: Literal["nothing", "codes", "second stage"] = "codes"
+
+
+PRIORS = {
+    "normal": NamedPrior("poise.priors.normal:NormalPrior", "GEN-1", "N(0, I)", needs="nothing"),
+    "second-stage": NamedPrior(
+        "poise.priors.second_stage:SecondStagePrior",
+        "GEN-2",
+        "the second stage",
+        needs="second stage",
+    ),
+    "mixture": NamedPrior(
+        "poise.priors.mixture:MixturePrior",
+        "GEN-mixture",
+        "a mixture of Gaussians fitted to the training codes",
+    ),
+}
+
+
+def find_prior(name: str) -> NamedPrior:
+    """Return the prior of a name.
+
+    Raises:
+        InputError: there is no such prior.
+    """
+    if name not in PRIORS:
+        raise InputError(f"unknown prior {name!r}; there are {', '.join(PRIORS)}")
+    return PRIORS[name]
+
+
+def available_priors(*, second_stage: bool) -> tuple[PriorName, ...]:
+    """Return the names of the priors that a model with or without a second stage has."""
+    return tuple(n for n, prior in PRIORS.items() if second_stage or prior.needs != "second stage")
+
+
+def default_prior(*, second_stage: bool) -> PriorName:
+    """Return the prior that samples are drawn from if none is named."""
+    return "second-stage" if second_stage else "normal"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ No torch here: help is instant.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from poise.recipes import RECIPES
 from poise.recipes.settings import Recipe
 from poise.variants import BALANCES as NAMED_BALANCES
+from poise.variants import PRIORS
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
@@ -25,7 +26,10 @@ ENGINES = (
 )
 RATES = "resnet 110 at 32 pixels and 27 at 64, infogan 360 and 91, wae 13 and 3, mlp 2,700 and 930"  # 2026-11-26
 SHOWN = ("batch_size", "learning_rate")
-PriorChoice = Literal["normal", "second-stage", "mixture"]
+if TYPE_CHECKING:
+    PriorChoice = str
+else:
+    PriorChoice = Literal[tuple(PRIORS)]
 
 
 def recipes_own(text: str) -> Any:

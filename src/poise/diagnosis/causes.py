@@ -14,6 +14,7 @@ from poise.diagnosis.verdict import (
     Finding,
 )
 from poise.diagnosis.weight import BATCH, LossWeights
+from poise.variants import default_prior, find_prior
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
 FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
@@ -319,8 +320,8 @@ def prior_gap(facts: Facts) -> Finding | None:
     if closed < CLOSED:
         return None
     sentence = (
-        f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_PRIORS[used]}) against "
-        f"{found.reconstructions:.2f}, in shares of the images' variance; with {_PRIORS[best]} it is {rivals[best]:.2f}, "
+        f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_latents(used)}) against "
+        f"{found.reconstructions:.2f}, in shares of the images' variance; with {_latents(best)} it is {rivals[best]:.2f}, "
         f"which closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
     )
     figures = {
@@ -329,8 +330,7 @@ def prior_gap(facts: Facts) -> Finding | None:
         "best": rivals[best],
         "closed": closed,
     }
-    remedies = _OF_RUNS if facts.is_run else _OF_VAES
-    return Finding("prior-gap", sentence, figures, remedies[best])
+    return Finding("prior-gap", sentence, figures, _use_prior(best, is_run=facts.is_run))
 
 
 def _following(facts: Facts) -> str:
@@ -341,26 +341,23 @@ def _following(facts: Facts) -> str:
     )
 
 
-_PRIORS = {
-    "normal": "latents from N(0, I)",
-    "second-stage": "latents from the second stage",
-    "mixture": "latents from a mixture of Gaussians fitted to the training codes",
-}
-_OF_RUNS = {
-    "normal": 'Sample from N(0, I): run.sample(n, prior="normal").',
-    "second-stage": 'Sample from the second stage: run.sample(n, prior="second-stage").',
-    "mixture": 'Draw latents from the mixture: run.sample(n, prior="mixture").',
-}
-_OF_VAES = {
-    "mixture": (
-        "Draw latents from such a mixture, under torch.no_grad(): prior = poise.priors.fit_mixture(vae.encode(train_images)), "
+def _latents(prior: str) -> str:
+    return f"latents from {find_prior(prior).words}"
+
+
+def _use_prior(name: str, *, is_run: bool) -> str:
+    if is_run:
+        return f'Sample {_latents(name)}: run.sample(n, prior="{name}").'
+    return (
+        f"Draw {_latents(name)}, under torch.no_grad(): "
+        f'prior = poise.priors.fit_prior("{name}", vae.encode(train_images)), '
         "then vae.decode(prior.latents(torch.randn(n, prior.noise_dims)))."
-    ),
-}
+    )
 
 
 def _used_prior(found: Comparison) -> str:
-    return "second-stage" if "second-stage" in found.priors else "normal"
+    has_second = any(find_prior(name).needs == "second stage" for name in found.priors)
+    return default_prior(second_stage=has_second)
 
 
 def lost_variance(facts: Facts) -> Finding | None:
@@ -373,8 +370,9 @@ def lost_variance(facts: Facts) -> Finding | None:
     if not (after <= RENORMALISED * before < math.inf) or before - after < max(GAIN, found.halves):
         return None
     sentence = (
-        f"{_PRIORS[used].capitalize()} are narrower than the codes by a factor of {factor:.3g}; scaled by it, the samples' "
-        f"distance from the images falls from {before:.2f} to {after:.2f} of the images' variance."
+        f"Latents from {find_prior(used).words} are narrower than the codes by a factor of "
+        f"{factor:.3g}; scaled by it, the samples' distance from the "
+        f"images falls from {before:.2f} to {after:.2f} of the images' variance."
     )
     how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"
     remedy = f"Multiply latents by {factor:.3g} before decoding ({how})."

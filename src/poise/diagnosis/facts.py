@@ -14,6 +14,7 @@ from poise.diagnosis.subject import Case, Seen
 from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, SURE
 from poise.diagnosis.weight import InferredWeight, LossWeights
 from poise.latent import variance_law
+from poise.variants import PRIORS
 
 CROSS_ENTROPY_CLOSE = (
     0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
@@ -198,10 +199,12 @@ def _on_images(case: Case, facts: Facts) -> list[str]:
         notes.append(
             "The images are the same once averaged down to 16x16: samples were not compared."
         )
-    elif "mixture" not in facts.comparison.priors:
-        notes.append(
-            "No mixture of Gaussians could be fitted to the codes: it was not tried as a prior."
-        )
+    else:
+        notes += [
+            f"The prior {name} could not be fitted to the codes: it was not tried."
+            for name, prior in PRIORS.items()
+            if prior.needs == "codes" and name not in facts.comparison.priors
+        ]
     if facts.train is None:
         notes.append(
             "Without train_images overfitting cannot be told from an imbalance: pass them too."

@@ -14,13 +14,12 @@ from poise.recipes import EXPERIMENTS, RECIPES
 from poise.recipes.settings import Generation, Recipe, Stage
 from poise.runs.options import Options
 from poise.runs.pipeline import resolve
-from poise.runs.run import GENERATIONS
 from poise.studies.comparison import Comparison, Experiment, conduct
 from poise.studies.comparison.experiment import deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
-from poise.variants import DATA_SETS
+from poise.variants import DATA_SETS, PRIORS
 
 
 def reproduce(
@@ -99,9 +98,7 @@ def experiment_of(
     trial += "" if second_balance is None else f" (stage 2 {second_balance})"
     labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
-    return Experiment(
-        name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor
-    )
+    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(PRIORS), extractor)
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:

@@ -16,6 +16,7 @@ from poise.errors import InputError
 from poise.metrics.listed import FIGURES, is_compared
 from poise.protocols import DEFAULT
 from poise.studies.results import Result
+from poise.variants import PRIORS
 
 DRAWS = 10_000
 BOOTSTRAP_SEED = 2020
@@ -54,7 +55,7 @@ def _compared(result: Result) -> Iterator[tuple[str, str, float | None]]:
 
     The name has that of the protocol if it is not the default one.
     """
-    sets = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
+    sets = ("REC", *(prior.label for prior in PRIORS.values()))
     for m in result.measurements():
         if is_compared(m["metric"]) and m["of"] in sets:
             protocol = result.evaluation["protocols"][m["protocol"]]["name"]
