@@ -30,7 +30,8 @@ from poise.features import CACHE_VARIABLE, Extractor, extract, make_extractor
 from poise.metrics import frechet_distance
 from poise.protocols import DEFAULT
 from poise.recipes import find_recipe
-from poise.runs.run import GENERATIONS, Run
+from poise.runs.run import Run
+from poise.variants import PRIORS
 
 
 def quick_run(data: str, device: str, folder: Path) -> Run:
@@ -93,7 +94,8 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     timed(
         parts, "statistics of real images", lambda: (reference.gaussian, reference.reaches), device
     )
-    for label, prior in GENERATIONS.items():
+    for prior, named in PRIORS.items():
+        label = named.label
         images = timed(parts, f"{label} generated", partial(run.sample, count, prior=prior), device)
         found = timed(
             parts, f"{label} features", lambda i=images: features_of(extractor, i, count), device
@@ -107,7 +109,7 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     figures = {f"{m.metric} of {m.of}": m.value for m in evaluation.measurements}
     return {
         "images": count,
-        "sets": 1 + len(GENERATIONS),
+        "sets": 1 + len(PRIORS),
         "whole": whole,
         "parts": parts,
         "figures": figures,

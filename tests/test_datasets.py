@@ -20,11 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from poise import data as datasets
-from poise.data import NAMES, Rows, gather, load, read_images
+from poise.data import Rows, gather, load, read_images
 from poise.data.arrays import as_images
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.data.storage import gather_rows
 from poise.errors import InputError, MissingExtraError, MissingInputError
+from poise.variants import DATA_SETS
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -680,7 +681,7 @@ def test_an_npz_file_of_the_name_does_as_well(tmp_path, name, file):
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", [*DATA_SETS][1:])
 def test_a_data_set_that_is_nowhere_says_where_to_put_it(name):
     message = refusal(name, MissingInputError)
     assert (
@@ -702,7 +703,7 @@ def test_a_source_that_does_not_exist_gets_the_known_names():
     message = refusal("minst", MissingInputError)
     assert (
         "'minst' does not exist (did you mean mnist?): give a folder" in message
-        and ", ".join(NAMES) in message
+        and ", ".join(DATA_SETS) in message
     )
     assert "(did you mean fashion-mnist?)" in refusal("fashion_mnist", MissingInputError)
     assert "does not exist: give" in refusal("photos/holiday", MissingInputError)
@@ -752,8 +753,8 @@ def test_celeba_from_the_hub_is_cut_too(tmp_path, hub, monkeypatch):
     pixels = noise(12, 218, 178, 3)
     for split, images in (("train", pixels[:8]), ("validation", pixels[8:9]), ("test", pixels[9:])):
         write_images(tmp_path / "x" / split, images)
-    place = datasets.names._PLACES["celeba64"]
-    monkeypatch.setitem(datasets.names._PLACES, "celeba64", dataclasses.replace(place, hub="x"))
+    place = DATA_SETS["celeba64"]
+    monkeypatch.setitem(DATA_SETS, "celeba64", dataclasses.replace(place, hub="x"))
     dataset = load("celeba64")
     assert (dataset.name, dataset.source, len(dataset.train), len(dataset.test)) == (
         "celeba64",

@@ -35,7 +35,7 @@ from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian, gaussian_kl
 from poise.networks import mlp
-from poise.priors import fit_mixture
+from poise.priors import fit_prior
 from poise.runs.options import Options
 from poise.vae import VAE
 
@@ -292,9 +292,9 @@ def test_what_follows_from_a_cause_stands_below_it():
 def test_the_remedy_for_a_gap_can_be_followed():
     vae, loss, train_images, test = case("kl times 0.1")
     remedy, n = diagnose(vae, test, train_images=train_images, loss=loss).findings[1].remedy, 20
-    assert "poise.priors.fit_mixture(vae.encode(train_images))" in remedy
+    assert 'poise.priors.fit_prior("mixture", vae.encode(train_images))' in remedy
     with torch.no_grad():
-        prior = fit_mixture(vae.encode(train_images))
+        prior = fit_prior("mixture", vae.encode(train_images))
         assert vae.decode(prior.latents(torch.randn(n, prior.noise_dims))).shape == (n, 1, 8, 8)
     facts = Facts(
         look(vae.eval(), test, 0),
@@ -756,13 +756,13 @@ def test_a_gamma2_that_is_no_variance_is_not_told():
 
 
 def test_a_mixture_that_cannot_be_fitted_is_a_note(monkeypatch):
-    def fail(codes):
+    def fail(codes, **settings):
         raise ValueError("ill-defined empirical covariance")
 
-    monkeypatch.setattr("poise.diagnosis.outputs.fit_mixture", fail)
+    monkeypatch.setattr("poise.priors.mixture.fit_mixture", fail)
     vae, loss, train, test = case("healthy")
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
-    assert diagnosis.healthy and "No mixture of Gaussians could be fitted" in diagnosis.notes[0]
+    assert diagnosis.healthy and "prior mixture could not be fitted" in diagnosis.notes[0]
 
 
 @pytest.mark.parametrize(

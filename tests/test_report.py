@@ -435,7 +435,7 @@ def test_a_run_of_one_stage_on_colour_images_that_were_an_array(tmp_path):
     assert (
         "they were an array, which a run does not keep" in content and "one stage only" in content
     )
-    assert "as drawn at the end of training" in content and "GEN-1: prior N(0, I)" in content
+    assert "as drawn at the end of training" in content and "GEN-1: latents from N(0, I)" in content
 
 
 def test_a_deterministic_rival_has_no_kl(tmp_path):

@@ -15,11 +15,11 @@ from poise import cli
 from poise.recipes import EXPERIMENTS, RECIPES
 from poise.report.records import read_records
 from poise.runs.options import Options
-from poise.runs.run import GENERATIONS
 from poise.studies.comparison import execution
 from poise.studies.comparison.measuring import measured, measuring_for
 from poise.studies.reproduction import experiment_of, protocols_for, reproduce, shortened, text
 from poise.studies.results import read_results
+from poise.variants import PRIORS
 
 QUIET = Options(device="cpu", quiet=True)
 
@@ -114,7 +114,7 @@ def test_a_piece_of_the_work_is_kept_although_its_run_is_not_measured_whole(smal
     asked = []
     monkeypatch.setattr(poise.Run, "evaluate", spy(poise.Run.evaluate, asked))
     how = measuring_for(
-        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", GENERATIONS.values(), run.device
+        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", PRIORS, run.device
     )
     evaluation = measured(run, how, 0)
     assert len(kept) == 3 and len(asked) == 1
@@ -137,7 +137,7 @@ def test_what_another_extractor_measured_of_the_same_weights_stays_in_the_result
     ]
     (folder / "measured" / "default-stale.json").write_text(json.dumps(part))
     how = measuring_for(
-        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", GENERATIONS.values(), run.device
+        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", PRIORS, run.device
     )
     found = {m["metric"] for m in measured(run, how, 0)["measurements"]}
     assert {"FD-pixels", "FD-another"} <= found and "FD-stale" not in found

@@ -104,7 +104,7 @@ def test_expectation_maximisation_is_scikit_learns(dims, components):
 
 def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch):
     """Codes in order of size: the first ones alone would have another mean."""
-    monkeypatch.setattr("poise.priors.MOST_CODES", 2_000)
+    monkeypatch.setattr("poise.priors.mixture.MOST_CODES", 2_000)
     mean = torch.linspace(-1, 1, 20_000)[:, None]
     prior = fit_mixture(DiagonalGaussian(mean, torch.full_like(mean, -20.0)), components=1)
     assert float(prior.means) == pytest.approx(

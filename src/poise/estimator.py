@@ -17,8 +17,9 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from poise import networks
-from poise.balance import make_balance
+from poise.balance import Balance, make_balance
 from poise.errors import InputError
+from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all, nll_per_image, reconstruction
-from poise.priors import NormalPrior, Prior, SecondStagePrior, fit_mixture
+from poise.priors import Prior, TrainedModel, make_prior
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.seeds import derive, generator, noise_per_image, seeded
@@ -48,9 +50,8 @@ from poise.training import (
 )
 from poise.training.machine import choose_device
 from poise.vae import VAE
+from poise.variants import PRIORS, PriorName, find_prior
 
-PRIORS = ("normal", "second-stage", "mixture")
-STEERED = ("scheduled", "constrained", "controlled")  # balances
 CHECKS = 50  # of the rows held out, over the length of training
 FEWEST_TO_SPLIT = 4  # rows, of which two are held out
 PATIENCE = 10  # checks without a higher ELBO, after which training ends
@@ -67,8 +68,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         latent_dim: number of latents, which `transform` gives.
         hidden: widths of the encoder's hidden layers, mirrored in the decoder; empty: a linear VAE.
         balance: of stage 1, see `poise.balance.make_balance`; "computed" needs no tuning.
-        prior: what `sample` draws latents from. "mixture": of Gaussians, fitted to all rows' codes; "second-stage": a second
-            VAE, with a computed balance, that learns the codes; "normal": N(0, I).
+        prior: what `sample` draws latents from, a key of `poise.variants.PRIORS`. Priors are fitted to
+            the codes of all rows. "second-stage" is a second VAE with a computed balance.
         steps: length of training, in batches, at most.
         second_steps: of the second stage, where there is one.
         batch_size: rows a step.
@@ -106,7 +107,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         *,
         hidden: Sequence[int] = (256, 256),
         balance: str = "computed",
-        prior: Literal["normal", "second-stage", "mixture"] = "mixture",
+        prior: PriorName = "mixture",
         steps: int = 5_000,
         second_steps: int = 5_000,
         batch_size: int = 100,
@@ -187,17 +188,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise InputError(
                 f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}"
             )
-        if (
-            not isinstance(self.balance, str)
-            or make_balance(self.balance, latent_dim=self.latent_dim).power != 2
-        ):
+        if not isinstance(self.balance, str) or self._new_balance(self.balance).power != 2:
             raise InputError(
                 f"balance must be the name of one with a squared error, not {self.balance!r}"
             )
 
+    def _new_balance(self, spec: str) -> Balance:
+        return make_balance(spec, latent_dim=self.latent_dim)
+
     def _train(self, rows: Tensor, seed: int) -> None:
         """Stage 1, and of the prior what is learned."""
-        fraction = 0 if self.balance.startswith(STEERED) else self.validation_fraction
+        stops_early = self._new_balance(self.balance).early_stopping
+        fraction = self.validation_fraction if stops_early else 0
         held_out, kept = _split(len(rows), fraction, seed)
         if fraction and not len(held_out):
             text = (
@@ -231,7 +233,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int
     ) -> TrainingState:
         """What was best for the rows held out, on the CPU."""
-        balance = make_balance(stage.balance, latent_dim=self.latent_dim)
+        balance = self._new_balance(stage.balance)
         state = new_state(vae, balance, stage, choose_device(self.device))
         best = Best(state, held_out, steps=stage.total_steps(len(data)))
         watch = Watch(log=self.history_.append, stop=best.is_over, quiet=not self.verbose)
@@ -242,15 +244,23 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return state
 
     def _fit_prior(self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int) -> Prior:
-        if self.prior == "normal":
-            return NormalPrior(self.latent_dim)
-        codes = encode_all(vae, rows)
-        if self.prior == "mixture":
-            return fit_mixture(
-                codes,
-                components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
-                seed=seed,
-            )
+        codes = cache(lambda: encode_all(vae, rows))
+        second = None
+        if find_prior(self.prior).needs == "second stage":
+            second = self._second_stage(codes(), split, seed)
+        model = TrainedModel(
+            self.latent_dim,
+            codes,
+            second=second and second.vae,
+            gamma2=second and second.balance.gamma2,
+            components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
+            seed=seed,
+        )
+        return make_prior(self.prior, model)
+
+    def _second_stage(
+        self, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
+    ) -> TrainingState:
         held_out, kept = split
         with seeded(derive("weights", seed, 2)):
             second = VAE(*networks.second_stage(self.latent_dim, max(self.hidden, default=256)))
@@ -258,9 +268,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate
         )
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
-        latents = codes.sample(noise_per_image(len(rows), self.latent_dim, derive("codes", seed)))
-        state = self._fitted(2, stage, second, data, latents[held_out], seed)
-        return SecondStagePrior(state.vae, self.latent_dim, state.balance.gamma2)
+        noise = noise_per_image(len(codes.mean), self.latent_dim, derive("codes", seed))
+        held_out = codes.sample(noise)[held_out]
+        return self._fitted(2, stage, second, data, held_out, seed)
 
     def transform(self, X: Any) -> np.ndarray:
         """The means of the rows' posteriors, (rows, latent_dim), in the table's precision.

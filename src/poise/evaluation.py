@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +17,8 @@ from poise.data import find_images, gather, head
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.features import Extractor, available_inception, cached_features, extract, make_extractor
-from poise.metrics import (
-    CHUNK,
-    ImportanceWeightedNLL,
-    Reconstruction,
-    frechet_infinity,
-    inception_score,
-    kernel_distance,
-    manifold_figures,
-    peak_signal_to_noise,
-    structural_similarity,
-)
-from poise.metrics.distances import Gaussian, distance_between, fit_gaussian
-from poise.metrics.manifold import squared_reaches
+from poise.metrics import CHUNK, ImportanceWeightedNLL, Reconstruction
+from poise.metrics.listed import DISTANCES, SIMILARITIES, Pair, Reference, is_frechet
 from poise.protocols import (
     NO_EXTRACTOR,
     Measurement,
@@ -47,7 +35,6 @@ from poise.support.version import __version__
 from poise.training.machine import choose_device
 
 FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
-SMALLEST_SUBSET = 5_000  # of the extrapolation, where there are twice as many
 AUTO = "auto"
 
 
@@ -104,11 +91,7 @@ class Evaluation:
         Raises:
             InputError: see `value`.
         """
-        names = [
-            m.metric
-            for m in self.measurements
-            if m.metric.startswith(("FID", "FD-")) and "infinity" not in m.metric
-        ]
+        names = [m.metric for m in self.measurements if is_frechet(m.metric)]
         return self.value(names[0] if names else "FID", of)
 
     def __str__(self) -> str:
@@ -353,22 +336,6 @@ def complete(protocol: Protocol, generated: int) -> Protocol:
     )
 
 
-class Reference:
-    """Features of real images, and what is computed of them once for all sets that they are compared with."""
-
-    def __init__(self, features: Features, protocol: Protocol) -> None:
-        self.features = features
-        self.neighbours = (protocol.precision_neighbours, protocol.coverage_neighbours)
-
-    @cached_property
-    def gaussian(self) -> Gaussian:
-        return fit_gaussian(self.features)
-
-    @cached_property
-    def reaches(self) -> list[Tensor]:
-        return squared_reaches(self.features, list(self.neighbours))
-
-
 def _number(item: Produced, protocol: Protocol) -> int:
     wanted = (
         protocol.generated
@@ -420,41 +387,16 @@ def every_distance(
     *,
     infinity: bool = False,
 ) -> Iterator[tuple[str, float, float | None]]:
-    """Name, value and spread of each metric, by the names that the extractor has a right to: FID only for Inception.
+    """Yield name, value and spread of each metric of `poise.metrics.listed.DISTANCES`.
 
-    A metric for which there are too few images is left out.
+    Only the 2015 Inception's Frechet distance is called FID. A metric for which there are too few
+    images is left out.
     """
-    real, count = reference.features, min(len(reference.features), len(produced))
-    yield extractor.distance, distance_between(reference.gaussian, fit_gaussian(produced)), None
-    smallest = min(max(SMALLEST_SUBSET, produced.shape[1] + 1), len(produced) // 2)
-    if infinity and smallest > produced.shape[1]:
-        extrapolated = frechet_infinity(real, produced, smallest=smallest)
-        yield f"{extractor.distance} infinity", extrapolated.value, extrapolated.standard_error
-    draws = {
-        "subsets": protocol.kid_subsets,
-        "subset_size": protocol.kid_subset_size,
-        "seed": protocol.draws_seed,
-    }
-    kernel = kernel_distance(real, produced, **draws)
-    whole = protocol.kid_subset_size == max(
-        len(real), len(produced)
-    )  # every subset is the same then
-    yield extractor.metric_name("KID"), kernel.mean, None if whole else kernel.std
-    if count > max(reference.neighbours):
-        k, k_density = reference.neighbours
-        figures = manifold_figures(
-            real,
-            produced,
-            neighbours=k,
-            density_neighbours=k_density,
-            real_reaches=reference.reaches,
-        )
-        for name in ("precision", "recall", "density", "coverage"):
-            yield name, getattr(figures, name), None
-    if extractor.classifier is not None and len(produced) >= protocol.score_splits:
-        logits = produced.cpu() @ extractor.classifier.cpu().float().T
-        score = inception_score(logits, splits=protocol.score_splits, seed=protocol.draws_seed)
-        yield extractor.metric_name("IS"), score.mean, score.std
+    pair = Pair(reference, produced, protocol, extractor)
+    for metric in DISTANCES:
+        value = None if metric.on_request and not infinity else metric.measure(pair)
+        if value is not None:
+            yield metric.named_for(extractor), *value
 
 
 def likelihood_measurements(
@@ -494,22 +436,27 @@ def restored_measurements(
     seed: int,
     device: str,
 ) -> list[Measurement]:
-    """MSE, PSNR and SSIM of reconstructions as the protocol makes them; two sets that come in equal parts."""
+    """Measure how reconstructions as the protocol makes them differ from their images.
+
+    Args:
+        images, restored: two sets that come in equal parts.
+        protocol: with the true number of images.
+        seed, device: see `Measurement`.
+    """
     parts: list[Tensor] = []
     for a, b in zip(images, restored, strict=True):
         a, b = (part.to(_metrics_device(torch.device(device))) for part in (a, b))
-        squared = (a - b).double().square().flatten(1).mean(1)
-        parts.append(
-            torch.stack([squared.cpu(), peak_signal_to_noise(a, b), structural_similarity(a, b)])
-        )
+        parts.append(torch.stack([metric.measure(a, b) for metric in SIMILARITIES]))
     values = torch.cat(parts, 1).mean(1).tolist()
     common = {
         "protocol": model_protocol(protocol, generation=protocol.generation),
         "seed": seed,
         "device": device,
     }
-    named = zip(("MSE", "PSNR", "SSIM"), values, ("per dimension", "dB", ""), strict=True)
-    return [Measurement(name, "REC", value, unit=unit, **common) for name, value, unit in named]
+    return [
+        Measurement(metric.name, "REC", value, unit=metric.unit, **common)
+        for metric, value in zip(SIMILARITIES, values, strict=True)
+    ]
 
 
 def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ class Measurement:
 
     Attributes:
         metric: "FID", "KID", "precision", "MSE", "ELBO", ...
-        of: what was measured: REC, GEN-1, GEN-2, GEN-mixture, or a name the user gave.
+        of: what was measured: REC, the label of a prior (GEN-1, ...), or a name the user gave.
         value: in `unit`.
         protocol: complete.
         spread: where the metric has one of its own: standard deviation over subsets (KID) or splits (IS), standard error

@@ -45,7 +45,7 @@ scheduled or controlled), `named` (balances by name).
 
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood
 from poise.balance.following import ComputedBalance, LearnedBalance, OptimalBalance
-from poise.balance.named import BALANCES, make_balance
+from poise.balance.named import make_balance
 from poise.balance.steering import (
     ConstrainedBalance,
     ControlledBalance,
@@ -54,7 +54,6 @@ from poise.balance.steering import (
 )
 
 __all__ = [
-    "BALANCES",
     "Balance",
     "ComputedBalance",
     "ConstrainedBalance",

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,18 @@ class Balance(nn.Module, ABC):
         gamma2: the decoder variance (for power p, the mean of |x - x^|^p): float32 scalar, whatever the autocast or
             `.half()` state.
         nonfinite_batches: how many training batches had a NaN or infinite error or KL. They never enter the state.
+
+    Class attributes, for a diagnosis and for early stopping:
+        follows_error: gamma2 follows the reconstruction error, so that it is the training error.
+        early_stopping: the ELBO of held-out data shows when to stop. False: the balance moves to a
+            target that is set, and passes through higher ELBOs on its way.
+        small_start: the option that starts with a small gamma2, as advice against posterior
+            collapse. None: a diagnosis recommends `ComputedBalance` instead.
     """
+
+    follows_error: ClassVar[bool] = False
+    early_stopping: ClassVar[bool] = True
+    small_start: ClassVar[str | None] = None
 
     gamma2: Tensor
     nonfinite_batches: Tensor
@@ -66,6 +77,17 @@ class Balance(nn.Module, ABC):
         self.power = positive("power", power)
         self.floor = positive("floor", floor)
         self.register_buffer("nonfinite_batches", torch.tensor(0))
+
+    def remedy(self, *, over_regularised: bool) -> str | None:
+        """Return what to try if the KL counts for too much or too little under this balance.
+
+        Args:
+            over_regularised: the KL counts for too much. False: for too little.
+
+        Returns:
+            A sentence for a diagnosis. None: there is no advice for this balance alone.
+        """
+        return None
 
     @abstractmethod
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor | float]:

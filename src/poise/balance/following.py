@@ -26,6 +26,9 @@ class ComputedBalance(Balance):
     Source: Asperti & Trentin 2020, arXiv 2002.07514. Differs from the released code: see `released`.
     """
 
+    follows_error = True
+    small_start = "start=0.001"
+
     weight: Tensor  # the sum of the average's weights: 1 - decay^t after t batches if debiased, else 0 or 1
 
     def __init__(
@@ -59,6 +62,15 @@ class ComputedBalance(Balance):
             2 * positive("image_size", image_size) / positive("latent_dim", latent_dim)
         ) ** 2
         return cls(start=1.0, monotone=True, kl_weight=kl_weight)
+
+    def remedy(self, *, over_regularised: bool) -> str:
+        if self.monotone and not over_regularised:
+            return "Leave out monotone: gamma2 may then rise to the error again."
+        batches = round(5 / (1 - self.decay))
+        return (
+            "Train longer: gamma2 is a running average of the error, and at "
+            f"decay={self.decay:g} takes {batches} batches."
+        )
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return torch.where(
@@ -106,6 +118,8 @@ class LearnedBalance(Balance):
 
     Source: Dai & Wipf 2019, arXiv 1903.05789, who learn log gamma.
     """
+
+    follows_error = True
 
     saved_rate: Tensor
 
@@ -162,6 +176,8 @@ class OptimalBalance(Balance):
 
     Source: Rybkin, Daniilidis & Levine 2021, arXiv 2006.13202 ("optimal sigma").
     """
+
+    follows_error = True
 
     followed: Tensor  # whether a batch has come: not `weight`, lest its states pass for those of ComputedBalance
 

@@ -57,6 +57,8 @@ class ScheduledBalance(Balance):
     Source: Bowman et al. 2016 (linear); Fu et al. 2019, arXiv 1903.10145, eq. 6 (cyclical).
     """
 
+    early_stopping = False
+
     step: Tensor
 
     def __init__(
@@ -109,6 +111,8 @@ class ConstrainedBalance(Balance):
     free of units, and clipped.
     """
 
+    early_stopping = False
+
     started: Tensor
     error_average: Tensor
 
@@ -157,6 +161,8 @@ class ControlledBalance(Balance):
 
     Source: Shao et al. 2020, arXiv 2004.05988, eq. 7 and algorithm 1. Differs: wind-up is met by bounding the integral.
     """
+
+    early_stopping = False
 
     integral: Tensor
     weight: Tensor

@@ -11,6 +11,7 @@ from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolde
 from poise.cli.showing import load_run
 from poise.errors import InputError
 from poise.recipes.settings import Generation, Renormalise, given
+from poise.variants import PRIORS
 
 if TYPE_CHECKING:
     from poise.runs.run import Run
@@ -38,7 +39,7 @@ class Sample:
     prior: Annotated[
         PriorChoice | None,
         arg(
-            help="normal (GEN-1), second-stage (GEN-2), or mixture",
+            help=", ".join(f"{name} ({prior.label})" for name, prior in PRIORS.items()),
             help_behavior_hint="(default: second-stage if trained)",
         ),
     ] = None

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from poise.cli.options import ANY_IMAGES, Device, RunFolder
 from poise.cli.showing import load_run, show_cells, show_table
 from poise.errors import InputError
-from poise.protocols import NO_EXTRACTOR, PROTOCOLS, table
+from poise.protocols import PROTOCOLS, table
 from poise.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -148,10 +148,12 @@ class Evaluate:
             print(json.dumps(evaluation.to_json(), indent=2))
             return
         if evaluation.pages:
-            from poise.report.cells import figures_table
+            from poise.metrics.listed import figures_table
 
             show_table(title, figures_table(evaluation.pages))
-        compared = [m for m in evaluation.measurements if m.protocol.extractor != NO_EXTRACTOR]
+        from poise.metrics.listed import is_tabulated
+
+        compared = [m for m in evaluation.measurements if is_tabulated(m.metric)]
         if compared:
             show_cells("" if evaluation.pages else title, table(compared, mixed=True))
         for protocol in {m.protocol.hash: m.protocol for m in evaluation.measurements}.values():

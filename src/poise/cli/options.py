@@ -5,7 +5,7 @@ No torch here: help is instant.
 
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import docstring_parser
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -13,20 +13,22 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from poise.recipes import CHANGES, RECIPES
 from poise.recipes.settings import DECLARED, Option, Recipe, Stage, options_of
 from poise.runs.options import Options
+from poise.variants import BALANCES as NAMED_BALANCES
+from poise.variants import PRIORS
 
 ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
-BALANCES = (
-    "computed, learned, optimal, fixed:gamma2=1, fixed:beta=4, scheduled:ramp_steps=1000, "
-    "constrained:target_mse=0.01, ..."
-)
+BALANCES = ", ".join(text for balance in NAMED_BALANCES.values() for text in balance.examples)
 OBJECTIVES = (
     "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance "
     "then fixed:gamma2=0.5)"
 )
 NAMES = {"balance": BALANCES, "objective": OBJECTIVES}
 COMMANDS_OWN = Options(threads=0)  # the command measures which number is fastest
-PriorChoice = Literal["normal", "second-stage", "mixture"]
+if TYPE_CHECKING:
+    PriorChoice = str
+else:
+    PriorChoice = Literal[tuple(PRIORS)]
 
 RunFolder = Annotated[
     Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")

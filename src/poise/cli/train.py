@@ -12,8 +12,9 @@ from poise.cli.options import RecipeName, TrainingCommand
 from poise.cli.showing import show_table
 from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Recipe
+from poise.variants import DATA_SETS
 
-DATA_NAMES = [name for name in RECIPES if name != "images"]
+DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name != "images"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Train(TrainingCommand):
     def run(self) -> None:
         recipe = self.settings()
         from poise.balance import make_balance
+        from poise.metrics.listed import figures_table
         from poise.objectives import make_objective
-        from poise.report.cells import figures_table
         from poise.runs.pipeline import train
         from poise.training import distributed
 

@@ -6,11 +6,9 @@ files), `folders`, `layouts` (torchvision's folders), `hub`, `names` (MNIST and 
 
 from poise.data.dataset import Dataset
 from poise.data.loading import checked_images, find_images, load, read_images
-from poise.data.names import NAMES
 from poise.data.storage import Rows, gather, head
 
 __all__ = [
-    "NAMES",
     "Dataset",
     "Rows",
     "checked_images",

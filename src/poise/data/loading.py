@@ -24,9 +24,10 @@ from poise.data.decoding import jpeg_round_trip
 from poise.data.folders import IMAGE_ENDINGS, read_files, read_folder
 from poise.data.hub import read_hub
 from poise.data.layouts import find_layouts
-from poise.data.names import NAMES, read_named
+from poise.data.names import read_named
 from poise.data.storage import Pixels, Rows, blocks, take
 from poise.errors import InputError, MissingInputError
+from poise.variants import DATA_SETS
 
 HUB_PREFIX = "hf:"
 
@@ -49,7 +50,7 @@ def load(
     see `poise.data.dataset`.
 
     Args:
-        source: a name of `NAMES` (for a folder that is called so write ./mnist, or pass a Path); a folder of images; a
+        source: a key of `DATA_SETS` (for a folder that is called so write ./mnist, or pass a Path); a folder of images; a
             folder of torchvision's MNIST, CIFAR-10 or CelebA; an .npz or .npy file; "hf:owner/name" or "hf:folder"; or an
             array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or floats in [0, 1].
         size: images are cropped to their central square and resized to this side, in pixels; None: they must be square
@@ -81,7 +82,11 @@ def load(
         )
     train, test = _split(found)
     notes = list(found.notes)
-    if found.test is not None and found.name not in NAMES and (shared := count_shared(train, test)):
+    if (
+        found.test is not None
+        and found.name not in DATA_SETS
+        and (shared := count_shared(train, test))
+    ):
         notes.append(f"{shared} of {len(test)} test images also occur in training")
     if jpeg_quality is not None:
         train, test = _through_jpeg(train, reading), _through_jpeg(test, reading)
@@ -147,7 +152,7 @@ def _find(
         raise InputError(
             f"images must be a path, a name, an array or a tensor, not {type(source).__name__}"
         )
-    if source in NAMES:
+    if source in DATA_SETS:
         return read_named(source, data_dir, reading)
     if source.startswith(HUB_PREFIX):
         return read_hub(source.removeprefix(HUB_PREFIX), reading)
@@ -184,9 +189,11 @@ def _read_folder(folder: Path, reading: Reading) -> Found:
 
 
 def _read_nothing(source: str) -> Found:
-    close = get_close_matches(source.lower().replace("_", "-"), NAMES, 1)
+    close = get_close_matches(source.lower().replace("_", "-"), DATA_SETS, 1)
     guess = f" (did you mean {close[0]}?)" if close else ""
-    known = f"a folder of images, an .npz or .npy file, hf:owner/name, or one of {', '.join(NAMES)}"
+    known = (
+        f"a folder of images, an .npz or .npy file, hf:owner/name, or one of {', '.join(DATA_SETS)}"
+    )
     raise MissingInputError(f"{source!r} does not exist{guess}: give {known}")
 
 

@@ -1,78 +1,42 @@
 """Data sets by name: in a folder on this machine, or else on the Hugging Face Hub; the digits come with scikit-learn."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 
 from poise.data.arrays import as_images, read_npz
 from poise.data.dataset import Found, Reading
 from poise.data.hub import read_hub
-from poise.data.layouts import celeba_reading, find_layouts
+from poise.data.layouts import find_layouts
 from poise.errors import MissingExtraError, MissingInputError
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a data set may be.
-
-    Attributes:
-        folder: below the data folder, as torchvision lays it out.
-        files: what is expected there, for people.
-        archives: .npz files that do as well, in the data folder.
-        hub: its name on the Hub.
-    """
-
-    folder: str
-    files: str
-    archives: tuple[str, ...]
-    hub: str
-
-
-_IDX_FILES = "{train,t10k}-images-idx3-ubyte"
-_PLACES = {
-    "mnist": _Place("MNIST", f"MNIST/raw/{_IDX_FILES}", ("mnist.npz",), "ylecun/mnist"),
-    "fashion-mnist": _Place(
-        "FashionMNIST",
-        f"FashionMNIST/raw/{_IDX_FILES}",
-        ("fashion-mnist.npz", "fashion.npz"),
-        "zalando-datasets/fashion_mnist",
-    ),
-    "cifar10": _Place(
-        "cifar-10-batches-py", "cifar-10-batches-py/", ("cifar10.npz",), "uoft-cs/cifar10"
-    ),
-    "celeba64": _Place(
-        "celeba",
-        "celeba/img_align_celeba/ and celeba/list_eval_partition.txt",
-        ("celeba64.npz",),
-        "flwrlabs/celeba",
-    ),
-}
-NAMES = ("digits", *_PLACES)
+from poise.variants import DATA_SETS, NamedDataSet
 
 
 def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Found:
-    """The images of a data set of `NAMES`, with its official split if it has one.
+    """Return the images of a named data set, with its official split if it has one.
 
     Args:
-        name: one of `NAMES`.
-        data_dir: the data folder; None: that of the environment variable POISE_DATA, or ./data.
+        name: a key of `poise.variants.DATA_SETS`.
+        data_dir: the data folder. None: the one that POISE_DATA names, or ./data.
         reading: how images are to be read.
 
     Raises:
         MissingInputError: not in the data folder, and not to be had from the Hub; or `data_dir` does not exist.
         InputError: it is damaged.
     """
-    if name == "digits":
-        return read_digits(reading)
+    place = DATA_SETS[name]
+    if place.reader:
+        return resolve_name(place.reader)(reading)
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise MissingInputError(
             f"the data folder {data_dir} does not exist: name another, or create it"
         )
     root = Path(data_dir or os.environ.get("POISE_DATA") or "data").expanduser()
-    found = _read_local(_PLACES[name], root, reading) or _read_remote(name, root, reading)
+    found = _read_local(place, root, reading) or _read_remote(name, root, reading)
     return replace(found, name=name)
 
 
@@ -97,19 +61,23 @@ def _digits_levels() -> np.ndarray:
     return np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
 
 
-def _read_local(place: _Place, root: Path, reading: Reading) -> Found | None:
-    for reader, folder in find_layouts(root / place.folder):
+def _read_local(place: NamedDataSet, root: Path, reading: Reading) -> Found | None:
+    for reader, folder in find_layouts(root / place.folder) if place.folder else ():
         return reader(folder, reading)
     archive = next((root / name for name in place.archives if (root / name).is_file()), None)
     return read_npz(archive, reading) if archive else None
 
 
 def _read_remote(name: str, root: Path, reading: Reading) -> Found:
-    place = _PLACES[name]
-    files = f"{place.files} or {place.archives[0]}"
+    place = DATA_SETS[name]
+    if place.preparation:
+        reading = resolve_name(place.preparation)(reading)
+    files = " or ".join(filter(None, (place.files, *place.archives[:1])))
     missing = f"{name} is not in the data folder {root}: put {files} there, set POISE_DATA to another folder"
+    if not place.hub:
+        raise MissingInputError(missing)
     try:
-        return read_hub(place.hub, celeba_reading(reading) if name == "celeba64" else reading)
+        return read_hub(place.hub, reading)
     except MissingExtraError as error:
         raise MissingInputError(
             f'{missing}, or let it be downloaded: pip install "poise[data]"'

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
+from poise.balance import Balance
 from poise.diagnosis.outputs import Layer
 from poise.diagnosis.subject import Seen, device_of
 from poise.diagnosis.verdict import (
@@ -374,7 +374,7 @@ def _other_range(
     """A loss that followed, or was made for, errors of other units than these images can have."""
     least, most = (float(value) for value in trained_on.images.aminmax())
     scale = max(1.0, float(trained_on.images.double().square().mean()))
-    followed = isinstance(balance, (ComputedBalance, LearnedBalance, OptimalBalance))
+    followed = balance is not None and balance.follows_error
     gamma2 = _gamma2_of_error(loss, followed)
     large = gamma2 > (TOO_LARGE if followed else FAR_TOO_LARGE) * scale
     small = (

@@ -2,7 +2,6 @@
 
 import math
 
-from poise.balance import ComputedBalance, LearnedBalance, OptimalBalance
 from poise.diagnosis.facts import Facts, Weighing, is_binary
 from poise.diagnosis.outputs import Comparison
 from poise.diagnosis.verdict import (
@@ -15,6 +14,7 @@ from poise.diagnosis.verdict import (
     Finding,
 )
 from poise.diagnosis.weight import BATCH, LossWeights
+from poise.variants import default_prior, find_prior
 
 CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
 FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
@@ -27,11 +27,6 @@ WORTH_ENCODING = (
 MOST_NAMED = 16  # latents in a sentence
 RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy: 0.92
 GAIN = 0.05  # what renormalisation must take off the distance, share of variance; healthy 8x8 digits: 0.01
-BEGIN_SMALL = "begin with a small decoder variance, poise.ComputedBalance(start=0.001): latents are then used first."
-BEGIN_SMALL_OWN = (
-    "begin with a small decoder variance, start=0.001 of your balance: latents are then used first."
-)
-BEGIN_OWN = f"Train longer if it was short; else {BEGIN_SMALL_OWN}"
 CURE_THE_ABOVE = "Cure the above, and train again."
 USUAL_CAUSES = "an error averaged over pixels where it should be summed, a decoder variance held at 1, a KL weight above 1"
 BY_HEART = (
@@ -41,6 +36,10 @@ PASS_TRAINING_IMAGES = "Pass train_images, to tell an imbalance from overfitting
 USE_COMPUTED = (
     "Use poise.ComputedBalance() as the loss, or poise train --balance computed: it sums both "
     "parts and follows the error."
+)
+FOLLOW_SOONER = (
+    "Train longer, or use poise.ComputedBalance(): its gamma2 is at the error within some hundred "
+    "batches."
 )
 
 
@@ -171,23 +170,14 @@ def _unlike(facts: Facts) -> list[str]:
 
 
 def _balance_remedy(facts: Facts) -> str:
-    balance = facts.balance
-    if isinstance(balance, (ComputedBalance, LearnedBalance, OptimalBalance)):
-        if not _near(balance.kl_weight, 1, IMBALANCED - 1):
-            return "Leave out kl_weight: 1 is the evidence lower bound."
-        if isinstance(balance, ComputedBalance):
-            return _computed_remedy(balance, facts)
-        return "Train longer, or use poise.ComputedBalance(): its gamma2 is at the error within some hundred batches."
-    return USE_COMPUTED
-
-
-def _computed_remedy(balance: ComputedBalance, facts: Facts) -> str:
-    """For a gamma2 that is computed and yet away from the error."""
-    weighing = facts.weighing
-    if balance.monotone and weighing is not None and weighing.side == "under":
-        return "Leave out monotone: gamma2 may then rise to the error again."
-    batches = round(5 / (1 - balance.decay))
-    return f"Train longer: gamma2 is a running average of the error, and at decay={balance.decay:g} takes {batches} batches."
+    balance, weighing = facts.balance, facts.weighing
+    if balance is None:
+        return USE_COMPUTED
+    if balance.follows_error and not _near(balance.kl_weight, 1, IMBALANCED - 1):
+        return "Leave out kl_weight: 1 is the evidence lower bound."
+    over = weighing is not None and weighing.side == "over"
+    other = FOLLOW_SOONER if balance.follows_error else USE_COMPUTED
+    return balance.remedy(over_regularised=over) or other
 
 
 def collapse(facts: Facts) -> Finding | None:
@@ -218,19 +208,27 @@ def _why_collapsed(facts: Facts) -> tuple[str, str]:
             "In no direction do the images vary enough to be worth encoding: they look like noise."
         )
         return noise, "Look at the images: are they what you mean to learn?"
+    own = None if facts.balance is None else facts.balance.small_start
     if facts.weighing is not None:
         stuck = (
             f"The loss's balance allows it (the images vary by {ratio:.3g} times the MSE): the KL was too strong at first, or "
             f"training has only begun."
         )
-        begin = BEGIN_SMALL_OWN if isinstance(facts.balance, ComputedBalance) else BEGIN_SMALL
-        return stuck, f"Train longer if it was short; else {begin}"
+        return stuck, _begin_small(own)
     blocked = (
         f"A latent is used as soon as images vary in one direction by more than gamma2: they do by "
         f"{facts.largest_variance:.3g}, and the MSE is {facts.seen.mse:.3g}, so the KL counts at least {ratio:.3g} times too "
         f"much. Usual causes: {USUAL_CAUSES}; pass loss=, your loss function, to have it named."
     )
-    return blocked, BEGIN_OWN if isinstance(facts.balance, ComputedBalance) else USE_COMPUTED
+    return blocked, _begin_small(own) if own else USE_COMPUTED
+
+
+def _begin_small(own: str | None) -> str:
+    option = f"{own} of your balance" if own else "poise.ComputedBalance(start=0.001)"
+    return (
+        "Train longer if it was short; else begin with a small decoder variance, "
+        f"{option}: latents are then used first."
+    )
 
 
 def overfitting(facts: Facts) -> Finding | None:
@@ -322,8 +320,8 @@ def prior_gap(facts: Facts) -> Finding | None:
     if closed < CLOSED:
         return None
     sentence = (
-        f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_PRIORS[used]}) against "
-        f"{found.reconstructions:.2f}, in shares of the images' variance; with {_PRIORS[best]} it is {rivals[best]:.2f}, "
+        f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_latents(used)}) against "
+        f"{found.reconstructions:.2f}, in shares of the images' variance; with {_latents(best)} it is {rivals[best]:.2f}, "
         f"which closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
     )
     figures = {
@@ -332,8 +330,7 @@ def prior_gap(facts: Facts) -> Finding | None:
         "best": rivals[best],
         "closed": closed,
     }
-    remedies = _OF_RUNS if facts.is_run else _OF_VAES
-    return Finding("prior-gap", sentence, figures, remedies[best])
+    return Finding("prior-gap", sentence, figures, _use_prior(best, is_run=facts.is_run))
 
 
 def _following(facts: Facts) -> str:
@@ -344,26 +341,23 @@ def _following(facts: Facts) -> str:
     )
 
 
-_PRIORS = {
-    "normal": "latents from N(0, I)",
-    "second-stage": "latents from the second stage",
-    "mixture": "latents from a mixture of Gaussians fitted to the training codes",
-}
-_OF_RUNS = {
-    "normal": 'Sample from N(0, I): run.sample(n, prior="normal").',
-    "second-stage": 'Sample from the second stage: run.sample(n, prior="second-stage").',
-    "mixture": 'Draw latents from the mixture: run.sample(n, prior="mixture").',
-}
-_OF_VAES = {
-    "mixture": (
-        "Draw latents from such a mixture, under torch.no_grad(): prior = poise.priors.fit_mixture(vae.encode(train_images)), "
+def _latents(prior: str) -> str:
+    return f"latents from {find_prior(prior).words}"
+
+
+def _use_prior(name: str, *, is_run: bool) -> str:
+    if is_run:
+        return f'Sample {_latents(name)}: run.sample(n, prior="{name}").'
+    return (
+        f"Draw {_latents(name)}, under torch.no_grad(): "
+        f'prior = poise.priors.fit_prior("{name}", vae.encode(train_images)), '
         "then vae.decode(prior.latents(torch.randn(n, prior.noise_dims)))."
-    ),
-}
+    )
 
 
 def _used_prior(found: Comparison) -> str:
-    return "second-stage" if "second-stage" in found.priors else "normal"
+    has_second = any(find_prior(name).needs == "second stage" for name in found.priors)
+    return default_prior(second_stage=has_second)
 
 
 def lost_variance(facts: Facts) -> Finding | None:
@@ -376,8 +370,9 @@ def lost_variance(facts: Facts) -> Finding | None:
     if not (after <= RENORMALISED * before < math.inf) or before - after < max(GAIN, found.halves):
         return None
     sentence = (
-        f"{_PRIORS[used].capitalize()} are narrower than the codes by a factor of {factor:.3g}; scaled by it, the samples' "
-        f"distance from the images falls from {before:.2f} to {after:.2f} of the images' variance."
+        f"Latents from {find_prior(used).words} are narrower than the codes by a factor of "
+        f"{factor:.3g}; scaled by it, the samples' distance from the "
+        f"images falls from {before:.2f} to {after:.2f} of the images' variance."
     )
     how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"
     remedy = f"Multiply latents by {factor:.3g} before decoding ({how})."

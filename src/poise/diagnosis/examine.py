@@ -16,11 +16,12 @@ from poise.diagnosis.subject import Case, Loss, Seen, as_case, chosen, device_of
 from poise.diagnosis.verdict import LARGE_LOGVAR, Diagnosis, Finding
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.metrics import CHUNK
-from poise.priors import NormalPrior
+from poise.priors import fit_prior
 from poise.runs.run import Run
 from poise.shapes import Values
 from poise.support.progress import Progress, progress
 from poise.vae import VAE
+from poise.variants import PRIORS
 
 STEPS = 5
 
@@ -229,7 +230,8 @@ def _facts(
     trained_on = train or seen
     inferred = inferred_weight(case.vae, trained_on, seed)
     display.update(3, {})
-    priors = {"normal": NormalPrior(seen.codes.mean.shape[1]), **case.priors}
+    untrained = [name for name, prior in PRIORS.items() if prior.needs == "nothing"]
+    priors = {name: fit_prior(name, trained_on.codes) for name in untrained} | dict(case.priors)
     enough = len(seen.images) >= FEWEST_IMAGES
     num_latents, known = seen.codes.mean.shape[1], len(trained_on.images)
     eigenvalues = spectrum(trained_on.images)

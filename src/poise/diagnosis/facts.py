@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from poise.balance import Balance, ComputedBalance, LearnedBalance, OptimalBalance
+from poise.balance import Balance
 from poise.diagnosis.outputs import FEWEST_IMAGES, Comparison
 from poise.diagnosis.subject import Case, Seen
 from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, SURE
 from poise.diagnosis.weight import InferredWeight, LossWeights
 from poise.latent import variance_law
+from poise.variants import PRIORS
 
 CROSS_ENTROPY_CLOSE = (
     0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
@@ -64,8 +65,8 @@ class Facts:
 
     @cached_property
     def followed(self) -> float | None:
-        """The training error, where it is known only by a balance that has followed it to below that of the images."""
-        if not isinstance(self.balance, (ComputedBalance, LearnedBalance, OptimalBalance)):
+        """The training error by the balance's gamma2; None if that is not below the images' error."""
+        if self.balance is None or not self.balance.follows_error:
             return None
         gamma2 = float(self.balance.gamma2)
         return gamma2 if gamma2 < float(self.seen.error(self.balance.power).mean()) else None
@@ -198,10 +199,12 @@ def _on_images(case: Case, facts: Facts) -> list[str]:
         notes.append(
             "The images are the same once averaged down to 16x16: samples were not compared."
         )
-    elif "mixture" not in facts.comparison.priors:
-        notes.append(
-            "No mixture of Gaussians could be fitted to the codes: it was not tried as a prior."
-        )
+    else:
+        notes += [
+            f"The prior {name} could not be fitted to the codes: it was not tried."
+            for name, prior in PRIORS.items()
+            if prior.needs == "codes" and name not in facts.comparison.priors
+        ]
     if facts.train is None:
         notes.append(
             "Without train_images overfitting cannot be told from an imbalance: pass them too."

@@ -21,11 +21,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from poise.diagnosis.subject import Seen, device_of, small
 from poise.latent import DiagonalGaussian
 from poise.metrics import frechet_distance
-from poise.priors import MixturePrior, Prior, RenormalisedPrior, fit_mixture, renormalisation_factor
+from poise.priors import Prior, RenormalisedPrior, fit_prior, renormalisation_factor
 from poise.sampling import sample
 from poise.shapes import Latents
 from poise.support.seeds import derive, generator
 from poise.vae import VAE
+from poise.variants import PRIORS
 
 ROUNDING = 1e-6  # relative: of two equal latents in one batch, outputs may differ by some 1e-7; the least response seen in a
 # collapsed but living decoder is 1e-4
@@ -214,14 +215,15 @@ class Comparison:
 def compare(
     vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int
 ) -> Comparison | None:
-    """Distances from images of reconstructions and of samples from the given priors and a mixture of Gaussians.
+    """Return the distances from the images of reconstructions and of samples from each prior.
 
-    None where the images are the same once averaged down. Without a mixture where none can be fitted to the codes.
+    None if the images are the same once averaged down. Priors that cannot be fitted to the codes
+    are left out.
 
     Args:
         vae: in evaluation mode.
         seen: at least 50 images.
-        codes: of the training images, to which the mixture is fitted.
+        codes: of the training images, to which further priors are fitted.
         priors: by name, on the VAE's device.
         seed: of the samples: the same ones with and without renormalisation.
     """
@@ -239,8 +241,11 @@ def compare(
     def sampled(prior: Prior) -> float:
         return distance(sample(vae, prior, len(images), seed=derive("diagnosis", seed)))
 
-    mixture = _mixture(codes)
-    mixtures = {} if mixture is None else {"mixture": mixture.to(device)}
+    fitted = {
+        name: prior.to(device)
+        for name, named in PRIORS.items()
+        if named.needs == "codes" and (prior := _fitted(name, codes)) is not None
+    }
     factors = {
         name: renormalisation_factor(prior, codes, device=device) for name, prior in priors.items()
     }
@@ -249,7 +254,7 @@ def compare(
         / variance
         / 2,  # it goes like 1/n + 1/n, and the halves have n/2
         reconstructions=distance(seen.restored[:MOST_SAMPLES]),
-        priors={name: sampled(prior) for name, prior in {**priors, **mixtures}.items()},
+        priors={name: sampled(prior) for name, prior in {**priors, **fitted}.items()},
         renormalised={
             name: sampled(RenormalisedPrior(prior, factors[name])) for name, prior in priors.items()
         },
@@ -257,7 +262,7 @@ def compare(
     )
 
 
-def _mixture(codes: DiagonalGaussian) -> MixturePrior | None:
+def _fitted(name: str, codes: DiagonalGaussian) -> Prior | None:
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", ConvergenceWarning
@@ -266,7 +271,7 @@ def _mixture(codes: DiagonalGaussian) -> MixturePrior | None:
             "ignore", RuntimeWarning
         )  # of codes so large that their squares overflow
         try:
-            return fit_mixture(codes)
+            return fit_prior(name, codes)
         except (
             ValueError,
             RuntimeError,

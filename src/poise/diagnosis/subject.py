@@ -29,6 +29,7 @@ from poise.runs.run import Run
 from poise.shapes import PerImage, Values
 from poise.support.seeds import derive, noise_per_image
 from poise.vae import VAE
+from poise.variants import PRIORS, available_priors
 
 SIDE = 16  # images are averaged down to this side before samples are compared with them
 
@@ -124,7 +125,7 @@ MOST_VALUES = 2**26  # of all images together, 256 MiB: fewer large images are l
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be looked at: a model, images (n, ...), training images, the loss, and priors besides N(0, I).
+    """What is diagnosed: a model, images (n, ...), training images, the loss, and priors of a second stage.
 
     Of a run also how far each stage's error fell at the end, see `Facts`.
     """
@@ -193,14 +194,18 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
         if train_images is None
         else _as_trained(train_images, "train_images", run.data["shape"])
     )
-    second = {} if run.second is None else {"second-stage": run.prior("second-stage")}
+    of_second = {
+        name: run.prior(name)
+        for name in available_priors(second_stage=run.second is not None)
+        if PRIORS[name].needs == "second stage"
+    }
     balance = run.first.balance if loss is None else loss
     return Case(
         run.first.vae,
         images,
         train_images,
         balance,
-        second,
+        of_second,
         is_run=True,
         falls=_falls(run.folder / "metrics.jsonl"),
     )

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from poise.variants import PRIORS
+
 IMBALANCED = (
     1.5  # equivalent beta read from the loss; computed, learned and optimal balances: 0.9 to 1.1
 )
@@ -133,7 +135,9 @@ def _verdict(figures: Mapping[str, Any]) -> str:
 def evidence(figures: Mapping[str, Any]) -> list[str]:
     """The figures that show health, and how far they may go, in words; what was not measured is left out."""
     samples = ", ".join(
-        f"{{{key}:.3f}} ({label})" for key, label in _PRIORS.items() if key in figures
+        f"{{distance_{name}:.3f}} ({name.replace('-', ' ')})"
+        for name in PRIORS
+        if f"distance_{name}" in figures
     )
     templates = {
         "images_least": "the images' values, {images_least:.3g} to {images_most:.3g}, are within the decoder's reach; half of "
@@ -157,13 +161,6 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "fault",
     }
     return [text.format(**figures) for name, text in templates.items() if name in figures]
-
-
-_PRIORS = {
-    "distance_normal": "normal",
-    "distance_second-stage": "second stage",
-    "distance_mixture": "mixture",
-}
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from poise.errors import InputError
+from poise.metrics.listed import figures_table
 from poise.protocols import Measurement, Protocol, table
 from poise.recipes.settings import from_json
 from poise.report.records import Record, first_of_each
@@ -13,56 +14,6 @@ from poise.studies.comparison import speed
 from poise.studies.results import Result, curves
 
 Rows = list[list[str]]
-
-
-def figures_table(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return name (with unit) and value of each figure of a model."""
-    stage1, latents, stage2 = (
-        figures.get(name, {}) for name in ("reconstruction", "latents", "second_stage")
-    )
-    likelihood = figures.get("likelihood", {})
-    shown = stage1.get("mse_as_shown") if stage1.get("mse_as_shown") != stage1.get("mse") else None
-    rows = [
-        ("MSE (per dimension)", stage1.get("mse"), ".5f"),
-        ("MSE as reconstructions are shown", shown, ".5f"),
-        ("PSNR (dB)", stage1.get("psnr_db"), ".2f"),
-        ("SSIM", stage1.get("ssim"), ".3f"),
-        ("KL (nats per image)", stage1.get("kl_nats"), ".2f"),
-        ("ELBO (nats per image)", stage1.get("elbo_nats"), ".1f"),
-        ("bits per dimension (8-bit values)", stage1.get("bits_per_dim"), ".3f"),
-        (
-            f"NLL, {likelihood.get('samples')} samples (nats per image)",
-            likelihood.get("mean_nats"),
-            ".1f",
-        ),
-        ("   effective share of the samples", likelihood.get("effective_share"), ".4f"),
-        ("gamma2 (decoder variance)", stage1.get("gamma2"), ".5f"),
-        ("quadratic term over D/2", stage1.get("quadratic_share"), ".3f"),
-        ("variance lost (per dimension)", stage1.get("variance_lost"), ".5f"),
-        ("   over MSE", stage1.get("variance_lost_share"), ".3f"),
-        ("training codes: active latents", latents.get("active_units"), "d"),
-        (
-            f"training codes: Var(mu) + {latents.get('noise_term')}",
-            latents.get("variance_law"),
-            ".3f",
-        ),
-        (
-            "training codes: KL of their Gaussian from N(0, I), nats",
-            latents.get("aggregate", {}).get("gaussian_kl_nats"),
-            ".3f",
-        ),
-        ("stage 2, training codes: MSE (per latent)", stage2.get("mse_sampled"), ".4f"),
-        ("stage 2, training codes: variance lost (per latent)", stage2.get("variance_lost"), ".4f"),
-        ("stage 2: gamma2", stage2.get("gamma2"), ".4f"),
-        ("stage 2, training codes: active latents", stage2.get("active_units"), "d"),
-        (
-            f"stage 2, training codes: Var(mu) + {stage2.get('noise_term')}",
-            stage2.get("variance_law"),
-            ".3f",
-        ),
-    ]
-    rows.append(("training time (seconds)", figures.get("seconds"), ".0f"))
-    return [(name, format(value, style)) for name, value, style in rows if value is not None]
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, str]:

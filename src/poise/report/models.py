@@ -13,19 +13,16 @@ from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
 from poise.report.pictures import contact_sheet, data_uri, paired_sheet
 from poise.report.records import Record
-from poise.runs.run import GENERATIONS, PriorName, Run, load
+from poise.runs.run import PriorName, Run, load
 from poise.support.seeds import drawn
+from poise.variants import PRIORS as NAMED
 
 TILES = 36
 COLUMNS = 6
 PAIRS = 32
 PAIRS_OF_A_SHEET = 16
 MOST_PNG = 1_500_000  # bytes of a picture that is taken over from the run's folder
-PRIORS = {
-    "GEN-1": "prior N(0, I)",
-    "GEN-2": "second stage",
-    "GEN-mixture": "mixture of Gaussians fitted to the training codes",
-}
+PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
 
 
 @dataclass
@@ -101,11 +98,12 @@ def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
 
 
 def _show_samples(shown: Exhibit, run: Run) -> None:
-    for label, prior in GENERATIONS.items():
-        if prior == "second-stage" and run.second is None:
+    for prior, named in NAMED.items():
+        label = named.label
+        if named.needs == "second stage" and run.second is None:
             if run.recipe.second is not None:
                 shown.missing.append(
-                    "Stage 2 has not begun: there are no samples from the second stage (GEN-2)."
+                    f"Stage 2 has not begun: there are no samples from {named.words} ({label})."
                 )
             continue
         _attempt(

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from poise.diagnosis import Diagnosis
+from poise.metrics.listed import is_frechet
 from poise.report.curves import stage_entries
 from poise.report.records import Record, labels_of
 from poise.studies.comparison.statistics import spread as spread_of
@@ -232,7 +233,7 @@ def distance_name(records: Sequence[Record]) -> str | None:
     ]
     common = set.intersection(*names) if names else set()
     return min(
-        (name for name in common if name.startswith(("FID", "FD-")) and "infinity" not in name),
+        filter(is_frechet, common),
         default=None,
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance
-from poise.data import NAMES, Dataset, gather
+from poise.data import Dataset, gather
 from poise.data.decoding import grid, save_png
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.latent import DiagonalGaussian
@@ -57,6 +57,7 @@ from poise.training import (
 )
 from poise.training.machine import choose_device
 from poise.vae import VAE
+from poise.variants import DATA_SETS
 
 PICTURES = 64
 PAIRS = 32
@@ -229,16 +230,16 @@ def source_of(images: Any, recipe: Recipe) -> str:
     if isinstance(images, Dataset):
         return own
     if images is None:
-        if own not in NAMES:
+        if own not in DATA_SETS:
             raise InputError(
                 f"recipe {recipe.name!r} has no data of its own: give a folder, an array or a name"
             )
         return own
     if not isinstance(images, (str, Path)):
         return "array"
-    if images == recipe.name and own in NAMES:
+    if images == recipe.name and own in DATA_SETS:
         return own
-    named = images in NAMES or not Path(images).exists()
+    named = images in DATA_SETS or not Path(images).exists()
     return str(images) if named else str(Path(images).resolve())
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -52,12 +52,10 @@ from poise.metrics import (
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
-    MixturePrior,
-    NormalPrior,
     Prior,
     RenormalisedPrior,
-    SecondStagePrior,
-    fit_mixture,
+    TrainedModel,
+    make_prior,
     renormalisation_factor,
 )
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
@@ -78,19 +76,14 @@ from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
 from poise.vae import VAE
+from poise.variants import PRIORS, PriorName, available_priors, default_prior, find_prior
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-PriorName = Literal["normal", "second-stage", "mixture"]
 MANY = sys.maxsize
 DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
-GENERATIONS: dict[str, PriorName] = {
-    "GEN-1": "normal",
-    "GEN-2": "second-stage",
-    "GEN-mixture": "mixture",
-}
 
 
 @dataclass(frozen=True)
@@ -131,6 +124,7 @@ class Run:
         self.finished: bool = saved.meta["finished"]
         self.warnings = warnings
         self._dataset: Dataset | None = None
+        self._fitted_priors: dict[PriorName, Prior] = {}
         self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
         has_second = (
             self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
@@ -234,7 +228,7 @@ class Run:
     @property
     def default_prior(self) -> PriorName:
         """The prior that `sample` draws from unless it is told another."""
-        return "second-stage" if self.second else "normal"
+        return default_prior(second_stage=self.second is not None)
 
     def prior_distances(self) -> dict[str, float]:
         """The distance from the images of each prior's samples, by the last `poise diagnose`, least first.
@@ -246,9 +240,7 @@ class Run:
             found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
             if found["checkpoint"] != self.position:
                 return {}
-            distances = {
-                name: found["figures"].get(f"distance_{name}") for name in GENERATIONS.values()
-            }
+            distances = {name: found["figures"].get(f"distance_{name}") for name in PRIORS}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         known = {name: d for name, d in distances.items() if isinstance(d, float)}
@@ -260,14 +252,14 @@ class Run:
         return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
 
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
-        """The latent prior of a name, with the noise and renormalisation that `generation` asks for.
+        """Return the latent prior of a name, with the noise and renormalisation of `generation`.
 
         Args:
-            name: None: second-stage where there is one, else normal.
+            name: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
             generation: None: the recipe's.
 
         Raises:
-            InputError: this run has no second stage.
+            InputError: there is no such prior, or it needs a second stage and the run has none.
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
@@ -280,25 +272,26 @@ class Run:
         return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
-        latent_dim = self.recipe.network.latent_dim
-        if name == "normal":
-            return NormalPrior(latent_dim)
-        if name == "mixture":
-            return self._mixture.to(self.device)
-        if name != "second-stage":
+        second, of_second = self.second, find_prior(name).needs == "second stage"
+        if of_second and second is None:
+            others = [f"--prior {other}" for other in available_priors(second_stage=False)]
             raise InputError(
-                f"unknown prior {name!r}; there are normal, second-stage, mixture, as in prior='mixture'"
+                f"{self.folder} has no trained second stage: use {' or '.join(others)}"
             )
-        if self.second is None:
-            raise InputError(
-                f"{self.folder} has no trained second stage: use --prior normal or --prior mixture"
-            )
-        gamma2 = self.second.balance.gamma2 if generation.second_stage_noise else None
-        return SecondStagePrior(self.second.vae, latent_dim, gamma2)
-
-    @cached_property
-    def _mixture(self) -> MixturePrior:
-        return fit_mixture(self.codes, seed=self.recipe.seed, device=self.device)
+        if name in self._fitted_priors:
+            return self._fitted_priors[name].to(self.device)
+        model = TrainedModel(
+            self.recipe.network.latent_dim,
+            lambda: self.codes,
+            second=second and second.vae,
+            gamma2=second.balance.gamma2 if second and generation.second_stage_noise else None,
+            seed=self.recipe.seed,
+            device=self.device,
+        )
+        prior = make_prior(name, model)
+        if not of_second:  # the noise of stage 2 differs between generations
+            self._fitted_priors[name] = prior
+        return prior.to(self.device)
 
     @cached_property
     def _lost_much(self) -> bool:
@@ -326,7 +319,7 @@ class Run:
 
         Args:
             count: how many, at least 1.
-            prior: "normal" (GEN-1), "second-stage" (GEN-2), "mixture"; None: second-stage where there is one, else normal.
+            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
             seed: image i of a seed is the same however many are drawn.
             first: number of the first image.
             generation: noise, renormalisation, adjustment; None: the recipe's.
@@ -371,7 +364,7 @@ class Run:
         *,
         protocol: str | Protocol = "default",
         extractor: str | Extractor = AUTO,
-        priors: Sequence[PriorName] = tuple(GENERATIONS.values()),
+        priors: Sequence[PriorName] | None = None,
         count: int | None = None,
         infinity: bool = False,
         nll_samples: int = 0,
@@ -385,7 +378,8 @@ class Run:
                 data, read again from their source and compared by checksum.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
-            priors: of which samples are compared, of those that there are: "normal", "second-stage", "mixture".
+            priors: names of the priors whose samples are compared, of those that the run has. None:
+                all of `poise.variants.PRIORS`.
             count: how many real images to measure, the first ones, with as many generated ones; None: as the protocol says.
             infinity: extrapolate Frechet distances to infinitely many images as well.
             nll_samples: importance samples for each image's log likelihood; 0: not estimated.
@@ -489,43 +483,38 @@ class Run:
         return (self.folder / "codes").exists()
 
     def _produced(
-        self, images: Any, protocol: Protocol, priors: Sequence[PriorName], seed: int
+        self, images: Any, protocol: Protocol, priors: Sequence[PriorName] | None, seed: int
     ) -> tuple[list[Produced], tuple[str, ...]]:
-        """The sets of images to compare, and what is left out since stage 1 is not finished."""
+        """Return the sets of images to compare, and a note if priors are left out."""
         generation = protocol.generation
         assert generation is not None
-        if unknown := set(priors) - set(GENERATIONS.values()):
-            known = ", ".join(GENERATIONS.values())
-            raise InputError(
-                f"unknown prior {', '.join(sorted(unknown))}; there are {known}, as in priors=['mixture']"
-            )
+        for name in priors or ():
+            find_prior(name)
         restored = Produced(
             "REC",
             lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
             len(images),
             self.recipe.seed,
         )
-        names: dict[str, PriorName] = {
-            label: name
-            for label, name in GENERATIONS.items()
-            if name in priors and (name != "second-stage" or self.second is not None)
-        }
+        names = [
+            name
+            for name in available_priors(second_stage=self.second is not None)
+            if priors is None or name in priors
+        ]
         notes: tuple[str, ...] = ()
         if not self._has_codes:
-            names = {
-                label: name
-                for label, name in names.items()
-                if name == "normal" and generation.renormalise == "never"
-            }
+            plain = generation.renormalise == "never"
+            names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
             notes = ("stage 1 is not finished: what needs its codes is left out",)
-        drawn = {
-            label: partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
-            for label, name in names.items()
-        }
-        return [
-            restored,
-            *(Produced(label, chunks, seed=seed) for label, chunks in drawn.items()),
-        ], notes
+        drawn = [
+            Produced(
+                PRIORS[name].label,
+                partial(self.sample_chunks, prior=name, seed=seed, generation=generation),
+                seed=seed,
+            )
+            for name in names
+        ]
+        return [restored, *drawn], notes
 
     def test_images(self) -> Any:
         """The test images of the data the run was trained on, read again.

@@ -8,24 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from poise.data import NAMES as DATA_NAMES
 from poise.errors import InputError
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import EXPERIMENTS, RECIPES
 from poise.recipes.settings import Generation, Recipe, Stage
 from poise.runs.options import Options
 from poise.runs.pipeline import resolve
-from poise.runs.run import GENERATIONS
 from poise.studies.comparison import Comparison, Experiment, conduct
 from poise.studies.comparison.experiment import deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
-
-AUTHORS = {
-    "cifar10": "released",
-    "celeba64": "released-celeba",
-}  # the authors' own evaluation, by data set
+from poise.variants import DATA_SETS, PRIORS
 
 
 def reproduce(
@@ -104,9 +98,7 @@ def experiment_of(
     trial += "" if second_balance is None else f" (stage 2 {second_balance})"
     labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
-    return Experiment(
-        name, base, named, seeds, protocols_for(recipe), tuple(GENERATIONS.values()), extractor
-    )
+    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(PRIORS), extractor)
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
@@ -114,7 +106,7 @@ def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
     if data is None:
         return recipe
     found = resolve(str(data), recipe, None)
-    if found.data.source not in DATA_NAMES and Path(found.data.source).is_file():
+    if found.data.source not in DATA_SETS and Path(found.data.source).is_file():
         return replace(found, data=replace(found.data, file_order="sorted"))
     return found
 
@@ -134,7 +126,11 @@ def _shortened_stage(stage: Stage, length: float) -> Stage:
 
 
 def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
-    """The default one as the recipe samples, with renormalisation and without; Dai & Wipf's; the authors' for their data."""
+    """Return the protocols that an experiment is measured under.
+
+    They are the default one as the recipe samples, with and without renormalisation, that of Dai &
+    Wipf, and that of the data set's authors if there is one.
+    """
     default, own = PROTOCOLS["default"], recipe.generation
     ways: dict[str, Generation] = {
         "default-renormalised": replace(own, renormalise="always"),
@@ -143,7 +139,8 @@ def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
     others = [
         replace(default, name=name, generation=way) for name, way in ways.items() if way != own
     ]
-    authors = [PROTOCOLS[AUTHORS[recipe.data.source]]] if recipe.data.source in AUTHORS else []
+    named = DATA_SETS.get(recipe.data.source)
+    authors = [PROTOCOLS[named.protocol]] if named and named.protocol else []
     return (default, *others, PROTOCOLS["dai-wipf"], *authors)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from poise.errors import InputError, MissingInputError
+from poise.metrics.listed import is_frechet
 from poise.recipes.settings import to_json
 from poise.support.files import write_json
 from poise.support.version import __version__
@@ -137,9 +138,7 @@ class Result:
     def distance_names(self) -> tuple[str, ...]:
         """How the Frechet distances are called that were measured: "FID", "FD-light", ..."""
         names = dict.fromkeys(m["metric"] for m in self.evaluation["measurements"])
-        return tuple(
-            name for name in names if name.startswith(("FID", "FD-")) and "infinity" not in name
-        )
+        return tuple(filter(is_frechet, names))
 
     @property
     def name(self) -> str:

@@ -15,11 +15,11 @@ from poise.protocols import Protocol, find_protocol
 from poise.recipes.settings import CHANGES, OF_ONE_RUN, Changes, Recipe
 from poise.runs.options import Options
 from poise.runs.pipeline import resolve
-from poise.runs.run import GENERATIONS, PriorName
 from poise.studies.comparison.experiment import Comparison, Experiment, conduct, deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import appearing, write_file
+from poise.variants import PriorName, available_priors, find_prior
 
 BALANCES = ("computed", "learned", "optimal", "fixed")
 
@@ -52,8 +52,8 @@ def compare(
         balances: labels that are balances: see `poise.balance.make_balance`. The first label is the reference. None: computed,
             learned, optimal and fixed, or computed alone beside models.
         models: labels that are objectives: see `poise.objectives.make_objective`.
-        priors: of which samples are compared: "normal", "second-stage", "mixture"; without "second-stage" no stage 2 is
-            trained. None: all that there are.
+        priors: names of the priors whose samples are compared, see `poise.variants.PRIORS`. Without
+            "second-stage" no stage 2 is trained. None: all that there are.
         seeds: 0, 1, ... so many.
         recipe: see `poise.train`.
         second_balance: of stage 2, for all labels; "same": each balance label's own; None: the recipe's.
@@ -82,7 +82,7 @@ def compare(
     one_stage = isinstance(recipe, Recipe) and recipe.second is None
     chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
     base = base_recipe(
-        data, recipe, changes if "second-stage" in chosen else {**changes, "stages": 1}
+        data, recipe, changes if _need_second_stage(chosen) else {**changes, "stages": 1}
     )
     name = f"compare-{_name(data, base)}"
     folder = Path(out or Path("runs") / name)
@@ -97,19 +97,18 @@ def compare(
 
 
 def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tuple[PriorName, ...]:
-    """The priors to measure, in the order of `GENERATIONS`; all that there are if none are given."""
-    known: tuple[PriorName, ...] = tuple(GENERATIONS.values())
-    if unknown := set(priors or ()) - set(known):
-        raise InputError(
-            f"unknown prior {', '.join(sorted(unknown))}; there are {', '.join(known)}, as in priors=['mixture']"
-        )
-    if stages == 1 and "second-stage" in (priors or ()):
-        raise InputError(
-            "the prior second-stage needs a second stage: leave it out of the priors, or allow both stages"
-        )
-    there: list[PriorName] = [prior for prior in known if stages != 1 or prior != "second-stage"]
-    chosen: list[PriorName] = [prior for prior in there if priors is None or prior in priors]
-    return tuple(chosen)
+    """The priors to measure, in the order of `PRIORS`; all that there are if none are given."""
+    for name in priors or ():
+        if find_prior(name).needs == "second stage" and stages == 1:
+            raise InputError(
+                f"the prior {name} needs a second stage: leave it out of the priors, or allow both stages"
+            )
+    there = available_priors(second_stage=stages != 1)
+    return tuple(name for name in there if priors is None or name in priors)
+
+
+def _need_second_stage(priors: Sequence[PriorName]) -> bool:
+    return any(find_prior(name).needs == "second stage" for name in priors)
 
 
 def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, Any]) -> Recipe:

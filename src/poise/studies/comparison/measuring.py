@@ -16,9 +16,10 @@ from poise.features import Extractor, make_extractor
 from poise.protocols import DEFAULT, NO_EXTRACTOR, Protocol, model_protocol
 from poise.recipes.settings import Generation, from_json
 from poise.runs.checkpoint import MANIFEST, checkpoints
-from poise.runs.run import GENERATIONS, PriorName, Run
+from poise.runs.run import Run
 from poise.studies.results import Result
 from poise.support.files import strict, write_json
+from poise.variants import PRIORS, PriorName
 
 SMALL_SIDE = (
     16  # up to which pictures are compared pixel by pixel: `pixels` keeps every one of them
@@ -49,7 +50,7 @@ class Measuring:
     @property
     def sets(self) -> tuple[str, ...]:
         """What is compared with real images: REC, GEN-1, ..."""
-        return ("REC", *(label for label, name in GENERATIONS.items() if name in self.priors))
+        return ("REC", *(prior.label for name, prior in PRIORS.items() if name in self.priors))
 
     def covers(self, result: Result) -> bool:
         """Whether a result has every set under every protocol."""

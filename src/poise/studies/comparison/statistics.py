@@ -13,24 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from poise.errors import InputError
+from poise.metrics.listed import FIGURES, is_compared
 from poise.protocols import DEFAULT
 from poise.studies.results import Result
+from poise.variants import PRIORS
 
 DRAWS = 10_000
 BOOTSTRAP_SEED = 2020
 COVERED = 0.95
 FEWEST = 3  # seeds, of which an interval is given
 NEAR = 1.1  # times the reference's final training error: where "reached" begins
-
-PAGES = {
-    "test MSE (per dimension)": "reconstruction.mse",
-    "KL (nats per image)": "reconstruction.kl_nats",
-    "ELBO (nats per image)": "reconstruction.elbo_nats",
-    "gamma2": "reconstruction.gamma2",
-    "quadratic term over D/2": "reconstruction.quadratic_share",
-    "active latents": "latents.active_units",
-}
-SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 
 
 def figures(result: Result, ambiguous: Collection[str]) -> dict[str, float]:
@@ -40,29 +32,32 @@ def figures(result: Result, ambiguous: Collection[str]) -> dict[str, float]:
         result: of a run.
         ambiguous: `namesakes` of all results of the table.
     """
-    values = {name: _value(result, where) for name, where in PAGES.items()}
+    values = {f.in_compare: _value(result, f.key) for f in FIGURES if f.in_compare}
     values |= {
         f"{name} {code}" if name in ambiguous else name: math.nan if value is None else value
-        for name, code, value in _distances(result)
+        for name, code, value in _compared(result)
     }
     values["training seconds"] = _value(result, "seconds.training")
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def namesakes(results: Iterable[Result]) -> set[str]:
-    """Names of distances that stand for several protocols: to them tables add the protocol's hash."""
+    """Return the names that stand for several protocols. Tables add the protocol's hash to them."""
     codes: dict[str, set[str]] = {}
     for result in results:
-        for name, code, _ in _distances(result):
+        for name, code, _ in _compared(result):
             codes.setdefault(name, set()).add(code)
     return {name for name, found in codes.items() if len(found) > 1}
 
 
-def _distances(result: Result) -> Iterator[tuple[str, str, float | None]]:
-    """Frechet distances of all sets: name, with the protocol's where that is not the default one; protocol's hash; value."""
-    distances = result.distance_names
+def _compared(result: Result) -> Iterator[tuple[str, str, float | None]]:
+    """Yield name, protocol's hash and value of each measurement that tables show.
+
+    The name has that of the protocol if it is not the default one.
+    """
+    sets = ("REC", *(prior.label for prior in PRIORS.values()))
     for m in result.measurements():
-        if m["metric"] in distances and m["of"] in SETS:
+        if is_compared(m["metric"]) and m["of"] in sets:
             protocol = result.evaluation["protocols"][m["protocol"]]["name"]
             under = "" if protocol == DEFAULT.name else f", {protocol}"
             yield f"{m['metric']} of {m['of']}{under}", m["protocol"], m["value"]

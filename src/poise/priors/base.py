@@ -1,0 +1,141 @@
+"""What every prior is, how one is made from a trained model, and latent renormalisation.
+
+Latent renormalisation. Autoencoders lose variance, by about their MSE, and so does stage 2. Asperti
+& Trentin multiply the latents by one scalar, without centring, so that their standard deviation is
+the t that the variance law of the codes demands: z <- z t / (mean over dimensions of the standard
+deviation of z). For GEN-1 that is z <- z t. The released code measures the standard deviation over
+each generated batch. Here it is measured over a reference draw, so that image i does not depend on
+the number of images.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import final
+
+import torch
+from torch import nn
+
+from poise.errors import InputError
+from poise.latent import DiagonalGaussian, variance_law
+from poise.shapes import Latents, Noise, Scalar
+from poise.support.seeds import REFERENCE_SEED, noise_per_image
+from poise.vae import VAE
+from poise.variants import find_prior
+
+REFERENCE_DRAWS = 10_000
+LOST_SHARE = 0.25  # of stage 2's MSE; the released rule renormalises if more variance was lost
+
+
+class Prior(nn.Module, ABC):
+    """A distribution of latents: a function of standard normal noise.
+
+    A prior of `poise.variants.PRIORS` also has a class method `fitted(model: TrainedModel)`.
+
+    Attributes:
+        noise_dims: number of columns of the noise.
+        std: standard deviation of its latents. None: it is measured over a reference draw.
+    """
+
+    noise_dims: int
+    std: float | None = None
+
+    @abstractmethod
+    def latents(self, noise: Noise) -> Latents:
+        """Return the latents of standard normal noise, (n, noise_dims) -> (n, latents)."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a prior can be made from.
+
+    Attributes:
+        latent_dim: number of latents.
+        codes: returns the posteriors of the training images, (n, latents).
+        second: stage 2. None: there is none.
+        gamma2: decoder variance of stage 2, for noise added to its output. None: no noise.
+        components: most components of a mixture.
+        seed: of whatever is random in a fit.
+        device: where a fit is computed.
+    """
+
+    latent_dim: int
+    codes: Callable[[], DiagonalGaussian]
+    second: VAE | None = None
+    gamma2: Scalar | None = None
+    components: int = 10
+    seed: int = 0
+    device: str | torch.device = "cpu"
+
+
+def make_prior(name: str, model: TrainedModel) -> Prior:
+    """Return the prior of a name, made from a trained model.
+
+    Raises:
+        InputError: there is no such prior, or it needs a second stage and the model has none.
+    """
+    named = find_prior(name)
+    if named.needs == "second stage" and model.second is None:
+        raise InputError(f"the prior {name} needs a second stage, and this model has none")
+    return resolve_name(named.home).fitted(model)
+
+
+def fit_prior(name: str, codes: DiagonalGaussian, *, seed: int = 0) -> Prior:
+    """Return the prior of a name, fitted to codes alone.
+
+    Args:
+        name: a key of `poise.variants.PRIORS` that needs no second stage.
+        codes: (n, latents), the posteriors of the training images.
+        seed: of whatever is random in the fit.
+
+    Raises:
+        InputError: there is no such prior, or it needs a second stage.
+
+    Example:
+        >>> codes = DiagonalGaussian(torch.randn(100, 2), torch.zeros(100, 2))
+        >>> fit_prior("mixture", codes).noise_dims
+        3
+    """
+    return make_prior(name, TrainedModel(codes.mean.shape[1], lambda: codes, seed=seed))
+
+
+@final
+class RenormalisedPrior(Prior):
+    """The latents of another prior times a scalar.
+
+    Args:
+        prior: the other prior.
+        factor: the scalar, see `renormalisation_factor`.
+    """
+
+    def __init__(self, prior: Prior, factor: float) -> None:
+        super().__init__()
+        self.prior, self.factor = prior, factor
+        self.noise_dims = prior.noise_dims
+
+    def latents(self, noise: Noise) -> Latents:
+        return self.factor * self.prior.latents(noise)
+
+
+def renormalisation_factor(
+    prior: Prior,
+    codes: DiagonalGaussian,
+    *,
+    released: bool = False,
+    device: str | torch.device = "cpu",
+) -> float:
+    """Return the scalar that gives a prior's latents the standard deviation of the variance law.
+
+    Args:
+        prior: its latents are scaled by t over their mean standard deviation.
+        codes: the posteriors of the training images.
+        released: use the released variance law (E[s] in place of E[s^2]).
+        device: device of the prior.
+    """
+    target = variance_law(codes.mean, codes.logvar, released=released).mean().sqrt()
+    if prior.std is not None:
+        return float(target) / prior.std
+    noise = noise_per_image(REFERENCE_DRAWS, prior.noise_dims, seed=REFERENCE_SEED)
+    produced = prior.latents(noise.to(device)).cpu().double().std(0, correction=0).mean()
+    return float(target / produced)
