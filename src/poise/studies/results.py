@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from poise.data import NAMES
 from poise.errors import InputError, MissingInputError
 from poise.recipes.settings import to_json
 from poise.support.files import write_json
@@ -174,12 +175,13 @@ def result_of(
         experiment, label: see `Result`.
         seconds: times to add to "training", which the run's summary has.
     """
+    source = run.recipe.data.source
     return Result(
         experiment,
         label,
         run.recipe.seed,
         settings=json.loads(json.dumps(to_json(run.recipe))),
-        data=run.data,
+        data=run.data | ({"source": source} if source in NAMES else {}),  # and not where it lay
         provenance=provenance(run.device),
         seconds=_training_seconds(run.folder) | (seconds or {}),
         curves=curves(run.folder / "metrics.jsonl"),

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +14,18 @@ from poise.errors import InputError
 
 _heard: list[list[float]] = []  # when the blocks that the main thread is in were asked to stop
 ECHO_SECONDS = 1.0  # torchrun, srun and terminals each pass a signal on, so that one request may arrive several times
+
+_further: ContextVar[Callable[[], bool]] = ContextVar("further", default=lambda: False)
+
+
+@contextmanager
+def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block `stop_signals` asks a run of this thread to stop when `reason()` is true, too."""
+    token = _further.set(reason)
+    try:
+        yield
+    finally:
+        _further.reset(token)
 
 
 @contextmanager
@@ -22,8 +35,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     Only the main thread hears signals. In another thread the function tells what the main thread's block has heard.
     """
     asked: list[float] = []
+    further = _further.get()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: any(_heard)
+        yield lambda: any(_heard) or further()
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -37,7 +51,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(known, handle)
     _heard.append(asked)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(asked) or further()
     finally:
         _heard.pop()
         for number, handler in before.items():
