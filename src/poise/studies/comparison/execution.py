@@ -26,6 +26,7 @@ from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, 
 from poise.support.guards import stop_signals
 from poise.support.progress import progress
 
+IDLE_SECONDS = 10.0  # until a process without work ends, also if the one that leads was killed
 SHOWN = 4  # tasks of which the display tells
 TAIL_BYTES = 2_000  # of a log, in which its last line lies
 
@@ -159,7 +160,8 @@ class Study:
         self._given.clear()
         shares = self._crew.shares(tasks)
         try:
-            for ended in self._pool()(self._calls(shares)):
+            answers: Any = self._pool()(self._calls(shares))
+            for ended in answers:
                 for one in ended:
                     self._conclude(one)
         except Exception as error:  # of joblib or its backend: `perform` reports those of a task
@@ -182,8 +184,13 @@ class Study:
         threads = self._crew.threads
         if threads is None:
             return Parallel(n_jobs=len(self._crew.devices), **how)
-        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-        with parallel_config("loky", inner_max_num_threads=threads, **ignore):
+        processes: dict[str, Any] = {
+            "inner_max_num_threads": threads,
+            "idle_worker_timeout": IDLE_SECONDS,
+            "initializer": signal.signal,  # Ctrl-C reaches all processes of a terminal
+            "initargs": (signal.SIGINT, signal.SIG_IGN),
+        }
+        with parallel_config("loky", **processes):
             return Parallel(n_jobs=self._crew.processes, **how)
 
     def _conclude(self, ended: Ended) -> None:

@@ -252,9 +252,9 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be at least 1, not {jobs}")
-    backend, chosen = get_active_backend()
-    if not isinstance(backend, LokyBackend):
-        return Crew((str(device),) * (jobs or effective_n_jobs(chosen or -1)), None)
+    chosen: Any = get_active_backend()  # and its number of jobs
+    if not isinstance(chosen[0], LokyBackend):
+        return Crew((str(device),) * (jobs or effective_n_jobs(chosen[1] or -1)), None)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
