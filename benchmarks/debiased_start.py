@@ -77,7 +77,7 @@ def experiments(label: str, names: Sequence[str]) -> Iterator[Experiment]:
                 for c in experiment.compared[COMPUTED]
                 if c.protocol.extractor == "pixels"
             )
-            sets = replace(compared_sets("pixels", SETS, 1), protocol=pixels)
+            sets = replace(compared_sets("pixels", SETS, 2_000), protocol=pixels)
             yield replace(
                 experiment, labels={label: {"balance": label} | both}, compared={label: (sets,)}
             )

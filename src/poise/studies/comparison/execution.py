@@ -26,7 +26,7 @@ from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, 
 from poise.support.guards import stop_signals
 from poise.support.progress import progress
 
-IDLE_SECONDS = 10.0  # until a process without work ends, also if the one that leads was killed
+IDLE_SECONDS = 10.0  # until a worker without work ends; where this process was killed loky adds 30
 SHOWN = 4  # tasks of which the display tells
 TAIL_BYTES = 2_000  # of a log, in which its last line lies
 
