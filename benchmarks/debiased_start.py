@@ -13,16 +13,16 @@ debiased one divides the average that starts at 0 by the sum of its weights:
 Both are measured on the computed runs of docs/claims.md (three seeds, same order and noise), on
 the oracle of tests/test_oracle.py, and on a training of 30 steps:
 
-    python -m benchmarks.debiased_start --mnist mnist.npz --fashion fashion.npz
+    POISE_DATA=... python -m benchmarks.debiased_start [--only claims-digits]
 
-The plain runs are done here too, so that both are of one machine. The digits alone need neither
-file. About 25 minutes of one core.
+The plain runs are done here too, so that both are of one machine. The digits alone need no
+POISE_DATA. About 25 minutes of one core.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -35,17 +35,16 @@ from sklearn.decomposition import PCA
 
 import poise
 from benchmarks.measuring import machine, show, write_report
+from claims.__main__ import work
 from claims.design import (
     COMPUTED,
     DIGITS,
     FASHION,
     LEARNED,
     MNIST,
-    Compared,
-    Trial,
-    balanced,
     design,
 )
+from claims.design import compared as compared_sets
 from claims.figures import (
     KL,
     TEST_MSE,
@@ -56,8 +55,8 @@ from claims.figures import (
     images_to,
     speed_up,
 )
-from claims.work import work
 from poise.balance import make_balance
+from poise.studies.comparison.experiment import Experiment
 from poise.studies.results import read_results
 
 PLAIN, DEBIASED = "computed:start=first-batch", "computed"
@@ -67,36 +66,30 @@ SEEDS = (0, 1, 2)
 SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 
 
-def trials(label: str, experiments: list[str]) -> Iterator[Trial]:
+def experiments(label: str, names: Sequence[str]) -> Iterator[Experiment]:
     """The design's computed runs, with `label` in place of computed in both stages."""
-    for trial in design():
-        if trial.experiment in experiments and trial.label == COMPUTED:
-            second = trial.recipe.second
-            second_balance = label if second and second.balance == COMPUTED else None
-            recipe = balanced(trial.recipe, label, trial.recipe.seed, second=second_balance)
-            pixels = [c for c in trial.compared if c.extractor == "pixels"]
-            compared = tuple(Compared("pixels", SETS, c.number, c.reference) for c in pixels)
-            yield replace(trial, label=label, recipe=recipe, compared=compared)
+    for experiment in design():
+        if experiment.name in names:
+            second = experiment.base.second
+            both = {"second_balance": label} if second and second.balance == COMPUTED else {}
+            (pixels,) = (
+                c.protocol
+                for c in experiment.compared[COMPUTED]
+                if c.protocol.extractor == "pixels"
+            )
+            sets = replace(compared_sets("pixels", SETS, 2_000), protocol=pixels)
+            yield replace(
+                experiment, labels={label: {"balance": label} | both}, compared={label: (sets,)}
+            )
 
 
-def compared_runs(folder: Path, sources: dict[str, str]) -> dict[str, Any]:
+def compared_runs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Both averages on the claims' networks and schedules."""
-    experiments = [DIGITS] + [name for name in (MNIST, FASHION) if _source(name) in sources]
     for label in (PLAIN, DEBIASED):
-        work(
-            list(trials(label, experiments)),
-            folder / "runs",
-            folder / "results",
-            sources,
-            processes=0,
-        )
+        work(list(experiments(label, names)), folder / "runs", folder / "results", jobs=1)
     evidence = Evidence([*read_results([folder / "results"])])
     slow = Evidence(r for r in read_results([CLAIMS]) if r.label == LEARNED)
-    return {name: _figures(evidence, slow, name) for name in experiments}
-
-
-def _source(experiment: str) -> str:
-    return {MNIST: "mnist", FASHION: "fashion-mnist"}[experiment]
+    return {name: _figures(evidence, slow, name) for name in names}
 
 
 def _figures(evidence: Evidence, slow: Evidence, experiment: str) -> dict[str, Any]:
@@ -198,16 +191,13 @@ def _percent(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mnist", type=Path)
-    parser.add_argument("--fashion", type=Path)
+    parser.add_argument("--only", nargs="+", default=(DIGITS, MNIST, FASHION), metavar="NAME")
     parser.add_argument("--json", type=Path, default=DEFAULT)
     parser.add_argument("--folder", type=Path, help="where runs and results stay, to go on with")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    given = {"mnist": options.mnist, "fashion-mnist": options.fashion}
-    sources = {name: str(path.resolve()) for name, path in given.items() if path}
     with tempfile.TemporaryDirectory() as temporary:
-        figures = compared_runs(options.folder or Path(temporary), sources)
+        figures = compared_runs(options.folder or Path(temporary), options.only)
     report = machine(torch.device("cpu")) | {"seeds": len(SEEDS), "claims": figures}
     report |= {"oracle": oracle(), "thirty_steps": thirty_steps()}
     write_report(options.json, report)

@@ -4,7 +4,7 @@
     python -m claims page         # docs/claims.md, and the table in README.md, from results/claims
     python -m claims quick        # the same pipeline on the digits, seconds
 
-In reading order: `design` (which runs there are), `measure` (one run, trained and measured), `work` (two at a time), `figures`
-(means, pairs, intervals), `rules` (when a claim holds: written before the runs), `statements` (the paper's claims), `questions`
-(our own), `page`.
+The runs are experiments of `poise.studies.comparison`, as those of `poise compare` are. In reading order: `design` (which runs
+there are), `measure` (figures of a run), `figures` (means, pairs, intervals), `rules` (when a claim holds: written before the
+runs), `statements` (the paper's claims), `questions` (our own), `page`.
 """

@@ -3,13 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from claims.design import Trial, design, quick
+import torch
+
+import poise
+from claims.design import design, quick
+from claims.measure import is_finished
 from claims.page import PAGE, README, RESULTS, in_readme, page, short_table, with_table
-from claims.work import work
-from poise.errors import InputError, RunError
+from poise.errors import InputError, Interrupted, RunError
+from poise.studies.comparison.experiment import Experiment, conduct_all
 from poise.studies.results import Result, read_results
 from poise.support.files import write_file
 
@@ -21,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         options.action(options)
-    except (InputError, RunError) as error:
+    except (InputError, Interrupted, RunError) as error:
         sys.exit(f"claims: {error}")
 
 
@@ -40,11 +45,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="experiments by name: claims-digits, claims-digits-batch-*",
     )
-    runs.add_argument("--mnist", type=Path, help="its folder or .npz; else POISE_DATA is searched")
-    runs.add_argument("--fashion", type=Path, help="the same for Fashion-MNIST")
-    runs.add_argument(
-        "--processes", type=int, default=2, help="of one thread each; 0: none but this one"
-    )
+    runs.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     runs.add_argument(
         "--runs", type=Path, default=RUNS, help="where runs lie until they are measured"
     )
@@ -55,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     trial.set_defaults(action=run_quickly)
     trial.add_argument("--out", type=Path, default=QUICK)
-    trial.add_argument(
-        "--processes", type=int, default=0, help="two need longer to start than it takes"
-    )
+    trial.add_argument("--jobs", type=int, default=1, help="two need longer to start than it takes")
     pages = actions.add_parser("page", help="write docs/claims.md and the table in README.md")
     pages.set_defaults(action=write)
     pages.add_argument("--results", type=Path, default=RESULTS)
@@ -69,32 +68,57 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """The design's runs, or some of them."""
     wanted = [
-        t
-        for t in design()
-        if not options.only or any(fnmatch(t.experiment, pattern) for pattern in options.only)
+        experiment
+        for experiment in design()
+        if not options.only or any(fnmatch(experiment.name, pattern) for pattern in options.only)
     ]
     if not wanted:
         raise InputError(
             f"no experiment is called {' or '.join(options.only)}: python -m claims list shows them"
         )
-    given = {"mnist": options.mnist, "fashion-mnist": options.fashion}
-    sources = {name: str(path.resolve()) for name, path in given.items() if path}
-    work(
-        wanted,
-        options.runs,
-        options.results,
-        sources,
-        processes=options.processes,
-        keep=options.keep,
-    )
+    work(wanted, options.runs, options.results, jobs=options.jobs, keep=options.keep)
+
+
+def work(
+    experiments: Sequence[Experiment], runs: Path, results: Path, *, jobs: int, keep: bool = False
+) -> None:
+    """Do what is not finished. The data of experiments that are finished need not be here.
+
+    Args:
+        experiments: what is done.
+        runs: folder of the runs until they are measured.
+        results: folder of the results.
+        jobs: runs at a time.
+        keep: keep the runs.
+
+    Raises:
+        RunError: some failed.
+    """
+    torch.set_num_threads(1)  # also of other processes: see `crew_for`
+    written = there(results)
+    left = {
+        runs / experiment.name: replace(experiment, keep=keep)
+        for experiment in experiments
+        if not is_finished(experiment, written)
+    }
+    print(f"{len(experiments) - len(left)} of {len(experiments)} experiments are finished")
+    options = poise.Options(device="cpu")
+    done = conduct_all(left, title="claims", results=results, jobs=jobs, options=options)
+    failed = [
+        f"{comparison.name} {label} {seed}: {message}"
+        for comparison in done
+        for (label, seed), message in comparison.failed.items()
+    ]
+    if failed:
+        raise RunError("\n".join(["some runs failed; the others are done", *failed]))
 
 
 def run_quickly(options: argparse.Namespace) -> None:
     """A few small runs, and a page of them."""
-    trials: list[Trial] = quick()
-    work(trials, options.out / "runs", options.out / "results", {}, processes=options.processes)
+    experiments = quick()
+    work(experiments, options.out / "runs", options.out / "results", jobs=options.jobs)
     results = read_results([options.out / "results"])
-    write_file(options.out / "claims.md", page(results, trials).encode())
+    write_file(options.out / "claims.md", page(results, experiments).encode())
     write_file(options.out / "table.md", short_table(results).encode())
 
 
@@ -112,8 +136,9 @@ def there(folder: Path) -> list[Result]:
 
 def show(options: argparse.Namespace) -> None:
     """Every run."""
-    for trial in design():
-        print(trial.experiment, trial.label, trial.recipe.seed, sep="\t")
+    for experiment in design():
+        for label, recipe in experiment.planned():
+            print(experiment.name, label, recipe.seed, sep="\t")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """Which runs there are: an experiment has one network, schedule and data set; its labels differ in one thing."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
-from poise.recipes.settings import Data, Network, Recipe, Stage
+from claims.measure import figures_of_run
+from poise.protocols import DEFAULT, NO_EXTRACTOR
+from poise.recipes.settings import Data, Generation, Network, Recipe, Stage
+from poise.runs.run import PriorName
+from poise.studies.comparison.experiment import Experiment
+from poise.studies.comparison.measuring import Compared, ImageSet
 
 COMPUTED = "computed"
 RATCHET = "computed:start=1,monotone=true"  # the released rule: gamma2 never grows
@@ -19,7 +24,6 @@ RAE = (
 )
 WAE = "wae-mmd"
 RIVALS = ("autoencoder", RAE, "rae-gp", WAE)
-PUBLISHED_BALANCE = "fixed:gamma2=0.5"  # of the rivals: squared error + penalty, as published
 
 MNIST, FASHION, DIGITS = "claims-mnist", "claims-fashion", "claims-digits"
 LENGTHS = (
@@ -40,44 +44,26 @@ Reference = Literal["train", "test"]
 # FD-light takes a second for 70 images on one core, as long as stage 1 for a run's sets: only where a claim needs it.
 JUDGED_BY_LIGHT = {MNIST: (COMPUTED, LEARNED), FASHION: (COMPUTED, LEARNED, FASTER, OPTIMAL, FIXED)}
 
-# Sets of images, and how each is made: see `measure`.
+# Sets of images by their names, and how each is made.
 BASIC = ("REC", "GEN-1", "GEN-2")
 FIRST_STAGE = ("REC", "GEN-1", "GEN-mixture")
 BY_CODES = ("REC", "GEN-mixture")
 PLAIN, NOISELESS = "GEN-2", "GEN-2 without noise"
 RENORMALISED, NOISELESS_RENORMALISED = f"{PLAIN}, renormalised", f"{NOISELESS}, renormalised"
 EVERY_SET = (*BASIC, "GEN-mixture", RENORMALISED, NOISELESS, NOISELESS_RENORMALISED)
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Sets of images compared with real ones.
-
-    Attributes:
-        extractor: see `poise.features.make_extractor`.
-        sets: which.
-        number: real images, and as many produced ones.
-        reference: the side of the data that real images are from.
-    """
-
-    extractor: str
-    sets: tuple[str, ...]
-    number: int
-    reference: Reference = "test"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run: what is trained, and what is measured of it."""
-
-    experiment: str
-    label: str
-    recipe: Recipe
-    compared: tuple[Compared, ...]
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.experiment, self.label, self.recipe.seed
+WAYS: dict[str, tuple[PriorName | None, Generation]] = {
+    "REC": (None, Generation()),
+    "GEN-1": ("normal", Generation()),
+    "GEN-2": ("second-stage", Generation()),
+    "GEN-mixture": ("mixture", Generation()),
+    RENORMALISED: ("second-stage", Generation(renormalise="always")),
+    NOISELESS: ("second-stage", Generation(second_stage_noise=False)),
+    NOISELESS_RENORMALISED: (
+        "second-stage",
+        Generation(second_stage_noise=False, renormalise="always"),
+    ),
+}
+KEPT = ("FD-", "KID-")  # the rest would be most of the results' bytes
 
 
 IMAGES = Recipe(
@@ -100,44 +86,54 @@ SMALL = Recipe(
     ),
 )
 ONE_STAGE = replace(SMALL, second=None)
+ONE = {"stages": 1}
+Labels = dict[str, tuple[dict[str, Any], tuple[Compared, ...]]]  # changes of the recipe, and sets
 
 
-def design() -> list[Trial]:
-    """Every run, the first seed of all experiments first, so that a set that is stopped early says something already."""
-    return sorted(_trials(), key=lambda trial: trial.recipe.seed)
+def design() -> list[Experiment]:
+    """Every experiment, of three seeds."""
+    return [*_pictures(), *_digits()]
 
 
-def _trials() -> Iterator[Trial]:
-    yield from _pictures()
-    yield from _digits()
+def experiment(name: str, base: Recipe, labels: Labels) -> Experiment:
+    """Return an experiment of three seeds, whose runs are evaluated on every test image."""
+    changes = {label: changed for label, (changed, _) in labels.items()}
+    compared = {label: sets for label, (_, sets) in labels.items()}
+    return Experiment(
+        name,
+        base,
+        changes,
+        3,
+        (DEFAULT,),
+        (),
+        NO_EXTRACTOR,
+        compared=compared,
+        pages={"claims": figures_of_run},
+        keep=False,
+    )
 
 
-def _pictures() -> Iterator[Trial]:
+def _pictures() -> Iterator[Experiment]:
     fashion = replace(IMAGES, data=Data("fashion-mnist"))
-    for seed in range(3):
-        for label in (COMPUTED, LEARNED, FIXED):
-            yield Trial(MNIST, label, balanced(IMAGES, label, seed), _sets(MNIST, label))
-        for label in (COMPUTED, LEARNED, FASTER, OPTIMAL, FIXED):
-            yield Trial(FASHION, label, balanced(fashion, label, seed), _sets(FASHION, label))
-        both = balanced(fashion, LEARNED, seed, second=LEARNED)
-        yield Trial(FASHION, TWICE_LEARNED, both, (_light(BASIC), _pixels(EVERY_SET)))
-        for objective in RIVALS:
-            sets = (
-                FIRST_STAGE if objective == WAE else BY_CODES
-            )  # the only one of them that has a prior to draw from
-            yield Trial(
-                FASHION,
-                objective,
-                rival(fashion, objective, seed),
-                (_light(sets), _pixels(FIRST_STAGE)),
-            )
-        for epochs in LENGTHS:
-            shorter = replace(fashion, first=replace(fashion.first, epochs=epochs), second=None)
-            for label in (COMPUTED, LEARNED):
-                compared = (_light(BY_CODES), _pixels(FIRST_STAGE))
-                yield Trial(
-                    f"{FASHION}-epochs-{epochs}", label, balanced(shorter, label, seed), compared
-                )
+    labels: Labels = {
+        label: ({"balance": label}, _sets(MNIST, label)) for label in (COMPUTED, LEARNED, FIXED)
+    }
+    yield experiment(MNIST, IMAGES, labels)
+    labels = {
+        label: ({"balance": label}, _sets(FASHION, label))
+        for label in (COMPUTED, LEARNED, FASTER, OPTIMAL, FIXED)
+    }
+    both = {"balance": LEARNED, "second_balance": LEARNED}
+    labels[TWICE_LEARNED] = both, (_light(BASIC), _pixels(EVERY_SET))
+    for objective in RIVALS:  # one stage each; of them only WAE has a prior to draw from
+        sets = FIRST_STAGE if objective == WAE else BY_CODES
+        labels[objective] = {"objective": objective} | ONE, (_light(sets), _pixels(FIRST_STAGE))
+    yield experiment(FASHION, fashion, labels)
+    for epochs in LENGTHS:
+        shorter = replace(fashion, first=replace(fashion.first, epochs=epochs), second=None)
+        compared = (_light(BY_CODES), _pixels(FIRST_STAGE))
+        labels = {label: ({"balance": label}, compared) for label in (COMPUTED, LEARNED)}
+        yield experiment(f"{FASHION}-epochs-{epochs}", shorter, labels)
 
 
 def _sets(experiment: str, label: str) -> tuple[Compared, ...]:
@@ -150,41 +146,60 @@ def _sets(experiment: str, label: str) -> tuple[Compared, ...]:
 
 
 def _light(sets: tuple[str, ...]) -> Compared:
-    return Compared("light", sets, 500)
+    return compared("light", sets, 500)
 
 
 def _pixels(sets: tuple[str, ...]) -> Compared:
-    return Compared("pixels", sets, 2_000)
+    return compared("pixels", sets, 2_000)
 
 
-def _digits() -> Iterator[Trial]:
+def compared(
+    extractor: str, sets: tuple[str, ...], number: int, reference: Reference = "test"
+) -> Compared:
+    """Compare sets of images with real ones.
+
+    Args:
+        extractor: see `poise.features.make_extractor`.
+        sets: by their names in `WAYS`.
+        number: real images, and as many produced ones.
+        reference: the side of the data that real images are from.
+    """
+    protocol = replace(
+        DEFAULT,
+        name="claims",
+        reference=reference,
+        real=number,
+        kid_subsets=1,
+        kid_subset_size=number,
+        extractor=extractor,
+    )
+    return Compared(protocol, tuple(ImageSet(name, *WAYS[name]) for name in sets), KEPT)
+
+
+def _digits() -> Iterator[Experiment]:
     every, first = _all_digits(EVERY_SET), _all_digits(FIRST_STAGE)
-    for seed in range(3):
-        for label in (*BALANCES, "computed:kl_weight=4"):
-            yield Trial(DIGITS, label, balanced(SMALL, label, seed), every)
-        for label in (
-            "learned:rate=10",
-            "learned:start=0.05",
-            "computed:decay=0.9",
-            "computed:decay=0.999",
-        ):
-            yield Trial(DIGITS, label, balanced(ONE_STAGE, label, seed), first)
-        for gamma2 in (0.3, 0.1, 0.03, 0.01, 0.003):
-            label = f"fixed:gamma2={gamma2}"
-            yield Trial(DIGITS, label, balanced(ONE_STAGE, label, seed), first)
-        for batch in BATCHES:
-            for label in (COMPUTED, RATCHET):
-                yield Trial(
-                    f"{DIGITS}-batch-{batch}", label, balanced(_batched(batch), label, seed), ()
-                )
-        for steps, hidden in SECOND_STAGES:
-            yield Trial(
-                second_stages(steps, hidden), COMPUTED, _seconded(steps, hidden, seed), every
-            )
+    labels: Labels = {
+        label: ({"balance": label}, every) for label in (*BALANCES, "computed:kl_weight=4")
+    }
+    for label in (
+        "learned:rate=10",
+        "learned:start=0.05",
+        "computed:decay=0.9",
+        "computed:decay=0.999",
+        *(f"fixed:gamma2={gamma2}" for gamma2 in (0.3, 0.1, 0.03, 0.01, 0.003)),
+    ):
+        labels[label] = {"balance": label} | ONE, first
+    yield experiment(DIGITS, SMALL, labels)
+    for batch in BATCHES:
+        labels = {label: ({"balance": label}, ()) for label in (COMPUTED, RATCHET)}
+        yield experiment(f"{DIGITS}-batch-{batch}", _batched(batch), labels)
+    for steps, hidden in SECOND_STAGES:
+        labels = {COMPUTED: ({"balance": COMPUTED}, every)}
+        yield experiment(second_stages(steps, hidden), _seconded(steps, hidden), labels)
 
 
 def _all_digits(sets: tuple[str, ...]) -> tuple[Compared, ...]:
-    return (Compared("pixels", sets, 1_600, "train"),)  # of 1,617: the test side's 180 are too few
+    return (compared("pixels", sets, 1_600, "train"),)  # of 1,617: the test side's 180 are too few
 
 
 def _batched(batch: int) -> Recipe:
@@ -198,27 +213,15 @@ def second_stages(steps: int, hidden: int) -> str:
     return f"{DIGITS}-second-{steps}-{hidden}"
 
 
-def _seconded(steps: int, hidden: int, seed: int) -> Recipe:
+def _seconded(steps: int, hidden: int) -> Recipe:
     assert SMALL.second is not None
     second = replace(SMALL.second, steps=steps, halve_every=steps * 2 // 5)
     network = replace(SMALL.network, second_hidden=hidden)
     shorter = replace(SMALL.first, epochs=50, halve_every=20)
-    return replace(SMALL, network=network, first=shorter, second=second, seed=seed)
+    return replace(SMALL, network=network, first=shorter, second=second)
 
 
-def balanced(recipe: Recipe, balance: str, seed: int, *, second: str | None = None) -> Recipe:
-    """The recipe with a balance of stage 1, and perhaps of stage 2, whose own is otherwise the recipe's for every label."""
-    stage = recipe.second and replace(recipe.second, balance=second or recipe.second.balance)
-    return replace(recipe, first=replace(recipe.first, balance=balance), second=stage, seed=seed)
-
-
-def rival(recipe: Recipe, objective: str, seed: int) -> Recipe:
-    """Another model on the same network and schedule: one stage, a mixture fitted to its codes afterwards."""
-    first = replace(recipe.first, balance=PUBLISHED_BALANCE, objective=objective)
-    return replace(recipe, first=first, second=None, seed=seed)
-
-
-def quick() -> list[Trial]:
+def quick() -> list[Experiment]:
     """The same pipeline in seconds, on the digits: it shows that everything runs, and nothing else."""
     assert SMALL.second is not None
     first, second = (
@@ -231,10 +234,6 @@ def quick() -> list[Trial]:
         second=second,
         network=replace(SMALL.network, hidden=(32,), second_hidden=16),
     )
-    compared = (Compared("pixels", EVERY_SET, 200, "train"),)
-    labels = (COMPUTED, LEARNED)
-    return [
-        Trial(DIGITS, label, balanced(recipe, label, seed), compared)
-        for seed in range(3)
-        for label in labels
-    ]
+    sets = (compared("pixels", EVERY_SET, 200, "train"),)
+    labels: Labels = {label: ({"balance": label}, sets) for label in (COMPUTED, LEARNED)}
+    return [experiment(DIGITS, recipe, labels)]

@@ -14,7 +14,6 @@ from claims.design import (
     LEARNED,
     RIVALS,
     TWICE_LEARNED,
-    Trial,
     design,
 )
 from claims.figures import KL, TEST_MSE, Evidence, distance
@@ -23,6 +22,7 @@ from claims.questions import questions
 from claims.rules import Check, verdict_text
 from claims.statements import NORMAL, Statement, mean_of, stages, statements
 from poise.errors import InputError
+from poise.studies.comparison.experiment import Experiment
 from poise.studies.comparison.tables import markdown
 from poise.studies.results import Result
 
@@ -103,22 +103,22 @@ def contrary(results: Iterable[Result]) -> str:
     )
 
 
-def page(results: Iterable[Result], trials: Sequence[Trial] | None = None) -> str:
+def page(results: Iterable[Result], experiments: Sequence[Experiment] | None = None) -> str:
     """docs/claims.md.
 
     Args:
         results: those of other experiments are passed over.
-        trials: all that belong to it; None: the design's.
+        experiments: all that belong to it; None: the design's.
 
     Raises:
-        InputError: a result of other settings than its trial's.
+        InputError: a result of other settings than its experiment's.
     """
-    trials = design() if trials is None else trials
-    evidence = Evidence(_wanted(results, trials))
+    experiments = design() if experiments is None else experiments
+    evidence = Evidence(_wanted(results, experiments))
     paper, ours = statements(evidence), questions(evidence)
     parts = [
         HEAD,
-        _done(evidence, len(trials)),
+        _done(evidence, sum(len(e.planned()) for e in experiments)),
         "## Verdicts",
         summary([*paper, *ours]),
         _protocol(),
@@ -127,14 +127,15 @@ def page(results: Iterable[Result], trials: Sequence[Trial] | None = None) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _wanted(results: Iterable[Result], trials: Sequence[Trial]) -> Iterator[Result]:
-    by_key = {trial.key: trial for trial in trials}
+def _wanted(results: Iterable[Result], experiments: Sequence[Experiment]) -> Iterator[Result]:
+    by_name = {experiment.name: experiment for experiment in experiments}
     for result in results:
-        trial = by_key.get((result.experiment, result.label, result.seed))
-        if trial is not None and not belongs(result, trial):
+        experiment = by_name.get(result.experiment)
+        if experiment is None or result.label not in experiment.labels:
+            continue
+        if not belongs(result, experiment):
             raise InputError(f"{result.name} is of other settings than the design's: run it again")
-        if trial is not None:
-            yield result
+        yield result
 
 
 def _protocol() -> str:

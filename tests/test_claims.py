@@ -12,16 +12,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import poise  # noqa: E402
 from claims import design, figures, questions, statements  # noqa: E402
-from claims.__main__ import main, there  # noqa: E402
-from claims.measure import finished  # noqa: E402
+from claims.__main__ import main, there, work  # noqa: E402
+from claims.measure import belongs, is_finished  # noqa: E402
 from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page, with_table  # noqa: E402
 from claims.rules import Check, Outcome, above, below, less, near, no_worse, verdict, verdict_text  # noqa: E402
-from claims.work import work  # noqa: E402
-from poise.data import load  # noqa: E402
 from poise.errors import InputError  # noqa: E402
 from poise.objectives import make_objective  # noqa: E402
-from poise.recipes.settings import to_json  # noqa: E402
+from poise.recipes.settings import Data, to_json  # noqa: E402
 from poise.runs.build import first_stage  # noqa: E402
 from poise.studies.results import Result, read_results  # noqa: E402
 
@@ -268,20 +267,16 @@ def test_the_ratchet_is_found_to_sink_with_smaller_batches():
 
 
 def test_every_run_of_the_design_is_another_and_can_be_made():
-    trials = design.design()
-    assert len({trial.key for trial in trials}) == len(trials)
-    settings = {str(to_json(trial.recipe)) + trial.experiment for trial in trials}
-    assert len(settings) == len(trials)
-    for trial in trials:
-        assert make_objective(trial.recipe.first.objective)
+    runs = [(e.name, label, recipe) for e in design.design() for label, recipe in e.planned()]
+    assert len({(name, label, recipe.seed) for name, label, recipe in runs}) == len(runs) == 132
+    assert len({name + str(to_json(recipe)) for name, _, recipe in runs}) == len(runs)
+    for _, _, recipe in runs:
+        assert make_objective(recipe.first.objective)
 
 
 def test_all_models_of_a_comparison_have_stage_ones_of_one_size_and_schedule():
-    mine = [
-        trial.recipe
-        for trial in design.design()
-        if trial.experiment == design.FASHION and trial.recipe.seed == 0
-    ]
+    (fashion,) = (e for e in design.design() if e.name == design.FASHION)
+    mine = [recipe for _, recipe in fashion.planned() if recipe.seed == 0]
     sizes = {
         sum(p.numel() for p in first_stage(recipe, [1, 28, 28]).parameters()) for recipe in mine
     }
@@ -290,6 +285,18 @@ def test_all_models_of_a_comparison_have_stage_ones_of_one_size_and_schedule():
         for r in mine
     }
     assert len(mine) == 10 and len(sizes) == len(schedules) == 1
+
+
+def test_published_results_belong_to_the_runs_of_the_design_and_to_no_other():
+    results, experiments = there(RESULTS), {e.name: e for e in design.design()}
+    assert len(results) == 132
+    for result in results:
+        mine = experiments[result.experiment]
+        assert belongs(result, mine)
+        for other in experiments.values():
+            assert other is mine or not belongs(result, other), (result.name, other.name)
+    assert all(is_finished(experiment, results) for experiment in experiments.values())
+    assert not is_finished(experiments[results[0].experiment], results[1:])
 
 
 def test_shorter_runs_are_beginnings_of_the_whole_ones():
@@ -303,76 +310,69 @@ def test_shorter_runs_are_beginnings_of_the_whole_ones():
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quick")
-    main(["quick", "--out", str(out), "--processes", "0"])
+    main(["quick", "--out", str(out)])
     return out
 
 
 def test_the_quick_set_trains_measures_and_writes_a_page(quick_run):
     results = read_results([quick_run / "results"])
     text = (quick_run / "claims.md").read_text()
-    assert (
-        len(results) == len(design.quick()) and f"**{len(results)} of {len(results)} runs**" in text
-    )
-    assert "Verdict: **" in text and not list((quick_run / "runs").iterdir())
+    assert len(results) == 6 and "**6 of 6 runs**" in text and "Verdict: **" in text
+    assert not list((quick_run / "runs").rglob("config.json"))
     assert all(result.data["source"] == "digits" for result in results)
+    (experiment,) = design.quick()
+    assert is_finished(experiment, results)
+    sets = {m["of"] for m in results[0].measurements() if m["metric"] == "FD-pixels"}
+    assert sets == set(design.EVERY_SET)
 
 
-def test_finished_runs_are_not_done_again(quick_run):
-    times = {path: path.stat().st_mtime_ns for path in (quick_run / "results").iterdir()}
-    work(design.quick(), quick_run / "runs", quick_run / "results", {}, processes=0)
-    assert times == {path: path.stat().st_mtime_ns for path in (quick_run / "results").iterdir()}
+def test_finished_runs_are_not_done_again_though_their_data_are_gone(quick_run, monkeypatch):
+    monkeypatch.setattr(poise.studies.comparison.experiment, "read_data", None)
+    work(design.quick(), quick_run / "runs", quick_run / "results", jobs=1)
 
 
-def test_a_result_of_other_settings_is_refused(quick_run):
-    trial = design.quick()[0]
-    first = replace(trial.recipe.first, learning_rate=0.5)
+def test_a_result_of_other_settings_is_refused(quick_run, tmp_path):
+    (experiment,) = design.quick()
+    results = read_results([quick_run / "results"])
+    first = replace(experiment.base.first, learning_rate=0.5)
+    other = replace(experiment, base=replace(experiment.base, first=first))
+    assert not any(belongs(result, other) for result in results)
     with pytest.raises(InputError, match="other settings"):
-        finished(replace(trial, recipe=replace(trial.recipe, first=first)), quick_run / "results")
+        work([other], tmp_path, quick_run / "results", jobs=1)
     with pytest.raises(InputError, match="other settings"):
-        page(
-            read_results([quick_run / "results"])
-        )  # of the quick set, by the names of the whole one
+        page(results)  # of the quick set, by the names of the whole one
 
 
-def test_a_result_measured_with_other_images_than_the_design_says_is_refused(quick_run):
-    trial = design.quick()[0]
-    (compared,) = trial.compared
-    assert finished(trial, quick_run / "results")
-    for changed in (replace(compared, number=100), replace(compared, reference="test")):
-        with pytest.raises(InputError, match="other settings"):
-            finished(replace(trial, compared=(changed,)), quick_run / "results")
+def test_a_result_measured_with_other_images_than_the_design_says_does_not_belong(quick_run):
+    (experiment,) = design.quick()
+    result = read_results([quick_run / "results"])[0]
+    assert belongs(result, experiment)
+    for number, side in ((100, "train"), (200, "test")):
+        sets = (design.compared("pixels", design.EVERY_SET, number, side),)
+        other = replace(experiment, compared=dict.fromkeys(experiment.labels, sets))
+        assert not belongs(result, other)
 
 
-def test_a_run_measured_the_same_way_twice_has_the_same_figures(quick_run, tmp_path):
-    trial = design.quick()[0]
-    work([trial], tmp_path / "runs", tmp_path / "results", {}, processes=0)
-    (again,) = read_results([tmp_path / "results"])
-    once = next(
-        r
-        for r in read_results([quick_run / "results"])
-        if (r.label, r.seed) == (trial.label, trial.recipe.seed)
+def test_a_result_does_not_say_where_its_images_lay(tmp_path, monkeypatch):
+    images = np.zeros((40, 28, 28), np.uint8)
+    images[::2, ::2] = 255
+    monkeypatch.setenv("POISE_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "mnist.npz", x_train=images, x_test=images[:20])
+    (experiment,) = design.quick()
+    base = replace(
+        experiment.base,
+        data=Data("mnist"),
+        first=replace(experiment.base.first, batch_size=20),
+        second=None,
     )
-    values = [
-        [(m["metric"], m["of"], m["value"]) for m in r.evaluation["measurements"]]
-        for r in (once, again)
-    ]
-    assert values[0] == values[1]
-
-
-def test_a_result_does_not_say_where_its_images_lay(tmp_path):
-    images = load("digits")
-    np.savez(tmp_path / "pixels.npz", x_train=images.train, x_test=images.test)
-    trial = replace(design.quick()[0], compared=())
-    work(
-        [trial],
-        tmp_path / "runs",
-        tmp_path / "results",
-        {"digits": str(tmp_path / "pixels.npz")},
-        processes=0,
-    )
+    compared = {design.COMPUTED: ()}
+    labels = {design.COMPUTED: {"balance": design.COMPUTED}}
+    one = replace(experiment, base=base, labels=labels, compared=compared, seeds=1)
+    work([one], tmp_path / "runs", tmp_path / "results", jobs=1)
     text = next((tmp_path / "results").iterdir()).read_text()
-    assert "pixels.npz" not in text and '"source": "digits"' in text
-    assert finished(trial, tmp_path / "results")
+    assert str(tmp_path) not in text and text.count('"source": "mnist"') == 2
+    assert is_finished(one, there(tmp_path / "results"))
 
 
 def test_the_page_on_the_claims_is_what_the_results_make_of_it():

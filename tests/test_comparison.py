@@ -1,7 +1,6 @@
 """Several labels and seeds: what statistics say, who does the work, and that nothing finished is ever done again."""
 
 import itertools
-import json
 import os
 import signal
 import statistics
@@ -12,11 +11,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
+import doubles
 import poise
 from poise import cli
 from poise.protocols import DEFAULT
@@ -27,9 +28,11 @@ from poise.runs.options import Options
 from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
 from poise.studies.comparison.execution import execute
 from poise.studies.comparison.measuring import Measuring, resolve_extractor
-from poise.studies.comparison.plan import Crew, Task, crew_for, variants
+from poise.studies.comparison.plan import Crew, Share, Task, crew_for, variants
 from poise.studies.comparison.statistics import bootstrap, reached, spread, threshold
+from poise.studies.comparison.worker import is_held, leased
 from poise.studies.results import Result, read_results, write_result
+from poise.support.guards import locked
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
 TINY = Recipe(
@@ -241,12 +244,24 @@ def test_threads_depend_on_all_tasks_and_cores_are_not_shared_twice(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert crew_for(torch.device("cuda"), None, 3).devices == ("cuda:0", "cuda:1")
     three = crew_for(torch.device("cuda"), 3, 3)
-    assert three == Crew(("cuda:0", "cuda:1", "cuda:0"), 4)
-    assert [three.process(seat) for seat in range(3)] == [0, 1, 0] and [
-        three.seats(process) for process in (0, 1)
-    ] == [2, 1]
-    assert [crew_for(cpu, 3, 30).process(seat) for seat in range(3)] == [0, 1, 2]
+    assert three == Crew(("cuda:0", "cuda:1", "cuda:0"), 4) and three.processes == 2
+    assert crew_for(cpu, 3, 30).processes == 3
     assert crew_for(torch.device("cuda:1"), 2, 3).devices == ("cuda:1", "cuda:1")
+
+
+def test_runs_of_one_gpu_share_a_process_and_others_have_one_each(tmp_path):
+    a, b, c, d = todo = tasks(tmp_path, *"abcd")
+    assert Crew(("cuda:0", "cuda:1", "cuda:0"), 4).shares(todo) == [
+        Share((a, c, d), "cuda:0", 2),
+        Share((b,), "cuda:1", 1),
+    ]
+    assert Crew(("cpu", "cpu"), 1).shares(todo) == [Share((task,), "cpu") for task in todo]
+
+
+def test_a_backend_of_joblib_that_the_user_chose_decides_how_many_runs_there_are_at_a_time():
+    with joblib.parallel_config("threading", n_jobs=3):
+        assert crew_for(torch.device("cpu"), None, 9) == Crew(("cpu",) * 3, None)
+        assert crew_for(torch.device("cpu"), 2, 9) == Crew(("cpu",) * 2, None)
 
 
 def test_small_images_are_compared_by_pixels_and_others_by_what_is_at_hand(monkeypatch):
@@ -260,107 +275,78 @@ def test_small_images_are_compared_by_pixels_and_others_by_what_is_at_hand(monke
     assert spec == "pixels" and "poise[light]" in notes[0]
 
 
-# execution, by processes that need no torch
-
-DOUBLE = """
-import json, os, signal, sys, time
-for line in sys.stdin:
-    task = json.loads(line)["task"]
-    if task["label"] == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if task["label"] == "complains":
-        sys.exit("what it said")
-    if task["label"] == "sleeps":
-        time.sleep(60)
-    state = {"state": "failed", "message": "too bad"} if task["label"] == "fails" else {"state": "done"}
-    print(json.dumps(state), flush=True)
-"""
+# execution, of tasks that train nothing
 
 
 def tasks(folder: Path, *labels: str) -> list[Task]:
     how = Measuring((DEFAULT,), "none", ())
-    return [Task("trial", label, TINY, folder / label, folder / "results", how) for label in labels]
+    return [
+        Task("trial", label, TINY, folder / label, folder / "results", how, num_images=90)
+        for label in labels
+    ]
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_a_process_that_dies_or_a_task_that_fails_stops_no_other(
-    jobs, tmp_path, monkeypatch, capfd
-):
-    monkeypatch.setattr(execution, "START", DOUBLE)
-    todo = tasks(tmp_path, "good", "dies", "fails", "complains", "better")
-    outcome = execute(todo, Crew(("cpu",) * jobs, 1), 90, title="trial")
-    messages = {name.removesuffix(", seed 0"): message for name, message in outcome.failed.items()}
-    complaint = messages.pop("complains")
-    assert messages == {"dies": "its process ended by signal 9", "fails": "too bad"}
-    assert complaint.startswith("its process ended with exit code 1: what it said (see ")
-    assert not outcome.late and "trial 145/145" in capfd.readouterr().err
+@pytest.fixture
+def double(monkeypatch):
+    """Workers that only end as labels say."""
+    monkeypatch.setattr(execution, "work", doubles.work)
 
 
-def test_when_the_time_is_up_all_stop(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "START", DOUBLE)
+@pytest.mark.slow
+def test_a_worker_that_is_killed_and_a_task_that_fails_stop_no_other(tmp_path, double, capfd):
+    todo = tasks(tmp_path, "good", "dies", "fails", "better", "best")
+    outcome = execute(todo, Crew(("cpu",) * 2, 1), title="trial")
+    messages = {path.stem: message for path, message in outcome.failed.items()}
+    assert messages.pop("trial-fails-0") == "too bad"
+    assert "killed twice" in messages["trial-dies-0"] and "SIGKILL(-9)" in messages["trial-dies-0"]
+    assert len(messages) == 1 and not outcome.late and "trial 145/145" in capfd.readouterr().err
+
+
+def test_a_task_that_fails_stops_no_other_in_one_process(tmp_path, double, capfd):
+    outcome = execute(tasks(tmp_path, "good", "fails", "better"), Crew(("cpu",), 1), title="trial")
+    assert [path.stem for path in outcome.failed] == ["trial-fails-0"]
+    assert "trial 87/87" in capfd.readouterr().err
+
+
+def test_when_the_time_is_up_all_stop(tmp_path, double):
     began = time.monotonic()
-    outcome = execute(
-        tasks(tmp_path, "good", "sleeps", "sleeps", "better"),
-        Crew(("cpu",), 1),
-        90,
-        title="t",
-        until=began + 1,
-        quiet=True,
-    )
+    todo = tasks(tmp_path, "good", "sleeps", "sleeps", "better")
+    outcome = execute(todo, Crew(("cpu",), 1), title="t", until=began + 1, quiet=True)
     assert outcome.late and not outcome.failed and time.monotonic() - began < 30
 
 
-def test_a_signal_stops_all_and_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "START", DOUBLE)
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_stops_all_and_says_how_to_go_on(jobs, tmp_path, double):
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    began, todo = time.monotonic(), tasks(tmp_path, "sleeps", "better")
+    began, todo = time.monotonic(), tasks(tmp_path, "sleeps", "sleeps", "sleeps")
     with pytest.raises(poise.Interrupted, match="run the same command to go on"):
-        execute(todo, Crew(("cpu",), 1), 90, title="t", quiet=True)
+        execute(todo, Crew(("cpu",) * jobs, 1), title="t", quiet=True)
     assert time.monotonic() - began < 30
 
 
-UNHEARD = """
-import os
-from poise.studies.comparison import worker
-os.kill = lambda process, signal: None
-print(list(worker.lines_of_stdin()))
+def test_a_lease_ends_when_it_is_released_and_when_its_process_is_killed(tmp_path):
+    with leased(tmp_path) as lease:
+        path = Path(lease.lock_file)
+        assert is_held(path)
+        lease.release()
+        assert not is_held(path)
+    assert not list(tmp_path.iterdir()) and not is_held(path)
+    code = """
+import sys, time
+from pathlib import Path
+from poise.studies.comparison.worker import leased
+with leased(Path(sys.argv[1])) as lease:
+    print(lease.lock_file, flush=True)
+    time.sleep(60)
 """
-
-
-def test_a_worker_ends_with_its_stdin_even_if_the_signal_for_it_comes_before_it_waits(run_python):
-    """Such a signal does not wake a thread: it is as if it had not been sent."""
-    assert run_python(UNHEARD, stdin="one\ntwo\n") == "[b'one\\n', b'two\\n']\n"
-
-
-def test_an_answer_that_cannot_be_read_is_the_end_of_a_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        execution,
-        "START",
-        DOUBLE.replace('"sleeps"', '"chats"').replace("time.sleep(60)", 'print("well")'),
-    )
-    outcome = execute(
-        tasks(tmp_path, "chats", "good"), Crew(("cpu",), 1), 90, title="t", quiet=True
-    )
-    assert list(outcome.failed) == ["chats, seed 0"]
-
-
-def test_a_process_without_work_that_does_not_end_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(execution, "START", DOUBLE + "time.sleep(60)")
-    began = time.monotonic()
-    assert not execute(tasks(tmp_path, "good"), Crew(("cpu",), 1), 90, title="t", quiet=True).failed
-    assert time.monotonic() - began < 30
-
-
-def test_a_task_survives_json(tmp_path):
-    (task,) = tasks(tmp_path, "fixed:beta=4")
-    task = replace(
-        task,
-        measuring=Measuring(
-            (DEFAULT, poise.protocols.PROTOCOLS["released"]), "light", ("normal",), ("note",)
-        ),
-    )
-    assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        assert is_held(path)
+        process.kill()
+    assert path.exists() and not is_held(path)
 
 
 # whole comparisons
@@ -411,8 +397,8 @@ def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """All seats of a CPU in one process, as those of a GPU are."""
-    monkeypatch.setattr(Crew, "process", lambda self, seat: 0)
+    """All tasks of a CPU in threads of one process, as those of a GPU are."""
+    monkeypatch.setattr(Crew, "_by_device", True)
 
 
 def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own(
@@ -439,9 +425,8 @@ def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own
 
 
 def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path):
-    longer = replace(LONG, first=replace(LONG.first, epochs=400))
     shared = {
-        "recipe": longer,
+        "recipe": LONGER,
         "balances": ["computed", "learned"],
         "seeds": 1,
         "jobs": 2,
@@ -610,56 +595,87 @@ LONG = replace(
 )  # so that second-stage is no prior of it
 
 
-def start(folder: Path) -> subprocess.Popen:
-    """A comparison of LONG in a process group of its own."""
-    code = f"""
+LONGER = replace(LONG, first=replace(LONG.first, epochs=400))
+SCRIPT = """
 import poise, test_comparison as t
-labels = dict(recipe=t.LONG, balances=["computed", "learned"], seeds=1)
-poise.compare(t.IMAGES, **labels, out={str(folder)!r}, jobs=1, options=t.OFTEN)
-"""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, start_new_session=True
-    )
+labels = dict(recipe=t.LONGER, balances=["computed", "learned"], seeds=1)
+poise.compare(t.IMAGES, **labels, out={folder!r}, jobs=2, options=t.OFTEN)
+"""  # without a main guard
 
 
 @pytest.mark.slow
-def test_an_experiment_whose_processes_are_all_killed_goes_on_to_the_same_numbers(tmp_path):
-    first, second = (
-        tmp_path / "results" / f"compare-tiny-{label}-0.json" for label in ("computed", "learned")
-    )
-    process = start(tmp_path)
-    while not (first.exists() and any((tmp_path / "learned-0" / "checkpoints").glob("[0-9]*"))):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_numbers(how, tmp_path):
+    folder, script = tmp_path / "study", tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(folder)))
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    process = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": path})
+    runs = [folder / "computed-0", folder / "learned-0"]
+    while not all(any((run / "checkpoints").glob("[0-9]*")) for run in runs):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.send_signal(how)
     process.wait()
-    assert not second.exists()
-    written = first.stat().st_mtime_ns
-    again = poise.compare(
+    finished = []
+    for run in runs:
+        free_within(run, 30)
+        saved, _ = newest_intact_checkpoint(run / "checkpoints")
+        assert saved is not None
+        finished.append(saved.meta["finished"])
+    assert not all(finished)
+    shared = {"recipe": LONGER, "balances": ["computed", "learned"], "seeds": 1, "options": QUIET}
+    again = poise.compare(IMAGES, out=folder, jobs=1, **shared)
+    whole = poise.compare(IMAGES, out=tmp_path / "whole", jobs=1, **shared)
+    assert [r.measurements() for r in again.results] == [r.measurements() for r in whole.results]
+    for run in runs:
+        expected, found = weights(tmp_path / "whole" / run.name), weights(run)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def free_within(run: Path, seconds: float) -> None:
+    """Wait until no process trains in a run's folder."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with locked(run):
+                return
+        except poise.InputError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+ON_DASK = """
+import sys
+import joblib, poise, test_comparison as t
+from dask.distributed import Client, LocalCluster, get_task_stream
+
+how = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2, out=sys.argv[1], options=t.QUIET)
+with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with Client(cluster) as client, get_task_stream(client) as stream, joblib.parallel_config("dask"):
+        first = poise.compare(t.IMAGES, **how)
+        again = poise.compare(t.IMAGES, **how)
+    calls = [task["worker"] for task in stream.data if "work" in str(task["key"])]
+print(len(first.results), len(calls), len(set(calls)), again.results == first.results)
+"""
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_comparison_are_done_once_by_the_workers_of_a_dask_cluster(
+    tmp_path, run_python
+):
+    pytest.importorskip("dask.distributed")
+    assert run_python(ON_DASK, str(tmp_path / "dask")).split() == ["4", "4", "2", "True"]
+    here = poise.compare(
         IMAGES,
-        recipe=LONG,
+        recipe=TINY,
         balances=["computed", "learned"],
-        seeds=1,
-        out=tmp_path,
+        seeds=2,
+        out=tmp_path / "here",
         jobs=1,
         options=QUIET,
     )
-    assert {
-        m["of"] for r in again.results for m in r.measurements() if m["metric"] == "FD-pixels"
-    } == {
-        "REC",
-        "GEN-1",
-        "GEN-mixture",
+    there = read_results([tmp_path / "dask"])
+    assert {r.name: r.measurements() for r in there} == {
+        r.name: r.measurements() for r in here.results
     }
-    assert len(again.results) == 2 and first.stat().st_mtime_ns == written
-    alone = poise.train(
-        IMAGES,
-        recipe=replace(LONG, first=replace(LONG.first, balance="learned")),
-        out=tmp_path / "alone",
-        options=QUIET,
-    )
-    mine, theirs = weights(tmp_path / "learned-0"), weights(alone.folder)
-    assert mine.keys() == theirs.keys() and all(
-        torch.equal(mine[name], theirs[name]) for name in mine
-    )

@@ -17,6 +17,8 @@ from poise.report.records import read_records
 from poise.runs.options import Options
 from poise.studies.comparison import execution
 from poise.studies.comparison.measuring import measured, measuring_for
+from poise.studies.comparison.plan import Share
+from poise.studies.comparison.worker import Ended, is_held
 from poise.studies.reproduction import experiment_of, protocols_for, reproduce, shortened, text
 from poise.studies.results import read_results
 from poise.variants import PRIORS
@@ -151,10 +153,16 @@ def spy(method, asked: list):
     return spied
 
 
+def sleeping(share: Share, lease: Path) -> list[Ended]:
+    while is_held(lease):
+        time.sleep(0.05)
+    return [Ended(task, "interrupted") for task in share.tasks]
+
+
 def test_when_the_minutes_are_over_it_says_how_to_go_on_and_ends_well(
     images, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(execution, "START", "import time; time.sleep(60)")
+    monkeypatch.setattr(execution, "work", sleeping)
     monkeypatch.chdir(tmp_path)
     arguments = [
         "poise",
@@ -166,6 +174,8 @@ def test_when_the_minutes_are_over_it_says_how_to_go_on_and_ends_well(
         "0.02",
         "--length",
         "0.1",
+        "--jobs",
+        "1",
     ]
     monkeypatch.setattr(sys, "argv", [*arguments, "--extractor", "pixels", "--device", "cpu"])
     began = time.monotonic()

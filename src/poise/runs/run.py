@@ -399,7 +399,7 @@ class Run:
             extractor,
             self.device,
         )
-        images = self._images_for(conditions) if images is None else self._given(images, conditions)
+        images = self.images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
         if network is not None:
@@ -419,8 +419,12 @@ class Run:
             return replace(found, reference="given")
         return replace(found, reference="test") if found.reference == "given" else found
 
-    def _images_for(self, protocol: Protocol) -> Any:
-        """The images of one side of the run's data, raw or through JPEG as the protocol says, whatever the run learned."""
+    def images_for(self, protocol: Protocol) -> Any:
+        """Return the real images of a protocol: one side of the run's data, raw or after JPEG.
+
+        Args:
+            protocol: with its reference "train" or "test". What JPEG the run itself learned from does not matter.
+        """
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
         if own not in (None, protocol.jpeg):  # what JPEG took away is only in the source
             dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))

@@ -26,6 +26,7 @@ from poise.metrics.listed import is_frechet
 from poise.recipes.settings import to_json
 from poise.support.files import write_json
 from poise.support.version import __version__
+from poise.variants import DATA_SETS
 
 if TYPE_CHECKING:
     from poise.evaluation import Evaluation
@@ -173,12 +174,13 @@ def result_of(
         experiment, label: see `Result`.
         seconds: times to add to "training", which the run's summary has.
     """
+    source = run.recipe.data.source
     return Result(
         experiment,
         label,
         run.recipe.seed,
         settings=json.loads(json.dumps(to_json(run.recipe))),
-        data=run.data,
+        data=run.data | ({"source": source} if source in DATA_SETS else {}),  # and not where it lay
         provenance=provenance(run.device),
         seconds=_training_seconds(run.folder) | (seconds or {}),
         curves=curves(run.folder / "metrics.jsonl"),

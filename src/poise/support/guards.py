@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ _heard: list[list[float]] = []  # for each open block of the main thread, the ti
 ECHO_SECONDS = 1.0  # torchrun, srun and terminals each forward a signal: one request arrives often
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
+_further: ContextVar[Callable[[], bool]] = ContextVar("further", default=lambda: False)
+
+
+@contextmanager
+def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block `stop_signals` asks a run of this thread to stop when `reason()` is true, too."""
+    token = _further.set(reason)
+    try:
+        yield
+    finally:
+        _further.reset(token)
+
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
@@ -27,8 +40,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     the main thread's block.
     """
     asked: list[float] = []
+    further = _further.get()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: any(_heard)
+        yield lambda: any(_heard) or further()
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -42,7 +56,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(known, handle)
     _heard.append(asked)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(asked) or further()
     finally:
         _heard.pop()
         for number, handler in before.items():

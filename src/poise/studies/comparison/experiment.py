@@ -3,15 +3,15 @@
 experiment.json     what is compared: another experiment is refused here, more labels and seeds are welcome
 LABEL-SEED/         runs
 results/            one JSON for each finished run, unless another folder is named
-worker-1.log, ...   what the processes complained of, if anything
 """
 
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, to_json
 from poise.runs.folder import differing_settings, read_data
 from poise.runs.options import Options
-from poise.runs.run import PriorName
+from poise.runs.run import PriorName, Run
 from poise.studies.comparison.execution import Outcome, execute
-from poise.studies.comparison.measuring import Measuring, measuring_for
+from poise.studies.comparison.measuring import Compared, completed, measuring_for
 from poise.studies.comparison.plan import (
     Crew,
     Task,
@@ -37,6 +37,7 @@ from poise.studies.comparison.tables import page, table
 from poise.studies.results import Result, safe_name
 from poise.support.files import write_json
 from poise.support.guards import locked
+from poise.training.machine import choose_device
 
 FORMAT = 1
 DESCRIPTION = "experiment.json"
@@ -52,6 +53,9 @@ class Experiment:
         labels: for each label what it changes in that (see `Changes`); the first is the reference.
         seeds: 0, 1, ... so many.
         protocols, priors, extractor: see `Measuring`.
+        compared: further sets of images that are compared with real ones, by label; see `Measuring`.
+        pages: see `Measuring`. Functions of a module, since other processes import them.
+        keep: keep the folders of measured runs.
     """
 
     name: str
@@ -61,6 +65,9 @@ class Experiment:
     protocols: tuple[Protocol, ...]
     priors: tuple[PriorName, ...]
     extractor: str = "auto"
+    compared: Mapping[str, tuple[Compared, ...]] = field(default_factory=dict)
+    pages: Mapping[str, Callable[[Run], dict[str, Any]]] = field(default_factory=dict)
+    keep: bool = True
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -130,13 +137,44 @@ def conduct(
     until: float | None = None,
     options: Options = Options(),
 ) -> Comparison:
-    """The experiment done, or what is left of it; what is finished is not done again.
+    """Do an experiment, or what is left of it.
 
     Args:
         experiment: what is compared.
         folder: of the runs.
         results: folder of the results; None: the folder's own.
-        jobs: processes; None: as many as cores on a CPU, one for each GPU on cuda.
+        jobs, until, options: see `conduct_all`.
+
+    Raises:
+        InputError, Interrupted: see `conduct_all`.
+    """
+    (comparison,) = conduct_all(
+        {folder: experiment},
+        results=results,
+        jobs=jobs,
+        until=until,
+        options=options,
+        title=experiment.name,
+    )
+    return comparison
+
+
+def conduct_all(
+    experiments: Mapping[Path, Experiment],
+    *,
+    title: str,
+    results: Path | None = None,
+    jobs: int | None = None,
+    until: float | None = None,
+    options: Options = Options(),
+) -> list[Comparison]:
+    """Do several experiments, the first seed of all first. Finished runs are not done again.
+
+    Args:
+        experiments: by the folder of their runs.
+        title: of the display.
+        results: folder of all results; None: each experiment's own.
+        jobs: runs at a time; None: as many as cores on a CPU, one for each GPU on cuda.
         until: by `time.monotonic`: all stop then, with their state saved; None: never.
         options: device, engine, time between checkpoints, display.
 
@@ -145,30 +183,58 @@ def conduct(
             one: said before anything starts.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
-    with locked(folder):
-        dataset = read_data(experiment.base.data, cache=folder / "cache")
-        device = check_start(experiment.base, dataset, options)
-        measuring = measuring_for(
-            dataset, experiment.protocols, experiment.extractor, experiment.priors, device
+    count = sum(len(experiment.planned()) for experiment in experiments.values())
+    crew = crew_for(choose_device(options.device), jobs, count)
+    with ExitStack() as held:
+        planned: dict[Path, list[Task]] = {}
+        for folder, experiment in experiments.items():
+            held.enter_context(locked(folder))
+            planned[folder] = prepare(experiment, folder, results or folder / "results", options)
+        tasks = [task for of_one in planned.values() for task in of_one]
+        undone = [task for task in tasks if task.result() is None]
+        if not options.quiet:
+            for folder, experiment in experiments.items():
+                line = announce(experiment, planned[folder], undone, crew)
+                print(line, file=sys.stderr, flush=True)
+        if not undone or (until is not None and time.monotonic() > until):
+            outcome = Outcome(late=bool(undone))
+        else:
+            undone.sort(key=lambda task: task.recipe.seed)
+            outcome = execute(undone, crew, title=title, until=until, quiet=options.quiet)
+    return [
+        collected(experiment, planned[folder], outcome, folder)
+        for folder, experiment in experiments.items()
+    ]
+
+
+def prepare(experiment: Experiment, folder: Path, results: Path, options: Options) -> list[Task]:
+    """Check everything, describe the experiment in its folder, and return its tasks, finished or not, in their order."""
+    dataset = read_data(experiment.base.data, cache=folder / "cache")
+    device = check_start(experiment.base, dataset, options)
+    how = experiment.protocols, experiment.extractor, experiment.priors, device
+    common = replace(measuring_for(dataset, *how), pages=experiment.pages)
+    compared = completed(experiment.compared, dataset, device)
+    place, results = folder.resolve(), results.resolve()  # workers may be elsewhere
+    tasks = [
+        Task(
+            experiment.name,
+            label,
+            recipe,
+            place / safe_name(label, recipe.seed),
+            results,
+            replace(common, compared=compared.get(label, ())),
+            engine=options.engine,
+            save_seconds=options.save_seconds,
+            checksum=dataset.checksum,
+            num_images=len(dataset.train),
+            keep=experiment.keep,
         )
-        tasks = tasks_of(
-            experiment, folder, results or folder / "results", measuring, options, dataset.checksum
-        )
-        crew, num_images = crew_for(device, jobs, len(tasks)), len(dataset.train)
-        open_folder(folder, experiment, dataset, results or folder / "results")
-        for task in tasks:
-            task.check_place()
-        del dataset  # the processes read it for themselves
-        outcome = carry_out(
-            tasks,
-            crew,
-            num_images,
-            title=experiment.name,
-            until=until,
-            quiet=options.quiet,
-            cost=experiment.base.cost,
-        )
-    return collected(experiment, tasks, outcome, folder)
+        for label, recipe in experiment.planned()
+    ]
+    open_folder(folder, experiment, dataset, results)
+    for task in tasks:
+        task.check_place()
+    return tasks
 
 
 def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results: Path) -> None:
@@ -218,84 +284,33 @@ def _read(path: Path) -> dict[str, Any]:
     raise InputError(f"{path} is damaged, or of another version of poise: choose another --out")
 
 
-def tasks_of(
-    experiment: Experiment,
-    folder: Path,
-    results: Path,
-    measuring: Measuring,
-    options: Options,
-    checksum: str,
-) -> list[Task]:
-    """Everything to be done, finished or not, in the order in which it is."""
-    surroundings = {
-        "engine": options.engine,
-        "save_seconds": options.save_seconds,
-        "checksum": checksum,
-    }
-    places = [
-        (label, recipe, folder / safe_name(label, recipe.seed))
-        for label, recipe in experiment.planned()
-    ]
-    return [
-        Task(experiment.name, label, recipe, place, results, measuring, **surroundings)
-        for label, recipe, place in places
-    ]
-
-
-def carry_out(
-    tasks: Sequence[Task],
-    crew: Crew,
-    num_images: int,
-    *,
-    title: str,
-    until: float | None = None,
-    quiet: bool = False,
-    cost: str = "",
-) -> Outcome:
-    """Do the tasks that have no result yet, after saying what they are.
-
-    Args:
-        tasks: all, finished or not.
-        crew, num_images, title, until, quiet: see `execute`.
-        cost: of a run, in words.
-    """
-    undone = [task for task in tasks if task.result() is None]
-    if not quiet:
-        print(
-            announce(title, tasks, undone, crew, num_images) + (f"; {cost}" if cost else ""),
-            file=sys.stderr,
-            flush=True,
-        )
-    if not undone or (until is not None and time.monotonic() > until):
-        return Outcome(late=bool(undone))
-    return execute(undone, crew, num_images, title=title, until=until, quiet=quiet)
-
-
 def announce(
-    title: str, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew, num_images: int
+    experiment: Experiment, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew
 ) -> str:
-    """What is about to be done."""
-    recipe = tasks[0].recipe
+    """Say what is about to be done."""
+    recipe, num_images = tasks[0].recipe, tasks[0].num_images
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])
-    labels, seeds = len({task.label for task in tasks}), len({task.recipe.seed for task in tasks})
     runs = (
-        f"{len(tasks)} run{'s' * (len(tasks) > 1)} (labels: {labels}, seeds: {seeds}) of {lengths}"
+        f"{len(tasks)} run{'s' * (len(tasks) > 1)} "
+        f"(labels: {len(experiment.labels)}, seeds: {experiment.seeds}) of {lengths}"
     )
-    finished = f", {len(tasks) - len(undone)} of them finished" if len(undone) < len(tasks) else ""
-    return f"{title}: {runs}{finished}; {num_images:,} training images; {crew}"
+    count = sum(task not in undone for task in tasks)
+    finished = f", {count} of them finished" if count else ""
+    cost = f"; {experiment.base.cost}" if experiment.base.cost else ""
+    return f"{experiment.name}: {runs}{finished}; {num_images:,} training images; {crew}{cost}"
 
 
 def collected(
     experiment: Experiment, tasks: Sequence[Task], outcome: Outcome, folder: Path
 ) -> Comparison:
-    """The results of all tasks, by label and then seed."""
+    """Return the results of all tasks, by label and then seed."""
     labels = list(experiment.labels)
     ordered = sorted(tasks, key=lambda task: labels.index(task.label))
     results = tuple(result for task in ordered if (result := task.result()) is not None)
     failed = {
-        (t.label, t.recipe.seed): outcome.failed[t.name]
+        (t.label, t.recipe.seed): outcome.failed[t.result_path]
         for t in ordered
-        if t.name in outcome.failed
+        if t.result_path in outcome.failed
     }
     return Comparison(experiment.name, folder, results, labels[0], failed, outcome.late)

@@ -1,19 +1,20 @@
-"""How a run is measured: once for each protocol, each kept as soon as it is there, and all of them together in the end."""
+"""How a run is measured: once for each protocol. Each part is kept on disk as soon as it is there."""
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from poise.data import Dataset
-from poise.evaluation import AUTO, choose_extractor, complete
+from poise.data import Dataset, head
+from poise.errors import Interrupted
+from poise.evaluation import AUTO, Evaluation, Produced, choose_extractor, compare, complete
 from poise.features import Extractor, make_extractor
-from poise.protocols import DEFAULT, NO_EXTRACTOR, Protocol, model_protocol
+from poise.protocols import DEFAULT, NO_EXTRACTOR, Measurement, Protocol, model_protocol
 from poise.recipes.settings import Generation, from_json
 from poise.runs.checkpoint import MANIFEST, checkpoints
 from poise.runs.run import Run
@@ -32,42 +33,79 @@ PIXELS_NOTE = (
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How each run is evaluated.
+class ImageSet:
+    """Images that a run produces, by a name under which results show them.
 
     Attributes:
-        protocols: each complete but for the run's own way to make images: extractor, counts and side are filled in.
-        extractor: see `poise.features.make_extractor`; "none": no comparison.
-        priors: of which samples are compared; reconstructions always are.
+        name: "REC", "GEN-1", "GEN-2 without noise", ...
+        prior: of the latents; None: reconstructions of the real images.
+        generation: how the images are made; None: as the protocol says, or else the recipe.
+    """
+
+    name: str
+    prior: PriorName | None
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Sets of images that are compared with real ones under one protocol.
+
+    Attributes:
+        protocol: with the name of its extractor, its reference and its number of real images.
+        sets: what is compared.
+        metrics: keep the metrics whose names begin with one of these.
+    """
+
+    protocol: Protocol
+    sets: tuple[ImageSet, ...]
+    metrics: tuple[str, ...] = ("",)
+
+    def protocols(self, own: Generation) -> Iterator[tuple[ImageSet, Protocol]]:
+        """Yield each set with its protocol.
+
+        Args:
+            own: the generation of the run's recipe.
+        """
+        for images in self.sets:
+            generation = images.generation or self.protocol.generation or own
+            yield images, replace(self.protocol, generation=generation)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a run is evaluated.
+
+    Attributes:
+        protocols: of whole evaluations. Extractor, counts and side are filled in.
+        extractor: of these protocols, see `poise.features.make_extractor`. "none": no comparison.
+        priors: of which samples are compared under these protocols. Reconstructions always are.
         notes: what is to be said of the choice.
+        compared: further sets of images, each with its own protocol and extractor.
+        pages: further pages of figures, by their names in a result.
     """
 
     protocols: tuple[Protocol, ...]
     extractor: str
     priors: tuple[PriorName, ...]
     notes: tuple[str, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    pages: Mapping[str, Callable[[Run], dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """What is compared with real images: REC, GEN-1, ..."""
+        """Names of the sets that are compared under `protocols`: REC, GEN-1, ..."""
         return ("REC", *(prior.label for name, prior in PRIORS.items() if name in self.priors))
 
     def covers(self, result: Result) -> bool:
-        """Whether a result has every set under every protocol."""
+        """Return whether a result has every set under every protocol."""
         own = from_json(Generation, result.settings["generation"])
         protocols = [replace(p, generation=p.generation or own) for p in self.protocols]
         wanted = {(model_protocol(p, generation=p.generation).hash, "REC") for p in protocols}
         if self.extractor != NO_EXTRACTOR:
             wanted |= {(p.hash, label) for p in protocols for label in self.sets}
+        wanted |= {(p.hash, s.name) for c in self.compared for s, p in c.protocols(own)}
         return wanted <= {(m["protocol"], m["of"]) for m in result.measurements()}
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Measuring":
-        protocols = tuple(from_json(Protocol, p, "protocol") for p in values["protocols"])
-        return cls(protocols, values["extractor"], tuple(values["priors"]), tuple(values["notes"]))
 
 
 def measuring_for(
@@ -77,7 +115,9 @@ def measuring_for(
     priors: Iterable[PriorName],
     device: torch.device,
 ) -> Measuring:
-    """The protocols with all filled in that is known before a run is trained; the extractor loaded once, to see that it can be.
+    """Complete the protocols with all that is known before a run is trained.
+
+    The extractor is loaded once, to see that it can be.
 
     Args:
         dataset: that the runs learn.
@@ -90,10 +130,29 @@ def measuring_for(
         InputError: an extractor that cannot be had.
     """
     spec, notes = resolve_extractor(extractor, dataset.shape[1], device)
-    network, _, _ = choose_extractor(DEFAULT, spec, device)
-    known = {name: getattr(network, name) for name in ("extractor", "extractor_checksum", "resize")}
-    completed = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
-    return Measuring(completed, spec, tuple(priors), notes)
+    known = identity(spec, device)
+    counted = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
+    return Measuring(counted, spec, tuple(priors), notes)
+
+
+def completed(
+    compared: Mapping[str, tuple[Compared, ...]], dataset: Dataset, device: torch.device
+) -> dict[str, tuple[Compared, ...]]:
+    """Complete the protocols of each label as `measuring_for` does."""
+    extractors = {c.protocol.extractor for of_label in compared.values() for c in of_label}
+    known = {extractor: identity(extractor, device) for extractor in extractors}
+
+    def complete_one(c: Compared) -> Compared:
+        protocol = replace(c.protocol, **known[c.protocol.extractor])
+        return replace(c, protocol=_counted(protocol, dataset))
+
+    return {label: tuple(map(complete_one, of_label)) for label, of_label in compared.items()}
+
+
+def identity(extractor: str, device: torch.device) -> dict[str, str]:
+    """What a protocol says of an extractor."""
+    network, _, _ = choose_extractor(DEFAULT, extractor, device)
+    return {name: getattr(network, name) for name in ("extractor", "extractor_checksum", "resize")}
 
 
 def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
@@ -107,7 +166,7 @@ def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
 
 
 def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, tuple[str, ...]]:
-    """The extractor that "auto" means here, and what there is to say of it."""
+    """Return the extractor that "auto" means here, and what there is to say of it."""
     if spec != AUTO:
         return spec, ()
     if side <= SMALL_SIDE:
@@ -116,14 +175,28 @@ def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, 
     return (network.name, notes) if network is not None else ("pixels", (PIXELS_NOTE,))
 
 
-def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
-    """The evaluation of a run under all protocols, as `Evaluation.to_json` gives it, with its "seconds".
+def measured(
+    run: Run, measuring: Measuring, seed: int, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Evaluate a run under all protocols: what `Evaluation.to_json` gives, with its "seconds".
 
-    What was measured under a protocol is kept in the run's folder, so that a stop loses one protocol's work at most; what
-    another extractor measured before stays in the result.
+    Each part is kept in the run's folder, so that a stop loses the work of one protocol at most. What another extractor
+    measured before stays in the result.
+
+    Args:
+        run: trained.
+        measuring: what is measured.
+        seed: of generated images.
+        stop: asked before each batch of the extractor.
+
+    Raises:
+        Interrupted: `stop` was true.
     """
-    network = cache(lambda: _loaded(measuring.extractor, run.device))
-    parts = [_part(run, measuring, protocol, seed, network) for protocol in measuring.protocols]
+    network = cache(partial(_loaded, device=run.device, stop=stop))
+    parts = [
+        _evaluated(run, measuring, protocol, seed, network) for protocol in measuring.protocols
+    ]
+    parts += [_compared(run, compared, seed, network) for compared in measuring.compared]
     parts += _earlier(run.folder, parts)
     joined: dict[str, Any] = dict(parts[0]["evaluation"])
     joined["protocols"] = {
@@ -138,30 +211,81 @@ def measured(run: Run, measuring: Measuring, seed: int) -> dict[str, Any]:
             [*measuring.notes, *(n for part in parts for n in part["evaluation"]["notes"])]
         )
     )
+    joined |= {name: strict(page(run)) for name, page in measuring.pages.items()}
     return joined | {"seconds": round(sum(part["seconds"] for part in parts), 2)}
 
 
-def _loaded(spec: str, device: torch.device) -> str | Extractor:
-    return spec if spec == NO_EXTRACTOR else make_extractor(spec, device)
+def _loaded(spec: str, device: torch.device, stop: Callable[[], bool]) -> str | Extractor:
+    """The extractor, which raises Interrupted as soon as `stop` is true."""
+    if spec == NO_EXTRACTOR:
+        return spec
+    extractor = make_extractor(spec, device)
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        if stop():
+            raise Interrupted("stopped while measuring: run the same command to go on")
+        return extractor.network(images)
+
+    return replace(extractor, network=network)
 
 
-def _part(
+def _evaluated(
     run: Run,
     measuring: Measuring,
     protocol: Protocol,
     seed: int,
-    network: Callable[[], str | Extractor],
+    network: Callable[[str], str | Extractor],
 ) -> dict[str, Any]:
-    """What a protocol gives, from the run's folder if it was measured before."""
-    asked = {"priors": measuring.priors, "seed": seed, "weights": _weights(run.folder)}
-    request = strict({"protocol": asdict(protocol)} | asked)
-    path = run.folder / "measured" / f"{protocol.name}-{protocol.hash}.json"
+    def evaluate() -> Evaluation:
+        return run.evaluate(
+            protocol=protocol,
+            extractor=network(measuring.extractor),
+            priors=measuring.priors,
+            seed=seed,
+        )
+
+    return _part(run.folder, protocol, {"priors": measuring.priors, "seed": seed}, evaluate)
+
+
+def _compared(
+    run: Run, compared: Compared, seed: int, network: Callable[[str], str | Extractor]
+) -> dict[str, Any]:
+    def evaluate() -> Evaluation:
+        extractor = network(compared.protocol.extractor)
+        assert isinstance(extractor, Extractor)
+        real = run.images_for(compared.protocol)
+        found: list[Measurement] = []
+        for images, protocol in compared.protocols(run.recipe.generation):
+            produced = _produced(run, images, protocol, real, seed)
+            found += compare(real, [produced], protocol, extractor)
+        return Evaluation(tuple(m for m in found if m.metric.startswith(compared.metrics)), {})
+
+    asked = {"sets": [asdict(images) for images in compared.sets], "metrics": compared.metrics}
+    return _part(run.folder, compared.protocol, {**asked, "seed": seed}, evaluate)
+
+
+def _produced(run: Run, images: ImageSet, protocol: Protocol, real: Any, seed: int) -> Produced:
+    generation = protocol.generation
+    if images.prior is not None:
+        draw = partial(run.sample_chunks, prior=images.prior, seed=seed, generation=generation)
+        return Produced(images.name, draw, seed=seed)
+
+    def restore(count: int) -> Iterator[Any]:
+        return run.reconstruct_chunks(head(real, count), generation=generation)
+
+    return Produced(images.name, restore, len(real), seed)
+
+
+def _part(
+    folder: Path, protocol: Protocol, asked: dict[str, Any], evaluate: Callable[[], Evaluation]
+) -> dict[str, Any]:
+    """What a protocol gives, from the run's folder if the same was measured before."""
+    request = strict({"protocol": asdict(protocol)} | asked | {"weights": _weights(folder)})
+    path = folder / "measured" / f"{protocol.name}-{protocol.hash}.json"
     if (kept := _kept(path)) and kept["request"] == request:
         return kept
     began = time.monotonic()
-    evaluation = run.evaluate(
-        protocol=protocol, extractor=network(), priors=measuring.priors, seed=seed
-    )
+    evaluation = evaluate()
     part = {
         "request": request,
         "seconds": time.monotonic() - began,

@@ -5,11 +5,13 @@ Everything that can be wrong is found here, before anything starts.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import effective_n_jobs
+from joblib.parallel import LokyBackend, get_active_backend
 
 from poise.balance import make_balance
 from poise.data import Dataset
@@ -21,7 +23,7 @@ from poise.runs.options import Options
 from poise.studies.comparison.measuring import Measuring
 from poise.studies.results import Result, read_results, safe_name
 from poise.support.files import strict
-from poise.training import choose_engine
+from poise.training import Engine, choose_engine
 from poise.training.machine import choose_device
 
 SAME = "same"
@@ -39,6 +41,8 @@ class Task:
         measuring: how it is evaluated.
         engine, save_seconds: see `poise.Options`.
         checksum: of the data.
+        num_images: of the data, to train on.
+        keep: keep the run's folder when its result is written.
     """
 
     experiment: str
@@ -47,9 +51,11 @@ class Task:
     folder: Path
     results: Path
     measuring: Measuring
-    engine: str = "auto"
+    engine: Engine = "auto"
     save_seconds: float = 60.0
     checksum: str = ""
+    num_images: int = 0
+    keep: bool = True
 
     @property
     def name(self) -> str:
@@ -60,21 +66,24 @@ class Task:
     def result_path(self) -> Path:
         return self.results / f"{safe_name(self.experiment, self.label, self.recipe.seed)}.json"
 
-    def total_steps(self, num_images: int) -> int:
-        """Of both stages."""
-        return sum(
-            stage.total_steps(num_images)
-            for stage in (self.recipe.first, self.recipe.second)
-            if stage
-        )
+    @property
+    def first_steps(self) -> int:
+        """Steps of stage 1."""
+        return self.recipe.first.total_steps(self.num_images)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages."""
+        second = self.recipe.second
+        return self.first_steps + (second.total_steps(self.num_images) if second else 0)
 
     def result(self) -> Result | None:
-        """What was written of this very task before: same settings, images, protocols and sets; else None."""
+        """Return the earlier result of this very task: same settings, images, protocols and sets; None: there is none."""
         found = self._written()
         return found if found and self._is_mine(found) and self.measuring.covers(found) else None
 
     def check_place(self) -> None:
-        """Raises InputError where a result of other settings or images lies in this one's place: it would be lost."""
+        """Raise InputError if a result of other settings or images lies in this one's place: it would be lost."""
         found = self._written()
         if found and not self._is_mine(found):
             raise InputError(
@@ -97,23 +106,6 @@ class Task:
         except InputError:  # of a newer version
             return False
         return unsourced(known) == unsourced(to_json(self.recipe))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, from which `from_json` makes the same task."""
-        values = asdict(self) | {
-            "recipe": to_json(self.recipe),
-            "measuring": self.measuring.to_json(),
-        }
-        return values | {"folder": str(self.folder), "results": str(self.results)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Task":
-        recipe, measuring = (
-            from_json(Recipe, values["recipe"], "recipe"),
-            Measuring.from_json(values["measuring"]),
-        )
-        made: dict[str, Any] = {name: Path(values[name]) for name in ("folder", "results")}
-        return cls(**values | made | {"recipe": recipe, "measuring": measuring})
 
 
 def unsourced(settings: Mapping[str, Any]) -> Any:
@@ -180,28 +172,59 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.dev
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who does the work: as many seats as tasks are done at a time.
-
-    On a CPU each seat is a process of its own. The seats of one GPU share a process, since GPUs do the work of one process
-    side by side and take turns between several.
+class Share:
+    """Tasks of one process.
 
     Attributes:
-        devices: one for each seat.
-        threads: of each process.
+        tasks: done in this order.
+        device: that they are done on.
+        threads: tasks at a time, each in a thread.
+    """
+
+    tasks: tuple[Task, ...]
+    device: str
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many tasks are done at a time, and where.
+
+    On a CPU each has a process of its own. The tasks of one GPU share a process, because a GPU works for one process side by
+    side and for several in turns.
+
+    Attributes:
+        devices: one for each task that is done at the same time.
+        threads: OpenMP threads of each process; None: the user chose a backend of joblib, which decides.
     """
 
     devices: tuple[str, ...]
-    threads: int
+    threads: int | None
 
-    def process(self, seat: int) -> int:
-        """Return the number of the process that a seat belongs to: that of its first seat."""
-        device = self.devices[seat]
-        return self.devices.index(device) if device.startswith("cuda") else seat
+    @property
+    def processes(self) -> int:
+        return len(set(self.devices)) if self._by_device else len(self.devices)
 
-    def seats(self, process: int) -> int:
-        """Return how many seats a process has."""
-        return sum(self.process(seat) == process for seat in range(len(self.devices)))
+    @property
+    def _by_device(self) -> bool:
+        return self.threads is not None and self.devices[0].startswith("cuda")
+
+    def shares(self, tasks: Sequence[Task]) -> list[Share]:
+        """Divide tasks among processes: one by one, or on GPUs all that a GPU is to do."""
+        if not self._by_device:
+            return [Share((task,), self.devices[0]) for task in tasks]
+        seats = len(self.devices)
+        dealt = {
+            device: [
+                task for number, task in enumerate(tasks) if self.devices[number % seats] == device
+            ]
+            for device in dict.fromkeys(self.devices)
+        }
+        return [
+            Share(tuple(mine), device, self.devices.count(device))
+            for device, mine in dealt.items()
+            if mine
+        ]
 
     def __str__(self) -> str:
         count, kind = len(self.devices), self.devices[0].partition(":")[0]
@@ -213,10 +236,11 @@ class Crew:
 
 
 def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
-    """As many tasks at a time as there are cores on a CPU, or GPUs on cuda, and no more than tasks; cores are shared equally.
+    """Return a crew for as many tasks at a time as there are cores on a CPU, or GPUs on cuda, and no more than tasks.
 
-    Of all tasks, also finished ones, so that an experiment that goes on has the threads it began with: their number moves
-    the last bits of sums.
+    The cores are shared equally. `tasks` counts finished ones too, so that an experiment that goes on has the threads it
+    began with: their number moves the last bits of sums. A backend that the user chose with `joblib.parallel_config` has as
+    many tasks at a time as it has workers.
 
     Args:
         device: as the user chose it; "cuda" without a number means all of them.
@@ -228,6 +252,9 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be at least 1, not {jobs}")
+    chosen: Any = get_active_backend()  # and its number of jobs
+    if not isinstance(chosen[0], LokyBackend):
+        return Crew((str(device),) * (jobs or effective_n_jobs(chosen[1] or -1)), None)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -236,6 +263,5 @@ def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
         places = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     usual = cores if device.type == "cpu" else len(places)
     count = max(1, min(jobs or usual, tasks))
-    devices = tuple(places[number % len(places)] for number in range(count))
-    processes = len(set(devices)) if device.type == "cuda" else count
-    return Crew(devices, max(1, min(torch.get_num_threads(), cores // processes)))
+    crew = Crew(tuple(places[number % len(places)] for number in range(count)), 1)
+    return replace(crew, threads=max(1, min(torch.get_num_threads(), cores // crew.processes)))

@@ -1,22 +1,22 @@
-"""A process that does tasks: train, measure, write the result. One after another, or several at a time on one GPU.
+"""What a joblib worker does: train a run, measure it, write its result.
 
-Tasks come as lines of JSON on stdin and answers go to stdout, so that no script needs a main guard and nothing is pickled.
-Whatever else is printed goes to stderr, which the parent sends to a file. When stdin ends, the parent is gone or has no more
-work: the process saves what it is training and ends, as it does on SIGTERM.
+Nothing here knows which process, thread or machine it is in. A run asks a lock file whether it may go on.
 """
 
-import json
-import os
-import queue
-import signal
-import sys
+import shutil
 import threading
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from poise.data import Dataset
 from poise.errors import InputError, Interrupted, RunError
@@ -25,136 +25,130 @@ from poise.runs.folder import read_data
 from poise.runs.options import Options
 from poise.runs.pipeline import train
 from poise.studies.comparison.measuring import measured
-from poise.studies.comparison.plan import Task
+from poise.studies.comparison.plan import Share, Task
 from poise.studies.results import result_of, source_commit, write_result
-from poise.support.guards import stop_signals
+from poise.support.guards import stopping_when
 
 POLL_SECONDS = 0.5
+LEASE = ".going-"
 
 
-def main() -> None:
-    """Do tasks until stdin ends."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exit like any other: half-written files go
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    shelf = Shelf()
+class Ended(NamedTuple):
+    """How a task ended, with a message if it failed."""
+
+    task: Task
+    state: Literal["done", "failed", "interrupted"]
+    message: str = ""
+
+
+@contextmanager
+def leased(folder: Path) -> Iterator[FileLock]:
+    """Yield a lock that this process holds in a folder. Runs go on while it is held.
+
+    They stop, with their state saved, when it is released and when this process is killed.
+    """
+    for left in folder.glob(f"{LEASE}*"):
+        left.unlink(missing_ok=True)
+    lease = FileLock(folder / f"{LEASE}{uuid.uuid4().hex}", thread_local=False)
+    with lease:
+        try:
+            yield lease
+        finally:
+            lease.release()
+            Path(lease.lock_file).unlink(missing_ok=True)
+
+
+def is_held(lease: Path) -> bool:
+    """Return whether the process that made a lock file still holds it."""
+    if not lease.exists():
+        return False
+    try:
+        with FileLock(lease, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def work(share: Share, lease: Path) -> list[Ended]:
+    """Do the tasks of a share, one after another or in threads.
+
+    Each thread has a CUDA stream of its own, so that the GPU works on all of them side by side.
+    """
     source_commit()  # of what was imported: by the end of the first run the clone may have moved on
 
-    def carry_out(line: bytes) -> None:
-        order = json.loads(line)
-        said = answer(Task.from_json(order["task"]), order["device"], shelf)
-        print(json.dumps({"seat": order["seat"], **said}) + "\n", end="", file=answers, flush=True)
+    def in_thread(task: Task) -> Ended:
+        on_cuda = share.device.startswith("cuda")
+        with torch.cuda.stream(torch.cuda.Stream(share.device)) if on_cuda else nullcontext():
+            return perform(task, share.device, lease)
 
+    if share.threads == 1:
+        return [perform(task, share.device, lease) for task in share.tasks]
+    with ThreadPoolExecutor(share.threads) as pool:
+        return list(pool.map(in_thread, share.tasks))
+
+
+def perform(task: Task, device: str, lease: Path) -> Ended:
+    """Do a task from wherever it stands, while the lease is held."""
+    stop = now_and_then(lambda: not is_held(lease))
+    if stop():
+        return Ended(task, "interrupted")
     try:
-        if int(sys.argv[1]) == 1:
-            for line in lines_of_stdin():
-                carry_out(line)
-        else:
-            in_threads(carry_out, shelf)
-    except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
-        sys.exit(130)
-
-
-def in_threads(carry_out: Callable[[bytes], None], shelf: "Shelf") -> None:
-    """Carry out each order in a thread and CUDA stream of its own, so that the GPU works on all of them side by side.
-
-    When asked to stop, runs in training save their state. What is being measured is given up: it is measured again.
-    """
-
-    def beside_others(line: bytes) -> None:
-        with (
-            torch.cuda.stream(torch.cuda.Stream(json.loads(line)["device"]))
-            if torch.cuda.is_available()
-            else nullcontext()
-        ):
-            carry_out(line)
-
-    threads: list[threading.Thread] = []
-    with stop_signals() as asked:  # heard by the main thread for all
-        for line in lines_of_stdin(asked):
-            threads.append(threading.Thread(target=beside_others, args=[line], daemon=True))
-            threads[-1].start()
-        for thread in threads:
-            while thread.is_alive() and thread not in shelf.measuring:
-                thread.join(POLL_SECONDS)
-        if any(thread.is_alive() for thread in threads):
-            os._exit(143)  # threads that are measuring would not let the interpreter end
-
-
-def lines_of_stdin(asked: Callable[[], bool] = lambda: False) -> Iterator[bytes]:
-    """Lines as they come, until they end or something `asked` to stop.
-
-    Another thread waits for them, and when they end asks whatever is being done to stop.
-
-    The end is put in the queue too: a signal that arrives just before a thread goes to sleep does not wake it.
-    """
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in open(
-            0, "rb", buffering=0, closefd=False
-        ):  # unbuffered: no lock is held when the process ends
-            lines.put(line)
-        lines.put(None)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=read, daemon=True).start()
-    while not asked():
-        with suppress(queue.Empty):
-            if (line := lines.get(timeout=POLL_SECONDS)) is None:
-                return
-            yield line
-
-
-def answer(task: Task, device: str, shelf: "Shelf") -> dict[str, str]:
-    """What became of a task: its "state" is done, failed or interrupted."""
-    try:
-        perform(task, device, shelf)
+        with stopping_when(stop):
+            _train_and_measure(task, device, stop)
     except Interrupted:
-        return {"state": "interrupted"}
+        return Ended(task, "interrupted")
     except (InputError, RunError, OSError, MemoryError) as error:
-        return {"state": "failed", "message": " ".join(str(error).split()) or type(error).__name__}
-    except Exception as error:  # the others go on: the traceback is in this worker's file
+        return Ended(task, "failed", " ".join(str(error).split()) or type(error).__name__)
+    except Exception as error:  # the others go on
         traceback.print_exc()
-        return {
-            "state": "failed",
-            "message": f"{type(error).__name__}: {' '.join(str(error).split())}",
-        }
-    return {"state": "done"}
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Ended(task, "failed", message)
+    return Ended(task, "done")
 
 
-def perform(task: Task, device: str, shelf: "Shelf") -> Path:
-    """Train, measure and write the result, from wherever each of them stands; the result's path."""
-    options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)  # pyright: ignore
-    run = train(
-        shelf.dataset(task.recipe.data, task.folder.parent / "cache"),
-        recipe=task.recipe,
-        out=task.folder,
-        options=options,
-    )
-    shelf.measuring.add(threading.current_thread())
-    evaluation = measured(run, task.measuring, task.recipe.seed)
+def now_and_then(ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that asks at most twice a second, and tells the last answer in between."""
+    last, answer = -POLL_SECONDS, False
+
+    def asked() -> bool:
+        nonlocal last, answer
+        if time.monotonic() - last >= POLL_SECONDS:
+            last, answer = time.monotonic(), ask()
+        return answer
+
+    return asked
+
+
+def _train_and_measure(task: Task, device: str, stop: Callable[[], bool]) -> None:
+    if task.result() is not None:  # of a worker that was lost after it had written it
+        return
+    options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)
+    images = dataset(task.recipe.data, task.folder.parent / "cache")
+    run = train(images, recipe=task.recipe, out=task.folder, options=options)
+    evaluation = measured(run, task.measuring, task.recipe.seed, stop)
     seconds = {"evaluation": evaluation.pop("seconds")}
     result = result_of(
         run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds
     )
-    return write_result(result, task.results)
+    write_result(result, task.results)
+    if not task.keep:
+        shutil.rmtree(task.folder)
 
 
-class Shelf:
-    """The images read last, which the tasks of an experiment have in common, and the threads that are past training."""
+_reading = threading.Lock()
 
-    def __init__(self) -> None:
-        self.measuring: set[threading.Thread] = set()
-        self._held: tuple[Data, Dataset] | None = None
-        self._reading = threading.Lock()
 
-    def dataset(self, settings: Data, cache: Path) -> Dataset:
-        with self._reading:
-            if self._held is None or self._held[0] != settings:
-                self._held = None  # before the next is read
-                self._held = settings, read_data(settings, cache=cache)
-            return self._held[1]
+def dataset(settings: Data, cache: Path) -> Dataset:
+    """Return the images of a task. A process keeps the last ones, which the tasks of an experiment have in common."""
+    with _reading:
+        return _read(settings, cache)
+
+
+@lru_cache(maxsize=1)
+def _read(settings: Data, cache: Path) -> Dataset:
+    return read_data(settings, cache=cache)
+
+
+def forget_images() -> None:
+    """Free the images that this process keeps."""
+    _read.cache_clear()
