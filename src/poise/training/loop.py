@@ -17,7 +17,7 @@ from torch import Tensor
 from poise.errors import InputError, RunError
 from poise.objectives import is_deterministic
 from poise.recipes.settings import Stage
-from poise.support.kernels import generators_kept, kernels
+from poise.support.kernels import LOCK, generators_kept, kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
 from poise.training import distributed
@@ -197,7 +197,8 @@ def seed_random_layers(device: torch.device, *place: int | str) -> None:
     torch.manual_seed would queue a call for every absent device.
     """
     seed = derive(*place) if distributed.rank() == 0 else derive(*place, distributed.rank())
-    torch.default_generator.manual_seed(seed)
+    with LOCK:  # not while another thread draws the weights of a network
+        torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
