@@ -71,16 +71,17 @@ def loss_terms(
 
 
 def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-    """Run one backward of several processes in evaluation mode, which changes no state.
+    """Run backward for several processes in evaluation mode, which changes no state.
 
-    DistributedDataParallel groups gradients in the order in which its first backward computes them.
-    If the first backward were a step, the step after a resume would add up in another order than
-    the same step of a run that was not stopped.
+    In its first two passes DistributedDataParallel learns which gradients there are, and in which
+    order they come, and groups them accordingly. If these passes were steps, the steps after a
+    resume would add up in another order than the same steps of a run that was not stopped.
     """
     state.vae.eval()
     state.balance.eval()
-    loss_terms(state, batch, noise, stage).loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
+    for _ in range(2):
+        loss_terms(state, batch, noise, stage).loss.backward()
+        state.optimizer.zero_grad(set_to_none=True)
 
 
 def note(
