@@ -11,7 +11,7 @@ import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import jaxtyping
 import pytest
@@ -82,18 +82,22 @@ def torch_fidelity() -> types.ModuleType:
     """torch-fidelity, to compare with. Its algebra needs no torchvision: where that is missing, an empty one stands in."""
     if find_spec("torch_fidelity") is None:
         pytest.skip('torch-fidelity is missing: "make test" installs it')
-    if "torchvision" not in sys.modules and find_spec("torchvision") is None:
-        datasets = types.SimpleNamespace(
-            CIFAR10=object, CIFAR100=type("CIFAR100", (), {}), STL10=type("STL10", (), {})
-        )
-        stand_in = {
-            "": MagicMock(),
-            ".datasets": datasets,
-            ".transforms": MagicMock(),
-            ".transforms.functional": MagicMock(),
-        }
-        sys.modules.update({f"torchvision{name}": module for name, module in stand_in.items()})
-    return importlib.import_module("torch_fidelity")
+    if find_spec("torchvision") is not None:
+        return importlib.import_module("torch_fidelity")
+    datasets = types.SimpleNamespace(
+        CIFAR10=object, CIFAR100=type("CIFAR100", (), {}), STL10=type("STL10", (), {})
+    )
+    stand_in = {
+        "torchvision": MagicMock(),
+        "torchvision.datasets": datasets,
+        "torchvision.transforms": MagicMock(),
+        "torchvision.transforms.functional": MagicMock(),
+    }
+    with patch.dict(sys.modules, stand_in):  # other libraries would take it for the real one
+        module = importlib.import_module("torch_fidelity")
+        loaded = {name: kept for name, kept in sys.modules.items() if name.startswith("torch_fid")}
+    sys.modules.update(loaded)
+    return module
 
 
 @pytest.fixture

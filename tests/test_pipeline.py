@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -481,6 +482,10 @@ def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
         ) as fetched,
     ):
         next(fetched)
+        for _ in range(500):  # until it has read ahead, for which it has threads of its own
+            if threading.active_count() == before + 1:
+                break
+            time.sleep(0.01)
         assert threading.active_count() == before + 1
         raise Killed
     assert threading.active_count() == before

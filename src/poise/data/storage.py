@@ -106,11 +106,9 @@ def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def _without_read_ahead(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
     """Turn off the read-ahead of a mapped file inside the block, if the rows lie far apart.
 
-    The system reads megabytes around each row (1,420 bytes for each byte wanted), which pushes
-    other
-    rows out of memory: 190 rows of 3 KB a second from a file five times the memory. By eight
-        threads
-    and without read-ahead it is about 31,000 (docs/log.md, 2026-11-24).
+    The system reads megabytes around each row, 1,420 bytes for each byte wanted. That pushes other
+    rows out of memory: 190 rows of 3 KB a second from a file five times the memory
+    (docs/log.md, 2026-11-24).
     """
     mapping = _mapping(array)
     if mapping is None or len(indices) == 0 or np.ptp(indices) < FAR_APART * len(indices):

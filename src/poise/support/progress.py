@@ -5,10 +5,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, final
 
-import rich.console
-import rich.progress
+if TYPE_CHECKING:
+    import rich.progress
 
 Part = TypeVar("Part", bound=Sized)
 
@@ -19,6 +19,9 @@ SECONDS_OF_SPEED = 600.0  # the time left follows from the speed of these last s
 @contextmanager
 def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Progress"]:
     """Yield a display for `total` units of work, of which `done` are finished already."""
+    import rich.console
+    import rich.progress
+
     terminal = sys.stderr.isatty()
     bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
@@ -44,7 +47,7 @@ class Progress:
         lines: whether to print a line every 15 seconds, because the bar is switched off.
     """
 
-    def __init__(self, bar: rich.progress.Progress, *, lines: bool) -> None:
+    def __init__(self, bar: "rich.progress.Progress", *, lines: bool) -> None:
         self._bar, self._task, self._lines = bar, bar.tasks[0], lines
         self._last = time.monotonic()
 
