@@ -1,7 +1,10 @@
-"""Names, folders, arrays and Hub ids -> images to train on and to test on, which never overlap, with a checksum.
+"""Load images from a name, a folder, an array or a Hub id, and split them into train and test.
 
-In reading order: `storage` (arrays larger than memory), `dataset` (the split rule), `arrays` (.npy, .npz), `encoded` (image
-files), `folders`, `layouts` (torchvision's folders), `hub`, `names` (MNIST and its like), `loading` (the door).
+The two sides never share an image. A data set has a checksum of its images.
+
+In reading order: `decoding` (pixels and pictures), `storage` (arrays larger than memory), `dataset`
+(the split rule), `arrays` (.npy, .npz), `encoded` (image files), `folders`, `layouts` (folders of
+torchvision), `hub` (Hugging Face), `names` (MNIST and others), `loading` (`load`, for all sources).
 """
 
 from poise.data.dataset import Dataset

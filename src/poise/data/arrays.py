@@ -1,7 +1,7 @@
-"""Arrays, and .npy and .npz files of arrays, as images: layout, type, range, size.
+"""Convert arrays, and .npy and .npz files, to images: check layout, type and range, then resize.
 
-Images come as (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels; bytes, or floats in [0, 1]. An .npy file is
-memory-mapped and read in blocks.
+Images have the layout (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels. Values are
+uint8, or floats in [0, 1]. An .npy file is memory-mapped and read in blocks.
 """
 
 import zipfile
@@ -22,10 +22,10 @@ _DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.er
 
 
 def read_npy(path: Path, reading: Reading) -> Found:
-    """The images of an .npy file, memory-mapped, without a split.
+    """Return the images of an .npy file, memory-mapped. The file has no split.
 
     Raises:
-        InputError: damaged, Python objects, or not images (see `as_images`).
+        InputError: the file is damaged, holds Python objects, or holds no images (see `as_images`).
     """
     _check_start(path)
     try:
@@ -36,17 +36,20 @@ def read_npy(path: Path, reading: Reading) -> Found:
 
 
 def read_npz(path: Path, reading: Reading) -> Found:
-    """The images of an .npz file: x_train and x_test (or train and test), or images, or its only array.
+    """Return the images of an .npz file.
+
+    The split is x_train and x_test, train_images and test_images, or train and test. Without such a
+    pair the file has no split: its images are the array called images, x_train, train_images or
+    train, or its only array.
 
     Raises:
-        InputError: damaged, Python objects, no array of that name, or not images (see `as_images`).
+        InputError: the file is damaged, holds Python objects, has no array of such a name, or holds
+            no images (see `as_images`).
     """
     _check_start(path)
     try:
-        with (
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as archive,
-        ):  # np.load leaves a damaged file open
+        # np.load given a path leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in _image_keys(path, archive.files)}
     except InputError:
         raise
@@ -66,7 +69,8 @@ def _image_keys(path: Path, keys: list[str]) -> tuple[str, ...]:
     if len(keys) == 1:
         return (keys[0],)
     raise InputError(
-        f"{path} has the arrays {', '.join(keys) or '(none)'}: name the images x_train and x_test, train and test, or images"
+        f"{path} has the arrays {', '.join(keys) or '(none)'}: "
+        "name the images x_train and x_test, train and test, or images"
     )
 
 
@@ -78,7 +82,9 @@ def _check_start(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    if any(words in str(error) for words in ("Object arrays", "Python objects")):  # numpy's words
+    if any(
+        words in str(error) for words in ("Object arrays", "Python objects")
+    ):  # numpy's error text
         return InputError(
             f"{path} holds Python objects, which are never loaded: save the images as a uint8 array"
         )
@@ -86,15 +92,20 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:
-    """Images as `Dataset` holds them, (n, channels, side, side), uint8 or float32; a view of `array` where nothing changes.
+    """Convert an array to the images of a `Dataset`: (n, channels, side, side), uint8 or float32.
 
     Args:
-        array: (n, h, w), (n, h, w, c) or (n, c, h, w).
-        label: what error messages call it.
-        reading: size and channels that are wanted.
+        array: (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels; uint8, or floats in
+            [0, 1].
+        label: the name of the array in error messages.
+        reading: the size and channels to convert to.
+
+    Returns:
+        A view of `array` if nothing has to change, otherwise a new array.
 
     Raises:
-        InputError: another layout or type; values outside [0, 1], NaN or infinite; not square and no size given.
+        InputError: another layout or type; float values outside [0, 1], NaN or infinite; images are
+            not square and `reading` gives no size.
     """
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise InputError(
@@ -110,13 +121,15 @@ def _channels_first(array: np.ndarray, label: str) -> np.ndarray:
     given = f"{label} has shape {tuple(array.shape)}"
     if array.ndim == 2:
         raise InputError(
-            f"{given}, which are vectors: poise train takes images, (n, h, w), (n, h, w, c) or (n, c, h, w)"
+            f"{given}, which are vectors: poise train takes images, "
+            "(n, h, w), (n, h, w, c) or (n, c, h, w)"
         )
     if array.ndim not in (3, 4) or 0 in array.shape[1:]:
         raise InputError(f"{given}: images come as (n, h, w), (n, h, w, c) or (n, c, h, w)")
     if array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.shape[1] != array.shape[2]:
         raise InputError(
-            f"{given}, which looks like a single image: images come as (n, h, w), (n, h, w, c) or (n, c, h, w)"
+            f"{given}, which looks like a single image: "
+            "images come as (n, h, w), (n, h, w, c) or (n, c, h, w)"
         )
     if array.ndim == 3:
         return array[:, None]
@@ -135,7 +148,8 @@ def _channel_axis(shape: tuple[int, ...], given: str) -> int:
     square = [axis for axis in axes if shape[2] == shape[4 - axis]]
     if len(axes) == 2 and len(square) != 1:
         raise InputError(
-            f"{given}: the channels may be first or last; give another shape, as (n, h, w) for grey images"
+            f"{given}: the channels may be first or last; "
+            "give another shape, as (n, h, w) for grey images"
         )
     return axes[0] if len(axes) == 1 else square[0]
 
@@ -148,7 +162,8 @@ def _check_range(images: np.ndarray, label: str) -> None:
         if not finite.all():
             first = rows.start + int(np.argmin(finite))
             raise InputError(
-                f"{label} holds NaN or infinite values, first in image {first}: repair or remove such images"
+                f"{label} holds NaN or infinite values, first in image {first}: "
+                "repair or remove such images"
             )
         low, high = min(low, float(block.min())), max(high, float(block.max()))
     if low < 0 or high > 1:
@@ -166,7 +181,8 @@ def _fit(images: np.ndarray, label: str, reading: Reading) -> np.ndarray:
     _, channels, height, width = images.shape
     if reading.size is None and height != width:
         raise InputError(
-            f"{label} has images of {width}x{height}, not square: pass --size N to crop and resize them"
+            f"{label} has images of {width}x{height}, not square: "
+            "pass --size N to crop and resize them"
         )
     shape = (reading.channels or channels, reading.size or height, reading.size or width)
     dtype = np.dtype(np.uint8 if images.dtype == np.uint8 else np.float32)
@@ -179,7 +195,10 @@ def _fit(images: np.ndarray, label: str, reading: Reading) -> np.ndarray:
 
 
 def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """Grey repeated three times, or the luma of ITU-R 601, for bytes in the integers that Pillow uses."""
+    """Repeat grey three times, or reduce RGB to the luma of ITU-R 601.
+
+    uint8 images use the integer weights of Pillow.
+    """
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -203,7 +222,6 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     resized = np.stack(
         [np.asarray(center_square_resize(Image.fromarray(plane), size)) for plane in planes]
     )
-    in_range = (
-        resized if images.dtype == np.uint8 else resized.clip(0, 1)
-    )  # bicubic overshoots at edges
+    # Bicubic interpolation overshoots at edges.
+    in_range = resized if images.dtype == np.uint8 else resized.clip(0, 1)
     return in_range.reshape(*images.shape[:2], size, size)

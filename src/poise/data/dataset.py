@@ -1,8 +1,8 @@
-"""What a data set is, and how images without an official split are split.
+"""The data set, and the split rule for images without an official split.
 
-The rule: one image in ten, at most 10,000, goes to the test side. Images are ordered by a hash of their pixels, and
-identical images stay together, so that the split depends on the images alone, not on file names or order, and never
-overlaps.
+The rule: order the images by a hash of their pixels, and test on the first tenth, at most 10,000.
+Identical images stay together. So the split depends on the images alone, not on file names or
+order, and the two sides never overlap.
 """
 
 import hashlib
@@ -28,10 +28,11 @@ class Dataset:
     """Images to train on and images to test on.
 
     Attributes:
-        name: for people.
-        train, test: (n, channels, side, side), uint8 or float32 in [0, 1]: numpy arrays, or `Rows` of a mapped file.
+        name: shown to users.
+        train, test: (n, channels, side, side), uint8 or float32 in [0, 1]: numpy arrays, or `Rows`
+            of a memory-mapped file.
         source: where the images came from.
-        notes: what was skipped, ignored or changed, one short sentence each.
+        notes: what the loader skipped, ignored or changed, one short sentence each.
     """
 
     name: str
@@ -42,13 +43,16 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, side, side) of one image."""
+        """The shape of one image: (channels, side, side)."""
         _, channels, height, width = self.train.shape
         return channels, height, width
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 over types, shapes and pixels of train and test, in order; reads everything once, block by block."""
+        """The SHA-256 of the types, shapes and pixels of train and test, in order.
+
+        Reads all images once, block by block.
+        """
         digest = hashlib.sha256()
         for part, images in (("train", self.train), ("test", self.test)):
             digest.update(f"{part} {images.dtype} {tuple(images.shape)}\n".encode())
@@ -59,7 +63,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are to be read: the options of `load`, checked."""
+    """The validated options of `load`: how to read images."""
 
     size: int | None = None
     channels: int | None = None
@@ -83,13 +87,20 @@ class Reading:
             raise InputError(f'file_order must be "sorted" or "listing", not {self.file_order!r}')
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array to fill, in memory or in a file: see `storage.allocate`."""
+        """Return an empty array, in memory or in a file; see `storage.allocate`."""
         return allocate(shape, dtype, self.memory_budget, self.cache)
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a source holds: `test` is None where there is no official split; `file_order` is the one that was used."""
+    """The images of a source, before the split rule.
+
+    Attributes:
+        name, source, notes: see `Dataset`.
+        train: all images, or the training side of the official split.
+        test: the test side of the official split. None: the source has no official split.
+        file_order: the file order that the reader used.
+    """
 
     name: str
     train: np.ndarray
@@ -100,17 +111,18 @@ class Found:
 
 
 def check_enough(count: int) -> None:
-    """Raises InputError for fewer than 10 images."""
+    """Raise InputError for fewer than 10 images."""
     if count < FEWEST_IMAGES:
         noun = "1 image is" if count == 1 else f"{count} images are"
         raise InputError(f"{noun} too few: at least {FEWEST_IMAGES} are needed")
 
 
 def split_by_content(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the training and of the test images, ascending; the rule is at the top of this file.
+    """Return the row numbers of the training and the test images, each ascending.
 
-    A group of identical images that would pass the test side's share stays in training; where every group would, the
-    smallest one is tested.
+    The split rule stands at the top of this file. A group of identical images that is larger than
+    what the test side still needs stays in training. If every group is too large, the smallest
+    group is the test side.
 
     Raises:
         InputError: all images are identical.
@@ -124,7 +136,7 @@ def split_by_content(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"all {len(images)} images are identical: nothing is left to test on")
     share = min(max(1, round(len(images) / 10)), MOST_TEST_IMAGES)
     chosen, count = np.zeros(len(sizes), bool), 0
-    for group, size in enumerate(sizes):  # in the order of their hashes
+    for group, size in enumerate(sizes):  # in hash order
         if count + size <= share:
             chosen[group], count = True, count + int(size)
         if count == share:
@@ -137,9 +149,9 @@ def split_by_content(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def content_hashes(images: Pixels) -> np.ndarray:
-    """One hash of 16 bytes for the pixels of each image, (n,); equal exactly where images are equal.
+    """Return a 16-byte hash of the pixels of each image, (n,); equal if and only if the images are.
 
-    An array, not a list: beside images of 784 bytes, 16 bytes for each are little, and 150 for objects are not.
+    An array takes 16 bytes per hash, a list of objects 150: an MNIST image itself has 784.
     """
     hashes = np.empty(len(images), f"S{HASH_BYTES}")
     for block in blocks(images):
@@ -152,5 +164,5 @@ def content_hashes(images: Pixels) -> np.ndarray:
 
 
 def count_shared(train: Pixels, test: Pixels) -> int:
-    """How many test images also occur in training, pixel by pixel."""
+    """Return how many test images also occur in training, with equal pixels."""
     return int(np.isin(content_hashes(test), content_hashes(train)).sum())

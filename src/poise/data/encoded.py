@@ -1,4 +1,7 @@
-"""Image files, from a folder or from the Hub, decoded by threads into one array (Pillow decodes outside Python's lock)."""
+"""Decode image files of a folder or of the Hub into one array, in threads.
+
+Threads work in parallel because Pillow releases Python's lock while it decodes.
+"""
 
 import os
 import sys
@@ -24,20 +27,30 @@ from poise.support.progress import progress
 
 Result = TypeVar("Result")
 
-_FILES_AT_ONCE = (
-    512  # handed to the threads; bounds what is pending, and how long an interrupt waits
-)
+# Files per call of the thread pool: limits the pending results, and the delay of an interrupt.
+_FILES_AT_ONCE = 512
 
 
 class Encoded(NamedTuple):
-    """An image file: what messages call it, and how to get at it."""
+    """An image file that is not decoded yet.
+
+    Attributes:
+        label: the name of the file in messages.
+        open: returns its path or its content.
+    """
 
     label: str
     open: Callable[[], Path | BytesIO]
 
 
 class Decoded(NamedTuple):
-    """Images (n, channels, side, side), uint8; the positions in the given files that they came from; what was skipped."""
+    """Decoded image files.
+
+    Attributes:
+        images: (n, channels, side, side), uint8.
+        positions: (n,), the position of each image in the list of files.
+        notes: one note for each skipped file.
+    """
 
     images: np.ndarray
     positions: np.ndarray
@@ -50,13 +63,15 @@ class _Form(NamedTuple):
 
 
 def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
-    """All files as images of one form: that which `reading` asks for, else the files' own.
+    """Decode all files to one size and one number of channels.
 
-    Grey where every file is grey, unless `reading` says otherwise. Two passes: headers, where they are needed, and pixels.
+    Without a size in `reading`, the size is that of the files. Without a number of channels, images
+    are grey if all files are grey, and RGB otherwise. The first pass reads the headers, if size or
+    channels are unknown. The second pass reads the pixels.
 
     Raises:
-        InputError: a file cannot be decoded (unless it may be skipped); no size given and the files are not all of one
-            square size; none can be decoded.
+        InputError: a file cannot be decoded and `reading` does not skip such files; `reading` gives
+            no size and the files are not all of one square size; no file can be decoded.
     """
     errors: dict[int, InputError] = {}
     form = _form(files, reading, errors)
@@ -85,7 +100,8 @@ def _form(files: Sequence[Encoded], reading: Reading, errors: dict[int, InputErr
     headers = dict(_each(header, range(len(files)), errors, reading, "reading headers"))
     if not headers:
         raise InputError(
-            f"none of the {len(files)} images can be decoded: {next(iter(errors.values()), 'there are none')}"
+            f"none of the {len(files)} images can be decoded: "
+            f"{next(iter(errors.values()), 'there are none')}"
         )
     grey = all(header.grey for header in headers.values())
     return _Form(
@@ -131,7 +147,7 @@ def _each(
     reading: Reading,
     title: str,
 ) -> Iterator[tuple[int, Result]]:
-    """(position, result) in order; the errors of unreadable files go into `errors` where such files may be skipped."""
+    """Yield (position, result) in order. Put the errors of skipped files into `errors`."""
 
     def attempt(position: int) -> Result | InputError:
         try:

@@ -1,4 +1,4 @@
-"""A folder of images, anywhere below it, optionally with train/ and test/ inside."""
+"""Read a folder of image files, at any depth, with an optional split into train/ and test/."""
 
 import os
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ _TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 def read_folder(folder: Path, reading: Reading) -> Found:
-    """All images below a folder, sorted by path; split by train/ and test/ (or val/, valid/, validation/) if it has both.
+    """Return all images in a folder and its subfolders, sorted by path.
 
-    Files whose names, or whose folders' names, begin with a dot are left alone. Files of other kinds are counted in the
-    notes.
+    The split is train/ and test/ (or val/, valid/, validation/), if the folder has both sides.
+    Files and folders whose names begin with a dot are skipped. The notes count other files.
 
     Raises:
-        InputError: no files; no images among them; see also `encoded.decode`.
+        InputError: the folder holds no files or no images; see also `encoded.decode`.
     """
     files = _visible_files(folder)
     images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
@@ -38,21 +38,25 @@ def read_folder(folder: Path, reading: Reading) -> Found:
     train, test = _official_split(folder, images)
     if test and len(train) + len(test) < len(images):
         notes.append(
-            f"ignored: {_count(len(images) - len(train) - len(test), 'image')} outside the split's two folders"
+            f"ignored: {_count(len(images) - len(train) - len(test), 'image')} "
+            "outside the split's two folders"
         )
     found = read_files(train, test, reading)
     return Found(folder.resolve().name, *found[:2], str(folder), (*notes, *found[2]))
 
 
 def read_files(train: Sequence[Path], test: Sequence[Path], reading: Reading) -> Split:
-    """Images of the two sides of a split, and notes; None for the second side where `test` is empty."""
+    """Return the train images, the test images (None if `test` is empty) and the notes."""
     return decode_split(
         [_encoded(path) for path in train], [_encoded(path) for path in test], reading
     )
 
 
 def decode_split(train: Sequence[Encoded], test: Sequence[Encoded], reading: Reading) -> Split:
-    """As `read_files`. Both sides are decoded together, so that they have one form."""
+    """Decode the files of a split; returns the same as `read_files`.
+
+    Both sides are decoded together, so that they have one size and one number of channels.
+    """
     images, positions, notes = decode([*train, *test], reading)
     count = int((positions < len(train)).sum())
     return images[:count], images[count:] if test else None, notes

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, or of a local folder, through the optional `datasets` library."""
+"""Load a data set of the Hugging Face Hub, or a local folder, with the `datasets` library."""
 
 import sys
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ _TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
 def read_hub(name: str, reading: Reading) -> Found:
-    """The images of `owner/name`, or of a local folder that the library can read.
+    """Return the images of the Hub's `owner/name`, or of a local folder that `datasets` can read.
 
-    The image column is found by its type (the first, if there are several); the splits are train, and test or else
-    validation. Without a split to test on, all images of train, or of the only split.
+    The images are in the first column of type Image. The split is train and test, or train and
+    validation. Without a test split the result has all images of train, or of the only split.
 
     Raises:
-        MissingExtraError: the library is not installed.
-        MissingInputError: it cannot load the data set.
+        MissingExtraError: `datasets` is not installed.
+        MissingInputError: `datasets` cannot load the data set.
         InputError: no column of images; no split called train; see also `encoded.decode`.
     """
     splits = _load(name)
@@ -53,7 +53,7 @@ def _load(name: str) -> dict[str, Any]:
     try:
         with _progress_bars(datasets):
             splits = datasets.load_dataset(str(local) if local.is_dir() else name)
-    except Exception as error:  # the library, and the network below it, raise dozens of types
+    except Exception as error:  # the library and the network raise dozens of types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingInputError(
             f"hf:{name} cannot be loaded ({reason}): check the name and the network"
@@ -63,7 +63,7 @@ def _load(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _progress_bars(datasets: Any) -> Iterator[None]:
-    """The library's progress bars, on a terminal only."""
+    """Show the progress bars of `datasets` inside the block only if stderr is a terminal."""
     silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()

@@ -1,4 +1,7 @@
-"""Folders as torchvision leaves them: MNIST's idx files, CIFAR-10's pickled batches, CelebA's faces and partition file."""
+"""Read the folders that torchvision downloads: MNIST, CIFAR-10 and CelebA.
+
+MNIST comes as idx files, CIFAR-10 as pickled batches, CelebA as .jpg files and a partition file.
+"""
 
 import gzip
 import math
@@ -25,7 +28,10 @@ _TRAIN, _TEST = "0", "2"  # in CelebA's partition file; "1" is its validation se
 
 
 def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
-    """Each known data set in a folder, or one or two levels down where torchvision would put it, and how to read it."""
+    """Return the reader and the folder of each known data set in `folder`.
+
+    Also looks one and two levels down, where torchvision stores data sets.
+    """
     found: list[tuple[Reader, Path]] = []
     for inner in ("", "raw", "MNIST/raw", "FashionMNIST/raw"):
         if _idx_file(folder / inner, "train-images") is not None:
@@ -40,10 +46,13 @@ def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
 
 
 def read_mnist(folder: Path, reading: Reading) -> Found:
-    """MNIST, Fashion-MNIST and their like: {train,t10k}-images-idx3-ubyte, with or without .gz.
+    """Return MNIST, Fashion-MNIST or a data set in the same format.
+
+    The files are {train,t10k}-images-idx3-ubyte, with or without .gz.
 
     Raises:
-        InputError: a file is damaged. MissingInputError: one is not there.
+        MissingInputError: a file is missing.
+        InputError: a file is damaged.
     """
     train, test = (
         as_images(_read_idx(folder, part), str(folder), reading)
@@ -66,9 +75,8 @@ def _read_idx(folder: Path, part: str) -> np.ndarray:
     magic, *shape = np.frombuffer(content[:16], ">u4").tolist() if len(content) >= 16 else (0,)
     if magic != _IDX_IMAGES or len(content) != 16 + math.prod(shape):
         raise InputError(f"{path} is damaged or not an idx file of images: download it again")
-    return (
-        np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()
-    )  # a copy, to be writable
+    # The buffer is read-only; the copy is writable.
+    return np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()
 
 
 def _idx_file(folder: Path, part: str) -> Path | None:
@@ -77,10 +85,11 @@ def _idx_file(folder: Path, part: str) -> Path | None:
 
 
 def read_cifar10(folder: Path, reading: Reading) -> Found:
-    """CIFAR-10: data_batch_1 to data_batch_5, and test_batch.
+    """Return CIFAR-10 from data_batch_1 to data_batch_5, and test_batch.
 
     Raises:
-        InputError: a file is damaged, or asks for more than arrays. MissingInputError: one is not there.
+        MissingInputError: a file is missing.
+        InputError: a file is damaged, or names a function that `ArrayUnpickler` refuses.
     """
     batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
     train = as_images(np.concatenate(batches), str(folder), reading)
@@ -107,9 +116,13 @@ def _read_batch(path: Path) -> np.ndarray:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, bytes and numpy arrays, and refuses all else: a pickle may name any function to be called."""
+    """Unpickle dicts, lists, bytes and numpy arrays; refuse everything else.
 
-    # The functions that rebuild an array, by the names that old and new releases of numpy give them (protocols <= 4 and 5).
+    A pickle can call any function by its name, so an unsafe file could run code.
+    """
+
+    # The functions that rebuild an array (pickle protocols <= 4 and 5). Old and new releases of
+    # numpy keep them in different modules.
     _modules = (
         "numpy",
         "numpy.core.multiarray",
@@ -125,7 +138,7 @@ class ArrayUnpickler(pickle.Unpickler):
     }
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="bytes")  # the official files were written by Python 2
+        super().__init__(file, encoding="bytes")  # Python 2 wrote the official files
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name in self._modules and global_name in self._allowed:
@@ -134,13 +147,15 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_celeba(folder: Path, reading: Reading) -> Found:
-    """CelebA: img_align_celeba/*.jpg, split by list_eval_partition.txt (train is 0, test is 2), rows 45:173, columns 25:153.
+    """Return CelebA: img_align_celeba/*.jpg, cropped to rows 45:173 and columns 25:153.
 
-    With `file_order` "listing", the split of the released code: the files in the order in which the file system lists them,
-    the first 162,770 for training, the last 19,962 for testing (as many as the partition file counts).
+    list_eval_partition.txt gives the official split: train is 0, test is 2. With `file_order`
+    "listing" the split is that of the released code, in the order in which the file system lists
+    the files: the first 162,770 train, the last 19,962 test (the counts of the partition file).
 
     Raises:
-        InputError: a file cannot be decoded, or is not 178x218. MissingInputError: files are missing.
+        MissingInputError: files are missing.
+        InputError: a file cannot be decoded, or is not 178x218.
     """
     partition = _read_partition(folder / "list_eval_partition.txt")
     images = folder / "img_align_celeba"
@@ -165,7 +180,7 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
 
 
 def celeba_reading(reading: Reading) -> Reading:
-    """CelebA's cut to 128x128, and 64x64 RGB unless something else was asked for."""
+    """Return `reading` with CelebA's crop to 128x128, and 64x64 RGB as the defaults."""
     return replace(
         reading, celeba_crop=True, size=reading.size or CELEBA_SIZE, channels=reading.channels or 3
     )

@@ -1,4 +1,7 @@
-"""Data sets by name: in a folder on this machine, or else on the Hugging Face Hub; the digits come with scikit-learn."""
+"""Load a data set by its name, from the data folder or from the Hugging Face Hub.
+
+The digits are part of scikit-learn.
+"""
 
 import os
 from dataclasses import replace
@@ -21,12 +24,14 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
 
     Args:
         name: a key of `poise.variants.DATA_SETS`.
-        data_dir: the data folder. None: the one that POISE_DATA names, or ./data.
-        reading: how images are to be read.
+        data_dir: the data folder. None: the folder in the environment variable POISE_DATA, or
+            ./data.
+        reading: how to read the images.
 
     Raises:
-        MissingInputError: not in the data folder, and not to be had from the Hub; or `data_dir` does not exist.
-        InputError: it is damaged.
+        MissingInputError: the data set is neither in the data folder nor available from the Hub; or
+            `data_dir` does not exist.
+        InputError: the data set is damaged.
     """
     place = DATA_SETS[name]
     if place.reader:
@@ -41,13 +46,16 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
 
 
 def read_digits(reading: Reading) -> Found:
-    """The 1,797 handwritten digits of 8x8 pixels inside scikit-learn, their 17 levels spread over 0 to 255."""
+    """Return scikit-learn's 1,797 handwritten digits of 8x8 pixels; 17 levels become 0 to 255."""
     pixels = np.floor(_digits_levels() * 255 / 16 + 0.5).astype(np.uint8)
     return Found("digits", as_images(pixels, "digits", reading), None, "scikit-learn's load_digits")
 
 
 def _digits_levels() -> np.ndarray:
-    """What scikit-learn's load_digits gives, (1797, 8, 8), from its file: to import scikit-learn takes a second or more."""
+    """Return the images of scikit-learn's load_digits, (1797, 8, 8).
+
+    Reads scikit-learn's file if possible, because its import takes a second or more.
+    """
     package = find_spec("sklearn")
     file = (
         Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz"
@@ -73,7 +81,10 @@ def _read_remote(name: str, root: Path, reading: Reading) -> Found:
     if place.preparation:
         reading = resolve_name(place.preparation)(reading)
     files = " or ".join(filter(None, (place.files, *place.archives[:1])))
-    missing = f"{name} is not in the data folder {root}: put {files} there, set POISE_DATA to another folder"
+    missing = (
+        f"{name} is not in the data folder {root}: "
+        f"put {files} there, set POISE_DATA to another folder"
+    )
     if not place.hub:
         raise MissingInputError(missing)
     try:
