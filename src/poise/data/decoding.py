@@ -1,7 +1,8 @@
-"""Pixels: bytes to [0, 1] and back, reading, cropping and resizing pictures, grids of images.
+"""Convert, read, crop and resize images; arrange images in a grid; write PNG files.
 
-Tensors are NCHW: float in [0, 1], or bytes (uint8, 0 to 255) at the edges. A byte b is the float b/255, and a float x is
-the byte floor(255 x + 1/2) after clipping to [0, 1], so that bytes survive the way there and back unchanged.
+Tensors are NCHW: float in [0, 1] inside the package, uint8 in 0 to 255 in files. A byte b becomes
+the float b/255. A float x, clipped to [0, 1], becomes the byte floor(255 x + 1/2). A byte that is
+converted to float and back does not change.
 """
 
 import io
@@ -22,37 +23,38 @@ from poise.support.files import write_file
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from PIL.Image import Image as Picture
 else:
-    Picture = Any  # Pillow is imported by the functions that need it
+    Picture = Any  # the functions that need Pillow import it
 
-Mode = Literal["L", "RGB"]  # Pillow's names of grey and colour
+Mode = Literal["L", "RGB"]  # Pillow's names of grey and RGB
 
-TILE_PIXELS = 64  # smaller images are enlarged to about this side in a grid
+TILE_PIXELS = 64  # a grid enlarges smaller images to about this side
 SEPARATOR_PIXELS = 2
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def to_float(images: ByteImages) -> Images:
-    """Float32 images in [0, 1] from bytes: b/255."""
+    """Convert uint8 images to float32 in [0, 1]: b/255."""
     return images.to(torch.float32).div_(255)
 
 
 def to_bytes(images: Images) -> ByteImages:
-    """Bytes from float images: clipped to [0, 1], then rounded to the nearest of 256 levels, halves upwards.
+    """Convert float images to uint8: clip to [0, 1], round to the nearest of 256 levels, halves up.
 
     Raises:
-        InputError: NaN among the values (this looks at every value, and so waits for the device).
+        InputError: a value is NaN. The check waits for the device.
     """
     if images.isnan().any():
         raise InputError(
-            "the images hold NaN, which no byte can represent: the network that made them has diverged"
+            "the images hold NaN, which no byte can represent: "
+            "the network that made them has diverged"
         )
     return images.detach().float().clamp(0, 1).mul_(255).add_(0.5).floor_().to(torch.uint8)
 
 
 def stretch_each(images: Images) -> Images:
-    """Each image mapped so that its least value becomes 0 and its greatest 1, as Dai & Wipf's evaluation does.
+    """Rescale each image so that its minimum is 0 and its maximum 1.
 
-    An image of one value becomes 0.
+    A constant image becomes 0. Source: the evaluation of Dai & Wipf.
     """
     flat = images.flatten(1)
     least, most = flat.amin(1)[:, None], flat.amax(1)[:, None]
@@ -60,13 +62,19 @@ def stretch_each(images: Images) -> Images:
 
 
 def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
-    """One picture of all images, row by row: uint8 (height, width, channels), with white lines of 2 pixels between.
+    """Arrange images in a grid, row by row, with white lines of 2 pixels between them.
 
-    Images smaller than 64 pixels are enlarged by a whole factor, each pixel becoming a square.
+    Images smaller than 64 pixels are enlarged by an integer factor, without interpolation.
 
     Args:
-        images: at least one; float in [0, 1], or bytes.
-        columns: images in a row; by default as many as make the picture about square.
+        images: at least one; float in [0, 1], or uint8.
+        columns: number of images in a row, at least 1; None: about the square root of their number.
+
+    Returns:
+        One picture, uint8 (height, width, channels).
+
+    Raises:
+        InputError: there are no images, `columns` is less than 1, or a value is NaN.
 
     Example:
         >>> grid(torch.zeros(6, 1, 8, 8), columns=3).shape
@@ -74,7 +82,8 @@ def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
     """
     if len(images) == 0 or (columns is not None and columns < 1):
         raise InputError(
-            f"a grid needs at least one image and one column, not {len(images)} images in {columns} columns"
+            "a grid needs at least one image and one column, "
+            f"not {len(images)} images in {columns} columns"
         )
     tiles = (
         (images if images.dtype == torch.uint8 else to_bytes(images))
@@ -95,11 +104,11 @@ def grid(images: Images | ByteImages, columns: int | None = None) -> np.ndarray:
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Writes a picture, whole or not at all: see `files.write_file`.
+    """Write a picture as a PNG file. The write is atomic; see `files.write_file`.
 
     Args:
-        path: of the file; its folder is made if need be.
-        pixels: uint8 (height, width, channels) with 1 or 3 channels, as `grid` gives them.
+        path: of the file; its folder is created if necessary.
+        pixels: uint8 (height, width, channels) with 1 or 3 channels, such as the result of `grid`.
 
     Raises:
         RunError: the file cannot be written.
@@ -108,11 +117,11 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
-    """The bytes of a PNG file.
+    """Encode a picture as PNG and return the content of the file.
 
     Args:
         pixels: see `save_png`.
-        effort: of the compression, 0 to 9; the pixels are the same.
+        effort: compression level, 0 to 9; does not change the pixels.
     """
     file = io.BytesIO()
     to_picture(pixels).save(file, "PNG", compress_level=effort)
@@ -120,14 +129,14 @@ def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
 
 
 def to_picture(pixels: np.ndarray) -> Picture:
-    """A PIL image of what `grid` gives."""
+    """Convert an array (height, width, channels), such as a `grid`, to a PIL image."""
     from PIL import Image
 
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 class Header(NamedTuple):
-    """What a file says of its image before any pixel is decoded."""
+    """Size and colour of an image file, read without decoding pixels."""
 
     width: int
     height: int
@@ -135,7 +144,9 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path | io.BytesIO, label: str | None = None) -> Header:
-    """Size and colour of an image file; `grey` speaks of the file's pixel format, or of its palette.
+    """Return the size and colour of an image file.
+
+    `grey` is true if the pixel format of the file is grey, or all colours of its palette are.
 
     Raises:
         InputError: see `read_image`.
@@ -149,19 +160,19 @@ def read_header(file: Path | io.BytesIO, label: str | None = None) -> Header:
 
 
 def read_image(file: Path | io.BytesIO, mode: Mode, label: str | None = None) -> Picture:
-    """A fully decoded image file as 8-bit grey ("L") or colour ("RGB"), upright by its EXIF orientation.
+    """Decode an image file to 8-bit grey ("L") or RGB, rotated by its EXIF orientation.
 
-    16-bit greys are scaled to 8 bits (65535 becomes 255); transparent pixels are laid on white; of an animation, the first
-    frame is taken.
+    16-bit grey is scaled to 8 bits (65535 becomes 255). Transparent pixels are blended with white.
+    Of an animation only the first frame is read.
 
     Args:
-        file: path, or the bytes of a file.
+        file: path, or the content of a file.
         mode: "L" or "RGB".
-        label: what error messages call the file; by default its path.
+        label: the name of the file in error messages; None: its path.
 
     Raises:
-        MissingInputError: no such file.
-        InputError: not an image, damaged, cut off, or of 32-bit pixels.
+        MissingInputError: the file does not exist.
+        InputError: the file is no image, is damaged or truncated, or has 32-bit pixels.
     """
     from PIL import Image, ImageOps
 
@@ -173,7 +184,7 @@ def read_image(file: Path | io.BytesIO, mode: Mode, label: str | None = None) ->
             raise ValueError(
                 "32-bit pixels, whose range is not known; save as 8 or 16 bit, or give an array"
             )
-        image.load()  # every pixel: a cut-off file fails here
+        image.load()  # decodes every pixel: a truncated file fails here
         upright = ImageOps.exif_transpose(image)
         if sixteen_bit:
             levels = np.asarray(upright).astype(np.uint32)
@@ -190,7 +201,7 @@ def _decoding(label: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MissingInputError(f"{label} does not exist") from error
-    except Exception as error:  # a damaged file can make a decoder raise anything
+    except Exception as error:  # a decoder can raise anything on a damaged file
         raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
 
 
@@ -200,14 +211,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split()).rstrip(".")  # more is said after it
+    return " ".join(reason.split()).rstrip(".")  # the message goes on after it
 
 
 def center_square_resize(image: Picture, size: int) -> Picture:
-    """The largest centred square of a picture, upright by its EXIF orientation, resized to (size, size).
+    """Crop the largest centred square of a picture and resize it to (size, size).
 
-    Bicubic with antialiasing (Pillow's BICUBIC, whose support grows with the reduction), as FID studies recommend (Parmar
-    et al. 2022). Where the margin is odd, the extra row or column is cut at the bottom or right.
+    The picture is first rotated by its EXIF orientation. If a margin is odd, the bottom or the
+    right loses one row or column more.
+
+    The resize is Pillow's BICUBIC, which has antialiasing: its support grows with the reduction.
+    Parmar et al. 2022 recommend this for the FID.
     """
     from PIL import Image, ImageOps
 
@@ -225,28 +239,40 @@ def crop_and_resize(
     *,
     size: int = 64,
 ) -> Picture:
-    """The usual cut of CelebA's aligned 178x218 faces: rows 45 to 172, columns 25 to 152, bilinear to (size, size).
+    """Crop one of CelebA's aligned 178x218 faces and resize it to (size, size).
 
-    Bilinear as Pillow does it, with antialiasing; so did the scipy.misc.imresize of Dai & Wipf's code.
+    The resize is Pillow's BILINEAR, which has antialiasing, as has the scipy.misc.imresize of
+    Dai & Wipf's code.
+
+    Args:
+        image: the aligned face.
+        rows, cols: first and last + 1 of the crop; by default rows 45 to 172 and columns 25 to 152,
+            as is usual for CelebA.
+        size: side of the result in pixels.
 
     Raises:
-        InputError: the picture is smaller than the cut.
+        InputError: the picture is smaller than the crop.
     """
     from PIL import Image
 
     if image.width < cols[1] or image.height < rows[1]:
         raise InputError(
-            f"an image of {image.width}x{image.height} pixels has no rows {rows[0]}:{rows[1]} and columns "
-            f"{cols[0]}:{cols[1]}: the cut is for CelebA's aligned images of 178x218"
+            f"an image of {image.width}x{image.height} pixels has no rows {rows[0]}:{rows[1]} "
+            f"and columns {cols[0]}:{cols[1]}: the cut is for CelebA's aligned images of 178x218"
         )
     face = image.crop((cols[0], rows[0], cols[1], rows[1]))
     return face.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def jpeg_round_trip(images: ByteImages, quality: int = 75) -> ByteImages:
-    """Each image as it comes back from a JPEG file of this quality (1 to 95; colours at half resolution, Pillow's default).
+    """Encode each image as JPEG and decode it again.
 
-    The released CIFAR-10 loader stores its images so, at Pillow's default quality of 75, for training and for testing.
+    The released CIFAR-10 loader stores its training and test images as JPEG, at Pillow's default
+    quality of 75. Pillow's default for colours is half resolution.
+
+    Args:
+        images: uint8 (n, channels, height, width).
+        quality: of the JPEG, 1 to 95.
     """
     pixels = images.cpu().permute(0, 2, 3, 1).numpy()
     stored = np.empty_like(pixels)
@@ -265,23 +291,23 @@ def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 
 class PixelMoments:
-    """Mean and variance of every dimension over a stream of batches, float64."""
+    """Variance of every dimension over a stream of batches, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.total = self.total_squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, batch: Values) -> None:
-        """Take in a batch (n, ...)."""
-        values = batch.cpu().double()  # in this order: not every device has float64
+        """Add a batch (n, ...)."""
+        values = batch.cpu().double()  # first to the CPU: not every device has float64
         self.count += len(values)
         self.total = self.total + values.sum(0)
         self.total_squares = self.total_squares + values.square().sum(0)
 
     def variance(self) -> torch.Tensor:
-        """Of each dimension, over all batches."""
+        """Return the variance of each dimension over all batches."""
         return (self.total_squares / self.count - (self.total / self.count).square()).clamp_min(0)
 
     def std(self) -> float:
-        """Standard deviation of each dimension, averaged over dimensions."""
+        """Return the mean over dimensions of the standard deviation of each dimension."""
         return float(self.variance().sqrt().mean())

@@ -1,4 +1,4 @@
-"""One door for all sources of images."""
+"""Load images from any source, with `load` (split into train and test) or `read_images`."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,29 +44,39 @@ def load(
     memory_budget: int | None = None,
     cache: Path | None = None,
 ) -> Dataset:
-    """The images of a source, split into those to train on and those to test on.
+    """Load the images of a source and split them into train and test.
 
-    An official split is kept. Otherwise one image in ten (at most 10,000) is for testing, chosen by a hash of the pixels:
-    see `poise.data.dataset`.
+    An official split is kept. Otherwise one image in ten (at most 10,000) is for testing, chosen by
+    a hash of the pixels: see `poise.data.dataset`.
 
     Args:
-        source: a key of `DATA_SETS` (for a folder that is called so write ./mnist, or pass a Path); a folder of images; a
-            folder of torchvision's MNIST, CIFAR-10 or CelebA; an .npz or .npy file; "hf:owner/name" or "hf:folder"; or an
-            array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or floats in [0, 1].
-        size: images are cropped to their central square and resized to this side, in pixels; None: they must be square
-            already, and of one size.
-        channels: 1 (grey) or 3 (RGB); None: as they are; files are grey if all of them are.
-        data_dir: where named data sets are looked for; None: POISE_DATA, or ./data.
-        skip_unreadable: leave out files that cannot be decoded, and list them in the notes.
-        jpeg_quality: send every image through JPEG at this quality, as the released CIFAR-10 loader does (75).
-        file_order: of CelebA's split: "sorted" (official), or "listing", the file system's order, as released.
-        memory_budget: bytes above which decoded images go to a file; None: half of the free memory.
-        cache: folder for that file, which goes when the images do; None: the system's folder for temporary files.
+        source: one of
+
+            - a key of `DATA_SETS` (for a folder of that name write ./mnist, or pass a Path);
+            - a folder of images, or torchvision's folder of MNIST, CIFAR-10 or CelebA;
+            - an .npz or .npy file;
+            - "hf:owner/name" or "hf:folder";
+            - an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or floats in [0, 1].
+        size: crop each image to its central square and resize it to this side, in pixels, at least
+            1. None: images must already be square and of one size.
+        channels: 1 (grey) or 3 (RGB). None: keep the channels; files are grey if all of them are.
+        data_dir: the data folder, for named data sets. None: the folder in the environment variable
+            POISE_DATA, or ./data.
+        skip_unreadable: skip files that cannot be decoded, and list them in the notes.
+        jpeg_quality: encode every image as JPEG at this quality, 1 to 95, and decode it again, as
+            the released CIFAR-10 loader does (75). None: do not.
+        file_order: of CelebA's split: "sorted" (official), or "listing", the order of the file
+            system, as in the released code.
+        memory_budget: bytes of decoded images above which they go to a temporary file. None: half
+            of the free memory.
+        cache: folder for that file, which is deleted with the images. None: the system's folder for
+            temporary files.
 
     Raises:
-        MissingInputError: the source does not exist, or a named data set is not to be had.
-        MissingExtraError: "hf:" without the `datasets` library.
-        InputError: the images cannot be used; the message names the file and the remedy.
+        MissingInputError: the source does not exist, or a named data set is not available.
+        MissingExtraError: "hf:" needs the `datasets` library, which is not installed.
+        InputError: the images or options are invalid; the message names the file and the remedy.
+        RunError: the decoded images do not fit on the disk.
 
     Example:
         >>> load("digits").shape
@@ -78,7 +88,8 @@ def load(
     found = _find(source, data_dir, reading)
     if found.file_order != file_order:
         raise InputError(
-            f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, and {found.source} is none'
+            f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, '
+            f"and {found.source} is none"
         )
     train, test = _split(found)
     notes = list(found.notes)
@@ -105,13 +116,17 @@ def read_images(
     channels: int | None = None,
     side: Literal["train", "test"] = "test",
 ) -> Pixels:
-    """Images to be looked at rather than learned from: any number, not split; of an official split, one side.
+    """Read the images of a source without splitting them, for uses other than training.
 
     Args:
         source: as for `load`, or a single image file.
-        size: side in pixels that they are cropped and resized to; None: they must be square and of one size.
-        channels: 1 (grey) or 3 (RGB); None: as they are.
-        side: of an official split.
+        size: side in pixels to crop and resize to; None: images must be square and of one size.
+        channels: 1 (grey) or 3 (RGB); None: keep the channels.
+        side: the side of an official split to return.
+
+    Returns:
+        (n, channels, side, side), any number of images: one side of an official split, otherwise
+        all images.
 
     Raises:
         InputError: see `load`.
@@ -126,7 +141,10 @@ def find_images(
     channels: int | None = None,
     side: Literal["train", "test"] = "test",
 ) -> tuple[Pixels, Literal["train", "test", "given"]]:
-    """What `read_images` gives, and which side of an official split it is; "given" where the source has none: all images."""
+    """Return the images of `read_images`, and the side of the official split that they are.
+
+    Without an official split the side is "given": all images of the source.
+    """
     reading = Reading(size=size, channels=channels)
     if (
         isinstance(source, (str, Path))
@@ -161,9 +179,8 @@ def _find(
 
 def _to_numpy(images: Tensor) -> np.ndarray:
     images = images.detach().cpu()
-    return (
-        images.float() if images.dtype == torch.bfloat16 else images
-    ).numpy()  # numpy has no bfloat16
+    # numpy has no bfloat16.
+    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
 
 
 def _read_path(path: Path, reading: Reading) -> Found:
@@ -176,7 +193,8 @@ def _read_path(path: Path, reading: Reading) -> Found:
     if path.suffix == ".npz":
         return read_npz(path, reading)
     raise InputError(
-        f"{path} is a single file: give a folder of images, or an .npy or .npz file (unpack archives first)"
+        f"{path} is a single file: "
+        "give a folder of images, or an .npy or .npz file (unpack archives first)"
     )
 
 
@@ -214,7 +232,8 @@ def _split(found: Found) -> tuple[Pixels, Pixels]:
 def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
     if images.dtype != np.uint8:
         raise InputError(
-            "jpeg_quality is for bytes, and these images are floats: save them as uint8, or leave it out"
+            "jpeg_quality is for bytes, and these images are floats: "
+            "save them as uint8, or leave it out"
         )
     stored = reading.allocate(images.shape, images.dtype)
     for rows in blocks(images):
@@ -225,17 +244,18 @@ def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
 
 
 def checked_images(images: Any, shape: Sequence[int]) -> Any:
-    """Return images as a network takes that has learned images of a shape.
+    """Check images for a network that takes images of `shape`, and return them as NCHW.
 
     Args:
-        images: (n, channels, height, width), (n, height, width) or (n, height, width, channels), an array or tensor of bytes
-            or of floats in [0, 1]; or `Rows`, as they are.
-        shape: channels, height, width.
+        images: an array or tensor (n, channels, height, width), (n, height, width) or (n, height,
+            width, channels), uint8 or floats in [0, 1]; or `Rows`, which are returned as they are.
+        shape: channels, height, width of the images that the network takes.
 
     Raises:
-        InputError: another shape, no images, or values outside that range.
+        InputError: the shape or the type differs, a float is outside [0, 1], or there are no
+            images.
     """
-    if isinstance(images, Rows):  # whose values were looked at when they were read
+    if isinstance(images, Rows):  # the reader checked their values
         _check_shape(images, shape)
         return images
     images = images if isinstance(images, Tensor) else np.asarray(images)

@@ -1,7 +1,7 @@
-"""Arrays of images that may be larger than memory: allocated in memory or in a file, read by rows.
+"""Allocate arrays of images in memory or in a file, and read them by rows.
 
-A data set's images, NCHW, uint8 or float32, are a numpy array (in memory or memory-mapped) or the
-`Rows` of a memory-mapped array.
+The images of a data set, NCHW, uint8 or float32, are a numpy array (in memory or memory-mapped) or
+the `Rows` of a memory-mapped array.
 """
 
 import mmap
@@ -24,13 +24,16 @@ from poise.errors import RunError
 from poise.shapes import Values
 
 BLOCK_BYTES = 2**24
-READERS = 8  # threads that read rows of a mapped file
-FAR_APART = 4  # mean distance of rows, in rows, from which read-ahead costs more than it saves
+READERS = 8  # threads that read rows of a memory-mapped file
+FAR_APART = 4  # mean distance of rows, in rows; above it read-ahead costs more than it saves
 
 
 @final
 class Rows:
-    """Some rows of a memory-mapped array, read when indexed: one side of a split."""
+    """A subset of the rows of a memory-mapped array, such as one side of a split.
+
+    Indexing reads the rows.
+    """
 
     def __init__(self, array: np.ndarray, indices: np.ndarray) -> None:
         self.array = array
@@ -62,7 +65,7 @@ def gather(array: Pixels | Tensor, indices: Sequence[int] | np.ndarray | Tensor)
     Memory-mapped arrays are read in the order of the file, whatever the order of the indices.
 
     Args:
-        array: images of a `Dataset`, or others like them: uint8, or floats in [0, 1].
+        array: images such as those of a `Dataset`: uint8, or floats in [0, 1].
         indices: row numbers, on the CPU.
 
     Returns:
@@ -86,10 +89,10 @@ def scale(rows: Tensor) -> Values:
 
 
 def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Read rows of a mapped file in the order of the file, by several threads at once.
+    """Read rows of a memory-mapped file in the order of the file, in several threads.
 
-    A row that is not in memory is a page fault, which waits for the disk. Threads wait together:
-    numpy releases Python's lock while it copies rows.
+    A row that is not in memory causes a page fault, which waits for the disk. Threads wait in
+    parallel, because numpy releases Python's lock while it copies rows.
     """
     order = np.argsort(indices, kind="stable")
     rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
@@ -106,9 +109,9 @@ def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def _without_read_ahead(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
     """Turn off the read-ahead of a mapped file inside the block, if the rows lie far apart.
 
-    The system reads megabytes around each row, 1,420 bytes for each byte wanted. That pushes other
-    rows out of memory: 190 rows of 3 KB a second from a file five times the memory
-    (docs/log.md, 2026-11-24).
+    With read-ahead the system reads megabytes around each row, 1,420 bytes for each byte wanted.
+    That pushes other rows out of memory: from a file five times the memory it read 190 rows of
+    3 KB a second (docs/log.md, 2026-11-24).
     """
     mapping = _mapping(array)
     if mapping is None or len(indices) == 0 or np.ptp(indices) < FAR_APART * len(indices):
@@ -178,8 +181,8 @@ def allocate(
     free = shutil.disk_usage(folder).free
     if free < size:  # a mapped file on a full disk kills the process instead of raising
         raise RunError(
-            f"the decoded images need {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
-            f"free some space, or choose a smaller --size"
+            f"the decoded images need {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            f"free: free some space, or choose a smaller --size"
         )
     return _mapped_file(folder, shape, dtype)
 
@@ -194,7 +197,7 @@ def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.me
     os.close(handle)
     array = np.lib.format.open_memmap(name, "w+", dtype, shape)
     if os.name == "posix":
-        Path(name).unlink()  # the mapping outlives the name, and a kill leaves nothing behind
+        Path(name).unlink()  # the mapping stays valid, and a killed process leaves no file
     else:
         weakref.finalize(array, Path(name).unlink, missing_ok=True)
     return array
@@ -203,7 +206,7 @@ def _mapped_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.me
 def _free_memory() -> int:
     """Return the bytes that could be allocated (Linux), all memory (macOS) or 4 GiB (Windows)."""
     report = Path("/proc/meminfo")
-    if report.exists():  # not sysconf's SC_AVPHYS_PAGES, which counts the file cache as taken
+    if report.exists():  # sysconf's SC_AVPHYS_PAGES would count the file cache as taken
         free = 1024 * int(_fields(report)["MemAvailable:"])
         return min([free, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
@@ -237,7 +240,7 @@ def _left_in_groups(membership: Path, mounted: Path) -> Iterator[int]:
 
 def _cached(report: Path) -> int:
     """Return the bytes of cached files in a control group, which the system frees on demand."""
-    found = _fields(report)  # version 1 says "total_" where those below are counted
+    found = _fields(report)  # in version 1, "total_" includes the groups below
     return sum(
         int(found.get(f"total_{name}", found.get(name, "0")))
         for name in ("active_file", "inactive_file")
