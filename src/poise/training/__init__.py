@@ -1,4 +1,4 @@
-"""Training of one stage.
+"""Train one stage.
 
 `batches` loads data, `state` holds model and optimizer, `step` is one update, `loop` repeats it.
 `machine` sets threads and the device, `engines` compiles or records a step, and `distributed`

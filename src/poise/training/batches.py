@@ -1,4 +1,4 @@
-"""Batches of images, of codes of stage 1 or of vectors, and the order in which they come."""
+"""Load batches of images, of codes of stage 1 or of vectors, and shuffle them in each epoch."""
 
 import math
 from collections import deque
@@ -24,10 +24,10 @@ Draw = Callable[[int], Tensor]  # number of columns -> standard normal noise (ba
 
 @runtime_checkable
 class Batches(Protocol):
-    """A data set of which a stage learns.
+    """The training data of a stage, in batches.
 
     `fetch` reads the rows of a batch from memory or disk. It draws no noise, so a thread may
-    prefetch `ahead` batches. `place` makes the batch from them, on the device.
+    prefetch `ahead` batches. `place` makes the batch from these rows, on the device.
     """
 
     @property
@@ -40,17 +40,18 @@ class Batches(Protocol):
 
 @final
 class ImageBatches:
-    """Batches of images: uint8 in memory or on disk, float32 in [0, 1] when used.
+    """Batches of images: uint8 in memory or on disk, float32 in [0, 1] in a batch.
 
-    If all images take less than a quarter of a GPU's free memory, they are kept there. Otherwise,
-    and for memory-mapped images, a thread prefetches, and uint8 is copied to the GPU.
+    All images stay on the GPU if they take less than a quarter of its free memory. Otherwise a
+    thread prefetches batches, and copies them to the GPU as uint8. On a CPU a thread prefetches
+    only memory-mapped images.
 
     Batches are in `torch.channels_last`, as are the weights that `new_state` prepares. Keeping that
     layout through the released CIFAR-10 network made a step 1.10 times as fast on a Zen 5
     processor (2026-11-26). Values differ by rounding.
 
     Args:
-        images: uint8 (or float32 in [0, 1]) array (n, channels, height, width), maybe
+        images: uint8 (or float32 in [0, 1]) array (n, channels, height, width), in memory or
             memory-mapped.
         device: of the batches.
     """
@@ -103,10 +104,10 @@ def to_device(images: Any, device: torch.device) -> Tensor:
 
 @final
 class CodeBatches:
-    """Batches of latents z = mean + s * noise, drawn anew in each epoch from the codes of stage 1.
+    """Batches of latents z = mean + std * noise, sampled again in each epoch from stage 1's codes.
 
     Args:
-        mean, logvar: (n, latents).
+        mean, logvar: (n, latents), of the posteriors of stage 1.
         device: of the batches.
     """
 
@@ -131,7 +132,7 @@ class CodeBatches:
 
 @final
 class VectorBatches:
-    """Batches of vectors as they are.
+    """Batches of vectors, such as rows of a table.
 
     Args:
         rows: (n, features), float32.
@@ -159,7 +160,13 @@ class VectorBatches:
 def fetched_ahead(
     data: Batches, wanted: Iterator[Tensor], share: slice
 ) -> Iterator[Iterator[Tensor]]:
-    """Yield the fetched rows of each batch, prefetched in a thread if `data.ahead` is not 0."""
+    """Yield an iterator over the fetched rows of each batch; prefetch if `data.ahead` is not 0.
+
+    Args:
+        data: the training data.
+        wanted: row numbers of each global batch.
+        share: the part of each global batch that this process fetches.
+    """
     if data.ahead == 0:
         yield (data.fetch(indices[share]) for indices in wanted)
         return
@@ -171,7 +178,7 @@ def fetched_ahead(
 
 
 def _in_turn(ahead: int, reading: Iterator[Future[Tensor]]) -> Iterator[Tensor]:
-    """Yield results in order, and keep `ahead` more in progress."""
+    """Yield the results in order, and keep `ahead` further batches in progress."""
     waiting = deque(islice(reading, ahead))
     while waiting:
         waiting.extend(islice(reading, 1))
@@ -181,7 +188,7 @@ def _in_turn(ahead: int, reading: Iterator[Future[Tensor]]) -> Iterator[Tensor]:
 def global_batches(
     stage: Stage, num_images: int, *, number: int, seed: int, start: int
 ) -> Iterator[Tensor]:
-    """Yield the image indices of each global batch, from step `start` to the end of the stage.
+    """Yield the row numbers of each global batch, from step `start` to the end of the stage.
 
     The order of an epoch is a function of (seed, number of the stage, epoch).
     """

@@ -1,4 +1,4 @@
-"""Several processes train one model: `torchrun --nproc-per-node 2 -m poise train ...`.
+"""Train one model in several processes: `torchrun --nproc-per-node 2 -m poise train ...`.
 
 Each process ("rank") computes on its share of every global batch. The loss of a rank is scaled by
 its share, so that the average of gradients over ranks is the gradient of the whole batch:
@@ -8,9 +8,9 @@ its share, so that the average of gradients over ranks is the gradient of the wh
 All ranks then take the same step from the same weights, and their states are bit-identical. Only
 rank 0 writes files.
 
-BatchNorm uses the statistics of the global batch, so that N ranks equal one process.
-torch.nn.SyncBatchNorm is for CUDA only; `GlobalBatchNorm` also runs on CPUs. With n_r values of a
-channel on rank r, of mean m_r and variance v_r, the ranks sum n_r, n_r m_r and n_r (v_r + m_r^2) in
+BatchNorm uses the statistics of the global batch, so that N ranks compute the same as one process.
+torch.nn.SyncBatchNorm is for CUDA only; `GlobalBatchNorm` also runs on CPUs. Rank r has n_r values
+of a channel, with mean m_r and variance v_r. The ranks sum n_r, n_r m_r and n_r (v_r + m_r^2) in
 double precision, and
 
     n = sum n_r,    m = sum n_r m_r / n,    v = sum n_r (v_r + m_r^2) / n - m^2.
@@ -35,15 +35,15 @@ from poise.errors import InputError, RunError
 from poise.vae import VAE
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-PATIENCE = timedelta(hours=1)  # for a process that does not answer; a death is noticed at once
+PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
-Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # as an `Objective` is called
+Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # the call of an `Objective`
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Start a process group for the block if a launcher started several processes.
+    """Start a process group for the block, if a launcher such as torchrun started several processes.
 
     The group stays after the block, because a launcher's rendezvous serves one group only.
 
@@ -67,7 +67,8 @@ def processes(device: torch.device) -> Iterator[None]:
         raise RunError(
             "lost contact with another process of this run; its own message says why"
         ) from error
-    atexit.register(leave)  # not after an error: NCCL would wait for the others, and they for this
+    # Only after success. After an error NCCL would wait for the other ranks, and they for this one.
+    atexit.register(leave)
 
 
 def leave() -> None:
@@ -92,16 +93,16 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0, also without a group."""
+    """Return the rank of this process, from 0, even before the group starts."""
     return dist.get_rank() if is_up() else int(os.environ["RANK"]) if launched() else 0
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """Return the device of this process: the GPU of its number on this machine, or the CPU.
+    """Return the device of this process: the GPU of its local rank, or the CPU.
 
     Raises:
-        InputError: one GPU was named for all processes, there are fewer GPUs than processes, or the
-            device is of another kind.
+        InputError: `device` names one GPU for all processes, is neither cuda nor cpu, or the
+            machine has fewer GPUs than processes.
     """
     if not launched() or device.type == "cpu":
         return device
@@ -121,7 +122,11 @@ def device_of_rank(device: torch.device) -> torch.device:
 
 
 def share(size: int) -> slice:
-    """Return this rank's rows of a global batch; shares differ by one row at most."""
+    """Return this rank's rows of a global batch. Shares differ by at most one row.
+
+    Args:
+        size: number of rows of the global batch.
+    """
     return (
         slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
         if is_up()
@@ -133,7 +138,7 @@ def on_first(work: Callable[[], Result]) -> Result:
     """Call `work` on rank 0 only. All ranks return its result or raise its error."""
     if not is_up():
         return work()
-    outcome: list[Any] = [None, None]  # a value, or a kind of error and its text
+    outcome: list[Any] = [None, None]  # [value, None], or [class of the error, its text]
     if rank() == 0:
         try:
             outcome = [work(), None]
@@ -146,7 +151,12 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 
 def check_agreement(what: str, value: Any) -> None:
-    """Raise InputError on all ranks if the ranks hold different values."""
+    """Raise InputError on all ranks if the ranks hold different values.
+
+    Args:
+        what: the name of the value in the error message.
+        value: any value that can be pickled.
+    """
     if not is_up():
         return
     values: list[Any] = [None] * ranks()
@@ -159,7 +169,7 @@ def check_agreement(what: str, value: Any) -> None:
 
 
 def wait() -> None:
-    """Wait for all ranks."""
+    """Block until all ranks have called this function."""
     if is_up():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would occupy the GPU
 
@@ -170,13 +180,13 @@ def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
     All ranks get the weights of rank 0, and BatchNorm uses the statistics of the global batch.
 
     Returns:
-        A module of (objective, batch, noise) that gives `LossTerms`. Its backward averages gradients
-        over ranks while it computes others.
+        A module that maps (objective, batch, noise) to `LossTerms`. Its backward averages gradients
+        over ranks while it computes further gradients.
     """
     use_global_batch_norm(vae)
     copy_from_first(vae)
     copy_from_first(balance)
-    # Buffers are not copied from rank 0 at each step: all ranks compute them from the global batch.
+    # Do not copy buffers from rank 0 at each step: all ranks compute them from the global batch.
     # torch 2.13 renamed this argument.
     known = signature(DistributedDataParallel).parameters
     copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -212,7 +222,7 @@ def copy_from_first(module: nn.Module) -> None:
 
 
 def start_average(*values: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Start to average scalars over ranks. The returned function waits for the averages."""
+    """Start to average scalars over ranks; return a function that waits for the averages."""
     if not is_up():
         return lambda: values
     stacked = torch.stack(values)
@@ -281,7 +291,10 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks. Each rank's loss depends on it, so its gradient is the sum of theirs."""
+    """Sum values over ranks. The backward sums the gradients of all ranks.
+
+    The loss of every rank depends on the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Engines: a step is eager, compiled by torch.compile, recorded as a CUDA graph, or both.
+"""Run a training step eagerly, compiled by torch.compile, recorded as a CUDA graph, or both.
 
-A recorded step gives the same numbers; a compiled one differs by rounding.
+A recorded step gives the same numbers as an eager step. A compiled step differs by rounding.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from poise.training.state import TrainingState
 from poise.training.step import Step, training_step
 from poise.vae import VAE
 
-EAGER_STEPS = 3  # before a recording
+EAGER_STEPS = 3  # before the recorded step
 
 
 def choose_engine(engine: Engine, device: torch.device) -> Engine:
@@ -48,21 +48,22 @@ def step_of(engine: Engine, stage: Stage, fell_back: Callable[[str], None] | Non
 
 @final
 class CapturedStep:
-    """Records another step as a CUDA graph and replays it, with the same numbers.
+    """Record a step as a CUDA graph and replay it, with the same numbers as the eager step.
 
     The first steps are eager, on the stream of the recording, so that cuBLAS, cuDNN and Adam
-    allocate what they keep. The next step is recorded whole: forward, balance, backward, Adam, sums
-    and verdict. Batch and noise have memory of their own, into which each later batch and noise is
-    copied. Each replay reads the seed of dropout (pytorch/pytorch#84967), and Adam reads the
-    learning rate from a tensor.
+    allocate their persistent memory. The next step is recorded whole: forward, balance, backward,
+    Adam, sums and verdict. The graph reads batch and noise from fixed memory; each later step
+    copies its batch and noise there. Each replay reads the seed of dropout
+    (pytorch/pytorch#84967). Adam reads the learning rate from a tensor.
 
-    A network that decides in Python at each step (a counter, a schedule) would repeat the decisions
-    of the recording. A network that reads a value back from the GPU cannot be recorded.
+    Trap: a network that decides in Python at each step (a counter, a schedule) repeats the
+    decisions of the recording. A network that reads a value back from the GPU cannot be recorded.
 
     Args:
-        step: to record: `training_step`, or a `CompiledStep`, which compiles in its first call.
+        step: the step to record: `training_step`, or a `CompiledStep`, which compiles in its first
+            call.
         fell_back: called with the reason if the step cannot be recorded; all steps are then eager.
-            None: raise.
+            None: raise an error instead.
     """
 
     def __init__(self, step: Step, fell_back: Callable[[str], None] | None = None) -> None:
@@ -96,12 +97,12 @@ class CapturedStep:
             torch.cuda.CUDAGraph(),
         )
         try:
-            # "thread_local": another thread may pin the next batch, which "global" would forbid
+            # "global" would forbid the prefetching thread to pin the next batch.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.step(state, self.batch, self.noise, stage)
         except (torch.OutOfMemoryError, RunError):
             raise
-        except RuntimeError as error:  # nothing was computed, so the caller takes the step
+        except RuntimeError as error:  # nothing was computed: the caller takes the step
             reason = str(error).strip().splitlines()[0]
             if self.fell_back is None:
                 raise RunError(
@@ -124,10 +125,10 @@ class CapturedStep:
 
 @final
 class CompiledStep:
-    """Takes a step with a compiled objective. Compilation, in the first step, takes up to minutes.
+    """Take a step with a compiled objective. The first step compiles it, which can take minutes.
 
-    The batch size is constant in a stage, so the code is compiled for that size alone. Sums are in
-    another order than in the eager step: weights differ by rounding.
+    The batch size is constant in a stage, so the code is compiled for that size alone. The compiled
+    code sums in another order than the eager step, so weights differ by rounding.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -155,7 +156,7 @@ class CompiledStep:
 def with_code_of_its_own(objective: Loss) -> Loss:
     """Return the same function with a new code object.
 
-    torch.compile counts compilations per code object, and after eight falls back to eager code with
+    torch.compile counts compilations per code object. After eight it falls back to eager code, with
     only a warning (torch._dynamo.config.recompile_limit). A comparison compiles more networks than
     that in one process.
     """

@@ -1,8 +1,8 @@
-"""The training loop of both stages, which differ in their batches and their balance.
+"""The training loop of both stages. The stages differ in their batches and their balance.
 
-A step is a function of (state, batch, noise). The order of an epoch is f(seed, stage, epoch), the
-noise of a step f(seed, stage, step), and the position is one integer. A run that was stopped at any
-step and resumed from its checkpoint therefore ends with bit-identical weights on the same machine.
+A step is a function of (state, batch, noise). The order of an epoch is f(seed, stage, epoch). The
+noise of a step is f(seed, stage, step). The position is one integer. So a run that is stopped at
+any step and resumed from its checkpoint ends with bit-identical weights on the same machine.
 """
 
 import math
@@ -30,7 +30,7 @@ from poise.vae import VAE
 
 LOGS_PER_STAGE = 400
 SECONDS_BETWEEN_UPDATES = 0.5  # of the progress display
-STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict; on a GPU, reading it waits
+STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict; a read waits for the GPU
 
 
 @dataclass
@@ -70,13 +70,13 @@ def fit(
 
     Args:
         state: changed in place.
-        data: gives the batches.
-        stage: length, batch size, learning rate, balance.
-        number: of the stage, 1 or 2: shown, logged, and part of every seed.
-        seed: of order and noise.
-        watch: logging, checkpoints, stopping. If any process is asked to stop, all stop together.
+        data: the training data.
+        stage: gives the length, the batch size, the learning rate, the objective and the precision.
+        number: of the stage, 1 or 2; shown, logged, and part of every seed.
+        seed: of the order of images and of the noise.
+        watch: logging, checkpoints, stopping. If one process is asked to stop, all stop together.
         engine: "compiled" is a `CompiledStep`, "captured" a `CapturedStep` (CUDA, one process),
-            "compiled-captured" a recording of a compiled step; "auto" see `choose_engine`.
+            "compiled-captured" a recorded `CompiledStep`; "auto": see `choose_engine`.
         threads: number of CPU threads; None: see `usual_threads`.
 
     Returns:
@@ -107,7 +107,7 @@ def fit(
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
-    logged = began  # the restored sums may include steps before this one
+    logged = began  # for the rate only: restored sums may include earlier steps
     saved_at = logged_at = shown_at = time.monotonic()
     latest: dict[str, str] = {}
 
@@ -180,21 +180,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def count_latents(vae: VAE, data: Batches) -> int:
-    """Return the number of latents of an encoder. Encodes one image, in evaluation mode."""
+    """Return the number of latents of a VAE. Encodes one image, in evaluation mode."""
     one = first_item(data, next(vae.parameters()).device)
     return vae.eval().encode(one).mean.shape[1]
 
 
 def first_item(data: Batches, device: torch.device) -> Tensor:
-    """Return a batch of the first item, without noise."""
+    """Return a batch of the first item alone, with zeros for its noise."""
     fetched = data.fetch(torch.zeros(1, dtype=torch.long))
     return data.place(fetched, lambda columns: torch.zeros(1, columns, device=device))
 
 
 def seed_random_layers(device: torch.device, *place: int | str) -> None:
-    """Seed the generators of random layers such as dropout, differently in each process.
+    """Seed torch's global generators for random layers such as dropout.
 
-    torch.manual_seed would queue a call for every absent device.
+    Each process gets another seed. torch.manual_seed would queue a call for every absent device.
     """
     seed = derive(*place) if distributed.rank() == 0 else derive(*place, distributed.rank())
     with LOCK:  # not while another thread draws the weights of a network
@@ -213,7 +213,7 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
-        entry["penalty"] = entry.pop("kl_nats")  # in its place in the loss, and no KL
+        entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
     return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
@@ -229,7 +229,7 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
 
 
 def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
-    """Return the error for a loss that is not finite, with the non-finite terms first."""
+    """Return the error for a non-finite loss or gradient, with the non-finite terms first."""
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)

@@ -1,7 +1,7 @@
-"""How a network runs on this machine: the device, the CPU threads, and denormal numbers.
+"""Choose the device, the number of CPU threads and the handling of denormal numbers.
 
-Each setting holds inside a block and is restored after it. None of them changes a module. The
-layout of images and weights (`torch.channels_last`) is set by `new_state` and `ImageBatches`.
+Thread and denormal settings hold inside a block and are restored after it. They change no module.
+`new_state` and `ImageBatches` set the layout of weights and images (`torch.channels_last`).
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ def tuned(network: nn.Module, device: torch.device, count: int | None = None) ->
     """Set the CPU threads and treat denormals as zero inside the block, if the device is a CPU.
 
     Args:
-        network: to be trained.
-        device: where it is.
-        count: number of CPU threads; None: `usual_threads`.
+        network: the network to train.
+        device: the device of the network.
+        count: number of CPU threads. None: see `usual_threads`.
     """
     on_cpu = device.type == "cpu"
     with (
@@ -40,8 +40,8 @@ def has_convolutions(network: nn.Module) -> bool:
 def usual_threads(network: nn.Module) -> int:
     """Return the number of CPU threads for a network: one if it is small and dense, else torch's.
 
-    The products of a small network are too short to share. On two cores that other processes used,
-    a step of a dense network of 256 took 2 ms with one thread and 18 ms with two (2026-11-22).
+    Matrix products of a small network are too short to share among threads. On two busy cores, a
+    step of a dense network of width 256 took 2 ms with one thread and 18 ms with two (2026-11-22).
     With 0.8 million parameters and two idle cores, a second thread saves a quarter (2026-11-24).
     """
     small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_PARAMETERS
@@ -52,12 +52,12 @@ def usual_threads(network: nn.Module) -> int:
 def threads(count: int) -> Iterator[None]:
     """Limit OpenMP to `count` threads inside the block, for the calling Python thread only.
 
-    torch.set_num_threads would also set the number of all threads that begin later: two fits in two
-    threads would overwrite each other's number.
+    torch.set_num_threads would also set the number for all Python threads that start later. Two
+    fits in two threads would overwrite each other's number.
     """
     from threadpoolctl import threadpool_limits
 
-    torch.get_num_threads()  # a thread's first call sets torch's own number: do it before the block
+    torch.get_num_threads()  # the first call in a thread sets torch's own number: call it here
     with threadpool_limits(count, user_api="openmp"):
         yield
 
@@ -66,9 +66,9 @@ def threads(count: int) -> Iterator[None]:
 def denormals_as_zero() -> Iterator[None]:
     """Treat numbers below 1e-38 as zero inside the block, in this thread and those it starts.
 
-    Adam's running averages of the gradients of dead units decay to denormal numbers, and processors
-    compute with those about a hundred times slower. After 2,000 steps on the digits a step took
-    4.6 ms with them and 2.8 ms without, with bit-identical weights (2026-11-24).
+    Adam's running averages of the gradients of dead units decay to denormal numbers. Processors
+    compute with these about a hundred times slower. After 2,000 steps on the digits, a step took
+    4.6 ms with denormals and 2.8 ms without, with bit-identical weights (2026-11-24).
     """
     before = float(torch.tensor(5e-324, dtype=torch.float64) * 1) == 0
     torch.set_flush_denormal(True)

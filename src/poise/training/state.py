@@ -1,4 +1,4 @@
-"""The state of training: network, balance, optimizer, sums. Saved in and read from checkpoints."""
+"""The training state: network, balance, optimizer and sums, and how to save and restore it."""
 
 import copy
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ class Verdict(NamedTuple):
     """Outcome of the steps of a loop. It stays on the device until the loop reads it.
 
     Attributes:
-        failed: 1 from the first step whose loss or gradient was not finite; weights then stay.
-        asked: share of the processes that were asked to stop.
-        steps: number of steps up to the failure, that step included.
-        kl, mse, reconstruction, gradient: of the last step counted; gradient is its norm.
+        failed: 1 from the first step whose loss or gradient was not finite, else 0. Weights do not
+            change after a failure.
+        asked: share of the processes that were asked to stop, 0 to 1.
+        steps: number of steps up to and including the failure.
+        kl, mse, reconstruction: of the last step counted.
+        gradient: norm of the gradient in that step.
     """
 
     failed: float
@@ -37,16 +39,17 @@ class Verdict(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """Everything that a step changes.
+    """The state that a training step changes.
 
     Attributes:
         vae, balance, optimizer: of this stage.
-        average: running average of the weights, if the stage keeps one.
-        sums: sums of the values in `TERMS` since the last log entry, and their number.
+        average: exponential moving average of the weights, if the stage keeps one.
+        sums: sums of the values in `TERMS` since the last log entry, and the number of steps.
         verdict: the values of a `Verdict`.
-        asked: 1 if this process was asked to stop; read by a step of several processes.
-        shared: averages gradients over several processes; None: there is one process.
-        step: batches seen.
+        asked: 1 if this process was asked to stop, else 0. With several processes, each step
+            averages it.
+        shared: averages gradients over several processes. None: there is only one process.
+        step: number of steps taken.
     """
 
     vae: VAE
@@ -61,15 +64,15 @@ class TrainingState:
 
     @property
     def trained(self) -> VAE:
-        """The network to use after training: the averaged weights, if the stage keeps them."""
+        """The network to use after training: with averaged weights, if the stage keeps them."""
         return self.vae if self.average is None else self.average
 
 
 def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) -> TrainingState:
     """Return the state before the first step.
 
-    Weights of convolutions are in `torch.channels_last`, as the batches of `ImageBatches` are. All
-    processes begin with the weights of the first.
+    Weights of convolutions are in `torch.channels_last`, as are the batches of `ImageBatches`. All
+    processes start with the weights of rank 0.
     """
     vae, balance = vae.to(device), balance.to(device)
     if has_convolutions(vae):

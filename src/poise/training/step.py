@@ -1,4 +1,4 @@
-"""One step of Adam: the same for both stages and for any number of processes."""
+"""Take one step of Adam, for both stages and for any number of processes."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from poise.training import distributed
 from poise.training.distributed import Loss
 from poise.training.state import TrainingState, Verdict, parameters_of
 
-Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # as `training_step` is called
+Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # the call of `training_step`
 
 
 def training_step(
@@ -27,15 +27,16 @@ def training_step(
 ) -> None:
     """Take one step of Adam on the loss of a batch, in place and without host synchronisation.
 
-    The network and the balance must be in training mode. Each of several processes gives its share
-    of the batch. If the loss or its gradient is not finite, weights and optimizer do not change, in
-    this step and in all later ones.
+    The network and the balance must be in training mode. With several processes, each passes its
+    own share of the batch. If the loss or its gradient is not finite, this step and all later steps
+    leave weights and optimizer unchanged.
 
     Args:
         state: changed in place.
-        batch, noise: of this step.
-        stage: its objective, precision and decay of the averaged weights are used.
-        objective: a compiled form of the stage's objective; None: the objective itself.
+        batch: (n, ...), images or codes.
+        noise: (n, latents), standard normal.
+        stage: gives the objective, the precision and the decay of the averaged weights.
+        objective: a compiled form of the stage's objective. None: the objective itself.
     """
     terms = loss_terms(state, batch, noise, stage, objective)
     state.optimizer.zero_grad(set_to_none=True)
@@ -71,11 +72,11 @@ def loss_terms(
 
 
 def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-    """Run backward for several processes in evaluation mode, which changes no state.
+    """Let DistributedDataParallel fix the order in which it sums gradients, without a step.
 
-    In its first two passes DistributedDataParallel learns which gradients there are, and in which
-    order they come, and groups them accordingly. If these passes were steps, the steps after a
-    resume would add up in another order than the same steps of a run that was not stopped.
+    DistributedDataParallel groups gradients by the order in which they arrive in its first two
+    backward passes. If these passes were steps, a resumed run would sum gradients in another order
+    than an uninterrupted run. So both passes happen here, in evaluation mode, and change no state.
     """
     state.vae.eval()
     state.balance.eval()
@@ -87,7 +88,7 @@ def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage
 def note(
     state: TrainingState, terms: LossTerms, loss: Tensor, asked: Tensor, gradient: Tensor
 ) -> None:
-    """Update the verdict. After a failure it no longer changes, and so describes that step."""
+    """Update the verdict. After a failure it stays as it is, and describes the step that failed."""
     fails = ~torch.isfinite(loss + gradient)
     steps = state.verdict[Verdict._fields.index("steps")] + 1
     now = Verdict(fails, asked, steps, terms.kl, terms.mse, terms.reconstruction, gradient)  # pyright: ignore[reportArgumentType]
@@ -95,7 +96,7 @@ def note(
 
 
 def failed(state: TrainingState) -> Scalar:
-    """Return 1 if a loss or gradient was not finite since the loop began, else 0."""
+    """Return 1 if any loss or gradient since the start of the loop was not finite, else 0."""
     return state.verdict[Verdict._fields.index("failed")]
 
 
