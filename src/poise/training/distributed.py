@@ -1,7 +1,7 @@
 """Train one model in several processes: `torchrun --nproc-per-node 2 -m poise train ...`.
 
 Each process ("rank") computes on its share of every global batch. The loss of a rank is scaled by
-its share, so that the average of gradients over ranks is the gradient of the whole batch:
+its share. So the average of gradients over ranks is the gradient of the whole batch:
 
     g = 1/N sum_r g_r,    g_r = gradient of  N n_r / n * (mean loss over the n_r images of rank r)
 
@@ -43,7 +43,7 @@ Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # the call of an `Ob
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Start a process group for the block, if a launcher such as torchrun started several processes.
+    """Start a process group for the block, if a launcher started several processes.
 
     The group stays after the block, because a launcher's rendezvous serves one group only.
 

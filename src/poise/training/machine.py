@@ -40,8 +40,8 @@ def has_convolutions(network: nn.Module) -> bool:
 def usual_threads(network: nn.Module) -> int:
     """Return the number of CPU threads for a network: one if it is small and dense, else torch's.
 
-    Matrix products of a small network are too short to share among threads. On two busy cores, a
-    step of a dense network of width 256 took 2 ms with one thread and 18 ms with two (2026-11-22).
+    Matrix products of a small network are too short to share among threads. On two busy cores a
+    dense network of width 256 took 2 ms a step with one thread, 18 ms with two (2026-11-22).
     With 0.8 million parameters and two idle cores, a second thread saves a quarter (2026-11-24).
     """
     small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_PARAMETERS
