@@ -1,8 +1,15 @@
-"""Feature extractors, which metrics compare images by, and the loop that runs them.
+"""Compute the features of images that metrics compare.
 
-In reading order: `extractor` (what one is, and extraction in batches), `making` (one by its name), `inception` (and networks in
-files), `fingerprint` (what the 2015 Inception is told by), `light`, `dinov2`, `pixels`; `resize`, `prepared` (resize and scale
-before a network), `files` (weights); `cache` (features kept on disk).
+In reading order:
+
+    extractor     the class `Extractor`, and extraction in batches
+    making        make an extractor from its name
+    inception     the network of the FID, and networks in files
+    fingerprint   recognise the 2015 Inception
+    light, dinov2, pixels   other extractors
+    resize, prepared        resize and scale images before a network
+    weights       read files of weights
+    cache         keep features on disk
 """
 
 from poise.features.cache import CACHE_VARIABLE, cached_features, default_cache

@@ -1,9 +1,11 @@
-"""Features kept on disk, so that those of a real set are computed once: one safetensors file for each key.
+"""Cache features on disk, so that the features of real images are computed only once.
 
-The key is the SHA-256 of what the features depend on: the images' content, type and shape, the extractor's checksum, resize
-and precision.
-A file holds its key and a hash of its values; one that is damaged is computed again and replaced. Files appear whole or not at
-all, so that runs may share the folder and be killed at any moment. The folder can be deleted at any time.
+Each key has one safetensors file. The key is the SHA-256 of what the features depend on: content,
+type and shape of the images; name, checksum, resize and precision of the extractor.
+
+The file name is the key; the file holds the features and a hash of key and features. A damaged file
+is computed again and replaced. Writes are atomic, so several runs may share the folder, and a run
+may be killed at any moment. The folder may be deleted at any time.
 """
 
 import hashlib
@@ -27,10 +29,8 @@ from poise.shapes import Features
 from poise.support.files import write_file
 
 CACHE_VARIABLE = "POISE_CACHE"
-FORMAT = 1  # to be raised when the same key comes to mean other numbers
-LEFTOVER_SECONDS = (
-    24 * 3600.0
-)  # no file is written for so long: an older unfinished one is of a killed process
+FORMAT = 1  # part of the key; raise it when the same key would mean other numbers
+LEFTOVER_SECONDS = 24 * 3600.0  # an unfinished file older than this is from a killed process
 
 
 def cached_features(
@@ -43,16 +43,18 @@ def cached_features(
     quiet: bool = True,
     cache: Path | None = None,
 ) -> Features:
-    """What `extract` gives, from the cache if it is there, and else kept in it.
+    """Return the features of `extract`, from the cache if possible; otherwise cache them.
 
     Args:
         extractor: from `make_extractor`.
-        images: see `extract`; an iterable is not touched if its features are there.
+        images: see `extract`. If the features are in the cache, an iterable is not consumed.
         content: a checksum of the images' values.
         total: see `extract`.
         title: see `extract`.
-        quiet: no progress display. Warnings of a damaged file or an unwritable folder come nevertheless, on stderr.
-        cache: the folder. None: the one in POISE_CACHE ("off": none), else ~/.cache/poise/features.
+        quiet: show no progress. Warnings about a damaged file or an unwritable folder still go to
+            stderr.
+        cache: the folder. None: the folder in the environment variable POISE_CACHE ("off": no
+            cache), else ~/.cache/poise/features.
 
     Raises:
         InputError, RunError: see `extract`.
@@ -69,7 +71,10 @@ def cached_features(
 
 
 def default_cache() -> Path | None:
-    """The folder that POISE_CACHE names, or ~/.cache/poise/features; None: POISE_CACHE is "off", or there is no home."""
+    """Return the folder in POISE_CACHE, or ~/.cache/poise/features if that is not set.
+
+    Returns None if POISE_CACHE is "off", or the user has no home folder.
+    """
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return None if named == "off" else Path(named)
@@ -91,9 +96,9 @@ def _key(extractor: Extractor, images: Any, content: str) -> str:
 
 
 def _read(path: Path) -> Features | None:
-    """The features in a file; None: there is none, or it is damaged."""
+    """Return the features in a file, or None if the file is missing or damaged."""
     try:
-        tensors = load(path.read_bytes())  # opened once: another run may replace the file meanwhile
+        tensors = load(path.read_bytes())  # one read: another run may replace the file
         if torch.equal(tensors["sha256"], _digest(path, tensors["features"])):
             return tensors["features"]
         reason = "its hash does not match"
@@ -106,7 +111,10 @@ def _read(path: Path) -> Features | None:
 
 
 def _digest(path: Path, features: Tensor) -> Tensor:
-    """SHA-256, (32,) bytes, over the values and the key, so that a file under another's name is found out."""
+    """Return the SHA-256 of the key and the features, (32,), uint8.
+
+    The key is included to detect a file that was renamed.
+    """
     digest = hashlib.sha256(f"{path.stem} {features.dtype} {tuple(features.shape)}\n".encode())
     digest.update(features.numpy().data)
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
@@ -122,9 +130,9 @@ def _write(path: Path, features: Features) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Unfinished files of processes that were killed long ago."""
+    """Delete unfinished files of processes that were killed long ago."""
     for leftover in folder.glob(".writing-*"):
-        with suppress(OSError):  # finished or swept up meanwhile, or another's
+        with suppress(OSError):  # renamed or deleted by its process or another, or not ours
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 leftover.unlink()
 

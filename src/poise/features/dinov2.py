@@ -1,7 +1,10 @@
-"""DINOv2 (Oquab et al. 2023), ViT-B/14: 768 features that follow people's judgement of pictures better than Inception's (Stein
-et al. 2023). Through torch-fidelity, which has torch.hub download the model (about 350 MB), once.
+"""Load DINOv2 (Oquab et al. 2023), ViT-B/14, which computes 768 features.
 
-As there, pictures are resized to 224x224 as TensorFlow 1 did, and normalised by ImageNet's mean and standard deviation.
+They agree better with human judgement of images than the features of Inception (Stein et al. 2023).
+torch-fidelity loads the model through torch.hub, which downloads it once (about 350 MB).
+
+As in torch-fidelity, images are resized to 224x224 as TensorFlow 1 did, and normalised by
+ImageNet's mean and standard deviation.
 """
 
 import hashlib
@@ -23,11 +26,12 @@ STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 
 def dinov2(device: str | torch.device = "cpu") -> Extractor:
-    """The class token of DINOv2's ViT-B/14.
+    """Return the extractor of DINOv2's ViT-B/14: its class token, (n, 768).
 
     Raises:
         MissingExtraError: torch-fidelity is not installed.
         MissingInputError: the model could not be downloaded.
+        InputError: torch.hub's copy of the model cannot be used.
     """
     model = _model()
     checksum = _checksum(model)
@@ -44,11 +48,13 @@ def _model() -> nn.Module:
         wrapper: Any = FeatureExtractorDinoV2(MODEL, ["dinov2"])
     except OSError as error:
         raise MissingInputError(
-            f"DINOv2 could not be downloaded by torch.hub ({first_line(error)}); use another extractor"
+            f"DINOv2 could not be downloaded by torch.hub ({first_line(error)}); "
+            "use another extractor"
         ) from error
     except RuntimeError as error:
         raise InputError(
-            f"torch.hub's copy of DINOv2 in {torch.hub.get_dir()} cannot be used ({first_line(error)})"
+            f"torch.hub's copy of DINOv2 in {torch.hub.get_dir()} cannot be used "
+            f"({first_line(error)})"
         ) from error
     return wrapper.model
 
@@ -58,7 +64,7 @@ def _resize(levels: Tensor) -> Tensor:
 
 
 def _checksum(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of the weights."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of the weights."""
     digest = hashlib.sha256()
     for name, values in model.state_dict().items():
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -1,10 +1,12 @@
-"""What turns images into features, and the loop that runs it over any number of them.
+"""Define feature extractors, and run one over any number of images.
 
-An `Extractor` is a network with the name, checksum and resize that say which numbers it makes. It sees every image as RGB
-float32 in 0..255: bytes as they are, floats in [0, 1] times 255 and never rounded. Features are float32 (n, d), on the CPU.
+An `Extractor` is a network with a name, a checksum and a resize, which together define its numbers.
+The network gets every image as RGB float32 in 0..255. Bytes do not change; floats in [0, 1] are
+multiplied by 255 and not rounded. Features are float32 (n, d), on the CPU.
 
-On a CPU a network computes in float32. On a GPU it may use TF32, which is 2.4 times faster for Inception on an H200 and moves
-its features by 7e-4 (root mean square); the FID of CIFAR-10's test against its training images is 3.151 either way.
+On a CPU a network computes in float32. On a GPU it may use TF32. For Inception on an H200, TF32 is
+2.4 times faster and changes features by 7e-4 (root mean square). The FID of CIFAR-10's test images
+against its training images is 3.151 with TF32 and without.
 """
 
 from collections import deque
@@ -25,23 +27,27 @@ from poise.support.progress import progress
 
 EXTRACTION_BATCH = 50
 CUDA_BATCH = 500  # 1.2 times as fast as 50 for Inception on an H200 (2026-11-26)
-AHEAD = 2  # batches for a GPU that are made before they are asked for
-CPU_BATCH = 5  # 26 to 35 % faster than 50 (2026-11, two cores): glibc reuses arrays below 32 MiB and has larger ones made anew
+AHEAD = 2  # prefetched batches for a GPU
+# 26 to 35 % faster than 50 (2026-11, two cores): glibc reuses the memory of arrays below 32 MiB and
+# allocates larger ones again each time.
+CPU_BATCH = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A network that describes images by features.
+    """A network that computes features of images.
 
     Attributes:
-        name: "inception" (the 2015 Inception of the FID, and nothing else), "light", "dinov2", "pixels", or the stem of a file.
-        checksum: SHA-256, in hexadecimal digits, of what defines its numbers: the weights.
-        resize: in words.
-        network: from RGB float32 (n, 3, height, width) in 0..255 on `device` to (n, features).
-        device: where it computes.
+        name: "inception" (only the 2015 Inception of the FID), "light", "dinov2", "pixels", or the
+            stem of a file.
+        checksum: SHA-256, in hexadecimal digits, of what defines the features: the weights, or for
+            "pixels" the definition in words.
+        resize: description of the resize, in words.
+        network: maps RGB float32 (n, 3, height, width) in 0..255 on `device` to (n, features).
+        device: the device of the network.
+        classifier: (classes, features), on the CPU. The logits of the Inception Score are
+            features @ classifier.T. None: the network has no classifier.
         tf32: allow TF32 on a GPU.
-        classifier: (classes, features), on the CPU: its logits are features @ classifier.T, which the Inception Score needs.
-            None: it has none.
     """
 
     name: str
@@ -54,24 +60,24 @@ class Extractor:
 
     @property
     def precision(self) -> str:
-        """What its arithmetic is: "float32", or "TF32"."""
+        """The precision of matrix products and convolutions: "float32" or "TF32"."""
         return "TF32" if self.tf32 and self.device.type == "cuda" else "float32"
 
     @property
     def batch_size(self) -> int:
-        """How many images are best given to it at a time."""
+        """The number of images in a batch."""
         return CUDA_BATCH if self.device.type == "cuda" else EXTRACTION_BATCH
 
     @property
     def distance(self) -> str:
-        """What the Frechet distance of these features is called: FID for the 2015 Inception alone, else FD-<name>."""
+        """The name of the Frechet distance: "FID" only for the 2015 Inception, else FD-<name>."""
         return self.metric_name("FID")
 
     def metric_name(self, metric: str) -> str:
-        """A metric's name that says whose features it is of: of "KID" for example "KID", "KID-light".
+        """Return the name of a metric of these features, for example "KID" or "KID-light".
 
         Args:
-            metric: its name under Inception: "FID", "KID", "IS", ...
+            metric: its name with the features of Inception: "FID", "KID", "IS", ...
         """
         if self.name == "inception":
             return metric
@@ -79,13 +85,15 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Any) -> Features:
-        """Features (n, d) of images, float32 on the CPU, computed some images at a time.
+        """Return the features (n, d) of images, float32 on the CPU, computed in batches.
 
         Args:
-            images: (n, 1 or 3, height, width), array or tensor: bytes, or floats in [0, 1]; grey is repeated to three channels.
+            images: (n, 1 or 3, height, width), array or tensor: uint8, or floats in [0, 1]. Grey is
+                repeated to three channels.
 
         Raises:
-            InputError: another shape, type or range, or no image at all; or the network does not give (n, d).
+            InputError: there are no images, their shape, type or range differs, or the network does
+                not return (n, d).
             RunError: a feature is not finite.
         """
         images = _checked(
@@ -102,11 +110,13 @@ class Extractor:
         features = launched.cpu()
         if features.ndim != 2 or len(features) != len(images):
             raise InputError(
-                f"extractor {self.name} gives {tuple(features.shape)} for {len(images)} images, not (images, features)"
+                f"extractor {self.name} gives {tuple(features.shape)} for {len(images)} images, "
+                "not (images, features)"
             )
         if not features.isfinite().all():
             raise RunError(
-                f"extractor {self.name} gives features that are not finite: its weights or its input range are wrong"
+                f"extractor {self.name} gives features that are not finite: "
+                "its weights or its input range are wrong"
             )
         return features
 
@@ -138,21 +148,24 @@ def extract(
     title: str = "features",
     quiet: bool = True,
 ) -> Features:
-    """Features of every image, (n, features), float32 on the CPU, in the order of the images.
+    """Return the features of all images, (n, features), float32 on the CPU, in their order.
 
-    Only a few batches of images and all features are in memory. The batch size moves features by less than 1e-5. For a GPU
-    images that come in parts are joined to its batches, and a thread gets the next ones while it computes.
+    Memory holds all features, but only a few batches of images. The batch size changes features by
+    less than 1e-5. For a GPU, batches of an iterable are joined to batches of the extractor's size,
+    and a thread prefetches them.
 
     Args:
         extractor: from `make_extractor`.
-        images: (n, 1 or 3, height, width), an array, tensor or `poise.data.Rows`; or an iterable of such batches, which
-            may be generated while it runs. Bytes, or floats in [0, 1].
-        total: how many images an iterable gives, for the progress bar; None: as many as come, without one.
+        images: (n, 1 or 3, height, width), an array, tensor or `poise.data.Rows`; or an iterable of
+            such batches, for example a generator. uint8, or floats in [0, 1].
+        total: number of images in an iterable, for the progress bar. None: unknown; no progress
+            bar.
         title: shown beside the progress bar.
-        quiet: no progress display.
+        quiet: show no progress.
 
     Raises:
-        InputError: see `Extractor`; or an iterable gave no image, or not `total` of them.
+        InputError: see `Extractor`; or an iterable yields no image, or not `total` images.
+        RunError: a feature is not finite.
     """
     total = len(images) if hasattr(images, "shape") else total
     with progress(title, total or 0, quiet=quiet or total is None) as display:
@@ -171,7 +184,7 @@ def _batches(images: Any, size: int) -> Iterator[Any]:
 
 
 def _regrouped(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """Join parts to batches of at least `size` images; the last one may be smaller."""
+    """Join parts to batches of at least `size` images; the last batch may be smaller."""
     held: list[Tensor] = []
     for part in parts:
         held.append(
@@ -185,7 +198,7 @@ def _regrouped(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
 
 
 def _in_background(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Make batches in a thread, some ahead of the one that is asked for, in the same order; on a CUDA stream of its own."""
+    """Prefetch batches in a background thread, in order, on a separate CUDA stream."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     if side is not None:
         side.wait_stream(torch.cuda.current_stream(device))
@@ -202,7 +215,7 @@ def _in_background(batches: Iterator[Tensor], device: torch.device) -> Iterator[
 
 
 def _joined(parts: Iterable[Tensor], total: int | None, report: Callable[[int], None]) -> Features:
-    """All parts in one tensor, which is allocated once where the total is known."""
+    """Concatenate all parts. If the total is known, the result is allocated only once."""
     features, done, kept = torch.empty(0), 0, []
     for part in parts:
         if total is None:
@@ -214,6 +227,7 @@ def _joined(parts: Iterable[Tensor], total: int | None, report: Callable[[int], 
         report(done)
     if done == 0 or done != (total or done):
         raise InputError(
-            f"there were {done} images, not {'any' if total is None else total}: no features of them can be given"
+            f"the batches held {done} images, not {'one or more' if total is None else total}: "
+            "give all images, and their number as total"
         )
     return features if total is not None else torch.cat(kept)

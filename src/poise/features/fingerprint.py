@@ -1,7 +1,11 @@
-"""Whether a network is the 2015 Inception, told by what it does: its features of one picture that a formula draws.
+"""Recognise the 2015 Inception by its features of one test picture.
 
-The picture is 64x64, so that the resize is in it too; pixel (c, y, x) is 127.5 + 127.5 sin(y (c + 1) / 5 + x (c + 2) / 7).
-The features below, every 128th, were measured with the TorchScript file that holds the weights of the original graph.
+The picture has 64x64 pixels, so the features also depend on the resize. Its pixel (c, y, x) is
+
+    127.5 + 127.5 sin(y (c + 1) / 5 + x (c + 2) / 7).
+
+The expected features, every 128th, were measured with the TorchScript file that holds the weights
+of the original graph.
 """
 
 from collections.abc import Callable
@@ -22,7 +26,11 @@ EXPECTED = torch.tensor(  # features 0, 128, 256, ...
 
 @torch.no_grad()
 def is_inception(network: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a network from RGB in 0..255 to features, on the CPU, gives the 2015 Inception's features."""
+    """Return whether a network computes the features of the 2015 Inception.
+
+    Args:
+        network: maps RGB (n, 3, height, width) in 0..255 to features (n, d), on the CPU.
+    """
     features = network(picture())
     if features.shape != (1, 2048):
         return False
@@ -30,7 +38,7 @@ def is_inception(network: Callable[[Tensor], Tensor]) -> bool:
 
 
 def picture() -> Images:
-    """The picture, (1, 3, 64, 64), in 0..255."""
+    """Return the test picture, (1, 3, 64, 64), in 0..255."""
     c, y, x = (torch.arange(n, dtype=torch.float64) for n in (3, 64, 64))
     phase = y[:, None] * (c + 1)[:, None, None] / 5 + x * (c + 2)[:, None, None] / 7
     return (127.5 + 127.5 * phase.sin())[None].float()

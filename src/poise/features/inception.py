@@ -1,8 +1,11 @@
-"""The 2015 Inception of the original FID, and networks in files: TorchScript, or torch-fidelity's conversion of the weights.
+"""Load the 2015 Inception of the original FID, or another network from a file.
 
-Images are resized to 299x299 as TensorFlow 1 did. Inception takes them scaled to (bytes - 128) / 128; another network in the
-range that is declared for it. Whether a network is the 2015 Inception is told by its features of one picture (`fingerprint`),
-not by the name of its file, so that no other distance is ever called FID.
+A file is TorchScript, or torch-fidelity's conversion of Inception's weights.
+
+Images are resized to 299x299 as TensorFlow 1 did. Inception takes images scaled to
+(bytes - 128) / 128; another network takes the range that the user declares. The features of one
+test picture (`fingerprint`), not the file name, decide whether a network is the 2015 Inception. So
+no other distance is ever called FID.
 """
 
 import os
@@ -30,10 +33,12 @@ TAKEN_NAMES = ("inception", "light", "dinov2", "pixels")
 
 
 def available_inception() -> Path | None:
-    """Local Inception weights: the file that POISE_INCEPTION names, or the one that was downloaded before.
+    """Return the path of local Inception weights, or None if there are none.
+
+    The file is that in the environment variable POISE_INCEPTION, otherwise an earlier download.
 
     Raises:
-        MissingInputError: POISE_INCEPTION names something else than a file.
+        MissingInputError: POISE_INCEPTION does not name a file.
     """
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named and not Path(named).is_file():
@@ -50,20 +55,23 @@ def _downloaded() -> Path:
 
 
 def inception(weights: Path | None = None, device: str | torch.device = "cpu") -> Extractor:
-    """The 2048 features of the 2015 Inception's last pooling layer, verified to be that.
+    """Return the extractor of the 2015 Inception: the 2048 features of its last pooling layer.
+
+    Verifies that the network is the 2015 Inception.
 
     Args:
-        weights: torch-fidelity's weights, or a TorchScript file that maps (n, 3, 299, 299) scaled to (bytes - 128) / 128 to
-            (n, 2048); None: torch-fidelity's own, downloaded once.
+        weights: a file of torch-fidelity's weights, or a TorchScript file. TorchScript maps images
+            (n, 3, 299, 299), scaled to (bytes - 128) / 128, to (n, 2048). None: torch-fidelity's
+            weights, downloaded once.
         device: where to compute.
 
     Raises:
-        MissingExtraError: the weights are torch-fidelity's, and it is not installed.
-        MissingInputError: there is no such file, or the download failed.
-        InputError: the file is damaged, or neither, or another network.
+        MissingExtraError: the weights are torch-fidelity's, which is not installed.
+        MissingInputError: the file does not exist, or the download failed.
+        InputError: the file is damaged, has another format, or holds another network.
     """
     if weights is None:
-        _fidelity_class()  # before the download of what it alone can use
+        _fidelity_class()  # fails before the download if torch-fidelity is missing
         weights = _downloaded() if _downloaded().exists() else _download()
     extractor = network_file(weights, device=device)
     if extractor.name != "inception":
@@ -80,9 +88,10 @@ def _download() -> Path:
         torch.hub.download_url_to_file(
             WEIGHTS_ADDRESS, str(path), hash_prefix=digits, progress=sys.stderr.isatty()
         )
-    except (OSError, RuntimeError) as error:  # RuntimeError: what came has another checksum
+    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum differs
         raise MissingInputError(
-            f"Inception's weights could not be downloaded ({first_line(error)}); set {WEIGHTS_VARIABLE} to a local file"
+            f"Inception's weights could not be downloaded ({first_line(error)}); "
+            f"set {WEIGHTS_VARIABLE} to a local file"
         ) from error
     return path
 
@@ -90,16 +99,21 @@ def _download() -> Path:
 def network_file(
     path: Path, bounds: tuple[float, float] | None = None, *, device: str | torch.device = "cpu"
 ) -> Extractor:
-    """The extractor in a file: called "inception" if it is the 2015 Inception, and else by the file's stem.
+    """Return the extractor of a network in a file.
+
+    Its name is "inception" if the network is the 2015 Inception, otherwise the stem of the file.
 
     Args:
-        path: a TorchScript file that maps (n, 3, 299, 299) to (n, features), or torch-fidelity's Inception weights.
-        bounds: what the levels 0 and 255 become for a TorchScript network. None: it must be the 2015 Inception, which has its
-            own scaling (and is recognised where (-1, 1) is declared, too).
+        path: a TorchScript file that maps (n, 3, 299, 299) to (n, features), or torch-fidelity's
+            Inception weights.
+        bounds: input range of a TorchScript network: the values for the levels 0 and 255. None: the
+            network must be the 2015 Inception, which has its own scaling. With (-1, 1), too, the
+            2015 Inception is recognised and gets its own scaling.
         device: where to compute.
 
     Raises:
-        InputError: see `inception`; or bounds are missing, or have no effect.
+        MissingInputError: the file does not exist.
+        InputError: see `inception`; or bounds are missing, or given for torch-fidelity's weights.
     """
     checksum, scripted = sha256(path), load_torchscript(path)
     if scripted is None:
@@ -109,12 +123,13 @@ def network_file(
     if bounds is None:
         raise _not_inception(
             path,
-            f"to use it under its own name, declare its inputs' range, for example {path}:range=-1..1",
+            "to use it under its own name, declare its inputs' range, "
+            f"for example {path}:range=-1..1",
         )
     low, high = bounds
     levels = 255 / (high - low)
     network = Prepared(scripted, _resize, shift=-low * levels, divisor=levels)
-    _is_original(path, network)  # fails if it cannot take such images
+    _is_original(path, network)  # only raises: fails if the network cannot take such images
     return _extractor(
         _own_name(path), checksum, network, device, scale=f", scaled to {low:g}..{high:g}"
     )
@@ -122,7 +137,8 @@ def network_file(
 
 def _not_inception(path: Path, remedy: str) -> InputError:
     return InputError(
-        f"{path} is not the 2015 Inception of the FID (its features of a test picture differ); {remedy}"
+        f"{path} is not the 2015 Inception of the FID "
+        f"(its features of a test picture differ); {remedy}"
     )
 
 
@@ -179,7 +195,7 @@ def _fidelity_extractor(
 
 
 def _folded(network: nn.Module) -> nn.Module:
-    """Each batch normalisation within the convolution before it (a tenth faster), channels_last."""
+    """Fold each batch normalisation into its convolution (a tenth faster), in channels_last."""
     pairs: list[Any] = [
         layer for layer in network.modules() if hasattr(layer, "conv") and hasattr(layer, "bn")
     ]
@@ -189,9 +205,9 @@ def _folded(network: nn.Module) -> nn.Module:
 
 
 def _fidelity_network(path: Path) -> Any:
-    """torch-fidelity's network, whose own `forward` resizes too, but takes nothing but bytes."""
+    """Return torch-fidelity's network. Its own `forward` resizes too, but takes only uint8."""
     try:
-        load_tensors(path)  # torch-fidelity would unpickle anything: this refuses all but tensors
+        load_tensors(path)  # refuses all but tensors: torch-fidelity would unpickle anything
         return _fidelity_class()("inception-v3-compat", ["2048"], str(path))
     except MissingExtraError:
         raise

@@ -1,13 +1,16 @@
-"""EfficientNet-lite0 (Tan & Le 2019; the lite variants of 2020): 1280 features, whose weights come inside a Python package.
+"""Load EfficientNet-lite0 (Tan & Le 2019; the lite variants of 2020), which computes 1280 features.
 
-Against Inception: 0.4 GMAC a picture instead of 5.7, nothing to download, another distance (FD-light). The network is MBConv
+A Python package holds the weights. Compared with Inception, it takes 0.4 instead of 5.7 GMAC per
+image and needs no download. Its distance is another one, FD-light. The network consists of MBConv
 blocks without squeeze-and-excitation:
 
-    x -> 1x1 convolution to `expansion` times the channels (none where it is 1) -> k x k depthwise convolution
-      -> 1x1 convolution; plus x where the shape stays,
+    x -> 1x1 convolution to `expansion` times the channels (absent if `expansion` is 1)
+      -> k x k depthwise convolution
+      -> 1x1 convolution; plus x if the shape stays the same,
 
-ReLU6 after the first two. Batch normalisation is folded into the convolutions as the weights are read. TensorFlow's "SAME"
-padding of a strided convolution on an even side is uneven: (k - 2) / 2 before, one more behind.
+with ReLU6 after the first two. Batch normalisation is folded into the convolutions when the weights
+are read. TensorFlow's "SAME" padding of a convolution of stride 2 on an even side is uneven:
+floor((k - 2) / 2) before, one more behind.
 """
 
 from collections.abc import Iterator
@@ -39,11 +42,11 @@ STAGES = (  # kernel, stride, expansion, channels, blocks
 
 
 def light(device: str | torch.device = "cpu") -> Extractor:
-    """EfficientNet-lite0's 1280 features of its last pooling layer.
+    """Return the extractor of EfficientNet-lite0: the 1280 features of its last pooling layer.
 
     Raises:
-        MissingExtraError: the package that holds the weights is not installed.
-        InputError: its file is damaged.
+        MissingExtraError: the package with the weights is not installed.
+        InputError: the file of weights is damaged.
     """
     path = _weights()
     checksum, tensors = sha256(path), load_tensors(path)
@@ -65,13 +68,14 @@ def _resize(levels: Tensor) -> Tensor:
 
 
 def lite0(tensors: dict[str, Tensor]) -> nn.Sequential:
-    """The network from (n, 3, 224, 224) to (n, 1280).
+    """Return EfficientNet-lite0, which maps (n, 3, 224, 224) to (n, 1280).
 
     Args:
-        tensors: convolutions and their batch normalisations in the order of the network; names do not matter.
+        tensors: weights of each convolution and its batch normalisation, in the order of the
+            network. Their names are not used.
 
     Raises:
-        InputError: the tensors are another network's.
+        InputError: the tensors are not EfficientNet-lite0's.
     """
     network = nn.Sequential(*_layers(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
@@ -95,7 +99,7 @@ def _layers() -> Iterator[nn.Module]:
 
 
 class Block(nn.Module):
-    """One inverted bottleneck."""
+    """An inverted bottleneck (MBConv) block without squeeze-and-excitation."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -112,7 +116,7 @@ class Block(nn.Module):
 def _convolution(
     channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution with "SAME" padding, then ReLU6."""
+    """Return the layers of a convolution with "SAME" padding, then ReLU6."""
     before, behind = (kernel - stride) // 2, (kernel - stride + 1) // 2
     padding = [] if before == behind else [nn.ZeroPad2d((before, behind, before, behind))]
     even = before if before == behind else 0
@@ -132,7 +136,7 @@ def _load_folded(
     mean: Tensor,
     variance: Tensor,
 ) -> None:
-    """Convolution and batch normalisation as one convolution."""
+    """Load a convolution with its batch normalisation folded in."""
     assert convolution.bias is not None
     factor = scale / (variance + EPSILON).sqrt()
     convolution.weight.copy_(kernel * factor[:, None, None, None])

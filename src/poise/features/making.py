@@ -1,4 +1,4 @@
-"""An extractor by its name, or from a file."""
+"""Make a feature extractor from its name or from a file."""
 
 import math
 from collections.abc import Callable
@@ -22,16 +22,25 @@ NAMED: dict[str, Callable[[torch.device], Extractor]] = {
 
 
 def make_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor that a text names.
+    """Return the extractor of a name or a file.
 
     Args:
-        spec: "inception" (the file in POISE_INCEPTION, or torch-fidelity's weights, downloaded once); "light"
-            (EfficientNet-lite0, nothing to download); "dinov2"; "pixels"; or "FILE" or "FILE:range=LOW..HIGH": a TorchScript
-            file that maps (n, 3, 299, 299) to (n, features), with what the levels 0 and 255 are to become for it.
+        spec: one of
+
+            - "inception": the file in the environment variable POISE_INCEPTION, or torch-fidelity's
+              weights, downloaded once;
+            - "light": EfficientNet-lite0, without a download;
+            - "dinov2": DINOv2, downloaded once;
+            - "pixels": averages of pixels;
+            - "FILE" or "FILE:range=LOW..HIGH": a TorchScript file that maps (n, 3, 299, 299) to
+              (n, features). LOW and HIGH are the inputs for the levels 0 and 255. Without a range
+              it must be the 2015 Inception.
         device: where to compute.
 
     Raises:
-        InputError: no such extractor or file, or a file that cannot be used.
+        MissingExtraError: the extractor needs a package that is not installed.
+        MissingInputError: the file does not exist, or a download failed.
+        InputError: there is no extractor of that name, or the file cannot be used.
 
     Example:
         >>> make_extractor("pixels")(torch.zeros(2, 1, 8, 8)).shape
@@ -42,7 +51,8 @@ def make_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
     path, found, bounds = spec.partition(":range=")
     if not Path(path).exists() and not Path(path).suffix:
         raise InputError(
-            f"no extractor {spec!r}: give {', '.join(NAMED)}, or a TorchScript file as FILE.pt:range=-1..1"
+            f"no extractor {spec!r}: give {', '.join(NAMED)}, "
+            "or a TorchScript file as FILE.pt:range=-1..1"
         )
     return network_file(Path(path), _bounds(bounds) if found else None, device=device)
 
@@ -54,6 +64,7 @@ def _bounds(text: str) -> tuple[float, float]:
         low, high = math.nan, math.nan
     if not (-math.inf < low < high < math.inf):
         raise InputError(
-            f"range={text} is not LOW..HIGH: give what the levels 0 and 255 become, for example -1..1 or 0..255"
+            f"range={text} is not LOW..HIGH: "
+            "give what the levels 0 and 255 become, for example -1..1 or 0..255"
         )
     return low, high

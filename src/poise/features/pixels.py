@@ -1,6 +1,7 @@
-"""The picture itself as features: area averages over at most 16x16 cells, in [0, 1]. For tests and for quick looks.
+"""Compute area averages of pixels, in [0, 1], as features, for tests and quick comparisons.
 
-Cell i of k along a side of n pixels averages pixels floor(i n / k) to ceil((i + 1) n / k) - 1; k = min(n, 16).
+A side of n pixels is divided into k = min(n, 16) cells. Cell i averages pixels floor(i n / k) to
+ceil((i + 1) n / k) - 1.
 """
 
 import hashlib
@@ -12,11 +13,15 @@ from torch import Tensor
 from poise.features.extractor import Extractor
 
 CELLS = 16
-DEFINITION = f"area averages over at most {CELLS}x{CELLS} cells, divided by 255, channel by channel, row by row"
+# Its hash is the checksum of the extractor: do not change this text.
+DEFINITION = (
+    f"area averages over at most {CELLS}x{CELLS} cells, "
+    "divided by 255, channel by channel, row by row"
+)
 
 
 def pixels(device: str | torch.device = "cpu") -> Extractor:
-    """Averages over cells: (n, 3 * 16 * 16) features for pictures of at least 16x16 pixels."""
+    """Return the extractor of cell averages: (n, 768) features for images from 16x16 pixels."""
     checksum = hashlib.sha256(DEFINITION.encode()).hexdigest()
     return Extractor(
         "pixels", checksum, f"area average to at most {CELLS}", _averages, torch.device(device)

@@ -1,4 +1,7 @@
-"""A network with what it wants done to pictures before: network((resize(levels) - shift) / divisor), levels in 0..255."""
+"""Resize and scale images before a network.
+
+The features are network((resize(levels) - shift) / divisor), for levels in 0..255.
+"""
 
 from collections.abc import Callable
 from typing import final
@@ -9,13 +12,13 @@ from torch import Tensor, nn
 
 @final
 class Prepared(nn.Module):
-    """A network that takes RGB (n, 3, height, width) in 0..255 of any size.
+    """A network with its preprocessing; takes RGB (n, 3, height, width) in 0..255 of any size.
 
     Args:
-        network: from what it was trained on to features (n, features).
-        resize: from pictures of any size to the network's, in 0..255.
-        shift: of the network's zero, in levels; one number, or one per channel.
-        divisor: levels per unit; the same.
+        network: maps resized and scaled images to features (n, features).
+        resize: maps images of any size, in 0..255, to the network's size.
+        shift: the level that becomes 0; one number, or one per channel.
+        divisor: levels per unit of the network's input; one number, or one per channel.
     """
 
     def __init__(

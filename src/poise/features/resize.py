@@ -1,7 +1,8 @@
-"""TensorFlow 1's bilinear resize, which the 2015 Inception of the reference FID was measured with.
+"""Resize images as TensorFlow 1 did (bilinear), as the reference FID's 2015 Inception requires.
 
-Output pixel i lies at source coordinate s = i * in / out: corners are not aligned and there are no half-pixel centres, so the
-picture shifts by up to half a source pixel. With k = floor(s) and k' = min(k + 1, in - 1),
+Output pixel i lies at source coordinate s = i * in / out. Corners are not aligned, and the formula
+has no half-pixel centres, so the picture shifts by up to half a source pixel. With k = floor(s) and
+k' = min(k + 1, in - 1),
 
     y[i] = x[k] + (x[k'] - x[k]) * (s - k),
 
@@ -13,14 +14,19 @@ from torch import Tensor
 
 
 def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
-    """Images of any value range, (n, channels, height, width); those of that size come back as they are."""
+    """Return images resized to (n, channels, height, width); images of that size are unchanged.
+
+    Args:
+        images: (n, channels, any height, any width), of any value range.
+        height, width: of the result, in pixels.
+    """
     if images.shape[2:] == (height, width):
         return images
     return _along(_along(images, 3, width), 2, height)
 
 
 def _along(images: Tensor, dim: int, size: int) -> Tensor:
-    """One dimension resized. Coordinates are float32, as in the original, whatever the images are."""
+    """Resize one dimension. Coordinates are float32 for images of any dtype, as in TensorFlow."""
     given = images.shape[dim]
     position = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(
         given / size

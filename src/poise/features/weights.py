@@ -1,6 +1,7 @@
-"""Files of weights: their checksums, and the two formats they come in.
+"""Read files of weights in two formats, and verify their checksums.
 
-By torch.hub's convention a name may end in "-" and the first digits of the file's SHA-256; such a file is held to them.
+By torch.hub's convention, a file name may end in "-" and the first digits of the file's SHA-256.
+The checksum of such a file must begin with these digits.
 """
 
 import hashlib
@@ -26,11 +27,11 @@ NOT_LOADABLE = (
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits.
+    """Return the SHA-256 of a file, in hexadecimal digits.
 
     Raises:
-        MissingInputError: no such file.
-        InputError: it cannot be read, or its name promises another checksum.
+        MissingInputError: the file does not exist.
+        InputError: the file cannot be read, or its name holds the digits of another checksum.
     """
     try:
         with open(path, "rb") as file:
@@ -42,16 +43,19 @@ def sha256(path: Path) -> str:
     named = re.search(r"-([0-9a-f]{8,})\.pth?$", path.name)
     if named and not checksum.startswith(named[1]):
         raise InputError(
-            f"{path} is damaged or cut off: its SHA-256 does not begin with {named[1]}; delete it and download it again"
+            f"{path} is damaged or cut off: its SHA-256 does not begin with {named[1]}; "
+            "delete it and download it again"
         )
     return checksum
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a state dict that torch.save wrote. Nothing else is unpickled, so that no code in the file can run.
+    """Return the tensors of a state dict that torch.save wrote.
+
+    Refuses to unpickle anything else, so that no code in the file can run.
 
     Raises:
-        InputError: it is no such file.
+        InputError: the file does not hold a state dict.
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,17 +67,16 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def load_torchscript(path: Path) -> torch.nn.Module | None:
-    """The network in a TorchScript file, on the CPU; None: it is no such file."""
+    """Return the network in a TorchScript file, on the CPU; None if the format is another."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", r"`torch\.jit\.load` is"
-            )  # deprecated or unsupported, yet the file has no other form
+            # torch.jit.load is deprecated, but these files exist in no other format.
+            warnings.filterwarnings("ignore", r"`torch\.jit\.load` is")
             return torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError:
         return None
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Return the first line of an error's text, or its type if it has no text."""
     return str(error).partition("\n")[0] or type(error).__name__
