@@ -2,9 +2,18 @@
 
 The two sides never share an image. A data set has a checksum of its images.
 
-In reading order: `decoding` (pixels and pictures), `storage` (arrays larger than memory), `dataset`
-(the split rule), `arrays` (.npy, .npz), `encoded` (image files), `folders`, `layouts` (folders of
-torchvision), `hub` (Hugging Face), `names` (MNIST and others), `loading` (`load`, for all sources).
+In reading order:
+
+    decoding   convert, read and resize images
+    storage    arrays that may be larger than memory
+    dataset    the data set and the split rule
+    arrays     arrays, .npy and .npz files
+    encoded    image files, decoded in threads
+    folders    folders of image files
+    layouts    torchvision's folders of MNIST, CIFAR-10 and CelebA
+    hub        the Hugging Face Hub
+    names      data sets by name
+    loading    `load` and `read_images`, for every source
 """
 
 from poise.data.dataset import Dataset

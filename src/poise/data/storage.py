@@ -1,7 +1,7 @@
 """Allocate arrays of images in memory or in a file, and read them by rows.
 
-The images of a data set, NCHW, uint8 or float32, are a numpy array (in memory or memory-mapped) or
-the `Rows` of a memory-mapped array.
+The images of a data set are NCHW, uint8 or float32. They are a numpy array, in memory or
+memory-mapped, or the `Rows` of a memory-mapped array.
 """
 
 import mmap

@@ -1,1 +1,1 @@
-"""Shared by the other folders: seeds, files, locks, signals, progress, specs, kernels, version."""
+"""Tools that the other folders share: seeds, files, locks, progress, specs, kernels, version."""

@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears complete or not at all, even if the process is killed."""
+"""Write files atomically: a file appears complete or not at all, even if a process is killed."""
 
 import errno
 import json
@@ -13,10 +13,10 @@ from poise.errors import InputError, RunError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears complete or not at all.
+    """Write a file atomically: it appears complete or not at all.
 
     Raises:
-        RunError: the disk is full or cannot be written; a file that was there before is intact.
+        RunError: the disk is full or cannot be written. An earlier file of that name is intact.
     """
     with appearing(path) as writing:
         write_synced(writing, content)
@@ -24,10 +24,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. On exit it is renamed to `path`, on an error deleted.
+    """Yield a temporary path to write to. On exit rename it to `path`; on an error delete it.
 
     Raises:
-        RunError: the disk is full or cannot be written; a file that was there before is intact.
+        RunError: the disk is full or cannot be written. An earlier file of that name is intact.
     """
     writing = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
@@ -35,7 +35,7 @@ def appearing(path: Path) -> Iterator[Path]:
         yield writing
         writing.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # the folder itself may be what is wrong
+        with suppress(OSError):  # the error may come from the folder itself
             writing.unlink()
         if isinstance(error, OSError) and not isinstance(error, InputError):
             raise write_failure(path, error) from error
@@ -57,6 +57,7 @@ def strict(values: Any) -> Any:
 
 
 def write_failure(path: Path, error: OSError) -> RunError:
+    """Return the error for a file that cannot be written, with a remedy."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = (
         "what was saved before is intact: make room, run again"

@@ -1,4 +1,4 @@
-"""Protection of a run: signals wait for its checkpoint; a lock keeps others out of its folder."""
+"""Protect a run: signals wait for its checkpoint, and a lock keeps others out of its folder."""
 
 import errno
 import signal
@@ -23,7 +23,10 @@ _further: ContextVar[Callable[[], bool]] = ContextVar("further", default=lambda:
 
 @contextmanager
 def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
-    """Inside the block `stop_signals` asks a run of this thread to stop when `reason()` is true, too."""
+    """Inside the block, also ask a run of this thread to stop when `reason()` is true.
+
+    The function that `stop_signals` yields then returns true, too.
+    """
     token = _further.set(reason)
     try:
         yield
@@ -33,11 +36,11 @@ def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C or SIGTERM has arrived inside the block.
+    """Yield a function that returns whether Ctrl-C or SIGTERM has arrived inside the block.
 
-    The first signal only sets this answer. A signal more than a second later acts as usual.
-    Python delivers signals to the main thread. In another thread, the function gives the answer of
-    the main thread's block.
+    The first signal only makes this function return true. A signal more than a second later acts as
+    usual. Python delivers signals to the main thread. In another thread, the function returns
+    whether a block of the main thread received a signal.
     """
     asked: list[float] = []
     further = _further.get()
@@ -72,8 +75,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process has locked the folder, the folder cannot be written to, or its
-            file system has no locks. A marker file in place of a lock would outlive a killed job
-            and block its restart on another machine, so we refuse.
+            file system has no locks. No marker file replaces a lock, because it would outlive a
+            killed job and block its restart on another machine.
     """
     path = folder / ".lock"
     lock = FileLock(path, timeout=0, fallback_to_soft=False)

@@ -1,10 +1,10 @@
-"""PyTorch's process-wide settings: the choice of kernels, and the global random generators.
+"""Set PyTorch's process-wide settings for a block: its kernels and its global random generators.
 
-They are set for a block and restored after it. A lock keeps threads from setting them at the same
-time: each of several runs in one process gets the kernels and the numbers that it would get alone.
+The settings are restored after the block. A lock keeps threads from changing them at the same time.
+So each of several runs in one process gets the kernels and the numbers that it would get alone.
 
-TF32 rounds the inputs of a product to 10 bits of mantissa and adds up in float32, so that tensor
-cores can be used for float32 data. docs/log.md (2026-11-26) has its effect on results.
+TF32 rounds the inputs of a product to 10 bits of mantissa and sums in float32. It makes tensor
+cores available for float32 data. Its effect on results is in docs/log.md (2026-11-26).
 """
 
 import threading
@@ -20,13 +20,14 @@ LOCK = threading.RLock()
 def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> Iterator[None]:
     """Choose the kernels of convolutions and matrix products that are launched inside the block.
 
-    Other threads that enter such a block wait, so launch inside it and wait for results outside. A
-    recorded CUDA graph keeps the kernels it was recorded with. On other devices nothing happens.
+    Other threads that enter such a block wait. So launch kernels inside the block, and wait for
+    results outside. A recorded CUDA graph keeps the kernels of its recording. Has no effect on
+    other devices than CUDA.
 
     Args:
         device: where the block computes.
         tf32: allow TF32 for float32 data.
-        deterministic: use only those cuDNN kernels that give the same bits each time.
+        deterministic: use only cuDNN kernels that give bit-identical results each time.
     """
     if device.type != "cuda":
         yield
@@ -44,9 +45,9 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Restore torch's global generators after the block.
+    """Restore the state of torch's global random generators after the block.
 
-    Inside the block, hold `LOCK` from seeding them to the last draw.
+    Inside the block, hold `LOCK` from seeding a generator to its last draw.
     """
     cuda = device.type == "cuda"
     with LOCK:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""Show progress on stderr: a bar on a terminal, otherwise a plain line every 15 seconds."""
 
 import math
 import sys
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 Part = TypeVar("Part", bound=Sized)
 
 SECONDS_BETWEEN_LINES = 15.0
-SECONDS_OF_SPEED = 600.0  # the time left follows from the speed of these last seconds
+SECONDS_OF_SPEED = 600.0  # window of the speed that gives the time left
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Progress"]:
-    """Yield a display for `total` units of work, of which `done` are finished already."""
+    """Yield a progress display for `total` units of work, of which `done` are already finished."""
     import rich.console
     import rich.progress
 
@@ -31,7 +31,7 @@ def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> I
         rich.progress.TextColumn("{task.fields[figures]}"),
         console=rich.console.Console(stderr=True),
         speed_estimate_period=SECONDS_OF_SPEED,
-        disable=quiet or not terminal,  # it keeps count all the same
+        disable=quiet or not terminal,  # a disabled bar still counts
     )
     with bar:
         bar.add_task(title, total=total, completed=done, figures="")
@@ -52,7 +52,7 @@ class Progress:
         self._last = time.monotonic()
 
     def update(self, done: int, figures: Mapping[str, str]) -> None:
-        """Show that `done` units are finished, with figures by name."""
+        """Show that `done` units are finished, and show figures by name."""
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         self._bar.update(self._task.id, completed=done, figures=text)
         now = time.monotonic()
@@ -64,7 +64,7 @@ class Progress:
 
 
 def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
-    """Yield the parts; show the number of items used so far and the rate."""
+    """Yield the parts, and show the number of finished items and the rate per second."""
     done, began = 0, time.monotonic()
     for part in parts:
         yield part

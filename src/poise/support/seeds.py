@@ -1,6 +1,7 @@
-"""Randomness as a function: every draw is f(seed, what it is for, position), so any run can stop and go on exactly.
+"""Derive seeds and random generators: every draw is f(seed, purpose, position).
 
-Nothing here, or anywhere in the package, draws from torch's global generator, but for a user's own networks.
+So a stopped run resumes with exactly the same draws. Only modules draw from torch's global
+generator, for their initial weights and for layers such as dropout; the package seeds it first.
 """
 
 import hashlib
@@ -11,11 +12,11 @@ import torch
 
 from poise.support.kernels import LOCK, generators_kept
 
-REFERENCE_SEED = -1  # of draws that measure a prior or a model, apart from the images a user draws
+REFERENCE_SEED = -1  # of draws that measure a prior or a model; a user's images have other seeds
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed from any integers and words; unrelated inputs give unrelated seeds."""
+    """Return a 63-bit seed that is a hash of integers and words."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return _to_seed(digest)
 
@@ -25,14 +26,21 @@ def _to_seed(digest: bytes) -> int:
 
 
 def generator(*parts: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator seeded by `derive`."""
+    """Return a random generator with the seed `derive(*parts)`."""
     return torch.Generator(device).manual_seed(derive(*parts))
 
 
 def noise_per_image(count: int, dims: int, seed: int, first: int = 0) -> torch.Tensor:
-    """Standard normal noise (count, dims), row i a function of (seed, first + i) alone.
+    """Return standard normal noise, (count, dims). Row i depends only on (seed, first + i).
 
-    Row i is torch.randn(dims, generator=generator("image", seed, first + i)), written out: a million rows pass through here.
+    Row i is torch.randn(dims, generator=generator("image", seed, first + i)). The loop is written
+    out for speed: callers draw a million rows.
+
+    Args:
+        count: number of rows.
+        dims: number of columns.
+        seed: of all rows.
+        first: number of the first row.
     """
     rows = torch.empty(count, dims)
     source = torch.Generator()
@@ -45,9 +53,10 @@ def noise_per_image(count: int, dims: int, seed: int, first: int = 0) -> torch.T
 
 
 def drawn(total: int, count: int) -> list[int]:
-    """Return `count` positions out of `total`, drawn with a fixed seed, ascending; all where there are no more.
+    """Return `count` of `total` positions, drawn with a fixed seed, ascending; at most all of them.
 
-    For pictures: the first files of a sorted folder may be all of one kind.
+    Used to choose images for pictures, because the first files of a sorted folder may all be of one
+    class.
 
     Example:
         >>> drawn(3, 5), len(drawn(1000, 5))
@@ -58,7 +67,10 @@ def drawn(total: int, count: int) -> list[int]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global generator seeded inside the block and as it was after it: modules draw their weights from it."""
+    """Seed torch's global generator inside the block, and restore its state after it.
+
+    Modules draw their initial weights from it.
+    """
     with LOCK, generators_kept(torch.device("cpu")):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,19 +1,19 @@
-"""Copies of a module's state that stay correct under torch.compile."""
+"""Copy a module's state so that the copy stays correct under torch.compile."""
 
 import torch
 from torch import Tensor
 
 
 def snapshot(state: Tensor) -> Tensor:
-    """Return a copy of a buffer that later in-place updates do not change, in backward either.
+    """Return a copy of a buffer that later in-place updates do not change, even in backward.
 
-    In eager mode this is `clone`. A compiled backward may recompute a clone from the buffer to save
-    memory, after the buffer was updated: gradients are then wrong, without an error
+    In eager mode this is `clone`. To save memory, a compiled backward may recompute a clone from
+    the buffer after its update. Gradients are then wrong, without an error
     (pytorch/pytorch#197039; 10 % in our tests, torch 2.13). torch.compile never recomputes an
     operation it does not know, so compiled code calls a custom operation.
 
     Args:
-        state: a buffer. A parameter is returned as it is: only the optimizer updates it.
+        state: a buffer. A parameter is returned unchanged, because only the optimizer updates it.
     """
     if state.requires_grad:
         return state

@@ -1,4 +1,7 @@
-"""Objects by a short text, for the command and for recipes: a name, then options after a colon, separated by commas."""
+"""Make an object from a short text such as "fixed:gamma2=0.5", for the command and for recipes.
+
+The text is a name, then options after a colon, separated by commas.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,16 +16,18 @@ Made = TypeVar("Made")
 def make_named(
     kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: int
 ) -> Made:
-    """What a text such as "fixed:gamma2=0.5" names.
+    """Make the object that a text such as "fixed:gamma2=0.5" describes.
 
     Args:
-        kind: what errors call it: "balance", "objective".
+        kind: the kind of object in error messages, such as "balance" or "objective".
         makers: a class or function for each name; its parameters are the options.
         spec: the text.
-        known: values for options that the text may leave out and the maker may not take.
+        known: values of options that the text does not give. A maker without such a parameter does
+            not get the value.
 
     Raises:
-        InputError: unknown name or option, a value that is not a number or true/false, or one out of range.
+        InputError: the name or an option is unknown, an option is missing, or a value is out of
+            range or of another type.
     """
     name, _, options = spec.partition(":")
     if name not in makers:
@@ -44,7 +49,8 @@ def make_named(
     missing = [key for key, p in allowed.items() if p.default is p.empty and key not in values]
     if missing:
         raise InputError(
-            f"{kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=NUMBER, as in {name}:{missing[0]}=1"
+            f"{kind} {name!r} needs {', '.join(missing)}: "
+            f"write {name}:{missing[0]}=NUMBER, as in {name}:{missing[0]}=1"
         )
     return make(**values)
 
@@ -72,7 +78,7 @@ def _parse(
 
 
 def _words(annotation: Any) -> list[str]:
-    """The words that an option takes beside numbers, as start=first-batch."""
+    """Return the words that an option accepts besides numbers, such as start=first-batch."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [word for part in get_args(annotation) for word in _words(part)]

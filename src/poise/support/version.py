@@ -1,3 +1,6 @@
-"""The version of the package, which pyproject.toml reads here: a source folder has no metadata to ask."""
+"""The version of the package. pyproject.toml reads it here.
+
+The metadata of an installed package are absent when it runs from a source folder.
+"""
 
 __version__ = "0.1.0"
