@@ -556,7 +556,7 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, protocol):
     (tmp_path / "x" / "data_batch_3").write_bytes(pickle.dumps({"data": Malicious()}, protocol))
     message = refusal("x")
     assert (
-        "data_batch_3 is no intact CIFAR-10 batch (it asks for" in message
+        "data_batch_3 is not an intact CIFAR-10 batch (it asks for" in message
         and "exec, which is refused)" in message
     )
     assert not hasattr(poise, "was_here")
@@ -568,7 +568,7 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, protocol):
 def test_a_damaged_batch_is_refused(tmp_path, content):
     write_cifar10(tmp_path / "x")
     (tmp_path / "x" / "test_batch").write_bytes(content)
-    assert "test_batch is no intact CIFAR-10 batch" in refusal("x")
+    assert "test_batch is not an intact CIFAR-10 batch" in refusal("x")
     (tmp_path / "x" / "test_batch").unlink()
     assert "test_batch is missing" in refusal("x", MissingInputError)
 

@@ -258,7 +258,7 @@ def crop_and_resize(
     if image.width < cols[1] or image.height < rows[1]:
         raise InputError(
             f"an image of {image.width}x{image.height} pixels has no rows {rows[0]}:{rows[1]} "
-            f"and columns {cols[0]}:{cols[1]}: the cut is for CelebA's aligned images of 178x218"
+            f"and columns {cols[0]}:{cols[1]}: the crop is for CelebA's aligned images of 178x218"
         )
     face = image.crop((cols[0], rows[0], cols[1], rows[1]))
     return face.resize((size, size), Image.Resampling.BILINEAR)

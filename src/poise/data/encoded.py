@@ -81,7 +81,7 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
         images[position] = _pixels(files[position], form, reading)
 
     left = [position for position in range(len(files)) if position not in errors]
-    for _ in _each(fill, left, errors, reading, "decoding images"):
+    for _ in _map_in_threads(fill, left, errors, reading, "decoding images"):
         pass
     kept = [position for position in left if position not in errors]
     for row, position in enumerate(kept if errors else ()):
@@ -97,7 +97,7 @@ def _form(files: Sequence[Encoded], reading: Reading, errors: dict[int, InputErr
     def header(position: int) -> Header:
         return read_header(files[position].open(), files[position].label)
 
-    headers = dict(_each(header, range(len(files)), errors, reading, "reading headers"))
+    headers = dict(_map_in_threads(header, range(len(files)), errors, reading, "reading headers"))
     if not headers:
         raise InputError(
             f"none of the {len(files)} images can be decoded: "
@@ -140,7 +140,7 @@ def _celeba_face(image: Picture, size: int, label: str) -> Picture:
         raise InputError(f"{label}: {error}") from error
 
 
-def _each(
+def _map_in_threads(
     function: Callable[[int], Result],
     positions: Sequence[int],
     errors: dict[int, InputError],

@@ -111,7 +111,8 @@ def _read_batch(path: Path) -> np.ndarray:
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path} is no intact CIFAR-10 batch ({reason}): unpack cifar-10-python.tar.gz again"
+            f"{path} is not an intact CIFAR-10 batch ({reason}): "
+            "unpack cifar-10-python.tar.gz again"
         ) from error
 
 

@@ -89,7 +89,7 @@ def load(
     if found.file_order != file_order:
         raise InputError(
             f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, '
-            f"and {found.source} is none"
+            f"which {found.source} is not: leave file_order out"
         )
     train, test = _split(found)
     notes = list(found.notes)

@@ -129,7 +129,7 @@ def network_file(
     low, high = bounds
     levels = 255 / (high - low)
     network = Prepared(scripted, _resize, shift=-low * levels, divisor=levels)
-    _is_original(path, network)  # only raises: fails if the network cannot take such images
+    _is_original(path, network)  # raises if the network cannot take such images
     return _extractor(
         _own_name(path), checksum, network, device, scale=f", scaled to {low:g}..{high:g}"
     )

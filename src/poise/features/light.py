@@ -84,7 +84,9 @@ def lite0(tensors: dict[str, Tensor]) -> nn.Sequential:
         for convolution in convolutions:
             _load_folded(convolution, *(next(values) for _ in range(5)))
     except (StopIteration, RuntimeError) as error:
-        raise InputError("these are not EfficientNet-lite0's weights") from error
+        raise InputError(
+            "these are not EfficientNet-lite0's weights: install the package again"
+        ) from error
     return network
 
 

@@ -22,10 +22,10 @@ def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
     """
     if images.shape[2:] == (height, width):
         return images
-    return _along(_along(images, 3, width), 2, height)
+    return _resize_along(_resize_along(images, 3, width), 2, height)
 
 
-def _along(images: Tensor, dim: int, size: int) -> Tensor:
+def _resize_along(images: Tensor, dim: int, size: int) -> Tensor:
     """Resize one dimension. Coordinates are float32 for images of any dtype, as in TensorFlow."""
     given = images.shape[dim]
     position = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(

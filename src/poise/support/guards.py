@@ -14,11 +14,12 @@ from filelock import FileLock, Timeout
 
 from poise.errors import InputError
 
-_heard: list[list[float]] = []  # for each open block of the main thread, the times of its signals
-ECHO_SECONDS = 1.0  # torchrun, srun and terminals each forward a signal: one request arrives often
+_signal_times: list[list[float]] = []  # one list for each open block of the main thread
+# torchrun, srun and terminals each forward a signal: one request can arrive several times.
+ECHO_SECONDS = 1.0
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
-_further: ContextVar[Callable[[], bool]] = ContextVar("further", default=lambda: False)
+_other_reason: ContextVar[Callable[[], bool]] = ContextVar("other_reason", default=lambda: False)
 
 
 @contextmanager
@@ -27,11 +28,11 @@ def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
 
     The function that `stop_signals` yields then returns true, too.
     """
-    token = _further.set(reason)
+    token = _other_reason.set(reason)
     try:
         yield
     finally:
-        _further.reset(token)
+        _other_reason.reset(token)
 
 
 @contextmanager
@@ -43,9 +44,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     whether a block of the main thread received a signal.
     """
     asked: list[float] = []
-    further = _further.get()
+    other_reason = _other_reason.get()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: any(_heard) or further()
+        yield lambda: any(_signal_times) or other_reason()
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -57,11 +58,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     for known in before:
         signal.signal(known, handle)
-    _heard.append(asked)
+    _signal_times.append(asked)
     try:
-        yield lambda: bool(asked) or further()
+        yield lambda: bool(asked) or other_reason()
     finally:
-        _heard.pop()
+        _signal_times.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
 

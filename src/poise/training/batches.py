@@ -18,7 +18,7 @@ from poise.recipes.settings import Stage
 from poise.shapes import Features, Latents, Values
 from poise.support.seeds import generator
 
-READ_AHEAD = 2  # batches
+READ_AHEAD = 2  # prefetched batches
 Draw = Callable[[int], Tensor]  # number of columns -> standard normal noise (batch, columns)
 
 
@@ -172,12 +172,14 @@ def fetched_ahead(
         return
     pool = ThreadPoolExecutor(1)
     try:
-        yield _in_turn(data.ahead, (pool.submit(data.fetch, indices[share]) for indices in wanted))
+        yield _prefetched(
+            data.ahead, (pool.submit(data.fetch, indices[share]) for indices in wanted)
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_turn(ahead: int, reading: Iterator[Future[Tensor]]) -> Iterator[Tensor]:
+def _prefetched(ahead: int, reading: Iterator[Future[Tensor]]) -> Iterator[Tensor]:
     """Yield the results in order, and keep `ahead` further batches in progress."""
     waiting = deque(islice(reading, ahead))
     while waiting:

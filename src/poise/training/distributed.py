@@ -38,7 +38,7 @@ LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
-Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # the call of an `Objective`
+Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # called like an `Objective`
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def processes(device: torch.device) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RunError(
-            "lost contact with another process of this run; its own message says why"
+            "lost contact with another process of this run: read its own error message"
         ) from error
     # Only after success. After an error NCCL would wait for the other ranks, and they for this one.
     atexit.register(leave)
@@ -116,7 +116,8 @@ def device_of_rank(device: torch.device) -> torch.device:
         raise InputError(f"each process takes a GPU of its own: give cuda as device, not {device}")
     if local >= torch.cuda.device_count():
         raise InputError(
-            f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs"
+            f"this machine has more processes than its {torch.cuda.device_count()} GPUs: "
+            "start one process per GPU"
         )
     return torch.device("cuda", local)
 

@@ -240,6 +240,6 @@ def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: T
     options += ["another --network"] if number == 1 else []
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; "
-        f"{images} {some}); weights were not touched: try a lower learning rate "
+        f"{images} {some}); weights did not change: try a lower learning rate "
         f"({' or '.join(options)}), with another --out"
     )

@@ -14,7 +14,7 @@ from poise.training import distributed
 from poise.training.distributed import Loss
 from poise.training.state import TrainingState, Verdict, parameters_of
 
-Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # the call of `training_step`
+Step = Callable[[TrainingState, Tensor, Tensor, Stage], None]  # called like `training_step`
 
 
 def training_step(
