@@ -1,8 +1,8 @@
 """Convert, read, crop and resize images; arrange images in a grid; write PNG files.
 
-Tensors are NCHW: float in [0, 1] inside the package, uint8 in 0 to 255 in files. A byte b becomes
-the float b/255. A float x, clipped to [0, 1], becomes the byte floor(255 x + 1/2). A byte that is
-converted to float and back does not change.
+Tensors are NCHW: float in [0, 1] in networks, uint8 (0 to 255) in data sets and files. A byte b
+becomes the float b/255. A float x, clipped to [0, 1], becomes the byte floor(255 x + 1/2). A byte
+that is converted to float and back does not change.
 """
 
 import io
@@ -41,7 +41,7 @@ def to_bytes(images: Images) -> ByteImages:
     """Convert float images to uint8: clip to [0, 1], round to the nearest of 256 levels, halves up.
 
     Raises:
-        InputError: a value is NaN. The check waits for the device.
+        InputError: a value is NaN. The check reads every value and waits for the device.
     """
     if images.isnan().any():
         raise InputError(
@@ -146,7 +146,7 @@ class Header(NamedTuple):
 def read_header(file: Path | io.BytesIO, label: str | None = None) -> Header:
     """Return the size and colour of an image file.
 
-    `grey` is true if the pixel format of the file is grey, or all colours of its palette are.
+    `grey` is true if the pixel format of the file is grey, or all colours of its palette are grey.
 
     Raises:
         InputError: see `read_image`.
@@ -211,7 +211,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split()).rstrip(".")  # the message goes on after it
+    return " ".join(reason.split()).rstrip(".")  # callers append text
 
 
 def center_square_resize(image: Picture, size: int) -> Picture:
