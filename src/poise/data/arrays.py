@@ -82,9 +82,8 @@ def _check_start(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    if any(
-        words in str(error) for words in ("Object arrays", "Python objects")
-    ):  # numpy's error text
+    # numpy raises ValueError for damaged files, too: only its text tells Python objects apart.
+    if any(words in str(error) for words in ("Object arrays", "Python objects")):
         return InputError(
             f"{path} holds Python objects, which are never loaded: save the images as a uint8 array"
         )

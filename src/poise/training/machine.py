@@ -57,7 +57,8 @@ def threads(count: int) -> Iterator[None]:
     """
     from threadpoolctl import threadpool_limits
 
-    torch.get_num_threads()  # the first call in a thread sets torch's own number: call it here
+    # The first call in a thread sets torch's own number, so call it before the limit is set.
+    torch.get_num_threads()
     with threadpool_limits(count, user_api="openmp"):
         yield
 
