@@ -116,7 +116,7 @@ def serve(task_of: Callable[[int], Task], device: torch.device) -> None:
 
 
 class Turns:
-    """`Watch.stop` of a worker: report each turn from the first step on, wait for the next."""
+    """`Watch.stop` of a worker: after step 1, report each turn and wait for the next."""
 
     def __init__(self, state: TrainingState, device: torch.device) -> None:
         self.state, self.device = state, device

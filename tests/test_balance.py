@@ -245,9 +245,10 @@ for spec in json.loads(sys.argv[2]):
     torch._dynamo.reset()
     eager = make_balance(spec)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend=sys.argv[1])
-    torch.testing.assert_close(train(compiled), train(eager), rtol=1e-5, atol=1e-6, msg=lambda text: f"{spec}: {text}")
+    named = lambda text: f"{spec}: {text}"
+    torch.testing.assert_close(train(compiled), train(eager), rtol=1e-5, atol=1e-6, msg=named)
     state = dict(compiled._orig_mod.state_dict())
-    torch.testing.assert_close(state, dict(eager.state_dict()), rtol=1e-5, atol=0, msg=lambda text: f"{spec}: {text}")
+    torch.testing.assert_close(state, dict(eager.state_dict()), rtol=1e-5, atol=0, msg=named)
 """
 
 

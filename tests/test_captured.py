@@ -44,7 +44,7 @@ def test_a_captured_step_is_refused_where_it_cannot_be(tmp_path):
 
 
 class Graph:
-    """Stand-in for a CUDA graph: it records the arguments of steps, and replay repeats the steps."""
+    """A stand-in for a CUDA graph: it records the arguments of steps and replays the steps."""
 
     def replay(self) -> None:
         for arguments in self.steps:

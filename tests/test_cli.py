@@ -572,7 +572,10 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
 
 
 def test_help_is_complete_and_does_not_import_torch():
-    code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom poise.cli import main\n"
+        "try:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
+    )
     for command in ((), *((name,) for name in cli.COMMANDS)):
         shown = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"],

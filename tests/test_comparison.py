@@ -649,11 +649,13 @@ import sys
 import joblib, poise, test_comparison as t
 from dask.distributed import Client, LocalCluster, get_task_stream
 
-how = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2, out=sys.argv[1], options=t.QUIET)
+labels = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2)
+how = dict(**labels, out=sys.argv[1], options=t.QUIET)
 with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-    with Client(cluster) as client, get_task_stream(client) as stream, joblib.parallel_config("dask"):
-        first = poise.compare(t.IMAGES, **how)
-        again = poise.compare(t.IMAGES, **how)
+    with Client(cluster) as client, get_task_stream(client) as stream:
+        with joblib.parallel_config("dask"):
+            first = poise.compare(t.IMAGES, **how)
+            again = poise.compare(t.IMAGES, **how)
     calls = [task["worker"] for task in stream.data if "work" in str(task["key"])]
 print(len(first.results), len(calls), len(set(calls)), again.results == first.results)
 """

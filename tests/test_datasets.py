@@ -809,5 +809,8 @@ def test_gathered_images_are_floats_in_the_order_asked(kind):
 
 
 def test_importing_the_module_needs_no_heavy_library(run_python):
-    code = "import sys, poise.data; print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    code = (
+        "import sys, poise.data; "
+        "print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    )
     assert run_python(code).strip() == "[]"

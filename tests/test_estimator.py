@@ -156,7 +156,7 @@ def test_it_works_in_pipelines_and_searches():
 
 
 def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
-    """The held-out ELBO is higher during training than at the target: early stopping must be off."""
+    """The held-out ELBO peaks before the target is reached: early stopping must be off."""
     model = VAEEstimator(
         6,
         balance="constrained:target_mse=0.3",

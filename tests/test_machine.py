@@ -132,7 +132,8 @@ stage = Stage(steps=1, batch_size=4)
 with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
     for width in (8, 9, 10):
         vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=3, hidden=(width,))).train()
-        state, step = new_state(vae, poise.ComputedBalance().train(), stage, cpu), CompiledStep(stage)
+        state = new_state(vae, poise.ComputedBalance().train(), stage, cpu)
+        step = CompiledStep(stage)
         for _ in range(3):
             step(state, torch.rand(4, 1, 8, 8), torch.randn(4, 3), stage)
 """

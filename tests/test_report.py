@@ -386,8 +386,10 @@ def test_a_phone_shows_the_second_column_of_a_comparison(compared, tmp_path):
     """The second column of each table of numbers fits on a screen of 360 pixels."""
     frame = tmp_path / "phone.html"
     probe = """<iframe id=f width=360 height=700 src="compared.html"></iframe><script>
-    f.onload = () => { const d = f.contentDocument; document.title = [...d.querySelectorAll('table.numbers')]
-      .map(t => t.rows[1].cells[1].getBoundingClientRect().right).filter(x => x).map(Math.round).join(' ') }</script>"""
+    f.onload = () => {
+      const tables = [...f.contentDocument.querySelectorAll('table.numbers')];
+      const ends = tables.map(t => t.rows[1].cells[1].getBoundingClientRect().right);
+      document.title = ends.filter(x => x).map(Math.round).join(' ') }</script>"""
     frame.write_text(probe)
     shutil.copy(compared, tmp_path / "compared.html")
     flags = (
