@@ -1,12 +1,12 @@
-"""The running average of `ComputedBalance` beside one that is debiased as Adam's moments are.
+"""Compare the two starts of `ComputedBalance`'s running average: first batch and debiased.
 
-After t batches with mean squared errors MSE_1 ... MSE_t the plain average that starts at the first
-batch has the weights
+The average that starts at the first batch has the following value after t batches with mean
+squared errors MSE_1 ... MSE_t and decay d:
 
-    gamma2 = d^(t-1) MSE_1 + (1 - d) sum_{k=2..t} d^(t-k) MSE_k,
+    gamma2 = d^(t-1) MSE_1 + (1 - d) sum_{k=2..t} d^(t-k) MSE_k.
 
-so that after 30 batches at d = 0.99 three quarters of it are still the first batch's error. The
-debiased one divides the average that starts at 0 by the sum of its weights:
+After 30 batches at d = 0.99 the first batch's error still has a weight of three quarters. The
+debiased average starts at 0 and is divided by the sum of its weights, as Adam's moments are:
 
     gamma2 = (1 - d) / (1 - d^t) sum_{k=1..t} d^(t-k) MSE_k.
 
@@ -15,8 +15,8 @@ the oracle of tests/test_oracle.py, and on a training of 30 steps:
 
     POISE_DATA=... python -m benchmarks.debiased_start [--only claims-digits]
 
-The plain runs are done here too, so that both are of one machine. The digits alone need no
-POISE_DATA. About 25 minutes of one core.
+The first-batch runs are repeated here, so that both starts are measured on one machine. The digits
+alone need no POISE_DATA. Takes about 25 minutes of one core.
 """
 
 import argparse
@@ -67,7 +67,7 @@ SETS = ("REC", "GEN-1", "GEN-2", "GEN-mixture")
 
 
 def experiments(label: str, names: Sequence[str]) -> Iterator[Experiment]:
-    """The design's computed runs, with `label` in place of computed in both stages."""
+    """Yield the computed experiments of the claims, with balance `label` in both stages."""
     for experiment in design():
         if experiment.name in names:
             second = experiment.base.second
@@ -84,7 +84,7 @@ def experiments(label: str, names: Sequence[str]) -> Iterator[Experiment]:
 
 
 def compared_runs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Both averages on the claims' networks and schedules."""
+    """Train with both averages on the networks and schedules of the claims."""
     for label in (PLAIN, DEBIASED):
         work(list(experiments(label, names)), folder / "runs", folder / "results", jobs=1)
     evidence = Evidence([*read_results([folder / "results"])])
@@ -93,7 +93,7 @@ def compared_runs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _figures(evidence: Evidence, slow: Evidence, experiment: str) -> dict[str, Any]:
-    """Each figure of each seed, of both labels."""
+    """Return each figure for both labels, one value per seed."""
     quantities = {"test MSE": TEST_MSE, "KL": KL, "ELBO at the best gamma2": evidence_bound}
     quantities |= {f"FD-pixels of {of}": distance(of, "pixels") for of in SETS}
     quantities["balanced within 10 %, from the first step"] = lambda run: balanced_share(
@@ -119,7 +119,7 @@ def _figures(evidence: Evidence, slow: Evidence, experiment: str) -> dict[str, A
 
 
 def _reached(run: Any, part: float) -> float:
-    """The training MSE after a part of stage 1, of a curve's point, with a tolerance of 2 %."""
+    """Return the training MSE after a part of stage 1, plus a tolerance of 2 %."""
     curve = run.curves["1"]
     goal = part * curve["images_seen"][-1] * (1 - 1e-9)
     place = next(k for k, images in enumerate(curve["images_seen"]) if images >= goal)
@@ -127,7 +127,7 @@ def _reached(run: Any, part: float) -> float:
 
 
 def oracle() -> dict[str, list[float]]:
-    """gamma2 of a linear VAE over probabilistic PCA's noise variance, by tests/test_oracle.py."""
+    """Return gamma2 of a linear VAE over the noise variance of probabilistic PCA, per seed."""
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
     test_oracle = import_module("test_oracle")
     digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float() / 16
@@ -144,7 +144,7 @@ def oracle() -> dict[str, list[float]]:
 
 
 def thirty_steps() -> dict[str, list[dict[str, float]]]:
-    """gamma2 and MSE after 30 steps of an MLP on the digits: a fresh user's first look."""
+    """Return gamma2, MSE and KL after 30 steps of an MLP on the digits, per seed."""
     digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float().div(16).view(-1, 1, 8, 8)
     found: dict[str, list[dict[str, float]]] = {PLAIN: [], DEBIASED: []}
     for seed in SEEDS:
@@ -171,7 +171,7 @@ def thirty_steps() -> dict[str, list[dict[str, float]]]:
 
 
 def table(figures: dict[str, Any]) -> list[list[str]]:
-    """Mean and standard deviation of both labels, and of debiased / computed - 1 seed by seed."""
+    """Return rows of mean ± standard deviation: both labels, and their ratio seed by seed."""
     rows = [["", "first-batch", "debiased", "debiased / first-batch - 1"]]
     for experiment, labels in figures.items():
         for name, plain in labels[PLAIN].items():
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=(DIGITS, MNIST, FASHION), metavar="NAME")
     parser.add_argument("--json", type=Path, default=DEFAULT)
-    parser.add_argument("--folder", type=Path, help="where runs and results stay, to go on with")
+    parser.add_argument("--folder", type=Path, help="keep runs and results here, to continue later")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

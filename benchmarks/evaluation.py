@@ -1,15 +1,19 @@
-"""Seconds of each part of an evaluation, and what TF32 moves in it.
+"""Measure the seconds of each part of an evaluation, and the effect of TF32.
 
-    python benchmarks/evaluation.py [RUN] [--data cifar10] [--images 10000] [--device cuda] [--extractor inception]
-                                    [--against-train 50000] [--json results/bench-evaluation.json]
+    python benchmarks/evaluation.py [RUN] [--data cifar10] [--images 10000] [--device cuda]
+        [--extractor inception] [--against-train 50000] [--json results/bench-evaluation.json]
 
-RUN: a trained run, which is measured on its own test images. Without it a run of a few steps is trained on --data first:
-what an evaluation costs does not depend on how good the model is.
+RUN is a trained run; the benchmark evaluates it on its own test images. Without RUN, a run of a
+few steps is trained on --data first: the cost of an evaluation does not depend on the model's
+quality.
 
-whole: `Run.evaluate` without kept features, and again with the real images' features kept on disk.
-parts: each alone, one after another; the whole takes less where a GPU works on several at a time.
-precision: features of real images with and without TF32, and the Frechet distance of test and training images in both.
-check: the Frechet distance of the test images and so many training images. For CIFAR-10 and 50,000 it is known to be 3.15.
+whole: `Run.evaluate` without cached features, then with the real images' features cached on disk.
+parts: each part alone, one after another. The whole takes less where a GPU works on several at
+    a time.
+precisions: features of real images with and without TF32, and the Frechet distance of test and
+    training images with both.
+check: the Frechet distance of the test images and --against-train training images. For CIFAR-10
+    and 50,000 it is known to be 3.15.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from poise.variants import PRIORS
 
 
 def quick_run(data: str, device: str, folder: Path) -> Run:
-    """A run of the data set's recipe, a few steps long."""
+    """Train the data set's recipe for 20 steps per stage and return the run."""
     recipe = find_recipe(None, data)
     assert recipe.second is not None
     short = {"epochs": None, "halve_every": None, "steps": 20}
@@ -48,7 +52,7 @@ def quick_run(data: str, device: str, folder: Path) -> Run:
 
 
 def timed(parts: dict[str, float], name: str, task: Any, device: torch.device) -> Any:
-    """The result of a task, whose seconds are added to the parts."""
+    """Run a task, add its seconds to `parts` and return its result."""
     result: list[Any] = []
     parts[name] = round(seconds(lambda: result.append(task()), device), 3)
     print(f"{parts[name]:8.2f} s  {name}", flush=True)
@@ -60,7 +64,7 @@ def features_of(extractor: Extractor, images: Any, count: int) -> torch.Tensor:
 
 
 def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
-    """Seconds of the whole and of its parts."""
+    """Return the seconds of the whole evaluation and of its parts, and its figures."""
     device, whole, parts = run.device, dict[str, float](), dict[str, float]()
     protocol, test = replace(DEFAULT, real=count), run.dataset().test
     with tempfile.TemporaryDirectory() as cache:
@@ -117,7 +121,7 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
 
 
 def precisions(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
-    """Features with and without TF32, and the distance of test and training images in both."""
+    """Compare features and Frechet distances with and without TF32."""
     dataset, device = run.dataset(), run.device
     found = {
         name: [
@@ -159,9 +163,8 @@ def main() -> None:
             else quick_run(options.data, options.device, Path(folder) / "run")
         )
         extractor, dataset = make_extractor(options.extractor, run.device), run.dataset()
-        test = features_of(
-            extractor, dataset.test, min(options.images, len(dataset.test))
-        )  # which warms up, too
+        # This also warms up the extractor.
+        test = features_of(extractor, dataset.test, min(options.images, len(dataset.test)))
         train = features_of(
             extractor, dataset.train, min(options.against_train, len(dataset.train))
         )

@@ -1,12 +1,14 @@
-"""Images per second of the feature extractors as a share of the machine's matrix rate, for many ways to run the networks.
+"""Measure images per second of the feature extractors, for several ways to run the networks.
 
-    python benchmarks/extraction_rate.py [--inception FILE ...] [--rounds 7] [--json results/bench-extraction-rate.json]
+    python benchmarks/extraction_rate.py [--inception FILE ...] [--rounds 7]
+        [--json results/bench-extraction-rate.json]
 
-Processes take turns, round by round: large float32 matrix products, each way to run a network on one
-prepared batch, and the whole extractor of the package on 32x32 bytes. The share is the network's
-FLOPs (counted by torch, a multiply-add as two) times images per second, over the FLOPs per second of
-the matrix products in the same round. Each way's largest deviation from the network as it was loaded
-is reported with its rate. What this machine cannot run (a compiler, OpenVINO) is listed as left out.
+Processes take turns, round by round: large float32 matrix products, each way to run a network on
+one prepared batch, and the package's whole extractor on 32x32 bytes. The share of the matrix rate
+is the network's FLOPs (counted by torch, a multiply-add as two) times images per second, over the
+FLOPs per second of the matrix products in the same round. The report also has each way's largest
+deviation from the network as loaded. Ways that this machine cannot run (a compiler, OpenVINO) are
+listed as left out.
 """
 
 import argparse
@@ -54,16 +56,16 @@ def channels_last(network: nn.Module, batch: Tensor) -> Forward:
 
 
 def folded(network: nn.Module, batch: Tensor) -> Forward:
-    """Batch normalisation folded into convolutions, channels_last."""
+    """Fold batch normalisation into convolutions; use channels_last."""
     if isinstance(network, torch.jit.ScriptModule):
-        raise InputError("a TorchScript network is folded by freezing")
+        raise InputError("a TorchScript network cannot be folded here: freeze it instead")
     pairs = [
         layer
         for layer in network.modules()
         if isinstance(getattr(layer, "bn", None), nn.BatchNorm2d)
     ]
     if not pairs:
-        raise InputError("nothing is left to fold")
+        raise InputError("the network has no batch normalisation left to fold")
     for layer in pairs:
         layer.conv = torch.nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn)  # pyright: ignore[reportArgumentType]
         layer.bn = nn.Identity()
@@ -71,11 +73,11 @@ def folded(network: nn.Module, batch: Tensor) -> Forward:
 
 
 def unfolded(network: nn.Module, batch: Tensor) -> Forward:
-    """A batch normalisation (that changes nothing) behind every convolution, channels_last."""
+    """Add an identity batch normalisation after every convolution; use channels_last."""
     if isinstance(network, torch.jit.ScriptModule) or any(
         isinstance(layer, nn.BatchNorm2d) for layer in network.modules()
     ):
-        raise InputError("it has its batch normalisations")
+        raise InputError("the network has its batch normalisation already")
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Conv2d):
@@ -100,7 +102,7 @@ def frozen_channels_last(network: nn.Module, batch: Tensor) -> Forward:
 
 
 def optimized(network: nn.Module, batch: Tensor) -> Forward:
-    """torch.jit.optimize_for_inference: frozen, convolutions in oneDNN's own layout with their activations fused."""
+    """Apply torch.jit.optimize_for_inference: oneDNN's own layout, fused activations."""
     return torch.jit.optimize_for_inference(frozen(network, batch))  # pyright: ignore[reportArgumentType]
 
 
@@ -134,7 +136,7 @@ WAYS = (
 
 
 def prepared(extractor: Extractor, images: Tensor) -> Tensor:
-    """What the network itself is given for images of bytes."""
+    """Resize and normalise images of bytes into the network's input."""
     module: Any = extractor.network
     return ((module.resize(images.float()) - module.shift) / module.divisor).contiguous()
 
@@ -146,9 +148,9 @@ def flops(network: nn.Module, batch: Tensor) -> float:
 
 
 def work(name: str, way: str, images: int) -> None:
-    """Serve the turns of one way to run a network, in a process of its own.
+    """Serve the turns of one way to run a network, in its own process.
 
-    The first report gives the FLOPs of an image and the way's largest deviation, or the error with
+    The first report has the GFLOP per image and the way's largest deviation, or the error with
     which the way failed.
     """
     cpu = torch.device("cpu")
@@ -173,7 +175,7 @@ def work(name: str, way: str, images: int) -> None:
         for _ in range(2):
             forward(batch)
         given = forward(batch)
-    except Exception as error:  # a compiler can fail in any way; the reason is reported
+    except Exception as error:  # a compiler can fail in any way; report why
         send({"left_out": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
         return
     send({"gflop": gflop, "largest_deviation": float((given - expected).abs().max())})
@@ -181,7 +183,7 @@ def work(name: str, way: str, images: int) -> None:
 
 
 def measure(name: str, images: int, rounds: int) -> dict[str, Any]:
-    """Let all ways to run a network take turns with matrix products."""
+    """Measure all ways to run a network, in turns with matrix products."""
     ways = [*(way.__name__ for way in WAYS), WHOLE]
     command = [__file__, "--images", str(images), "--work"]
     workers = {way: Worker([*command, name, way]) for way in ways}
@@ -219,14 +221,14 @@ def main() -> None:
         "--inception",
         type=Path,
         nargs="*",
-        help="files of Inception's weights; by default the one at hand",
+        help="files of Inception's weights (default: the file that Poise finds)",
     )
-    parser.add_argument("--images", type=int, default=CPU_BATCH, help="in a batch")
+    parser.add_argument("--images", type=int, default=CPU_BATCH, help="images per batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=Path("results/bench-extraction-rate.json"))
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", r"`torch\.jit")  # deprecated, and measured nevertheless
+    warnings.filterwarnings("ignore", r"`torch\.jit")  # deprecated, but still measured
     if options.work:
         name, way = options.work
         with contextlib.redirect_stdout(sys.stderr):

@@ -1,10 +1,12 @@
-"""Our FID, KID, precision and recall beside torch-fidelity's, on real images.
+"""Compare our FID, KID, precision and recall with torch-fidelity's, on real images.
 
-    python benchmarks/fidelity_agreement.py cifar10.npz --inception FILE [--count 2000] [--end-to-end] [--out FILE]
+    python benchmarks/fidelity_agreement.py cifar10.npz --inception FILE [--count 2000]
+        [--end-to-end] [--out FILE]
 
-The first COUNT test images stand for generated ones, the first COUNT training images for real ones. Both compute from the same
-features, which our extractor makes from Inception in FILE; with --end-to-end, torch-fidelity also starts from the images,
-with its own resize and network (FILE must be its own format then).
+The first COUNT test images stand for generated ones, the first COUNT training images for real ones.
+Both libraries compute from the same features, which our extractor makes with the Inception weights
+in FILE. With --end-to-end, torch-fidelity also starts from the images, with its own resize and
+network; FILE must then have its format.
 """
 
 import argparse
@@ -50,7 +52,7 @@ SETTINGS = {
 
 
 def on_the_same_features(generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
-    """torch-fidelity's figures of given features."""
+    """Return torch-fidelity's metrics of the given features."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric  # pyright: ignore
     from torch_fidelity.metric_kid import kid_features_to_metric  # pyright: ignore
     from torch_fidelity.metric_prc import prc_features_to_metric  # pyright: ignore
@@ -66,7 +68,7 @@ def on_the_same_features(generated: torch.Tensor, real: torch.Tensor) -> dict[st
 
 
 def from_images(generated: np.ndarray, real: np.ndarray, weights: Path) -> dict[str, float]:
-    """torch-fidelity's figures of given images, by its own resize and network."""
+    """Return torch-fidelity's metrics of images, with its own resize and network."""
     import torch_fidelity  # pyright: ignore
 
     class Images(torch.utils.data.Dataset):
@@ -86,7 +88,7 @@ def from_images(generated: np.ndarray, real: np.ndarray, weights: Path) -> dict[
         cuda=torch.cuda.is_available(),
         fid=True,
         kid=True,
-        isc=True,  # its precision and recall take VGG's features, not these
+        isc=True,  # precision and recall are left out: it computes them from VGG features
         samples_shuffle=True,
         rng_seed=2020,
         verbose=False,

@@ -1,14 +1,18 @@
-"""Whether training starts: the KL of the first steps of each network, on sets of images that could make it explode.
+"""Measure the KL of the first training steps of each network, to see whether it explodes.
 
-    python benchmarks/first_steps.py DATA [--networks resnet infogan wae] [--initialisations pytorch released] [--seeds 3]
-        [--sides 28 32 64 128] [--device cpu] [--json results/bench-first-steps.json]
+    python benchmarks/first_steps.py DATA [--networks resnet infogan wae] [--seeds 3]
+        [--initialisations pytorch released] [--sides 28 32 64 128] [--device cpu]
+        [--json results/bench-first-steps.json]
 
-DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other sets are made: gradients of
-two colours, dark photographs (faces times 0.1), line drawings on white, uniform noise. 20 steps of the recipe `images`: its
-balance, rate and order, batch 64 at 28 and 32 pixels (three seeds), batch 16 at 64 and 128 pixels (one seed).
+DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other
+data sets are generated: gradients of two colours, dark photographs (faces times 0.1), line drawings
+on white, uniform noise. Each run has 20 steps of the recipe `images` with its balance, learning
+rate and order: batch 64 at 28 and 32 pixels (three seeds), batch 16 at 64 and 128 pixels (one
+seed).
 
-The bar: no KL above the larger of 300 nats and 10 times the highest KL of 50 steps in which the rate rises from 0, by the same
-network on the same images, which is taken where a KL is above 300. What is in the JSON file already is not done again.
+A run passes if its KL stays below the larger of 300 nats and 10 times the highest KL of a run with
+learning-rate warm-up: 50 steps from 0, same network, same images. The warm-up run is done only if
+a KL exceeds 300 or is not finite. Results that the JSON file already has are not repeated.
 """
 
 import argparse
@@ -38,8 +42,9 @@ from poise.training.step import training_step
 NUMBER, STEPS, WARM_UP = 1_500, 20, 50
 LEAST_BAR, FACTOR = 300.0, 10.0
 CASES: list[tuple[str, int, int, int]] = [  # network, side, batch, seeds
-    ("resnet", 28, 64, 3), ("resnet", 32, 64, 3), ("infogan", 28, 64, 3), ("infogan", 32, 64, 3), ("resnet", 64, 16, 1),
-    ("infogan", 64, 16, 1), ("wae", 64, 16, 1), ("wae", 32, 64, 3), ("resnet", 128, 16, 1),
+    ("resnet", 28, 64, 3), ("resnet", 32, 64, 3), ("infogan", 28, 64, 3), ("infogan", 32, 64, 3),
+    ("resnet", 64, 16, 1), ("infogan", 64, 16, 1), ("wae", 64, 16, 1), ("wae", 32, 64, 3),
+    ("resnet", 128, 16, 1),
 ]  # fmt: skip
 
 
@@ -101,7 +106,10 @@ def settings(network: str, initialisation: str, batch: int, seed: int) -> Recipe
 def kls(
     recipe: Recipe, images: np.ndarray, device: torch.device, steps: int, warm_up: int = 0
 ) -> list[float]:
-    """The KL of each step, in nats an image, to the first that is not finite; the rate rises for `warm_up` steps."""
+    """Return the KL of each step in nats per image, up to the first step that is not finite.
+
+    The learning rate rises linearly for `warm_up` steps.
+    """
     vae, balance = (
         first_stage(recipe, list(images.shape[1:])),
         stage_balance(recipe.first, recipe, list(images.shape[1:])),
@@ -162,7 +170,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet", "infogan", "wae"])
     parser.add_argument("--sides", nargs="+", type=int, default=[28, 32, 64, 128])
     parser.add_argument("--initialisations", nargs="+", default=["pytorch"])
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many")
+    parser.add_argument("--seeds", type=int, default=3, help="largest number of seeds per case")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, default=Path("results/bench-first-steps.json"))
     options = parser.parse_args()
@@ -193,7 +201,7 @@ def main() -> None:
 
 
 def tabulate(runs: dict[str, dict[str, Any]]) -> None:
-    """The highest KL of each network and set over seeds, and how many of them pass."""
+    """Print the highest KL of each network and data set over seeds, and how many seeds pass."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, run in runs.items():
         groups.setdefault(tuple(key.split(" / ")[:4]), []).append(run)

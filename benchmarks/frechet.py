@@ -1,11 +1,12 @@
-"""The Frechet distance's algebra beside torch-fidelity's and scipy's matrix square root: time, agreement, memory, in one run.
+"""Compare our Frechet distance with torch-fidelity's and scipy's: time, agreement and memory.
 
     python benchmarks/frechet.py [--dims 2048] [--samples 10000] [--repeats 3] [--results results]
 
-Two sets of features with a power-law spectrum, float32. Timed, in turns, so that a change of the machine's pace hits all alike:
-covariances of both sets from features, and the trace term from both covariances; each as the whole distance's two parts. Peak
-memory is that of a fresh process comparing a set of 50,000 with one of 10,000, beyond those features themselves.
-torch-fidelity is left out where it (it imports torchvision) is not installed.
+The input is two sets of float32 features with a power-law spectrum. Two parts are timed: the
+covariances of both sets from features, and the trace term from both covariances. The methods take
+turns, so that a change of the machine's speed affects all of them. Peak memory is that of a fresh
+process that compares a set of 50,000 with one of 10,000, beyond the features themselves.
+torch-fidelity imports torchvision; it is left out where either is not installed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from poise.metrics.distances import frechet_distance
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 samples, dims = map(int, sys.argv[1:])
 few = torch.randn(500, dims)
-frechet_distance(few, few)  # the libraries' own memory
+frechet_distance(few, few)  # loads the libraries, whose own memory does not count
 real, generated = torch.empty(samples, dims).normal_(), torch.empty(10_000, dims).normal_()
 before = peak()
 frechet_distance(real, generated)
@@ -52,7 +53,10 @@ print((peak() - before) / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def made_up(samples: int, dims: int, seed: int) -> Tensor:
-    """Features (samples, dims), float32, whose covariance has eigenvalues 1/i: a few directions hold most of the variance."""
+    """Return float32 features (samples, dims) whose covariance has eigenvalues 1/i.
+
+    A few directions hold most of the variance.
+    """
     source = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(dims, dims, generator=source)).Q
     scales = torch.arange(1, dims + 1) ** -0.5
@@ -108,7 +112,7 @@ def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def compare(sets: tuple[Tensor, Tensor], repeats: int) -> dict[str, dict[str, Any]]:
-    """Of each method: seconds of its parts, and its distance's relative difference from ours."""
+    """Return each method's seconds per part, and its distance's relative difference from ours."""
     found, values = methods(), {}
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"covariances": [], "trace_term": []} for name in found
@@ -135,7 +139,10 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_extra_mib(samples: int, dims: int) -> float:
-    """Peak memory of `frechet_distance` in a fresh process beyond its features, MiB."""
+    """Return the peak memory of `frechet_distance` beyond its features, in MiB.
+
+    Measured in a fresh process.
+    """
     command = [sys.executable, "-c", PEAK, str(samples), str(dims)]
     return round(
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout), 1
@@ -151,9 +158,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    peak = peak_extra_mib(
-        50_000, options.dims
-    )  # first: a process starts with the peak of the one that started it
+    # Measure this first: a process inherits the peak of the one that started it.
+    peak = peak_extra_mib(50_000, options.dims)
     sets = made_up(options.samples, options.dims, 0), made_up(options.samples, options.dims, 1)
     packages = ["poise", "torch", "numpy", "scipy"] + ["torch-fidelity"] * bool(metric_fid)
     commit = subprocess.run(
@@ -167,7 +173,8 @@ def main() -> None:
         "peak_extra_mib": {"samples": [50_000, 10_000], "poise": peak},
         "versions": {package: metadata.version(package) for package in packages},
         "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, "
+        f"{torch.get_num_threads()} threads",
     }
     print(json.dumps(report, indent=2))
     options.results.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,30 @@
-"""The released CIFAR-10 experiment on one GPU: seconds per step of each engine, their share of the machine's rate, the whole.
+"""Measure the released CIFAR-10 experiment on one GPU: seconds per step of each engine.
 
-    python benchmarks/gpu.py [--minutes 7.5] [--seconds 6] [--only matrix tf32 ...] [--json results/bench-gpu-steps.json]
-    python benchmarks/gpu.py --device cpu --quick          # that it runs; the figures mean nothing
+    python benchmarks/gpu.py [--minutes 7.5] [--seconds 6] [--only matrix tf32 ...]
+        [--json results/bench-gpu-steps.json]
+    python benchmarks/gpu.py --device cpu --quick    # only checks that it runs
 
-Needs no files: 50,000 random images of bytes, and random codes, lie in the GPU's memory. Batches of 100, the released networks
-(stage 1: the ResNet; stage 2: hidden 2048), balances and schedules. Parts, in the order of their worth; the report is written
-after each one, a part that fails leaves its error there, and none begins after `--minutes`:
+Needs no files: 50,000 random images of bytes, and random codes, lie in GPU memory. Batches of 100,
+the released networks (stage 1: the ResNet; stage 2: hidden 2048), balances and schedules. The parts
+run in order of importance. The report is written after each part, with its error if it failed. No
+part starts after `--minutes`.
 
 matrix: FLOPs per second of large matrix products in each precision.
-tf32, bfloat16, ieee / stage / loop: "bare" is a hand-written eager loop without logging, checks and synchronisation, with
-    PyTorch's default Adam ("bare, channels_last": in that layout); the others are `poise.training.fit` with its engines.
-    Timed by the synchronised clock in three laps, after the first steps. tf32 and ieee are float32 with TF32 allowed, in
-    convolutions and matrix products, and without.
-side by side: milliseconds of a round of five captured steps of five models, each on a stream of its own, and of one model's.
-syncs: how often each engine makes the host wait for the GPU, per step, and where (torch.cuda.set_sync_debug_mode).
-equality: 200 steps of each engine against 200 eager ones, from the same weights: relative difference of each tensor.
+tf32, bfloat16, ieee / stage / loop: milliseconds per step. "bare" is a hand-written eager loop
+    without logging, checks and synchronisation, with PyTorch's default Adam ("bare, channels_last":
+    in that layout). The other loops are `poise.training.fit` with its engines. Each is timed with a
+    synchronised clock in three laps, after the first steps. tf32 and ieee are float32 with and
+    without TF32, in convolutions and matrix products.
+side by side: milliseconds of one captured step of each of five models, each on its own stream, and
+    of a single model's step.
+syncs: how often each engine makes the CPU wait for the GPU, per step, and where
+    (torch.cuda.set_sync_debug_mode).
+equality: 200 steps of each engine against 200 eager steps from the same weights; relative
+    difference of each tensor.
 
-The whole experiment is extrapolated for each engine and precision: 350,000 + 700,000 steps, and four sets of 10,000 images
-through Inception, of 11.5 GFLOP each, at a quarter of the matrix rate: this last part is an estimate, not a measurement.
+The time of the whole experiment is extrapolated for each engine and precision: 350,000 + 700,000
+steps, and an evaluation. The evaluation is an estimate, not a measurement: four sets of 10,000
+images through Inception, 11.5 GFLOP each, at a quarter of the matrix rate.
 """
 
 import argparse
@@ -58,25 +65,22 @@ from poise.vae import VAE
 RECIPE = RECIPES["cifar10-released"]
 SHAPE = [3, 32, 32]
 LAPS = 3
-PRECISIONS = (
-    "tf32",
-    "bfloat16",
-    "ieee",
-)  # tf32 is what a stage's precision "float32" means on a GPU
+# "tf32" is the meaning of a stage's precision "float32" on a GPU.
+PRECISIONS = ("tf32", "bfloat16", "ieee")
 SIDE_BY_SIDE = 5
 EVALUATION_FLOPS, EVALUATION_SHARE = 4 * 10_000 * 11.5e9, 0.25
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done.
+    """Amount of work of a benchmark.
 
     Attributes:
-        images: on the device.
+        images: number of images on the device.
         batch_size: images per step.
         warm_up: steps before the clock starts.
-        compared: steps of the check of equality.
-        matrix_side: of the large product.
+        compared: steps of the equality check.
+        matrix_side: rows and columns of the large matrices.
     """
 
     images: int = 50_000
@@ -91,14 +95,14 @@ QUICK = Scale(images=200, batch_size=4, warm_up=1, compared=2, matrix_side=256)
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how long: everything that the parts share."""
+    """Device, amount of work and lap length, shared by all parts."""
 
     device: torch.device
     scale: Scale
     lap_seconds: float
 
     def engines(self) -> list[str]:
-        """Those that this version of the package has and this device can run."""
+        """Return the engines of this version of the package that the device can run."""
         return [
             name
             for name in get_args(Engine)
@@ -134,7 +138,7 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
-    """TFLOP per second of large square products."""
+    """Return the TFLOP per second of large square matrix products."""
     allow_tf32(precision != "ieee")
     side, dtype = (
         bench.scale.matrix_side,
@@ -151,7 +155,7 @@ def matrix_rate(bench: Bench, precision: str) -> dict[str, float]:
 
 
 class Clock:
-    """Laps of a loop that asks after every step whether to stop: it is stopped after the last one."""
+    """Time the laps of a training loop through `Watch.stop`; stop it after the last lap."""
 
     def __init__(
         self, bench: Bench, state: TrainingState, begun: Callable[[], None] = lambda: None
@@ -181,7 +185,7 @@ class Clock:
 
 
 def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[str, Any]:
-    """Seconds per step of `fit`, in the place that a whole run gives it."""
+    """Measure milliseconds per step of `fit`, and the seconds before the first lap."""
     stage = bench.stage(number, precision)
     state, began = bench.state(number, stage), time.perf_counter()
     clock = Clock(bench, state)
@@ -191,14 +195,13 @@ def time_engine(bench: Bench, number: int, precision: str, engine: Any) -> dict[
     before = whole - sum(clock.seconds_per_step) / LAPS * (state.step - bench.scale.warm_up)
     return {
         "ms_per_step": milliseconds(clock.seconds_per_step),
-        "seconds_before": round(
-            max(0.0, before), 2
-        ),  # data to the device, first steps, recording, compilation
+        # data to the device, first steps, graph capture, compilation
+        "seconds_before": round(max(0.0, before), 2),
     }
 
 
 def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, Any]:
-    """Milliseconds of one captured step of each of several models, by how many there are."""
+    """Measure milliseconds of one captured step of each model, for one and for five models."""
     stage, times = bench.stage(number, precision), dict[str, Any]()
     for count in (1, SIDE_BY_SIDE):
         made = [recorded(bench, number, stage) for _ in range(count)]
@@ -220,7 +223,10 @@ def time_side_by_side(bench: Bench, number: int, precision: str) -> dict[str, An
 
 
 def recorded(bench: Bench, number: int, stage: Stage) -> tuple[CapturedStep, TrainingState]:
-    """A step of a new model, recorded, and the state that its graph works on, which is to be kept as long."""
+    """Return the captured step of a new model, and the state that its graph uses.
+
+    Keep the state as long as the step: the graph has its addresses.
+    """
     state, data, step = bench.state(number, stage), bench.data(number), CapturedStep(training_step)
     latents = RECIPE.network.latent_dim
     noise = torch.randn(stage.batch_size, latents, device=bench.device)
@@ -253,7 +259,7 @@ def time_bare(
 def bare_loop(
     bench: Bench, number: int, precision: str, layout: torch.memory_format
 ) -> Callable[[int], None]:
-    """What one would write: so many steps of eager PyTorch; nothing in it waits for the GPU."""
+    """Return a hand-written eager training loop, which never waits for the GPU."""
     vae = bench.vae(number).to(bench.device).train()
     vae = vae.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-4)
@@ -283,7 +289,7 @@ def bare_loop(
 
 
 def bare_batches(bench: Bench, number: int, layout: torch.memory_format) -> Callable[[], Tensor]:
-    """Shuffled batches from the device's memory, for ever."""
+    """Return a function that gives shuffled batches from device memory, without end."""
     data, size, order = bench.data(number), bench.scale.batch_size, iter(())
     images = (
         torch.from_numpy(data.images).to(bench.device) if isinstance(data, ImageBatches) else None
@@ -304,7 +310,7 @@ def bare_batches(bench: Bench, number: int, layout: torch.memory_format) -> Call
 
 
 def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
-    """Warnings of torch's debug mode for synchronising calls, per step, after the first steps."""
+    """Count synchronising calls per step after the first steps, by torch's debug mode."""
     if bench.device.type != "cuda":
         return {"note": "for cuda only"}
     stage = bench.stage(number, "tf32")
@@ -338,7 +344,7 @@ def count_syncs(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
 
 
 def compare_engines(bench: Bench, number: int, engine: Any) -> dict[str, Any]:
-    """Weights and balance after the same steps, the engine's against the eager loop's."""
+    """Compare weights and balance after equal steps of an engine and of the eager loop."""
     once, again, other = (trained(bench, number, name) for name in ("eager", "eager", engine))
     return {
         "steps": bench.scale.compared,
@@ -374,7 +380,7 @@ def relative(expected: Tensor, given: Tensor) -> float:
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Everything to be measured, the most telling first; compilation, the slowest, after what needs none."""
+    """Return all parts by name, most important first; compiled engines, the slowest, come last."""
     bare = {"bare": torch.contiguous_format, "bare, channels_last": torch.channels_last}
     slow = [name for name in bench.engines() if name.startswith("compiled")]
     quick = [name for name in bench.engines() if name not in slow]
@@ -425,7 +431,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 def rates(
     bench: Bench, done: dict[str, dict[str, Any]], flops: dict[int, float]
 ) -> list[list[Any]]:
-    """A row for each loop that was timed: what follows from its seconds per step."""
+    """Return a table row for each timed loop: speed, ratio to the bare loop, matrix share."""
     rows: list[list[Any]] = [
         [
             "precision",
@@ -463,7 +469,7 @@ def rates(
 
 
 def median(done: dict[str, dict[str, Any]], part: str, figure: str) -> float | None:
-    """Of a part that was measured; None for others."""
+    """Return the median of a figure, or None if the part was not measured."""
     return done.get(part, {}).get(figure, {}).get("median")
 
 
@@ -473,7 +479,7 @@ def matrix_flops(done: dict[str, dict[str, Any]], precision: str) -> float | Non
 
 
 def whole(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Minutes that the released experiment would take with each loop that was timed in both stages."""
+    """Extrapolate the minutes of the released experiment, for loops timed in both stages."""
     minutes: dict[str, dict[str, float]] = {}
     for name in done:
         first, second = (
@@ -493,7 +499,7 @@ def whole(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a part, or the error it ended with: the other parts are still worth having."""
+    """Return the result of a part, or its error, so that the other parts still run."""
     began = time.perf_counter()
     try:
         result = part()
@@ -507,16 +513,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no part begins after these")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each loop, about")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="no part starts after this many minutes"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="approximate seconds of each loop"
+    )
     parser.add_argument(
         "--only",
         nargs="*",
         metavar="WORD",
-        help="parts whose name has one of these words, as in: stage 1",
+        help="run only parts whose name contains one of these, for example: stage 1",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps of everything, to see that it runs"
+        "--quick", action="store_true", help="run a few steps of everything, as a check"
     )
     parser.add_argument("--json", type=Path, default=Path("results/bench-gpu-steps.json"))
     options = parser.parse_args()

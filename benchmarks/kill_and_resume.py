@@ -1,8 +1,9 @@
-"""Kill a training process (SIGKILL) at random moments over both stages, start it again each time, compare the weights.
+"""Kill a training process (SIGKILL) at random moments, resume it each time, compare the weights.
 
     python benchmarks/kill_and_resume.py [--kills 10] [--seed 0] [--epochs 20]
 
-Prints where each kill struck, and exits with 1 unless the final weights are bit-identical to those of an undisturbed run.
+Prints the position of each kill in the two stages. Exits with 1 unless the final weights are
+bit-identical to those of an undisturbed run.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def command(folder: Path, epochs: int) -> list[str]:
 
 
 def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
-    """Run to the end, or kill after so many seconds of life; whether it came to the end."""
+    """Train, but kill the process after `seconds`; return whether training finished."""
     process = subprocess.Popen(
         command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -56,7 +57,7 @@ def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
 
 
 def position(folder: Path) -> str:
-    """Where the newest checkpoint stands."""
+    """Describe the step and stage of the newest checkpoint."""
     manifests = sorted((folder / "checkpoints").glob("[0-9]*/manifest.json"))
     if not manifests:
         return "before the first checkpoint"
@@ -72,7 +73,7 @@ def final_hash(folder: Path) -> str:
 
 
 def compare(folder: Path, scratch: str) -> str:
-    """The word "bit-identical"; the program ends where that is not so."""
+    """Return "bit-identical", or exit with an error if the weights differ."""
     if final_hash(folder) != final_hash(Path(scratch, "undisturbed")):
         sys.exit(f"the weights of {folder.name} DIFFER from those of the undisturbed run")
     return "bit-identical"
@@ -94,7 +95,7 @@ def main() -> None:
         print(f"undisturbed: {whole:.1f} s")
         killed, folder = 0, Path(scratch, "killed")
         while killed < options.kills:
-            # A life is long enough to start and do a share of the work, and may end at any point of either.
+            # Long enough for the start and part of the work, so that a kill may strike in either.
             life = moments.uniform(0.2 * whole, 0.45 * whole)
             if train(folder, options.epochs, life):
                 print(f"finished after {killed} kills, {compare(folder, scratch)}; starting anew")

@@ -1,8 +1,8 @@
-"""What the benchmarks share: processes that take turns, ratios, the matrix rate, memory, tables.
+"""Shared parts of the benchmarks: worker processes in turns, ratios, matrix rate, memory, tables.
 
-A machine's speed changes from minute to minute, so only what took turns in one run is compared.
-Loops that are compared run in processes of their own (`Worker`), each in its main thread: in one
-process, two threads that compute have two OpenMP thread pools, which slow each other down.
+A machine's speed changes from minute to minute, so compare only measurements that took turns in
+one run. Each compared loop runs in the main thread of its own process (`Worker`). Two computing
+threads in one process have two OpenMP thread pools, which slow each other down.
 """
 
 import json
@@ -29,7 +29,7 @@ MATRIX_SIDE = 2048
 
 
 def seconds(task: Task, device: torch.device) -> float:
-    """How long a task takes, the device's queue included."""
+    """Return the seconds of a task, including the work it queued on the device."""
     synchronise(device)
     began = time.perf_counter()
     task()
@@ -43,13 +43,13 @@ def synchronise(device: torch.device) -> None:
 
 
 class Worker:
-    """A process that works in turns and sleeps between them.
+    """A worker process that works in turns and sleeps between them.
 
     Args:
-        command: a Python script that calls `send` once it is ready and then serves turns with
-            `wait_for_turn` and `send`, with its arguments.
-        environment: variables added to this process's own.
-        prefix: a command that runs the interpreter, as in `nice -n 5`.
+        command: a Python script and its arguments. The script calls `send` once it is ready, then
+            serves turns with `wait_for_turn` and `send`.
+        environment: variables added to those of this process.
+        prefix: a command that runs the interpreter, for example `nice -n 5`.
     """
 
     def __init__(
@@ -68,26 +68,26 @@ class Worker:
 
     @cached_property
     def ready(self) -> Any:
-        """The script's first report."""
+        """Return the script's first report."""
         return self.answer()
 
     def turn(self, amount: float) -> Any:
-        """Let the process work for one turn of so many steps or seconds; return its report."""
+        """Run one turn of `amount` steps or seconds and return its report."""
         self.begin(amount)
         return self.answer()
 
     def begin(self, amount: float) -> None:
-        """Begin a turn, whose report `answer` returns."""
+        """Start a turn; `answer` returns its report."""
         _ = self.ready
         assert self.process.stdin is not None
         print(amount, file=self.process.stdin, flush=True)
 
     def end(self) -> None:
-        """Tell the process to end, and wait for it."""
+        """Stop the process and wait until it has ended."""
         self.process.communicate()
 
     def answer(self) -> Any:
-        """Wait for the next report."""
+        """Wait for the next report and return it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -96,24 +96,27 @@ class Worker:
 
 
 def send(figures: Any) -> None:
-    """In a worker: send figures to the benchmark."""
+    """Send figures to the benchmark. Called in a worker."""
     print(json.dumps(figures), file=sys.__stdout__, flush=True)
 
 
 def wait_for_turn() -> float | None:
-    """In a worker: return the amount of the next turn; None: there are no more."""
+    """Return the amount of the next turn, or None after the last. Called in a worker."""
     line = sys.stdin.readline()
     return float(line) if line else None
 
 
 def serve(task_of: Callable[[int], Task], device: torch.device) -> None:
-    """In a worker: report the seconds of each turn's task; `task_of(amount)` itself is not timed."""
+    """Report the seconds of each turn's task. Called in a worker.
+
+    The call `task_of(amount)`, which prepares the task, is not timed.
+    """
     while (amount := wait_for_turn()) is not None:
         send(seconds(task_of(int(amount)), device))
 
 
 class Turns:
-    """`Watch.stop` in a worker: after the first step, reports each turn and waits for the next."""
+    """`Watch.stop` of a worker: after step 1, report each turn and wait for the next."""
 
     def __init__(self, state: TrainingState, device: torch.device) -> None:
         self.state, self.device = state, device
@@ -133,7 +136,7 @@ class Turns:
 def take_turns(
     workers: Mapping[str, Any], amounts: Mapping[str, float], rounds: int
 ) -> dict[str, list[Any]]:
-    """Return each worker's reports; the order of the turns is reversed in every other round."""
+    """Return the reports of each worker. Every other round reverses the order of the turns."""
     reports: dict[str, list[Any]] = {name: [] for name in workers}
     for number in range(rounds):
         for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
@@ -142,7 +145,10 @@ def take_turns(
 
 
 def matrix_products(device: torch.device, at_least: float) -> tuple[Task, float]:
-    """Large float32 matrix products for so many seconds, about, and their FLOPs: what the machine sustains."""
+    """Return a task of large float32 matrix products, and its FLOPs.
+
+    The task takes about `at_least` seconds. Its FLOPs per second are the machine's matrix rate.
+    """
     matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device)
     torch.mm(matrix, matrix)
     number = math.ceil(at_least / seconds(lambda: torch.mm(matrix, matrix), device))
@@ -155,18 +161,18 @@ def matrix_products(device: torch.device, at_least: float) -> tuple[Task, float]
 
 
 def summary(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    """Median and spread over the rounds."""
+    """Return the median, least and greatest value over the rounds."""
     figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, digits) for name, value in figures.items()}
 
 
 def over(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """The ratio, round by round."""
+    """Return the summary of the ratios, round by round."""
     return summary([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What every report says of the machine."""
+    """Return the PyTorch version, processor, threads and device for a report."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "torch": torch.__version__,
@@ -180,7 +186,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def show(rows: Sequence[Sequence[Any]]) -> None:
-    """A table whose first row is its head, as Markdown."""
+    """Print a Markdown table whose first row is the header."""
     head, *body = [
         [cell if isinstance(cell, str) else spread(cell) for cell in row] for row in rows
     ]
@@ -189,16 +195,16 @@ def show(rows: Sequence[Sequence[Any]]) -> None:
 
 
 def spread(figure: Any) -> str:
-    """A number, or a median with its least and greatest."""
+    """Format a number, or a median with its least and greatest value."""
     if isinstance(figure, Mapping):
         return f"{figure['median']:.4g} ({figure['min']:.4g} to {figure['max']:.4g})"
     return f"{figure:.4g}" if isinstance(figure, float) else json.dumps(figure)
 
 
 class PeakMemory:
-    """The most anonymous memory (MiB) that this process holds inside the block: files it has mapped are not counted.
+    """Measure the peak anonymous memory of this process inside the block, in MiB.
 
-    Looked at twenty times a second where the system tells (Linux); elsewhere 0.
+    Memory-mapped files do not count. Sampled twenty times a second on Linux; elsewhere 0.
     """
 
     def __enter__(self) -> "PeakMemory":

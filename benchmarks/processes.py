@@ -1,23 +1,26 @@
-"""Two processes that train one model beside one process: the curves they log, and seconds per step.
+"""Compare training with two processes and with one: logged curves, and seconds per step.
 
     python benchmarks/processes.py [--only mlp mlp-float64 ...] [--rounds 3] [--epochs-factor 1]
 
-The 8x8 digits, stage 1, on CPUs by torchrun and gloo, every process with one thread. "mlp" is the digits' recipe; "resnet" the
-small ResNet, whose BatchNorm takes its statistics over both processes; "-float64" is the same in double precision, where
-what remains is what the computation differs by and not what rounding grows to. One and two processes take turns.
+Trains stage 1 on the 8x8 digits, on CPUs by torchrun and gloo, every process with one thread. "mlp"
+is the digits' recipe. "resnet" is the small ResNet, whose BatchNorm takes its statistics over both
+processes. "-float64" is the same in double precision: there the difference shows the computation,
+not the growth of rounding errors. One and two processes take turns.
 
-The difference of a curve is its largest over the entries of metrics.jsonl, over the mean size of the values of the one process
-(a loss in nats passes through zero). The largest difference of a weight shows that the two did not do the very same. Exits with
-1 where the loss differs by more than the tolerance.
+The difference of a curve is the largest over the entries of metrics.jsonl, divided by the mean size
+of the values of the single process (a loss in nats passes through zero). The largest difference of
+a weight shows that the two runs did not do exactly the same. Exits with 1 if the loss differs by
+more than the tolerance.
 
-Two processes are faster than one only if each has a core of its own and a step takes longer than an
-exchange of gradients: on the digits, the ratio is the cost of the exchange. Gradients are averaged
-during backward; each BatchNorm layer adds two exchanges.
+Two processes are faster than one only if each has its own core and a step takes longer than an
+exchange of gradients: on the digits, the ratio shows the cost of the exchange. Gradients are
+averaged during backward; each BatchNorm layer adds two exchanges.
 
-    python benchmarks/processes.py --time [digits mnist cifar10-released] [--other OTHER_CHECKOUT/src]
+    python benchmarks/processes.py --time [digits mnist cifar10-released]
+        [--other OTHER_CHECKOUT/src]
 
 measures only the seconds per step, of larger networks on random images, in processes that take
-turns; with `--other`, of the package of another checkout as well.
+turns. With `--other`, it also measures the package of another checkout.
 """
 
 import argparse
@@ -50,11 +53,11 @@ CURVES = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and by how much the losses may differ.
+    """A network to train, and the largest allowed difference of the losses.
 
-    The tolerances: in double precision, what the balance's float32 leaves. In float32, what a difference in the last bit grows
-    to in so many steps; most where BatchNorm follows a bias: its exact gradient is zero, and Adam takes full steps along its
-    rounding.
+    In double precision the tolerance covers the balance's float32. In float32 it covers the growth
+    of a difference in the last bit over all steps. That growth is largest where BatchNorm follows a
+    bias: the exact gradient is zero, and Adam takes full steps along the rounding error.
     """
 
     network: Network | None
@@ -73,7 +76,7 @@ CASES = {
 
 
 class Double(nn.Module):
-    """A network in double precision."""
+    """Run a network in double precision."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -93,11 +96,11 @@ TIMED = {
     "mnist": ([1, 28, 28], 64),
     "cifar10-released": ([3, 32, 32], 100),
 }
-TRIAL = 3  # steps from which the length of a turn is set
+TRIAL = 3  # steps that determine the length of a turn
 
 
 def serve_steps(name: str) -> None:
-    """Serve turns of training steps, in one of several processes."""
+    """Serve turns of training steps in one of the processes."""
     torch.set_num_threads(1)
     (shape, batch_size), cpu = TIMED[name], torch.device("cpu")
     images = np.random.default_rng(0).integers(0, 256, (1_000, *shape), dtype=np.uint8)
@@ -110,7 +113,7 @@ def serve_steps(name: str) -> None:
 
 
 class Ranks:
-    """So many processes that train one model, and take their turns together."""
+    """A group of processes that train one model and take their turns together."""
 
     def __init__(self, name: str, count: int, source: Path | None) -> None:
         with socket.socket() as free:
@@ -126,7 +129,7 @@ class Ranks:
         ]
 
     def turn(self, steps: float) -> float:
-        """Train for so many steps; return the seconds per step of the slowest process."""
+        """Train for `steps` steps; return the seconds per step of the slowest process."""
         for worker in self.workers:
             worker.begin(steps)
         return max(worker.answer() for worker in self.workers) / steps
@@ -140,7 +143,7 @@ class Ranks:
 
 
 def measure_steps(name: str, rounds: int, seconds: float, other: Path | None) -> dict[str, Any]:
-    """Milliseconds per step of one process and of two, which take turns."""
+    """Measure milliseconds per step with one process and with two, in turns."""
     groups = {"one process": Ranks(name, 1, None), "two processes": Ranks(name, 2, None)}
     if other is not None:
         groups["two processes, other"] = Ranks(name, 2, other.resolve())
@@ -152,7 +155,7 @@ def measure_steps(name: str, rounds: int, seconds: float, other: Path | None) ->
 
 
 def train(name: str, epochs: int, out: Path) -> None:
-    """What each process does."""
+    """Train one case in this process."""
     torch.set_num_threads(1)
     case = CASES[name]
     recipe = recipe_of(case)
@@ -163,7 +166,7 @@ def train(name: str, epochs: int, out: Path) -> None:
 
 
 def run(name: str, epochs: int, out: Path, processes: int) -> list[dict[str, float]]:
-    """The log of a run of so many processes."""
+    """Train with a number of processes and return the run's log."""
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes > 1
@@ -193,13 +196,13 @@ def run(name: str, epochs: int, out: Path, processes: int) -> list[dict[str, flo
 
 
 def difference(one: list[dict[str, float]], two: list[dict[str, float]], curve: str) -> float:
-    """Of two curves: see the top of this file."""
+    """Return the relative difference of two curves, as the module docstring defines it."""
     values = [(first[curve], second[curve]) for first, second in zip(one, two, strict=True)]
     return float(f"{max(abs(a - b) for a, b in values) / fmean(abs(a) for a, _ in values):.3g}")
 
 
 def weights_apart(one: Path, two: Path) -> float:
-    """The largest difference of a weight or state of the network in the last checkpoints."""
+    """Return the largest difference of a weight or buffer in the newest checkpoints."""
     first, second = (under("stage1.vae", newest(folder)) for folder in (one, two))
     return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
 
@@ -211,12 +214,12 @@ def newest(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def step_ms(log: list[dict[str, float]], batch_size: int) -> float:
-    """The median over a run's log entries, the first left out."""
+    """Return the median milliseconds per step of a run's log, without the first entry."""
     return median(1000 * batch_size / entry["images_per_second"] for entry in log[1:])
 
 
 def measure(name: str, rounds: int, factor: float) -> dict[str, Any]:
-    """Both in turns, on one case."""
+    """Train one case with one process and with two, in turns, and compare."""
     case, size = CASES[name], recipe_of(CASES[name]).first.batch_size
     epochs = max(1, round(factor * case.epochs))
     times: dict[int, list[float]] = {1: [], 2: []}
@@ -277,11 +280,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--epochs-factor", type=float, default=1.0, help="of the lengths of the runs"
+        "--epochs-factor", type=float, default=1.0, help="factor on the number of epochs"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--time", nargs="*", choices=TIMED, metavar="RECIPE")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, about")
+    parser.add_argument("--seconds", type=float, default=3.0, help="approximate seconds of a turn")
     parser.add_argument("--other", type=Path, help="the src folder of another checkout")
     for hidden, kind in (("--train", str), ("--epochs", int), ("--out", Path), ("--serve", str)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)

@@ -1,12 +1,15 @@
-"""What each choice of an evaluation protocol moves, on one trained run, and whether FD-light ranks image sets as FID does.
+"""Measure the effect of each choice of an evaluation protocol, and compare FD-light with FID.
 
-    python benchmarks/protocol_study.py RUN [--extractors inception light] [--count 1000] [--work runs/protocol-study]
-        [--out results/protocol-study.json]
+    python benchmarks/protocol_study.py RUN [--extractors inception light] [--count 1000]
+        [--work runs/protocol-study] [--out results/protocol-study.json]
     python benchmarks/protocol_study.py --tables results/protocol-study.json
 
-Every set of images is pushed through each extractor once, its features kept under --work: a study that was stopped goes on.
-A row is the Frechet distance of reconstructions and of GEN-2 under one changed choice; everything else, the images' noise
-among it, stays. "other samples" repeats GEN-2 with other seeds: less than its spread is no effect.
+Features of each set of images are computed once per extractor and cached under --work, so that an
+interrupted study continues where it stopped. A row has the Frechet distance of reconstructions and
+of GEN-2 with one choice changed; everything else stays the same, including the noise of the images.
+"other samples" repeats GEN-2 with other seeds: a smaller change than theirs is no effect.
+
+The study also reports whether FD-light ranks sets of images as FID does.
 """
 
 import argparse
@@ -36,7 +39,7 @@ RESIZES: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic", "antialias": True},
 }
 SEEDS = (0, 1, 2)
-RANKED = (  # one of each kind: sets that differ by noise alone would say nothing of the order
+RANKED = (  # one of each kind: sets that differ only by noise have no true order
     "train",
     "REC",
     "REC sampled",
@@ -52,7 +55,7 @@ RANKED = (  # one of each kind: sets that differ by noise alone would say nothin
 
 @dataclass(frozen=True)
 class Sets:
-    """Where the images of the study come from: every entry gives `count` images in parts."""
+    """Sources of the study's images: each yields `count` images in chunks."""
 
     run: poise.Run
     count: int
@@ -102,9 +105,8 @@ class Sets:
 def features_of(
     name: str, make: Callable[[], Chunks], extractor: Extractor, count: int, work: Path
 ) -> torch.Tensor:
-    path = (
-        work
-        / f"{extractor.name}-{extractor.checksum[:8]}-{extractor.resize}-{count}-{name}.npy".replace(
+    path = work / (
+        f"{extractor.name}-{extractor.checksum[:8]}-{extractor.resize}-{count}-{name}.npy".replace(
             " ", "_"
         )
     )
@@ -119,7 +121,7 @@ def features_of(
 
 
 def resized_otherwise(extractor: Extractor, name: str) -> Extractor:
-    """The same network behind another resize."""
+    """Return the extractor with another resize before the same network."""
     prepared = extractor.network
     assert isinstance(prepared, Prepared)
     side = int(extractor.resize.split()[-1])
@@ -133,7 +135,7 @@ def resized_otherwise(extractor: Extractor, name: str) -> Extractor:
 
 
 def study(run: poise.Run, extractor: Extractor, count: int, work: Path) -> dict[str, Any]:
-    """Distances of every row of the table, and of every produced set from the test images."""
+    """Return the distances of each table row, and of each ranked set from the test images."""
     sets = Sets(run, count).all()
     known = {name: features_of(name, make, extractor, count, work) for name, make in sets.items()}
     rec, gen, test = known["REC"], known["GEN-2 seed 0"], known["test"]
@@ -189,7 +191,7 @@ def study(run: poise.Run, extractor: Extractor, count: int, work: Path) -> dict[
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The table of effects for each extractor side by side, in Markdown."""
+    """Return the Markdown table of effects, with the extractors side by side."""
     names = list(report["studies"])
     heads = [f"{label} {poise_name(name)}" for name in names for label in ("REC", "GEN-2")]
     lines = ["| one choice changed | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
@@ -215,7 +217,7 @@ def cell(rows: dict[str, Any], row: str, label: str) -> str:
 
 
 def agreement(studies: dict[str, Any]) -> dict[str, float]:
-    """How far two extractors agree on the order of image sets."""
+    """Return how far FID and FD-light agree on the order of image sets."""
     first, second = (studies[name]["ranked"] for name in ("inception", "light"))
     a, b = ([ranked[name] for name in first] for ranked in (first, second))
     within = [

@@ -1,15 +1,15 @@
-"""Images per second of sampling as a share of the bare decoder's rate, and the memory of few and of many images.
+"""Measure images per second of sampling relative to the bare decoder, and its peak memory.
 
     python benchmarks/sampling_rate.py [RUN] [--images 500] [--rounds 7] [--many 100000]
 
-Processes take turns, round by round. They measure the decoder alone, on latents that are on its
-device, in the batches that sampling makes; `run.sample_chunks` from each prior; and the same into
-an .npz file and into a folder of PNGs. Without RUN, an untrained network of the CIFAR-10 recipe is
+Processes take turns, round by round. They measure the decoder alone, on latents on its device, in
+batches of the size that sampling uses; `run.sample_chunks` from each prior; and sampling into an
+.npz file and into a folder of PNGs. Without RUN, an untrained network of the CIFAR-10 recipe is
 used, which is as fast as a trained one.
 
 Memory: a dense network for 32x32 RGB images (12,288 bytes each as floats) writes `--many` images
-and a hundredth of them to an .npz, each in a process of its own. Reported is the peak of anonymous
-memory of each; memory is flat if the two are alike.
+and a hundredth of them to an .npz, each in its own process. The report has the peak of anonymous
+memory of both. If they are alike, memory does not grow with the number of images.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from poise.sampling import CHUNK
 
 
 def untrained(folder: Path, **changes: Any) -> Path:
-    """A run of a few steps on noise."""
+    """Train for a few steps on noise and return the run's folder."""
     images = np.random.default_rng(0).integers(0, 256, (220, 32, 32, 3), dtype=np.uint8)
     options = Options(device="cpu", quiet=True)
     poise.train(images, recipe="cifar10", out=folder, epochs=1, options=options, **changes)
@@ -71,7 +71,7 @@ def sampling(run: Run, count: int, prior: Any) -> Callable[[], None]:
 
 
 def tasks_of(run: Run, count: int, folder: Path) -> dict[str, Callable[[], Any]]:
-    """Return what is compared: each task gives `count` images."""
+    """Return the compared tasks by name; each produces `count` images."""
 
     def write(out: Path) -> Callable[[], None]:
         return lambda: write_images(run.sample_chunks(count, prior="normal"), out, count)
@@ -89,7 +89,7 @@ def tasks_of(run: Run, count: int, folder: Path) -> dict[str, Callable[[], Any]]
 
 
 def work(run: Run, task: str) -> None:
-    """Serve the turns of one task, in a process of its own."""
+    """Serve the turns of one task, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         send({})
         serve(lambda count: tasks_of(run, count, Path(folder))[task], run.device)
@@ -115,7 +115,7 @@ def measure_rates(run: Run, count: int, rounds: int) -> dict[str, Any]:
 
 
 def peak_memory(folder: Path, count: int) -> float:
-    """MiB that writing so many images takes, in the process that calls this."""
+    """Return the peak memory in MiB of writing `count` images, in the calling process."""
     run = load(folder)
     with PeakMemory() as memory:
         write_images(run.sample_chunks(count, prior="normal"), folder / "many.npz", count)
@@ -133,9 +133,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--images", type=int, default=500, help="in a round; a multiple of 100")
+    parser.add_argument(
+        "--images", type=int, default=500, help="images per round; a multiple of 100"
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--many", type=int, default=100_000, help="images whose memory is measured")
+    parser.add_argument(
+        "--many", type=int, default=100_000, help="number of images for the memory measurement"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-sampling-rate.json"))
     parser.add_argument("--task", help=argparse.SUPPRESS)

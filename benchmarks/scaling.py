@@ -1,14 +1,17 @@
-"""Time and memory of training against batch, image size and size of the data set, up to a million images read from disk.
+"""Measure time and memory of training against batch size, image size and number of images.
 
-    python benchmarks/scaling.py [--steps 20] [--most 1000000] [--folder FOLDER] [--only batch size images]
+    python benchmarks/scaling.py [--steps 20] [--most 1000000] [--folder FOLDER]
+        [--only batch size images]
 
-Every row is a process of its own. Images are noise, grey values of 0 to 255, written to an .npy file of bytes that is mapped
-and streamed: reading includes the split (a hash of every image), the checksum and the standard deviation of the pixels,
-as `poise train` does; training is stage 1 alone, timed after a first few steps. Memory is the most anonymous memory of the
-process; pages of the mapped file, which the system takes back when it likes, are not counted.
+Each row runs in its own process. Images are noise, grey values of 0 to 255, in an .npy file of
+bytes that is memory-mapped and streamed. Reading includes the split (a hash of every image), the
+checksum and the standard deviation of the pixels, as in `poise train`. Training is stage 1 alone,
+timed after the first few steps. Memory is the process's peak anonymous memory. Pages of the mapped
+file do not count, because the system may reclaim them at any time.
 
-batch: the network of the CIFAR-10 recipe on 32x32 RGB, 10,000 images. size: the same, batch 32, larger images. images: a
-dense network on 28x28 grey images, batch 100, so that the data weigh and not the network.
+batch: the network of the CIFAR-10 recipe on 32x32 RGB, 10,000 images.
+size: the same with batch 32 and larger images.
+images: a dense network on 28x28 grey images, batch 100, so that the cost of the data dominates.
 """
 
 import argparse
@@ -39,7 +42,7 @@ BLOCK = 1_000  # images written at once
 
 @dataclass(frozen=True)
 class Case:
-    """One row."""
+    """Settings of one row."""
 
     network: str
     batch_size: int
@@ -59,7 +62,7 @@ def cases(most: int) -> dict[str, list[Case]]:
 
 
 def write_noise(path: Path, case: Case) -> None:
-    """An .npy file of random bytes, written in blocks."""
+    """Write an .npy file of random bytes, in blocks."""
     shape = (case.images, case.size, case.size, case.channels)
     source = np.random.default_rng(0)
     array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -70,7 +73,7 @@ def write_noise(path: Path, case: Case) -> None:
 
 
 def train(path: Path, case: Case, steps: int, device_name: str) -> dict[str, float]:
-    """Seconds and memory of reading the file and of training on it."""
+    """Measure seconds and memory of reading the file and of training on it."""
     device, at_start = torch.device(device_name), anonymous_mib()
     network = Network(case.network, 64, hidden=(512, 512) if case.network == "mlp" else ())  # pyright: ignore[reportArgumentType]
     stage = Stage(steps=WARM_UP, batch_size=case.batch_size)
@@ -121,15 +124,15 @@ def main() -> None:
         "--steps",
         type=int,
         default=20,
-        help="timed in each row; ten times as many of the dense network",
+        help="timed steps of each row; ten times as many for the dense network",
     )
     parser.add_argument(
-        "--most", type=int, default=1_000_000, help="images in the largest data set"
+        "--most", type=int, default=1_000_000, help="number of images in the largest data set"
     )
     parser.add_argument(
         "--folder",
         type=Path,
-        help="for the images, 784 MB; by default the system's for temporary files",
+        help="folder for the images, 784 MB (default: the system's temporary folder)",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-scaling.json"))

@@ -1,12 +1,12 @@
-"""Whether a Frechet distance of few images rewards low diversity: real features, shrunk about their mean.
+"""Test whether a Frechet distance of few images rewards low diversity.
 
     python benchmarks/shrunk_features.py --fashion fashion.npz
 
-Training images of Fashion-MNIST against its test images, as many of each, in FD-light's 1,280
-features. Nothing is generated: the distance of perfect samples would be 0, and what is measured is
-the bias of few images. Then the training features are shrunk about their mean by a factor, which
-no real change of the images could improve. Where the distance falls, the bias is not alike for all
-sets of images: it is the larger, the more diverse a set is. About two minutes of one core.
+Compares training images of Fashion-MNIST with as many test images, in FD-light's 1,280 features. No
+image is generated. The distance of perfect samples would be 0, so the measured distance is the bias
+of few images. The training features are then shrunk about their mean by a factor, which makes them
+worse. If the distance falls nevertheless, the bias differs between sets of images: it is larger for
+more diverse sets. Takes about two minutes of one core.
 """
 
 import argparse
@@ -31,13 +31,13 @@ DEFAULT = Path("results/bench-shrunk-features.json")
 
 
 def shrunk(features: Tensor, factor: float) -> Tensor:
-    """Features with `factor` times the deviation from their mean."""
+    """Return features with `factor` times their deviation from the mean."""
     centre = features.mean(0)
     return centre + factor * (features - centre)
 
 
 def measure(source: str, numbers: Sequence[int]) -> dict[str, Any]:
-    """The distance for each number of images and each factor, of several draws of training images."""
+    """Return the distances by number of images and factor, one per draw of training images."""
     data, light = load(source), make_extractor("light", "cpu")
 
     def features(images: Any) -> Tensor:
@@ -67,10 +67,10 @@ def measure(source: str, numbers: Sequence[int]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--fashion", default="fashion-mnist", help="its .npz, or where POISE_DATA has it"
+        "--fashion", default="fashion-mnist", help="an .npz file, or a name under POISE_DATA"
     )
     parser.add_argument(
-        "--numbers", type=int, nargs="+", default=NUMBERS, help="images of each set"
+        "--numbers", type=int, nargs="+", default=NUMBERS, help="numbers of images per set"
     )
     parser.add_argument("--json", type=Path, default=DEFAULT)
     options = parser.parse_args()

@@ -1,16 +1,22 @@
-"""Training on images five times larger than the memory allowed, beside training on images held in memory.
+"""Compare training on a file five times the memory limit with training on images in memory.
 
-    python benchmarks/streaming.py [--cap 1024] [--times 5] [--only dense convolutional] [--rounds 10] [--seconds 4]
+    python benchmarks/streaming.py [--cap 1024] [--times 5] [--only dense convolutional]
+        [--rounds 10] [--seconds 4]
 
-An .npy file of random bytes, 32x32 RGB, is written, `--times` the cap. Two processes train the same network: one reads that
-file as `poise train` does (mapped, split by content, streamed), and everything it holds, pages of the file included, is kept
-below the cap by a memory control group of Linux (version 1 or 2; that takes root). The other has 20,000 images in memory and no
-cap. They take turns of so many seconds, one standing still while the other works; each is one loop from beginning to end.
-Without control groups the comparison runs uncapped, and the report says so.
+First an .npy file of random bytes, 32x32 RGB, is written, `--times` as large as the cap. Two
+processes then train the same network. One reads the file as `poise train` does (memory-mapped,
+split by content, streamed). A memory control group of Linux (version 1 or 2; needs root) keeps its
+memory below the cap, pages of the file included. The other has 20,000 images in memory and no cap.
+They take turns of a few seconds, and one sleeps while the other works. Each is one loop from
+beginning to end. Without control groups the comparison has no cap, and the report says so.
 
-Reported: images per second of both, the ratio round by round; processor time per image, steadier where others use the cores,
-with what the system does for the reading thread; anonymous memory of the streaming process while it reads for the split and in
-the first and the second half of its turns; the group's peak; bytes read from the disk per byte of image.
+The report has:
+
+- images per second of both, and the ratio round by round;
+- processor time per image, including the system's work for the reading thread (steadier than the
+  rates while others use the cores);
+- anonymous memory of the streaming process during the split and in both halves of its turns;
+- the group's peak memory, and the bytes read from the disk per byte of image.
 """
 
 import argparse
@@ -62,7 +68,7 @@ NETWORKS = {
 
 
 def write_noise(path: Path, count: int) -> None:
-    """An .npy file of random bytes, on the disk and no longer in the system's cache."""
+    """Write an .npy file of random bytes to the disk and drop it from the page cache."""
     source = np.random.default_rng(0)
     with path.open("wb") as file:
         shape = {"descr": "|u1", "fortran_order": False, "shape": (count, *SHAPE)}
@@ -75,7 +81,7 @@ def write_noise(path: Path, count: int) -> None:
 
 
 def forget(path: Path) -> None:
-    """The pages of a file that the system has kept would be free for a process with a cap."""
+    """Drop a file from the page cache: cached pages would not count against the cap."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -83,7 +89,7 @@ def forget(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """A memory control group: its folder, and how its version calls the limit and the peak."""
+    """A memory control group: its folder, and its version's file names of limit and peak."""
 
     folder: Path
     limit: str
@@ -100,11 +106,14 @@ class Group:
 
 @contextmanager
 def capped(mib: int) -> Iterator[Group | None]:
-    """A control group with that limit, gone after the block; None, with a note, where none can be made."""
+    """Yield a control group with a limit of `mib`, and remove it after the block.
+
+    Yields None, with a note, if no group can be created.
+    """
     group = make_group(mib) if mib else None
     if mib and group is None:
         print(
-            "note: no memory control group could be made (Linux, as root): there is no cap",
+            "note: training has no memory cap: a control group needs Linux and root",
             file=sys.stderr,
         )
     try:
@@ -116,9 +125,8 @@ def capped(mib: int) -> Iterator[Group | None]:
 
 def make_group(mib: int) -> Group | None:
     own = dict(line.split(":", 2)[1:] for line in lines(Path("/proc/self/cgroup")))
-    first = Path(
-        "/sys/fs/cgroup/memory" + own.get("memory", "/")
-    )  # version 1: below our own group, within its limit
+    # Version 1: below our own group, within its limit.
+    first = Path("/sys/fs/cgroup/memory" + own.get("memory", "/"))
     for parent, limit, peak in (
         (first, "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
         (Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max", "memory.peak"),
@@ -142,12 +150,12 @@ def lines(path: Path) -> list[str]:
 
 
 def trainer(network: str, file: Path | None, group: Group | None) -> Worker:
-    """Return a process of this script that trains when told to.
+    """Return a worker process of this script that trains in turns.
 
     Args:
-        network: of `NETWORKS`.
-        file: to stream; None: images in memory.
-        group: the control group in which it runs from its first instruction; None: no group.
+        network: a name in `NETWORKS`.
+        file: the file to stream, or None for images in memory.
+        group: the control group of the process from its first instruction, or None.
     """
     streamed = ["--file", str(file)] if file else []
     enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"']
@@ -156,7 +164,7 @@ def trainer(network: str, file: Path | None, group: Group | None) -> Worker:
 
 
 def train(name: str, file: Path | None) -> None:
-    """Serve turns of so many seconds of training, after a report about reading the images."""
+    """Read the images and report it, then serve turns of some seconds of training."""
     network, batch_size = NETWORKS[name]
     began = time.perf_counter()
     with PeakMemory() as memory:
@@ -176,7 +184,7 @@ def train(name: str, file: Path | None) -> None:
 
 
 class Turns:
-    """`Watch.stop` of a worker's loop: reports each turn, and waits for the next one."""
+    """`Watch.stop` of a worker: report each turn and wait for the next."""
 
     def __init__(self, state: TrainingState, batch_size: int) -> None:
         self.state, self.batch_size = state, batch_size
@@ -207,7 +215,7 @@ class Turns:
 
 
 def disk_bytes() -> int:
-    """What this process has had read from the disk (Linux)."""
+    """Return the bytes that this process has read from the disk (Linux; elsewhere 0)."""
     return next(
         (
             int(line.split()[1])
@@ -219,7 +227,7 @@ def disk_bytes() -> int:
 
 
 def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """The two processes on one network."""
+    """Compare the two processes on one network."""
     forget(file)
     with capped(cap) as group:
         trainers = {"streamed": trainer(name, file, group), "in memory": trainer(name, None, None)}
@@ -279,15 +287,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cap", type=int, default=1024, help="MiB; 0: none")
+    parser.add_argument("--cap", type=int, default=1024, help="memory limit in MiB; 0 for none")
     parser.add_argument(
         "--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)"
     )
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument(
-        "--folder", type=Path, help="for the images; by default the system's for temporary files"
+        "--folder", type=Path, help="folder for the images (default: the system's temporary folder)"
     )
     parser.add_argument("--json", type=Path, default=Path("results/bench-streaming.json"))
     parser.add_argument("--train", choices=NETWORKS, help=argparse.SUPPRESS)
@@ -296,9 +304,8 @@ def main() -> None:
     if options.train:
         train(options.train, options.file)
         return
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that the file and the group go in that case too
+    # Remove the file and the group after SIGTERM too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file = Path(folder, "images.npy")
         write_noise(file, int(options.times * max(1, options.cap) * 2**20) // math.prod(SHAPE))

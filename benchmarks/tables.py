@@ -1,11 +1,12 @@
-"""How likely a VAE of a table finds rows it has never seen, beside probabilistic PCA and a mixture of Gaussians.
+"""Compare the held-out log-likelihood of tables under a VAE, probabilistic PCA and a mixture.
 
     python benchmarks/tables.py [--splits 5] [--json FILE]
 
-Tables that come with scikit-learn, columns standardised over all rows, but for the digits' pixels, which have one unit. Of each
-a fifth of the rows is left out, other ones for each split; the VAE (with its defaults) and PCA have the same number of latents,
-the mixture as many components (1 to 10, full covariances) as its BIC says. Printed are mean log densities of the rows left out,
-in nats, with the standard deviation over splits, and differences split by split.
+The tables come with scikit-learn. Columns are standardised over all rows, except the digits'
+pixels, which share one unit. Each split holds out a fifth of the rows. The VAE (with its defaults)
+and PCA have the same number of latents; BIC chooses the mixture's number of components (1 to 10,
+full covariances). Printed are mean log densities of the held-out rows, in nats per row, with the
+standard deviation over splits, and differences split by split.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from poise import VAEEstimator
 from poise.studies.comparison.statistics import spread
 from poise.studies.comparison.tables import show as mean_and_spread
 
-TABLES: dict[str, tuple[Callable[..., Any], int]] = {  # and the number of latents
+TABLES: dict[str, tuple[Callable[..., Any], int]] = {  # loader, number of latents
     "iris": (load_iris, 2),
     "wine": (load_wine, 3),
     "breast cancer": (load_breast_cancer, 8),
@@ -36,7 +37,7 @@ TABLES: dict[str, tuple[Callable[..., Any], int]] = {  # and the number of laten
 
 
 def mixture(seen: np.ndarray, seed: int) -> GaussianMixture:
-    """The mixture of the least BIC."""
+    """Return the fitted mixture with the lowest BIC."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = [
@@ -46,7 +47,7 @@ def mixture(seen: np.ndarray, seed: int) -> GaussianMixture:
 
 
 def scores(rows: np.ndarray, latents: int, steps: int, seed: int) -> dict[str, float]:
-    """Mean log densities of the rows left out."""
+    """Return each model's mean log density of the held-out rows, in nats per row."""
     split: list[Any] = train_test_split(rows, test_size=0.2, random_state=seed)
     seen, unseen = split
     models = {

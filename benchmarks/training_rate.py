@@ -1,21 +1,21 @@
-"""Images per second of the training loop beside bare PyTorch loops, the matrix rate and pythae.
+"""Measure images per second of training, compared with bare loops, pythae and the matrix rate.
 
     POISE_DATA=... python benchmarks/training_rate.py [--only digits pythae-mlp ...] [--rounds 10]
         [--seconds 3] [--loops "poise, eager" bare ...] [--other OTHER_CHECKOUT/src]
 
-Each loop runs in a process of its own, in the main thread, on its own copy of the network. The
-processes take turns, round by round. Printed are the median images per second of each loop, the
-spread over rounds, and the ratio of Poise's loop to each other loop, round by round.
+Each loop runs in the main thread of its own process, on its own copy of the network. The processes
+take turns, round by round. Printed are each loop's median images per second, the spread over
+rounds, and the ratio of Poise's loop to each other loop, round by round.
 
 - "poise, eager" and "poise, compiled": `poise.training.fit` with these engines.
 - "other, eager" and "other, compiled": the same with the package of another checkout (`--other`).
-- "bare": reads uint8 from memory, scales, runs forward, loss, backward and Adam. It logs nothing,
-  saves nothing and checks nothing. "bare, channels_last": the same in that layout.
+- "bare": reads uint8 from memory, scales, runs forward, loss, backward and Adam. It does not log,
+  save or check anything. "bare, channels_last": the same in that layout.
 - "pythae": pythae's trainer on pythae's own networks, in batches of 64, its default:
   `BaseTrainer.train_step`, one epoch of as many images as the other loops see in a turn. Without
   pythae (`pip install pythae`) its networks are left out, with a note.
 - "matrix": large float32 matrix products. The share of the matrix rate is the step's FLOPs (counted
-  by torch, a multiply-add as two) times steps per second, over the FLOPs per second of these.
+  by torch, a multiply-add as two) times steps per second, over the products' FLOPs per second.
 """
 
 import argparse
@@ -58,10 +58,10 @@ from poise.runs.build import first_stage
 from poise.training import Engine, ImageBatches, Watch, fit, new_state
 from poise.vae import VAE
 
-Steps = Callable[[int], None]  # trains for so many steps
+Steps = Callable[[int], None]  # trains for the given number of steps
 LEARNING_RATE = 1e-4
 PYTHAE_LATENTS = 16
-TRIAL = 3  # steps from which the length of a turn is set
+TRIAL = 3  # steps that determine the length of a turn
 LOOPS = (
     "poise, eager",
     "poise, compiled",
@@ -76,14 +76,14 @@ LOOPS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained.
+    """A network and the data set that it is trained on.
 
     Attributes:
-        data: a data set's name.
+        data: name of the data set.
         batch_size: images per step.
-        recipe: whose network it is; None: pythae's.
-        warm_up_seconds: of training before the clock starts, for each loop. A step of the digits'
-            network takes longer once some of its units are dead.
+        recipe: the recipe that has the network, or None for pythae's.
+        warm_up_seconds: seconds of training before the clock starts, for each loop. A step of the
+            digits' network takes longer once some of its units are dead.
     """
 
     data: str
@@ -102,11 +102,11 @@ SUBJECTS = {
 }
 
 
-# In the process of a loop
+# In a worker process
 
 
 def work(name: str, loop: str, device: torch.device, turn_seconds: float) -> None:
-    """Serve the turns of one loop on one subject. The first report gives facts about the loop."""
+    """Serve the turns of one loop on one subject. The first report has facts about the loop."""
     if loop == "matrix":
         products, flops = matrix_products(device, turn_seconds)
         send({"flops": flops})
@@ -185,11 +185,11 @@ def pythae_model(name: str, shape: tuple[int, ...]) -> Any:
 def pythae_epoch(
     model: Any, images: Tensor, batch_size: int, device: torch.device, folder: str
 ) -> Callable[[], None]:
-    """Return an epoch of pythae's trainer over the images."""
+    """Return a function that runs one epoch of pythae's trainer over the images."""
     from pythae.data.datasets import BaseDataset  # pyright: ignore[reportMissingImports]
     from pythae.trainers import BaseTrainer, BaseTrainerConfig  # pyright: ignore[reportMissingImports]
 
-    logging.disable(logging.INFO)  # it tells of every folder it makes
+    logging.disable(logging.INFO)  # it logs every folder it creates
     config = BaseTrainerConfig(
         output_dir=folder,
         per_device_train_batch_size=batch_size,
@@ -211,7 +211,7 @@ def pythae_epoch(
 def train(
     vae: VAE, data: datasets.Dataset, batch_size: int, device: torch.device, engine: Engine
 ) -> None:
-    """Serve turns by one call of `poise.training.fit`, which waits between its steps."""
+    """Serve turns by one call of `poise.training.fit`, which waits between turns."""
     stage = Stage(steps=10**9, batch_size=batch_size, learning_rate=LEARNING_RATE)
     state = new_state(vae, ComputedBalance(), stage, device)
     watch = Watch(stop=Turns(state, device), quiet=True, save_seconds=math.inf)
@@ -255,24 +255,24 @@ def bare_steps(
 
 
 def shuffled(count: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield batches of row numbers, for ever."""
+    """Yield batches of row indices without end."""
     while True:
         yield from torch.randperm(count)[: count // batch_size * batch_size].split(batch_size)
 
 
 def step_flops(vae: VAE, images: Tensor) -> float:
-    """Return the FLOPs of forward and backward of one batch."""
+    """Return the FLOPs of one forward and backward pass of a batch."""
     with FlopCounterMode(display=False) as counter:
         reconstruction, posterior = copy.deepcopy(vae)(images)
         (reconstruction.sum() + posterior.mean.sum() + posterior.logvar.sum()).backward()
     return float(counter.get_total_flops())
 
 
-# In the process that compares
+# In the main process
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Let all loops take turns on one subject."""
+    """Measure all loops on one subject, in turns."""
     subject, size = SUBJECTS[name], SUBJECTS[name].batch_size
     workers = {loop: worker(name, loop, options) for loop in chosen_loops(name, options)}
     facts: dict[str, Any] = next((w.ready for n, w in workers.items() if n.startswith("bare")), {})
@@ -283,7 +283,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for loop in loops:
         workers[loop].turn(max(TRIAL, round(warm_up / trial)))
     steps = max(2, round(options.seconds * TRIAL / workers[loops[-1]].turn(TRIAL)))
-    if "pythae" in workers:  # whose turn is one epoch
+    if "pythae" in workers:  # its turn is one epoch
         steps = min(steps, workers["pythae"].ready["images"] // size)
     times = take_turns(workers, dict.fromkeys(workers, steps), options.rounds)
     result = {
@@ -363,11 +363,11 @@ def main() -> None:
     parser.add_argument("--loops", nargs="*", default=list(LOOPS), **names)
     parser.add_argument("--other", type=Path, help="the src folder of another checkout")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, about")
+    parser.add_argument("--seconds", type=float, default=3.0, help="approximate seconds of a turn")
     parser.add_argument(
         "--warm-up",
         type=float,
-        help="seconds of each loop before the clock starts (default: the network's)",
+        help="seconds of training before the clock starts (default: depends on the network)",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))

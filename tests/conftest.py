@@ -1,7 +1,8 @@
-"""While tests run, every call of the package is checked: shapes by jaxtyping, types by beartype.
+"""Check every call of the package in tests: shapes by jaxtyping, types by beartype.
 
-The hook must be in place before `poise` is imported, and `poise.shapes` sees in `sys.modules` that jaxtyping is there.
-Compiled code cannot be checked so: tests of torch.compile and of several processes run in a clean interpreter.
+Install the hook before importing `poise`: `poise.shapes` looks for jaxtyping in `sys.modules`.
+Compiled code cannot be checked this way, so tests of torch.compile and of several processes run in
+a clean interpreter.
 """
 
 import importlib
@@ -21,21 +22,23 @@ from beartype import BeartypeConf, beartype
 assert "poise" not in sys.modules, "poise was imported before the hook that checks its shapes"
 
 _checker = types.ModuleType("poise_checker")
-_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a fine float
+_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a valid float
 sys.modules["poise_checker"] = _checker
 jaxtyping.install_import_hook("poise", "poise_checker.check")
 
-torch.set_num_threads(
-    1
-)  # for networks this small a second thread costs more than it gives, above all on a busy machine
+# For networks this small a second thread costs more than it gains, above all on a busy machine.
+torch.set_num_threads(1)
 
-LONG_FIXTURE = (
-    "test_several_processes.py"  # whose tests all need what two processes did for 20 seconds
-)
+# All its tests share one fixture, for which two processes train for 20 seconds.
+LONG_FIXTURE = "test_several_processes.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers each takes tests from the end of another's share: what must not be torn apart comes first."""
+    """Run the tests of the long fixture first.
+
+    pytest-xdist workers steal tests from the end of another worker's share. Tests at the front stay
+    together, so that only one worker builds the fixture.
+    """
     items.sort(key=lambda item: item.path.name != LONG_FIXTURE)
 
 
@@ -54,13 +57,13 @@ SPECS = [
 
 @pytest.fixture(scope="session")
 def all_specs() -> list[str]:
-    """Every kind of balance, as `make_balance` takes it."""
+    """Return a specification of every kind of balance, for `make_balance`."""
     return SPECS
 
 
 @pytest.fixture(params=SPECS)
 def spec(request: pytest.FixtureRequest) -> str:
-    """One kind of balance after the other."""
+    """Run the test once for each kind of balance."""
     return request.param
 
 
@@ -71,7 +74,7 @@ def _same_randomness() -> None:
 
 @pytest.fixture
 def unchecked():
-    """Switches the checks off, to see the package's own errors as a user sees them."""
+    """Turn off the checks, so that errors are those that a user sees."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -79,7 +82,10 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def torch_fidelity() -> types.ModuleType:
-    """torch-fidelity, to compare with. Its algebra needs no torchvision: where that is missing, an empty one stands in."""
+    """Return the module torch-fidelity, for comparison.
+
+    Its algebra needs no torchvision: if that is missing, a mock replaces it.
+    """
     if find_spec("torch_fidelity") is None:
         pytest.skip('torch-fidelity is missing: "make test" installs it')
     if find_spec("torchvision") is not None:
@@ -93,7 +99,7 @@ def torch_fidelity() -> types.ModuleType:
         "torchvision.transforms": MagicMock(),
         "torchvision.transforms.functional": MagicMock(),
     }
-    with patch.dict(sys.modules, stand_in):  # other libraries would take it for the real one
+    with patch.dict(sys.modules, stand_in):  # only here: others would use the mock
         module = importlib.import_module("torch_fidelity")
         loaded = {name: kept for name, kept in sys.modules.items() if name.startswith("torch_fid")}
     sys.modules.update(loaded)
@@ -102,7 +108,10 @@ def torch_fidelity() -> types.ModuleType:
 
 @pytest.fixture
 def run_python():
-    """Runs code in a clean interpreter, without hooks, that can import the package and the test modules."""
+    """Return a function that runs code in a clean interpreter, without hooks.
+
+    The code can import the package and the test modules.
+    """
 
     def run(code: str, *args: str, stdin: str = "") -> str:
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])

@@ -1,4 +1,4 @@
-"""What stands in for a worker in the tests of a study: it trains nothing."""
+"""Replace a worker in the tests of a study by one that trains nothing."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from poise.studies.comparison.worker import Ended, is_held
 
 
 def work(share: Share, lease: Path) -> list[Ended]:
-    """End as the task's label says."""
+    """Return, fail, die or sleep, as the task's label says."""
     (task,) = share.tasks
     if task.label == "dies":
         os.kill(os.getpid(), signal.SIGKILL)

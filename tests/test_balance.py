@@ -1,4 +1,4 @@
-"""The balances against torch.distributions, scipy, hand-written recursions, and what they claim of each other."""
+"""Compare the balances with torch.distributions, scipy, recursions and each other."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ NUM_DIMS = 48
 
 
 def make_batch(seed: int = 0, n: int = 6, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Reconstruction, target, mean and logvar, with a smaller error for a higher seed."""
+    """Return reconstruction, target, mean and logvar; a higher seed gives a smaller error."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.rand(n, 3, 4, 4, generator=generator, dtype=dtype)
     noise = torch.randn(n, 3, 4, 4, generator=generator, dtype=dtype)
@@ -42,7 +42,10 @@ def make_batch(seed: int = 0, n: int = 6, dtype: torch.dtype = torch.float32) ->
 
 
 def gradients(balance: nn.Module, batch: list[Tensor]) -> tuple[LossTerms, list[Tensor]]:
-    """The terms of one call, and its loss's gradients: of reconstruction, mean, logvar and the balance's parameters."""
+    """Return the terms of one call and the gradients of its loss.
+
+    The gradients: of reconstruction, mean, logvar and the balance's parameters.
+    """
     terms = balance(*batch)
     leaves = [value for value in batch if value.requires_grad] + list(balance.parameters())
     return terms, list(torch.autograd.grad(terms.loss, leaves))
@@ -51,7 +54,7 @@ def gradients(balance: nn.Module, batch: list[Tensor]) -> tuple[LossTerms, list[
 def train(
     balance: nn.Module, seeds: range = range(3), dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Terms and gradients of a few steps, in which gradient descent moves the balance's own parameters."""
+    """Return terms and gradients of a few steps of gradient descent on the balance's parameters."""
     outcome = []
     for seed in seeds:
         terms, grads = gradients(balance, make_batch(seed, dtype=dtype))
@@ -63,7 +66,7 @@ def train(
 
 
 def feed(balance: Balance, error: float, kl: float = 0.0) -> LossTerms:
-    """One step on a batch of two images with this error per dimension and this KL per image."""
+    """Take a step on two images, with `error` per dimension and `kl` per image."""
     return balance.combine(torch.full((2,), error * NUM_DIMS), torch.full((2,), kl), NUM_DIMS)
 
 
@@ -126,7 +129,7 @@ def test_loss_is_a_mean_of_per_image_sums(spec):
     torch.testing.assert_close([duplicated, flat], [loss, loss], rtol=1e-12, atol=0)
 
 
-# The contract that all balances share
+# The contract of all balances
 
 
 def test_only_the_loss_carries_gradients(spec):
@@ -222,7 +225,7 @@ def test_half_precision_inputs_give_float32_terms(spec):
 
 
 def test_no_step_waits_for_the_device(spec):
-    """On the meta device tensors have no values: `.item()`, `bool()` or a branch on one raises."""
+    """Tensors on the meta device have no values: `.item()`, `bool()` or a branch raises."""
     balance = make_balance(spec).to("meta")
     for _ in range(2):
         terms, _ = gradients(
@@ -242,9 +245,10 @@ for spec in json.loads(sys.argv[2]):
     torch._dynamo.reset()
     eager = make_balance(spec)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend=sys.argv[1])
-    torch.testing.assert_close(train(compiled), train(eager), rtol=1e-5, atol=1e-6, msg=lambda text: f"{spec}: {text}")
+    named = lambda text: f"{spec}: {text}"
+    torch.testing.assert_close(train(compiled), train(eager), rtol=1e-5, atol=1e-6, msg=named)
     state = dict(compiled._orig_mod.state_dict())
-    torch.testing.assert_close(state, dict(eager.state_dict()), rtol=1e-5, atol=0, msg=lambda text: f"{spec}: {text}")
+    torch.testing.assert_close(state, dict(eager.state_dict()), rtol=1e-5, atol=0, msg=named)
 """
 
 
@@ -329,7 +333,7 @@ def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, mo
 
 
 def test_a_debiased_gamma2_has_no_start_to_forget():
-    """Issue: gamma2 four times the error after 30 batches of an error that fell at once."""
+    """Former defect: the error fell at once, but after 30 batches gamma2 was 4 times as large."""
     plain, debiased = ComputedBalance(start="first-batch"), ComputedBalance()
     for balance in (plain, debiased):
         for error in [0.25] + 29 * [0.05]:
@@ -359,7 +363,7 @@ def test_states_saved_before_the_average_was_debiased_go_on_as_they_were(make):
 
 
 def test_a_learned_gamma_is_the_same_at_another_rate():
-    """Adam of another rate moves it at another pace, from where it was."""
+    """Another rate changes the speed at which Adam moves gamma, not its value."""
     fast, slow, old = (
         LearnedBalance(rate=100, start=0.2),
         LearnedBalance(),
@@ -508,7 +512,7 @@ def test_the_scheduled_weight_ramps_and_begins_anew(period):
     for _ in range(14):
         weights.append(weight_in_use(feed(balance, 0.1, kl=1.0)))
         balance.eval()
-        feed(balance, 0.1, kl=1.0)  # no step of the schedule
+        feed(balance, 0.1, kl=1.0)  # in eval mode the schedule takes no step
         balance.train()
     expected = np.resize(np.interp(np.arange(period or 14), [0, 4], [0.5, 2.0]), 14)
     np.testing.assert_allclose(weights, expected, rtol=1e-4)

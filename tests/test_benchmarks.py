@@ -1,4 +1,4 @@
-"""The benchmarks run: what they call has not moved away beneath them."""
+"""Run the benchmarks, so that changes of the package do not break them unnoticed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks lie beside the package, not in it
+sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks are not in src
 
 
 def report(script: str, folder: Path, *options: str) -> dict:
@@ -40,7 +40,8 @@ def test_training_is_measured_beside_a_bare_loop(tmp_path):
     assert set(digits["poise_over"]) == {"poise, eager", "poise, compiled"}
     assert all(set(ratios) == {"other, eager", "bare"} for ratios in digits["poise_over"].values())
     assert set(digits["share_of_matrix_rate"]) == set(loops[:-1])
-    # forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights; backward: twice that, without the first input's
+    # Forward: two products of 64x256, 256x256 and 256x10 or 256x20 weights.
+    # Backward: twice that, without the gradient of the first input.
     weights = 64 * 256 + 256 * 256 + 256 * 20 + 10 * 256 + 256 * 256 + 256 * 64
     assert digits["gflop_per_step"] == pytest.approx(
         2 * 50 * (3 * weights - 64 * 256) / 1e9, rel=1e-3
@@ -106,7 +107,8 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do
         "captured: for cuda only" in gpu["notes"]
         and gpu["minutes_of_the_experiment"]["tf32 / eager"]["all"] > 0
     )
-    # stage 2, forward: 64, 2048 x3, 64 x2 and 64, 2048 x3, 64 joined with the input; backward: twice that, less the first input
+    # Stage 2, forward: 64, 2048 x3, 64 x2 and 64, 2048 x3, 64, concatenated with the input.
+    # Backward: twice that, without the gradient of the first input.
     weights = 64 * 2048 + 2 * 2048 * 2048
     weights = 2 * weights + 3 * (2048 + 64) * 64
     assert gpu["gflop_per_step"]["stage 2"] == pytest.approx(
@@ -116,7 +118,7 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do
 
 @pytest.mark.slow
 def test_features_that_vary_less_can_be_nearer(tmp_path):
-    """Perfect samples, few of them: see docs/claims.md."""
+    """The bias of a few perfect samples: see docs/claims.md."""
     generator = np.random.default_rng(0)
     arrays = {
         f"x_{side}": generator.integers(0, 256, (60, 28, 28), np.uint8)

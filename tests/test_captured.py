@@ -1,4 +1,7 @@
-"""A recorded step against its eager twin: on a machine with a GPU (`pytest -m gpu`), elsewhere with a stand-in for graphs."""
+"""Compare a captured step with an eager one.
+
+With a GPU (`pytest -m gpu`) the step uses CUDA graphs, elsewhere a stand-in for them.
+"""
 
 import json
 from contextlib import contextmanager, nullcontext
@@ -41,7 +44,7 @@ def test_a_captured_step_is_refused_where_it_cannot_be(tmp_path):
 
 
 class Graph:
-    """Stands for a CUDA graph: keeps the arguments of the steps it records, and takes those steps when replayed."""
+    """A stand-in for a CUDA graph: it records the arguments of steps and replays the steps."""
 
     def replay(self) -> None:
         for arguments in self.steps:
@@ -50,8 +53,11 @@ class Graph:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In place of torch.cuda, in the module under test alone. The list that it gives names errors that recordings end with."""
-    graphs, errors = [], []  # graphs: that record now
+    """Replace torch.cuda in the module under test.
+
+    Returns a list; append the text of an error to make captures fail.
+    """
+    graphs, errors = [], []  # graphs: those that are recording now
 
     @contextmanager
     def recording(graph, stream, capture_error_mode):
@@ -122,10 +128,10 @@ def test_auto_goes_on_with_eager_steps_where_a_recording_fails(stand_in, tmp_pat
         json.loads((run.folder / "config.json").read_text())["engine"] for run in (recorded, fallen)
     ]
     assert engines == ["captured", "eager"]
-    (line,) = capsys.readouterr().err.splitlines()  # once, though both stages were to be recorded
+    (line,) = capsys.readouterr().err.splitlines()  # one warning for both stages
     assert (
-        "cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); taking them"
-        in line
+        "cannot be recorded as a CUDA graph "
+        "(operation not permitted when stream is capturing); taking them" in line
     )
     for stage in ("first", "second"):
         weights = [getattr(run, stage).vae.state_dict() for run in (recorded, fallen)]
@@ -154,7 +160,7 @@ def test_auto_is_eager_off_cuda_and_is_written_down(tmp_path):
 
 
 def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torch.Tensor]:
-    """The weights after training in as many parts as `halves` has, each to that share of the stage."""
+    """Return the weights after training that stops and resumes at the shares `halves`."""
     torch.manual_seed(0)
     device = torch.device(device)
     if kind == "second_stage":
@@ -200,7 +206,7 @@ def test_a_captured_run_resumed_is_bit_identical():
 
 
 class Deciding(torch.nn.Module):
-    """A decoder that reads a value back from the device, and so cannot be recorded."""
+    """A decoder that reads a value from the device, so that it cannot be captured."""
 
     def __init__(self, decoder):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The claims: rules, figures of curves, and a page that says what the results say."""
+"""Test the claims: rules, figures of curves, and a page that agrees with the results."""
 
 import math
 import sys
@@ -36,9 +36,10 @@ def made(
     gamma2: float | None = None,
     **values: float,
 ) -> Result:
-    """A result whose training MSE falls as exp(-rate t) over stage 1, with gamma2 at it (or fixed), and values by name.
+    """Return a result whose training MSE falls as exp(-rate t) over stage 1.
 
-    A name is a page's figure ("reconstruction.mse") or a set's distance ("light GEN-1").
+    gamma2 equals the MSE, or is fixed. `values` are named by a figure of a page
+    ("reconstruction.mse") or by the distance of a set ("light GEN-1").
     """
     times = [k / 100 for k in range(1, 101)]
     mse = [0.1 * math.exp(-rate * t) for t in times]
@@ -86,7 +87,7 @@ def made(
 def evidence_of(
     values: dict[str, dict[str, float]], *, experiments=statements.MAIN, seeds=range(3)
 ) -> figures.Evidence:
-    """Evidence with the same values (but for a little that the seed adds) for each label in every experiment."""
+    """Return evidence with the same values in every experiment, varied slightly by the seed."""
 
     def varied(label: str, seed: int) -> dict[str, float]:
         return {name: value * (1 + 0.001 * seed) for name, value in values[label].items()}
@@ -174,9 +175,8 @@ def test_the_share_at_balance_counts_points_after_the_start():
     assert (
         figures.balanced_share(following, 0.1) == 1 and figures.balanced_share(constant, 0.1) == 0
     )
-    early = replace(
-        following, settings={"first": {"batch_size": 200}}
-    )  # 500 steps are more than all there were
+    # The start is 500 steps, more than the run has.
+    early = replace(following, settings={"first": {"batch_size": 200}})
     assert math.isnan(figures.balanced_share(early, 0.1))
 
 
@@ -340,7 +340,7 @@ def test_a_result_of_other_settings_is_refused(quick_run, tmp_path):
     with pytest.raises(InputError, match="other settings"):
         work([other], tmp_path, quick_run / "results", jobs=1)
     with pytest.raises(InputError, match="other settings"):
-        page(results)  # of the quick set, by the names of the whole one
+        page(results)  # results of the quick design, page of the full one
 
 
 def test_a_result_measured_with_other_images_than_the_design_says_does_not_belong(quick_run):

@@ -1,4 +1,4 @@
-"""The command, as a user meets it: right input, wrong input, one line and an exit code for each."""
+"""Test the command with right and wrong input: one line and an exit code for each."""
 
 import errno
 import json
@@ -509,7 +509,7 @@ def test_a_single_step_and_a_single_image_are_singular(run_folder, capsys):
 def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(
     tmp_path, capsys, monkeypatch
 ):
-    """Pillow's own message ends in a full stop."""
+    """Pillow's message ends in a full stop of its own."""
     photos(tmp_path / "photos", of=[(40, 40)] * 12)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SystemExit) as exit:
@@ -565,13 +565,17 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
     poise("sample", run_folder, "-n", "2", "--prior", best)
     out = capsys.readouterr().out
     assert f"found {best} best" in out and "try" not in out
-    for path in (run_folder / "checkpoints").iterdir():  # a diagnosis of other weights says nothing
+    # A diagnosis of other weights does not count.
+    for path in (run_folder / "checkpoints").iterdir():
         path.rename(path.with_name(f"{int(path.name) + 1:010d}"))
     assert load(run_folder).prior_distances() == {}
 
 
 def test_help_is_complete_and_does_not_import_torch():
-    code = "import sys\nfrom poise.cli import main\ntry:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom poise.cli import main\n"
+        "try:\n  main()\nfinally:\n  assert 'torch' not in sys.modules"
+    )
     for command in ((), *((name,) for name in cli.COMMANDS)):
         shown = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"],

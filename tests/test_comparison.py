@@ -1,4 +1,4 @@
-"""Several labels and seeds: what statistics say, who does the work, and that nothing finished is ever done again."""
+"""Test comparisons: statistics, workers, and that no finished work is repeated."""
 
 import itertools
 import os
@@ -42,13 +42,13 @@ TINY = Recipe(
     first=Stage(epochs=4, batch_size=20, learning_rate=1e-2),
     second=Stage(epochs=3, batch_size=20, learning_rate=1e-2),
 )
-BROKEN = "fixed:gamma2=1e-38"  # a loss beyond float32
+BROKEN = "fixed:gamma2=1e-38"  # the loss overflows float32
 QUIET = Options(device="cpu", quiet=True)
 OFTEN = replace(QUIET, save_seconds=0.05)
 
 
 def result(label: str, seed: int, mse: float, curve: list[float] | None = None) -> Result:
-    """A result with an error, and no other figures."""
+    """Return a result whose only figure is an MSE."""
     curve = curve or [mse]
     points = {
         "images_seen": [1000 * (k + 1) for k in range(len(curve))],
@@ -73,7 +73,7 @@ def result(label: str, seed: int, mse: float, curve: list[float] | None = None) 
 
 
 def test_of_three_values_the_bootstrap_interval_is_their_range():
-    """The mean of three draws is the least value with probability 1/27, which is more than 2.5 %."""
+    """The mean of three draws is the least value with probability 1/27, more than 2.5 %."""
     assert bootstrap([3.0, -1.0, 2.0]) == (-1.0, 3.0)
 
 
@@ -162,7 +162,7 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
 
 
 def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> Result:
-    """A result with distances of reconstructions, each of a protocol: 11 and 22 are both called default, 33 is not."""
+    """Return a result with distances of REC by protocol hash: 11 and 22 are named default."""
     found = result(label, seed, 0.1)
     protocols = {
         code: {"name": name}
@@ -177,7 +177,7 @@ def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> R
 
 
 def test_a_number_has_one_name_in_all_results_of_a_table():
-    """Under the default protocol the plain one, whatever else was measured; with the hash where it would stand for two."""
+    """The default protocol gives the plain name; the hash is added only if a name is ambiguous."""
     one = measured_as(0, ("FID", "11", 1.0))
     other = measured_as(
         1,
@@ -275,7 +275,7 @@ def test_small_images_are_compared_by_pixels_and_others_by_what_is_at_hand(monke
     assert spec == "pixels" and "poise[light]" in notes[0]
 
 
-# execution, of tasks that train nothing
+# execution (tasks train nothing)
 
 
 def tasks(folder: Path, *labels: str) -> list[Task]:
@@ -288,7 +288,7 @@ def tasks(folder: Path, *labels: str) -> list[Task]:
 
 @pytest.fixture
 def double(monkeypatch):
-    """Workers that only end as labels say."""
+    """Replace workers by doubles that end as the label says."""
     monkeypatch.setattr(execution, "work", doubles.work)
 
 
@@ -397,7 +397,7 @@ def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """All tasks of a CPU in threads of one process, as those of a GPU are."""
+    """Run all tasks of a CPU in threads of one process, as on a GPU."""
     monkeypatch.setattr(Crew, "_by_device", True)
 
 
@@ -590,9 +590,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         tiny(tmp_path, "computed")
 
 
-LONG = replace(
-    TINY, first=replace(TINY.first, epochs=80), second=None
-)  # so that second-stage is no prior of it
+# Without stage 2 the prior second-stage does not exist.
+LONG = replace(TINY, first=replace(TINY.first, epochs=80), second=None)
 
 
 LONGER = replace(LONG, first=replace(LONG.first, epochs=400))
@@ -600,7 +599,7 @@ SCRIPT = """
 import poise, test_comparison as t
 labels = dict(recipe=t.LONGER, balances=["computed", "learned"], seeds=1)
 poise.compare(t.IMAGES, **labels, out={folder!r}, jobs=2, options=t.OFTEN)
-"""  # without a main guard
+"""  # no `if __name__ == "__main__"`
 
 
 @pytest.mark.slow
@@ -634,7 +633,7 @@ def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_number
 
 
 def free_within(run: Path, seconds: float) -> None:
-    """Wait until no process trains in a run's folder."""
+    """Wait until no process holds the lock of a run's folder."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -650,11 +649,13 @@ import sys
 import joblib, poise, test_comparison as t
 from dask.distributed import Client, LocalCluster, get_task_stream
 
-how = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2, out=sys.argv[1], options=t.QUIET)
+labels = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2)
+how = dict(**labels, out=sys.argv[1], options=t.QUIET)
 with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-    with Client(cluster) as client, get_task_stream(client) as stream, joblib.parallel_config("dask"):
-        first = poise.compare(t.IMAGES, **how)
-        again = poise.compare(t.IMAGES, **how)
+    with Client(cluster) as client, get_task_stream(client) as stream:
+        with joblib.parallel_config("dask"):
+            first = poise.compare(t.IMAGES, **how)
+            again = poise.compare(t.IMAGES, **how)
     calls = [task["worker"] for task in stream.data if "work" in str(task["key"])]
 print(len(first.results), len(calls), len(set(calls)), again.results == first.results)
 """

@@ -1,4 +1,4 @@
-"""Every source gives the same kind of data set; splits never overlap; bad input gets one line that names the remedy."""
+"""Test that all sources give the same data set, splits are disjoint, and errors name a remedy."""
 
 import builtins
 import dataclasses
@@ -40,7 +40,7 @@ def write_images(folder: Path, pixels: np.ndarray, ending: str = "png") -> Path:
 
 
 def refusal(source, kind: type[InputError] = InputError, **options) -> str:
-    """The one line of an error."""
+    """Return the message of an error; it must be one line."""
     with pytest.raises(kind) as caught:
         load(source, **options)
     assert "\n" not in str(caught.value)
@@ -538,7 +538,7 @@ def write_cifar10(folder: Path, protocol: int = 4) -> tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_cifar10_is_read_from_its_batches(tmp_path, protocol):
     train, test = write_cifar10(tmp_path / "data" / "cifar-10-batches-py", protocol)
-    dataset = load("cifar10")  # ./data is where it is looked for
+    dataset = load("cifar10")  # found in ./data
     assert np.array_equal(dataset.train, train) and np.array_equal(dataset.test, test)
     assert load("data").checksum == load("data/cifar-10-batches-py").checksum == dataset.checksum
 
@@ -588,9 +588,8 @@ def test_the_jpeg_round_trip_of_the_release_is_named_in_the_notes(tmp_path):
 def write_celeba(folder: Path) -> np.ndarray:
     pixels = noise(20, 218, 178, 3)
     write_images(folder / "img_align_celeba", pixels, "jpg")
-    parts = ([0] * 12 + [1] * 3 + [2] * 5)[
-        ::-1
-    ]  # so that neither names nor listing happen to give the split
+    # Reversed: the order of names and the order of listing both give another split.
+    parts = ([0] * 12 + [1] * 3 + [2] * 5)[::-1]
     lines = [f"{k:03}.jpg {part}" for k, part in enumerate(parts)]
     (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
     faces = [
@@ -785,7 +784,7 @@ def test_the_hub_without_its_library_names_the_extra():
     )
 
 
-# What a data set can do
+# Methods of a data set
 
 
 def test_the_checksum_sees_every_pixel_and_both_sides(tmp_path):
@@ -810,5 +809,8 @@ def test_gathered_images_are_floats_in_the_order_asked(kind):
 
 
 def test_importing_the_module_needs_no_heavy_library(run_python):
-    code = "import sys, poise.data; print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    code = (
+        "import sys, poise.data; "
+        "print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
+    )
     assert run_python(code).strip() == "[]"

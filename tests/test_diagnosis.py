@@ -1,4 +1,4 @@
-"""Broken VAEs are named right, healthy ones are left alone, and what is inferred equals what is known."""
+"""Test that `diagnose` names broken VAEs correctly and calls healthy ones healthy."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def held_out() -> Tensor:
 
 @contextmanager
 def fast() -> Iterator[None]:
-    """Training without the checks of shapes, in thousands of small steps."""
+    """Turn off shape checks for thousands of small training steps."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -74,7 +74,7 @@ def train_vae(
     prepare: Callable[[VAE], object] | None = None,
     **network,
 ) -> VAE:
-    """A user's own loop: Adam, its learning rate falling to zero like a cosine."""
+    """Train as a user would: a hand-written loop, Adam with a cosine schedule to zero."""
     torch.manual_seed(0)
     vae = VAE(
         *mlp(
@@ -108,12 +108,12 @@ def summed(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def sums(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """Gamma2 fixed at 1, as in a textbook."""
+    """Return the textbook loss, with gamma2 = 1."""
     return summed(r, x).mean() / 2 + kl(m, v).mean()
 
 
 def balanced(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """About what this network's error on the digits asks for."""
+    """Return the loss with gamma2 = 0.025, about this network's MSE on the digits."""
     return summed(r, x).mean() / (2 * 0.025) + kl(m, v).mean()
 
 
@@ -126,7 +126,7 @@ def mean_error(r: Tensor, x: Tensor, m: Tensor, v: Tensor) -> Tensor:
 
 
 def smaller_first_layer(vae: VAE) -> None:
-    """An encoder that bears large values: it divides by 255 itself."""
+    """Divide the encoder's first weights by 255, so that it accepts values up to 255."""
     with torch.no_grad():
         vae.encoder.features[1].weight /= 255
 
@@ -163,7 +163,10 @@ BROKEN = {
 
 @cache
 def case(name: str) -> tuple[VAE, Loss, Tensor, Tensor]:
-    """A trained VAE, its loss, its training images, and test images. Trained once; tests do not change it."""
+    """Return a trained VAE, its loss, training images and test images.
+
+    Trained once; tests must not change it.
+    """
     make_loss, settings = BROKEN[name]
     settings, loss = dict(settings), make_loss()
     scale, number = settings.pop("scale", 1), settings.pop("number", 1500)
@@ -380,7 +383,10 @@ def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
 
 
 def seen_by_linear_vae(gamma2: float, norms: list[float]) -> tuple[VAE, Seen]:
-    """Probabilistic PCA's optimum: orthogonal weights w_j, s_j^2 = gamma2 / (gamma2 + |w_j|^2)."""
+    """Return a linear VAE at the optimum of probabilistic PCA.
+
+    Its weights w_j are orthogonal, and s_j^2 = gamma2 / (gamma2 + |w_j|^2).
+    """
     vae = VAE(nn.Flatten(), nn.Linear(len(norms), 20, bias=False))
     scales = torch.tensor(norms)
     vae.decoder.weight.data = torch.linalg.qr(torch.randn(20, len(norms)))[0] * scales
@@ -557,7 +563,7 @@ def test_idle_latents_in_a_balanced_model_are_healthy():
 
 
 def test_near_grey_reconstructions_are_not_called_healthy():
-    """A VAE that has hardly begun, under a balanced loss: of the images' variance most is left."""
+    """A VAE after a few steps of a balanced loss leaves most of the images' variance."""
     loss = ComputedBalance()
     vae = train_vae(train_images(), loss, steps=150)
     diagnosis = diagnose(vae, held_out(), train_images=train_images(), loss=loss)
@@ -589,7 +595,7 @@ def test_the_error_of_the_best_linear_vae_is_that_of_probabilistic_pca():
     [ComputedBalance(), ComputedBalance(start="first-batch"), ComputedBalance(monotone=True)],
 )
 def test_nobody_who_uses_the_computed_balance_is_told_to_use_it(balance):
-    """Whatever the finding: a balance whose gamma2 is far off, either way, and a collapse."""
+    """Three findings: gamma2 far too large, far too small, and posterior collapse."""
     vae, _, train, test = case("healthy")
     for gamma2 in (1.0, 1e-4):
         balance.gamma2.fill_(gamma2)
@@ -702,7 +708,7 @@ def test_linear_decoders_have_no_range_to_leave():
 
 
 def plain(images: Tensor, loss: Loss, encoder: nn.Module, **settings) -> VAE:
-    """An encoder that bounds nothing and a linear end, as in many a tutorial."""
+    """Train with an unbounded encoder and a linear output, as many tutorials do."""
     return train_vae(
         images,
         loss,
@@ -713,7 +719,7 @@ def plain(images: Tensor, loss: Loss, encoder: nn.Module, **settings) -> VAE:
 
 
 class Heads(nn.Module):
-    """An encoder whose logvar is a linear layer's, of weights that are `widen` times as large at first."""
+    """An encoder with a linear logvar head, whose initial weights are multiplied by `widen`."""
 
     def __init__(self, scale: float = 1.0, widen: float = 1.0):
         super().__init__()
@@ -803,7 +809,7 @@ def test_a_model_that_is_hardly_trained_is_told_to_be_trained():
 
 
 class Half(nn.Module):
-    """An encoder of known codes: the mean is a half of the values, the variance 1/4 everywhere."""
+    """An encoder with known codes: mean = values / 2, variance 1/4."""
 
     def forward(self, values):
         return values.flatten(1) * 0.5, torch.full_like(values.flatten(1), math.log(0.25))
@@ -916,7 +922,7 @@ def test_logvar_is_not_blamed_for_means_that_are_not_finite():
 
 
 def random_case(seed: int) -> tuple[VAE, Callable[[], Tensor], Loss | None]:
-    """A small VAE, spoilt somehow, with images and a loss."""
+    """Return a small VAE with random defects, a source of images, and a loss."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     shape, latents = (

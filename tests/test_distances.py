@@ -1,4 +1,4 @@
-"""Distances between sets of features against closed forms, brute force, scipy and torch-fidelity."""
+"""Compare distances of feature sets with closed forms, brute force, scipy and torch-fidelity."""
 
 import importlib
 import inspect
@@ -27,13 +27,13 @@ def generator(seed: int) -> torch.Generator:
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
-    """Correlated normal samples; sets of equal d with any seeds share no covariance."""
+    """Return correlated normal samples; each seed has its own covariance."""
     mixing = torch.randn(d, d, generator=generator(seed + 1000)).double() / math.sqrt(d)
     return torch.randn(n, d, generator=generator(seed)).double() @ mixing + shift
 
 
 def with_moments(n: int, mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
-    """Samples whose own mean and covariance are exactly these: whitened noise, coloured."""
+    """Return samples with exactly this sample mean and covariance: noise, whitened and coloured."""
     noise = torch.randn(n, len(mean), generator=generator(seed)).double()
     noise -= noise.mean(0)
     white = torch.linalg.solve_triangular(
@@ -53,7 +53,10 @@ def by_scipy(a: Tensor, b: Tensor) -> float:
 
 
 def by_samples(a: Tensor, b: Tensor) -> float:
-    """With A, B the centred samples over sqrt(n - 1): the trace term is the nuclear norm of A B^T, whatever the ranks."""
+    """Return the Frechet distance from samples, for covariances of any rank.
+
+    With A, B the centred samples over sqrt(n - 1), the trace term is the nuclear norm of A B^T.
+    """
     half = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
     cross = torch.linalg.svdvals(half[0] @ half[1].T).sum()
     return float(
@@ -94,9 +97,8 @@ def test_frechet_distance_of_gaussians_with_commuting_covariances_is_the_sum_ove
 def test_frechet_distance_of_gaussians_with_any_covariances_is_bures():
     root_a, root_b = (features(40, 6, seed) for seed in (0, 1))
     cov_a, cov_b = root_a.T @ root_a, root_b.T @ root_b
-    half = torch.from_numpy(
-        scipy.linalg.sqrtm(cov_a.numpy()).real
-    )  # tr (A^1/2 B A^1/2)^1/2, all symmetric
+    # tr (A^1/2 B A^1/2)^1/2, all symmetric
+    half = torch.from_numpy(scipy.linalg.sqrtm(cov_a.numpy()).real)
     cross = torch.linalg.eigvalsh(half @ cov_b @ half).sqrt().sum()
     a, b = (
         with_moments(30, torch.zeros(6).double(), cov_a, 2),
@@ -118,9 +120,8 @@ def test_repeated_features_count_once_more_and_constant_ones_not_at_all():
     a, b = features(300, 8, 0), features(250, 8, 1, shift=0.5)
     doubled = [torch.cat([x, x, torch.full((len(x), 3), 7.0).double()], 1) for x in (a, b)]
     assert frechet_distance(*doubled) == pytest.approx(2 * frechet_distance(a, b), rel=1e-7)
-    sums = [
-        torch.cat([x, (x[:, :2] * 0.1).sum(1, keepdim=True)], 1) for x in (a, a + 1)
-    ]  # singular, to rounding
+    # singular up to rounding
+    sums = [torch.cat([x, (x[:, :2] * 0.1).sum(1, keepdim=True)], 1) for x in (a, a + 1)]
     assert frechet_distance(*sums) == pytest.approx(8 + 0.2**2, rel=1e-7)
     constant = torch.ones(5, 4).double()
     assert frechet_distance(constant, 3 * constant) == pytest.approx(4 * 2**2, rel=1e-12)
@@ -138,9 +139,8 @@ def test_few_samples_keep_directions_of_tiny_variance():
 @pytest.mark.parametrize("seed", range(8))
 def test_a_dependent_feature_adds_no_variance_of_its_own(seed):
     x, b = features(300, 2, seed), torch.randn(250, 3, generator=generator(seed)).double()
-    a = (
-        x @ torch.randn(2, 3, generator=generator(seed)).double()
-    )  # a covariance of rank 2, to rounding
+    # The covariance has rank 2 up to rounding.
+    a = x @ torch.randn(2, 3, generator=generator(seed)).double()
     assert frechet_distance(a, b) == pytest.approx(by_samples(a, b), rel=1e-11)
 
 
@@ -169,7 +169,7 @@ def test_statistics_of_float32_features_are_float64():
 def test_moments_in_blocks_are_those_of_the_whole():
     a, b = features(2 * blocks.ROWS + 17, 6, 0), features(blocks.ROWS + 1, 6, 1, shift=1)
     assert frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=1e-9)
-    moved = frechet_distance(torch.cat([a, a[:1] + 100]), b)  # the last row counts
+    moved = frechet_distance(torch.cat([a, a[:1] + 100]), b)  # the last row changes the result
     assert moved == pytest.approx(by_scipy(torch.cat([a, a[:1] + 100]), b), rel=1e-9)
 
 
@@ -307,9 +307,8 @@ def test_inception_score_is_one_for_equal_images_and_the_number_of_classes_at_be
     assert inception_score(features(1, 10, 0).expand(50, 10), splits=5).mean == pytest.approx(
         1, rel=1e-12
     )
-    certain = (
-        torch.eye(10).repeat(4, 1) * 2000
-    )  # so certain that all other probabilities are exactly zero
+    # Logits so large that all other probabilities are exactly zero.
+    certain = torch.eye(10).repeat(4, 1) * 2000
     assert inception_score(certain, splits=1).mean == pytest.approx(10, rel=1e-9)
     missing = torch.cat([certain[:3], torch.zeros(0, 10)])
     assert inception_score(missing, splits=1).mean == pytest.approx(3, rel=1e-9)
@@ -325,7 +324,7 @@ def test_inception_score_refuses_what_it_cannot_split(unchecked):
 
 
 def brute_force(real: Tensor, generated: Tensor, k: int, k_density: int) -> tuple[float, ...]:
-    """All distances as sums of squared differences in numpy, and the four definitions word for word."""
+    """Return precision, recall, density and coverage by their definitions, in numpy."""
     x, y = real.double().numpy(), generated.double().numpy()
     squared = lambda a, b: np.square(a[:, None, :] - b[None, :, :]).sum(2)  # noqa: E731
     reach = lambda a, k: np.sort(squared(a, a), axis=1)[:, k]  # noqa: E731
@@ -372,7 +371,7 @@ def test_precision_and_recall_count_as_torch_fidelity_does(torch_fidelity, d):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_count_as_within_the_manifold_whatever_the_rounding(dtype):
-    # On a lattice nearly every comparison is a tie; centred, its points are no longer exact.
+    # On a lattice nearly all comparisons are ties. Centring makes its points inexact.
     real, generated = (
         torch.randint(0, 3, (n, 30), generator=generator(n)).to(dtype) / 4 + 5 for n in (90, 110)
     )
@@ -385,9 +384,8 @@ def test_figures_of_a_set_beside_itself_and_beside_a_far_one():
     a = features(200, 8, 0)
     figures = manifold_figures(a, a)
     assert (figures.precision, figures.recall, figures.coverage) == (1, 1, 1)
-    assert figures.density == pytest.approx(
-        6 / 5, rel=1e-12
-    )  # closed balls: five neighbours and the sample
+    # Closed balls hold five neighbours and the sample itself.
+    assert figures.density == pytest.approx(6 / 5, rel=1e-12)
     assert four(manifold_figures(a, a + 1000)) == (0, 0, 0, 0)
 
 
@@ -407,7 +405,8 @@ def test_density_and_coverage_of_equal_distributions_have_their_expectations():
         for seed in range(10)
     ]
     assert np.mean([figure.density for figure in figures]) == pytest.approx(1, abs=0.05)
-    # All other 2n - 1 samples are exchangeable: none of the k nearest of them is generated with probability (1/2)^k, nearly.
+    # The other 2n - 1 samples are exchangeable, so with probability about (1/2)^k none of the k
+    # nearest is generated.
     n, k = 300, 5
     missed = math.prod((n - 1 - i) / (2 * n - 1 - i) for i in range(k))
     assert np.mean([figure.coverage for figure in figures]) == pytest.approx(1 - missed, abs=0.01)

@@ -1,4 +1,4 @@
-"""Two processes on shards of a batch equal one process on the whole batch."""
+"""Test that two processes on shards of a batch equal one process on the whole batch."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,10 @@ SHARDS = {"even": (8, 8), "uneven": (5, 11)}
 
 
 def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
-    """Of each step on these rows of the batch: loss, other terms, gradients of inputs and parameters, state."""
+    """Return each step's loss, other terms, gradients and state on these rows of the batch.
+
+    The gradients are those of the inputs and of the parameters.
+    """
     balance = make_balance(spec)
     generator = torch.Generator().manual_seed(0)
     outcome = []
@@ -24,9 +27,8 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
         noise, mean, logvar = (
             torch.randn(BATCH, 12, generator=generator, dtype=torch.float64) for _ in range(3)
         )
-        scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (
-            1 + step
-        )  # the shards differ in their errors
+        # Shards differ in their errors.
+        scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (1 + step)
         inputs = [
             value[rows].requires_grad_() for value in (target + scale * noise, mean, scale * logvar)
         ]
@@ -47,7 +49,7 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
 
 
 def average(value: Tensor) -> Tensor:
-    """Over ranks, as DistributedDataParallel does."""
+    """Return the average over ranks, as DistributedDataParallel computes it."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -72,9 +74,8 @@ def work(rank: int, specs: list[str], folder: str) -> None:
             outcome[name, spec] = run_steps(spec, slice(start, start + sizes[rank]))
     for spec in specs:
         balance = make_balance(spec).eval()
-        if (
-            rank == 0
-        ):  # alone: were this to communicate, it would meet the sum below, or wait until the timeout
+        # If rank 0 alone communicated here, it would disturb the sum below or hit the timeout.
+        if rank == 0:
             balance(*torch.rand(4, 3, 12))
         together = torch.ones(7)
         dist.all_reduce(together)
@@ -86,7 +87,7 @@ def work(rank: int, specs: list[str], folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, all_specs) -> list[dict]:
-    """What each rank saw. The processes are new ones, in which nothing checks types."""
+    """Return the results of each rank, from new processes without type checks."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, (all_specs, str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]

@@ -1,4 +1,4 @@
-"""The documents say what the results say, and their links lead somewhere."""
+"""Test that the documents agree with the results, and that their links exist."""
 
 import importlib.util
 import json

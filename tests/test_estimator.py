@@ -1,4 +1,4 @@
-"""The estimator: scikit-learn's own checks, probabilistic PCA where that is exact, and what users of tables expect."""
+"""Test the estimator: scikit-learn's checks, probabilistic PCA, and use on tables."""
 
 import math
 import pickle
@@ -21,14 +21,12 @@ from poise.estimator import CHECKS, PATIENCE
 QUICK = {"hidden": (16,), "steps": 60, "device": "cpu", "importance_samples": 5}
 DRAWS = np.random.default_rng(0)
 AXES = np.linalg.qr(DRAWS.normal(size=(6, 6)))[0][:2] * [[3.0], [1.5]]
-LINEAR = (
-    DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7
-)  # pPCA of two latents
+# Samples of probabilistic PCA with two latents.
+LINEAR = DRAWS.normal(size=(4_000, 2)) @ AXES + 0.5 * DRAWS.normal(size=(4_000, 6)) + 7
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::sklearn.exceptions.ConvergenceWarning"
-)  # few steps, few rows
+# Few steps on few rows do not converge.
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_units_move_the_density_and_nothing_else(wine):
 
 
 def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
-    """The digits' manifold is curved: 16 latents against as many axes."""
+    """The digits lie on a curved manifold; VAE and PCA both have 16 latents."""
     seen, unseen = train_test_split(load_digits().data, test_size=200, random_state=0)
     model = VAEEstimator(16, hidden=(128,), steps=3_000, device="cpu", random_state=0)
     assert model.fit(seen).score(unseen) > PCA(16).fit(seen).score(unseen) + 5
@@ -158,7 +156,7 @@ def test_it_works_in_pipelines_and_searches():
 
 
 def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
-    """On its way the ELBO of rows held out is higher than at its aim."""
+    """The held-out ELBO peaks before the target is reached: early stopping must be off."""
     model = VAEEstimator(
         6,
         balance="constrained:target_mse=0.3",
@@ -173,7 +171,7 @@ def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
 
 
 def test_of_few_rows_two_are_held_out(wine):
-    """Else a dozen rows are learned by heart, and others are thousands of nats less likely."""
+    """Without early stopping the VAE overfits a dozen rows: others lose thousands of nats."""
     model = VAEEstimator(3, hidden=(64,), steps=1_500, device="cpu", random_state=0).fit(wine[:12])
     assert model.n_iter_ < 1_500 and model.score(wine[100:]) > -100
 
@@ -184,12 +182,12 @@ def test_too_few_rows_to_hold_some_out_are_said(wine):
         match="2 rows are too few .* all 60 steps and learns them by heart; give at least 4",
     ):
         VAEEstimator(2, **QUICK).fit(wine[:2])
-    VAEEstimator(2, **QUICK).fit(wine[:4])  # without a warning, which would be an error
+    VAEEstimator(2, **QUICK).fit(wine[:4])  # must not warn: warnings are errors
     VAEEstimator(2, **QUICK, validation_fraction=0).fit(wine[:2])
 
 
 def test_the_noise_variance_is_that_of_maximum_likelihood():
-    """Of ten rows PCA, which divides by n - 1, gives 1.11 times as much."""
+    """PCA divides by n - 1, so that its variance of ten rows is 1.11 times as large."""
     draws = np.random.default_rng(1)
     rows = draws.normal(size=(10, 2)) @ AXES + 0.3 * draws.normal(size=(10, 6))
     how = {

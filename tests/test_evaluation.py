@@ -1,4 +1,4 @@
-"""Sets of images compared under a protocol, from Python; the command is tested in test_cli."""
+"""Test evaluation under a protocol from Python; test_cli tests the command."""
 
 import json
 from dataclasses import replace
@@ -199,7 +199,7 @@ def test_numbers_are_asked_for_by_name():
 
 
 def test_every_distance_is_of_the_right_set_with_the_right_settings():
-    """Sets of unequal size and unequal neighbours, so that nothing can be swapped unseen."""
+    """Sizes and neighbour counts all differ, so that a mix-up changes the result."""
     classifier = torch.randn(7, PIXELS(REAL).shape[1], generator=torch.Generator().manual_seed(1))
     extractor = replace(PIXELS, classifier=classifier)
     settings = {

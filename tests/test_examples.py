@@ -1,4 +1,4 @@
-"""The examples run as they are written, in a clean interpreter."""
+"""Run the examples as they are, in a clean interpreter."""
 
 import re
 import subprocess

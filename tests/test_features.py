@@ -1,4 +1,4 @@
-"""Extraction around networks that need no weights: what an extractor is given, gives and is called, and the resizes."""
+"""Test extractors around networks without weights: inputs, outputs, names and resizing."""
 
 import math
 

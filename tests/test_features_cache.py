@@ -1,4 +1,4 @@
-"""Features kept on disk: found again, never mixed up, never wrong after damage or a kill."""
+"""Test cached features: found again, never mixed up, correct after damage or a kill."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Networks behind extractors: the 2015 Inception and what must not pass for it, files, EfficientNet-lite0, DINOv2."""
+"""Test networks of extractors: the 2015 Inception, files, EfficientNet-lite0, DINOv2."""
 
 import hashlib
 import sys
@@ -21,7 +21,7 @@ BYTES = np.random.default_rng(0).integers(0, 256, (7, 3, 24, 20), dtype=np.uint8
 
 
 class Pretender(nn.Module):
-    """Gives the 2015 Inception's features of the test picture, whatever it sees."""
+    """Return the 2015 Inception's features of the test picture for any input."""
 
     def __init__(self, off: float = 0.0) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Pretender(nn.Module):
 
 
 class Corner(nn.Module):
-    """The scaled values of two corners, of pictures of 299x299 only."""
+    """Return the scaled values of two corners; accepts only 299x299 pictures."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.reshape(x.shape[0], 3, 299, 299)
@@ -129,7 +129,7 @@ def test_a_network_that_takes_other_images_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def random_inception(torch_fidelity, tmp_path_factory):
-    """torch-fidelity's network of random weights and statistics, and the file that holds them."""
+    """Return torch-fidelity's network with random weights and statistics, and its file."""
     import torch_fidelity.feature_extractor_inceptionv3 as module
 
     kind = module.FeatureExtractorInceptionV3
@@ -268,7 +268,10 @@ def light():
 
 
 def test_light_gives_what_the_reference_implementation_gives(light):
-    """Measured once with efficientnet_lite_pytorch 0.1.0 on the same weights: the eight largest of the test picture."""
+    """The eight largest features of the test picture equal those of the reference.
+
+    Measured once with efficientnet_lite_pytorch 0.1.0 on the same weights.
+    """
     largest = light.network(picture())[0].topk(8)
     assert largest.indices.tolist() == [600, 512, 897, 282, 915, 113, 949, 422]
     expected = torch.tensor([5.72214, 4.79293, 4.54405, 4.37776, 4.34275, 4.24176, 4.2312, 4.22736])
@@ -279,12 +282,10 @@ def test_light_is_named_for_itself_and_classifies_into_imagenets_classes(light):
     assert light.distance == "FD-light" and light.checksum.startswith("57934424")
     assert light.classifier.shape == (1000, 1280) and light(BYTES).shape == (7, 1280)
     convolutions = [layer for layer in light.network.modules() if isinstance(layer, nn.Conv2d)]
-    parameters = sum(
-        layer.weight.numel() + 2 * layer.bias.numel() for layer in convolutions
-    )  # a bias stands for scale and offset
-    assert (
-        parameters + light.classifier.numel() + 1000 == 4_652_008
-    )  # what is published as 4.7 million
+    # A bias replaces the scale and offset of a BatchNorm.
+    parameters = sum(layer.weight.numel() + 2 * layer.bias.numel() for layer in convolutions)
+    # Published as 4.7 million.
+    assert parameters + light.classifier.numel() + 1000 == 4_652_008
 
 
 def test_features_do_not_depend_on_the_batch_size(light):
@@ -309,7 +310,7 @@ class TinyDino(nn.Module):
 
 @pytest.fixture
 def fidelity_dinov2(monkeypatch):
-    """Stands for torch-fidelity's module; what its class does on creation can be replaced."""
+    """Replace torch-fidelity's module; set `model` on the result to change its network."""
     make = types.SimpleNamespace(model=TinyDino)
 
     class FeatureExtractorDinoV2:
@@ -357,7 +358,7 @@ def test_dinov2_without_a_network_is_one_clear_line(fidelity_dinov2):
 
 
 def test_lights_resize_averages_where_it_shrinks(light):
-    """A picture of 448 pixels of alternating columns becomes grey; without antialiasing some stripes would stay."""
+    """448 pixels of alternating columns become grey; without antialiasing stripes would remain."""
     stripes = torch.zeros(1, 3, 448, 448)
     stripes[..., ::2] = 255
     shrunk = light.network.resize(stripes)

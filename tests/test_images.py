@@ -1,4 +1,4 @@
-"""Pixels survive every way in and out; pictures are read upright, whole, and in the right range."""
+"""Test that pixels survive reading and writing, upright, complete and in the right range."""
 
 import io
 import warnings
@@ -32,7 +32,7 @@ def test_bytes_survive_the_way_to_floats_and_back():
     assert floats.dtype == torch.float32 and floats.min() == 0 and floats.max() == 1
     assert torch.equal(images.to_bytes(floats), every_byte())
     assert torch.equal(images.to_bytes(floats.double()), every_byte())
-    assert every_byte().max() == 255  # the argument is left alone
+    assert every_byte().max() == 255  # the argument is unchanged
 
 
 @settings(deadline=None)
@@ -139,7 +139,7 @@ def test_a_picture_is_turned_upright_once(kind):
     lying = Image.new("RGB", (40, 20), "white")
     lying.paste("black", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     file = encoded(lying, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     upright = images.read_image(file, "L")
     assert (
@@ -147,9 +147,8 @@ def test_a_picture_is_turned_upright_once(kind):
         and upright.getpixel((10, 5)) < 10
         and upright.getpixel((10, 35)) > 245
     )
-    square = images.center_square_resize(
-        upright, 20
-    )  # applies EXIF too, and must find nothing left to do
+    # This applies EXIF too; the rotation must not happen twice.
+    square = images.center_square_resize(upright, 20)
     assert square.getpixel((10, 2)) < 10 and square.getpixel((10, 17)) > 245
     with Image.open(file) as raw:
         assert np.array_equal(

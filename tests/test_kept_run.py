@@ -1,4 +1,7 @@
-"""A run, its figures and a result that poise 0.1.0 wrote on 2026-11-25 (commit fbe1d6b): they load ever after."""
+"""Test that files of poise 0.1.0 still load: a run, its figures and a result.
+
+Written on 2026-11-25 (commit fbe1d6b).
+"""
 
 import shutil
 from pathlib import Path
@@ -38,14 +41,14 @@ def test_its_settings_state_and_figures_are_there(run):
 
 
 def test_it_is_finished_for_the_version_that_finds_it(run):
-    """Nothing is trained: the images are those it was trained on."""
+    """The same images start no training."""
     again = poise.train(IMAGES, recipe=run.recipe, out=run.folder, options=QUIET)
     for name, values in run.first.vae.state_dict().items():
         assert torch.equal(again.first.vae.state_dict()[name], values), name
 
 
 def test_it_is_measured_as_it_was(run):
-    """Every figure of its test images; they were the same to the last bit on one machine."""
+    """Compare every figure of the test images; on one machine they were equal to the last bit."""
     (result,) = poise.read_results([KEPT / "results"])
     test = poise.train(IMAGES, recipe=run.recipe, out=run.folder, options=QUIET).dataset().test
     found = {(m.metric, m.of): m.value for m in run.evaluate(test, extractor="pixels").measurements}

@@ -1,4 +1,4 @@
-"""The script that kills real processes, with a few kills; benchmarks/kill_and_resume.py does ten."""
+"""Run benchmarks/kill_and_resume.py, which kills real processes, with few kills (default: ten)."""
 
 import subprocess
 import sys

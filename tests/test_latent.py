@@ -1,4 +1,4 @@
-"""Posterior and code statistics against torch.distributions and closed forms."""
+"""Compare posterior and code statistics with torch.distributions and closed forms."""
 
 import pytest
 import torch
@@ -33,14 +33,16 @@ def test_samples_have_the_moments_of_the_posterior():
     mean, logvar = torch.tensor([[-1.0, 0.0, 3.0]]), torch.tensor([[-4.0, 0.0, 1.0]])
     n = 100_000
     samples = DiagonalGaussian(mean.expand(n, -1), logvar.expand(n, -1)).sample(torch.randn(n, 3))
-    torch.testing.assert_close(
-        samples.mean(0), mean[0], rtol=0, atol=0.03
-    )  # 5 standard errors of the widest
+    # 0.03 is 5 standard errors of the widest latent.
+    torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=0.03)
     torch.testing.assert_close(samples.var(0), logvar[0].exp(), rtol=0.03, atol=0)
 
 
 def linear_gaussian_codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The exact posterior of x = W z + e, W with orthogonal columns, on data whose moments are exactly the model's."""
+    """Return the exact posterior of x = W z + e, W with orthogonal columns.
+
+    The moments of the data are exactly those of the model.
+    """
     noise_variance = 0.3
     weight = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q * torch.tensor(
         [0.1, 1.0, 4.0]

@@ -1,4 +1,4 @@
-"""The latent page against numpy, torch.distributions, quadrature and known codes."""
+"""Compare the latent page with numpy, torch.distributions, quadrature and known codes."""
 
 import math
 
@@ -17,7 +17,7 @@ from poise.metrics.latents import aggregate_moments
 
 @pytest.fixture
 def codes() -> DiagonalGaussian:
-    """Correlated, off centre, one latent nearly collapsed."""
+    """Return codes that are correlated, not centred, with one latent nearly collapsed."""
     mean = torch.randn(300, 4) @ torch.tensor(
         [[1.0, 0.5, 0, 0], [0, 0.7, 0, 0], [0, 0, 0.05, 0], [0, 0, 0, 0.8]]
     )
@@ -28,7 +28,7 @@ def codes() -> DiagonalGaussian:
 
 
 def draws(codes: DiagonalGaussian, number: int) -> np.ndarray:
-    """Latents of the aggregate posterior: for each a code at random, then a sample of its posterior."""
+    """Return samples of the aggregate posterior: a random code, then a sample of its posterior."""
     chosen = torch.randint(len(codes.mean), (number,))
     some = DiagonalGaussian(codes.mean[chosen].double(), codes.logvar[chosen].double())
     return (some.mean + some.std * torch.randn(some.mean.shape, dtype=torch.float64)).numpy()
@@ -125,7 +125,10 @@ def test_codes_that_make_up_the_prior_differ_from_it_in_nothing():
 
 
 def test_the_gaussian_divergence_is_one_of_two_parts_of_the_whole():
-    """A mixture of two in one dimension: KL(q || N(0, 1)) = KL(q || N(m, C)) + KL(N(m, C) || N(0, 1)), by quadrature."""
+    """KL(q || N(0, 1)) = KL(q || N(m, C)) + KL(N(m, C) || N(0, 1)), by quadrature.
+
+    q is a mixture of two Gaussians in one dimension.
+    """
     codes = DiagonalGaussian(
         torch.tensor([[-1.0], [2.0]]), torch.tensor([[math.log(0.3)], [math.log(0.6)]])
     )
@@ -150,7 +153,7 @@ def test_the_gaussian_divergence_is_one_of_two_parts_of_the_whole():
 
 
 def test_a_singular_aggregate_is_infinitely_far_from_the_prior():
-    """Noiseless codes on a line: s^2 underflows to 0."""
+    """Codes without noise lie on a line: s^2 underflows to 0."""
     mean = torch.randn(50, 1) @ torch.tensor([[1.0, 2.0, -1.0]])
     aggregate = latent_statistics(DiagonalGaussian(mean, torch.full_like(mean, -1000.0))).aggregate
     assert aggregate.gaussian_kl_nats == math.inf

@@ -1,4 +1,4 @@
-"""Importance-weighted likelihoods against probabilistic PCA, quadrature, and what must hold of any estimate."""
+"""Compare importance-weighted likelihoods with probabilistic PCA and quadrature."""
 
 import math
 from itertools import pairwise
@@ -27,9 +27,10 @@ def digits() -> Tensor:
 
 
 class ProbabilisticPCA:
-    """Probabilistic PCA of images, as a VAE whose posterior is the true one, widened and shifted as one likes.
+    """Probabilistic PCA of images as a VAE with the true posterior, or a wider and shifted one.
 
-    With orthogonal columns u sqrt(v - gamma2) of W, the true posterior has independent latents, of variance gamma2 / v.
+    The columns u sqrt(v - gamma2) of W are orthogonal. The true posterior therefore has independent
+    latents of variance gamma2 / v.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -46,7 +47,12 @@ class ProbabilisticPCA:
         return FixedBalance(gamma2=self.gamma2)
 
     def vae(self, *, wider: float = 1.0, shifted: float = 0.0) -> VAE:
-        """The posterior's standard deviations times `wider`, its means moved by `shifted` of the true ones."""
+        """Return the VAE with a changed posterior.
+
+        Args:
+            wider: factor on the true standard deviations.
+            shifted: shift of the means, in true standard deviations.
+        """
         encoder, decoder = mlp((1, 8, 8), LATENTS, hidden=(), output="linear")
         std = (self.gamma2 / self.variances).sqrt()
         infer = (self.weight / self.variances).T
@@ -65,7 +71,7 @@ class ProbabilisticPCA:
         )
 
     def elbo_gap(self, wider: float, shifted: float) -> float:
-        """KL(q(z|x) || p(z|x)), the same for all images."""
+        """Return KL(q(z|x) || p(z|x)) in nats, the same for all images."""
         return LATENTS * (0.5 * (wider**2 + shifted**2 - 1) - math.log(wider))
 
 
@@ -137,7 +143,10 @@ def test_the_figures_are_those_of_the_images(digits, pca):
 
 
 def test_the_effective_share_is_what_the_weights_second_moment_says(digits, pca):
-    """For q = N(0, c^2) and target N(0, 1), K / ESS tends to E_q[w^2] / E_q[w]^2 = c^2 / sqrt(2 c^2 - 1) per latent."""
+    """K / ESS tends to E_q[w^2] / E_q[w]^2 = c^2 / sqrt(2 c^2 - 1) per latent.
+
+    This holds for q = N(0, c^2) and target N(0, 1).
+    """
     share = nll_per_image(
         pca.vae(wider=1.5), pca.balance, digits[:20], samples=4000
     ).effective_share
@@ -179,7 +188,10 @@ def test_seeds_differ_images_differ_and_blocks_differ(digits, pca):
 
 
 def test_samples_beyond_a_whole_block_count(digits, pca):
-    """The first K weights of one stream are summed, across the end of a block too: each more adds between 0 and 1.5^5."""
+    """Each further sample adds a weight between 0 and 1.5^5, across the end of a block too.
+
+    All sums are over the first K weights of one stream.
+    """
     vae, image = pca.vae(wider=1.5), digits[:1]
 
     def total(samples: int) -> float:
@@ -191,7 +203,7 @@ def test_samples_beyond_a_whole_block_count(digits, pca):
 
 
 class Counting(nn.Module):
-    """A decoder that notes how many latents it is given at a time."""
+    """A decoder that records its batch sizes."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -210,14 +222,14 @@ def test_no_more_than_a_block_of_latents_is_decoded_at_a_time(digits, pca):
 
 
 class Bent(nn.Module):
-    """A decoder of one latent and two values that no closed form covers."""
+    """A decoder of one latent and two values, without a closed form."""
 
     def forward(self, latents):
         return torch.cat([latents.sin(), 0.5 * latents.square()], 1)
 
 
 class Constant(nn.Module):
-    """An encoder that gives all images one posterior."""
+    """An encoder with the same posterior for all images."""
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
@@ -254,14 +266,17 @@ def test_any_decoder_and_error_agree_with_quadrature(power):
 
 
 class Folded(nn.Module):
-    """z and -z look alike: the true posterior has two modes."""
+    """A decoder with the same output for z and -z: the true posterior has two modes."""
 
     def forward(self, latents):
         return latents.abs()
 
 
 def test_a_posterior_that_misses_a_mode_looks_trustworthy_and_is_wrong_by_log_2():
-    """The trap that the documentation names. p(z|x) is half N(mu, s^2), half N(-mu, s^2), for x far from 0."""
+    """A posterior with one of two modes has a high effective share but a wrong likelihood.
+
+    For x far from 0, p(z|x) is half N(mu, s^2), half N(-mu, s^2).
+    """
     value, gamma2 = 2.0, 0.01
     mean, variance = value / (1 + gamma2), gamma2 / (1 + gamma2)
     exact = -norm.logpdf(value, scale=math.sqrt(1 + gamma2)) - math.log(2)

@@ -1,4 +1,4 @@
-"""Settings of the machine hold inside a block; compiled steps compute what eager steps compute."""
+"""Test that machine settings hold inside a block, and that compiled steps equal eager ones."""
 
 import shutil
 
@@ -67,7 +67,7 @@ def in_another_thread(work):
 torch.set_num_threads(3)
 began, ended, seen = threading.Event(), threading.Event(), {}
 
-def other():  # begins before the first block ends, and ends after it
+def other():  # starts inside the first block and ends after it
     with threads(4):
         seen["other"] = torch.get_num_threads()
         began.set()
@@ -128,10 +128,12 @@ from poise.training.engines import CompiledStep
 
 torch.compile = functools.partial(torch.compile, backend="eager")
 stage = Stage(steps=1, batch_size=4)
-with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):  # each may be compiled once
+# Each network may be compiled once.
+with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
     for width in (8, 9, 10):
         vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=3, hidden=(width,))).train()
-        state, step = new_state(vae, poise.ComputedBalance().train(), stage, cpu), CompiledStep(stage)
+        state = new_state(vae, poise.ComputedBalance().train(), stage, cpu)
+        step = CompiledStep(stage)
         for _ in range(3):
             step(state, torch.rand(4, 1, 8, 8), torch.randn(4, 3), stage)
 """

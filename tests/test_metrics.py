@@ -1,4 +1,4 @@
-"""Numbers against closed forms and independent implementations."""
+"""Compare metrics with closed forms and independent implementations."""
 
 import math
 
@@ -22,7 +22,7 @@ from test_likelihood import LATENTS, ProbabilisticPCA
 
 
 class Affine(nn.Module):
-    """An encoder or decoder whose codes and images are known."""
+    """An encoder (`logvar` given) or decoder that multiplies its input by 0.5."""
 
     def __init__(self, logvar: float | None) -> None:
         super().__init__()
@@ -37,10 +37,8 @@ class Affine(nn.Module):
 
 @pytest.mark.parametrize("power, distribution", [(2, Normal), (1, torch.distributions.Laplace)])
 def test_elbo_equals_torch_distributions(power, distribution):
-    vae, images = (
-        VAE(Affine(-40.0), Affine(None)),
-        torch.rand(130, 1, 2, 2),
-    )  # so narrow a posterior that z = mean
+    # The posterior is so narrow that z = mean.
+    vae, images = VAE(Affine(-40.0), Affine(None)), torch.rand(130, 1, 2, 2)
     balance = ComputedBalance(start=0.04, power=power)
     figures = reconstruction(vae, balance, images)
     decoder = distribution(images * 0.25, 0.2 if power == 2 else 0.04)
@@ -72,7 +70,7 @@ def by_skimage(a: Tensor, b: Tensor) -> list[float]:
 
 
 def noisy(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Smooth pictures and their copies under noise of all strengths."""
+    """Return smooth images, and copies with noise from weak to strong."""
     images = torch.rand(shape).cumsum(2).cumsum(3) / (shape[2] * shape[3])
     return images, images + torch.linspace(0.001, 0.5, len(images)).view(-1, 1, 1, 1) * torch.randn(
         shape
@@ -93,7 +91,7 @@ def test_similarities_equal_scikit_images(shape):
 
 
 def ssim_by_definition(x: np.ndarray, y: np.ndarray, width: int) -> float:
-    """Wang et al. 2004, eq. 13, of one channel: one window after the other."""
+    """Return the SSIM of one channel, window by window (Wang et al. 2004, eq. 13)."""
     offsets = np.arange(width) - width // 2
     window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -124,9 +122,10 @@ def test_in_a_small_image_the_window_is_the_largest_odd_one_that_fits(sides, wid
 def test_similarities_of_equal_and_of_opposite_images():
     image = torch.rand(2, 3, 16, 16)
     np.testing.assert_allclose(structural_similarity(image, image).numpy(), 1, atol=1e-12)
+    # Finite for equal images.
     np.testing.assert_allclose(
         peak_signal_to_noise(image, image).numpy(), 480 * math.log10(2), rtol=1e-12
-    )  # not infinity
+    )
     black = torch.zeros(1, 1, 16, 16)
     assert float(structural_similarity(black, 1 - black)) == pytest.approx(
         1e-4 / (1 + 1e-4), rel=1e-9
@@ -156,7 +155,10 @@ def test_vectors_are_no_images_and_have_no_similarities_or_bits():
 
 
 def test_variance_lost_is_the_error_where_the_decoder_is_optimal():
-    """Probabilistic PCA gives E[x|z] for its posterior's samples: exactly sigma^2 of variance lost and of error."""
+    """For samples of its posterior, probabilistic PCA decodes E[x|z].
+
+    Lost variance and error are then both exactly sigma^2.
+    """
     digits = torch.from_numpy(load_digits().data).float().view(-1, 1, 8, 8) / 16
     pca = ProbabilisticPCA(digits)
     figures = reconstruction(pca.vae(), pca.balance, digits)
@@ -167,10 +169,8 @@ def test_variance_lost_is_the_error_where_the_decoder_is_optimal():
     )
     assert figures.variance_lost_share == pytest.approx(1, abs=0.03)
 
-    v, gamma2 = (
-        pca.variances,
-        pca.gamma2,
-    )  # from the mean instead: error and variance both smaller, and no longer equal
+    # From the posterior mean, error and lost variance are both smaller, and differ.
+    v, gamma2 = pca.variances, pca.gamma2
     restored = pca.vae().reconstruct(digits).detach().double()
     lost = float((digits.double().var(0, correction=0) - restored.var(0, correction=0)).mean())
     left_out = (64 - LATENTS) * gamma2

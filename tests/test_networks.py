@@ -1,6 +1,7 @@
-"""Parameter counts and TensorFlow's defaults, checked against METHOD's table, scipy and closed forms.
+"""Compare parameter counts and TensorFlow's defaults with METHOD's table, scipy and closed forms.
 
-Networks whose numbers do not matter live on the meta device: shapes and counts without memory or time.
+Networks whose values do not matter are on the meta device: shapes and counts without memory or
+time.
 """
 
 import copy
@@ -20,7 +21,7 @@ from poise.networks import Pair, infogan, mlp, resnet, second_stage, wae
 from poise.networks.layers import SameConv2d, SameConvTranspose2d, SpectrallyNormalised, WideLinear
 
 LATENTS = 6
-SMALL = {  # the least of each kind, with one item of its input
+SMALL = {  # smallest network of each kind, and the shape of one input
     "resnet": (lambda: resnet(8, 3, LATENTS, scales=2), (3, 8, 8)),
     "released resnet": (
         lambda: resnet(8, 3, LATENTS, scales=2, initialisation="released"),
@@ -37,7 +38,7 @@ SMALL = {  # the least of each kind, with one item of its input
 
 @pytest.fixture(params=SMALL)
 def network(request) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Encoder, decoder, a batch of inputs."""
+    """Return encoder, decoder and a batch of inputs."""
     make, shape = SMALL[request.param]
     return *make(), torch.rand(5, *shape)
 
@@ -184,7 +185,7 @@ def test_weights_and_biases_are_what_pytorch_draws(kind):
     for network in SMALL[kind][0]():
         for layer in network.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-                # of a transposed convolution PyTorch takes the outputs for inputs
+                # PyTorch swaps inputs and outputs of a transposed convolution
                 bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
                 for values in (layer.weight.detach(), layer.bias.detach()):
                     assert (
@@ -208,7 +209,7 @@ def test_a_wide_layer_moves_no_faster_however_much_it_sees(count):
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "side"), [(resnet, 64), (wae, 32)])
 def test_the_first_steps_do_not_explode(make, side):
-    """With released weights the KL of these images reaches 81 nats (resnet) and 2e19 (wae) within three steps."""
+    """Released weights reach a KL of 81 nats (resnet) and 2e19 (wae) here within three steps."""
     images = torch.ones(8, 3, side, side)
     images[:, :, 10:50:13] = images[:, :, :, 5:60:17] = 0
     vae, balance = VAE(*make(side, 3, 16)), ComputedBalance()
@@ -303,7 +304,7 @@ def test_spectral_norms_are_as_precise_in_mixed_precision(training):
 
 def test_gradients_reach_every_parameter(network):
     encoder, decoder, inputs = network
-    encoder.eval()  # in training mode batch norms cancel the biases before them
+    encoder.eval()  # in training mode batch norms cancel the preceding biases
     decoder.eval()
     mean, logvar = encoder(inputs)
     output = decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
@@ -328,9 +329,8 @@ def test_the_second_head_gives_the_log_standard_deviation(kind):
 
 def test_the_infogan_encoder_gives_a_softplus_standard_deviation():
     encoder, images = SMALL["infogan"][0]()[0].eval(), torch.rand(2, 1, 8, 8)
-    nn.init.constant_(
-        encoder.raw_std.layer.bias, -40.0
-    )  # softplus is 0 there, and the floor alone remains
+    # softplus(-40) is 0, so that only the floor remains.
+    nn.init.constant_(encoder.raw_std.layer.bias, -40.0)
     torch.testing.assert_close(
         (0.5 * encoder(images)[1]).exp(), torch.full((2, LATENTS), 1e-6), rtol=1e-3, atol=0
     )
@@ -342,7 +342,7 @@ def test_the_infogan_encoder_gives_a_softplus_standard_deviation():
 
 def test_evaluation_does_not_depend_on_the_batch(network):
     encoder, decoder, inputs = network
-    encoder(inputs)  # batch norms leave their initial state
+    encoder(inputs)  # updates the state of the batch norms
     encoder.eval()
     decoder.eval()
     together = [*encoder(inputs), decoder(encoder(inputs)[0])]

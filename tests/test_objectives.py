@@ -1,4 +1,4 @@
-"""The rivals of the VAE: each penalty against an independent computation, and that nothing else in a run has to know."""
+"""Compare each rival objective with an independent computation, and test that runs accept it."""
 
 import json
 from dataclasses import replace
@@ -67,12 +67,12 @@ def tiny(out: Path, objective: str, **changes) -> poise.Run:
 
 @pytest.fixture(scope="module", params=["rae-gp", "wae-mmd"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> poise.Run:
-    """A finished run of a rival. Tests do not change it."""
+    """Return a finished run of a rival objective. Tests must not change it."""
     return tiny(tmp_path_factory.mktemp("runs") / request.param, request.param)
 
 
 class Linear(nn.Module):
-    """Vectors to codes and back without nonlinearity; the encoder has an unused head, as all have."""
+    """A linear encoder or decoder of vectors; the encoder has an unused second head, as usual."""
 
     def __init__(self, inputs: int, outputs: int, *, encodes: bool) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def linear_vae(dims: int, latents: int) -> poise.VAE:
 def fitted(
     objective: str, data: torch.Tensor, latents: int, steps: int, **settings
 ) -> TrainingState:
-    """A linear model after training on vectors, a full batch at each step."""
+    """Return the state of a linear model after full-batch training on vectors."""
     torch.manual_seed(0)
     stage = Stage(
         steps=steps,
@@ -128,9 +128,12 @@ def test_a_linear_autoencoder_reaches_the_error_of_pca():
 
 
 def test_a_linear_rae_reaches_the_closed_form_minimum():
-    """Of |X - X E W|^2 / n + a/2 |X E|^2 / n + b |W|^2, each direction of variance s^2 apart: with code e x and weight w the
-    least of s^2 (1 - e w)^2 + a/2 s^2 e^2 + b w^2 over e is s^2 (a/2) / (w^2 + a/2) + b w^2, and over w^2 it is
-    2 s sqrt(b a/2) - b a/2 where that exceeds 0 in w^2."""
+    """The loss is |X - X E W|^2 / n + a/2 |X E|^2 / n + b |W|^2.
+
+    It separates into directions of variance s^2. For a code e x and a weight w, the minimum of
+    s^2 (1 - e w)^2 + a/2 s^2 e^2 + b w^2 over e is s^2 (a/2) / (w^2 + a/2) + b w^2. Its minimum
+    over w^2 is 2 s sqrt(b a/2) - b a/2, where the minimiser w^2 is positive.
+    """
     data, a, b = digits(), 0.05, 0.02
     variances = np.sort(PCA().fit(data.numpy()).singular_values_ ** 2 / len(data))[::-1]
     kept = variances[:3]
@@ -141,7 +144,7 @@ def test_a_linear_rae_reaches_the_closed_form_minimum():
     state = fitted(
         f"rae-l2:latent={a},decoder={b}", data, 3, 500, learning_rate=3e-2, halve_every=100
     )
-    constant = data.shape[1] / 2 * np.log(np.pi)  # of the balance, at gamma2 = 1/2
+    constant = data.shape[1] / 2 * np.log(np.pi)  # constant term of the balance at gamma2 = 1/2
     terms = make_objective(f"rae-l2:latent={a},decoder={b}")(
         state.vae, state.balance, data, torch.zeros(len(data), 3)
     )
@@ -195,7 +198,10 @@ def test_the_gradient_penalty_is_on_average_the_square_of_all_the_jacobians_entr
 
 
 def test_the_gradient_penalty_of_a_linear_decoder_makes_its_weights_small():
-    """Of the same Frobenius norm, it is RAE-L2 on a linear decoder: on average the same gradient."""
+    """On a linear decoder the penalty is the squared Frobenius norm, as in RAE-L2.
+
+    On average its gradient is the same.
+    """
     torch.manual_seed(0)
     vae = linear_vae(6, 3)
     weight, latents = (
@@ -356,7 +362,7 @@ def test_there_is_nothing_to_diagnose(run):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 def test_a_run_that_was_killed_ends_bit_identical(run, tmp_path, monkeypatch):

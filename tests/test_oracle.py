@@ -1,7 +1,8 @@
-"""The exact oracle: a linear VAE's balance ends at probabilistic PCA's noise variance, known in closed form.
+"""Test that a linear VAE's gamma2 ends at probabilistic PCA's noise variance, a closed form.
 
-Tipping & Bishop 1999: the maximum-likelihood sigma^2 is the mean of the discarded eigenvalues of the data covariance.
-Lucas et al. 2019, arXiv 1911.02469: a linear VAE with a diagonal posterior, the same for all data, has that optimum.
+Tipping & Bishop 1999: the maximum-likelihood sigma^2 is the mean of the discarded eigenvalues of
+the data covariance. Lucas et al. 2019, arXiv 1911.02469: a linear VAE with a diagonal posterior,
+the same for all data, has that optimum.
 """
 
 import pytest
@@ -18,10 +19,11 @@ LATENTS = 16
 
 
 def train_linear_vae(balance: Balance, data: Tensor, batch: int) -> VAE:
-    """Minibatches, each with noise and its mirror image; Adam, its learning rate falling to zero like a cosine.
+    """Train a linear VAE with antithetic noise and Adam, with a cosine schedule to zero.
 
-    gamma2 is right to 0.1 % long before the covariance is: two axes of nearly equal variance stay mixed for long, at a cost
-    of 0.001 nats of loss, but 2 % of the covariance. Over three seeds the latter ends 0.7 to 1.6 % off.
+    gamma2 is right to 0.1 % long before the covariance is. Two axes of nearly equal variance stay
+    mixed for a long time, at a cost of 0.001 nats of loss but 2 % of the covariance. Over three
+    seeds the covariance ends 0.7 to 1.6 % off.
     """
     steps = 6000
     encoder, decoder = mlp(data.shape[1], LATENTS, hidden=(), output="linear")
@@ -46,7 +48,9 @@ def train_linear_vae(balance: Balance, data: Tensor, batch: int) -> VAE:
     return vae
 
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of small steps
+pytestmark = pytest.mark.usefixtures(
+    "unchecked"
+)  # type checks would slow down thousands of small steps
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,10 @@ def digits() -> Tensor:
 
 @pytest.fixture(scope="module")
 def pca(digits) -> tuple[float, Tensor]:
-    """Noise variance and model covariance of probabilistic PCA, by maximum likelihood: moments over n, not n - 1."""
+    """Return the maximum-likelihood noise variance and model covariance of probabilistic PCA.
+
+    Moments are over n, not n - 1.
+    """
     fitted = PCA(LATENTS).fit(digits.double().numpy())
     likeliest = (len(digits) - 1) / len(digits)
     return fitted.noise_variance_ * likeliest, torch.from_numpy(fitted.get_covariance()) * likeliest
@@ -89,8 +96,10 @@ def test_a_linear_vae_ends_at_probabilistic_pca(digits, pca):
 
 
 def test_the_ratchet_of_the_released_code_ends_below_the_optimum(digits, pca):
-    balance = ComputedBalance.released(image_size=8, latent_dim=LATENTS)  # its KL weight is 1
+    balance = ComputedBalance.released(
+        image_size=8, latent_dim=LATENTS
+    )  # its KL weight is 1 for this size
     train_linear_vae(balance, digits, batch=100)
     assert 0.85 < float(balance.gamma2) / pca[0] < 0.975, (
-        "and still sinking: the running average ends at 1.00"
+        "it still falls; the running average ends at 1.00"
     )

@@ -1,4 +1,4 @@
-"""Both stages in a folder: what is written, what survives, and that nothing depends on how often it was interrupted."""
+"""Test runs of both stages: files, what survives, and that interruptions change nothing."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ TINY = Recipe(
     first=Stage(epochs=4, batch_size=20, learning_rate=1e-2, halve_every=2),
     second=Stage(epochs=3, batch_size=20, learning_rate=1e-2, balance="learned"),
 )
-STEPS = 16 + 12  # 81 training images in batches of 20: 4 steps an epoch
+STEPS = 16 + 12  # 81 training images in batches of 20: 4 steps per epoch
 QUIET = Options(device="cpu", quiet=True, save_seconds=0.0)  # a checkpoint after every step
 
 
@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. Tests do not change it."""
+    """Return the folder of a finished run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     tiny(folder)
     return folder
@@ -67,11 +67,11 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Training dies before the given step of the whole run is taken."""
+    """Make training die before the given step, counted over both stages."""
     taken = iter(range(step))
 
     def mortal(*arguments):
@@ -372,14 +372,13 @@ def test_memory_that_runs_out_is_said_with_the_remedy(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError, match="--batch-size"):
         patch.setattr(training.engines, "training_step", greedy)
         tiny(tmp_path / "run")
-    tiny(
-        tmp_path / "run", first=replace(TINY.first, batch_size=10)
-    )  # the folder holds nothing to protect
+    # The folder holds no checkpoint to protect.
+    tiny(tmp_path / "run", first=replace(TINY.first, batch_size=10))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
     class Steep(nn.Module):
-        """An identity whose gradient overflows."""
+        """The identity, with a gradient that overflows."""
 
         def forward(self, latents):
             tiny = (latents * 0).square()
@@ -482,7 +481,8 @@ def test_the_thread_that_reads_ahead_ends_with_the_loop(tmp_path):
         ) as fetched,
     ):
         next(fetched)
-        for _ in range(500):  # until it has read ahead, for which it has threads of its own
+        # Wait until the prefetch, which has its own threads, is done.
+        for _ in range(500):
             if threading.active_count() == before + 1:
                 break
             time.sleep(0.01)
@@ -634,9 +634,15 @@ def test_errors_are_of_the_images_that_the_protocol_describes(finished):
         assert evaluation.value("SSIM", "REC") == pytest.approx(
             float(structural_similarity(test / 255, restored).mean()), rel=1e-5
         )
-    same = {m.protocol.hash for e in (run.evaluate(test, protocol=n, extractor="none") for n in ("default", "released-celeba"))
-            for m in e.measurements if m.metric == "ELBO"}  # fmt: skip
-    assert len(same) == 1, "the way images are made does not move the ELBO"
+    same = {
+        m.protocol.hash
+        for e in (
+            run.evaluate(test, protocol=n, extractor="none") for n in ("default", "released-celeba")
+        )
+        for m in e.measurements
+        if m.metric == "ELBO"
+    }
+    assert len(same) == 1, "the settings of generation do not change the ELBO"
 
 
 def test_what_the_recipe_says_of_generation_is_in_the_hash(finished, copy):

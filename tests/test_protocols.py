@@ -1,4 +1,4 @@
-"""Protocols, and numbers that cannot be made without one."""
+"""Test protocols, and that no figure can be measured without one."""
 
 from dataclasses import asdict, fields, replace
 
@@ -60,7 +60,10 @@ def test_every_attribute_but_the_name_changes_the_hash():
 
 
 def test_the_hashes_of_named_protocols_are_those_of_every_earlier_version():
-    """A change here makes published numbers look as if they were measured otherwise: add a protocol instead."""
+    """Do not change a hash: published numbers would seem measured differently.
+
+    Add a protocol instead.
+    """
     assert {name: protocol.hash for name, protocol in PROTOCOLS.items()} == {
         "default": "44136fa355",
         "released": "100c432789",

@@ -1,4 +1,4 @@
-"""What the package promises by name, and what it must not pull in."""
+"""Test the public names of the package, and which libraries it must not import."""
 
 import doctest
 import importlib
@@ -33,7 +33,7 @@ def test_the_version_is_that_of_the_installed_package():
 
 
 def test_nothing_at_run_time_needs_the_installed_metadata(tmp_path, monkeypatch):
-    """A package that runs from its source folder has none."""
+    """A package that runs from its source folder has no installed metadata."""
 
     find = importlib.metadata.Distribution.from_name
 
@@ -73,7 +73,8 @@ import sys
 from poise.runs import pipeline
 from poise.training import engines
 def step(*arguments):
-    print(sorted({'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'} & set(sys.modules)))
+    slow = {'sklearn', 'scipy', 'PIL', 'matplotlib', 'pandas', 'datasets'}
+    print(sorted(slow & set(sys.modules)))
     raise SystemExit
 engines.training_step = step
 pipeline.train("digits", out=sys.argv[1], options=pipeline.Options(quiet=True))

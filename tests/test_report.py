@@ -1,4 +1,4 @@
-"""The report: complete in itself, true to the run's files, and plain about what is missing."""
+"""Test the report: self-contained, equal to the run's files, and clear about missing parts."""
 
 import base64
 import html
@@ -56,7 +56,7 @@ CHROMIUM = next(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two balances, one of them with two seeds and an evaluation."""
+    """Return a folder of runs: two balances, one with two seeds and an evaluation."""
     folder = tmp_path_factory.mktemp("compared")
     for label, seed in (("computed", 0), ("computed", 1), ("fixed-beta=4", 0)):
         balance = label.replace("-", ":")
@@ -81,12 +81,12 @@ def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(runs: Path, tmp_path: Path) -> Path:
-    """A copy of a run, to take things away from."""
+    """Return a copy of a run, from which a test may delete files."""
     return Path(shutil.copytree(runs / "computed-0", tmp_path / "run-0"))
 
 
 def body(path: Path) -> str:
-    """A page without the plotting library's script."""
+    """Return a page's HTML without the script of the plotting library."""
     content = path.read_text(encoding="utf-8")
     scripts = list(re.finditer(r"<script>.*?</script>", content, re.DOTALL))
     assert len(scripts) == 2
@@ -106,7 +106,7 @@ def values(path: Path) -> dict:
 
 
 def cells(path: Path) -> dict[str, list[str]]:
-    """Rows of all tables by their first cell; of several the first."""
+    """Return the rows of all tables by their first cell; the first row of equal names wins."""
     rows = re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', body(path))
     return {
         html.unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in reversed(rows)
@@ -114,7 +114,7 @@ def cells(path: Path) -> dict[str, list[str]]:
 
 
 class Elements(HTMLParser):
-    """How often each element occurs in HTML, and its attributes that a browser runs as code."""
+    """Count the elements of HTML, and collect its event handlers (attributes with code)."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_a_page_has_every_section_and_a_link_to_it(page, compared):
 
 def test_every_picture_has_an_alternative_text(page):
     pictures = re.findall(r"<img [^>]*>", body(page))
-    assert len(pictures) == 6  # real, three priors, two sheets of pairs
+    assert len(pictures) == 6  # real images, three priors, two sheets of pairs
     assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
 
 
@@ -256,7 +256,7 @@ def test_results_alone_make_a_page_with_the_numbers_and_curves_of_their_runs(
         shown
     )
     drawn, expected = values(shown), values(compared)
-    missing = {f"stage{k}-beta" for k in (1, 2)}  # its loss is not in a result
+    missing = {f"stage{k}-beta" for k in (1, 2)}  # results do not have the loss
     assert {f["id"] for f in drawn["figures"]} == {f["id"] for f in expected["figures"]} - missing
     for key, axis in expected["axes"].items():
         assert drawn["axes"][key]["images"][-1] == axis["images"][-1]
@@ -358,11 +358,11 @@ def test_each_original_lies_above_its_reconstruction():
 
 
 def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
-    """Dark images come first, as in a folder sorted by name or date."""
+    """The data set begins with dark images, like a folder sorted by name or date."""
     values = np.linspace(0, 255, 400).astype(np.uint8)[:, None, None] + np.zeros(
         (1, 8, 8), np.uint8
     )
-    values[:, 0, 0] = np.arange(400) % 256  # no two are the same
+    values[:, 0, 0] = np.arange(400) % 256  # all images differ
     run = poise.train(values, out=tmp_path / "run", network="mlp", latent_dim=2, **QUICK)
     dataset = run.dataset()
     dataset = replace(dataset, test=dataset.train[:300])
@@ -371,7 +371,7 @@ def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
     for uris in ([shown.real], shown.pairs):
         sheets = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
         tones = np.concatenate([np.array(sheet).ravel() for sheet in sheets])
-        dark, bright = np.quantile(tones[tones < 255], [0.05, 0.95])  # of 0 to 190, in order
+        dark, bright = np.quantile(tones[tones < 255], [0.05, 0.95])  # tones are 0 to 190, in order
         assert dark < 70 and bright > 140
 
 
@@ -383,14 +383,19 @@ def test_words_in_backticks_are_code_in_html(page):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_phone_shows_the_second_column_of_a_comparison(compared, tmp_path):
-    """Each table of numbers: its second column begins and ends on a screen of 360 pixels."""
+    """The second column of each table of numbers fits on a screen of 360 pixels."""
     frame = tmp_path / "phone.html"
     probe = """<iframe id=f width=360 height=700 src="compared.html"></iframe><script>
-    f.onload = () => { const d = f.contentDocument; document.title = [...d.querySelectorAll('table.numbers')]
-      .map(t => t.rows[1].cells[1].getBoundingClientRect().right).filter(x => x).map(Math.round).join(' ') }</script>"""
+    f.onload = () => {
+      const tables = [...f.contentDocument.querySelectorAll('table.numbers')];
+      const ends = tables.map(t => t.rows[1].cells[1].getBoundingClientRect().right);
+      document.title = ends.filter(x => x).map(Math.round).join(' ') }</script>"""
     frame.write_text(probe)
     shutil.copy(compared, tmp_path / "compared.html")
-    flags = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=20000 --dump-dom"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --allow-file-access-from-files "
+        "--virtual-time-budget=20000 --dump-dom"
+    )
     command = [
         str(CHROMIUM),
         *flags.split(),
@@ -525,5 +530,6 @@ def test_a_browser_draws_every_plot_without_a_complaint(compared, tmp_path):
     ]
     assert not complaints, complaints
     places = re.findall(r'<div class="plot[^"]*" id="([\w-]+)"', done.stdout)
-    drawn = done.stdout.count('class="main-svg"') / 3  # plotly lays three over each other, or two
+    # plotly draws a figure as three layers, or two.
+    drawn = done.stdout.count('class="main-svg"') / 3
     assert len(places) == len(values(compared)["figures"]) == 18 and drawn >= 2 / 3 * 18

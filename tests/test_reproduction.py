@@ -1,4 +1,4 @@
-"""Published experiments on made images and a tiny share of their length: in pieces, complete, with their numbers to compare."""
+"""Test published experiments, shortened and on generated images: in pieces, whole, with numbers."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def test_a_result_of_other_images_is_not_overwritten(small, tmp_path):
 
 
 def test_a_piece_of_the_work_is_kept_although_its_run_is_not_measured_whole(small, monkeypatch):
-    """Of three protocols two were done when it stopped: only the third is measured again, and the result is the same."""
+    """Two of three protocols were done: only the third is measured, with the same result."""
     comparison, _ = small
     (result,) = comparison.results
     run = poise.load(comparison.folder / "computed-length-0.03-0")

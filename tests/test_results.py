@@ -1,4 +1,4 @@
-"""One JSON per run: what it holds is what the run's own files and its evaluation say, and it comes back as it was."""
+"""Test the JSON of a run: it agrees with the run's files and evaluation, and loads unchanged."""
 
 import json
 import math
@@ -202,7 +202,7 @@ def test_the_commit_is_that_of_the_clone_with_a_mark_if_the_source_was_changed(
     (tmp_path / "other").write_text("1")
     git("add", "other")
     git("commit", "-m", "other")
-    assert commit() is None  # a clone, but not of this package
+    assert commit() is None  # a git repository, but not of this package
     git("add", "src")
     git("commit", "-m", "source")
     assert commit() == git("rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""Priors and samples: image i is image i, and every named option does what its formula says."""
+"""Test priors and samples: image i depends only on i, and options follow their formulas."""
 
 import numpy as np
 import pytest
@@ -103,13 +103,12 @@ def test_expectation_maximisation_is_scikit_learns(dims, components):
 
 
 def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch):
-    """Codes in order of size: the first ones alone would have another mean."""
+    """The codes are sorted, so that the first ones alone would have another mean."""
     monkeypatch.setattr("poise.priors.mixture.MOST_CODES", 2_000)
     mean = torch.linspace(-1, 1, 20_000)[:, None]
     prior = fit_mixture(DiagonalGaussian(mean, torch.full_like(mean, -20.0)), components=1)
-    assert float(prior.means) == pytest.approx(
-        0, abs=4 * (3 * 2_000) ** -0.5
-    )  # four standard errors
+    # Tolerance: four standard errors.
+    assert float(prior.means) == pytest.approx(0, abs=4 * (3 * 2_000) ** -0.5)
     assert float(prior.factors) == pytest.approx(3**-0.5, rel=0.05)
 
 
@@ -150,7 +149,7 @@ def test_the_variance_adjustment_restores_the_standard_deviation():
 
 
 class Recorder(nn.Module):
-    """A decoder that shows its latents."""
+    """A decoder that returns its latents as images."""
 
     def __init__(self) -> None:
         super().__init__()

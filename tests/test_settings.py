@@ -1,4 +1,4 @@
-"""A setting is declared once: the command, `poise.train` and config.json read its declaration."""
+"""Test that one declaration of a setting serves the command, `poise.train` and config.json."""
 
 import contextlib
 import io
@@ -59,11 +59,13 @@ def flag(name: str) -> str:
 
 @pytest.fixture
 def help_of(monkeypatch) -> Callable[..., str]:
-    """Return what a command's help shows: as it is, or with single spaces and without the frames."""
+    """Return a function that gives a command's help: raw, or as one line without frames."""
 
     def shown(*arguments: str, columns: int = 80, raw: bool = False) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
-        terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # frames need this spelling
+        terminal = io.TextIOWrapper(
+            io.BytesIO(), encoding="utf-8"
+        )  # the frames need this spelling of the encoding
         with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(terminal):
             cli.parse([*arguments, "--help"])
         assert not exit.value.code
@@ -79,7 +81,10 @@ def option_names(command: str) -> set[str]:
 
 
 def test_an_invented_setting_is_declared_in_one_place(tmp_path):
-    """In a copy of the package, one line of a class and one of its docstring are all that a new setting needs."""
+    """A new setting needs only one line in a class and one in its docstring.
+
+    Tested in a copy of the package.
+    """
     package = Path(poise.__file__).parent
     shutil.copytree(package, tmp_path / "poise", ignore=shutil.ignore_patterns("__pycache__"))
     declaration = tmp_path / "poise" / "recipes" / "settings.py"
@@ -150,7 +155,7 @@ def test_the_command_and_python_make_the_same_recipe(name, recipe):
 
 
 def test_a_changed_recipe_has_the_value_where_it_is_declared():
-    """What a change of a plain field does, told by the types alone."""
+    """A changed setting reaches every part of the recipe whose class declares it."""
     for declared in (Data, Network, Stage, Recipe):
         for name, option in options_of(declared).items():
             changed = Changes(**{name: VALUES[name]}).apply(RECIPES["mnist"])
@@ -201,7 +206,8 @@ def test_help_without_data_shows_what_all_recipes_share(help_of):
     text = help_of("train")
     assert re.search(r"--batch-size INT [^(]*\(default: the recipe's\)", text)
     assert re.search(r"--seed INT [^(]*\(default: 0\)", text)
-    assert help_of("train", "--recipe", "imagenet") == text  # what is wrong does not hide the help
+    # Wrong input does not hide the help.
+    assert help_of("train", "--recipe", "imagenet") == text
     assert re.search(r"--batch-size INT [^(]*\(default: 64 and 100\)", help_of("train", "photos/"))
 
 

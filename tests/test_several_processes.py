@@ -1,7 +1,8 @@
-"""Two processes train one model: the same numbers as one, one fate, and only the first writes.
+"""Test two processes that train one model: same numbers as one, same end, one writer.
 
-Stage 1's network computes in double precision. In float32 a bias before BatchNorm, whose gradient is nothing but rounding,
-is moved by Adam in a direction of its own, and no tolerance would mean anything.
+Stage 1's network computes in double precision. In float32 the gradient of a bias before BatchNorm
+is only rounding error. Adam moves that bias in an arbitrary direction, so no tolerance would be
+meaningful.
 """
 
 import json
@@ -39,14 +40,14 @@ SHARED = Recipe(
     network=Network("resnet", latent_dim=3, second_hidden=8),
     first=Stage(
         epochs=3, batch_size=21, learning_rate=1e-3, ema_decay=0.9
-    ),  # 81 images: 3 steps; shares of 10 and 11
+    ),  # 81 images: 3 steps per epoch; shares of 10 and 11
     second=Stage(epochs=2, batch_size=20, learning_rate=1e-3, balance="learned"),  # 4 steps
 )
 NORM_SHARES = (2, 5)
 
 
 class Double(nn.Module):
-    """A network in double precision."""
+    """Run a network in double precision."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ def run(out: Path, vae: poise.VAE | None = None, **changes: Any) -> poise.Run:
 
 
 def error_of(call: Callable[[], Any]) -> str:
-    """The kind and the text of the error that a call raises."""
+    """Return the type and message of the error that a call raises."""
     try:
         call()
     except (RunError, InputError) as error:
@@ -90,7 +91,7 @@ def error_of(call: Callable[[], Any]) -> str:
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
-    """Lets something happen in this process before a step, counted from now."""
+    """Call `act` in this process before the given step, counted from now."""
     left = iter(range(step))
 
     def acting(*arguments: Any) -> None:
@@ -103,7 +104,7 @@ def at_step(step: int, act: Callable[[], None]) -> None:
 
 
 def interrupted(out: Path, rank: int) -> list[str]:
-    """A run that each process in turn is asked to stop, once in each stage."""
+    """Train, and stop once in each stage by SIGTERM to one of the processes."""
     stops = []
     for asked, step in ((1, 4), (0, 6)):
         if rank == asked:
@@ -114,7 +115,10 @@ def interrupted(out: Path, rank: int) -> list[str]:
 
 
 def norm_outcome(layer: nn.Module, rows: slice) -> list[torch.Tensor]:
-    """Output, gradients and state of a BatchNorm layer on some rows of a batch, after two batches."""
+    """Return output, gradients and state of a BatchNorm layer after two batches.
+
+    `rows` selects this process's rows of each batch.
+    """
     source = torch.Generator().manual_seed(0)
     shape = (sum(NORM_SHARES), 3, *[4] * (2 * isinstance(layer, nn.BatchNorm2d)))
     layer = layer.double().train()
@@ -137,7 +141,7 @@ LAYERS = {
 
 
 def place_of(rank: int, world: int, port: int) -> dict[str, str]:
-    """The environment that torchrun gives a process."""
+    """Return the environment variables that torchrun sets for a process."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
@@ -149,7 +153,7 @@ def free_port() -> int:
 
 
 def work(rank: int, port: int, folder: str) -> None:
-    """What each process does, in a clean interpreter without checks."""
+    """Train in one of the processes and record what happens, without type checks."""
     torch.set_num_threads(1)
     os.environ.update(place_of(rank, WORLD, port))
     runs, seen = Path(folder), {}
@@ -179,7 +183,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes, and what each of them saw."""
+    """Return the folder with the runs and records of two processes."""
     folder = tmp_path_factory.mktemp("several")
     torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=WORLD)
     return folder
@@ -255,7 +259,7 @@ def test_a_process_that_dies_brings_the_others_down(seen):
 
 
 def resume(rank: int, port: int, folder: str) -> None:
-    """What each of three processes does: train in one go, and again in two halves."""
+    """Train in one of three processes, without and with an interruption."""
     torch.set_num_threads(1)
     os.environ.update(place_of(rank, 3, port))
     cpu, stage = torch.device("cpu"), Stage(steps=8, batch_size=30, learning_rate=1e-3)
@@ -268,7 +272,9 @@ def resume(rank: int, port: int, folder: str) -> None:
 
     def new() -> training.TrainingState:
         torch.manual_seed(0)
-        vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 4, hidden=(700, 600)))  # several buckets
+        vae = poise.VAE(
+            *poise.networks.mlp((1, 8, 8), 4, hidden=(700, 600))
+        )  # several buckets of gradients
         return training.new_state(vae, poise.ComputedBalance(), stage, cpu)
 
     with poise.training.distributed.processes(cpu):
@@ -279,7 +285,7 @@ def resume(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_three_processes_resume_bit_identically(tmp_path):
-    """Sums of three depend on their order, which must not depend on where the run was stopped."""
+    """A sum of three depends on its order, which must not depend on the interruption."""
     torch.multiprocessing.spawn(resume, (free_port(), str(tmp_path)), nprocs=3)
     for rank in range(3):
         whole, resumed = torch.load(tmp_path / f"{rank}.pt")
@@ -287,7 +293,7 @@ def test_three_processes_resume_bit_identically(tmp_path):
 
 
 def torchrun(out: Path) -> subprocess.Popen[str]:
-    """`poise train digits` in two processes, once it has begun to learn."""
+    """Start `poise train digits` in two processes and wait until training has begun."""
     options = ["--epochs", "300", "--stages", "1", "--device", "cpu", "--out", str(out)]
     launch = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Locks of folders, and the display of progress."""
+"""Test locks of folders and progress displays."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has locked the folder "run"."""
+    """Start another process, which locks the folder "run"."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
@@ -117,7 +117,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_a_log_gets_a_line_every_quarter_of_a_minute_with_the_hours_and_minutes_left(clock, capsys):
-    """At one unit a second from 1000 on, 7200 are done after 6200 s."""
+    """Progress of one unit a second from 1000 on reaches 7200 after 6200 s."""
     with progress("stage 1", 7200, 1000) as display:
         for done in range(1001, 1032):
             clock.now += 1.0

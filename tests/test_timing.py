@@ -1,4 +1,4 @@
-"""Budgets: lengths that fit whatever a machine's pace is, kept from the first start on, and no trace of what was tried."""
+"""Test budgets: lengths fit the speed of the machine, stay fixed, and trials leave no trace."""
 
 import json
 from dataclasses import replace
@@ -134,11 +134,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 def paced(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
-    """The machine has this pace, and only `lengths_within_budget` looks at a clock."""
+    """Simulate a machine of this speed, and ignore the time that has passed."""
     monkeypatch.setattr(
         timing, "measure", lambda *_, **__: Timing((Pace(0.0, pace), Pace(0.0, pace)), 0.0)
     )
@@ -249,7 +249,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch):
 
 
 def test_a_clock_does_not_count_the_first_step(monkeypatch):
-    """A machine on which the first step takes 10 seconds and each other one 2."""
+    """The first step takes 10 simulated seconds, each other step 2."""
     state = new_state(
         poise.VAE(*poise.networks.mlp((1, 8, 8), 3)),
         poise.ComputedBalance(),

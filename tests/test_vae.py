@@ -1,4 +1,4 @@
-"""Any encoder and decoder make a VAE; what it returns follows from the noise alone."""
+"""Test that any encoder and decoder make a VAE whose outputs depend only on the noise."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from poise.vae import VAE
 
 
 class Returns(nn.Module):
-    """An encoder that returns what it is told."""
+    """An encoder that returns fixed codes."""
 
     def __init__(self, codes: object) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A variant is one class or function and one entry in a list: invented ones appear wherever users see them."""
+"""Test that a new variant needs one class or function and one entry in a list."""
 
 from contextlib import contextmanager
 from typing import final
@@ -45,7 +45,10 @@ def run(tmp_path_factory) -> poise.Run:
 
 @pytest.fixture
 def shown_help(run_python):
-    """Returns the help of a command, on one line, in a process where a list has one more entry."""
+    """Return a function that gives a command's help with one more entry in a list.
+
+    It runs in a new process and returns one line.
+    """
 
     def show(command: str, entry: str) -> str:
         code = f"""
@@ -71,14 +74,14 @@ def listed(variants: list, variant):
 
 
 def compared(run: poise.Run, evaluation: poise.Evaluation) -> dict[str, str]:
-    """The rows of the table of `poise compare`."""
+    """Return the rows of the table of `poise compare`."""
     result = result_of(run, evaluation, experiment="x", label="computed")
     return dict(table([result])[1:])
 
 
 @final
 class HalvedBalance(Balance):
-    """gamma2 is a constant, 1/2 unless `share` says otherwise."""
+    """A balance with the constant gamma2 = `share`."""
 
     early_stopping = False
 
@@ -111,7 +114,7 @@ def test_a_balance(monkeypatch, tmp_path, shown_help):
 
 @final
 class WidePrior(Prior):
-    """z ~ N(m, 4 I) with the mean code m."""
+    """A prior z ~ N(m, 4 I) with the mean code m."""
 
     def __init__(self, mean: torch.Tensor) -> None:
         super().__init__()

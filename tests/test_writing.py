@@ -1,4 +1,4 @@
-"""Images and codes come to the disk part by part, whole or not at all."""
+"""Test that images and codes are written in parts, and completely or not at all."""
 
 import errno
 import weakref
