@@ -1,4 +1,4 @@
-"""Objectives of stage 1: the VAE loss, and regularised autoencoders of equal capacity.
+"""Objectives of stage 1: the VAE loss, and deterministic autoencoders of equal capacity.
 
 An objective has two terms, each one value per image, summed over its dimensions. A balance weighs
 and averages them:
@@ -6,8 +6,8 @@ and averages them:
     loss = mean over images of [ SE / (2 gamma^2) + D/2 log(2 pi gamma^2) ]
            + kl_weight * mean penalty.                                                          (1)
 
-For the VAE the penalty is KL(q(z|x) || N(0, I)). The regularised autoencoders are deterministic:
-they decode z = mean of the encoder, without noise. Their penalties are
+For the VAE the penalty is KL(q(z|x) || N(0, I)). The deterministic autoencoders decode z = mean of
+the encoder, without noise. Their penalties are
 
     autoencoder   0                                                                             (2)
     rae-l2        latent |z|^2 / 2 + decoder |W|^2                                              (3)
@@ -46,7 +46,7 @@ from poise.support.specs import make_named
 from poise.vae import VAE, as_posterior
 
 # Log variance of deterministic codes: their standard deviation is 1e-6.
-VANISHING = math.log(1e-12)
+DETERMINISTIC_LOGVAR = math.log(1e-12)
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -345,4 +345,4 @@ class Deterministic(nn.Module):
 
     def forward(self, images: Values) -> tuple[Tensor, Tensor]:
         mean = as_posterior(self.encoder(images)).mean
-        return mean, torch.full_like(mean, VANISHING)
+        return mean, torch.full_like(mean, DETERMINISTIC_LOGVAR)

@@ -25,7 +25,7 @@ class LossTerms(NamedTuple):
         loss: reconstruction + kl_weight * kl, in nats per image. Only this field has gradients. In
             a process group, the mean of `loss` over ranks, and so of its gradients, is that of the
             union of their batches.
-        reconstruction: -log p(x|z), eq. 1, in nats per image, detached.
+        reconstruction: -log p(x|z), eq. 1 (eq. 5 for power p), in nats per image, detached.
         kl: KL(q(z|x) || p(z)), unweighted, in nats per image, detached.
         mse: mean over images *and* dimensions of the error, detached. The error is squared for
             power=2, absolute for power=1.
@@ -94,7 +94,7 @@ class Balance(nn.Module, ABC):
         self.register_buffer("nonfinite_batches", torch.tensor(0))
 
     def remedy(self, *, over_regularised: bool) -> str | None:
-        """Return advice for a weight of the KL that is too high or too low under this balance.
+        """Return advice if the KL weighs too much or too little under this balance.
 
         Args:
             over_regularised: True if the KL weighs too much, False if it weighs too little.
@@ -188,7 +188,7 @@ class Balance(nn.Module, ABC):
         gamma2 = snapshot(gamma2)
         kl_weight = snapshot(kl_weight) if isinstance(kl_weight, Tensor) else kl_weight
         if self.training:
-            self._advance(batch)
+            self._update_state(batch)
         scale, normaliser = scale_and_normaliser(gamma2, num_dims, self.power)
         loss = scaled(batch.share, (error / scale + normaliser + scaled(kl_weight, kl)).mean())
         reconstruction = (batch.error * num_dims / scale + normaliser).detach()
@@ -209,7 +209,7 @@ class Balance(nn.Module, ABC):
         )
 
     @torch.no_grad()
-    def _advance(self, batch: BatchMeans) -> None:
+    def _update_state(self, batch: BatchMeans) -> None:
         finite = torch.isfinite(batch.error) & torch.isfinite(batch.kl)
         for name, value in self._next_state(batch).items():
             buffer = getattr(self, name)

@@ -112,14 +112,16 @@ def expectation_maximisation(
     labels = kmeans.fit(values.numpy()).labels_
     shares = F.one_hot(torch.from_numpy(labels).long(), components).double().to(device)
     values = values.to(device)
-    weights, means, factors = _maximised(values, shares)
+    weights, means, factors = _maximisation_step(values, shares)
     earlier = -math.inf
     for _ in range(MOST_ITERATIONS):
         log_densities = torch.stack(
             [_log_density(values, *part) for part in zip(weights, means, factors, strict=True)], 1
         )
         log_likelihoods = log_densities.logsumexp(1, keepdim=True)
-        weights, means, factors = _maximised(values, (log_densities - log_likelihoods).exp())
+        weights, means, factors = _maximisation_step(
+            values, (log_densities - log_likelihoods).exp()
+        )
         likelihood = float(log_likelihoods.mean())
         if abs(likelihood - earlier) < LEAST_GAIN:
             break
@@ -127,7 +129,7 @@ def expectation_maximisation(
     return weights.float().cpu(), means.float().cpu(), factors.float().cpu()
 
 
-def _maximised(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _maximisation_step(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do the M step: return weights, means and Cholesky factors of the components.
 
     `shares` (n, components) is the responsibility of each component for each value.
