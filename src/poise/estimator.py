@@ -95,7 +95,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         n_iter_: training step of the weights that were kept.
         n_latents_: the `latent_dim` of the fit.
         prior_: prior of the latents, for `sample`.
-        history_: training log of both stages: loss, reconstruction_nats, kl_nats, mse, gamma2.
+        history_: training log of both stages, a list of entries with loss, reconstruction_nats,
+            kl_nats, mse and gamma2.
         n_features_in_, feature_names_in_: as in any scikit-learn estimator.
 
     Source: Asperti & Trentin 2020, arXiv 2002.07514 (the computed balance).

@@ -6,7 +6,8 @@ maps latents to images. `second_stage` returns a pair for the latents of stage 1
 
 Sources. `resnet` and `second_stage` are the networks of the code released with Asperti & Trentin
 2020. `infogan` and `wae` are those of Dai & Wipf 2019 (after Chen et al. 2016 and Tolstikhin et al.
-2018). They were TensorFlow programs, and the networks here keep TensorFlow's defaults:
+2018). They were TensorFlow programs. The networks here keep TensorFlow's defaults where PyTorch's
+differ:
 
 - "same" padding, with the odd pixel of a strided convolution at the bottom and right;
 - BatchNorm with eps 1e-5 and running averages of decay 0.999.
