@@ -1,4 +1,4 @@
-"""Base class of all priors, making a prior from a trained model, and latent renormalisation.
+"""Base class of all priors, functions that make a prior by name, and latent renormalisation.
 
 Latent renormalisation. An autoencoder loses variance, by about its MSE, and so does stage 2.
 Asperti & Trentin multiply the latents by one scalar, without centring. It gives them the standard
@@ -28,7 +28,8 @@ from poise.vae import VAE
 from poise.variants import find_prior
 
 REFERENCE_DRAWS = 10_000
-LOST_SHARE = 0.25  # the released rule renormalises if stage 2 lost more than this share of its MSE
+# The released rule renormalises if stage 2 lost more variance than this share of its MSE.
+LOST_SHARE = 0.25
 
 
 class Prior(nn.Module, ABC):
