@@ -1,8 +1,8 @@
-"""The whole method in one file: a two-stage VAE whose balance is computed, on the 8x8 handwritten digits.
+"""Train a two-stage VAE with a computed balance on 8x8 handwritten digits, in one file.
 
     python examples/minimal.py [samples.png [EPOCHS]]
 
-A companion to Asperti & Trentin 2020 (arXiv 2002.07514) that uses nothing of `poise`. Read it from top to bottom.
+It implements Asperti & Trentin 2020 (arXiv 2002.07514) without `poise`. Read it from top to bottom.
 """
 
 import math
@@ -25,7 +25,7 @@ def dense(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(HIDDEN, outputs))
 
 
-# A VAE. The encoder gives the mean and the log standard deviation of q(z|x), the decoder the mean of p(x|z).
+# The encoder returns the mean and log standard deviation of q(z|x), the decoder the mean of p(x|z).
 class VAE(nn.Module):
     def __init__(self, inputs: int, output: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,8 @@ class VAE(nn.Module):
         return mean, log_std.exp()
 
 
-# The loss of one batch: every term one value per image, summed over dimensions, in nats; averaged once, at the end.
+# Return loss, MSE and KL of a batch. Each term is one value per image, summed over dimensions, in
+# nats. The average over the batch is taken once, at the end.
 def loss_terms(vae: VAE, x: Tensor, gamma2: float) -> tuple[Tensor, Tensor, Tensor]:
     mean, std = vae.encode(x)
     z = mean + std * torch.randn_like(std)
@@ -48,8 +49,9 @@ def loss_terms(vae: VAE, x: Tensor, gamma2: float) -> tuple[Tensor, Tensor, Tens
     return (reconstruction + kl).mean(), mse.detach(), kl.mean().detach()
 
 
-# The paper's point is one line: gamma2, the weight between the two terms, is a running average of the error. It starts
-# from the first batch's error, a step uses the value from earlier batches, and no gradient passes through it.
+# The idea of the paper is one line: gamma2, the balance of the two terms, is a running average of
+# the error. It starts from the error of the first batch. A step uses the value from earlier
+# batches, and no gradient passes through it.
 def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, epochs // 3), gamma=0.5)
@@ -58,7 +60,7 @@ def train(vae: VAE, data: Tensor, stds: Tensor | None, epochs: int) -> float:
     for epoch in range(epochs):
         for batch in torch.randperm(len(data)).split(BATCH):
             x = data[batch]
-            if stds is not None:  # stage 2 learns latents, drawn afresh from q(z|x) at every visit
+            if stds is not None:  # stage 2: sample new latents from q(z|x) in every epoch
                 x = x + stds[batch] * torch.randn_like(x)
             if gamma2 is None:
                 gamma2 = float(loss_terms(vae, x, gamma2=1.0)[1])
@@ -92,16 +94,16 @@ def main(path: str, epochs: int) -> None:
     first = VAE(64, nn.Sigmoid())
     train(first, images, None, epochs)
 
-    print("stage 2: latents -> latents of their own, which are closer to N(0, I)")
+    print("stage 2: latents -> latents of stage 2, which are closer to N(0, I)")
     with torch.no_grad():
         mean, std = first.encode(images)
     second = VAE(LATENTS, nn.Identity())
     gamma2 = train(second, mean, std, epochs)
 
-    # Where the aggregate posterior fits the prior, each latent obeys Var(mean) + E[s^2] = 1.
+    # If the aggregate posterior equals the prior, then Var(mean) + E[s^2] = 1 for each latent.
     print(f"variance law: {float((mean.var(0) + std.square().mean(0)).mean()):.3f}")
 
-    # To generate: u ~ N(0, I) -> stage 2's decoder, with its noise -> z -> stage 1's decoder -> an image.
+    # Generate: u ~ N(0, I) -> decoder of stage 2 plus noise -> z -> decoder of stage 1 -> image.
     with torch.no_grad():
         u = torch.randn(128, LATENTS)
         z = second.decoder(u) + math.sqrt(gamma2) * torch.randn_like(u)

@@ -1,4 +1,4 @@
-"""The computed balance in a training loop of your own: three lines, marked below. Nothing else of poise is used.
+"""Use the computed balance in your own training loop. The three lines that it needs are marked.
 
 python examples/your_own_loop.py [EPOCHS]
 """
@@ -28,7 +28,7 @@ for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 30):
         optimizer.zero_grad()
         terms.loss.backward()  # 3
         optimizer.step()
-        # for your log: terms.reconstruction and terms.kl (nats per image), terms.mse (per dimension)
+        # To log: terms.reconstruction, terms.kl (nats per image) and terms.mse (per dimension).
     print(f"epoch {epoch + 1}: gamma2 {balance.gamma2:.4f}")
 
-# Save balance.state_dict() with your model's: like BatchNorm, it has a running average.
+# Save balance.state_dict() with that of your model: it holds the running average, as in BatchNorm.

@@ -179,7 +179,7 @@ def test_of_few_rows_two_are_held_out(wine):
 def test_too_few_rows_to_hold_some_out_are_said(wine):
     with pytest.warns(
         UserWarning,
-        match="2 rows are too few .* all 60 steps and learns them by heart; give at least 4",
+        match="2 rows are too few .* all 60 steps and overfits; give at least 4",
     ):
         VAEEstimator(2, **QUICK).fit(wine[:2])
     VAEEstimator(2, **QUICK).fit(wine[:4])  # must not warn: warnings are errors
@@ -208,7 +208,7 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
 def test_too_few_steps_are_said(wine):
     with pytest.warns(
         ConvergenceWarning,
-        match=r"rose by .* nats in the last fifth of 100 steps: give more of them",
+        match=r"rose by .* nats in the last fifth of 100 steps: train for more steps",
     ):
         VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)
 
@@ -265,7 +265,7 @@ def test_values_beyond_what_can_be_squared_are_refused(wine):
 
 def test_latents_of_another_number_and_no_samples_are_refused(wine):
     model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
-    with pytest.raises(poise.InputError, match="X has 3 columns, but the model 2 latents"):
+    with pytest.raises(poise.InputError, match="X has 3 columns, but the model has 2 latents"):
         model.inverse_transform(np.zeros((1, 3)))
     model.set_params(latent_dim=3)
     assert (

@@ -1,10 +1,10 @@
-"""Poise trains variational autoencoders that balance themselves.
+"""Train variational autoencoders that compute the balance of reconstruction and KL.
 
     balance = poise.ComputedBalance()
     terms = balance(reconstruction, images, mean, logvar)
     terms.loss.backward()
 
-Names are loaded when first used: the balances need torch and numpy only.
+Names are imported at first use, so that the balances need torch and numpy only.
 """
 
 from importlib import import_module

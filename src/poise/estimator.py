@@ -1,16 +1,18 @@
-"""Two-stage VAEs for tables, as a scikit-learn estimator: fit, transform, inverse_transform, sample, score.
+"""Two-stage VAEs of tables, as a scikit-learn estimator.
 
-A row x is modelled as Gaussian about what the decoder f makes of its latents,
+Model. A row x is Gaussian around the output of the decoder f for its latents z,
 
-    p(x|z) = N(x; m + s f(z), s^2 gamma2 I),        z ~ N(0, I),                                                  (1)
+    p(x|z) = N(x; m + s f(z), s^2 gamma2 I),        z ~ N(0, I),                                (1)
 
-with the mean row m, and one scale s for all columns: the root of their mean variance. As in principal component analysis a
-column of large variance counts for more than others; put a StandardScaler before it where all should count alike. Without
-hidden layers the best such model is probabilistic PCA (Tipping & Bishop 1999), which training nears if it has steps enough.
+where m is the mean row and s is one scale for all columns, the root of their mean variance. As in
+principal component analysis, a column of large variance counts more than others. If all columns
+should count equally, use a StandardScaler first. Without hidden layers, the optimum of this model
+is probabilistic PCA (Tipping & Bishop 1999). Training approaches it if it has enough steps.
 
-Tables are small, and a network learns them by heart: gamma2 follows the error of the rows trained on, and rows never seen
-then look impossible. So some rows are held out, and the weights kept are those that gave them the highest ELBO. A balance that
-is steered (scheduled, constrained, controlled) passes through higher ELBOs on its way to its aim: it trains to the end.
+Early stopping. Tables are small, and a network overfits them. gamma2 then follows the error of the
+training rows, and other rows get a very low likelihood. So some rows are held out, and the weights
+with the highest ELBO on these rows are kept. A scheduled, constrained or controlled balance trains
+for all steps: its ELBO may be higher on the way than at its target.
 """
 
 import copy
@@ -52,52 +54,58 @@ from poise.training.machine import choose_device
 from poise.vae import VAE
 from poise.variants import PRIORS, PriorName, find_prior
 
-CHECKS = 50  # of the rows held out, over the length of training
-FEWEST_TO_SPLIT = 4  # rows, of which two are held out
-PATIENCE = 10  # checks without a higher ELBO, after which training ends
-RISING_NATS = 0.1  # within the last checks, of which a warning tells
-COMPONENTS = 10  # of the mixture, if there are ten rows for each of its latents
-LARGEST_LOGVAR = 20.0  # of a posterior; a row far from all others would have an infinite one
+CHECKS = 50  # evaluations of the held-out rows over the length of training
+FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
+PATIENCE = 10  # checks without a higher ELBO after which training stops
+RISING_NATS = 0.1  # rise of the ELBO in the last checks that causes a ConvergenceWarning
+COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
+LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
 DTYPES: Any = [np.float64, np.float32]
 
 
 class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """A self-balanced VAE of the rows of a table (eq. 1).
+    """Fit a VAE with a computed balance to the rows of a table (eq. 1).
 
     Args:
-        latent_dim: number of latents, which `transform` gives.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder; empty: a linear VAE.
-        balance: of stage 1, see `poise.balance.make_balance`; "computed" needs no tuning.
-        prior: what `sample` draws latents from, a key of `poise.variants.PRIORS`. Priors are fitted to
-            the codes of all rows. "second-stage" is a second VAE with a computed balance.
-        steps: length of training, in batches, at most.
-        second_steps: of the second stage, where there is one.
-        batch_size: rows a step.
-        learning_rate: Adam's.
-        validation_fraction: of the rows, held out to see when to stop, of four rows or more at least two; 0, or a steered
-            balance: train for all the steps.
-        importance_samples: latents per row that `score` and `score_samples` average over.
-        device: where it is trained: "auto", "cpu", "cuda", ... The fitted model lies on the CPU.
-        random_state: of weights, order, noise and samples; an integer gives the same model every time on one machine.
+        latent_dim: number of latents, >= 1: the number of columns of `transform`.
+        hidden: widths of the encoder's hidden layers, >= 1 each. The decoder has them in reverse
+            order. Empty: a linear VAE.
+        balance: balance of stage 1, see `poise.balance.make_balance`. "computed" needs no tuning.
+        prior: prior of the latents for `sample`, a key of `poise.variants.PRIORS`. Priors are
+            fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance.
+        steps: maximum number of training steps (batches), >= 1.
+        second_steps: maximum number of training steps of the second stage, if any, >= 1.
+        batch_size: rows per step, >= 2.
+        learning_rate: learning rate of Adam, > 0.
+        validation_fraction: share of the rows that is held out for early stopping, in [0, 1). Of
+            four rows or more, at least two are held out. With 0, and with a scheduled, constrained
+            or controlled balance, training runs for all steps.
+        importance_samples: latents per row that `score` and `score_samples` average over, >= 1.
+        device: device of training: "auto", "cpu", "cuda", ... The fitted model is on the CPU.
+        random_state: seed of weights, order, noise and samples, as in scikit-learn. An integer
+            gives the same model every time on one machine.
         verbose: show progress.
 
     Attributes:
         mean_: m of eq. 1, (features,).
         scale_: s of eq. 1.
-        noise_variance_: s^2 gamma2 of eq. 1, by maximum likelihood. Without hidden layers that of scikit-learn's `PCA`, which
-            divides by n - 1, is n / (n - 1) times as large.
-        vae_, balance_: trained, of rows from which m is taken and which are divided by s.
-        n_iter_: the step from which their weights are.
-        n_latents_: latent_dim as it was.
-        prior_: what latents are drawn from.
-        history_: the log: loss, reconstruction_nats, kl_nats, mse, gamma2 over steps, of both stages.
-        n_features_in_, feature_names_in_: as of any estimator.
+        noise_variance_: s^2 gamma2 of eq. 1, the maximum likelihood estimate. scikit-learn's `PCA`
+            divides by n - 1: its value is n / (n - 1) times that of a model without hidden layers.
+        vae_, balance_: the trained VAE and balance, for rows (x - m) / s.
+        n_iter_: training step of the weights that were kept.
+        n_latents_: the `latent_dim` of the fit.
+        prior_: prior of the latents, for `sample`.
+        history_: training log of both stages, a list of entries with loss, reconstruction_nats,
+            kl_nats, mse and gamma2.
+        n_features_in_, feature_names_in_: as in any scikit-learn estimator.
+
+    Source: Asperti & Trentin 2020, arXiv 2002.07514 (the computed balance).
 
     Example:
         >>> from sklearn.datasets import load_iris
         >>> table = load_iris().data
-        >>> model = VAEEstimator(latent_dim=2, hidden=(32,), learning_rate=5e-3, random_state=0).fit(table)
-        >>> model.transform(table).shape, model.sample(5).shape
+        >>> model = VAEEstimator(latent_dim=2, hidden=(32,), learning_rate=5e-3, random_state=0)
+        >>> model.fit(table).transform(table).shape, model.sample(5).shape
         ((150, 2), (5, 4))
     """
 
@@ -139,15 +147,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X: (rows, features), finite numbers, two rows or more.
             y: not used.
 
+        Returns:
+            The estimator itself.
+
         Raises:
-            InputError: a parameter that cannot be (a ValueError, as scikit-learn raises for tables that cannot be), or values
-                beyond what can be squared.
+            InputError: a parameter is out of range, or values are too large to be squared. It is a
+                ValueError, as scikit-learn raises for invalid tables.
             RunError: the loss is not finite.
         """
         self._check_parameters()
-        vars(self).pop(
-            "vae_", None
-        )  # if this fails, there is no model rather than half of an old one
+        # A fit that fails leaves no model, instead of parts of an earlier one.
+        vars(self).pop("vae_", None)
         table: np.ndarray = _validated(self, X, ensure_min_samples=2)
         self.mean_, self.scale_ = table.mean(0, dtype=np.float64), _scale(table)
         self.history_: list[dict[str, float]] = []
@@ -180,33 +190,36 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             isinstance(width, Integral) and width >= 1 for width in widths
         ):
             raise InputError(
-                f"hidden must be a tuple of widths of at least 1, as (256, 256), not {self.hidden!r}"
+                "hidden must be a tuple of widths of at least 1, such as (256, 256), "
+                f"not {self.hidden!r}"
             )
         if not isinstance(self.learning_rate, Real) or not self.learning_rate > 0:
             raise InputError(f"learning_rate must be greater than 0, not {self.learning_rate!r}")
         if not isinstance(self.validation_fraction, Real) or not 0 <= self.validation_fraction < 1:
             raise InputError(
-                f"validation_fraction must be at least 0 and less than 1, not {self.validation_fraction!r}"
+                "validation_fraction must be at least 0 and less than 1, "
+                f"not {self.validation_fraction!r}"
             )
         if not isinstance(self.balance, str) or self._new_balance(self.balance).power != 2:
             raise InputError(
-                f"balance must be the name of one with a squared error, not {self.balance!r}"
+                f"balance must be the name of a balance with a squared error, not {self.balance!r}"
             )
 
     def _new_balance(self, spec: str) -> Balance:
         return make_balance(spec, latent_dim=self.latent_dim)
 
     def _train(self, rows: Tensor, seed: int) -> None:
-        """Stage 1, and of the prior what is learned."""
+        """Train stage 1, then fit the prior."""
         stops_early = self._new_balance(self.balance).early_stopping
         fraction = self.validation_fraction if stops_early else 0
         held_out, kept = _split(len(rows), fraction, seed)
         if fraction and not len(held_out):
             text = (
-                f"{len(rows)} rows are too few to hold some out: training goes on for all {self.steps} steps and learns "
-                f"them by heart; give at least {FEWEST_TO_SPLIT} rows, better hundreds"
+                f"{len(rows)} rows are too few to hold some out: training runs for all "
+                f"{self.steps} steps and overfits; give at least {FEWEST_TO_SPLIT} rows, "
+                "better hundreds"
             )
-            warnings.warn(text, UserWarning, stacklevel=3)  # where `fit` was called
+            warnings.warn(text, UserWarning, stacklevel=3)  # at the caller of `fit`
         with seeded(derive("weights", seed, 1)):
             encoder, decoder = networks.mlp(
                 rows.shape[1], self.latent_dim, hidden=tuple(self.hidden), output="linear"
@@ -218,7 +231,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             balance=self.balance,
         )
         data = VectorBatches(rows[kept], choose_device(self.device))
-        state = self._fitted(1, stage, VAE(Bounded(encoder), decoder), data, rows[held_out], seed)
+        state = self._train_stage(
+            1, stage, VAE(Bounded(encoder), decoder), data, rows[held_out], seed
+        )
         prior = self._fit_prior(state.vae, rows, (held_out, kept), seed)
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
         self.balance_, self.n_iter_, self.n_latents_, self.prior_ = (
@@ -229,16 +244,16 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         )
         self.vae_ = state.vae
 
-    def _fitted(
+    def _train_stage(
         self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int
     ) -> TrainingState:
-        """What was best for the rows held out, on the CPU."""
+        """Train one stage and return its best state on the held-out rows, on the CPU."""
         balance = self._new_balance(stage.balance)
         state = new_state(vae, balance, stage, choose_device(self.device))
-        best = Best(state, held_out, steps=stage.total_steps(len(data)))
-        watch = Watch(log=self.history_.append, stop=best.is_over, quiet=not self.verbose)
+        stopping = EarlyStopping(state, held_out, steps=stage.total_steps(len(data)))
+        watch = Watch(log=self.history_.append, stop=stopping.should_stop, quiet=not self.verbose)
         fit(state, data, stage, number=number, seed=seed, watch=watch)
-        best.restore()
+        stopping.restore()
         for module in (state.vae, state.balance):
             module.cpu().eval().requires_grad_(False)
         return state
@@ -270,31 +285,33 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
         noise = noise_per_image(len(codes.mean), self.latent_dim, derive("codes", seed))
         held_out = codes.sample(noise)[held_out]
-        return self._fitted(2, stage, second, data, held_out, seed)
+        return self._train_stage(2, stage, second, data, held_out, seed)
 
     def transform(self, X: Any) -> np.ndarray:
-        """The means of the rows' posteriors, (rows, latent_dim), in the table's precision.
+        """Return the posterior means of rows, (rows, latent_dim), in the precision of `X`.
 
         Args:
-            X: (rows, features).
+            X: (rows, features), finite numbers.
         """
         table = self._checked(X)
         return encode_all(self.vae_, self._scaled(table)).mean.numpy().astype(table.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
-        """The rows that the decoder makes of latents, (rows, features): of `transform`'s the reconstructions.
+        """Return the rows decoded from latents, (rows, features).
+
+        For the latents of `transform` these are the reconstructions.
 
         Args:
             X: (rows, latent_dim).
 
         Raises:
-            InputError: another number of latents.
+            InputError: the number of columns is not the number of latents.
         """
         check_is_fitted(self)
         latents: np.ndarray = check_array(X, dtype=DTYPES)
         if latents.shape[1] != self.n_latents_:
             raise InputError(
-                f"X has {latents.shape[1]} columns, but the model {self.n_latents_} latents"
+                f"X has {latents.shape[1]} columns, but the model has {self.n_latents_} latents"
             )
         with torch.no_grad():
             rows = [
@@ -306,12 +323,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def sample(
         self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None
     ) -> np.ndarray:
-        """New rows, (n_samples, features).
+        """Generate new rows, (n_samples, features).
 
         Args:
-            n_samples: how many, at least 1.
-            noise: whether with the noise of eq. 1, as the rows of the table have it; without, the decoder's output alone.
-            random_state: None: the estimator's own.
+            n_samples: number of rows, >= 1.
+            noise: add the Gaussian noise of eq. 1, which the rows of the table have. False: return
+                the output of the decoder.
+            random_state: seed of the rows, as in scikit-learn. None: that of the estimator.
 
         Raises:
             InputError: n_samples < 1.
@@ -328,19 +346,24 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self._unscaled(rows)
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """log p(x) of each row, (rows,), nats, estimated with importance weights, so that its expectation is a lower bound.
+        """Return the log-likelihood log p(x) of each row, in nats, (rows,).
 
-        The prior is N(0, I) here, whatever `sample` draws from (see `poise.metrics.importance_weighted_nll`).
+        It is estimated with importance weights. The expectation of the estimate is a lower bound of
+        log p(x). The prior is N(0, I), not the `prior` of the estimator (see
+        `poise.metrics.importance_weighted_nll`).
 
         Args:
-            X: (rows, features).
+            X: (rows, features), finite numbers.
         """
         table = self._checked(X)
         values = [self._log_density(row) for row in self._scaled(table)]
         return np.array(values) - table.shape[1] * math.log(self.scale_)
 
     def _log_density(self, row: Tensor) -> float:
-        """Its noise is a function of the row, so that its value is one whatever other rows stand beside it."""
+        """Return log p(x) of one scaled row.
+
+        Its noise is a function of the row, so that the value does not depend on other rows.
+        """
         seed = derive("row", row.numpy().tobytes().hex())
         nll, _ = nll_per_image(
             self.vae_, self.balance_, row[None], samples=self.importance_samples, seed=seed
@@ -348,7 +371,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return -float(nll)
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean of `score_samples`: comparable with `PCA.score` and `GaussianMixture.score` of the same rows."""
+        """Return the mean log-likelihood of rows, in nats per row.
+
+        It is comparable with `PCA.score` and `GaussianMixture.score` on the same rows.
+
+        Args:
+            X: (rows, features), finite numbers.
+            y: not used.
+        """
         return float(self.score_samples(X).mean())
 
     def _checked(self, X: Any) -> np.ndarray:
@@ -372,7 +402,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
 
 class Bounded(nn.Module):
-    """An encoder whose log variances stay finite, however far a row lies from those it has learned."""
+    """Clamp the log variances of an encoder, so that they are finite for rows far from all others.
+
+    Args:
+        encoder: the encoder to wrap, which returns `(mean, logvar)`.
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -383,13 +417,14 @@ class Bounded(nn.Module):
         return mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR)
 
 
-class Best:
-    """The weights that gave rows held out the highest ELBO so far.
+class EarlyStopping:
+    """Stop training when the held-out ELBO stops rising, and keep the best weights.
 
     Args:
-        state: in training.
-        held_out: (n, features), rows that are not trained on; none: the last weights count as the best.
-        steps: length of training.
+        state: the state that is trained.
+        held_out: (n, features), rows that are not trained on. If there are none, training does not
+            stop early and keeps the last weights.
+        steps: length of training, in steps.
     """
 
     def __init__(self, state: TrainingState, held_out: Tensor, *, steps: int) -> None:
@@ -399,16 +434,16 @@ class Best:
         self.checked = 0
         self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
-    def is_over(self) -> bool:
-        """Whether the ELBO has not risen for long; asked after every step."""
+    def should_stop(self) -> bool:
+        """Return whether the ELBO has not risen for `PATIENCE` checks. Call it after every step."""
         if self.state.step % self.every:
             return False
-        if self.state.step > self.checked:  # it may be asked twice
+        if self.state.step > self.checked:  # may be called twice in one step
             self.check()
         return max(self.elbos[-PATIENCE:], default=0.0) < max(self.elbos, default=0.0)
 
     def check(self) -> None:
-        """Keep the weights of now if they are better."""
+        """Compute the held-out ELBO, and keep a copy of the weights if it is the highest so far."""
         state, self.checked = self.state, self.state.step
         if not len(self.held_out):
             return
@@ -424,7 +459,7 @@ class Best:
         self.elbos.append(elbo)
 
     def restore(self) -> None:
-        """Put the best weights back; say so if better ones were still to come."""
+        """Restore the best weights, and warn if the ELBO was still rising at the last step."""
         if self.state.step > self.checked:
             self.check()
         self._warn_if_rising()
@@ -437,24 +472,27 @@ class Best:
         rise = max(self.elbos[-PATIENCE:], default=0.0) - max(self.elbos[:-PATIENCE], default=0.0)
         if self.state.step == self.steps and len(self.elbos) > PATIENCE and rise > RISING_NATS:
             text = (
-                f"the ELBO of rows held out rose by {rise:.2f} nats in the last fifth of "
-                f"{self.steps} steps: give more of them"
+                f"the ELBO of held-out rows rose by {rise:.2f} nats in the last fifth of "
+                f"{self.steps} steps: train for more steps"
             )
-            warnings.warn(text, ConvergenceWarning, stacklevel=6)  # where `fit` was called
+            warnings.warn(text, ConvergenceWarning, stacklevel=6)  # at the caller of `fit`
 
 
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows held out, at random, and of the others; of fewer than four none is held out."""
+    """Return the indices of the held-out rows, chosen at random, and of the training rows.
+
+    No row is held out of fewer than four.
+    """
     order = torch.randperm(count, generator=generator("held out", seed))
     number = max(2, math.ceil(fraction * count)) if fraction and count >= FEWEST_TO_SPLIT else 0
     return order[:number], order[number:]
 
 
 def _scale(table: np.ndarray) -> float:
-    """The root of the columns' mean variance; 1 where they do not vary but for rounding.
+    """Return the root of the columns' mean variance, or 1 if they vary only by rounding.
 
     Raises:
-        InputError: it is not finite.
+        InputError: the variance is not finite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         scale = math.sqrt(table.var(0, dtype=np.float64).mean())
@@ -470,5 +508,5 @@ def _validated(estimator: VAEEstimator, X: Any, **options: Any) -> Any:
 
 
 def _seed(random_state: Any) -> int:
-    """An integer of whatever scikit-learn takes for randomness; the same one for the same integer."""
+    """Return a seed for a `random_state` of scikit-learn. Equal integers give equal seeds."""
     return int(check_random_state(random_state).randint(2**31 - 1))

@@ -1,10 +1,12 @@
-"""From a prior to pictures. Image i is a function of (seed, i): the same bits whatever the number drawn, and from where.
+"""Generate images from a prior.
 
-Latents and images are computed in chunks at fixed places (0-99, 100-199, ...), since a matrix product may round differently
-in a batch of another size.
+Reproducibility. Image i is a function of (seed, i). It has the same bits, however many images are
+drawn and whichever is the first. A matrix product may round differently in a batch of another size.
+So latents and images are computed in chunks with fixed bounds (0-99, 100-199, ...).
 
-Image variance adjustment: generated images vary less than real ones. They are rescaled about their mean image by (mean
-per-pixel standard deviation of real images) / (that of produced ones) and clipped to [0, 1].
+Image variance adjustment. Generated images have less variance than real ones. They are rescaled
+about their mean image by (mean per-pixel standard deviation of real images) / (that of generated
+images), and clipped to [0, 1].
 """
 
 from collections.abc import Iterator
@@ -25,11 +27,11 @@ ADJUSTMENT_DRAWS = 1_000
 
 @dataclass(frozen=True)
 class VarianceAdjustment:
-    """Rescales images about a mean image.
+    """Rescale images about a mean image, and clip them to [0, 1].
 
     Args:
-        mean: (channels, height, width).
-        factor: real over produced standard deviation.
+        mean: (channels, height, width), the mean image.
+        factor: standard deviation of real images over that of generated images.
     """
 
     mean: Tensor
@@ -40,21 +42,30 @@ class VarianceAdjustment:
 
 
 def fit_adjustment(images: Images, real_std: float) -> VarianceAdjustment:
-    """The adjustment that gives `images` the mean per-pixel standard deviation `real_std`, before clipping."""
+    """Return the variance adjustment that gives generated images the variance of real ones.
+
+    Args:
+        images: generated images.
+        real_std: mean per-pixel standard deviation of real images. The adjusted images have it
+            before clipping.
+    """
     moments = PixelMoments()
     moments.add(images)
     return VarianceAdjustment(images.mean(0), real_std / max(moments.std(), 1e-12))
 
 
 def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0) -> Values:
-    """Images (or whatever the VAE decodes) number `first` to `first + count - 1` of a seed, on the CPU.
+    """Generate images `first` to `first + count - 1` of a seed.
 
     Args:
-        vae: used in evaluation mode.
-        prior: where latents come from.
-        count: how many images.
-        seed: any integer; image i of a seed is always the same image.
-        first: number of the first image, for drawing a set in parts.
+        vae: the VAE, which is set to evaluation mode. It may decode other values than images.
+        prior: prior of the latents.
+        count: number of images, >= 1.
+        seed: any integer. Image i of a seed is always the same image.
+        first: index of the first image, >= 0, to generate a set in parts.
+
+    Returns:
+        The images, (count, ...), float32, on the CPU.
     """
     return torch.cat(list(sample_chunks(vae, prior, count, seed=seed, first=first)))
 
@@ -62,7 +73,11 @@ def sample(vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0)
 def sample_chunks(
     vae: VAE, prior: Prior, count: int, *, seed: int = 0, first: int = 0
 ) -> Iterator[Values]:
-    """What `sample` gives, in parts, so that any number fits into memory."""
+    """Yield the images of `sample` in chunks, so that any number fits into memory.
+
+    Args:
+        vae, prior, count, seed, first: see `sample`.
+    """
     device = next(vae.parameters()).device
     vae.eval()
     starts = range(first - first % CHUNK, first + count, CHUNK)
@@ -70,7 +85,6 @@ def sample_chunks(
     for start in starts:
         with torch.no_grad():
             images = vae.decode(prior.latents(noise.to(device))).float()
-        noise = noise_per_image(
-            CHUNK, prior.noise_dims, seed, start + CHUNK
-        )  # while a device of its own decodes
+        # Drawn here, while an accelerator decodes.
+        noise = noise_per_image(CHUNK, prior.noise_dims, seed, start + CHUNK)
         yield images.cpu()[max(first - start, 0) : first + count - start]

@@ -1,10 +1,11 @@
-"""Shapes as types: the names that every public signature uses.
+"""Tensor shapes as types, for all public signatures.
 
-The names are jaxtyping annotations for type checkers, and for the test suite, whose pytest hook imports jaxtyping before
-this package and checks every call. Otherwise they are plain `Tensor`, so that `import poise` needs torch and numpy only.
+For type checkers and in the test suite these names are jaxtyping annotations. The pytest hook
+imports jaxtyping before this package, and checks every call. Otherwise the names are plain
+`Tensor`, so that `import poise` needs torch and numpy only.
 
-Conventions: images are NCHW float in [0, 1]; bytes (uint8) live only in data sets and files. A per-image value is summed
-over all dimensions of that image, never averaged.
+Conventions. Images are NCHW, float, in [0, 1]. Only data sets and files hold bytes (uint8). A value
+per image is summed over all dimensions of the image, never averaged.
 """
 
 import sys
@@ -17,17 +18,15 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
     Images = Float[Tensor, "batch channels height width"]
     ByteImages = UInt8[Tensor, "batch channels height width"]
-    Values = Float[
-        Tensor, "batch *dims"
-    ]  # images, vectors, sequences: anything with a batch dimension first
+    # Images, vectors, sequences: anything with a batch dimension first.
+    Values = Float[Tensor, "batch *dims"]
     Latents = Float[Tensor, "batch latents"]
     Noise = Float[Tensor, "batch noise"]
     PerImage = Float[Tensor, " batch"]
     PerLatent = Float[Tensor, " latents"]
     Scalar = Float[Tensor, ""]
-    Features = Float[
-        Tensor, "_ features"
-    ]  # any number of samples, but one number of features in a call
+    # The number of features is the same for all arguments of a call; the number of samples is not.
+    Features = Float[Tensor, "_ features"]
 else:
     Images = ByteImages = Values = Latents = Noise = PerImage = PerLatent = Scalar = Features = (
         Tensor

@@ -1,4 +1,4 @@
-"""A variational autoencoder is an encoder and a decoder; the loss is not its business (see `balance`)."""
+"""The variational autoencoder: an encoder and a decoder, without a loss (see `poise.balance`)."""
 
 from typing import Any
 
@@ -10,11 +10,12 @@ from poise.shapes import Latents, Values
 
 
 class VAE(nn.Module):
-    """Joins any encoder and any decoder.
+    """Combine an encoder and a decoder.
 
     Args:
-        encoder: a module that maps a batch to `(mean, logvar)`, each (n, latents). logvar is the log *variance*.
-        decoder: a module that maps latents (n, latents) back to a batch of the encoder's input shape.
+        encoder: module that maps a batch to `(mean, logvar)`, each (n, latents). logvar is the log
+            *variance*.
+        decoder: module that maps latents (n, latents) to a batch of the encoder's input shape.
 
     Example:
         >>> encoder, decoder = poise.networks.mlp((1, 8, 8), latent_dim=4)
@@ -30,29 +31,38 @@ class VAE(nn.Module):
         self.decoder = decoder
 
     def encode(self, images: Values) -> DiagonalGaussian:
-        """The posterior q(z|x) of each image.
+        """Return the posterior q(z|x) of each image.
 
         Raises:
-            TypeError: the encoder returned something other than two tensors of equal shape.
+            TypeError: the encoder does not return two tensors of equal shape.
         """
         return as_posterior(self.encoder(images))
 
     def decode(self, latents: Latents) -> Values:
-        """The mean of p(x|z) for each latent vector."""
+        """Return the mean of p(x|z) for each latent vector."""
         return self.decoder(latents)
 
     def reconstruct(self, images: Values) -> Values:
-        """Each image decoded from its posterior mean. Deterministic in evaluation mode."""
+        """Return the reconstruction of each image from its posterior mean.
+
+        It is deterministic in evaluation mode.
+        """
         return self.decode(self.encode(images).mean)
 
     def forward(
         self, images: Values, noise: Tensor | None = None
     ) -> tuple[Values, DiagonalGaussian]:
-        """Reconstructions from sampled latents, and the posteriors they were sampled from.
+        """Return reconstructions from sampled latents, and the posteriors of the images.
 
         Args:
             images: (n, ...).
-            noise: (n, latents), standard normal; drawn from torch's global generator if absent.
+            noise: (n, latents), standard normal. None: drawn from torch's global generator.
+
+        Returns:
+            The reconstructions, (n, ...), and the posteriors that the latents are sampled from.
+
+        Raises:
+            TypeError: the encoder does not return two tensors of equal shape.
         """
         posterior = self.encode(images)
         if noise is None:
@@ -61,16 +71,20 @@ class VAE(nn.Module):
 
 
 def as_posterior(codes: Any) -> DiagonalGaussian:
-    """What an encoder returned, as a distribution.
+    """Return the output of an encoder as a posterior.
+
+    Args:
+        codes: `(mean, logvar)`, each (n, latents), or a posterior, which is returned as it is.
 
     Raises:
-        TypeError: it is something other than two tensors of equal shape.
+        TypeError: `codes` are not two tensors of equal shape.
     """
     if isinstance(codes, DiagonalGaussian):
         return codes
     tensors = isinstance(codes, (tuple, list)) and all(isinstance(code, Tensor) for code in codes)
     if not (tensors and len(codes) == 2 and codes[0].shape == codes[1].shape):
         raise TypeError(
-            "the encoder must return (mean, logvar): two tensors of one shape, logvar = log variance"
+            "the encoder must return (mean, logvar), two tensors of the same shape; "
+            "logvar is the log variance"
         )
     return DiagonalGaussian(codes[0], codes[1])

@@ -1,8 +1,9 @@
-"""Balances, priors and data sets by name. To add one, write its module and add one entry here.
+"""Lists of balances, priors and data sets by name.
 
-The command reads these lists for its help, which must not import torch. So an entry says where its
-class or function is, as "package.module:name", and `pkgutil.resolve_name` imports it at first use.
-Metrics have their list in `poise.metrics.listed`.
+To add one, write its module and add an entry here. The list of metrics is `poise.metrics.listed`.
+
+The command line reads these lists for its help and must not import torch for it. So an entry names
+its class or function as "package.module:name", and `pkgutil.resolve_name` imports it at first use.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ PriorName = str  # a key of PRIORS
 
 @dataclass(frozen=True)
 class NamedBalance:
-    """A balance by name.
+    """Describe a balance in `BALANCES`.
 
     Attributes:
-        home: its class, or a function that returns one. Its parameters are the options of the name.
-        examples: texts for `poise.balance.make_balance`, which the help shows.
+        home: the class, or a function that returns a balance, as "package.module:name". Its
+            parameters are the options of this balance.
+        examples: example texts for `poise.balance.make_balance`, shown in the help.
     """
 
     home: str
@@ -48,14 +50,15 @@ BALANCES = {
 
 @dataclass(frozen=True)
 class NamedPrior:
-    """A prior of latents by name.
+    """Describe a prior in `PRIORS`.
 
     Attributes:
-        home: its class, a `poise.priors.Prior` with `fitted(model: TrainedModel)`.
+        home: the class, a `poise.priors.Prior` with `fitted(model: TrainedModel)`, as
+            "package.module:name".
         label: name of its samples in tables. It begins with "GEN-".
-        words: what latents are drawn from, for sentences.
-        needs: what it is made from: the posteriors of the training images ("codes"), stage 2, or
-            nothing that is trained.
+        words: name of the prior in sentences, for "latents are drawn from ...".
+        needs: trained part that it is made from: the posteriors of the training images ("codes"),
+            the second stage, or nothing.
     """
 
     home: str
@@ -81,10 +84,13 @@ PRIORS = {
 
 
 def find_prior(name: str) -> NamedPrior:
-    """Return the prior of a name.
+    """Return the entry of a prior by name.
+
+    Args:
+        name: a key of `PRIORS`.
 
     Raises:
-        InputError: there is no such prior.
+        InputError: the name is unknown.
     """
     if name not in PRIORS:
         raise InputError(f"unknown prior {name!r}; there are {', '.join(PRIORS)}")
@@ -92,28 +98,39 @@ def find_prior(name: str) -> NamedPrior:
 
 
 def available_priors(*, second_stage: bool) -> tuple[PriorName, ...]:
-    """Return the names of the priors that a model with or without a second stage has."""
+    """Return the names of the priors that can be made from a model.
+
+    Args:
+        second_stage: whether the model has a second stage.
+    """
     return tuple(n for n, prior in PRIORS.items() if second_stage or prior.needs != "second stage")
 
 
 def default_prior(*, second_stage: bool) -> PriorName:
-    """Return the prior that samples are drawn from if none is named."""
+    """Return the name of the default prior for samples.
+
+    Args:
+        second_stage: whether the model has a second stage.
+    """
     return "second-stage" if second_stage else "normal"
 
 
 @dataclass(frozen=True)
 class NamedDataSet:
-    """A data set by name: in the data folder, or else on the Hugging Face Hub.
+    """Describe a data set in `DATA_SETS`.
+
+    Its files are searched in the data folder first, then on the Hugging Face Hub.
 
     Attributes:
-        folder: below the data folder, as torchvision lays it out (see `poise.data.layouts`).
-        files: the files that are expected there, for error messages.
-        archives: .npz files in the data folder that do as well.
+        folder: its folder inside the data folder, in torchvision's layout (see
+            `poise.data.layouts`).
+        files: the expected files, for error messages.
+        archives: names of .npz files in the data folder that may be read instead.
         hub: its name on the Hub.
-        reader: function that returns its images, if they are in neither place.
-        preparation: function from `Reading` to `Reading`: crop, size and channels of the images
-            from the Hub.
-        protocol: name of the protocol under which its authors' numbers were measured, if any.
+        reader: function that returns the images of a data set that has no files.
+        preparation: function from `Reading` to `Reading` that sets crop, size and channels of the
+            images from the Hub.
+        protocol: name of the protocol of its authors' published numbers, if any.
     """
 
     folder: str = ""

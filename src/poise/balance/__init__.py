@@ -1,46 +1,57 @@
-"""The balance between reconstruction and KL: seven ways to set it, one contract.
+"""Balances: losses that weigh the reconstruction error of a VAE against its KL divergence.
 
-A decoder that outputs the mean of a Gaussian with variance gamma^2 in each of D dimensions has, per image,
+A decoder outputs the mean x^ of a Gaussian with variance gamma^2 in each of D dimensions. The
+reconstruction term of one image x is
 
-    -log p(x|z) = SE / (2 gamma^2) + D/2 log(2 pi gamma^2),        SE = sum over dimensions of (x - x^)^2,      (1)
+    -log p(x|z) = SE / (2 gamma^2) + D/2 log(2 pi gamma^2),
+    SE = sum over dimensions of (x - x^)^2.                                                     (1)
 
-and the loss of a VAE is the batch mean of (1) + kl_weight * KL. Everything hangs on gamma^2: large, and KL prevails and
-blocks the reconstruction; small, and the latent space is never regularised.
+The loss of a VAE is the batch mean of (1) + kl_weight * KL. gamma^2 sets the balance. If gamma^2
+is too large, the KL term dominates and blocks the reconstruction. If it is too small, the latent
+space is never regularised.
 
-For a fixed network, (1) averaged over the data is least where its derivative by gamma^2 vanishes:
+The optimal gamma^2. For a fixed network, (1) averaged over the data has its minimum where its
+derivative with respect to gamma^2 is zero:
 
-    -E[SE] / (2 gamma^4) + D / (2 gamma^2) = 0    <=>    gamma^2 = E[SE] / D = MSE.                             (2)
+    -E[SE] / (2 gamma^4) + D / (2 gamma^2) = 0    <=>    gamma^2 = E[SE] / D = MSE.             (2)
 
-So gamma^2 need not be learned: it *is* the current mean squared error. Asperti & Trentin (2020) compute it as a running
-average over minibatches. With MSE_b the mean over all elements of one batch,
+So gamma^2 need not be learned: it *is* the current mean squared error. Asperti & Trentin (2020)
+compute it as a running average over minibatches. With MSE_b the mean over all elements of a batch,
 
-    m <- decay * m + (1 - decay) * MSE_b,        gamma^2 = m.                                                   (3)
+    m <- decay * m + (1 - decay) * MSE_b,        gamma^2 = m.                                   (3)
 
-An average that starts somewhere keeps that start for long: after 30 batches at decay 0.99 three quarters of it. Divided
-by the sum of its weights, as Adam divides its moments (Kingma & Ba 2015), it has none. After t batches
+Bias correction. The start value of a running average decays slowly: after 30 batches at decay
+0.99, three quarters of it remain. Dividing by the sum of the weights removes this bias, as Adam
+does for its moments (Kingma & Ba 2015). After t batches
 
-    m_t = (1 - decay) / (1 - decay^t) sum_{k=1..t} decay^(t-k) MSE_k.                                           (4)
+    m_t = (1 - decay) / (1 - decay^t) sum_{k=1..t} decay^(t-k) MSE_k.                           (4)
 
-At balance the quadratic term of (1) is D/2 whatever the MSE: as reconstruction improves, KL counts in proportion. No
-gradient passes through gamma^2, and a step uses the value from *earlier* batches.
+At balance the quadratic term of (1) is D/2, whatever the MSE. As the reconstruction improves, the
+weight of the KL relative to SE, 2 gamma^2, falls in proportion. No gradient passes through gamma^2,
+and a step uses the value from *earlier* batches.
 
-Taking gamma^2 from the current batch instead, detached, gives the gradient of (D/2) log MSE_b, since
-grad SE / (2 MSE_b) = (D/2) grad MSE_b / MSE_b (sigma-VAE's "optimal sigma": Rybkin et al. 2021, arXiv 2006.13202).
+Optimal sigma. gamma^2 may also be the detached MSE of the current batch. The gradient is then that
+of (D/2) log MSE_b, since grad SE / (2 MSE_b) = (D/2) grad MSE_b / MSE_b. This is the "optimal
+sigma" of the sigma-VAE (Rybkin et al. 2021, arXiv 2006.13202).
 
-Errors |x - x^|^p with p other than 2 belong to the generalised normal distribution, whose scale alpha obeys
-alpha^p = p E|x - x^|^p. With m = E|x - x^|^p, kept by the same running average, (1) becomes
+Other errors. An error |x - x^|^p with p other than 2 belongs to the generalised normal
+distribution, with a scale alpha that obeys alpha^p = p E|x - x^|^p. The same running average
+computes m = E|x - x^|^p, and (1) becomes
 
-    -log p(x|z) = sum |x - x^|^p / (p m) + D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ],                          (5)
+    -log p(x|z) = sum |x - x^|^p / (p m) + D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ].          (5)
 
-which is (1) for p = 2 and the Laplace distribution for p = 1. Below, `gamma2` is m for any p.
+For p = 2 this is (1). For p = 1 it is the Laplace distribution. In the code, `gamma2` is m for
+any p.
 
-Every loss term is one value per image, summed over its dimensions, in nats, and averaged over the batch in
-`Balance.combine` and nowhere else. Where a torch.distributed process group is up, training reduces sums and counts over
-its ranks, so every rank uses the same gamma2 and N ranks on shards equal one process on their union. Evaluation mode
-never communicates.
+Reduction. Every loss term is one value per image, summed over its dimensions, in nats.
+`Balance.combine` averages over the batch, and nothing else does.
 
-In reading order: `contract` (what a balance is), `following` (gamma2 follows the error), `steering` (the balance is set,
-scheduled or controlled), `named` (balances by name).
+Distributed training. If a torch.distributed process group is initialised, training reduces sums
+and counts over its ranks. Every rank then uses the same gamma2, and N ranks on shards equal one
+process on their union. Evaluation mode never communicates.
+
+Reading order: `contract` (base class of all balances), `following` (gamma2 follows the error),
+`steering` (the balance is constant, scheduled or controlled), `named` (balances by name).
 """
 
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood

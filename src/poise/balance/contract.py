@@ -1,4 +1,4 @@
-"""What every balance is: a loss with state, of one form. Equations are those of `poise.balance`."""
+"""Base class of all balances. Equation numbers refer to `poise.balance`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,18 +13,22 @@ from poise.latent import gaussian_kl
 from poise.shapes import Latents, PerImage, Values
 from poise.support.snapshots import snapshot
 
-FLOOR = 1e-8  # of gamma2. Rounding to 8 bits alone leaves 1.3e-6, so no image model comes near it.
+# Default minimum of gamma2. Rounding to 8 bits alone leaves an MSE of 1.3e-6, so no image model
+# comes near it.
+FLOOR = 1e-8
 
 
 class LossTerms(NamedTuple):
-    """The loss to minimise and its parts, each a scalar averaged over the batch.
+    """The loss to minimise and its terms: scalars, each a mean over the batch.
 
     Attributes:
-        loss: reconstruction + kl_weight * kl, in nats per image; the only part that carries gradients. In a process group
-            the average of `loss` (and so of its gradients) over ranks is that of the union of their batches.
-        reconstruction: -log p(x|z), eq. 1, in nats per image, detached.
+        loss: reconstruction + kl_weight * kl, in nats per image. Only this field has gradients. In
+            a process group, the mean of `loss` over ranks, and so of its gradients, is that of the
+            union of their batches.
+        reconstruction: -log p(x|z), eq. 1 (eq. 5 for power p), in nats per image, detached.
         kl: KL(q(z|x) || p(z)), unweighted, in nats per image, detached.
-        mse: mean over images *and* dimensions of the error (squared for power=2, absolute for power=1), detached.
+        mse: mean over images *and* dimensions of the error, detached. The error is squared for
+            power=2, absolute for power=1.
     """
 
     loss: Tensor
@@ -34,30 +38,41 @@ class LossTerms(NamedTuple):
 
 
 class BatchMeans(NamedTuple):
-    """What a batch, over all ranks, tells a balance. `share` scales a rank's mean so that ranks average to the union's."""
+    """Mean error and KL of a batch over all ranks.
 
-    error: Tensor  # per dimension
-    kl: Tensor  # per image
+    Attributes:
+        error: mean over images and dimensions.
+        kl: mean over images, in nats.
+        share: factor on a rank's own mean loss, so that the mean over ranks is that of the union of
+            their batches.
+    """
+
+    error: Tensor
+    kl: Tensor
     share: Tensor | float
 
 
 class Balance(nn.Module, ABC):
-    """A loss that keeps its state as BatchNorm does: buffers in `state_dict`, updated by `forward` in training mode only.
+    """A VAE loss that sets the balance of reconstruction and KL.
+
+    Its state is in the buffers of `state_dict`, as in BatchNorm. `forward` updates them in training
+    mode only.
 
     Args:
-        kl_weight: factor on the KL term, >= 0. 1 is the evidence lower bound.
-        power: p of the error |x - x^|^p: 2 (Gaussian) or 1 (Laplace); any p > 0 is allowed.
-        floor: least gamma2, > 0.
+        kl_weight: factor on the KL term, finite and >= 0. 1 gives the evidence lower bound.
+        power: p of the error |x - x^|^p, finite and > 0. 2 is Gaussian, 1 is Laplace.
+        floor: minimum of gamma2, finite and > 0.
 
     Attributes:
-        gamma2: the decoder variance (for power p, the mean of |x - x^|^p): float32 scalar, whatever the autocast or
-            `.half()` state.
-        nonfinite_batches: how many training batches had a NaN or infinite error or KL. They never enter the state.
+        gamma2: decoder variance (for power p, the mean of |x - x^|^p). A float32 scalar, also under
+            autocast and after `.half()`.
+        nonfinite_batches: number of training batches with a NaN or infinite error or KL. They never
+            change the state.
 
     Class attributes, for a diagnosis and for early stopping:
         follows_error: gamma2 follows the reconstruction error, so that it is the training error.
-        early_stopping: the ELBO of held-out data shows when to stop. False: the balance moves to a
-            target that is set, and passes through higher ELBOs on its way.
+        early_stopping: the ELBO of held-out data shows when to stop. False: the balance moves
+            towards a fixed target, and the ELBO may be higher on the way than at the target.
         small_start: the option that starts with a small gamma2, as advice against posterior
             collapse. None: a diagnosis recommends `ComputedBalance` instead.
     """
@@ -79,35 +94,37 @@ class Balance(nn.Module, ABC):
         self.register_buffer("nonfinite_batches", torch.tensor(0))
 
     def remedy(self, *, over_regularised: bool) -> str | None:
-        """Return what to try if the KL counts for too much or too little under this balance.
+        """Return advice if the KL weighs too much or too little under this balance.
 
         Args:
-            over_regularised: the KL counts for too much. False: for too little.
+            over_regularised: True if the KL weighs too much, False if it weighs too little.
 
         Returns:
-            A sentence for a diagnosis. None: there is no advice for this balance alone.
+            A sentence for a diagnosis, or None if this balance has no advice of its own.
         """
         return None
 
     @abstractmethod
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor | float]:
-        """gamma2 and kl_weight for this batch."""
+        """Return gamma2 and kl_weight for this batch."""
 
     @abstractmethod
     def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
-        """The buffers' values after this batch."""
+        """Return the new values of the buffers after this batch, by name."""
 
     def forward(
         self, reconstruction: Values, target: Values, mean: Latents, logvar: Latents
     ) -> LossTerms:
-        """The loss of a Gaussian posterior and an error |x - x^|^power.
+        """Return the loss of a batch for a Gaussian posterior and the error |x - x^|^power.
 
         Args:
-            reconstruction, target: (n, ...), the same shape, floating point. Any scale; images usually in [0, 1].
-            mean, logvar: (n, latents); logvar is the log *variance* of the posterior.
+            reconstruction, target: (n, ...), of the same shape, floating point. Any range; images
+                are usually in [0, 1].
+            mean, logvar: (n, latents). logvar is the log *variance* of the posterior.
 
         Raises:
-            InputError: the shapes do not agree (broadcasting would give a wrong loss silently), or bytes were passed.
+            InputError: the shapes differ (broadcasting would silently give a wrong loss), or the
+                values are integers.
 
         Example:
             >>> balance = poise.ComputedBalance()
@@ -119,42 +136,51 @@ class Balance(nn.Module, ABC):
         error = self.error_per_image(reconstruction, target)
         if mean.shape != logvar.shape or len(mean) != len(target):
             raise InputError(
-                f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree, with {len(target)} rows"
+                f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree in "
+                f"shape, with {len(target)} rows"
             )
         return self.combine(error, gaussian_kl(mean, logvar), num_dims=target[0].numel())
 
     def error_per_image(self, reconstruction: Values, target: Values) -> PerImage:
-        """The error |x - x^|^power of each image, summed over its dimensions, in float32 or better: (n,).
+        """Return the error |x - x^|^power of each image, summed over its dimensions, (n,).
+
+        Computed in float32 or better.
 
         Raises:
-            InputError: the shapes do not agree, or bytes were passed.
+            InputError: the shapes differ, or the values are integers.
         """
         if reconstruction.shape != target.shape:
             raise InputError(
-                f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} differ in shape"
+                f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} "
+                "differ in shape"
             )
         if not (reconstruction.is_floating_point() and target.is_floating_point()):
             raise InputError(
-                f"reconstruction and target must be floating point, not {reconstruction.dtype} and {target.dtype}"
+                "reconstruction and target must be floating point, not "
+                f"{reconstruction.dtype} and {target.dtype}"
             )
         difference = at_least_float32(reconstruction) - at_least_float32(target)
         error = difference.square() if self.power == 2 else difference.abs().pow(self.power)
         return error.flatten(1).sum(1)
 
     def combine(self, error: PerImage, kl: PerImage, num_dims: int) -> LossTerms:
-        """The loss for any other posterior, likelihood or network.
+        """Return the loss of a batch, given the error and KL of each image.
+
+        Use it for a posterior or likelihood that `forward` does not know. In training mode it
+        updates the state.
 
         Args:
             error: (n,), the error |x - x^|^power of each image, summed over its dimensions.
-            kl: (n,), the KL term of each image in nats, summed over its latents.
-            num_dims: D, the number of dimensions `error` was summed over.
+            kl: (n,), the KL of each image in nats, summed over its latents.
+            num_dims: D, the number of dimensions that `error` is summed over.
 
         Raises:
             InputError: error or kl is not one value per image.
         """
         if error.dim() != 1 or error.shape != kl.shape:
             raise InputError(
-                f"error and kl must be one value per image, (n,) each, not {tuple(error.shape)}, {tuple(kl.shape)}"
+                "error and kl must be one value per image, (n,) each, not "
+                f"{tuple(error.shape)}, {tuple(kl.shape)}"
             )
         error, kl = at_least_float32(error), at_least_float32(kl)
         batch = self._batch_means(error, kl, num_dims)
@@ -162,7 +188,7 @@ class Balance(nn.Module, ABC):
         gamma2 = snapshot(gamma2)
         kl_weight = snapshot(kl_weight) if isinstance(kl_weight, Tensor) else kl_weight
         if self.training:
-            self._advance(batch)
+            self._update_state(batch)
         scale, normaliser = scale_and_normaliser(gamma2, num_dims, self.power)
         loss = scaled(batch.share, (error / scale + normaliser + scaled(kl_weight, kl)).mean())
         reconstruction = (batch.error * num_dims / scale + normaliser).detach()
@@ -172,9 +198,8 @@ class Balance(nn.Module, ABC):
     def _batch_means(self, error: Tensor, kl: Tensor, num_dims: int) -> BatchMeans:
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return BatchMeans(error.sum() / (len(error) * num_dims), kl.sum() / len(kl), 1.0)
-        count = torch.full_like(
-            error[:1], len(error)
-        ).sum()  # on the device, without a copy from the host
+        # Made on the device, without a copy from the host.
+        count = torch.full_like(error[:1], len(error)).sum()
         sums = torch.stack([error.sum(), kl.sum(), count])
         dist.all_reduce(sums)
         return BatchMeans(
@@ -184,7 +209,7 @@ class Balance(nn.Module, ABC):
         )
 
     @torch.no_grad()
-    def _advance(self, batch: BatchMeans) -> None:
+    def _update_state(self, batch: BatchMeans) -> None:
         finite = torch.isfinite(batch.error) & torch.isfinite(batch.kl)
         for name, value in self._next_state(batch).items():
             buffer = getattr(self, name)
@@ -195,7 +220,10 @@ class Balance(nn.Module, ABC):
         return (decay * average + (1 - decay) * value).clamp_min(self.floor)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves the state between devices, but keeps its precision: half precision cannot hold gamma2 or its update."""
+        """Move the state between devices, but never below float32.
+
+        Half precision cannot represent gamma2 or its update.
+        """
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -211,26 +239,37 @@ class Balance(nn.Module, ABC):
 def negative_log_likelihood(
     error: Tensor, gamma2: Tensor, num_dims: int, *, power: float = 2
 ) -> Tensor:
-    """-log p(x|z), eq. 5 (eq. 1 for power 2): one value per image, summed over its dimensions, in nats.
+    """Return -log p(x|z) of each image, summed over its dimensions, in nats (eq. 5).
+
+    For power 2 this is eq. 1.
 
     Args:
         error: any shape, |x - x^|^power summed over `num_dims` dimensions.
         gamma2: decoder variance (for power p, the mean of |x - x^|^p), scalar > 0.
-        num_dims: D.
-        power: p.
+        num_dims: D, the number of dimensions, >= 1.
+        power: p, > 0.
+
+    Returns:
+        A tensor of the shape of `error`.
     """
     scale, normaliser = scale_and_normaliser(gamma2, num_dims, power)
     return error / scale + normaliser
 
 
 def scale_and_normaliser(gamma2: Tensor, num_dims: int, power: float) -> tuple[Tensor, Tensor]:
-    """What eq. 5 divides the error by, and what it adds: p m, and D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ]."""
+    """Return the divisor of the error in eq. 5 and the term added to it.
+
+    They are p m, and D [ log(2 Gamma(1 + 1/p)) + log(p m) / p ].
+    """
     scale = power * gamma2
     return scale, num_dims * (math.log(2) + math.lgamma(1 + 1 / power) + scale.log() / power)
 
 
 def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
-    """The product; small networks feel every operation, so none is spent on the number 1."""
+    """Return factor * values, without a kernel launch if the factor is the number 1.
+
+    In small networks every operation costs measurable time.
+    """
     return values if isinstance(factor, float) and factor == 1 else factor * values
 
 

@@ -1,4 +1,8 @@
-"""gamma2 follows the reconstruction error: computed as a running average, learned, or taken from the batch."""
+"""Balances with a gamma2 that follows the reconstruction error.
+
+gamma2 is a running average (`ComputedBalance`), a learned parameter (`LearnedBalance`) or the MSE
+of the batch (`OptimalBalance`). Equation numbers refer to `poise.balance`.
+"""
 
 import math
 from typing import Any, Literal, final
@@ -12,24 +16,41 @@ from poise.errors import InputError
 
 @final
 class ComputedBalance(Balance):
-    """gamma2 is a running average of the reconstruction error (eq. 3 and 4): nothing to tune, nothing to learn.
+    """Compute gamma2 as a running average of the reconstruction error (eq. 3 and 4).
+
+    It has no hyperparameter to tune and no parameter to learn.
 
     Args:
-        decay: of the running average per batch, in [0, 1). At 0.99 it looks back about 100 batches.
-        start: "debiased": gamma2 is the average (eq. 4) of the errors of all earlier batches, without a start of its own;
-            "first-batch": it starts at the first batch's error, of which 0.99^500 = 0.7 % are left after 500 batches; a
-            number > 0: it starts there. The first batch uses its own error where no number is given.
-        monotone: never let gamma2 grow, as the released code does. This makes it a ratchet: batch noise pushes it below the
-            MSE, the more the smaller the batch (docs/replication.md).
+        decay: decay of the running average per batch, in [0, 1). 0.99 averages over about 100
+            batches.
+        start: initial value of gamma2.
+            "debiased": no initial value; gamma2 is the bias-corrected average of eq. 4.
+            "first-batch": the error of the first batch, of which 0.99^500 = 0.7 % are left after
+            500 batches.
+            A number > 0: that value.
+            Without a number, the first batch uses its own error.
+        monotone: never let gamma2 grow, as in the released code. Batch noise then pushes gamma2
+            below the MSE, more so with small batches (docs/replication.md).
         kl_weight, power, floor: see `Balance`.
 
-    Source: Asperti & Trentin 2020, arXiv 2002.07514. Differs from the released code: see `released`.
+    Raises:
+        InputError: a value is out of range.
+
+    Source: Asperti & Trentin 2020, arXiv 2002.07514. `released` is the authors' variant.
+
+    Example:
+        >>> balance = poise.ComputedBalance(decay=0.9)
+        >>> images, codes = torch.full((8, 3, 4, 4), 0.5), torch.zeros(8, 2)
+        >>> terms = balance(torch.zeros_like(images), images, codes, codes)
+        >>> balance.gamma2
+        tensor(0.2500)
     """
 
     follows_error = True
     small_start = "start=0.001"
 
-    weight: Tensor  # the sum of the average's weights: 1 - decay^t after t batches if debiased, else 0 or 1
+    # Sum of the weights in the average: 1 - decay^t after t batches if debiased, else 0 or 1.
+    weight: Tensor
 
     def __init__(
         self,
@@ -54,9 +75,17 @@ class ComputedBalance(Balance):
 
     @classmethod
     def released(cls, image_size: int, latent_dim: int) -> "ComputedBalance":
-        """The authors' code exactly: start 1, never growing, KL weighted by (2 image_size / latent_dim)^2.
+        """Return the balance of the authors' released code.
 
-        The weight, which no text of theirs mentions, is 1 for 32 pixels and 4 for 64, at 64 latents.
+        gamma2 starts at 1 and never grows. The KL weight is (2 image_size / latent_dim)^2. At 64
+        latents that is 1 for 32 pixels and 4 for 64. The paper does not mention this weight.
+
+        Args:
+            image_size: side of the images in pixels, > 0.
+            latent_dim: number of latents, > 0.
+
+        Raises:
+            InputError: a value is not a finite number > 0.
         """
         kl_weight = (
             2 * positive("image_size", image_size) / positive("latent_dim", latent_dim)
@@ -68,8 +97,8 @@ class ComputedBalance(Balance):
             return "Leave out monotone: gamma2 may then rise to the error again."
         batches = round(5 / (1 - self.decay))
         return (
-            "Train longer: gamma2 is a running average of the error, and at "
-            f"decay={self.decay:g} takes {batches} batches."
+            "Train longer: gamma2 is a running average of the error. At "
+            f"decay={self.decay:g} it needs {batches} batches to settle."
         )
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
@@ -93,7 +122,10 @@ class ComputedBalance(Balance):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
-        """States before 2026-11-26 hold `started`, and go on as plain averages."""
+        """Load a state, also one saved before 2026-11-26.
+
+        Such states hold `started` in place of `weight`. They continue as a plain average (eq. 3).
+        """
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}weight"] = started.float()
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
@@ -104,17 +136,20 @@ class ComputedBalance(Balance):
 
 @final
 class LearnedBalance(Balance):
-    """gamma is a parameter, trained with the rest: give `balance.parameters()` to the optimiser.
+    """Learn gamma by gradient descent: pass `balance.parameters()` to the optimiser.
 
-    Its fixed point is that of the computed balance, gamma2 = MSE, but Adam moves log gamma by about its learning rate a
-    step: from 1 to 0.1 takes 23,000 steps at 1e-4.
+    Its fixed point is that of the computed balance, gamma2 = MSE. But Adam moves log gamma by about
+    its learning rate per step: from 1 to 0.1 takes 23,000 steps at 1e-4.
+
+    A saved state holds the value of gamma, so that a balance with another rate continues from it.
 
     Args:
         start: initial gamma2, > 0.
-        rate: how many times faster than other parameters log gamma moves under Adam, > 0. 1 is the published method.
+        rate: factor on the learning rate of log gamma under Adam, > 0. 1 is the published method.
         kl_weight, power, floor: see `Balance`.
 
-    A saved state is a gamma: a balance of another rate continues from the same one.
+    Raises:
+        InputError: a value is out of range.
 
     Source: Dai & Wipf 2019, arXiv 1903.05789, who learn log gamma.
     """
@@ -141,7 +176,10 @@ class LearnedBalance(Balance):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
-        """States before 2026-11-26 do not hold their rate: it counts as this one's."""
+        """Load a state, and convert the parameter if it was saved at another rate.
+
+        States saved before 2026-11-26 hold no rate. They are taken to have this balance's rate.
+        """
         name = f"{prefix}scaled_log_gamma"
         rate = float(state_dict.pop(f"{prefix}saved_rate", self.rate))
         if name in state_dict and not math.isclose(rate, self.rate, rel_tol=1e-6):
@@ -165,21 +203,27 @@ class LearnedBalance(Balance):
 
 @final
 class OptimalBalance(Balance):
-    """gamma2 is the batch's own MSE, detached: the gradient is that of (D/2) log MSE + KL.
+    """Set gamma2 to the detached MSE of the batch.
 
-    As with BatchNorm, training uses the batch's value and evaluation a running average, so that a test image's likelihood
-    does not depend on its neighbours.
+    The gradient is that of (D/2) log MSE + KL. As in BatchNorm, training uses the value of the
+    batch, and evaluation uses a running average. So the likelihood of a test image does not depend
+    on the other images of its batch.
 
     Args:
-        decay: of the running average used in evaluation mode, in [0, 1).
+        decay: decay of the running average for evaluation mode, in [0, 1).
         kl_weight, power, floor: see `Balance`.
+
+    Raises:
+        InputError: a value is out of range.
 
     Source: Rybkin, Daniilidis & Levine 2021, arXiv 2006.13202 ("optimal sigma").
     """
 
     follows_error = True
 
-    followed: Tensor  # whether a batch has come: not `weight`, lest its states pass for those of ComputedBalance
+    # Whether gamma2 has seen a batch. Named unlike `ComputedBalance.weight`, so that the state of
+    # one does not load into the other.
+    followed: Tensor
 
     def __init__(
         self, decay: float = 0.99, kl_weight: float = 1.0, power: float = 2, floor: float = FLOOR
@@ -203,7 +247,7 @@ class OptimalBalance(Balance):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
-        """States before 2026-11-26 hold `started`."""
+        """Load a state. Those saved before 2026-11-26 hold `started` in place of `followed`."""
         if (started := state_dict.pop(f"{prefix}started", None)) is not None:
             state_dict[f"{prefix}followed"] = started
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)

@@ -1,4 +1,4 @@
-"""Balances by name, for the command and for recipes."""
+"""Make balances from short texts, for the command line and for recipes."""
 
 from pkgutil import resolve_name
 
@@ -8,17 +8,17 @@ from poise.variants import BALANCES
 
 
 def make_balance(spec: str, **known: int) -> Balance:
-    """Return the balance that a short text names.
+    """Return the balance described by a short text.
 
     Args:
-        spec: a key of `poise.variants.BALANCES`, then options after a colon, separated by commas, as
-            in "computed", "fixed:gamma2=0.5", "computed:start=1,monotone=true".
-        known: values for options that the text may leave out and the balance may not take:
-            `image_size` and `latent_dim` of the network, for "released".
+        spec: a key of `poise.variants.BALANCES`, then a colon and options separated by commas:
+            "computed", "fixed:gamma2=0.5", "computed:start=1,monotone=true".
+        known: defaults for options that the text leaves out: `image_size` and `latent_dim` of the
+            network, for "released". Balances without such an option ignore them.
 
     Raises:
-        InputError: unknown name or option, a value that is not a number or true/false, or one that
-            is out of range.
+        InputError: the name or an option is unknown, or a value is out of range or is neither a
+            number nor true/false.
 
     Example:
         >>> make_balance("fixed:gamma2=0.5").gamma2

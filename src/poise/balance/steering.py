@@ -1,4 +1,7 @@
-"""The balance is set, scheduled, or steered towards a target: the rivals of a gamma2 that follows the error."""
+"""Balances that are constant, scheduled, or controlled towards a target.
+
+They are the baselines for a gamma2 that follows the error (`poise.balance.following`).
+"""
 
 from typing import final
 
@@ -11,17 +14,17 @@ from poise.errors import InputError
 
 @final
 class FixedBalance(Balance):
-    """A constant balance: a given decoder variance, or a given beta.
+    """Keep a constant decoder variance, or the constant beta of a beta-VAE.
 
     Args:
-        gamma2: the decoder variance, > 0, with KL weight 1. The default, if beta is absent too, is 1.
-        beta: the KL weight of a beta-VAE, >= 0, at gamma2 = 1: SE/2 + beta KL, both *summed* over dimensions. The
-            gradient is that of gamma2 = beta, scaled by beta. A beta quoted for errors averaged over D pixels is D times
-            larger here.
+        gamma2: decoder variance, > 0, with KL weight 1. Default: 1, if beta is not given either.
+        beta: KL weight of a beta-VAE, >= 0, at gamma2 = 1. The loss is SE/2 + beta KL, both
+            *summed* over dimensions. Its gradient equals that of gamma2 = beta, times beta. A beta
+            quoted for errors averaged over D pixels is D times larger here.
         power: see `Balance`.
 
     Raises:
-        InputError: both gamma2 and beta were given.
+        InputError: both gamma2 and beta are given, or a value is out of range.
 
     Source: Kingma & Welling 2014 (gamma2); Higgins et al. 2017 (beta).
     """
@@ -45,14 +48,20 @@ class FixedBalance(Balance):
 
 @final
 class ScheduledBalance(Balance):
-    """KL annealing at a constant gamma2: the KL weight rises linearly, once or again and again.
+    """Anneal the KL weight linearly at a constant gamma2, once or cyclically.
 
     Args:
-        ramp_steps: training batches over which the weight rises from `start` to `kl_weight`, > 0.
-        period_steps: batches after which the ramp begins anew (cyclical annealing), >= ramp_steps; None: never.
+        ramp_steps: number of training batches in which the KL weight rises from `start` to
+            `kl_weight`, > 0.
+        period_steps: number of batches after which the ramp restarts (cyclical annealing), >=
+            ramp_steps. None: the ramp does not restart.
         start: KL weight at the beginning of a ramp, >= 0.
-        gamma2: the decoder variance, > 0.
-        kl_weight: KL weight at the end of a ramp; power: see `Balance`.
+        gamma2: decoder variance, > 0.
+        kl_weight: KL weight at the end of a ramp, >= 0.
+        power: see `Balance`.
+
+    Raises:
+        InputError: a value is out of range.
 
     Source: Bowman et al. 2016 (linear); Fu et al. 2019, arXiv 1903.10145, eq. 6 (cyclical).
     """
@@ -95,20 +104,26 @@ class ScheduledBalance(Balance):
 
 @final
 class ConstrainedBalance(Balance):
-    """Least KL for a given reconstruction error (GECO): a multiplier grows until the error meets the target.
+    """Minimise the KL subject to a given reconstruction error (GECO).
 
-    The multiplier of the squared error is 1 / (2 gamma2), so gamma2 itself is moved: with c = running average of MSE /
-    target - 1, clipped to [-1, 1], gamma2 <- gamma2 * exp(-rate * c).
+    A Lagrange multiplier grows until the error meets the target. The multiplier of the squared
+    error is 1 / (2 gamma2), so the update changes gamma2. With c = (running average of the MSE) /
+    target_mse - 1, clipped to [-1, 1],
+
+        gamma2 <- gamma2 * exp(-rate * c),        clipped to [floor, 1 / floor].
 
     Args:
-        target_mse: the error to reach, mean over images and dimensions, > 0.
+        target_mse: target error, mean over images and dimensions, > 0.
         rate: largest relative change of gamma2 per batch, > 0.
-        decay: of the running average of the error, in [0, 1).
+        decay: decay of the running average of the error, in [0, 1).
         start: initial gamma2, > 0.
-        kl_weight, power, floor: see `Balance`; gamma2 stays within [floor, 1 / floor].
+        kl_weight, power, floor: see `Balance`.
 
-    Source: Rezende & Viola 2018, arXiv 1810.00597, algorithm 1. Differs: the constraint is relative to its target, hence
-    free of units, and clipped.
+    Raises:
+        InputError: a value is out of range.
+
+    Source: Rezende & Viola 2018, arXiv 1810.00597, algorithm 1. Unlike there, the constraint is
+    relative to its target (dimensionless) and clipped.
     """
 
     early_stopping = False
@@ -148,18 +163,25 @@ class ConstrainedBalance(Balance):
 
 @final
 class ControlledBalance(Balance):
-    """A controller moves the KL weight until KL meets a set point (ControlVAE), at a constant gamma2.
+    """Control the KL weight so that the KL meets a target (ControlVAE), at a constant gamma2.
 
-    With e = target_kl - KL of the batch: integral <- integral - ki * e, held within [least, most] against wind-up, and
-    weight = kp / (1 + exp(e)) + integral, held within the same bounds.
+    With e = target_kl - KL of the batch,
+
+        integral <- integral - ki * e,                        clipped to [least, most],
+        weight    = kp / (1 + exp(e)) + integral,             clipped to [least, most].
 
     Args:
-        target_kl: the KL to reach, nats per image, > 0.
-        kp, ki: gains of the proportional and of the integral part, >= 0.
-        least, most: bounds of the KL weight.
-        gamma2: the decoder variance, > 0; power: see `Balance`.
+        target_kl: target KL in nats per image, > 0.
+        kp, ki: gains of the proportional and of the integral term, >= 0.
+        least, most: bounds of the KL weight, 0 <= least <= most.
+        gamma2: decoder variance, > 0.
+        power: see `Balance`.
 
-    Source: Shao et al. 2020, arXiv 2004.05988, eq. 7 and algorithm 1. Differs: wind-up is met by bounding the integral.
+    Raises:
+        InputError: a value is out of range.
+
+    Source: Shao et al. 2020, arXiv 2004.05988, eq. 7 and algorithm 1. Unlike there, clipping the
+    integral prevents wind-up.
     """
 
     early_stopping = False

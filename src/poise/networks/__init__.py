@@ -1,15 +1,22 @@
-"""Encoders and decoders. No loss here; any other pair of nn.Modules does as well (see `vae.VAE`).
+"""Encoders and decoders of the published models.
 
-Each factory returns `(encoder, decoder)`: the encoder maps images to `(mean, logvar)`, the decoder latents to images. For
-latents of stage 1, `second_stage` returns a pair that maps latents to latents.
+Each factory returns `(encoder, decoder)`. The encoder maps images to `(mean, logvar)`, the decoder
+maps latents to images. `second_stage` returns a pair for the latents of stage 1. Any other pair of
+`nn.Module`s may be used in their place (see `poise.VAE`).
 
-`resnet` and `second_stage` are those of the code released with Asperti & Trentin 2020; `infogan` and `wae` those of Dai &
-Wipf 2019 (after Chen et al. 2016 and Tolstikhin et al. 2018). All of these were TensorFlow programs that relied on its
-defaults, which PyTorch does not share, and which are kept here: "same" padding that puts the odd pixel of a strided
-convolution at the end, BatchNorm with eps 1e-5 and a running average of decay 0.999. Their Glorot-uniform weights and zero
-biases make the first steps of `resnet` and `wae` explode: there they are kept only where `initialisation="released"` asks.
+Sources. `resnet` and `second_stage` are the networks of the code released with Asperti & Trentin
+2020. `infogan` and `wae` are those of Dai & Wipf 2019 (after Chen et al. 2016 and Tolstikhin et al.
+2018). They were TensorFlow programs. The networks here keep TensorFlow's defaults where PyTorch's
+differ:
 
-That decay needs thousands of steps to settle: a short run scored in evaluation mode looks broken. `norm_decay` sets it.
+- "same" padding, with the odd pixel of a strided convolution at the bottom and right;
+- BatchNorm with eps 1e-5 and running averages of decay 0.999.
+
+These averages need thousands of steps to settle, so that a short run looks broken in evaluation
+mode. `norm_decay` sets the decay.
+
+Initial weights. Glorot-uniform weights and zero biases make the first steps of `resnet` and `wae`
+explode. These two networks use them only with `initialisation="released"`.
 """
 
 from poise.networks.factories import Pair, infogan, mlp, resnet, second_stage, wae

@@ -1,4 +1,4 @@
-"""The modules: encoders that give `(mean, logvar)`, and decoders."""
+"""Network modules: encoders, which return `(mean, logvar)`, and decoders."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,17 @@ Codes = tuple[Tensor, Tensor]  # mean and logvar, (n, latents) each
 
 
 class ResNetEncoder(nn.Module):
-    """Convolution, residual blocks with strided convolutions between, average pool, dense residual block, two heads.
+    """Encode images with residual blocks at several resolutions.
 
-    The heads give the mean and log s, the log standard deviation: logvar = 2 log s learns at twice the pace of a head that
-    gives logvar itself. `head` is the layer of log s.
+    Layers: a convolution, residual blocks with strided convolutions between them, an average pool,
+    a dense residual block and two heads. The heads return the mean and log s, the log standard
+    deviation. logvar = 2 log s learns twice as fast as a head that returns logvar.
+
+    Args:
+        channels: channels of the images.
+        latent_dim: number of latents.
+        scales: number of resolutions.
+        head: type of the layer that returns log s.
     """
 
     def __init__(
@@ -40,7 +47,11 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """A dense layer to a small image, then transposed convolutions, each followed by a residual block, to full size."""
+    """Decode latents with a dense layer, transposed convolutions and residual blocks.
+
+    The dense layer makes a small image. Each transposed convolution doubles its size and is
+    followed by a residual block.
+    """
 
     def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
         super().__init__()
@@ -60,7 +71,10 @@ class ResNetDecoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two times BatchNorm, ReLU, convolution, beside a 3x3 convolution (never the identity)."""
+    """Add a branch of twice (BatchNorm, ReLU, 3x3 convolution) to a shortcut.
+
+    The shortcut is a 3x3 convolution, never the identity.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,7 +89,7 @@ class ResidualBlock(nn.Module):
 
 
 class DenseResidualBlock(nn.Module):
-    """Two times ReLU and dense, beside a dense layer."""
+    """Add a branch of twice (ReLU, dense layer) to a shortcut, which is a dense layer."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -89,7 +103,10 @@ class DenseResidualBlock(nn.Module):
 
 
 class InfoGANEncoder(nn.Module):
-    """All layers spectrally normalised; s = 1e-6 + softplus(head)."""
+    """Encode images with two strided convolutions, a dense layer and two heads.
+
+    The standard deviation is s = 1e-6 + softplus(head). `infogan` normalises all layers spectrally.
+    """
 
     def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
         super().__init__()
@@ -107,7 +124,7 @@ class InfoGANEncoder(nn.Module):
 
 
 class InfoGANDecoder(nn.Module):
-    """Two dense layers and two transposed convolutions."""
+    """Decode latents with two dense layers and two transposed convolutions."""
 
     def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
         super().__init__()
@@ -125,7 +142,10 @@ class InfoGANDecoder(nn.Module):
 
 
 class WAEEncoder(nn.Module):
-    """5x5 convolutions to 128 (stride 1), 256, 512 and 1024 channels (stride 2), two dense heads: mean and log s."""
+    """Encode images with four 5x5 convolutions and two dense heads, for the mean and log s.
+
+    The convolutions have 128 (stride 1), 256, 512 and 1024 channels (stride 2).
+    """
 
     def __init__(
         self, image_size: int, channels: int, latent_dim: int, head: type[nn.Linear] = nn.Linear
@@ -154,7 +174,10 @@ class WAEEncoder(nn.Module):
 
 
 class WAEDecoder(nn.Module):
-    """A dense layer to 1024 small images, transposed 5x5 convolutions to 512, 256 and 128 channels, a convolution."""
+    """Decode latents with a dense layer, three transposed 5x5 convolutions and a convolution.
+
+    The dense layer has 1024 small channels. The transposed convolutions have 512, 256 and 128.
+    """
 
     def __init__(self, image_size: int, channels: int, latent_dim: int) -> None:
         super().__init__()
@@ -173,7 +196,7 @@ class WAEDecoder(nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    """Dense ReLU layers and two heads: mean and log s."""
+    """Encode values with dense ReLU layers and two heads, for the mean and log s."""
 
     def __init__(self, shape: Sequence[int], latent_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -188,7 +211,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """Dense ReLU layers, a dense output of the items' shape."""
+    """Decode latents with dense ReLU layers and a dense output in the shape of one item."""
 
     def __init__(
         self, shape: Sequence[int], latent_dim: int, hidden: Sequence[int], output: str
@@ -196,7 +219,8 @@ class MLPDecoder(nn.Module):
         super().__init__()
         widths = [latent_dim, *reversed(hidden)]
         self.layers = nn.Sequential(
-            *_relu_layers(widths), nn.Linear(widths[-1], math.prod(shape)), nn.Unflatten(1, tuple(shape)),
+            *_relu_layers(widths),
+            nn.Linear(widths[-1], math.prod(shape)), nn.Unflatten(1, tuple(shape)),
             nn.Sigmoid() if output == "sigmoid" else nn.Identity(),
         )  # fmt: skip
 
@@ -205,7 +229,10 @@ class MLPDecoder(nn.Module):
 
 
 class SecondStageEncoder(nn.Module):
-    """ReLU layers; the input is concatenated before the two heads: mean and log s."""
+    """Encode latents with dense ReLU layers and two heads, for the mean and log s.
+
+    The input of the network is concatenated to the input of the heads.
+    """
 
     def __init__(self, latent_dim: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -219,7 +246,10 @@ class SecondStageEncoder(nn.Module):
 
 
 class SecondStageDecoder(nn.Module):
-    """ReLU layers; the input is concatenated before the linear output."""
+    """Decode latents with dense ReLU layers and a linear output.
+
+    The input of the network is concatenated to the input of the output layer.
+    """
 
     def __init__(self, latent_dim: int, hidden: int, layers: int) -> None:
         super().__init__()

@@ -1,16 +1,22 @@
-"""Pairs of encoder and decoder.
+"""Factories of encoder and decoder pairs, and their initial weights.
 
-Initial weights. "released" draws them as the TensorFlow programs did: Glorot-uniform, with zero biases. With them the first
-steps of `resnet` and `wae` may explode at 64 pixels and more. "pytorch" keeps PyTorch's weights and differs in the heads:
+initialisation="released" draws weights as the TensorFlow programs did: Glorot-uniform, with zero
+biases. The first steps of `resnet` and `wae` may then explode at 64 pixels and more.
 
-- `resnet`: nothing normalises the convolutional shortcuts of its blocks. Glorot's weights keep the variance of a layer's
-  input, so branch and shortcut double it in every block. PyTorch's weights have a third of that variance. At 128 pixels
-  one step of Adam may still move log s by tens, and the KL grows like s^2. So the head of log s sees its input divided by
-  sqrt(n), n = 512 (`WideLinear`). The head of the mean does not: divided too, it learns more slowly (docs/log.md).
-- `wae`: its heads see n = 65,536 values at 64 pixels. A step of Adam moves each weight by about the learning rate, and so
-  an output by up to the rate times the L1 norm of the input, which grows like n. Both heads are `WideLinear`.
+initialisation="pytorch" keeps PyTorch's initial weights and changes the heads:
 
-`infogan` and `mlp` have one initialisation each, with which their first steps were sound (docs/log.md, 2026-11-26).
+- `resnet`: no layer normalises the convolutional shortcuts of its blocks. Glorot's weights preserve
+  the variance of a layer's input, so that branch and shortcut double it in every block. PyTorch's
+  weights have a third of that variance. At 128 pixels one step of Adam may still change log s by
+  tens, and the KL grows like s^2. So the head of log s divides its input by sqrt(n), n = 512
+  (`WideLinear`). The head of the mean does not: with the division it learns more slowly
+  (docs/log.md).
+- `wae`: its heads have n = 65,536 inputs at 64 pixels. A step of Adam changes each weight by about
+  the learning rate. So it changes an output by up to the learning rate times the L1 norm of the
+  input, which grows like n. Both heads are `WideLinear`.
+
+`infogan` and `mlp` have one initialisation each. Their first steps were stable with it
+(docs/log.md, 2026-11-26).
 """
 
 from collections.abc import Callable, Sequence
@@ -49,19 +55,24 @@ def resnet(
     norm_decay: float = RELEASED_NORM_DECAY,
     initialisation: Initialisation = "pytorch",
 ) -> Pair:
-    """The released ResNet: residual blocks at `scales` resolutions, 32 channels at the first, twice as many at each next.
+    """Return the ResNet encoder and decoder of Asperti & Trentin's released code.
+
+    The encoder has residual blocks at `scales` resolutions, with 32 channels at the first and twice
+    as many at each next. The decoder doubles its resolution from 2x2 (for 32 and 64 pixels), or
+    from the smallest odd base, to the full size.
 
     Args:
-        image_size: side in pixels, a multiple of 4 and of 2^(scales-1).
-        channels: 1 or 3 (any number >= 1).
-        latent_dim: number of latents.
-        scales: resolutions of the encoder; by default as many as leave at least 7 pixels: 3 for 32 (CIFAR-10), 4 for 64
-            (CelebA), as released. The decoder doubles from 2x2 (for 32 and 64), or the smallest odd base, to the full size.
-        norm_decay: of BatchNorm's running averages, in [0, 1).
-        initialisation: "pytorch", or "released", whose first steps may explode (see this module).
+        image_size: side in pixels, at least 8, a multiple of 4 and of 2^(scales-1).
+        channels: number of channels, >= 1; usually 1 or 3.
+        latent_dim: number of latents, >= 1.
+        scales: number of resolutions of the encoder, >= 1. Default: as many as leave at least 7
+            pixels. As released, this is 3 for 32 pixels (CIFAR-10) and 4 for 64 (CelebA).
+        norm_decay: decay of the running averages of BatchNorm, in [0, 1).
+        initialisation: "pytorch" or "released". The first steps of "released" may explode (see
+            `poise.networks.factories`).
 
     Raises:
-        InputError: a size that the network cannot take.
+        InputError: `image_size` or `scales` does not fit this network.
     """
     _check_size("resnet", image_size, 4)
     if scales is None:
@@ -86,22 +97,23 @@ def infogan(
     *,
     norm_decay: float = RELEASED_NORM_DECAY,
 ) -> Pair:
-    """Dai & Wipf's InfoGAN-type network: two strided convolutions and two dense layers; spectral norms in the encoder.
+    """Return Dai & Wipf's InfoGAN-type encoder and decoder.
+
+    Each has two strided convolutions and two dense layers. The encoder is spectrally normalised.
 
     Args:
-        image_size: side in pixels, a multiple of 4.
+        image_size: side in pixels, at least 8, a multiple of 4.
         channels, latent_dim, norm_decay: see `resnet`.
 
     Raises:
-        InputError: a size that the network cannot take.
+        InputError: `image_size` does not fit this network.
     """
     _check_size("infogan", image_size, 4)
     encoder = _initialise(
         InfoGANEncoder(image_size, channels, latent_dim), norm_decay, _normal_init
     )
-    normalise_spectrally(
-        encoder
-    )  # after the weights are drawn: the power iteration starts from them
+    # After the weights are drawn, since the power iteration starts from them.
+    normalise_spectrally(encoder)
     return encoder, _initialise(
         InfoGANDecoder(image_size, channels, latent_dim), norm_decay, _normal_init
     )
@@ -115,14 +127,16 @@ def wae(
     norm_decay: float = RELEASED_NORM_DECAY,
     initialisation: Initialisation = "pytorch",
 ) -> Pair:
-    """Dai & Wipf's WAE-type network: four 5x5 convolutions up to 1024 channels, and their mirror image. Made for 64x64.
+    """Return Dai & Wipf's WAE-type encoder and decoder, which were designed for 64x64 pixels.
+
+    The encoder has four 5x5 convolutions with up to 1024 channels. The decoder mirrors it.
 
     Args:
         image_size: side in pixels, a multiple of 8.
         channels, latent_dim, norm_decay, initialisation: see `resnet`.
 
     Raises:
-        InputError: a size that the network cannot take.
+        InputError: `image_size` does not fit this network.
     """
     _check_size("wae", image_size, 8)
     head, init = _HEADS[initialisation], _INITIALISATIONS[initialisation]
@@ -140,13 +154,18 @@ def mlp(
     hidden: Sequence[int] = (512, 512),
     output: Literal["sigmoid", "linear"] = "sigmoid",
 ) -> Pair:
-    """Dense ReLU layers for vectors and for small images.
+    """Return an encoder and a decoder of dense ReLU layers, for vectors and small images.
 
     Args:
-        shape: of one item, without the batch dimension: a number of features, or (channels, height, width).
-        latent_dim: number of latents.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder. Empty: a linear VAE.
-        output: "sigmoid" for values in [0, 1], "linear" for any others.
+        shape: shape of one item, without the batch dimension: a number of features, or (channels,
+            height, width).
+        latent_dim: number of latents, >= 1.
+        hidden: widths of the encoder's hidden layers. The decoder has them in reverse order. Empty:
+            a linear VAE.
+        output: "sigmoid" for values in [0, 1], "linear" for other values.
+
+    Raises:
+        InputError: `output` is neither of the two.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if output not in ("sigmoid", "linear"):
@@ -159,12 +178,15 @@ def mlp(
 
 
 def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> Pair:
-    """The second stage's network: ReLU layers on each side, the input concatenated before the output layer.
+    """Return the encoder and decoder of stage 2, for the latents of stage 1.
+
+    Each has dense ReLU layers. The input is concatenated to the input of the output layer.
 
     Args:
-        latent_dim: latents of stage 1, and as many of its own.
-        hidden: width of each layer: 2048 (CIFAR-10) or 4096 (CelebA) as released, 1024 for Dai & Wipf's small networks.
-        layers: hidden layers on each side.
+        latent_dim: number of latents of stage 1, and of stage 2.
+        hidden: width of the hidden layers. As released: 2048 (CIFAR-10), 4096 (CelebA). Dai & Wipf:
+            1024 for their small networks.
+        layers: number of hidden layers in the encoder and in the decoder.
     """
     return _initialise(SecondStageEncoder(latent_dim, hidden, layers)), _initialise(
         SecondStageDecoder(latent_dim, hidden, layers)
@@ -176,8 +198,8 @@ def _check_size(name: str, image_size: int, multiple: int) -> None:
         least = max(8, multiple)
         lower = max(least, image_size // multiple * multiple)
         raise InputError(
-            f"network {name} takes image sizes that are multiples of {multiple}, {least} or more, not {image_size}: "
-            f"resize to {lower} or {lower + multiple}"
+            f"network {name} takes image sizes that are multiples of {multiple}, {least} or more, "
+            f"not {image_size}: resize to {lower} or {lower + multiple}"
         )
 
 
@@ -197,7 +219,10 @@ def _initialise(
     norm_decay: float = RELEASED_NORM_DECAY,
     init: Callable[[Tensor], Tensor] | None = nn.init.xavier_uniform_,
 ) -> nn.Module:
-    """Set the decay of BatchNorm's averages, and draw weights by `init`, with zero biases; None: leave PyTorch's."""
+    """Set the decay of BatchNorm's running averages and draw the initial weights.
+
+    `init` draws the weights, and biases are zero. None keeps PyTorch's initial weights and biases.
+    """
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1 - norm_decay

@@ -1,4 +1,4 @@
-"""Layers that TensorFlow has and PyTorch lacks, a dense layer for very many inputs, and spectral normalisation."""
+"""Layers that PyTorch lacks: TensorFlow's "same" padding, wide dense layers, spectral norm."""
 
 import math
 from contextlib import nullcontext
@@ -13,7 +13,10 @@ SMALLEST_NORM = 1e-12
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution whose output is ceil(size / stride): zeros are added, the odd one at the bottom and right."""
+    """Convolve with TensorFlow's "same" padding: the output size is ceil(size / stride).
+
+    An odd number of padding zeros has its extra zero at the bottom and right.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride)
@@ -30,7 +33,10 @@ class SameConv2d(nn.Conv2d):
 
 
 class SameConvTranspose2d(nn.ConvTranspose2d):
-    """Transposed convolution of stride 2 to exactly twice the size: the adjoint of `SameConv2d` on an even size."""
+    """Apply a transposed convolution of stride 2 that exactly doubles the size.
+
+    It is the adjoint of `SameConv2d` for even sizes.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
@@ -47,11 +53,17 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class WideLinear(nn.Linear):
-    """A dense layer for very many inputs n: y = W x / sqrt(n) + b, with W and b drawn as nn.Linear draws them.
+    """Apply a dense layer for a large number n of inputs: y = W x / sqrt(n) + b.
 
-    A step of Adam at rate r moves each weight by about r, and so an output of nn.Linear by up to r |x|_1, which grows like n;
-    the inputs move too, each along its own weight of about 1 / sqrt(n), which adds up to sqrt(n). Here the first is
-    r |x|_1 / sqrt(n), and the second does not grow with n (the output layer of muP: Yang et al. 2022, arXiv 2203.03466).
+    W and b have the initial distribution of `nn.Linear`. Division by sqrt(n) limits how far one
+    step of Adam moves an output. At learning rate r, in `nn.Linear`:
+
+    - each weight moves by about r, which moves an output by up to r |x|_1. This grows like n.
+    - each input moves too, along its weight of about 1 / sqrt(n). These moves sum to about sqrt(n).
+
+    Here the first is r |x|_1 / sqrt(n), and the second does not grow with n.
+
+    Source: the output layer of muP, Yang et al. 2022, arXiv 2203.03466.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -59,15 +71,21 @@ class WideLinear(nn.Linear):
 
 
 class SpectrallyNormalised(nn.Module):
-    """A dense layer or convolution whose weight W, as a matrix of one row per output, is divided by its spectral norm.
+    """Divide the weight W of a dense layer or convolution by its spectral norm sigma.
 
-    The norm comes from one power iteration per training step, u <- W v / |W v|, v <- W^T u / |W^T u|, as sigma = u^T W v,
-    through which gradients pass (Miyato et al. 2018, algorithm 1). The layer's input is divided by sigma in place of its
-    weight, which is the same for a linear map, but for rounding: of 6 million weights no divided copy is made, forward or
-    backward.
+    W is taken as a matrix with one row per output. Each training step does one power iteration,
+
+        u <- W v / |W v|,        v <- W^T u / |W^T u|,        sigma = u^T W v.
+
+    Gradients pass through sigma. The input of the layer is divided by sigma in place of the weight.
+    For a linear map this is the same except for rounding, and no divided copy of 6 million weights
+    is made in the forward or backward pass.
 
     Args:
-        layer: with a `weight`.
+        layer: the layer to normalise.
+        first_iterations: number of power iterations at construction, >= 0.
+
+    Source: Miyato et al. 2018, algorithm 1.
     """
 
     u: Tensor
@@ -86,8 +104,11 @@ class SpectrallyNormalised(nn.Module):
         return self.layer(inputs / self.spectral_norm())
 
     def spectral_norm(self) -> Scalar:
-        """sigma, in the weight's precision also under autocast; moves u and v in training mode."""
-        kind = self.u.device.type  # "meta" has no autocast
+        """Return sigma, in the precision of the weight also under autocast.
+
+        In training mode this updates u and v.
+        """
+        kind = self.u.device.type  # device type "meta" has no autocast
         with (
             torch.autocast(kind, enabled=False)
             if torch.amp.is_autocast_available(kind)
@@ -96,13 +117,12 @@ class SpectrallyNormalised(nn.Module):
             return self._iterate() if self.training else self.u @ (self._weight() @ self.v)
 
     def _iterate(self) -> Scalar:
-        """One power iteration. Its last product is sigma v, so that sigma needs none of its own."""
+        """Do one power iteration and return sigma, the norm of its last product, sigma v."""
         weight = self._weight()
         with torch.no_grad():
             u = F.normalize(weight @ self.v, dim=0)
-        product = (
-            u @ weight
-        )  # not weight.T @ u, whose gradient would be of the transposed layout, and slow to add
+        # The gradient of weight.T @ u would have the transposed layout and be slow to add.
+        product = u @ weight
         sigma = product.norm()
         self.u.copy_(u)
         self.v.copy_((product / sigma.clamp_min(SMALLEST_NORM)).detach())
@@ -113,7 +133,11 @@ class SpectrallyNormalised(nn.Module):
 
 
 def normalise_spectrally(network: nn.Module) -> None:
-    """Replace the layers with weights inside a network, in place."""
+    """Replace dense layers and convolutions by spectrally normalised ones, in place.
+
+    Args:
+        network: the module whose layers are replaced, at any depth.
+    """
     for name, child in network.named_children():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
             setattr(network, name, SpectrallyNormalised(child))

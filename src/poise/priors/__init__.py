@@ -1,12 +1,12 @@
-"""Latent priors: the distributions that latents are drawn from.
+"""Priors of the latents, from which new images are generated.
 
-A prior is a map from standard normal noise to latents. `poise.variants.PRIORS` lists them by name.
+A prior maps standard normal noise to latents. `poise.variants.PRIORS` lists the priors by name.
 
 GEN-1 draws z ~ N(0, I) (`normal`). The aggregate posterior of the training images differs from it.
-GEN-2 draws z from a second VAE that was trained on the codes (`second_stage`; Dai & Wipf 2019).
-GEN-mixture draws z from a mixture of Gaussians fitted to the codes (`mixture`), which is cheaper.
+GEN-2 draws z from a second VAE, trained on the codes (`second_stage`; Dai & Wipf 2019).
+GEN-mixture draws z from a Gaussian mixture fitted to the codes (`mixture`). It is cheaper.
 
-In reading order: `base` (what every prior is, and its renormalisation), then one module a prior.
+Reading order: `base` (base class and renormalisation), then one module per prior.
 """
 
 from poise.priors.base import (

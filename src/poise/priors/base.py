@@ -1,11 +1,14 @@
-"""What every prior is, how one is made from a trained model, and latent renormalisation.
+"""Base class of all priors, functions that make a prior by name, and latent renormalisation.
 
-Latent renormalisation. Autoencoders lose variance, by about their MSE, and so does stage 2. Asperti
-& Trentin multiply the latents by one scalar, without centring, so that their standard deviation is
-the t that the variance law of the codes demands: z <- z t / (mean over dimensions of the standard
-deviation of z). For GEN-1 that is z <- z t. The released code measures the standard deviation over
-each generated batch. Here it is measured over a reference draw, so that image i does not depend on
-the number of images.
+Latent renormalisation. An autoencoder loses variance, by about its MSE, and so does stage 2.
+Asperti & Trentin multiply the latents by one scalar, without centring. It gives them the standard
+deviation t of the variance law of the codes (`poise.latent`):
+
+    z <- z t / (mean over dimensions of the standard deviation of z).
+
+For GEN-1 this is z <- z t. The released code measures the standard deviation over each generated
+batch. Here it is measured over a reference draw of 10,000 latents, so that image i does not depend
+on the number of images.
 """
 
 from abc import ABC, abstractmethod
@@ -25,17 +28,18 @@ from poise.vae import VAE
 from poise.variants import find_prior
 
 REFERENCE_DRAWS = 10_000
-LOST_SHARE = 0.25  # of stage 2's MSE; the released rule renormalises if more variance was lost
+# The released rule renormalises if stage 2 lost more variance than this share of its MSE.
+LOST_SHARE = 0.25
 
 
 class Prior(nn.Module, ABC):
-    """A distribution of latents: a function of standard normal noise.
+    """Map standard normal noise to latents. Base class of all priors.
 
-    A prior of `poise.variants.PRIORS` also has a class method `fitted(model: TrainedModel)`.
+    Priors in `poise.variants.PRIORS` also have a class method `fitted(model: TrainedModel)`.
 
     Attributes:
         noise_dims: number of columns of the noise.
-        std: standard deviation of its latents. None: it is measured over a reference draw.
+        std: standard deviation of the latents. None: measured over a reference draw.
     """
 
     noise_dims: int
@@ -43,21 +47,21 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def latents(self, noise: Noise) -> Latents:
-        """Return the latents of standard normal noise, (n, noise_dims) -> (n, latents)."""
+        """Return latents (n, latents) for standard normal noise (n, noise_dims)."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a prior can be made from.
+    """Hold the parts of a trained model from which a prior is made.
 
     Attributes:
-        latent_dim: number of latents.
-        codes: returns the posteriors of the training images, (n, latents).
-        second: stage 2. None: there is none.
+        latent_dim: number of latents, >= 1.
+        codes: function that returns the posteriors of the training images, (n, latents).
+        second: the VAE of stage 2, or None.
         gamma2: decoder variance of stage 2, for noise added to its output. None: no noise.
-        components: most components of a mixture.
-        seed: of whatever is random in a fit.
-        device: where a fit is computed.
+        components: maximum number of mixture components, >= 1.
+        seed: seed of all randomness in fitting.
+        device: device on which a prior is fitted.
     """
 
     latent_dim: int
@@ -70,10 +74,14 @@ class TrainedModel:
 
 
 def make_prior(name: str, model: TrainedModel) -> Prior:
-    """Return the prior of a name, made from a trained model.
+    """Return a prior by name, made from a trained model.
+
+    Args:
+        name: a key of `poise.variants.PRIORS`.
+        model: the trained model.
 
     Raises:
-        InputError: there is no such prior, or it needs a second stage and the model has none.
+        InputError: the name is unknown, or the prior needs a second stage and the model has none.
     """
     named = find_prior(name)
     if named.needs == "second stage" and model.second is None:
@@ -82,15 +90,15 @@ def make_prior(name: str, model: TrainedModel) -> Prior:
 
 
 def fit_prior(name: str, codes: DiagonalGaussian, *, seed: int = 0) -> Prior:
-    """Return the prior of a name, fitted to codes alone.
+    """Return a prior by name, fitted to codes.
 
     Args:
         name: a key of `poise.variants.PRIORS` that needs no second stage.
         codes: (n, latents), the posteriors of the training images.
-        seed: of whatever is random in the fit.
+        seed: seed of all randomness in fitting.
 
     Raises:
-        InputError: there is no such prior, or it needs a second stage.
+        InputError: the name is unknown, or the prior needs a second stage.
 
     Example:
         >>> codes = DiagonalGaussian(torch.randn(100, 2), torch.zeros(100, 2))
@@ -102,11 +110,11 @@ def fit_prior(name: str, codes: DiagonalGaussian, *, seed: int = 0) -> Prior:
 
 @final
 class RenormalisedPrior(Prior):
-    """The latents of another prior times a scalar.
+    """Multiply the latents of another prior by a scalar.
 
     Args:
         prior: the other prior.
-        factor: the scalar, see `renormalisation_factor`.
+        factor: the scalar, from `renormalisation_factor`.
     """
 
     def __init__(self, prior: Prior, factor: float) -> None:
@@ -127,9 +135,11 @@ def renormalisation_factor(
 ) -> float:
     """Return the scalar that gives a prior's latents the standard deviation of the variance law.
 
+    It is t over the mean standard deviation of the latents (see `poise.priors.base`).
+
     Args:
-        prior: its latents are scaled by t over their mean standard deviation.
-        codes: the posteriors of the training images.
+        prior: the prior whose latents are scaled.
+        codes: (n, latents), the posteriors of the training images.
         released: use the released variance law (E[s] in place of E[s^2]).
         device: device of the prior.
     """

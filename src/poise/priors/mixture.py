@@ -1,4 +1,4 @@
-"""A mixture of Gaussians fitted to the training codes, as a prior: GEN-mixture."""
+"""Gaussian mixture prior, fitted to the training codes: GEN-mixture."""
 
 import math
 from typing import final
@@ -12,20 +12,19 @@ from poise.priors.base import Prior, TrainedModel
 from poise.shapes import Latents, Noise
 from poise.support.seeds import derive, generator
 
-MOST_ITERATIONS, LEAST_GAIN, LEAST_VARIANCE = (
-    100,
-    1e-3,
-    1e-6,
-)  # scikit-learn's max_iter, tol (nats) and reg_covar
-MOST_CODES = 20_000  # codes that a mixture is fitted to, at most
+# The defaults of scikit-learn's max_iter, tol (nats) and reg_covar.
+MOST_ITERATIONS, LEAST_GAIN, LEAST_VARIANCE = (100, 1e-3, 1e-6)
+MOST_CODES = 20_000  # maximum number of codes that a mixture is fitted to
 
 
 @final
 class MixturePrior(Prior):
-    """A mixture of Gaussians with full covariances.
+    """Draw latents from a Gaussian mixture with full covariances.
+
+    The first column of the noise selects the component.
 
     Args:
-        weights: (components,), summing to 1.
+        weights: (components,), with sum 1.
         means: (components, latents).
         factors: (components, latents, latents), lower Cholesky factors of the covariances.
     """
@@ -61,16 +60,17 @@ def fit_mixture(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> MixturePrior:
-    """Fit a mixture to one latent vector drawn from the posterior of each training image.
+    """Fit a mixture to one latent vector sampled from the posterior of each training image.
 
     At most 20,000 images are used, chosen at random. A component of 64 latents has 2,145
-    parameters, so more images would move them little.
+    parameters, so that more images would change them little.
 
     Args:
         codes: (n, latents), the posteriors of the training images.
-        components: most components. There are fewer if there are fewer than ten images for each.
-        seed: of the draw, the choice and the initialisation.
-        device: where the fit is computed, in float64 (on the CPU if the device has no float64).
+        components: maximum number of components, >= 1. The mixture has fewer if there are fewer
+            than ten images per component.
+        seed: seed of the sampling, the choice of images and the initialisation.
+        device: device of the fit, in float64. A device without float64 is replaced by the CPU.
 
     Returns:
         The mixture, on the CPU.
@@ -90,7 +90,7 @@ def fit_mixture(
 def expectation_maximisation(
     values: Tensor, components: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit a mixture of Gaussians with full covariances by expectation maximisation.
+    """Fit a Gaussian mixture with full covariances by expectation maximisation.
 
     It starts from k-means. The steps and the result are those of scikit-learn's `GaussianMixture`,
     but they run on any device. On 16 cores scikit-learn took 27 s for 20,000 codes of 64 latents,
@@ -98,9 +98,9 @@ def expectation_maximisation(
 
     Args:
         values: (n, dims), float64.
-        components: number of components.
-        seed: of k-means.
-        device: where to compute.
+        components: number of components, >= 1.
+        seed: seed of k-means.
+        device: device of the computation.
 
     Returns:
         Weights (components,), means (components, dims) and lower Cholesky factors of the
@@ -112,14 +112,16 @@ def expectation_maximisation(
     labels = kmeans.fit(values.numpy()).labels_
     shares = F.one_hot(torch.from_numpy(labels).long(), components).double().to(device)
     values = values.to(device)
-    weights, means, factors = _maximised(values, shares)
+    weights, means, factors = _maximisation_step(values, shares)
     earlier = -math.inf
     for _ in range(MOST_ITERATIONS):
         log_densities = torch.stack(
             [_log_density(values, *part) for part in zip(weights, means, factors, strict=True)], 1
         )
         log_likelihoods = log_densities.logsumexp(1, keepdim=True)
-        weights, means, factors = _maximised(values, (log_densities - log_likelihoods).exp())
+        weights, means, factors = _maximisation_step(
+            values, (log_densities - log_likelihoods).exp()
+        )
         likelihood = float(log_likelihoods.mean())
         if abs(likelihood - earlier) < LEAST_GAIN:
             break
@@ -127,8 +129,11 @@ def expectation_maximisation(
     return weights.float().cpu(), means.float().cpu(), factors.float().cpu()
 
 
-def _maximised(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, means and factors of the components, given the share (n, components) of each in each value."""
+def _maximisation_step(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the M step: return weights, means and Cholesky factors of the components.
+
+    `shares` (n, components) is the responsibility of each component for each value.
+    """
     counts = shares.sum(0) + 10 * torch.finfo(shares.dtype).eps
     means = shares.T @ values / counts[:, None]
     ridge = LEAST_VARIANCE * torch.eye(values.shape[1], dtype=values.dtype, device=values.device)

@@ -1,4 +1,4 @@
-"""The standard normal prior, z ~ N(0, I): GEN-1."""
+"""Standard normal prior, z ~ N(0, I): GEN-1."""
 
 from typing import final
 
@@ -8,7 +8,7 @@ from poise.shapes import Latents, Noise
 
 @final
 class NormalPrior(Prior):
-    """z ~ N(0, I): GEN-1.
+    """Draw latents z ~ N(0, I) (GEN-1).
 
     Args:
         latent_dim: number of latents.

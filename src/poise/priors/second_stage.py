@@ -1,4 +1,7 @@
-"""The second stage as a prior, z = f(u) with u ~ N(0, I): GEN-2 (Dai & Wipf 2019)."""
+"""Second-stage prior, z = f(u) with u ~ N(0, I) and the decoder f of stage 2: GEN-2.
+
+Source: Dai & Wipf 2019.
+"""
 
 from typing import final
 
@@ -11,10 +14,10 @@ from poise.vae import VAE
 
 @final
 class SecondStagePrior(Prior):
-    """u ~ N(0, I) decoded by stage 2: GEN-2.
+    """Draw u ~ N(0, I) and decode it with stage 2 (GEN-2).
 
     Args:
-        vae: stage 2.
+        vae: the VAE of stage 2.
         latent_dim: number of latents of stage 1, and of stage 2.
         gamma2: decoder variance of stage 2, for noise added to its output (Dai & Wipf). None: no
             noise (the released code).
