@@ -214,14 +214,14 @@ class Stage:
         )
 
     def learning_rate_at(self, step: int, num_images: int) -> float:
-        """Return the learning rate of a step (0 is the first)."""
+        """Return the learning rate of a step."""
         if self.halve_every is None:
             return self.learning_rate
         passed = step if self.steps is not None else step / self.steps_per_epoch(num_images)
         return self.learning_rate * 0.5 ** (passed // self.halve_every)
 
     def lasting(self, *, epochs: int | None = None, steps: int | None = None) -> "Stage":
-        """Return this stage with another length. Its learning rate is halved at the same fractions of it.
+        """Return this stage with another length, and `halve_every` scaled in proportion.
 
         Example:
             >>> Stage(epochs=100, halve_every=40).lasting(steps=50).halve_every
@@ -236,7 +236,7 @@ class Stage:
 class Generation:
     """How images are generated, reconstructed and compared.
 
-    Each departure of the released code from the two-stage VAE of Dai & Wipf has its switch.
+    Each departure from Dai & Wipf's two-stage VAE has its own switch.
 
     Attributes:
         second_stage_noise: add noise with the variance of stage 2's decoder to the latents it
@@ -434,7 +434,7 @@ class Changes:
 
 
 def given(settings: Any, **values: Any) -> Any:
-    """Return the settings with the values that are not None."""
+    """Return a copy of the settings with those `values` that are not None."""
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
