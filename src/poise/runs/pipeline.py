@@ -177,13 +177,15 @@ def prepare(
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
-    talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
-    if talks:
+    verbose = not (options.quiet or distributed.rank() > 0) and not (
+        saved and saved.meta["finished"]
+    )
+    if verbose:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
     if plan is None:
-        plan = make_plan(recipe, stages, dataset, folder, device, options, began, talks)
+        plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
-    if talks and count is not None:
+    if verbose and count is not None:
         print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
     config |= {"recipe": to_json(plan.recipe), "threads": count}
     if saved is None:

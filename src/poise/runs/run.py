@@ -417,7 +417,9 @@ class Run:
         seed: int = 0,
         quiet: bool = True,
     ) -> Evaluation:
-        """Measure error, likelihood and latents. Compare reconstructions and samples with real images.
+        """Return error, likelihood, latent statistics, and distances of samples from real images.
+
+        Reconstructions and the samples of each prior are compared with real images by a protocol.
 
         Args:
             images: real images (n, channels, height, width), bytes or float in [0, 1]. None: the
