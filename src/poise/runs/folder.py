@@ -95,7 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
     if missing:
         raise InputError(
-            f"{folder / 'config.json'} is not that of a run: it lacks {', '.join(sorted(missing))}"
+            f"{folder / 'config.json'} is not a run's config: it lacks {', '.join(sorted(missing))}"
         )
     return config
 

@@ -355,7 +355,7 @@ class Job:
             distributed.wait()  # torchrun kills all others when one process ends
             raise Interrupted(
                 f"stopped at step {state.step} of stage {number}, and saved: "
-                "run the same command to continue"
+                "run the same command to go on"
             )
         return state
 

@@ -54,8 +54,8 @@ SHARE_OF_BUDGET = 0.015  # share of the time budget for measuring the steps of a
 FIRST_STEPS = 5  # steps in which an engine compiles or records
 # Least and greatest number of timed steps. One is enough if it takes three times the duration.
 TIMED_STEPS = (2, 100)
-# More threads must take less than this share of the time. When a core becomes busy, two threads
-# lose 3 to 5 times.
+# More threads must take less than this share of the time. If another process takes one of two
+# cores, two threads become 3 to 5 times slower.
 LARGEST_TIME_RATIO = 0.75
 LEAST_SECOND_SHARE = 0.1
 # Importing Matplotlib, drawing, writing, and other work that does not depend on the run.
