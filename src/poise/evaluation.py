@@ -235,7 +235,10 @@ def check_sides(real: Any, others: Any) -> None:
         InputError: their sizes differ, or a set has fewer than two images.
     """
     if real.shape[2:] != others.shape[2:]:
-        sides = f"{'x'.join(map(str, real.shape[2:]))} and {'x'.join(map(str, others.shape[2:]))} pixels"
+        sides = (
+            f"{'x'.join(map(str, real.shape[2:]))} and "
+            f"{'x'.join(map(str, others.shape[2:]))} pixels"
+        )
         raise InputError(
             f"images of {sides} cannot be compared fairly: "
             "resize both to one size with --size (size=)"

@@ -242,10 +242,11 @@ def _wrong_value(line: str) -> str:
         r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line
     ):
         value, option, listed = found.groups()
-        allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})  # a default
+        # "None" is listed where it is the default.
+        allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
         return (
-            f"{option} cannot be {value!r}; choose from {', '.join(allowed)}, "
-            f"for example {option} {allowed[0]}"
+            f"{option} cannot be {value!r}; there are {', '.join(allowed)}, "
+            f"as in {option} {allowed[0]}"
         )
     if found := re.match(r"Error parsing (\S+): no type matching (INT|FLOAT) .* \[(.*)\]\.", line):
         option, kind, value = found.groups()

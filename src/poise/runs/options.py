@@ -19,8 +19,8 @@ class Options:
             the same numbers as eager, for one process and for networks without control flow in
             Python. compiled: torch.compile, equal to eager within rounding, for long runs.
             compiled-captured: a CUDA graph of the compiled step. auto: captured for one process on
-            CUDA, or eager if the network cannot be captured; otherwise eager. config.json says
-            which engine was used.
+            CUDA if the network can be captured, otherwise eager. config.json says which engine was
+            used.
         threads: number of CPU threads. 0: measure at the start which number is fastest. None: one
             for a small dense network, torch's own number for others. A resumed run keeps the number
             in config.json unless another is given.

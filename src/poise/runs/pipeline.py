@@ -77,9 +77,8 @@ def train(
 ) -> Run:
     """Train both stages and return the run.
 
-    If training was interrupted, the same call continues it. Several processes started by torchrun
-    train
-    one run together: see docs/distributed.md.
+    If training was interrupted, the same call continues it. Several processes that torchrun starts
+    train one run together: see docs/distributed.md.
 
     Args:
         images: an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or float in [0,
@@ -352,7 +351,8 @@ class Job:
             "engine": self.config["engine"],
         }
         if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
-            distributed.wait()  # torchrun kills all others when one process ends
+            # Wait until rank 0 has saved: torchrun kills it if another process ends first.
+            distributed.wait()
             raise Interrupted(
                 f"stopped at step {state.step} of stage {number}, and saved: "
                 "run the same command to go on"

@@ -678,7 +678,7 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
         needed = (
             "was trained with a network of your own: in Python, poise.load(..., vae=...)"
             if vae is None
-            else "has a network of its recipe: leave vae out"
+            else "has its own network: leave vae out"
         )
         raise InputError(f"{folder} {needed}")
     saved, warnings = newest_intact_checkpoint(folder / "checkpoints")

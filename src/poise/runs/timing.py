@@ -276,8 +276,8 @@ def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
 def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str:
     """Return advice on `--minutes`, to append to the estimate.
 
-    If the run takes more than twice 20 or 5 minutes, the advice is the lengths within such a
-    budget.
+    If the run takes more than 40 minutes, the advice shows the lengths for a budget of 20 minutes.
+    If it takes 10 to 40 minutes, it shows those for 5 minutes.
 
     Args:
         recipe, timing, num_images: see `lengths_within_budget`.
