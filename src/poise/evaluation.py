@@ -84,9 +84,9 @@ class Evaluation:
         if len(found) != 1:
             sets = ", ".join(dict.fromkeys(m.of for m in self.measurements))
             known = ", ".join(dict.fromkeys(m.metric for m in self.measurements))
-            problem = "measured of several things: give one as `of`" if found else "not measured"
+            problem = "ambiguous: name one with `of`" if found else "not measured"
             raise InputError(
-                f"{metric} of {of or 'what'} is {problem}; there are {known}, of {sets}"
+                f"{metric} of {of or 'any set'} is {problem}; there are {known}, of {sets}"
             )
         return found[0].value
 

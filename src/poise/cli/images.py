@@ -134,7 +134,7 @@ class Reconstruct:
     images: Images = None
     count: Annotated[
         int,
-        arg(name="count", aliases=["-n"], help="largest number of images"),
+        arg(name="count", aliases=["-n"], help="maximum number of images"),
     ] = 32
     out: Annotated[
         Path,

@@ -55,7 +55,7 @@ def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
         case "mlp":
             return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
         case "custom":
-            raise InputError("this run was trained with a network of your own: pass it as vae=...")
+            raise InputError("this run has a network of your own: pass it as vae=...")
 
 
 def second_stage(recipe: Recipe) -> VAE:
