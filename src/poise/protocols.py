@@ -193,7 +193,7 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
         close = get_close_matches(protocol, PROTOCOLS, 1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise InputError(
-            f"there is no protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}{guess}"
+            f"there is no protocol {protocol!r}: there are {', '.join(PROTOCOLS)}{guess}"
         )
     return PROTOCOLS[protocol]
 

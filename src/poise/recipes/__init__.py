@@ -57,5 +57,5 @@ def find_recipe(name: str | None, data: str | None = None) -> Recipe:
     """
     name = name or (data if data in RECIPES else IMAGES.name)
     if name not in RECIPES:
-        raise InputError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+        raise InputError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -353,7 +353,7 @@ class Changes:
         if unknown := values.keys() - CHANGES.keys():
             raise InputError(
                 f"a recipe has no setting {', '.join(sorted(unknown))}; "
-                f"choose from {', '.join(CHANGES)}"
+                f"there are {', '.join(CHANGES)}"
             )
         self.values = {name: value for name, value in values.items() if value is not None}
         for name, value in self.values.items():
@@ -361,7 +361,7 @@ class Changes:
         of_second = self.values.keys() & {"second_epochs", "second_balance"}
         if self.values.get("stages") == 1 and of_second:
             raise InputError(
-                "a length or balance of stage 2 makes no sense with one stage: "
+                "a length or balance of the second stage makes no sense with one stage: "
                 "leave out one of the two"
             )
         if "minutes" in self.values and self.values.keys() & {"epochs", "second_epochs"}:
