@@ -267,7 +267,9 @@ def choose_extractor(
         InputError: the named extractor is not available.
     """
     network, notes = (
-        _at_hand(protocol.extractor, device) if spec == AUTO else (_named(spec, device), ())
+        _available_extractor(protocol.extractor, device)
+        if spec == AUTO
+        else (_named_extractor(spec, device), ())
     )
     if network is None:
         return replace(protocol, extractor=NO_EXTRACTOR), None, notes
@@ -279,19 +281,21 @@ def choose_extractor(
     return replace(protocol, **known), network, notes
 
 
-def _named(spec: str | Extractor, device: torch.device) -> Extractor | None:
+def _named_extractor(spec: str | Extractor, device: torch.device) -> Extractor | None:
     if isinstance(spec, Extractor):
         return spec
     return None if spec == NO_EXTRACTOR else make_extractor(spec, device)
 
 
-def _at_hand(wanted: str, device: torch.device) -> tuple[Extractor | None, tuple[str, ...]]:
+def _available_extractor(
+    wanted: str, device: torch.device
+) -> tuple[Extractor | None, tuple[str, ...]]:
     """Return Inception if its weights are on this machine, else the light network, and notes.
 
     Nothing is downloaded.
     """
     if wanted != "inception":
-        return _named(wanted, device), ()
+        return _named_extractor(wanted, device), ()
     if available_inception() is not None:
         with suppress(MissingExtraError):  # torch-fidelity's weights, but not torch-fidelity
             return make_extractor("inception", device), ()

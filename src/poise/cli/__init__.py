@@ -33,7 +33,7 @@ from poise.recipes import Recipe, find_recipe
 from poise.support.version import __version__
 
 DESCRIPTION = "Variational autoencoders whose balance of reconstruction and KL is computed."
-SPINS = ("GOMP_SPINCOUNT", "1000")  # spins of an idle OpenMP thread before it sleeps
+SPIN_COUNT = ("GOMP_SPINCOUNT", "1000")  # spins of an idle OpenMP thread before it sleeps
 COMMANDS = {
     "train": Train,
     "sample": Sample,
@@ -67,7 +67,7 @@ def main() -> None:
     # On SIGTERM, exit normally, so that temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     let_threads_sleep()
-    out, err = Kept(sys.stdout), Kept(sys.stderr)
+    out, err = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             _run()
@@ -85,10 +85,10 @@ def let_threads_sleep() -> None:
     before and 47.1 now (AMD EPYC, 2026-11-26). torch reads the variable when it is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault(*SPINS)
+        os.environ.setdefault(*SPIN_COUNT)
 
 
-class Kept:
+class PipeSafeStream:
     """A stream that drops its output once the reader has ended.
 
     Training then continues without showing progress.
@@ -98,16 +98,16 @@ class Kept:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._forgiving():
+        with self._ignoring_broken_pipe():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._forgiving():
+        with self._ignoring_broken_pipe():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _ignoring_broken_pipe(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:  # Python flushes the stream again at exit
@@ -242,7 +242,7 @@ def _wrong_value(line: str) -> str:
         r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line
     ):
         value, option, listed = found.groups()
-        # "None" is listed where it is the default.
+        # tyro also lists None where it is the default.
         allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
         return (
             f"{option} cannot be {value!r}; there are {', '.join(allowed)}, "

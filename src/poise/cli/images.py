@@ -75,9 +75,9 @@ class Sample:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
         used = self.prior or run.default_prior
         print(f"{_images(self.count)} from prior {used}: {self.out}")
-        self._say_best(run, used)
+        self._print_best_prior(run, used)
 
-    def _say_best(self, run: "Run", used: str) -> None:
+    def _print_best_prior(self, run: "Run", used: str) -> None:
         distances = run.prior_distances()
         if not distances and (run.deterministic or run.data["source"] == "array"):
             return  # `poise diagnose` does not work for this run

@@ -5,9 +5,9 @@ poise train mnist             # 28x28 grey; a shorter schedule at a higher learn
 poise train mnist-published   # the schedule of Dai & Wipf 2019, section D of their appendix
 poise train fashion-mnist     # 28x28 grey: the network and schedules of MNIST
 poise train fashion-mnist-published
-poise train cifar10           # 32x32 RGB, lossless pixels, plain running average, E[s^2]
+poise train cifar10           # 32x32 RGB, lossless, plain running average, variance law with E[s^2]
 poise train cifar10-released  # every departure of the released code, each a named setting
-poise train celeba64          # rows 45:173, columns 25:153, resized to 64x64; official split
+poise train celeba64          # rows 45:173, columns 25:153, resized to 64x64; sorted official split
 poise train celeba64-released # every departure of the released code, among them a KL weight of 4
 poise train photos/ --size 64 # images: any folder or array, the released network at their size
 

@@ -131,7 +131,7 @@ def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> N
     """
     check_codes_output(out)
     arrays: dict[str, np.ndarray] = dict(
-        zip(("mean", "logvar"), _gathered(chunks, number), strict=True)
+        zip(("mean", "logvar"), _to_arrays(chunks, number), strict=True)
     )
     if out.suffix == ".safetensors":
         from safetensors.numpy import save
@@ -154,7 +154,7 @@ def check_codes_output(out: Path) -> None:
         raise InputError(f"{out}: give an .npz or a .safetensors file")
 
 
-def _gathered(chunks: Iterable[DiagonalGaussian], number: int) -> list[np.ndarray]:
+def _to_arrays(chunks: Iterable[DiagonalGaussian], number: int) -> list[np.ndarray]:
     """Return the means and the log variances of all chunks, in memory if they fit."""
     both, done = None, 0
     for codes in chunks:

@@ -39,8 +39,8 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
         RunError: every checkpoint is damaged.
     """
     settings, data = config["recipe"], config["data"]
-    for torn in folder.glob(".writing-*"):  # left by a killed process
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    for leftover in folder.glob(".writing-*"):  # left by a killed process
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     is_run = (folder / "config.json").exists()
     if not is_run and any(
         path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
