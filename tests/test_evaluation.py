@@ -189,7 +189,7 @@ def test_numbers_are_asked_for_by_name():
     result = evaluate(REAL, OTHER, extractor="pixels")
     assert result.distance() == result.value("FD-pixels") == result.value("FD-pixels", "generated")
     with pytest.raises(
-        InputError, match="FID of what is not measured; there are FD-pixels, KID-pixels"
+        InputError, match="FID of any set is not measured; there are FD-pixels, KID-pixels"
     ):
         result.value("FID")
     assert str(result).splitlines()[0].split()[:2] == [

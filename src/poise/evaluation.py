@@ -1,4 +1,4 @@
-"""Sets of images compared under a protocol: real ones against those that a model, or somebody, produced."""
+"""Compare sets of images under a protocol: real ones with reconstructed or generated ones."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -34,19 +34,20 @@ from poise.support.files import strict
 from poise.support.version import __version__
 from poise.training.machine import choose_device
 
-FEW_IMAGES = 2_048  # of fewer, covariances of Inception's 2048 features have no full rank
+# With fewer images, the covariance of Inception's 2048 features does not have full rank.
+FEW_IMAGES = 2_048
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Produced:
-    """Images to be compared with real ones.
+    """A set of images to compare with real ones.
 
     Attributes:
         label: REC, GEN-1, GEN-2, ...
-        chunks: gives the first so many of them, part by part, floats in [0, 1].
-        count: how many there are; None: as many as one wants.
-        seed: of their noise.
+        chunks: returns the first n images, in chunks of floats in [0, 1].
+        count: number of images. None: unlimited.
+        seed: seed of their noise.
     """
 
     label: str
@@ -57,12 +58,12 @@ class Produced:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Everything that was measured. `print` it, or look at it in a notebook, for its table.
+    """All results of an evaluation. `print` shows them as a table, and so does a notebook.
 
     Attributes:
-        measurements: numbers that can be compared with others, each with its protocol.
+        measurements: numbers to compare with others, each with its protocol.
         pages: details of a model: "reconstruction", "latents", "second_stage".
-        notes: what a reader must know to read the numbers.
+        notes: remarks that are needed to interpret the numbers.
     """
 
     measurements: tuple[Measurement, ...]
@@ -70,23 +71,30 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
     def value(self, metric: str, of: str | None = None) -> float:
-        """One number, as `evaluation.value("FID", "GEN-2")`; `of` may be left out where the metric was measured of one thing.
+        """Return one number, for example `evaluation.value("FID", "GEN-2")`.
+
+        Args:
+            metric: name of the metric.
+            of: what was measured. It may be left out if there is only one.
 
         Raises:
-            InputError: it was not measured, or of several things.
+            InputError: the number was not measured, or it was measured of several things.
         """
         found = [m for m in self.measurements if m.metric == metric and of in (None, m.of)]
         if len(found) != 1:
             sets = ", ".join(dict.fromkeys(m.of for m in self.measurements))
             known = ", ".join(dict.fromkeys(m.metric for m in self.measurements))
-            problem = "measured of several: say of which" if found else "not measured"
+            problem = "ambiguous: name one with `of`" if found else "not measured"
             raise InputError(
-                f"{metric} of {of or 'what'} is {problem}; there are {known}, of {sets}"
+                f"{metric} of {of or 'any set'} is {problem}; there are {known}, of {sets}"
             )
         return found[0].value
 
     def distance(self, of: str | None = None) -> float:
-        """The Frechet distance of a set, by whichever network it was measured: FID, FD-light, ...
+        """Return the Frechet distance of a set, whichever network measured it: FID, FD-light, ...
+
+        Args:
+            of: see `value`.
 
         Raises:
             InputError: see `value`.
@@ -103,10 +111,10 @@ class Evaluation:
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    __repr__ = __str__  # the pages alone fill a screen
+    __repr__ = __str__  # the default would print all pages
 
     def _repr_html_(self) -> str:
-        """The table and the notes, for a notebook."""
+        """Return the table and the notes as HTML, for a notebook."""
         head, *body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.table()]
         rows = "".join(f"<tr>{cells}</tr>" for cells in body)
         notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
@@ -114,11 +122,19 @@ class Evaluation:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
 
     def table(self) -> list[list[str]]:
-        """See `poise.protocols.table`; with hashes where a metric was measured under several protocols."""
+        """Return the table as rows of cells, the header first.
+
+        If a metric was measured under several protocols, a column shows their hashes. See
+        `poise.protocols.table`.
+        """
         return table(self.measurements, mixed=True)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; each measurement names its protocol by hash, and `protocols` holds them in full."""
+        """Return plain values.
+
+        Each measurement names its protocol by hash. The key "protocols" holds the protocols in
+        full.
+        """
         measurements = [m.to_json() for m in self.measurements]
         protocols = protocols_json(self.measurements)
         head = {"poise": __version__, "notes": list(self.notes)}
@@ -137,23 +153,28 @@ def evaluate(
     device: str = "auto",
     quiet: bool = True,
 ) -> Evaluation:
-    """Two sets of images compared.
+    """Compare two sets of images.
 
     Args:
-        real, generated: each a folder, an image array, a file of one, hf:owner/name or a data set's name; or an array or
-            tensor, bytes or floats in [0, 1]. Of a data set with an official split its test images (its training images if
-            the protocol's reference is "train"), of any other all images; the first so many where the protocol says how many.
+        real, generated: each a folder, an image array, a file with one, hf:owner/name or a data
+            set's name; or an array or tensor, bytes or floats in [0, 1]. If a data set has an
+            official split, its test images are used (its training images if the protocol's
+            reference is "train"). Otherwise all images are used. The protocol may limit the number:
+            then the first ones are used.
         protocol: a name or a `Protocol`.
-        extractor: "inception", "light", "dinov2", "pixels", a TorchScript file; "auto": the protocol's, or "light" where
-            Inception's weights are not at hand.
-        size: crop both to the central square and resize to this side, in pixels.
-        count: how many of each to compare, the first ones; None: as the protocol says.
-        infinity: extrapolate the Frechet distance to infinitely many images as well.
+        extractor: "inception", "light", "dinov2", "pixels", or a TorchScript file. "auto": the
+            protocol's, or "light" if Inception's weights are not on this machine.
+        size: crop both sets to the centre square and resize to this side, in pixels.
+        count: number of images of each set, the first ones. None: as the protocol says.
+        infinity: also extrapolate the Frechet distance to infinitely many images.
         device: where the extractor runs.
-        quiet: no progress display.
+        quiet: show no progress.
+
+    Returns:
+        Every distance between the sets, with its protocol, and notes.
 
     Raises:
-        InputError: images that cannot be read, or an extractor that is not to be had.
+        InputError: images cannot be read or compared, or the extractor is not available.
 
     Example:
         >>> poise.evaluate("photos/", "samples/").value("FID", "generated")      # doctest: +SKIP
@@ -162,7 +183,8 @@ def evaluate(
     for source in (real, generated):
         if isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file():
             raise InputError(
-                f"{source} is a run: poise evaluate {source} measures it, or write its samples to a folder"
+                f"{source} is a run: poise evaluate {source} measures it, "
+                "or write its samples to a folder"
             )
     wanted = with_count(find_protocol(protocol), count)
     split: Literal["train", "test"] = "train" if wanted.reference == "train" else "test"
@@ -192,9 +214,12 @@ def evaluate(
 
 
 def oddities(real: Any, others: Any) -> Iterator[str]:
-    """What is strange about two sets of images, and yet can be compared."""
+    """Yield a note for each suspicious property of two sets that can still be compared."""
     if real.shape[1] != others.shape[1]:
-        yield "one set is grey and the other in colour: grey images were taken as colour images of three equal channels"
+        yield (
+            "one set is grey and the other in colour: "
+            "grey images were used as colour images of three equal channels"
+        )
     if real.shape == others.shape:
         first, second = (
             content_checksum(chunks_of(images, len(images))) for images in (real, others)
@@ -204,30 +229,47 @@ def oddities(real: Any, others: Any) -> Iterator[str]:
 
 
 def check_sides(real: Any, others: Any) -> None:
-    """Raises InputError for sets of differing sides, or of one image."""
+    """Check that two sets of images can be compared.
+
+    Raises:
+        InputError: their sizes differ, or a set has fewer than two images.
+    """
     if real.shape[2:] != others.shape[2:]:
-        sides = f"{'x'.join(map(str, real.shape[2:]))} and {'x'.join(map(str, others.shape[2:]))} pixels"
+        sides = (
+            f"{'x'.join(map(str, real.shape[2:]))} and "
+            f"{'x'.join(map(str, others.shape[2:]))} pixels"
+        )
         raise InputError(
-            f"images of {sides} cannot be compared fairly: bring both to one size with --size (size=)"
+            f"images of {sides} cannot be compared fairly: "
+            "resize both to one size with --size (size=)"
         )
     if min(len(real), len(others)) < 2:
         raise InputError(
-            f"{len(real)} and {len(others)} images cannot be compared: at least 2 are needed on each side"
+            f"{len(real)} and {len(others)} images cannot be compared: each set needs at least 2"
         )
 
 
 def choose_extractor(
     protocol: Protocol, spec: str | Extractor, device: torch.device
 ) -> tuple[Protocol, Extractor | None, tuple[str, ...]]:
-    """The network a protocol and the user ask for, the protocol with its name and checksum, and what there is to say.
+    """Return the protocol with its extractor filled in, the extractor, and notes.
 
     Args:
-        protocol: what to use if `spec` is "auto".
-        spec: "auto", "none", or see `features.make_extractor`; or what that made.
-        device: where it runs.
+        protocol: its extractor is used if `spec` is "auto".
+        spec: "auto", "none", a name (see `features.make_extractor`), or an extractor.
+        device: where the extractor runs.
+
+    Returns:
+        The protocol with the extractor's name and checksum; the extractor, or None for "none" or if
+        none is available; notes for the user.
+
+    Raises:
+        InputError: the named extractor is not available.
     """
     network, notes = (
-        _at_hand(protocol.extractor, device) if spec == AUTO else (_named(spec, device), ())
+        _available_extractor(protocol.extractor, device)
+        if spec == AUTO
+        else (_named_extractor(spec, device), ())
     )
     if network is None:
         return replace(protocol, extractor=NO_EXTRACTOR), None, notes
@@ -239,25 +281,34 @@ def choose_extractor(
     return replace(protocol, **known), network, notes
 
 
-def _named(spec: str | Extractor, device: torch.device) -> Extractor | None:
+def _named_extractor(spec: str | Extractor, device: torch.device) -> Extractor | None:
     if isinstance(spec, Extractor):
         return spec
     return None if spec == NO_EXTRACTOR else make_extractor(spec, device)
 
 
-def _at_hand(wanted: str, device: torch.device) -> tuple[Extractor | None, tuple[str, ...]]:
-    """Inception if its weights are here; the light network if that is; nothing is downloaded unasked."""
+def _available_extractor(
+    wanted: str, device: torch.device
+) -> tuple[Extractor | None, tuple[str, ...]]:
+    """Return Inception if its weights are on this machine, else the light network, and notes.
+
+    Nothing is downloaded.
+    """
     if wanted != "inception":
-        return _named(wanted, device), ()
+        return _named_extractor(wanted, device), ()
     if available_inception() is not None:
-        with suppress(MissingExtraError):  # weights of torch-fidelity's without torch-fidelity
+        with suppress(MissingExtraError):  # torch-fidelity's weights, but not torch-fidelity
             return make_extractor("inception", device), ()
-    how = 'poise evaluate --extractor inception downloads it once (pip install "poise[eval]"); POISE_INCEPTION names a file'
+    how = (
+        "poise evaluate --extractor inception downloads it once "
+        '(pip install "poise[eval]"); POISE_INCEPTION names a file'
+    )
     try:
         light = make_extractor("light", device)
     except MissingExtraError:
         return None, (
-            f'no FID: Inception is not at hand; {how}; offline, pip install "poise[light]" gives FD-light',
+            f"no FID: Inception is not at hand; {how}; "
+            'offline, pip install "poise[light]" gives FD-light',
         )
     return light, (f"Inception is not at hand: compared by FD-light, which is not FID; {how}",)
 
@@ -271,15 +322,16 @@ def compare(
     infinity: bool = False,
     quiet: bool = True,
 ) -> list[Measurement]:
-    """Every distance of every produced set from the real one.
+    """Measure every distance between each produced set and the real one.
 
     Args:
-        real: (n, channels, side, side), bytes or floats in [0, 1]: all are used, as they are.
-        produced: sets to compare with it.
-        protocol: with the extractor's name and checksum; counts and side are filled in.
-        extractor: the network.
-        infinity: add the extrapolation to infinitely many images.
-        quiet: no progress display.
+        real: (n, channels, side, side), bytes or floats in [0, 1]. All images are used, without
+            further preparation.
+        produced: sets to compare with the real one.
+        protocol: with the extractor's name and checksum. Counts and side are filled in.
+        extractor: network that computes the features.
+        infinity: also extrapolate to infinitely many images.
+        quiet: show no progress.
     """
     protocol = replace(protocol, real=len(real), side=real.shape[-1])
     checksum = content_checksum(_compared(real, protocol))
@@ -305,9 +357,8 @@ def compare(
             number = _number(item, protocol)
             chunks = (prepare(part, protocol) for part in item.chunks(number))
             features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
-            later = pool.submit(
-                measure, item, features, complete(protocol, number)
-            )  # while a GPU is at the next set
+            # On a GPU, measure this set while the features of the next one are computed.
+            later = pool.submit(measure, item, features, complete(protocol, number))
             if place.type == "cpu":
                 later.result()
             measured.append(later.result)
@@ -315,19 +366,25 @@ def compare(
 
 
 def _metrics_device(device: torch.device) -> torch.device:
-    """Where distances are computed in float64: on the extractor's GPU, or on the CPU where that has no float64."""
+    """Return the device for distances, which need float64.
+
+    It is the extractor's GPU on CUDA, else the CPU. MPS has no float64.
+    """
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _where(extractor: Extractor) -> str:
-    """The extractor's device, and its precision where that is not float32."""
+    """Return the extractor's device, and its precision if it is not float32."""
     return str(extractor.device) + (
         f", {extractor.precision}" if extractor.precision != "float32" else ""
     )
 
 
 def complete(protocol: Protocol, generated: int) -> Protocol:
-    """A protocol whose number of real images is known, with that of produced ones; subsets are no larger than either."""
+    """Return the protocol with the number of produced images filled in.
+
+    The subset size of the KID is limited to the smaller set.
+    """
     assert protocol.real is not None
     return replace(
         protocol,
@@ -352,26 +409,26 @@ def _compared(real: Any, protocol: Protocol) -> Iterator[Images | ByteImages]:
 
 
 def through_jpeg(images: Any, quality: int) -> ByteImages:
-    """All images as they come back from JPEG."""
+    """Return all images after JPEG compression at a quality."""
     return torch.cat(
         [jpeg_round_trip(to_bytes(part), quality) for part in chunks_of(images, len(images))]
     )
 
 
 def chunks_of(images: Any, count: int) -> Iterator[Images]:
-    """The first `count` images as floats in [0, 1], part by part."""
+    """Yield the first `count` images in chunks, as floats in [0, 1] on the CPU."""
     for start in range(0, count, CHUNK):
         yield gather(images, range(start, min(start + CHUNK, count))).cpu()
 
 
 def prepare(images: Images, protocol: Protocol) -> Images | ByteImages:
-    """Produced images as the protocol compares them."""
+    """Return produced images as the protocol compares them: stretched, rounded to 8 bits."""
     images = stretch_each(images) if protocol.stretch else images
     return to_bytes(images) if protocol.pixels == "8-bit" else images
 
 
 def content_checksum(chunks: Iterable[Tensor]) -> str:
-    """SHA-256 over type, shape and values of images that come in parts."""
+    """Return the SHA-256 of type, shape and values of images in chunks."""
     digest = hashlib.sha256()
     for part in chunks:
         digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
@@ -387,10 +444,10 @@ def every_distance(
     *,
     infinity: bool = False,
 ) -> Iterator[tuple[str, float, float | None]]:
-    """Yield name, value and spread of each metric of `poise.metrics.listed.DISTANCES`.
+    """Yield name, value and spread of each metric in `poise.metrics.listed.DISTANCES`.
 
-    Only the 2015 Inception's Frechet distance is called FID. A metric for which there are too few
-    images is left out.
+    Only the Frechet distance of the 2015 Inception is called FID. A metric that needs more images
+    is left out.
     """
     pair = Pair(reference, produced, protocol, extractor)
     for metric in DISTANCES:
@@ -407,7 +464,16 @@ def likelihood_measurements(
     seed: int,
     device: str,
 ) -> list[Measurement]:
-    """KL, ELBO and, where it was estimated, the importance-weighted likelihood of a model; nothing of one that has none."""
+    """Return KL and ELBO and, if it was estimated, the importance-weighted likelihood of a model.
+
+    The list is empty for a model without a likelihood.
+
+    Args:
+        figures: KL and ELBO, in nats per image.
+        nll: estimate of the negative log likelihood, or None.
+        protocol: with the number of real images and their side.
+        seed, device: see `Measurement`.
+    """
     common = {
         "protocol": model_protocol(protocol),
         "unit": "nats per image",
@@ -436,10 +502,10 @@ def restored_measurements(
     seed: int,
     device: str,
 ) -> list[Measurement]:
-    """Measure how reconstructions as the protocol makes them differ from their images.
+    """Measure how much reconstructions differ from their images.
 
     Args:
-        images, restored: two sets that come in equal parts.
+        images, restored: images and their reconstructions, in chunks of equal length.
         protocol: with the true number of images.
         seed, device: see `Measurement`.
     """
@@ -460,7 +526,7 @@ def restored_measurements(
 
 
 def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
-    """What a reader of these comparisons must know."""
+    """Return notes that are needed to interpret these comparisons."""
     compared = [m for m in measured if m.protocol.extractor != NO_EXTRACTOR]
     fewest = min(
         (min(m.protocol.real or 0, m.protocol.generated or 0) for m in compared), default=FEW_IMAGES
@@ -468,11 +534,12 @@ def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
     if fewest < FEW_IMAGES:
         notes += (
-            f"Frechet distances of {fewest} images are biased upwards, the more the fewer, and the more diverse the set: "
-            "compare equal numbers only",
+            f"Frechet distances of {fewest} images are biased upwards, more so for fewer images "
+            "and for more diverse sets: compare equal numbers only",
         )
     if infinity and compared and not any(m.metric.endswith("infinity") for m in compared):
         notes += (
-            "too few images to extrapolate to infinity: it takes more than twice as many as features (light 1,280, FID 2,048)",
+            "too few images to extrapolate to infinity: "
+            "it takes more than twice as many as features (light 1,280, FID 2,048)",
         )
     return notes

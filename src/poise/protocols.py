@@ -1,9 +1,10 @@
-"""A number about images means nothing without the conditions it was measured under: a protocol, short enough to hash.
+"""Protocols: all conditions of a comparison of images, with a hash that identifies them.
 
-Papers quarrel over FIDs that differ by their protocol alone: training or test images as the reference, how many of them,
-JPEG, rounding to bytes, each image stretched to its own range. docs/metrics.md shows what each choice moves.
+FIDs of different papers often differ because of their protocols alone. The reference may be the
+training or the test images, and their number may differ. Images may be JPEG-compressed, rounded to
+bytes, or stretched each to its own range. docs/metrics.md shows the effect of each choice.
 
-No torch here: the command reads this for its help.
+This module imports no torch, because the command reads it for its help.
 """
 
 import hashlib
@@ -24,26 +25,31 @@ NO_EXTRACTOR = "none"
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that moves a comparison of images and is not the model.
+    """All conditions of a comparison of images, except the model.
 
     Attributes:
-        name: for people; the hash does not see it.
-        reference: where the real images come from: the data's "test" or "train" side, or "given" by the user.
-        real: real images, the first so many; None: all.
-        generated: images produced for each label; None: as many as there are real ones (of a given set, all).
-        pixels: "8-bit": rounded to the nearest of 256 levels; "float": as the network gives them.
-        stretch: each produced image is stretched to its own minimum and maximum first (Dai & Wipf's evaluation).
-        jpeg: real images, those that are reconstructed among them, come back from JPEG at this quality (the released CIFAR-10
-            loader: 75); None: raw.
-        generation: how images are sampled and reconstructed; None: as the run's recipe says, filled in when measured.
-        side: of the compared images, in pixels; None: not known yet.
-        extractor: which network's features are compared: see `poise.features.make_extractor`.
-        extractor_checksum: SHA-256 of its weights; empty until it is loaded.
-        resize: what the extractor does to images first, in words; empty until it is loaded.
-        kid_subsets, kid_subset_size: of the kernel distance.
-        draws_seed: of these subsets, and of the inception score's splits.
-        precision_neighbours, coverage_neighbours: of precision and recall, and of density and coverage.
-        score_splits: of the inception score.
+        name: name of the protocol. It does not change the hash.
+        reference: source of the real images: the "test" or the "train" side of the data, or "given"
+            by the user.
+        real: number of real images, the first ones. None: all.
+        generated: number of images for each label. None: as many as there are real ones (of a given
+            set, all).
+        pixels: "8-bit": rounded to the nearest of 256 levels. "float": as the network returns them.
+        stretch: stretch each produced image to its own minimum and maximum first (Dai & Wipf's
+            evaluation).
+        jpeg: compress real images with JPEG at this quality, also those to reconstruct (the
+            released CIFAR-10 loader: 75). 1 to 95. None: no JPEG.
+        generation: how images are sampled and reconstructed. None: as the run's recipe says; filled
+            in when measured.
+        side: side of the compared images, in pixels. None: not known yet.
+        extractor: network whose features are compared (see `poise.features.make_extractor`).
+        extractor_checksum: SHA-256 of its weights. Empty until it is loaded.
+        resize: how the extractor resizes images first, in words. Empty until it is loaded.
+        kid_subsets, kid_subset_size: number and size of the subsets of the kernel distance (KID).
+        draws_seed: seed of these subsets, and of the inception score's splits.
+        precision_neighbours: neighbours for precision and recall.
+        coverage_neighbours: neighbours for density and coverage.
+        score_splits: splits of the inception score.
     """
 
     name: str
@@ -85,9 +91,10 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """Ten hexadecimal digits that change with every attribute but the name.
+        """Ten hexadecimal digits that depend on every attribute except the name.
 
-        Of what differs from the defaults, so that an attribute added later leaves the hashes of older numbers as they are.
+        Attributes with their default value are left out. An attribute that a later version adds
+        then leaves older hashes unchanged.
         """
         settings = _differing(self) | (
             {"generation": _differing(self.generation)} if self.generation else {}
@@ -99,7 +106,7 @@ class Protocol:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left open: counts are known, and the weights of the extractor."""
+        """Whether the counts and the checksum of the extractor's weights are known."""
         known = self.extractor == NO_EXTRACTOR or self.extractor_checksum
         return bool(self.real and self.generated is not None and known)
 
@@ -125,7 +132,7 @@ def _differing(settings: Any) -> dict[str, Any]:
 
 
 def model_protocol(protocol: Protocol, *, generation: Generation | None = None) -> Protocol:
-    """The part of a protocol that moves figures of the model itself (error, likelihood), where no features are compared.
+    """Return the part of a protocol that affects figures of the model, such as error or likelihood.
 
     Args:
         protocol: with its number of real images and their side.
@@ -163,16 +170,22 @@ PROTOCOLS: dict[str, Protocol] = {
     "50k-train": replace(DEFAULT, name="50k-train", reference="train", real=50_000),
     "every-image": replace(DEFAULT, name="every-image", reference="given", real=None),
 }
-"""default: raw test images, 8 bits. released: the authors' CIFAR-10 evaluation, released-celeba the same without JPEG;
-generation as released. dai-wipf: as Dai & Wipf 2019 scored. 50k-train: as the GAN and diffusion literature scores CIFAR-10.
-every-image: two given sets, all of each."""
+"""The protocols by name.
+
+default: raw test images, 8 bits.
+released: the authors' CIFAR-10 evaluation, with generation as released.
+released-celeba: the same without JPEG.
+dai-wipf: the evaluation of Dai & Wipf 2019.
+50k-train: the evaluation of CIFAR-10 in the GAN and diffusion literature.
+every-image: all images of two given sets.
+"""
 
 
 def find_protocol(protocol: str | Protocol) -> Protocol:
-    """A protocol by name, or as it is.
+    """Return the protocol of a name. A `Protocol` is returned as it is.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: no protocol has this name.
     """
     if isinstance(protocol, Protocol):
         return protocol
@@ -186,7 +199,7 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
 
 
 def with_count(protocol: Protocol, count: int | None) -> Protocol:
-    """The protocol with `count` real images and as many generated ones; None: as it is.
+    """Return the protocol with `count` real images and as many generated ones. None: unchanged.
 
     Raises:
         InputError: fewer than two images, which cannot be compared.
@@ -200,20 +213,21 @@ def with_count(protocol: Protocol, count: int | None) -> Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number with all that is needed to compare it.
+    """A number with all that is needed to compare it with others.
 
     Attributes:
         metric: "FID", "KID", "precision", "MSE", "ELBO", ...
-        of: what was measured: REC, the label of a prior (GEN-1, ...), or a name the user gave.
-        value: in `unit`.
-        protocol: complete.
-        spread: where the metric has one of its own: standard deviation over subsets (KID) or splits (IS), standard error
-            (NLL, and of an extrapolation to infinity).
-        unit: "" for a pure number.
-        data: SHA-256 of the real images, twelve digits: numbers of other images do not belong beside this one.
-        seed: of the images' noise.
+        of: what was measured: REC, the label of a prior (GEN-1, ...), or a name from the user.
+        value: value in `unit`.
+        protocol: a complete protocol.
+        spread: standard deviation over subsets (KID) or splits (IS), or standard error (NLL, and an
+            extrapolation to infinity). None for other metrics.
+        unit: unit of the value. "" for a pure number.
+        data: first twelve digits of the SHA-256 of the real images. Only numbers with equal `data`
+            are comparable.
+        seed: seed of the images' noise.
         device: where the networks ran.
-        version: of Poise.
+        version: version of Poise.
     """
 
     metric: str
@@ -230,31 +244,34 @@ class Measurement:
     def __post_init__(self) -> None:
         if not isinstance(self.protocol, Protocol) or not self.protocol.complete:
             raise InputError(
-                f"{self.metric} of {self.of} needs a complete protocol: counts, and the extractor's checksum"
+                f"{self.metric} of {self.of} needs a complete protocol: "
+                "counts, and the extractor's checksum"
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the protocol as its hash. A value that is no number (an undefined one) is None."""
+        """Return plain values, the protocol as its hash. NaN and infinite values become None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         value = self.value if math.isfinite(self.value) else None
         return values | {"value": value, "protocol": self.protocol.hash}
 
 
 def protocols_json(measurements: Iterable[Measurement]) -> dict[str, Any]:
-    """The protocols that measurements were made under, by hash."""
+    """Return the protocols of measurements as plain values, by hash."""
     return {m.protocol.hash: asdict(m.protocol) for m in measurements}
 
 
 def table(measurements: Iterable[Measurement], *, mixed: bool = False) -> list[list[str]]:
-    """Rows of cells, the first one a head: a row for each thing measured, a column for each metric.
+    """Return the measurements as rows of cells: one row per thing measured, one column per metric.
+
+    The first row is the header.
 
     Args:
-        measurements: each metric of one protocol and of the same real images.
-        mixed: allow several of both, with a column that tells them apart by hash.
+        measurements: each metric under one protocol and with the same real images.
+        mixed: allow several protocols and real images. A column of hashes then tells them apart.
 
     Raises:
-        InputError: a metric was measured under several protocols or against several sets of real images, and `mixed` is not
-            set; or a cell has two values.
+        InputError: a metric was measured under several protocols or with several sets of real
+            images, and `mixed` is False; or a cell has two values.
     """
     measurements = list(measurements)
     metrics = list(dict.fromkeys(m.metric for m in measurements))
@@ -275,7 +292,8 @@ def table(measurements: Iterable[Measurement], *, mixed: bool = False) -> list[l
         )
         if m.metric in cells:
             raise InputError(
-                f"{m.metric} of {m.of} is given twice: a table needs a mean and spread over seeds, or one of them"
+                f"{m.metric} of {m.of} is given twice: "
+                "give one of them, or a mean and spread over seeds"
             )
         cells[m.metric] = m
     head = ["", *(["protocol, images"] if several else []), *metrics]
@@ -293,7 +311,7 @@ def _cells(cells: dict[str, Measurement], metrics: list[str]) -> list[str]:
 
 
 def show(measurement: Measurement) -> str:
-    """A value with as many digits as are worth reading, and its spread."""
+    """Return the value as text, rounded to meaningful digits, with its spread."""
     size = abs(measurement.value)
     style = ".2f" if size >= 10 else ".4f" if size >= 0.1 or size == 0 else ".3g"
     spread = f" ± {measurement.spread:{style}}" if measurement.spread is not None else ""

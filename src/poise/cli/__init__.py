@@ -1,10 +1,11 @@
-"""The command `poise`: train, sample, encode, reconstruct, evaluate, diagnose, compare, reproduce, report.
+"""The command `poise` and its subcommands, from `poise train` to `poise report`.
 
-Results go to stdout, progress and complaints to stderr. Exit code 0: done; 2: the input is wrong; 1: the work failed. If
-the reader of either goes, as `head` does, the work is done all the same, and what else would be printed is dropped.
-torch is imported after the arguments are read, so that help is instant.
+Results go to stdout, progress and errors to stderr. Exit code 0: success. 2: wrong input. 1: the
+work failed. If the reader of either stream ends, as `head` does, the command finishes its work
+without printing. torch is imported after the arguments are parsed, so that help is fast.
 
-In reading order: `options` (what commands have in common), `showing`, then the commands, `train`, `images`, `measure`, `study`.
+In reading order: `options` (options of several commands), `showing` (tables and warnings), then the
+commands: `train`, `images`, `measure`, `study`.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ from poise.errors import InputError, Interrupted, RunError
 from poise.recipes import Recipe, find_recipe
 from poise.support.version import __version__
 
-DESCRIPTION = "Variational autoencoders that balance themselves."
-SPINS = ("GOMP_SPINCOUNT", "1000")  # of an idle OpenMP thread before it sleeps
+DESCRIPTION = "Variational autoencoders whose balance of reconstruction and KL is computed."
+SPIN_COUNT = ("GOMP_SPINCOUNT", "1000")  # spins of an idle OpenMP thread before it sleeps
 COMMANDS = {
     "train": Train,
     "sample": Sample,
@@ -49,7 +50,7 @@ TYPES = ConstructorRegistry()
 
 @TYPES.primitive_rule
 def name_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
-    """Show texts as NAME in the help, where tyro shows STR."""
+    """Show string options as NAME in the help, instead of tyro's STR."""
     if info.type is not str:
         return None
     return PrimitiveConstructorSpec(
@@ -63,11 +64,10 @@ def name_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exit like any other: half-written files go
+    # On SIGTERM, exit normally, so that temporary files are deleted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     let_threads_sleep()
-    out, err = Kept(sys.stdout), Kept(sys.stderr)
+    out, err = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             _run()
@@ -77,36 +77,40 @@ def main() -> None:
 
 
 def let_threads_sleep() -> None:
-    """Make idle OpenMP threads sleep soon, unless the environment already says how they wait.
+    """Let idle OpenMP threads sleep soon, unless the environment sets OMP_WAIT_POLICY.
 
-    By default GNU's OpenMP lets them spin, which takes a busy core away from the thread they wait for. Images/s with two
-    threads and another process on one of two cores: ResNet at 64 pixels 16.0, now 24.6; infogan at 32 pixels 101, now 350.
-    On quiet cores 47.0 and 47.1 (AMD EPYC, 2026-11-26). torch reads the variable when it is imported.
+    By default, idle threads of GNU OpenMP spin. On a busy machine they take a core from the thread
+    they wait for. Images/s with two threads, and another process on one of two cores: ResNet at 64
+    pixels 16.0 before and 24.6 now, infogan at 32 pixels 101 before and 350 now. On idle cores 47.0
+    before and 47.1 now (AMD EPYC, 2026-11-26). torch reads the variable when it is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault(*SPINS)
+        os.environ.setdefault(*SPIN_COUNT)
 
 
-class Kept:
-    """A stream that drops what is written after its reader has gone: training goes on without its progress."""
+class PipeSafeStream:
+    """A stream that drops its output once the reader has ended.
+
+    Training then continues without showing progress.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._forgiving():
+        with self._ignoring_broken_pipe():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._forgiving():
+        with self._ignoring_broken_pipe():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _ignoring_broken_pipe(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # the interpreter flushes the stream once more when it ends
+        except BrokenPipeError:  # Python flushes the stream again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -133,14 +137,18 @@ def _run() -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command with its options. A wrong option is one line on stderr and exit code 2; no argument asks for help."""
+    """Return the command with its options.
+
+    A wrong option prints one line on stderr and exits with code 2. Without arguments, the help is
+    shown.
+    """
     arguments = arguments or ["--help"]
     if arguments == ["--version"]:
         print(f"poise {__version__}")
         sys.exit()
     commands, complaint = with_options(None), io.StringIO()
     others = [word for word in arguments if word not in ("-h", "--help")]
-    if len(others) < len(arguments):  # the rest chooses the recipe that the help shows
+    if len(others) < len(arguments):  # help: the other arguments name the recipe
         commands = with_options(recipe_of(others, commands))
         arguments = [*others[:1], "--help"]
     try:
@@ -167,7 +175,11 @@ def read(arguments: list[str], commands: dict[str, type]) -> Any:
 
 
 def with_options(recipe: Recipe | None) -> dict[str, type]:
-    """Return the commands with all their options. Their help shows the values of the recipe as defaults."""
+    """Return the commands with all their options.
+
+    Args:
+        recipe: its values are the defaults in the help. None: see `TrainingCommand.with_options`.
+    """
     return {
         name: command.with_options(recipe) if issubclass(command, TrainingCommand) else command
         for name, command in COMMANDS.items()
@@ -175,7 +187,10 @@ def with_options(recipe: Recipe | None) -> dict[str, type]:
 
 
 def recipe_of(arguments: list[str], commands: dict[str, type]) -> Recipe | None:
-    """Return the recipe that DATA or --recipe names. None: neither is given, or the arguments are wrong."""
+    """Return the recipe that DATA or --recipe names.
+
+    None: neither is given, or the arguments are wrong.
+    """
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             command = read(arguments, commands)
@@ -186,7 +201,7 @@ def recipe_of(arguments: list[str], commands: dict[str, type]) -> Recipe | None:
 
 
 def _suggestion(arguments: list[str], commands: dict[str, type]) -> str:
-    """The command, or the option of the command, that a misspelt one is like."""
+    """Return "did you mean ...?" for a misspelt command or option, or an empty text."""
     name, *options = arguments
     if name not in commands:
         given, known = [name], list(commands)
@@ -200,7 +215,7 @@ def _suggestion(arguments: list[str], commands: dict[str, type]) -> str:
 
 
 def option_names(command: type) -> Iterator[str]:
-    """Yield the names of a command's options, those in groups included."""
+    """Yield the names of a command's options, including those in groups."""
     for option in fields(command):
         if isinstance(option.default_factory, type):  # a group of options
             yield from option_names(option.default_factory)
@@ -209,23 +224,30 @@ def option_names(command: type) -> Iterator[str]:
 
 
 def one_line(box: str) -> str:
-    """The message inside the box that the parser draws, on one line, without the colours it has on a terminal."""
+    """Return the message inside the box that tyro draws, on one line and without colours."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│| ") for line in plain.splitlines()[1:]]  # the first is the title
-    borders = "╭╰─╮╯+-"  # the latter two where the locale has no lines to draw
+    borders = "╭╰─╮╯+-"  # "+" and "-" if the locale has no box characters
     inside = dropwhile(lambda line: not line.strip(borders), lines)
     message = " ".join(takewhile(lambda line: line.strip(borders), inside))
     return _wrong_value(message) or plain.strip()
 
 
 def _wrong_value(line: str) -> str:
-    """Return the parser's message about a wrong value in plain words. Empty or unknown messages stay as they are."""
+    """Return tyro's message about a wrong value in plain words.
+
+    Other messages are returned unchanged.
+    """
     if found := re.match(
         r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.$", line
     ):
         value, option, listed = found.groups()
-        allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})  # the default of some
-        return f"{option} cannot be {value!r}; there are {', '.join(allowed)}, as in {option} {allowed[0]}"
+        # tyro also lists None where it is the default.
+        allowed = sorted(set(re.findall(r"'([^']*)'", listed)) - {"None"})
+        return (
+            f"{option} cannot be {value!r}; there are {', '.join(allowed)}, "
+            f"as in {option} {allowed[0]}"
+        )
     if found := re.match(r"Error parsing (\S+): no type matching (INT|FLOAT) .* \[(.*)\]\.", line):
         option, kind, value = found.groups()
         return f"{option} must be {'a whole number' if kind == 'INT' else 'a number'}, not {value}"
@@ -233,7 +255,10 @@ def _wrong_value(line: str) -> str:
 
 
 def fail(message: str, code: int, prefix: str = "poise: error: ") -> NoReturn:
-    """One line on stderr, and exit. Of several processes, those after the first give their number."""
+    """Print one line on stderr and exit.
+
+    If there are several processes, ranks above 0 add their number.
+    """
     number = os.environ.get("RANK", "0")
     prefix += f"process {number}: " if number != "0" else ""
     print(prefix + " ".join(message.split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`poise sample`, `encode` and `reconstruct`: what comes out of a run, as files."""
+"""`poise sample`, `encode` and `reconstruct`: write images and codes of a run to files."""
 
 import shlex
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ Switch = Literal["on", "off"]
 
 
 def of_recipe(text: str) -> Any:
-    """Help of an option whose default the run's recipe has."""
+    """Return the help of an option whose default is the recipe's value."""
     return arg(help=text, help_behavior_hint=RECIPES_OWN)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from a trained run. Image i of a seed is always the same, however many are drawn."""
+    """Draw images from a trained run. Image i of a seed does not depend on the number of images."""
 
     run_folder: RunFolder
     count: Annotated[int, arg(name="count", aliases=["-n"], help="number of images")] = 64
     out: Annotated[
         Path,
         arg(
-            help="a .png (one grid), an .npz (array `images`, bytes), or a folder (one PNG per image)"
+            help="a .png (one grid), an .npz (uint8 array `images`) or a folder (one PNG per image)"
         ),
     ] = Path("samples.png")
     prior: Annotated[
@@ -44,13 +44,15 @@ class Sample:
         ),
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
-    first: Annotated[int, arg(help="number of the first image, to draw a set in parts")] = 0
-    noise: Annotated[Switch | None, of_recipe("add stage 2's decoder noise to its latents")] = None
+    first: Annotated[int, arg(help="number of the first image, to draw a set in several calls")] = 0
+    noise: Annotated[
+        Switch | None, of_recipe("add stage 2's decoder noise to the latents it generates")
+    ] = None
     renormalise: Annotated[Renormalise | None, of_recipe("scale latents to the variance law")] = (
         None
     )
     adjust_variance: Annotated[
-        Switch | None, of_recipe("scale images to the real images' variance")
+        Switch | None, of_recipe("scale images to the variance of the real images")
     ] = None
     device: Device = "auto"
 
@@ -73,21 +75,22 @@ class Sample:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
         used = self.prior or run.default_prior
         print(f"{_images(self.count)} from prior {used}: {self.out}")
-        self._say_best(run, used)
+        self._print_best_prior(run, used)
 
-    def _say_best(self, run: "Run", used: str) -> None:
+    def _print_best_prior(self, run: "Run", used: str) -> None:
         distances = run.prior_distances()
         if not distances and (run.deterministic or run.data["source"] == "array"):
-            return  # the command cannot diagnose it
+            return  # `poise diagnose` does not work for this run
         if not distances:
             where = shlex.quote(str(self.run_folder))
             print(
-                f"note: poise diagnose {where} finds out which prior's samples are nearest to the images"
+                f"note: poise diagnose {where} finds the prior whose samples are nearest "
+                "to the images"
             )
             return
         best = next(iter(distances))
         listed = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
-        as_good = distances.get(used, float("inf")) - distances[best] < 0.01  # as far as is shown
+        as_good = distances.get(used, float("inf")) - distances[best] < 0.01  # equal as shown
         advice = "" if as_good else f": try --prior {best}"
         print(
             f"note: poise diagnose found {best} best (distance from the images: {listed}){advice}"
@@ -96,9 +99,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encode:
-    """Write the posterior of each image: arrays `mean` and `logvar` (log variance), one row per image, float32.
+    """Write the posterior of each image to a file.
 
-    Rows are in the order of the images. Those of a folder are sorted by path.
+    The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). Rows
+    are in the order of the images. Images of a folder are sorted by path.
     """
 
     run_folder: RunFolder
@@ -121,16 +125,22 @@ class Encode:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Show images beside their reconstructions. A fixed seed draws --count of them, in their order."""
+    """Show images beside their reconstructions.
+
+    If there are more than --count images, a fixed seed draws --count of them.
+    """
 
     run_folder: RunFolder
     images: Images = None
     count: Annotated[
         int,
-        arg(name="count", aliases=["-n"], help="number of images, at most; of more some are drawn"),
+        arg(name="count", aliases=["-n"], help="maximum number of images"),
     ] = 32
     out: Annotated[
-        Path, arg(help="a .png (pairs, original left), an .npz or a folder (reconstructions)")
+        Path,
+        arg(
+            help="a .png (pairs, original on the left), an .npz or a folder (reconstructions only)"
+        ),
     ] = Path("reconstructions.png")
     device: Device = "auto"
 
@@ -157,7 +167,7 @@ def _images(count: int) -> str:
 
 
 def images_for(run: "Run", source: str | None) -> Any:
-    """Images of a source in the form that a run takes; by default its test images."""
+    """Return the images of a source in the run's size and channels. None: its test images."""
     from poise.data import read_images
 
     channels, size, _ = run.data["shape"]
@@ -167,7 +177,7 @@ def images_for(run: "Run", source: str | None) -> Any:
 
 
 def interleave(left: Any, right: Any) -> Any:
-    """left[0], right[0], left[1], right[1], ..."""
+    """Return left[0], right[0], left[1], right[1], ..."""
     import torch
 
     return torch.stack([left, right], 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""`poise evaluate` and `diagnose`: how good a run is, and what is wrong with it."""
+"""`poise evaluate` and `diagnose`: measure a run, and find what is wrong with it."""
 
 import json
 import sys
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run on its test images, or compare any two sets of images. Every number carries its protocol.
+    """Measure a run on its test images, or compare two sets of images.
 
-    Of a run: error, likelihood, latents, and reconstructions and samples of each prior compared with real images (FID, KID,
-    precision, recall, density, coverage). The output is a table on a terminal, and JSON in a file or a pipe.
+    Of a run, the error, the likelihood and the latents are measured. Its reconstructions and the
+    samples of each prior are compared with real images: FID, KID, precision, recall, density and
+    coverage. Every number has its protocol. The output is a table on a terminal, and JSON in a file
+    or a pipe.
     """
 
     run_folder: Annotated[
@@ -45,44 +47,49 @@ class Evaluate:
     ] = None
     generated: Annotated[
         str | None,
-        arg(metavar="DATA", help="images to compare with them, likewise", help_behavior_hint=""),
+        arg(
+            metavar="DATA",
+            help="images to compare with the real ones, given in the same way",
+            help_behavior_hint="",
+        ),
     ] = None
     size: Annotated[
         int | None,
         arg(
-            help="crop both sets to squares and resize to this side, in pixels",
-            help_behavior_hint="(default: as they are)",
+            help="crop all images to the centre square and resize to this side, in pixels",
+            help_behavior_hint="(default: keep the size)",
         ),
     ] = None
     protocol: Annotated[
         str | None,
         arg(
-            help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md",
-            help_behavior_hint="(default: default, of two sets every-image)",
+            help=f"{', '.join(PROTOCOLS)} (see docs/metrics.md)",
+            help_behavior_hint="(default: default; every-image for two sets)",
         ),
     ] = None
     extractor: Annotated[
         str,
         arg(
-            help="whose features are compared: inception (FID; downloaded once), light, dinov2, pixels, FILE.pt:range=-1..1; "
-            "auto: inception if it is here, else light; none: no comparison"
+            help="network whose features are compared: inception (FID; downloaded once), light, "
+            "dinov2, pixels, FILE.pt:range=-1..1. auto: inception if its weights are on this "
+            "machine, else light. none: no comparison"
         ),
     ] = "auto"
     images: Annotated[
         int | None,
         arg(
-            help="real images to measure, with as many generated ones",
+            help="number of real images, and of generated ones",
             help_behavior_hint="(default: the protocol's)",
         ),
     ] = None
     infinity: Annotated[
-        bool, arg(help="extrapolate Frechet distances to infinitely many images as well")
+        bool, arg(help="also extrapolate Frechet distances to infinitely many images")
     ] = False
     nll_samples: Annotated[
-        int, arg(help="importance samples per image for the log likelihood; 0: not estimated")
+        int, arg(help="importance samples per image for the log likelihood. 0: do not estimate it")
     ] = 0
-    seed: Annotated[int, arg(help="seed of generated images")] = 0
-    json: Annotated[bool, arg(help="JSON even on a terminal")] = False
+    seed: Annotated[int, arg(help="seed of the generated images")] = 0
+    json: Annotated[bool, arg(help="print JSON even on a terminal")] = False
     device: Device = "auto"
 
     def run(self) -> None:
@@ -117,7 +124,7 @@ class Evaluate:
 
     def _measure(self, folder: Path) -> None:
         if self.size is not None:
-            raise InputError("--size is for --real and --generated: a run has its own")
+            raise InputError("--size is for --real and --generated: a run has its own size")
         from poise.support.files import write_json
 
         run = load_run(folder, self.device)
@@ -132,7 +139,7 @@ class Evaluate:
         )
         try:
             write_json(folder / "evaluation.json", evaluation.to_json())
-        finally:  # a full disk takes nothing that was measured
+        finally:  # show the results even if the disk is full
             self._show(
                 evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images"
             )
@@ -170,9 +177,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Say in plain words what is wrong with a run, with the figure behind each sentence and one thing to try.
+    """Explain in plain words what is wrong with a run.
 
-    The diagnosis is kept in the run's diagnosis.json. From it `poise sample` says which prior was best.
+    Each sentence has its figure and one thing to try. The diagnosis is written to the run's
+    diagnosis.json. `poise sample` reads there which prior is best.
     """
 
     run_folder: RunFolder

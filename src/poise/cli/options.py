@@ -1,6 +1,6 @@
-"""Options that several commands have in common. The options of a run are made from its settings' declarations.
+"""Options that several commands share. Options of training come from the recipe's settings.
 
-No torch here: help is instant.
+This module imports no torch, so that help is fast.
 """
 
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
@@ -20,11 +20,11 @@ ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's na
 RECIPES_OWN = "(default: the recipe's)"
 BALANCES = ", ".join(text for balance in NAMED_BALANCES.values() for text in balance.examples)
 OBJECTIVES = (
-    "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... (balance "
-    "then fixed:gamma2=0.5)"
+    "vae, or a deterministic rival: autoencoder, rae-l2, rae-gp, wae-mmd:weight=10, ... "
+    "(rivals use the balance fixed:gamma2=0.5)"
 )
 NAMES = {"balance": BALANCES, "objective": OBJECTIVES}
-COMMANDS_OWN = Options(threads=0)  # the command measures which number is fastest
+COMMANDS_OWN = Options(threads=0)  # 0: measure which number is fastest
 if TYPE_CHECKING:
     PriorChoice = str
 else:
@@ -44,30 +44,31 @@ Images = Annotated[
 RecipeName = Annotated[
     str | None,
     arg(
-        help=f"complete settings by name: {', '.join(RECIPES)}; `poise train NAME --help` shows them. Those called released "
-        "keep the authors' initial weights, with which the first steps may explode at 64 pixels",
+        help=f"complete settings by name: {', '.join(RECIPES)}. `poise train NAME --help` shows "
+        "them. Recipes called released use the authors' initial weights: the first steps may "
+        "explode at 64 pixels",
         help_behavior_hint="(default: DATA's own, or images)",
     ),
 ]
 SecondBalance = Annotated[
     str | None,
     arg(
-        help="balance of stage 2, for all labels; same: each label's own",
+        help="balance of stage 2, for all labels. same: each label's balance of stage 1",
         help_behavior_hint=RECIPES_OWN,
     ),
 ]
 StopAfter = Annotated[
     float | None,
     arg(
-        help="stop after so many minutes, with all saved: the same command goes on",
+        help="save everything and stop after so many minutes. The same command continues",
         help_behavior_hint="(default: never)",
     ),
 ]
 Jobs = Annotated[
     int | None,
     arg(
-        help="runs at the same time",
-        help_behavior_hint="(default: cores of the CPU; on cuda one for each GPU)",
+        help="number of runs at the same time",
+        help_behavior_hint="(default: the number of CPU cores; on cuda, of GPUs)",
     ),
 ]
 Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
@@ -75,16 +76,21 @@ Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """A command that trains. Its options are all settings of a recipe and of `Options` but those that it leaves out."""
+    """A command that trains. Its options are the settings of a recipe and of `Options`.
+
+    Attributes:
+        leaves_out: names of settings that are not options of this command.
+    """
 
     leaves_out: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def with_options(cls, recipe: Recipe | None) -> type:
-        """Return this command with its options as fields, in groups, by name.
+        """Return this command with its options as fields, in groups.
 
         Args:
-            recipe: the help shows its values as defaults; None: those that all recipes have.
+            recipe: its values are the defaults in the help. None: show only defaults that all
+                recipes share.
         """
         groups: dict[str, list[tuple[str, Any, Any]]] = {}
         defaults = default_texts(recipe)
@@ -105,11 +111,11 @@ class TrainingCommand:
         return make_dataclass(cls.__name__, parts, bases=(cls,), namespace=described, frozen=True)
 
     def changes(self) -> dict[str, Any]:
-        """Return the given changes of the recipe."""
+        """Return the given changes of the recipe, by name."""
         return {name: value for name, value in self._given().items() if name in CHANGES}
 
     def options(self) -> Options:
-        """Return the given options, and the command's own values of the others."""
+        """Return the given options, with the command's own defaults for the others."""
         given = self._given()
         return replace(COMMANDS_OWN, **{name: given[name] for name in given if name not in CHANGES})
 
@@ -130,14 +136,18 @@ def _stages(declared: type, mark: Option) -> str:
 
 
 def help_texts(declared: type) -> dict[str, str]:
-    """Return the help of each setting: its text under "Attributes" in the docstring of its class."""
+    """Return the help text of each setting, from "Attributes" in the docstring of its class."""
     found = docstring_parser.parse(declared.__doc__ or "").params
     texts = {one.arg_name: " ".join((one.description or "").split()).rstrip(".") for one in found}
     return texts | {name: f"{texts[name]}: {NAMES[name]}" for name in texts.keys() & NAMES.keys()}
 
 
 def default_texts(recipe: Recipe | None) -> dict[str, str]:
-    """Return the default of each option as the help shows it: the recipe's or, without a recipe, that of all recipes."""
+    """Return the default of each option as the help shows it.
+
+    Args:
+        recipe: its values are shown. None: show only defaults that all recipes share.
+    """
     first, *others = map(recipe_texts, [recipe] if recipe else RECIPES.values())
     texts = {
         name: text if all(other[name] == text for other in others) else "the recipe's"
@@ -147,7 +157,10 @@ def default_texts(recipe: Recipe | None) -> dict[str, str]:
 
 
 def recipe_texts(recipe: Recipe) -> dict[str, str]:
-    """Return what a recipe has of each of `CHANGES`. Values of both stages are joined where they differ."""
+    """Return a recipe's value of each setting in `CHANGES`, as text.
+
+    Values that differ between the stages are joined with "and".
+    """
     stages = [stage for stage in (recipe.first, recipe.second) if stage]
     lengths = [str(stage.epochs) if stage.epochs else f"{stage.steps:,} steps" for stage in stages]
     values: dict[str, list[Any]] = {

@@ -1,4 +1,4 @@
-"""What the commands show: tables on stdout, warnings of the run they open on stderr."""
+"""Show tables on stdout, and the warnings of a run on stderr."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from poise.runs.run import Run
 
-WHOLE_TABLE = 160  # columns: numbers are never cut off, whatever the terminal's width
+WHOLE_TABLE = 160  # columns: numbers are never cut off, even on a narrow terminal
 
 
 def load_run(folder: Path, device: str) -> "Run":
-    """A run, with its warnings said."""
+    """Load a run and print its warnings.
+
+    Raises:
+        InputError, RunError: see `poise.load`.
+    """
     from poise.runs.run import load
 
     run = load(folder, device=device)
@@ -29,7 +33,7 @@ def load_run(folder: Path, device: str) -> "Run":
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A table on stdout."""
+    """Print a table of names and values."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -43,7 +47,7 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def show_cells(title: str, rows: list[list[str]]) -> None:
-    """A table with a head on stdout, whole even where the terminal is too narrow for it."""
+    """Print a table with a header. It is never cut off, even if the terminal is too narrow."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape

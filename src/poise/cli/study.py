@@ -1,4 +1,4 @@
-"""`poise compare`, `reproduce` and `report`: many runs, one table, one page."""
+"""`poise compare`, `reproduce` and `report`: train, measure and show several runs."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from poise.studies.comparison import Comparison
 
 
-OF_WORKERS = frozenset({"threads", "tensorboard"})  # which the processes of a study choose
+OF_WORKERS = frozenset({"threads", "tensorboard"})  # chosen by the workers of a study
 
 
 @dataclass(frozen=True)
 class Compare(TrainingCommand):
     """Train and measure several balances or models under the same conditions, with several seeds.
 
-    The result is one table and one page of plots. Only stage 1's balance or objective differs between the labels. Images,
-    network, order, noise, length and protocol are the same. The same command continues an interrupted comparison.
+    The result is one table and one page of plots. The labels differ only in the balance or the
+    objective of stage 1. Images, network, order, noise, length and protocol are the same. The same
+    command continues an interrupted comparison.
     """
 
     leaves_out = OF_ONE_RUN | OF_WORKERS
@@ -52,8 +53,8 @@ class Compare(TrainingCommand):
         tuple[str, ...] | None,
         arg(
             metavar="NAME [NAME ...]",
-            help=f"balances of stage 1, the first is the reference: {BALANCES}",
-            help_behavior_hint="(default: computed learned optimal fixed; beside models computed)",
+            help=f"balances of stage 1; the first is the reference: {BALANCES}",
+            help_behavior_hint="(default: computed learned optimal fixed; with --models computed)",
         ),
     ] = None
     models: Annotated[
@@ -68,7 +69,8 @@ class Compare(TrainingCommand):
         tuple[PriorChoice, ...] | None,
         arg(
             metavar="NAME [NAME ...]",
-            help=f"whose samples are compared: {', '.join(get_args(PriorChoice))}; without second-stage no stage 2 is trained",
+            help=f"priors whose samples are compared: {', '.join(get_args(PriorChoice))}. "
+            "Without second-stage, no stage 2 is trained",
             help_behavior_hint="(default: all)",
         ),
     ] = None
@@ -79,19 +81,19 @@ class Compare(TrainingCommand):
         arg(help="the comparison's folder", help_behavior_hint="(default: runs/compare-DATA)"),
     ] = None
     second_balance: SecondBalance = None
-    protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)}: see docs/metrics.md")] = "default"
+    protocol: Annotated[str, arg(help=f"{', '.join(PROTOCOLS)} (see docs/metrics.md)")] = "default"
     images: Annotated[
         int | None,
         arg(
-            help="real images to compare with as many others",
+            help="number of real images, and of images to compare with them",
             help_behavior_hint="(default: the protocol's)",
         ),
     ] = None
     extractor: Annotated[
         str,
         arg(
-            help="see poise evaluate; auto: pixels for images of at most 16x16, else the first of inception, light and pixels "
-            "that is here"
+            help="see `poise evaluate --help`. auto: pixels for images of at most 16x16, else the "
+            "first of inception, light and pixels that is available"
         ),
     ] = "auto"
     stop_after: StopAfter = None
@@ -115,9 +117,10 @@ class Compare(TrainingCommand):
 
 @dataclass(frozen=True)
 class Reproduce(TrainingCommand):
-    """Run a published experiment with all priors and protocols it was scored under, beside the published numbers.
+    """Run a published experiment and show the results beside the published numbers.
 
-    The same command continues it after an interruption, or after --stop-after.
+    All priors and protocols of the publication are used. After an interruption or --stop-after, the
+    same command continues.
     """
 
     leaves_out = frozenset(CHANGES) | OF_WORKERS
@@ -126,7 +129,7 @@ class Reproduce(TrainingCommand):
     data: Annotated[
         str | None,
         arg(
-            help="where its images are, if not in ./data or POISE_DATA",
+            help="path of its images, if they are not in ./data or POISE_DATA",
             help_behavior_hint="(default: by name)",
         ),
     ] = None
@@ -134,22 +137,24 @@ class Reproduce(TrainingCommand):
         tuple[str, ...] | None,
         arg(
             metavar="NAME [NAME ...]",
-            help="balances of stage 1, for instance computed learned optimal",
+            help="balances of stage 1, for example: computed learned optimal",
             help_behavior_hint=RECIPES_OWN,
         ),
     ] = None
     second_balance: SecondBalance = None
     seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
     length: Annotated[
-        float, arg(help="share of the full length, for a trial; its label says so")
+        float, arg(help="fraction of the full length, for a trial. The label shows it")
     ] = 1.0
     stop_after: StopAfter = None
     out: Annotated[
         Path | None,
         arg(help="folder of the runs", help_behavior_hint="(default: runs/reproduce-NAME)"),
     ] = None
-    results: Annotated[Path, arg(help="folder of the results, one JSON a run")] = Path("results")
-    extractor: Annotated[str, arg(help="see poise evaluate")] = "auto"
+    results: Annotated[Path, arg(help="folder of the results, one JSON file per run")] = Path(
+        "results"
+    )
+    extractor: Annotated[str, arg(help="see `poise evaluate --help`")] = "auto"
     jobs: Jobs = None
 
     def run(self) -> None:
@@ -166,16 +171,17 @@ class Reproduce(TrainingCommand):
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page about runs: curves, images, latents, diagnosis, numbers with their protocols, settings.
+    """Write one HTML page about runs, as one file that loads nothing else.
 
-    The page is one file that loads nothing.
+    It shows curves, images, latents, diagnosis, numbers with their protocols, and settings.
     """
 
     folders: Annotated[
         Positional[tuple[Path, ...]],
         arg(
             metavar="PATHS...",
-            help="folders of runs, or of comparisons: the runs that lie in a folder; or results alone, .json files or folders",
+            help="folders of runs, folders that contain runs (comparisons), or results "
+            "(.json files or folders of them)",
             help_behavior_hint="(one or more)",
         ),
     ]
@@ -190,7 +196,7 @@ class Report:
 
 
 def write_page(comparison: "Comparison", device: str) -> Path:
-    """The comparison's page of plots."""
+    """Write the comparison's page of plots and return its path."""
     from poise.report import write_report
 
     return write_report(
@@ -199,13 +205,17 @@ def write_page(comparison: "Comparison", device: str) -> Path:
 
 
 def say_if_late(comparison: "Comparison", stop_after: float | None) -> None:
-    """How to go on where the time was up before all runs were finished."""
+    """Print how to continue, if the time was up before all runs were finished."""
     if comparison.late:
         print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
 
 
 def fail_if_any(comparison: "Comparison") -> None:
-    """Raises RunError where a run has failed."""
+    """Raise an error if a run has failed.
+
+    Raises:
+        RunError: a run has failed.
+    """
     if comparison.failed:
         count = len(comparison.failed)
         raise RunError(

@@ -1,4 +1,4 @@
-"""`poise train`."""
+"""`poise train`: train a run."""
 
 import json
 import shlex
@@ -21,15 +21,17 @@ DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name != "images"]
 class Train(TrainingCommand):
     """Train a two-stage VAE whose balance is computed.
 
-    The same command continues an interrupted run. `poise train DATA --help` shows the values of DATA's recipe. Without DATA
-    and recipe it trains on the 8x8 digits of scikit-learn, in about a minute.
+    The same command continues an interrupted run. `poise train DATA --help` shows the values of
+    DATA's recipe. Without DATA and --recipe, the 8x8 digits of scikit-learn are used, which takes
+    about a minute.
     """
 
     data: Annotated[
         Positional[str | None],
         arg(
             metavar="[DATA]",
-            help=f"a folder of images, an .npz or .npy array, hf:OWNER/NAME, or one of {', '.join(DATA_NAMES)}",
+            help="a folder of images, an .npz or .npy array, hf:OWNER/NAME, "
+            f"or one of {', '.join(DATA_NAMES)}",
             help_behavior_hint="(default: the recipe's own, or digits)",
         ),
     ] = None
@@ -52,9 +54,8 @@ class Train(TrainingCommand):
         from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):
-            make_balance(
-                stage.balance, image_size=1, latent_dim=1
-            )  # a wrong one is said before the data are read
+            # Report a wrong balance before the data are read.
+            make_balance(stage.balance, image_size=1, latent_dim=1)
         make_objective(recipe.first.objective)
         run = train(self.data, recipe=recipe, out=self.out, options=self.options())
         if distributed.rank() > 0:

@@ -1,4 +1,7 @@
-"""Complete runs by name: `settings` is what a run can be told, `presets` tells it. `RECIPES["cifar10"]` is a `Recipe`."""
+"""Recipes: complete settings of a run, by name.
+
+`settings` defines the settings, `presets` the recipes. `RECIPES["cifar10"]` is a `Recipe`.
+"""
 
 from poise.errors import InputError
 from poise.recipes.presets import (
@@ -39,11 +42,15 @@ _OF_DATA_SETS = (
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES)}
 EXPERIMENTS = tuple(recipe.name for recipe in _OF_DATA_SETS)
-"""Recipes of published experiments, and shorter ones on the same data."""
+"""Recipes of published experiments, and shorter recipes on the same data."""
 
 
 def find_recipe(name: str | None, data: str | None = None) -> Recipe:
-    """The recipe of a name; without one, the recipe that the data's name names; otherwise "images".
+    """Return the recipe of a name.
+
+    Args:
+        name: name of the recipe. None: the recipe with the name of the data set, else "images".
+        data: name of a data set, or a path.
 
     Raises:
         InputError: no such recipe.

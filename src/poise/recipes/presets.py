@@ -1,18 +1,19 @@
-"""Complete runs by name, one after another.
+"""The recipes that come with Poise.
 
-poise train                           # digits: the 8x8 digits that come with scikit-learn, no download, about a minute
-poise train mnist                     # 28x28 grey; a shorter schedule at a higher rate
-poise train mnist-published           # the schedule of Dai & Wipf 2019, section D of their appendix
-poise train fashion-mnist             # 28x28 grey: the network and schedules of MNIST
+poise train                   # digits: 8x8 digits of scikit-learn, no download, about a minute
+poise train mnist             # 28x28 grey; a shorter schedule at a higher learning rate
+poise train mnist-published   # the schedule of Dai & Wipf 2019, section D of their appendix
+poise train fashion-mnist     # 28x28 grey: the network and schedules of MNIST
 poise train fashion-mnist-published
-poise train cifar10                   # 32x32 RGB, lossless pixels, plain running average, variance law with E[s^2]
-poise train cifar10-released          # every departure of the released code, each a named setting
-poise train celeba64                  # cropped to rows 45:173, columns 25:153, resized to 64x64; sorted official split
-poise train celeba64-released         # every departure of the released code, a KL weight of 4 among them
-poise train photos/ --size 64         # images: any folder or array, the released network at the images' size
+poise train cifar10           # 32x32 RGB, lossless, plain running average, variance law with E[s^2]
+poise train cifar10-released  # every departure of the released code, each a named setting
+poise train celeba64          # rows 45:173, columns 25:153, resized to 64x64; sorted official split
+poise train celeba64-released # every departure of the released code, among them a KL weight of 4
+poise train photos/ --size 64 # images: any folder or array, the released network at their size
 
-CIFAR-10 and CelebA are the paper's experiments (Asperti & Trentin 2020), with the released networks (5.2 and 19.3 million
-parameters, stage 2 17.5 and 68.5 million) and schedules: 350,000 + 700,000 and 113,900 + 227,800 steps.
+CIFAR-10 and CelebA are the experiments of Asperti & Trentin 2020. They use the released networks:
+5.2 and 19.3 million parameters in stage 1, 17.5 and 68.5 million in stage 2. They also use the
+released schedules: 350,000 + 700,000 and 113,900 + 227,800 steps.
 """
 
 from dataclasses import replace
@@ -24,8 +25,8 @@ DIGITS = Recipe(
     data=Data("digits"),
     network=Network("mlp", latent_dim=10, hidden=(256, 256), second_hidden=256),
     first=Stage(epochs=100, batch_size=50, learning_rate=1e-3, halve_every=40),
-    # A small start of gamma2: from its first batch's error, which is about the latents' variance, stage 2 stays long near
-    # KL = 0 (docs/log.md, 2026-11-22).
+    # gamma2 starts small. By default it starts at the first batch's error, about the variance of
+    # the latents. Stage 2 then stays near KL = 0 for long (docs/log.md, 2026-11-22).
     second=Stage(
         epochs=400,
         batch_size=32,
@@ -42,7 +43,10 @@ MNIST = Recipe(
     network=Network("infogan", latent_dim=64, second_hidden=1024),
     first=Stage(epochs=40, batch_size=64, learning_rate=5e-4, halve_every=15),
     second=Stage(epochs=80, batch_size=64, learning_rate=5e-4, halve_every=30),
-    cost="stage 1 about 2 hours on one CPU core, at the 350 images/s measured there; not timed on a GPU",
+    cost=(
+        "stage 1: about 2 hours on one CPU core, at the 350 images/s measured there; "
+        "not timed on a GPU"
+    ),
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 54.5, two-stage GEN-2 12.6, gamma = 1 52.0",
@@ -55,7 +59,10 @@ MNIST_PUBLISHED = replace(
     network=replace(MNIST.network, norm_decay=0.999),
     first=Stage(epochs=400, batch_size=64, learning_rate=1e-4, halve_every=150),
     second=Stage(epochs=800, batch_size=64, learning_rate=1e-4, halve_every=300),
-    cost="stage 1 about 19 hours on one CPU core, at the 350 images/s measured there; not timed on a GPU",
+    cost=(
+        "stage 1: about 19 hours on one CPU core, at the 350 images/s measured there; "
+        "not timed on a GPU"
+    ),
 )
 
 FASHION_MNIST = replace(
@@ -90,11 +97,15 @@ CIFAR10 = Recipe(
     network=Network("resnet", latent_dim=64, second_hidden=2048, initialisation="pytorch"),
     first=Stage(epochs=700, batch_size=100, learning_rate=1e-4, halve_every=250),
     second=Stage(epochs=1400, batch_size=100, learning_rate=1e-4, halve_every=400),
-    cost="stage 1 about 60 hours on two CPU cores, at the 160 images/s measured there; both about 35 minutes on an H200",
+    cost=(
+        "stage 1: about 60 hours on two CPU cores, at the 160 images/s measured there; "
+        "both stages: about 35 minutes on an H200"
+    ),
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 76.7, two-stage GEN-2 72.9",
-        "FID (Ghosh et al. 2020, table 1), REC / N(0,I) / mixture: VAE 57.94 / 106.37 / 103.78, RAE-L2 32.24 / 80.80 / 74.16",
+        "FID (Ghosh et al. 2020, table 1), REC / N(0,I) / mixture: "
+        "VAE 57.94 / 106.37 / 103.78, RAE-L2 32.24 / 80.80 / 74.16",
     ),
 )
 
@@ -118,7 +129,8 @@ CELEBA64 = Recipe(
     published=(
         "FID, 10k test images, each stretched to its own range (Dai & Wipf 2019, table 1): "
         "learned gamma GEN-1 60.5, two-stage GEN-2 44.4",
-        "FID (Ghosh et al. 2020, table 1), REC / N(0,I) / mixture: VAE 39.12 / 48.12 / 45.52, RAE-L2 43.52 / 51.13 / 47.97",
+        "FID (Ghosh et al. 2020, table 1), REC / N(0,I) / mixture: "
+        "VAE 39.12 / 48.12 / 45.52, RAE-L2 43.52 / 51.13 / 47.97",
     ),
 )
 

@@ -1,10 +1,11 @@
-"""The settings of a run: frozen, typed, complete. Two runs with equal settings and equal data are the same run.
+"""Settings of a run, as frozen and typed dataclasses.
 
-A setting is declared once: its field has the type and the default, and its line under "Attributes" is the help of the
-command. A field marked with `Option` is an option of `poise train` and a keyword of `poise.train`. `to_json` writes every
-field to config.json.
+Two runs with equal settings and equal data give the same result. Each setting is declared once. Its
+field has the type and the default. Its line under "Attributes" is the help text of the command.
+A field marked with `Option` is an option of `poise train` and a keyword of `poise.train`.
+`to_json` writes every field to config.json.
 
-No torch here: the command reads these for its help.
+This module imports no torch, because the command reads it for its help.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -22,16 +23,17 @@ Renormalise = Literal["never", "always", "when-lost"]
 Precision = Literal["float32", "ieee", "bfloat16"]
 INITIALISED = ("resnet", "wae")  # networks whose initialisation is a setting
 VAE_OBJECTIVE = "vae"
-RIVALS_BALANCE = "fixed:gamma2=0.5"  # squared error / (2 gamma2) is then the squared error, as the rivals were published
+# With gamma2 = 0.5, squared error / (2 gamma2) is the squared error, as the rivals were published.
+RIVALS_BALANCE = "fixed:gamma2=0.5"
 
 
 @dataclass(frozen=True)
 class Option:
-    """Marks a field that the command and the keywords of `poise.train` can set.
+    """Marks a field as an option of the command and a keyword of `poise.train`.
 
     Attributes:
-        group: the group of the command's help that lists it.
-        first_only: for a field of `Stage`: the option sets it in stage 1 only, not in both stages.
+        group: group of the command's help that lists the option.
+        first_only: for a field of `Stage`: the option applies to stage 1 only, not to both stages.
     """
 
     group: Literal["data", "model", "training", "run"]
@@ -39,7 +41,7 @@ class Option:
 
 
 def options_of(declared: type) -> dict[str, Option]:
-    """Return the fields of a class that are options, by name."""
+    """Return the fields of a class that are marked with `Option`, by name."""
     return {
         name: mark
         for name, hint in get_type_hints(declared, include_extras=True).items()
@@ -52,14 +54,18 @@ def check_values(settings: Any) -> None:
     """Check the fields of a dataclass against their types.
 
     Raises:
-        InputError: a value has another type, or is not among the allowed ones.
+        InputError: a value has the wrong type, or is not one of the allowed values.
     """
     for name, hint in get_type_hints(type(settings)).items():
         check_value(name, hint, getattr(settings, name))
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
-    """Raise InputError if a value of a setting does not have the setting's type."""
+    """Check the value of one setting against the setting's type.
+
+    Raises:
+        InputError: the value has the wrong type, or is not one of the allowed values.
+    """
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     allowed = [
         word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)
@@ -86,16 +92,18 @@ PLAIN: dict[type, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Data:
-    """Which images, and how they are prepared.
+    """Which images to load, and how to prepare them.
 
     Attributes:
         source: a data set's name, a path, or hf:owner/name.
-        size: crop images to the centre square and resize to this side, in pixels. None: keep the size.
+        size: crop images to the centre square and resize to this side, in pixels. None: keep the
+            size.
         channels: convert images to grey (1) or RGB (3). None: keep the channels.
-        jpeg_quality: send every image through JPEG at this quality, as the released CIFAR-10 loader did (75); None: never.
-        file_order: CelebA's split: "sorted" (official), or "listing", the order in which the file system lists the files,
-            as released.
-        skip_unreadable: leave out files that cannot be decoded, and list them.
+        jpeg_quality: compress every image with JPEG at this quality and decode it again. The
+            released CIFAR-10 loader does so at 75. None: no JPEG.
+        file_order: order of CelebA's files, which decides the split: "sorted" (the official split),
+            or "listing" (the order of the file system, as in the released code).
+        skip_unreadable: skip image files that cannot be decoded, and list them.
     """
 
     source: str
@@ -114,14 +122,16 @@ class Network:
     """Encoder and decoder of stage 1, and the width of stage 2.
 
     Attributes:
-        kind: see `poise.networks`; "custom": modules given to `poise.train`.
-        latent_dim: number of latents.
+        kind: architecture (see `poise.networks`). "custom": modules passed to `poise.train`.
+        latent_dim: number of latent dimensions.
         hidden: widths of the hidden layers ("mlp" only).
-        norm_decay: of BatchNorm's running averages. The released 0.999 needs thousands of steps to settle.
-        second_hidden: width of stage 2's three layers on each side.
-        initialisation: of the weights of "resnet" and "wae": "pytorch", or "released", Glorot's, with which the first steps
-            may explode at 64 pixels and more (see `poise.networks.factories`). The others have one each. The default is what
-            runs have whose config.json does not name it.
+        norm_decay: decay of BatchNorm's running averages. The released 0.999 needs thousands of
+            steps to settle.
+        second_hidden: width of the three hidden layers of stage 2's encoder and of its decoder.
+        initialisation: initial weights of "resnet" and "wae": "pytorch", or "released" (Glorot).
+            With "released" the first steps may explode at 64 pixels and more (see
+            `poise.networks.factories`). Other networks have one initialisation each. The default is
+            for runs whose config.json has no such key.
     """
 
     kind: NetworkKind = "resnet"
@@ -135,7 +145,8 @@ class Network:
         check_values(self)
         if bool(self.hidden) != (self.kind == "mlp"):
             raise InputError(
-                f"hidden widths are for network mlp, which needs them; network {self.kind} has {self.hidden}"
+                "hidden widths are required for network mlp and not allowed for others; "
+                f"network {self.kind} has {self.hidden}"
             )
         if self.latent_dim < 1:
             raise InputError(f"latent_dim must be at least 1, not {self.latent_dim}")
@@ -143,20 +154,22 @@ class Network:
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained, by Adam (0.9, 0.999, 1e-8).
+    """How one stage is trained, with Adam (0.9, 0.999, 1e-8).
 
     Attributes:
-        epochs: length in passes over the training images; or
-        steps: length in batches. One of the two is given.
+        epochs: length in passes over the training images. Give either `epochs` or `steps`.
+        steps: length in batches.
         batch_size: images per step.
-        learning_rate: Adam's learning rate at the start.
-        halve_every: halve the learning rate after so many epochs, or steps if the length is in steps. It need not be a whole
-            number. None: never.
+        learning_rate: initial learning rate of Adam.
+        halve_every: halve the learning rate every so many epochs, or steps if the length is in
+            steps. May be fractional. None: never.
         balance: balance of reconstruction and KL (see `poise.balance.make_balance`).
-        objective: what the loss is made of (see `poise.objectives.make_objective`).
-        ema_decay: decay of a running average of the weights, which replaces them after training. None: no average.
-        precision: arithmetic of the networks. float32 allows TF32 on a GPU, ieee does not. bfloat16: products and
-            convolutions under autocast. Weights, balance and sums are always float32.
+        objective: training objective (see `poise.objectives.make_objective`).
+        ema_decay: decay of a running average of the weights. The average replaces the weights after
+            training. None: no average.
+        precision: arithmetic of the networks. float32: TF32 is allowed on a GPU. ieee: float32
+            without TF32. bfloat16: products and convolutions under autocast. Weights, balance and
+            sums are always float32.
     """
 
     epochs: int | None = None
@@ -172,10 +185,11 @@ class Stage:
     def __post_init__(self) -> None:
         check_values(self)
         if (self.epochs is None) == (self.steps is None):
-            raise InputError("a stage's length is given in epochs or in steps, one of them")
+            raise InputError("give the length of a stage either in epochs or in steps")
         if self.batch_size < 2:
             raise InputError(
-                f"batch_size must be at least 2, not {self.batch_size}: one image has no batch statistics"
+                f"batch_size must be at least 2, not {self.batch_size}: "
+                "BatchNorm needs two images for its statistics"
             )
         for name in ("epochs", "steps", "learning_rate", "halve_every"):
             value = getattr(self, name)
@@ -185,10 +199,14 @@ class Stage:
             raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
     def steps_per_epoch(self, num_images: int) -> int:
-        """Batches in a pass. The last, smaller one is left out: BatchNorm's statistics would differ in it."""
+        """Return the number of batches in an epoch.
+
+        The last, smaller batch is left out: its BatchNorm statistics would differ.
+        """
         return max(1, num_images // self.batch_size)
 
     def total_steps(self, num_images: int) -> int:
+        """Return the length of the stage in steps."""
         return (
             self.steps
             if self.steps is not None
@@ -196,13 +214,14 @@ class Stage:
         )
 
     def learning_rate_at(self, step: int, num_images: int) -> float:
+        """Return the learning rate of a step."""
         if self.halve_every is None:
             return self.learning_rate
         passed = step if self.steps is not None else step / self.steps_per_epoch(num_images)
         return self.learning_rate * 0.5 ** (passed // self.halve_every)
 
     def lasting(self, *, epochs: int | None = None, steps: int | None = None) -> "Stage":
-        """This stage with another length. Its learning rate is halved at the same shares of it.
+        """Return this stage with another length, and `halve_every` scaled in proportion.
 
         Example:
             >>> Stage(epochs=100, halve_every=40).lasting(steps=50).halve_every
@@ -215,16 +234,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Generation:
-    """How images are drawn and compared. Each departure from Dai & Wipf's two-stage VAE has its switch.
+    """How images are generated, reconstructed and compared.
+
+    Each departure from Dai & Wipf's two-stage VAE has its own switch.
 
     Attributes:
-        second_stage_noise: add noise of stage 2's decoder variance to its latents (Dai & Wipf do, the release does not).
-        renormalise: scale latents to the variance law: "never", "always", or "when-lost", the released rule: if stage 2 lost
-            more variance than a quarter of its MSE.
-        variance_law: Var(mu) + E[s^2] ("second-moment"), or E[s] in place of E[s^2] ("released").
-        adjust_variance: scale generated images about their mean image to the real images' standard deviation.
-        adjust_reconstructions: the same for reconstructions, before their MSE and FID (the release does).
-        reconstruct_from: the posterior's "mean", or a "sample" (the release).
+        second_stage_noise: add noise with the variance of stage 2's decoder to the latents it
+            generates. Dai & Wipf do, the released code does not.
+        renormalise: scale latents to the variance law: "never", "always", or "when-lost". The last
+            is the released rule: scale if stage 2 lost more variance than a quarter of its MSE.
+        variance_law: "second-moment": Var(mu) + E[s^2]. "released": E[s] in place of E[s^2].
+        adjust_variance: scale generated images about their mean image to the standard deviation of
+            the real images.
+        adjust_reconstructions: scale reconstructions likewise, before their MSE and FID. The
+            released code does.
+        reconstruct_from: "mean" of the posterior, or a "sample" from it (the released code).
     """
 
     second_stage_noise: bool = True
@@ -240,18 +264,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete run.
+    """Complete settings of a run.
 
     Attributes:
-        name: of the recipe.
-        data, network, generation: see there.
+        name: name of the recipe.
+        data, network, generation: see `Data`, `Network` and `Generation`.
         first: stage 1, which learns images.
-        second: stage 2, which learns the latents of stage 1; None: one stage only.
-        seed: seed of weights, order and noise.
-        cost: what a run takes, in words, with the machine it was measured on.
-        published: numbers from the literature to stand beside, each with its protocol.
-        minutes: budget of the whole run, pictures included. The run chooses lengths of its stages that fit, and keeps them in
-            config.json (see `poise.runs.timing`). None: the lengths of the stages.
+        second: stage 2, which learns the latents of stage 1. None: one stage only.
+        seed: seed of weights, image order and noise.
+        cost: how long a run takes, in words, and the machine it was measured on.
+        published: numbers from the literature to compare with, each with its protocol.
+        minutes: time budget of the whole run, pictures included, in minutes. The run chooses stage
+            lengths that fit and writes them to config.json (see `poise.runs.timing`). None: use the
+            stages' own lengths.
     """
 
     name: str
@@ -278,11 +303,12 @@ class Overall:
     """Options that change several fields of a recipe at once.
 
     Attributes:
-        network: architecture of stage 1. Images/s on one CPU core: resnet 110 at 32 pixels and 27 at 64, infogan 360 and
-            91, wae 13 and 3, mlp 2,700 and 930.
-        second_balance: balance of stage 2, with the same names as that of stage 1.
-        stages: number of stages; 1 leaves out the second stage.
-        epochs: length of stage 1 in passes over the training images. Stage 2 and the learning rates keep their proportions.
+        network: architecture of stage 1. Images/s on one CPU core at 32 and at 64 pixels: resnet
+            110 and 27, infogan 360 and 91, wae 13 and 3, mlp 2,700 and 930.
+        second_balance: balance of stage 2. The names are those of stage 1.
+        stages: number of stages. 1: no second stage.
+        epochs: length of stage 1 in passes over the training images. Stage 2 and the learning-rate
+            schedules are scaled in proportion.
         second_epochs: length of stage 2 in passes over the training codes.
     """
 
@@ -297,20 +323,21 @@ DECLARED = (Data, Overall, Network, Stage, Generation, Recipe)
 CHANGES: dict[str, Any] = {
     name: get_type_hints(declared)[name] for declared in DECLARED for name in options_of(declared)
 }
-"""What `poise.train(**changes)` and the command can change in a recipe: names and types."""
+"""Names and types of the settings that `poise.train(**changes)` and the command can change."""
 OF_ONE_RUN = frozenset({"balance", "second_balance", "objective", "seed", "minutes"})
-"""Changes that are not the same for all runs of a comparison."""
+"""Settings that differ between the runs of a comparison."""
 
 
 class Changes:
-    """Changes of a recipe, by the names and types of `CHANGES`.
+    """Changes to a recipe, with the names and types of `CHANGES`.
 
-    A change of the objective to a rival of the VAE also sets the balance "fixed:gamma2=0.5", with which the rivals were
-    published, unless a balance is given. A change of `epochs` makes stage 2 as many times longer or shorter, and halves the
-    learning rates at the same shares of the length.
+    The rivals of the VAE were published with squared error, which is the balance
+    "fixed:gamma2=0.5". An objective other than "vae" therefore sets this balance, unless a balance
+    is given. `epochs` scales the length of stage 2 in proportion. The learning rates are halved at
+    the same fractions of the length.
 
     Args:
-        values: by name; None: as the recipe has it.
+        values: new values by name. None: keep the recipe's value.
 
     Raises:
         InputError: an unknown name, a wrong value, or changes that exclude each other.
@@ -325,7 +352,8 @@ class Changes:
     def __init__(self, **values: Any) -> None:
         if unknown := values.keys() - CHANGES.keys():
             raise InputError(
-                f"a recipe has no setting {', '.join(sorted(unknown))}; there are {', '.join(CHANGES)}"
+                f"a recipe has no setting {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(CHANGES)}"
             )
         self.values = {name: value for name, value in values.items() if value is not None}
         for name, value in self.values.items():
@@ -333,15 +361,16 @@ class Changes:
         of_second = self.values.keys() & {"second_epochs", "second_balance"}
         if self.values.get("stages") == 1 and of_second:
             raise InputError(
-                "a length or balance of the second stage makes no sense with one stage: leave one of them out"
+                "a length or balance of the second stage makes no sense with one stage: "
+                "leave out one of the two"
             )
         if "minutes" in self.values and self.values.keys() & {"epochs", "second_epochs"}:
             raise InputError(
-                "a budget in minutes chooses the lengths: leave out either it or the epochs"
+                "minutes chooses the lengths of the stages: leave out either minutes or epochs"
             )
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with these changes. Its cost is dropped if they change it."""
+        """Return the changed recipe. If it differs from the given one, its `cost` is dropped."""
         first, second = self._lengths(recipe)
         first = self._put(first)
         objective = self.values.get("objective", VAE_OBJECTIVE)
@@ -362,14 +391,20 @@ class Changes:
         return replace(self._put(changed), cost=cost)
 
     def _put(self, part: Any, *, first: bool = True) -> Any:
-        """A part of a recipe with the changes of its fields. Of stage 2, not those of stage 1 only."""
+        """Return a part of a recipe with new values of its fields.
+
+        `first=False` is for stage 2: options of stage 1 only are then ignored.
+        """
         names = [
             name for name, mark in options_of(type(part)).items() if first or not mark.first_only
         ]
         return given(part, **{name: self.values.get(name) for name in names})
 
     def _lengths(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
-        """Both stages at the lengths asked for: stage 2 keeps its proportion to stage 1 unless it has a length of its own."""
+        """Return both stages with the new lengths.
+
+        Without `second_epochs`, stage 2 is scaled in proportion to stage 1.
+        """
         epochs, second_epochs = self.values.get("epochs"), self.values.get("second_epochs")
         first = recipe.first if epochs is None else recipe.first.lasting(epochs=epochs)
         second = None if self.values.get("stages") == 1 else recipe.second
@@ -383,7 +418,8 @@ class Changes:
             return first, second.lasting(**{name: max(1, round(share * (length or 0)))})
         if second.steps is None or recipe.first.steps is None:
             raise InputError(
-                "stage 1 of this recipe has a length in steps and stage 2 in epochs: give second_epochs too"
+                "in this recipe stage 1 has a length in steps and stage 2 in epochs: "
+                "give second_epochs too"
             )
         passes = second.steps * second.batch_size / (recipe.first.steps * recipe.first.batch_size)
         return first, second.lasting(epochs=max(1, round(epochs * passes)))
@@ -398,27 +434,35 @@ class Changes:
 
 
 def given(settings: Any, **values: Any) -> Any:
-    """The settings with those values put in that are not None."""
+    """Return a copy of the settings with those `values` that are not None."""
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """The settings as plain values. Texts that do not change the run (cost, published) are left out."""
+    """Return the settings as plain values, without the texts that do not change the run.
+
+    These texts are `cost` and `published`.
+    """
     return {
         key: value for key, value in asdict(settings).items() if key not in ("cost", "published")
     }
 
 
 def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """The settings that `to_json` wrote.
+    """Return the settings that `to_json` wrote.
+
+    Args:
+        cls: class of the settings.
+        values: what `to_json` returned.
+        where: name of `values` in error messages.
 
     Raises:
-        InputError: a key that the settings do not have, or one that is missing.
+        InputError: an unknown key, or a missing one.
     """
     known = {f.name: f for f in fields(cls)}
     unknown = set(values) - set(known)
     if unknown:
-        raise InputError(f"{where} has unknown keys {sorted(unknown)}; known are {sorted(known)}")
+        raise InputError(f"{where} has unknown keys {sorted(unknown)}; known keys: {sorted(known)}")
     try:
         return cls(
             **{

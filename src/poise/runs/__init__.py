@@ -1,7 +1,15 @@
-"""A run is a folder: what is trained there, kept, loaded and used again.
+"""Train a model in a folder, then load and use it.
 
-In reading order: `pipeline` (`train`: both stages, from pictures to figures), `options` (what surrounds a run), `folder`
-(config.json, and whether a run may go on there), `timing` (lengths that fit a budget), `build` (networks and balances from
-settings), `log` (metrics.jsonl), `checkpoint`, `plots`; `run` (`load`: the trained model and all it can do), `export`
-(samples and codes written to files).
+In reading order:
+
+- `pipeline`: `train`, from images to trained stages, pictures and figures.
+- `options`: device, checkpoints and display.
+- `folder`: config.json, and whether a run can continue in a folder.
+- `timing`: stage lengths that fit a time budget.
+- `build`: networks and balances from settings.
+- `log`: metrics.jsonl and TensorBoard.
+- `checkpoint`: checkpoints on disk.
+- `plots`: training curves.
+- `run`: `load`, and the trained model with all its methods.
+- `export`: samples and codes as files.
 """

@@ -1,4 +1,4 @@
-"""From settings to modules: networks whose weights are a function of the seed, and balances."""
+"""Build networks and balances from settings. Initial weights depend on the seed only."""
 
 from poise import networks
 from poise.balance import Balance, make_balance
@@ -10,15 +10,17 @@ from poise.vae import VAE
 
 
 def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> VAE:
-    """Stage 1's network, its weights a function of the recipe's seed. Its posterior vanishes where the objective has none.
+    """Return stage 1's network, with initial weights that depend on the recipe's seed only.
+
+    If the objective is deterministic, the encoder is wrapped in `Deterministic`.
 
     Args:
-        recipe: its network, objective and seed.
+        recipe: its network, objective and seed are used.
         shape: channels, height, width.
-        given: a network of the user's own in place of the recipe's.
+        given: a network of your own, used instead of the recipe's.
 
     Raises:
-        InputError: a size that the network cannot take.
+        InputError: the network does not support this image size.
     """
     with seeded(derive("weights", recipe.seed, 1)):
         vae = given or VAE(*_first_pair(recipe.network, shape))
@@ -57,11 +59,14 @@ def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
 
 
 def second_stage(recipe: Recipe) -> VAE:
-    """Stage 2's network, its weights a function of the recipe's seed."""
+    """Return stage 2's network, with initial weights that depend on the recipe's seed only."""
     with seeded(derive("weights", recipe.seed, 2)):
         return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
 
 
 def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
-    """The balance that a stage names; "released" takes image size and latents from the run."""
+    """Return the balance that a stage names.
+
+    The balance "released" depends on the image size and the number of latents.
+    """
     return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)

@@ -1,7 +1,8 @@
-"""Folders of tensors that are either whole or not there: safetensors and JSON, hashed, atomic; never pickle.
+"""Save tensors and plain values to a folder atomically, as safetensors and JSON. Never pickle.
 
-A folder is written beside its final name, its manifest (with the SHA-256 of every file) last, synced to disk and renamed
-into place. Whatever kills the process, a folder under its final name is complete; damage done later is found by the hash.
+A folder is written under a temporary name. The manifest, with a SHA-256 of each part, comes last.
+The folder is then synced to disk and renamed. If the process is killed at any point, a folder with
+its final name is complete. The hashes detect later damage.
 """
 
 import hashlib
@@ -25,17 +26,17 @@ KEPT = 2
 
 
 class Saved(NamedTuple):
-    """What a folder holds: tensors by name, and plain values."""
+    """The contents of a folder: tensors by name, and plain values."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and plain values so that `folder` appears complete or not at all.
+    """Write tensors and plain values to `folder` atomically.
 
     Raises:
-        RunError: the disk is full or cannot be written; nothing that was there before is lost.
+        RunError: the disk is full or not writable. A previous folder of this name is kept.
     """
     writing = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
     try:
@@ -65,7 +66,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
 
 
 def read_folder(folder: Path) -> Saved:
-    """What `write_folder` wrote.
+    """Return what `write_folder` wrote.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -97,19 +98,36 @@ def _canonical(meta: Any) -> bytes:
 def save_checkpoint(
     folder: Path, position: int, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of a position under `folder`, keep the last two, and clear what a killed process left."""
+    """Write a checkpoint under `folder`, and delete all but the newest two.
+
+    Temporary folders of a killed process are deleted too.
+
+    Args:
+        folder: folder of all checkpoints of the run.
+        position: number of the step, counted over both stages.
+        tensors: tensors by name.
+        meta: plain values.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
     write_folder(folder / f"{position:010d}", tensors, meta)
     for old in [*folder.glob(".writing-*"), *checkpoints(folder)[:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints under `folder`, oldest first; each complete when it was written, perhaps damaged since."""
+    """Return the checkpoints under `folder`, oldest first.
+
+    Each was complete when it was written, but may be damaged since.
+    """
     return sorted(folder.glob("[0-9]*"))
 
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
-    """The newest intact checkpoint, and a line for every damaged one that was passed over.
+    """Return the newest intact checkpoint, and one message per damaged checkpoint newer than it.
+
+    The checkpoint is None if there are none.
 
     Raises:
         RunError: there are checkpoints and all are damaged.
@@ -122,13 +140,14 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
             complaints.append(str(error))
     if complaints:
         raise RunError(
-            f"every checkpoint is damaged: {'; '.join(complaints)}; delete {folder} to start this run again"
+            f"every checkpoint is damaged: {'; '.join(complaints)}; "
+            f"delete {folder} to start this run again"
         )
     return None, complaints
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    if os.name == "posix":  # Windows cannot open folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

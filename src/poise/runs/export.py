@@ -1,6 +1,7 @@
-"""Images and codes to files, part by part as they are made, so that any number fits into memory.
+"""Write images and codes to files in chunks, so that memory use does not grow with their number.
 
-Every file appears complete or not at all. Arrays in an .npz are not compressed: that would take longer than decoding.
+Each file is written atomically. Arrays in an .npz are not compressed, because compression takes
+longer than decoding the images.
 """
 
 import os
@@ -23,24 +24,26 @@ from poise.shapes import Images
 from poise.support.files import appearing, sync, write_file
 
 LARGEST_GRID = 10_000
-QUICK = 1  # effort of compression: twice as fast as Pillow's default, files 5 % larger
+QUICK = 1  # PNG compression level: twice as fast as Pillow's default, files 5 % larger
 
 
 def write_images(
     chunks: Iterable[Tensor], out: Path, number: int, *, columns: int | None = None, first: int = 0
 ) -> None:
-    """Writes images as one grid (.png), as an array `images` of bytes (.npz), or as one PNG each (a folder).
+    """Write images as one grid (.png), a uint8 array `images` (.npz) or one PNG each (a folder).
 
     Args:
-        chunks: parts (n, channels, height, width), float in [0, 1]; used up one by one, but for a grid.
-        out: its ending decides.
-        number: of images in all the parts.
-        columns: of the grid.
+        chunks: images (n, channels, height, width), float in [0, 1]. They are consumed one chunk at
+            a time, except for a grid, which needs them all at once.
+        out: output path. Its suffix decides the format.
+        number: total number of images.
+        columns: columns of the grid.
         first: number of the first file in a folder.
 
     Raises:
-        InputError: another ending, or too many images for a grid.
-        RunError: the disk is full or cannot be written. Of a folder, the files written so far are complete.
+        InputError: an unknown suffix, or too many images for a grid.
+        RunError: the disk is full or not writable. In a folder, the files written so far are
+            complete.
     """
     check_output(out, number)
     if out.suffix == ".png":
@@ -52,10 +55,19 @@ def write_images(
 
 
 def check_output(out: Path, number: int = 1) -> None:
-    """Raises InputError for what `write_images` cannot write to."""
+    """Check that `write_images` can write to a path.
+
+    Args:
+        out: output path.
+        number: number of images.
+
+    Raises:
+        InputError: an unknown suffix, a file in place of a folder, or too many images for a grid.
+    """
     if out.suffix not in (".png", ".npz", ""):
         raise InputError(
-            f"{out}: give a .png (one grid), an .npz (array of bytes) or a folder (one PNG per image)"
+            f"{out}: give a .png (one grid), an .npz (array of bytes) "
+            "or a folder (one PNG per image)"
         )
     if out.suffix == "" and out.is_file():
         raise InputError(f"{out} is a file: give a .png, an .npz or the name of a folder")
@@ -87,7 +99,10 @@ def _archive(out: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _write_folder(chunks: Iterator[np.ndarray], out: Path, first: int) -> None:
-    """Threads write one part while the next is made. Files are not synced one by one, which would take longer than all else."""
+    """Write one PNG per image. Threads write one chunk while the next one is computed.
+
+    Files are not synced one by one: that would take longer than all the rest.
+    """
 
     def write(place: int, pixels: np.ndarray) -> None:
         with appearing(out / f"{place:06d}.png") as writing:
@@ -96,27 +111,27 @@ def _write_folder(chunks: Iterator[np.ndarray], out: Path, first: int) -> None:
     pending: Iterator[None] = iter(())
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for pixels in chunks:
-            list(pending)  # waits for the part before, and raises what went wrong in it
+            list(pending)  # wait for the previous chunk, and raise its errors
             pending = threads.map(write, range(first, first + len(pixels)), pixels)
             first += len(pixels)
         list(pending)
 
 
 def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> None:
-    """Writes posteriors as arrays `mean` and `logvar`, (number, latents), float32.
+    """Write posteriors as two float32 arrays `mean` and `logvar` of shape (number, latents).
 
     Args:
-        chunks: the posteriors, in parts.
-        out: its ending decides between .npz and .safetensors.
-        number: of images in all the parts.
+        chunks: posteriors of consecutive images.
+        out: output path, .npz or .safetensors.
+        number: total number of images.
 
     Raises:
-        InputError: another ending.
-        RunError: the disk is full or cannot be written.
+        InputError: an unknown suffix.
+        RunError: the disk is full or not writable.
     """
     check_codes_output(out)
     arrays: dict[str, np.ndarray] = dict(
-        zip(("mean", "logvar"), _gathered(chunks, number), strict=True)
+        zip(("mean", "logvar"), _to_arrays(chunks, number), strict=True)
     )
     if out.suffix == ".safetensors":
         from safetensors.numpy import save
@@ -130,13 +145,17 @@ def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> N
 
 
 def check_codes_output(out: Path) -> None:
-    """Raises InputError for a name that `write_codes` cannot write to."""
+    """Check that `write_codes` can write to a path.
+
+    Raises:
+        InputError: an unknown suffix.
+    """
     if out.suffix not in (".npz", ".safetensors"):
         raise InputError(f"{out}: give an .npz or a .safetensors file")
 
 
-def _gathered(chunks: Iterable[DiagonalGaussian], number: int) -> list[np.ndarray]:
-    """Means and log variances of all parts, in memory where they fit."""
+def _to_arrays(chunks: Iterable[DiagonalGaussian], number: int) -> list[np.ndarray]:
+    """Return the means and the log variances of all chunks, in memory if they fit."""
     both, done = None, 0
     for codes in chunks:
         shape = (number, codes.mean.shape[1])

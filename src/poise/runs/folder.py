@@ -1,4 +1,4 @@
-"""The folder of a run as a place: config.json, what else may lie there, and whether a run may go on in it."""
+"""The folder of a run: config.json, and whether a run can continue there."""
 
 import json
 import shutil
@@ -25,23 +25,28 @@ from poise.training import (
 
 
 def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
-    """Where an earlier run of the same settings and data stopped; None: there is nothing of one, the folder may be used.
+    """Check that a run can start or continue in a folder, and return its newest checkpoint.
+
+    Args:
+        folder: folder of the run.
+        config: settings and data of the run that starts now, see `config_to_write`.
+
+    Returns:
+        The newest intact checkpoint. None: the folder holds no checkpoint and may be used.
 
     Raises:
-        InputError: the folder holds something else, or a run of other settings or data.
+        InputError: the folder holds other files, or a run with other settings or data.
         RunError: every checkpoint is damaged.
     """
     settings, data = config["recipe"], config["data"]
-    for torn in folder.glob(".writing-*"):  # left by a process that was killed
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    for leftover in folder.glob(".writing-*"):  # left by a killed process
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     is_run = (folder / "config.json").exists()
     if not is_run and any(
         path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
     ):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
-    if not is_run or not checkpoints(
-        folder / "checkpoints"
-    ):  # nothing of an earlier run to protect
+    if not is_run or not checkpoints(folder / "checkpoints"):  # no earlier run to protect
         if (folder / "summary.json").exists():
             gone = f"{folder} was finished, and its checkpoints are gone"
             print(
@@ -52,18 +57,17 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
         return None
     earlier = read_config(folder)
     if earlier["data"]["checksum"] == data["checksum"]:
-        earlier["recipe"]["data"]["source"] = settings["data"][
-            "source"
-        ]  # the same images, wherever they lie now
-    was = to_json(
-        from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe")
-    )  # with settings newer than it
+        # Equal checksums mean the same images, even if they have moved.
+        earlier["recipe"]["data"]["source"] = settings["data"]["source"]
+    # Reading and writing adds settings that this version has and an older config.json lacks.
+    was = to_json(from_json(Recipe, earlier["recipe"], f"{folder / 'config.json'}: recipe"))
     differing = differing_settings(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
     if differing:
         raise InputError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}): choose another --out"
+            f"{folder} holds a run with other settings ({'; '.join(differing)}): "
+            "choose another --out"
         )
     saved, complaints = newest_intact_checkpoint(folder / "checkpoints")
     for line in complaints:
@@ -72,10 +76,10 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run.
+    """Return config.json of a run.
 
     Raises:
-        InputError: not a run's folder.
+        InputError: the folder is not that of a run, or config.json is damaged.
     """
     if not folder.is_dir():
         raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
@@ -84,19 +88,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         missing = {"poise", "recipe", "data"} - set(config)
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is not a run's folder: it has no config.json; give the one that `poise train` wrote"
+            f"{folder} is not a run's folder: it has no config.json; "
+            "give the one that `poise train` wrote"
         ) from None
     except (ValueError, TypeError):
         raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
     if missing:
         raise InputError(
-            f"{folder / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}"
+            f"{folder / 'config.json'} is not a run's config: it lacks {', '.join(sorted(missing))}"
         )
     return config
 
 
 def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
-    """The images that settings name (or those given in their place), prepared as the settings say."""
+    """Load the images that the settings name and prepare them as the settings say.
+
+    Args:
+        settings: source and preparation.
+        images: used instead of `settings.source` if given.
+        cache: folder for prepared images.
+    """
     return load_data(
         settings.source if images is None else images,
         size=settings.size,
@@ -109,7 +120,7 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
 
 
 def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
-    """What config.json holds."""
+    """Return the contents of config.json."""
     versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {
         "poise": 1,
@@ -121,7 +132,7 @@ def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[st
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What config.json says of the data."""
+    """Return what config.json says about the data."""
     return {
         "source": dataset.source,
         "shape": list(dataset.shape),
@@ -134,7 +145,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def differing_settings(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Settings that differ, each as "name: was -> is"."""
+    """Return the settings that differ, each as "name: was -> is"."""
     lines: list[str] = []
     for key in sorted(set(earlier) | set(now)):
         was, new = earlier.get(key), now.get(key)

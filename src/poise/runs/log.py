@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, and TensorBoard's files: what training says as it goes."""
+"""The training log: metrics.jsonl of a run, and TensorBoard files."""
 
 import json
 from contextlib import suppress
@@ -9,7 +9,15 @@ from poise.support.files import write_failure, write_file
 
 
 class Log:
-    """metrics.jsonl, and TensorBoard's files where asked for; what lies after the position resumed from is dropped."""
+    """Writes metrics.jsonl and, if asked, TensorBoard files.
+
+    Entries after the position that training resumes from are deleted.
+
+    Args:
+        folder: folder of the run.
+        stage, step: position that training resumes from.
+        tensorboard: whether to write TensorBoard files.
+    """
 
     def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
@@ -19,10 +27,10 @@ class Log:
         self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
 
     def write(self, entry: dict[str, float]) -> None:
-        """Add an entry.
+        """Append an entry.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full or not writable.
         """
         try:
             print(json.dumps(entry), file=self._file, flush=True)
@@ -45,12 +53,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         try:
             entries.append(json.loads(line))
         except ValueError:
-            break  # torn by a kill; what follows a checkpoint is logged again
+            break  # a line cut off by a kill; steps after the checkpoint are logged again
     return entries
 
 
 def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
-    """One writer for each stage; in the stage that is resumed, later steps are purged."""
+    """Return one writer per stage. In the resumed stage, later steps are purged."""
     from torch.utils.tensorboard import SummaryWriter
 
     purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}

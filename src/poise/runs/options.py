@@ -1,4 +1,4 @@
-"""What surrounds a run and is none of its settings."""
+"""Options of a run that are not settings of its recipe."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,19 +9,22 @@ from poise.recipes.settings import Engine, Option, check_values
 
 @dataclass(frozen=True)
 class Options:
-    """What surrounds a run and is none of its settings.
+    """Options of a run that are not settings of its recipe.
 
     Attributes:
-        device: auto, cpu, cuda, cuda:1 or mps. Each kind of device draws other noise from a seed: their numbers differ as
-            those of two seeds do.
+        device: auto, cpu, cuda, cuda:1 or mps. Different kinds of device draw different noise from
+            the same seed: their results differ like those of two seeds.
         save_seconds: seconds between checkpoints.
-        engine: how a step is computed. captured: a recorded CUDA graph, with the numbers of eager, for one process and for
-            networks without decisions in Python. compiled: torch.compile, within rounding of eager, for long runs.
-            compiled-captured: a CUDA graph of the compiled step. auto: captured for one process on CUDA, and eager if the
-            network cannot be recorded; otherwise eager. config.json says which was used.
-        threads: CPU threads. 0: measure at the start which number is fastest. None: one for a small dense network, torch's
-            own number for others. A resumed run keeps its number (config.json) unless another is given.
-        tensorboard: write TensorBoard files into the run's folder.
+        engine: how a training step is computed. eager: plain PyTorch. captured: a CUDA graph, with
+            the same numbers as eager, for one process and for networks without control flow in
+            Python. compiled: torch.compile, equal to eager within rounding, for long runs.
+            compiled-captured: a CUDA graph of the compiled step. auto: captured for one process on
+            CUDA if the network can be captured, otherwise eager. config.json says which engine was
+            used.
+        threads: number of CPU threads. 0: measure at the start which number is fastest. None: one
+            for a small dense network, torch's own number for others. A resumed run keeps the number
+            in config.json unless another is given.
+        tensorboard: write TensorBoard files to the run's folder.
         quiet: show no progress.
     """
 
@@ -36,7 +39,7 @@ class Options:
         check_values(self)
         if self.threads is not None and self.threads < 0:
             raise InputError(
-                f"threads must be at least 1, or 0 to choose by measuring, not {self.threads}"
+                f"threads must be at least 1, or 0 to measure which is fastest, not {self.threads}"
             )
         if not self.save_seconds >= 0:
             raise InputError(f"save_seconds must be at least 0, not {self.save_seconds}")

@@ -1,4 +1,7 @@
-"""The main job: images -> stage 1 -> codes -> stage 2 -> pictures and figures, in a folder, resumed if it was interrupted."""
+"""Train both stages in a folder: images -> stage 1 -> codes -> stage 2 -> pictures and figures.
+
+Interrupted training continues from the newest checkpoint.
+"""
 
 import sys
 import time
@@ -72,25 +75,28 @@ def train(
     options: Options = Options(),
     **changes: Any,
 ) -> Run:
-    """Train both stages and return the run. Called again with the same arguments, it goes on where it stopped.
+    """Train both stages and return the run.
 
-    Started by torchrun, several processes train together: docs/distributed.md.
+    If training was interrupted, the same call continues it. Several processes that torchrun starts
+    train one run together: see docs/distributed.md.
 
     Args:
-        images: uint8 or float-in-[0, 1] array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w); or a path; or a data set's
-            name; or hf:owner/name; or a `Dataset`, what the recipe's data settings give, read before. None: the recipe's own,
-            and without a recipe the digits.
-        recipe: a name or a `Recipe`; None: the data set's own, or "images" for anything else.
-        out: the run's folder; None: runs/ and the recipe's name.
-        vae: a network of your own in place of the recipe's.
+        images: an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or float in [0,
+            1]. Or a path, a data set's name, hf:owner/name, or a `Dataset`, which is used as it is
+            and must be prepared as the recipe says. None: the recipe's own data, or the digits
+            without a recipe.
+        recipe: a name or a `Recipe`. None: the data set's own recipe, or "images" for other data.
+        out: the run's folder. None: runs/ and the recipe's name.
+        vae: a network of your own, used instead of the recipe's.
         options: device, checkpoints, display.
-        changes: settings of the recipe, by the names of the command's options: epochs, minutes, batch_size, latent_dim,
-            balance, size, seed, ... `poise train --help` lists them, and so does `poise.recipes.CHANGES`, with their types.
+        changes: settings of the recipe by name: epochs, minutes, batch_size, latent_dim, balance,
+            size, seed, ... `poise train --help` lists them. `poise.recipes.CHANGES` has their
+            types.
 
     Raises:
         InputError: the data, the recipe or the folder cannot be used.
         RunError: the loss is not finite, or the disk or the device's memory is full.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C or SIGTERM. The state is saved.
 
     Example:
         >>> run = poise.train("digits", out="runs/digits")                  # doctest: +SKIP
@@ -107,9 +113,8 @@ def train(
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     with ExitStack() as held:
-        held.enter_context(
-            denormals_as_zero()
-        )  # before the first work is shared among threads, which start with what is set
+        # Threads inherit this setting when they start, so set it before the first parallel work.
+        held.enter_context(denormals_as_zero())
         with distributed.processes(device):
             distributed.on_first(lambda: held.enter_context(locked(folder)))
             job = prepare(folder, recipe, vae, device, options, given, began)
@@ -118,7 +123,7 @@ def train(
             if not job.meta["finished"]:
                 with stop_signals() as stop:
                     job.run_stages(stop)
-        if distributed.rank() > 0:  # the files may not be visible on its machine yet
+        if distributed.rank() > 0:  # its machine may not see the files yet
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
@@ -126,10 +131,14 @@ def train(
 
 
 def check_objective(spec: str) -> None:
-    """Raises InputError for an objective that does not exist, or that these processes cannot compute together."""
+    """Check that an objective exists, and that these processes can compute it.
+
+    Raises:
+        InputError: no such objective, or it needs whole batches and there are several processes.
+    """
     if make_objective(spec).alone and (distributed.launched() or distributed.is_up()):
         raise InputError(
-            f"objective {spec} needs each batch whole, and one process: start it without torchrun"
+            f"objective {spec} needs whole batches and one process: start it without torchrun"
         )
 
 
@@ -142,13 +151,15 @@ def prepare(
     given: Any,
     began: float,
 ) -> "Job":
-    """Everything that training needs; what cannot be used is said before anything is written.
+    """Load the data, check all settings, plan the run and return a job that can train.
+
+    Wrong input raises an error before anything is written.
 
     Args:
-        folder: of the run, locked.
+        folder: the run's folder, locked.
         recipe, vae, device, options: of the run.
-        given: images that the source does not name.
-        began: when this start of the run did, by `time.monotonic`.
+        given: images, if `recipe.data.source` does not name them.
+        began: start time of this call of `train`, from `time.monotonic`.
     """
     dataset = (
         given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
@@ -165,13 +176,15 @@ def prepare(
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
-    talks = not (options.quiet or distributed.rank() > 0) and not (saved and saved.meta["finished"])
-    if talks:
+    verbose = not (options.quiet or distributed.rank() > 0) and not (
+        saved and saved.meta["finished"]
+    )
+    if verbose:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
     if plan is None:
-        plan = make_plan(recipe, stages, dataset, folder, device, options, began, talks)
+        plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
-    if talks and count is not None:
+    if verbose and count is not None:
         print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
     config |= {"recipe": to_json(plan.recipe), "threads": count}
     if saved is None:
@@ -184,7 +197,13 @@ def prepare(
 def networks_and_balances(
     recipe: Recipe, shape: list[int], vae: VAE | None
 ) -> list[tuple[VAE, Balance]]:
-    """Those of each stage of a recipe, for images of a shape (channels, height, width)."""
+    """Return network and balance of each stage.
+
+    Args:
+        recipe: settings.
+        shape: channels, height, width of the images.
+        vae: a network of your own for stage 1, or None.
+    """
     first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
     return (
         [first]
@@ -194,11 +213,11 @@ def networks_and_balances(
 
 
 def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
-    """What is about to be done, and where.
+    """Return one line about the run: number of images, length and device.
 
     Args:
         recipe, num_images, device: of the run.
-        asked: the device as the user named it.
+        asked: the device as the user gave it.
     """
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
@@ -213,7 +232,10 @@ def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) 
 
 
 def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe:
-    """The complete settings: a recipe with its source, and with the kind "custom" for a network of the user's own."""
+    """Return the recipe with its data source filled in.
+
+    With a network of your own, the network's kind is "custom".
+    """
     if not isinstance(recipe, Recipe):
         recipe = find_recipe(
             recipe or ("digits" if images is None else None),
@@ -225,7 +247,11 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
 
 
 def source_of(images: Any, recipe: Recipe) -> str:
-    """What config.json calls the data: a name, an absolute path, a Hub id, or "array"."""
+    """Return the data source for config.json: a name, an absolute path, a Hub id, or "array".
+
+    Raises:
+        InputError: no images are given and the recipe has none of its own.
+    """
     own = recipe.data.source
     if isinstance(images, Dataset):
         return own
@@ -244,14 +270,14 @@ def source_of(images: Any, recipe: Recipe) -> str:
 
 
 class Job:
-    """Both stages of one run, from wherever it stands. Of several processes the first alone writes.
+    """Trains both stages of a run, from the position where it stopped. Only rank 0 writes files.
 
     Args:
         folder, recipe, config, dataset: of the run.
-        stages: network and balance of each.
-        options: with the device of this process.
-        saved: where an earlier run stopped.
-        threads: of the CPU; None: the usual number.
+        stages: network and balance of each stage.
+        options: options, with the device of this process.
+        saved: checkpoint to resume from, or None.
+        threads: number of CPU threads. None: see `poise.training.usual_threads`.
     """
 
     def __init__(
@@ -277,10 +303,13 @@ class Job:
         self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
 
     def run_stages(self, stop: Callable[[], bool]) -> None:
-        """Train what is left of stage 1 and stage 2.
+        """Train the rest of stage 1 and stage 2.
+
+        Args:
+            stop: training stops when it returns True.
 
         Raises:
-            Interrupted: `stop` asked for it; the state is saved.
+            Interrupted: `stop` returned True. The state is saved.
         """
         with ExitStack() as files:
             if distributed.rank() == 0:
@@ -322,21 +351,24 @@ class Job:
             "engine": self.config["engine"],
         }
         if not fit(state, data, stage, watch=watch, threads=self.threads, **how):
-            distributed.wait()  # or a process that ends first would have the one that saves killed
+            # Wait until rank 0 has saved: torchrun kills it if another process ends first.
+            distributed.wait()
             raise Interrupted(
-                f"stopped at step {state.step} of stage {number}, and saved: run the same command to go on"
+                f"stopped at step {state.step} of stage {number}, and saved: "
+                "run the same command to go on"
             )
         return state
 
     def _use_eager_steps(self, reason: str) -> None:
         print(
-            f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); taking them one by one",
+            f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); "
+            "taking them one by one",
             file=sys.stderr,
         )
         self._use_engine("eager")
 
     def _use_engine(self, engine: Engine) -> None:
-        """Take steps with an engine from now on, and say so in config.json."""
+        """Use an engine from the next step on, and write its name to config.json."""
         self.config["engine"] = engine
         written = read_config(self.folder)
         if written.get("engine") != engine:
@@ -348,7 +380,10 @@ class Job:
         return stage
 
     def _codes(self, first: TrainingState) -> DiagonalGaussian:
-        """The training images' posteriors; where they are computed, stage 1 is over."""
+        """Return the posteriors of the training images, and mark stage 1 as finished.
+
+        The posteriors are read from the folder if they are there.
+        """
         mean, logvar = distributed.on_first(
             lambda: self._read_codes() or self._compute_codes(first.trained)
         )
@@ -377,7 +412,10 @@ class Job:
         return codes.mean, codes.logvar
 
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
-        """Replace what is held of a stage by its present state; without the optimiser's if the stage is over."""
+        """Replace the kept tensors of a stage by its present state.
+
+        If the stage is over, the optimizer's state is dropped.
+        """
         mine = {
             name: tensor
             for name, tensor in state_tensors(state).items()
@@ -403,7 +441,7 @@ class Job:
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:
-    """Write the pictures, the curves and the figures of a finished run."""
+    """Write the pictures, the training curves and summary.json of a finished run."""
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))

@@ -1,4 +1,4 @@
-"""The picture of a training run: error, KL and decoder variance over the images seen."""
+"""Plot the training curves: error, KL and decoder variance against images seen."""
 
 import io
 import json
@@ -10,11 +10,11 @@ CURVES = (
     ("kl_nats", "KL (nats per image)", "linear"),
     ("gamma2", "gamma2", "log"),
 )
-PENALTY = ("penalty", "penalty", "linear")  # in place of KL, of a model that has none
+PENALTY = ("penalty", "penalty", "linear")  # shown in place of the KL if the model has none
 
 
 def training_curves(log: Path) -> bytes:
-    """A PNG of MSE, KL and gamma2 over training, one row per stage.
+    """Return a PNG with MSE, KL and gamma2 during training, one row per stage.
 
     Args:
         log: metrics.jsonl of a run.

@@ -1,12 +1,12 @@
-"""A run is a folder: what was trained, on what, how far, and everything needed to use it again.
+"""A trained model in its folder, with all methods that use it.
 
 config.json            every setting, the data and its checksum, versions
-checkpoints/           the last two positions, each complete and hashed
+checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
 training.png, samples.png, reconstructions.png, summary.json
-evaluation.json        what `poise evaluate` printed last
-diagnosis.json         what `poise diagnose` found last
+evaluation.json        the last output of `poise evaluate`
+diagnosis.json         the last result of `poise diagnose`
 """
 
 import base64
@@ -83,12 +83,15 @@ if TYPE_CHECKING:
 
 MANY = sys.maxsize
 DIAGNOSIS = "diagnosis.json"
-NO_POSTERIOR = "a deterministic autoencoder: its codes are points, and it has no KL, ELBO, likelihood or variance law"
+NO_POSTERIOR = (
+    "a deterministic autoencoder: its codes are points, "
+    "and it has no KL, ELBO, likelihood or variance law"
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained stage."""
+    """A trained stage: its network and its balance."""
 
     vae: VAE
     balance: Balance
@@ -99,13 +102,13 @@ class Run:
     """A trained model and its folder, as `poise.train` and `poise.load` return it.
 
     Attributes:
-        folder: where it lives.
+        folder: the run's folder.
         recipe: its settings.
-        data: what it was trained on: source, shape, numbers, checksum.
+        data: the training data: source, shape, number of images, checksum.
         first: stage 1.
         second: stage 2, or None.
-        finished: whether training came to its end.
-        warnings: damaged checkpoints that were passed over.
+        finished: whether training is complete.
+        warnings: messages about damaged checkpoints that were skipped.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class Run:
         return Trained(vae.eval(), balance.eval())
 
     def to(self, device: str | torch.device) -> "Run":
-        """This run with its networks on a device."""
+        """Move the networks and balances to a device, and return this run."""
         for stage in filter(None, (self.first, self.second)):
             stage.vae.to(device)
             stage.balance.to(device)
@@ -149,16 +152,17 @@ class Run:
 
     @property
     def deterministic(self) -> bool:
-        """Whether stage 1's codes are points: an autoencoder or its like, which has no KL and no likelihood."""
+        """Whether stage 1 is a deterministic autoencoder, without KL and likelihood."""
         return is_deterministic(self.recipe.first.objective)
 
     @property
     def device(self) -> torch.device:
+        """Device of the networks."""
         return next(self.first.vae.parameters()).device
 
     @cached_property
     def codes(self) -> DiagonalGaussian:
-        """The posteriors of the training images, (n, latents).
+        """Posteriors of the training images under stage 1, (n, latents).
 
         Raises:
             RunError: stage 1 is not finished, or the folder is damaged.
@@ -166,36 +170,61 @@ class Run:
         folder = self.folder / "codes"
         if not folder.exists():
             raise RunError(
-                f"{self.folder} has no codes yet: stage 1 is not finished; go on with `poise train`"
+                f"{self.folder} has no codes yet: stage 1 is not finished; "
+                "continue with `poise train`"
             )
         tensors = read_folder(folder).tensors
         return DiagonalGaussian(tensors["mean"], tensors["logvar"])
 
     def encode(self, images: Any) -> DiagonalGaussian:
-        """Posteriors (n, latents) of images (n, channels, height, width), floats in [0, 1] or bytes, on the CPU.
+        """Return the posterior of each image, (n, latents), on the CPU.
+
+        Args:
+            images: (n, channels, height, width), bytes or float in [0, 1].
 
         Raises:
-            InputError: another shape, or values outside that range.
+            InputError: another shape, or values out of range.
         """
         return encode_all(self.first.vae, checked_images(images, self.data["shape"]))
 
     def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
-        """What `encode` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
-        return encode_chunks(self.first.vae, checked_images(images, self.data["shape"]))
+        """Return the posteriors of `encode` as an iterator of chunks that fit into memory.
 
-    def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
-        """Images decoded from their posterior means (or, if the recipe says so, from a sample), float, on the CPU.
+        Wrong input raises an error at the call, before the first chunk.
 
         Args:
             images: see `encode`.
-            generation: from mean or sample, adjusted or not; None: the recipe's.
+
+        Raises:
+            InputError: see `encode`.
+        """
+        return encode_chunks(self.first.vae, checked_images(images, self.data["shape"]))
+
+    def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
+        """Return the reconstruction of each image, float in [0, 1], on the CPU.
+
+        Latents are posterior means, or samples if `generation` says so.
+
+        Args:
+            images: see `encode`.
+            generation: decode the mean or a sample, adjust the variance or not. None: the recipe's.
+
+        Raises:
+            InputError: see `encode`.
         """
         return torch.cat(list(self.reconstruct_chunks(images, generation=generation)))
 
     def reconstruct_chunks(
         self, images: Any, *, generation: Generation | None = None
     ) -> Iterator[Images]:
-        """What `reconstruct` gives, in parts, so that any number fits into memory."""
+        """Yield the images of `reconstruct` in chunks that fit into memory.
+
+        Args:
+            images, generation: see `reconstruct`.
+
+        Raises:
+            InputError: see `encode`.
+        """
         generation = generation or self.recipe.generation
         source = generation.reconstruct_from
         adjust = (
@@ -206,14 +235,16 @@ class Run:
         ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
-                restored = (
-                    self.first.vae.decode(latents).float().cpu().clamp(0, 1)
-                )  # a network of one's own may stray
+                # A network of your own may leave [0, 1].
+                restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)
             yield adjust(restored) if adjust else restored
 
     @torch.no_grad()
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
-        """Fitted to reconstructions of the first training images, so that an image does not depend on its neighbours."""
+        """Fit the adjustment to reconstructions of the first training images.
+
+        So the adjusted reconstruction of an image does not depend on the other images of a call.
+        """
         some = DiagonalGaussian(
             self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS]
         )
@@ -227,14 +258,15 @@ class Run:
 
     @property
     def default_prior(self) -> PriorName:
-        """The prior that `sample` draws from unless it is told another."""
+        """The prior that `sample` uses if none is given."""
         return default_prior(second_stage=self.second is not None)
 
     def prior_distances(self) -> dict[str, float]:
-        """The distance from the images of each prior's samples, by the last `poise diagnose`, least first.
+        """Return the distance between images and samples of each prior, smallest first.
 
-        Empty where none was made, or where training has gone on since. The distance is Frechet's in
-        pixels, as a share of the images' variance.
+        The distances come from the last `poise diagnose`. The dictionary is empty if there is no
+        diagnosis, or if it is older than the newest checkpoint. The distance is the Frechet
+        distance in pixels, as a fraction of the images' variance.
         """
         try:
             found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
@@ -248,18 +280,18 @@ class Run:
 
     @property
     def position(self) -> str:
-        """The name of the newest checkpoint in the folder."""
+        """Name of the newest checkpoint in the folder."""
         return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
 
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
-        """Return the latent prior of a name, with the noise and renormalisation of `generation`.
+        """Return a prior of the latents, with the noise and renormalisation of `generation`.
 
         Args:
             name: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
             generation: None: the recipe's.
 
         Raises:
-            InputError: there is no such prior, or it needs a second stage and the run has none.
+            InputError: no such prior, or it needs a second stage and the run has none.
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
@@ -295,14 +327,17 @@ class Run:
 
     @cached_property
     def _lost_much(self) -> bool:
-        """The released rule's condition. Without a second stage nothing was lost by it."""
+        """Whether stage 2 lost much variance (the released rule). False without stage 2."""
         if self.second is None:
             return False
         figures = reconstruction(self.second.vae, self.second.balance, self.latents())
         return figures.variance_lost > LOST_SHARE * figures.mse_sampled
 
     def latents(self) -> Latents:
-        """One latent vector drawn from the posterior of each training image, (n, latents): what stage 2 learns."""
+        """Return one posterior sample per training image, (n, latents).
+
+        Stage 2 learns these latents.
+        """
         noise = torch.randn(self.codes.mean.shape, generator=generator("latents", self.recipe.seed))
         return self.codes.sample(noise)
 
@@ -315,17 +350,19 @@ class Run:
         first: int = 0,
         generation: Generation | None = None,
     ) -> Images:
-        """Generated images, float in [0, 1], on the CPU.
+        """Return generated images, float in [0, 1], on the CPU.
 
         Args:
-            count: how many, at least 1.
-            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
-            seed: image i of a seed is the same however many are drawn.
+            count: number of images, at least 1.
+            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else
+                normal.
+            seed: image i of a seed does not depend on `count`.
             first: number of the first image.
-            generation: noise, renormalisation, adjustment; None: the recipe's.
+            generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: count < 1, or there is no second stage.
+            InputError: `count` is less than 1, no such prior, or the prior needs a second stage and
+                the run has none.
         """
         return torch.cat(
             list(
@@ -344,14 +381,23 @@ class Run:
         first: int = 0,
         generation: Generation | None = None,
     ) -> Iterator[Images]:
-        """What `sample` gives, in parts, so that any number fits into memory. What is wrong is said at once."""
+        """Return the images of `sample` as an iterator of chunks that fit into memory.
+
+        Wrong input raises an error at the call, before the first chunk.
+
+        Args:
+            count, prior, seed, first, generation: see `sample`.
+
+        Raises:
+            InputError: see `sample`.
+        """
         if count < 1:
             raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
         source = self.prior(prior, generation)
         adjust = self._adjustment(source) if generation.adjust_variance else None
         chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
-        images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of one's own may stray
+        images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of your own may leave [0, 1]
         return map(adjust, images) if adjust else images
 
     def _adjustment(self, source: Prior) -> VarianceAdjustment:
@@ -371,28 +417,34 @@ class Run:
         seed: int = 0,
         quiet: bool = True,
     ) -> Evaluation:
-        """Error, likelihood, latents; reconstructions and samples of each prior compared with real images by a protocol.
+        """Return error, likelihood, latent statistics, and distances of samples from real images.
+
+        Reconstructions and the samples of each prior are compared with real images by a protocol.
 
         Args:
-            images: real ones, (n, channels, height, width), bytes or float in [0, 1]; None: the protocol's side of the run's
-                data, read again from their source and compared by checksum.
+            images: real images (n, channels, height, width), bytes or float in [0, 1]. None: the
+                test or training images of the run's data, as the protocol says. They are read again
+                from their source and checked by checksum.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
-            extractor: see `poise.evaluate`; "none" leaves comparisons out. Or what `features.make_extractor` made.
-            priors: names of the priors whose samples are compared, of those that the run has. None:
-                all of `poise.variants.PRIORS`.
-            count: how many real images to measure, the first ones, with as many generated ones; None: as the protocol says.
-            infinity: extrapolate Frechet distances to infinitely many images as well.
-            nll_samples: importance samples for each image's log likelihood; 0: not estimated.
-            seed: of generated images.
-            quiet: no progress display.
+            extractor: see `poise.evaluate`, or an extractor from `features.make_extractor`. "none":
+                no comparison.
+            priors: names of the priors whose samples are compared, if the run has them. None: all
+                of `poise.variants.PRIORS`.
+            count: number of real images, the first ones, and of generated ones. None: as the
+                protocol says.
+            infinity: also extrapolate Frechet distances to infinitely many images.
+            nll_samples: importance samples per image for the log likelihood. 0: do not estimate it.
+            seed: seed of the generated images.
+            quiet: show no progress.
 
         Raises:
-            InputError: the data cannot be read again or have changed; the extractor was demanded and cannot be had; the
-                likelihood of a model that has none was asked for.
+            InputError: the data cannot be read again or have changed, the given extractor is not
+                available, or `nll_samples` is set for a model without a likelihood.
         """
         if nll_samples and self.deterministic:
             raise InputError(
-                f"objective {self.recipe.first.objective} gives no likelihood to estimate: leave nll_samples out"
+                f"objective {self.recipe.first.objective} has no likelihood to estimate: "
+                "leave nll_samples out"
             )
         conditions, network, notes = choose_extractor(
             self._completed(with_count(find_protocol(protocol), count), images),
@@ -412,7 +464,10 @@ class Run:
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
 
     def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
-        """With this run's way to make images, where the protocol leaves that open, and the side the images are from."""
+        """Return the protocol with its generation and reference filled in.
+
+        A generation that the protocol leaves open is the recipe's.
+        """
         found = find_protocol(protocol)
         found = replace(found, generation=found.generation or self.recipe.generation)
         if images is not None:
@@ -420,13 +475,19 @@ class Run:
         return replace(found, reference="test") if found.reference == "given" else found
 
     def images_for(self, protocol: Protocol) -> Any:
-        """Return the real images of a protocol: one side of the run's data, raw or after JPEG.
+        """Return the real images of a protocol: test or training images of the run's data.
+
+        They are raw, or after JPEG if the protocol says so, whether or not the run was trained on
+        JPEGs.
 
         Args:
-            protocol: with its reference "train" or "test". What JPEG the run itself learned from does not matter.
+            protocol: its reference must be "train" or "test".
+
+        Raises:
+            InputError: see `dataset`.
         """
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
-        if own not in (None, protocol.jpeg):  # what JPEG took away is only in the source
+        if own not in (None, protocol.jpeg):  # JPEG loses detail, so read the source again
             dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
         images = head(
             dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY
@@ -509,7 +570,7 @@ class Run:
         if not self._has_codes:
             plain = generation.renormalise == "never"
             names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
-            notes = ("stage 1 is not finished: what needs its codes is left out",)
+            notes = ("stage 1 is not finished: whatever needs its codes is left out",)
         drawn = [
             Produced(
                 PRIORS[name].label,
@@ -521,35 +582,43 @@ class Run:
         return [restored, *drawn], notes
 
     def test_images(self) -> Any:
-        """The test images of the data the run was trained on, read again.
+        """Return the test images of the run's data, read again.
 
         Raises:
-            InputError: they cannot be read again, or are not the same.
+            InputError: see `dataset`.
         """
         return self.dataset().test
 
     def remember(self, dataset: Dataset) -> "Run":
-        """This run with the images it was trained on, so that they need not be read again."""
+        """Return this run after storing its data, so that `dataset` does not read them again."""
         self._dataset = dataset
         return self
 
     def dataset(self) -> Dataset:
-        """The data the run was trained on, read again and compared by checksum, unless the run remembers them."""
+        """Return the run's data, from memory or read again and checked by checksum.
+
+        Raises:
+            InputError: the data cannot be read again or have changed, or the run was trained on an
+                array.
+        """
         if self._dataset is not None:
             return self._dataset
         if self.data["source"] == "array":
             raise InputError(
-                f"{self.folder} was trained on an array, which is not kept: pass the images"
+                f"{self.folder} was trained on an array, which is not stored: pass the images"
             )
         dataset = read_data(self.recipe.data)
         if dataset.checksum != self.data["checksum"]:
             raise InputError(
-                f"{self.recipe.data.source} is not what {self.folder} was trained on: its checksum has changed"
+                f"{self.recipe.data.source} is not the data that {self.folder} was trained on: "
+                "its checksum has changed"
             )
         return dataset
 
     def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
-        """Return one picture of generated images, a `PIL.Image`: a notebook shows it, `.save("grid.png")` writes it.
+        """Return a grid of generated images as a `PIL.Image`.
+
+        A notebook shows it, and `.save("grid.png")` writes it.
 
         Args:
             count, prior, seed: see `sample`.
@@ -557,7 +626,7 @@ class Run:
         return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
 
     def plot(self) -> "Picture":
-        """Return the curves of training, a `PIL.Image`: MSE, KL and gamma2 of each stage.
+        """Return the training curves as a `PIL.Image`: MSE, KL and gamma2 of each stage.
 
         Raises:
             InputError: the run has no log yet.
@@ -572,7 +641,7 @@ class Run:
         return Image.open(io.BytesIO(training_curves(log)))
 
     def _repr_html_(self) -> str:
-        """What it is, with the samples and the curves that training drew at its end, for a notebook."""
+        """Return a summary with samples and training curves, for a notebook."""
         shown = [self.folder / name for name in ("samples.png", "training.png")]
         encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
         style = "max-width:48%; vertical-align:top"
@@ -583,19 +652,24 @@ class Run:
 
     def __repr__(self) -> str:
         state = "" if self.finished else ", not finished"
-        return f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, {self.data['train']} training images{state})"
+        return (
+            f"Run({str(self.folder)!r}, recipe {self.recipe.name!r}, "
+            f"{self.data['train']} training images{state})"
+        )
 
 
 def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
-    """The run in a folder. Nothing else is needed, but for a network of your own.
+    """Return the run in a folder.
+
+    The folder is enough to load it, except for a network of your own.
 
     Args:
-        folder: what `poise train --out` or `poise.train(out=...)` wrote.
+        folder: the folder that `poise train --out` or `poise.train(out=...)` wrote.
         device: "auto", "cpu", "cuda", ...
-        vae: the same modules that were given to `poise.train(vae=...)`; their weights are overwritten.
+        vae: the same modules as in `poise.train(vae=...)`. Their weights are overwritten.
 
     Raises:
-        InputError: not a run's folder.
+        InputError: the folder is not that of a run, or `vae` is missing or not wanted.
         RunError: every checkpoint is damaged, or there is none yet.
     """
     folder = Path(folder)
@@ -604,15 +678,15 @@ def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) ->
         needed = (
             "was trained with a network of your own: in Python, poise.load(..., vae=...)"
             if vae is None
-            else "brings its own network: leave vae out"
+            else "has its own network: leave vae out"
         )
         raise InputError(f"{folder} {needed}")
     saved, warnings = newest_intact_checkpoint(folder / "checkpoints")
     if saved is None and (folder / "summary.json").exists():
         raise RunError(
-            f"{folder} was finished, and its checkpoints are gone: put {folder / 'checkpoints'} back "
-            f"from a copy, or train it again with `poise train`"
+            f"{folder} was finished, and its checkpoints are gone: "
+            f"put {folder / 'checkpoints'} back from a copy, or train it again with `poise train`"
         )
     if saved is None:
-        raise RunError(f"{folder} has no checkpoint yet; go on with `poise train`")
+        raise RunError(f"{folder} has no checkpoint yet; continue with `poise train`")
     return Run(folder, config, saved, warnings, vae).to(choose_device(device))

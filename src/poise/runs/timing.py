@@ -1,12 +1,15 @@
-"""How long a run takes on this machine, and lengths that fit a budget.
+"""Estimate how long a run takes on this machine, and choose stage lengths that fit a time budget.
 
-Before a run begins, some steps of both stages are taken with copies of its networks, and thrown away. A run then takes
+Before a run begins, copies of its networks take some steps of both stages. The copies are then
+discarded. The run takes
 
-    T = (a_1 + n_1 s_1) + (a_2 + n_2 s_2) + r                                                                       (1)
+    T = (a_1 + n_1 s_1) + (a_2 + n_2 s_2) + r                                                (1)
 
-where stage k has n_k steps of s_k seconds, checkpoints included, a_k is what its first steps take longer (compilation,
-recording, memory), and r is the time for codes, pictures and figures. A budget gives n_1 s_1 + n_2 s_2; stage 2 gets the share
-that it has in the recipe, but at least a tenth: at 64 pixels on two cores the recipe's 3 % would be some hundred steps.
+seconds. Stage k has n_k steps of s_k seconds, checkpoints included. a_k is the extra time of its
+first steps (compilation, recording, memory). r is the time for codes, pictures and figures.
+
+A budget for T gives n_1 s_1 + n_2 s_2. Stage 2 gets the same share of it as in the recipe, but at
+least a tenth. At 64 pixels on two cores, the recipe's 3 % would be only some hundred steps.
 """
 
 import copy
@@ -46,38 +49,44 @@ from poise.training import (
 )
 from poise.vae import VAE
 
-SECONDS = 2.0  # of each measurement, at least
-SHARE_OF_BUDGET = 0.015  # for measuring the steps of a stage
-FIRST_STEPS = 5  # in which an engine compiles or records
-ENOUGH = (
-    2,
-    100,
-)  # steps: so many at least, and no more; one is enough if it takes three times as long as all may
-CLEARLY = 0.75  # more threads must take less than this share of the time: two lose 3 to 5 times when a core becomes busy
+SECONDS = 2.0  # minimum duration of each measurement
+SHARE_OF_BUDGET = 0.015  # share of the time budget for measuring the steps of a stage
+FIRST_STEPS = 5  # steps in which an engine compiles or records
+# Least and greatest number of timed steps. One is enough if it takes three times the duration.
+TIMED_STEPS = (2, 100)
+# More threads must take less than this share of the time. If another process takes one of two
+# cores, two threads become 3 to 5 times slower.
+LARGEST_TIME_RATIO = 0.75
 LEAST_SECOND_SHARE = 0.1
-PICTURES_SECONDS = (
-    6.0  # importing Matplotlib, drawing, writing, and what else does not depend on the run
-)
-PASSES = {
-    "train": (1, 0),
-    "test": (2, 3),
-}  # of encoder and decoder over the images after stage 1 (`Run.evaluate`)
-SECOND_PASSES = (2, 2)  # of stage 2 over the training codes
+# Importing Matplotlib, drawing, writing, and other work that does not depend on the run.
+PICTURES_SECONDS = 6.0
+# Passes of encoder and decoder over the images after stage 1 (`Run.evaluate`).
+PASSES = {"train": (1, 0), "test": (2, 3)}
+SECOND_PASSES = (2, 2)  # passes of stage 2's encoder and decoder over the training codes
 LEAST_STEPS = 10
-SHARE_OF_AVERAGE = 0.1  # of stage 1, that BatchNorm's running averages are taken over
-MARGIN = 0.02  # of a budget, for starting the interpreter and what is not measured
+SHARE_OF_AVERAGE = 0.1  # share of stage 1 that BatchNorm's running averages cover
+MARGIN = 0.02  # share of the budget for starting the interpreter and other unmeasured work
 
 
 class Plan(NamedTuple):
-    """What is chosen when a run begins and kept in its config.json: the recipe with its lengths, CPU threads (None: usual)."""
+    """What is chosen when a run begins: the recipe with its lengths, and the number of CPU threads.
+
+    Both are written to config.json. None: the usual number of threads.
+    """
 
     recipe: Recipe
     threads: int | None
 
 
 def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
-    """What an earlier start of this very run chose; None: there was none."""
-    with suppress(InputError):  # a file that is damaged, or of a newer version: see `open_folder`
+    """Return the plan of an earlier start of the same run, or None if there was none.
+
+    Args:
+        folder: the run's folder.
+        recipe: settings of the present start.
+        checksum: checksum of the data.
+    """
+    with suppress(InputError):  # damaged, or from a newer version: see `open_folder`
         config = read_config(folder)
         earlier: Recipe = from_json(Recipe, config["recipe"])
         earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
@@ -101,14 +110,17 @@ def make_plan(
     device: torch.device,
     options: Options,
     began: float,
-    talks: bool,
+    verbose: bool,
 ) -> Plan:
-    """Measure some steps; choose the number of threads and, where there is a budget, the lengths; tell the time it takes.
+    """Choose CPU threads and, with a time budget, stage lengths. Print the estimated time.
 
     Args:
         recipe, stages, dataset, folder, device, options: of the run.
         began: see `prepare`.
-        talks: whether to tell.
+        verbose: whether to print the estimate.
+
+    Raises:
+        InputError: the time budget is too short.
     """
     count, num_images = options.threads, len(dataset.train)
     if count == 0:
@@ -117,7 +129,7 @@ def make_plan(
         data = ImageBatches(dataset.train, device)
         count = choose_threads([1, usual], *stages[0], recipe, data) if several else usual
     count = distributed.on_first(lambda: count)
-    if recipe.minutes is None and options.quiet:  # nobody asks
+    if recipe.minutes is None and options.quiet:
         return Plan(recipe, count)
     measured = measure(
         recipe,
@@ -134,13 +146,13 @@ def make_plan(
         recipe = distributed.on_first(
             lambda: lengths_within_budget(recipe, measured, num_images, left)
         )
-    if talks:
+    if verbose:
         print(estimate(recipe, measured, num_images), file=sys.stderr)
     return Plan(recipe, count)
 
 
 def with_length(stage: Any, other: Stage | None) -> Any:
-    """A stage with the length and halvings of another one; None where one of them is."""
+    """Return a stage with the length and `halve_every` of another one. None if either is None."""
     return (
         stage
         and other
@@ -150,24 +162,35 @@ def with_length(stage: Any, other: Stage | None) -> Any:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that a stage takes: `start` more for its first steps, `step` for each."""
+    """Time that a stage takes.
+
+    Attributes:
+        start: extra seconds of its first steps.
+        step: seconds per step.
+    """
 
     start: float
     step: float
 
     def seconds(self, steps: int) -> float:
+        """Return the seconds that so many steps take."""
         return self.start + steps * self.step
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each part of a run: eq. 1."""
+    """Time of each part of a run, in seconds (eq. 1).
+
+    Attributes:
+        stages: pace of each stage.
+        rest: seconds for codes, pictures and figures.
+    """
 
     stages: tuple[Pace, ...]
     rest: float
 
     def seconds(self, recipe: Recipe, num_images: int) -> list[float]:
-        """Of each stage at the recipe's lengths."""
+        """Return the seconds of each stage at the recipe's lengths."""
         lengths = [
             stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage
         ]
@@ -177,13 +200,20 @@ class Timing:
 def lengths_within_budget(
     recipe: Recipe, timing: Timing, num_images: int, seconds: float
 ) -> Recipe:
-    """The recipe with lengths, in steps, that take so many seconds in all; learning rates are halved at the same shares.
+    """Return the recipe with stage lengths, in steps, that use up a time budget.
 
-    Where stage 1 has fewer than 1,000 steps, BatchNorm's running averages are over a tenth of them: at a decay of 0.99, 85
-    steps had a test MSE of 0.076 and a training MSE of 0.038 (faces, 2026-11-26).
+    The learning rates are halved at the same fractions of the lengths. If stage 1 has fewer than
+    1,000 steps, BatchNorm's running averages are taken over a tenth of them. With a decay of 0.99
+    instead, 85 steps gave a test MSE of 0.076 and a training MSE of 0.038 (faces, 2026-11-26).
+
+    Args:
+        recipe: settings.
+        timing: measured times.
+        num_images: number of training images.
+        seconds: budget for the whole run.
 
     Raises:
-        InputError: that is not enough for some steps.
+        InputError: the budget is too short for a few steps.
     """
     left = seconds - timing.rest - sum(pace.start for pace in timing.stages)
     parts = [
@@ -204,8 +234,9 @@ def lengths_within_budget(
         )
         minutes = (recipe.minutes or 0) + (least - left) / 60
         raise InputError(
-            f"a budget of {recipe.minutes:g} min is too short on this machine for {LEAST_STEPS} steps of each stage, codes and "
-            f"pictures: give {minutes + 1:.0f} or more, a smaller --size, or another --network"
+            f"a budget of {recipe.minutes:g} min is too short on this machine "
+            f"for {LEAST_STEPS} steps of each stage, codes and pictures: "
+            f"give {minutes + 1:.0f} or more, a smaller --size, or another --network"
         )
     first = recipe.first.lasting(steps=lengths[0])
     second = recipe.second and recipe.second.lasting(steps=lengths[1])
@@ -216,11 +247,16 @@ def lengths_within_budget(
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
+    """Return the stages of a recipe, one or two."""
     return [stage for stage in (recipe.first, recipe.second) if stage]
 
 
 def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
-    """How long everything takes, in a line."""
+    """Return one line with the estimated time of the run and of each part.
+
+    Args:
+        recipe, timing, num_images: see `lengths_within_budget`.
+    """
     times = [*timing.seconds(recipe, num_images), timing.rest]
     names = [f"stage {number}" for number in range(1, len(times))] + ["codes and pictures"]
     parts = ", ".join(
@@ -228,17 +264,28 @@ def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
     )
     rate = recipe.first.batch_size / timing.stages[0].step
     lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in stages_of(recipe))
-    line = f"{lengths} steps take about {hours_minutes(sum(times))} here: {parts} ({rate:.3g} images/s in stage 1)"
+    line = (
+        f"{lengths} steps take about {hours_minutes(sum(times))} here: {parts} "
+        f"({rate:.3g} images/s in stage 1)"
+    )
     return (
         line if recipe.minutes is not None else line + hint(recipe, timing, num_images, sum(times))
     )
 
 
 def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str:
-    """What a budget of 20 or 5 minutes would do, where that is less than half the time."""
+    """Return advice on `--minutes`, to append to the estimate.
+
+    If the run takes more than 40 minutes, the advice shows the lengths for a budget of 20 minutes.
+    If it takes 10 to 40 minutes, it shows those for 5 minutes.
+
+    Args:
+        recipe, timing, num_images: see `lengths_within_budget`.
+        seconds: estimated time of the run.
+    """
     minutes = next((minutes for minutes in (20, 5) if seconds > 2 * 60 * minutes), None)
     if minutes is None:
-        return "; --minutes chooses lengths that take so many"
+        return "; --minutes sets a time budget instead"
     try:
         shorter = lengths_within_budget(
             replace(recipe, minutes=minutes), timing, num_images, 60 * minutes
@@ -246,18 +293,28 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
     except InputError:
         return ""
     lengths = " + ".join(f"{stage.steps:,}" for stage in stages_of(shorter))
-    return f"; --minutes {minutes} would take {lengths} steps, its learning rates halved at the same shares of them"
+    return (
+        f"; --minutes {minutes} would take {lengths} steps, "
+        "with the learning rates halved at the same fractions of them"
+    )
 
 
 def choose_threads(
     candidates: Sequence[int], vae: VAE, balance: Balance, recipe: Recipe, data: Batches
 ) -> int:
-    """The number of CPU threads with which a few steps of stage 1 take the least time, or a smaller one that is as good."""
+    """Return the number of CPU threads with the fastest steps of stage 1.
+
+    A larger number must be clearly faster (`LARGEST_TIME_RATIO`) to be chosen over a smaller one.
+
+    Args:
+        candidates: numbers of threads to try.
+        vae, balance, recipe, data: network, balance, settings and images of stage 1.
+    """
     chosen, least = candidates[0], float("inf")
     for count in sorted(candidates):
         state = throwaway(vae, balance, recipe.first, data, torch.device("cpu"))
         pace = measure_pace(state, data, recipe.first, 1, recipe.seed, "eager", count, SECONDS / 4)
-        if pace.step < CLEARLY * least:
+        if pace.step < LARGEST_TIME_RATIO * least:
             chosen, least = count, pace.step
     return chosen
 
@@ -273,12 +330,12 @@ def measure(
     count: int | None,
     save_seconds: float,
 ) -> Timing:
-    """The seconds of eq. 1, by some steps of both stages and a checkpoint of each.
+    """Measure the times of eq. 1 with a few steps and a checkpoint of each stage.
 
     Args:
-        recipe, stages, dataset, folder: of the run; its networks and balances are copied.
+        recipe, stages, dataset, folder: of the run. Networks and balances are copied.
         device, engine, save_seconds: see `poise.Options`.
-        count: CPU threads; None: the usual number.
+        count: number of CPU threads. None: the usual number.
     """
     seconds = max(SECONDS, 60 * SHARE_OF_BUDGET * (recipe.minutes or 0))
     paces, rest = [], PICTURES_SECONDS
@@ -313,7 +370,10 @@ def measure(
 
 
 def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatches:
-    """Standard normal codes in place of those that are not there yet: a step takes as long."""
+    """Return codes of a standard normal, to time stage 2 before stage 1 is trained.
+
+    A step takes the same time with them.
+    """
     zeros = torch.zeros(number, recipe.network.latent_dim)
     return CodeBatches(zeros, zeros, device)
 
@@ -321,7 +381,7 @@ def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatche
 def throwaway(
     vae: VAE, balance: Balance, stage: Stage, data: Batches, device: torch.device
 ) -> TrainingState:
-    """A state to try steps with; the networks given stay as they are."""
+    """Return a training state of copied networks. Trial steps then leave the originals alone."""
     return new_state(copy.deepcopy(vae), copy.deepcopy(balance), stage, device)
 
 
@@ -335,17 +395,29 @@ def measure_pace(
     count: int | None,
     seconds: float,
 ) -> Pace:
-    """What steps take, by taking some for about so many seconds."""
+    """Measure the time of steps by taking some for about so many seconds.
+
+    Args:
+        state, data, stage, number, seed, engine: see `poise.training.fit`.
+        count: number of CPU threads.
+        seconds: duration of the measurement.
+    """
     clock = Clock(state, seconds)
-    watch = Watch(
-        stop=clock, fell_back=lambda reason: None, quiet=True
-    )  # the run itself will say it
+    # The run itself warns if the engine falls back.
+    watch = Watch(stop=clock, fell_back=lambda reason: None, quiet=True)
     fit(state, data, stage, number=number, seed=seed, watch=watch, engine=engine, threads=count)
     return clock.pace()
 
 
 class Clock:
-    """Asks `fit` to stop after so many seconds of steps, the first ones not counted, and tells their pace."""
+    """Stops `fit` after so many seconds of steps and returns their pace.
+
+    The first steps do not count, because an engine compiles or records in them.
+
+    Args:
+        state: training state that `fit` changes.
+        seconds: duration of the measurement.
+    """
 
     def __init__(self, state: TrainingState, seconds: float) -> None:
         self._state, self._seconds = state, seconds
@@ -358,7 +430,7 @@ class Clock:
             if self._state.step >= self._first:
                 self._step, self._warm = self._state.step, now(self._state.sums)
             return False
-        taken, (least, most) = self._state.step - self._step, ENOUGH
+        taken, (least, most) = self._state.step - self._step, TIMED_STEPS
         passed = time.monotonic() - self._warm
         return (
             taken >= most
@@ -367,7 +439,10 @@ class Clock:
         )
 
     def pace(self) -> Pace:
-        """Of the steps taken; of a stage that was over before the first ones were, of all."""
+        """Return the pace of the timed steps.
+
+        If the stage ended before the first steps were over, all steps count.
+        """
         ended, taken = now(self._state.sums), self._state.step - self._step
         if self._step == 0 or taken == 0:
             return Pace(0.0, (ended - self._began) / self._state.step)
@@ -376,19 +451,17 @@ class Clock:
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds, when the tensor's device has done all that is queued."""
+    """Return the time in seconds, after the tensor's device has finished all queued work."""
     tensor.sum().item()
     return time.monotonic()
 
 
 def checkpoint_seconds(state: TrainingState, folder: Path) -> float:
-    """What it takes to write a checkpoint of this state."""
+    """Return the seconds that it takes to write a checkpoint of this state."""
     if distributed.rank() > 0:
         return 0.0
-    probe, began = (
-        folder / ".writing-timing",
-        time.monotonic(),
-    )  # what bears such a name is cleared by the next start
+    # If this is killed, the next start deletes folders of such a name.
+    probe, began = folder / ".writing-timing", time.monotonic()
     write_folder(probe, state_tensors(state), {})
     seconds = time.monotonic() - began
     shutil.rmtree(probe)
@@ -397,7 +470,7 @@ def checkpoint_seconds(state: TrainingState, folder: Path) -> float:
 
 @torch.no_grad()
 def inference_seconds(vae: VAE, data: Batches, count: int | None) -> tuple[float, float]:
-    """Seconds of the encoder and of the decoder for one image."""
+    """Return the seconds per image of the encoder and of the decoder."""
     device, number = next(vae.parameters()).device, min(32, len(data))
     images = data.place(
         data.fetch(torch.arange(number)),
