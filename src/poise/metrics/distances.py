@@ -4,8 +4,9 @@
     kernel distance      E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x.y/d + 1)^3
     Inception Score      exp E_x KL(p(y|x) || p(y))
 
-m is the mean of a set of features and S its covariance. With S = F F^T, the last trace of the Frechet distance is the sum of the singular values of
-F_a^T F_b. This holds for all shapes and ranks of the factors F and needs no matrix square root.
+m is the mean of a set of features and S its covariance. With S = F F^T, the last trace of the
+Frechet distance is the sum of the singular values of F_a^T F_b. This holds for all shapes and
+ranks of the factors F and needs no matrix square root.
 Means and covariances are summed over blocks of rows.
 """
 
