@@ -32,12 +32,14 @@ RENORMALISED = 0.8  # distance with renormalisation over distance without; healt
 # Reduction of the distance by renormalisation, as a share of the variance. Healthy 8x8 digits:
 # 0.01.
 GAIN = 0.05
-CURE_THE_ABOVE = "Fix the above, and train again."
+FIX_THE_ABOVE = "Fix the above, and train again."
 USUAL_CAUSES = (
     "an error averaged over pixels instead of summed, a decoder variance fixed at 1, "
     "a KL weight above 1"
 )
-BY_HEART = "A model that overfits looks the same: pass train_images to distinguish the two."
+MAY_BE_OVERFITTING = (
+    "A model that overfits looks the same: pass train_images to distinguish the two."
+)
 PASS_TRAINING_IMAGES = "Pass train_images, to distinguish an imbalance from overfitting."
 USE_COMPUTED = (
     "Use poise.ComputedBalance() as the loss, or poise train --balance computed. It sums both "
@@ -69,10 +71,12 @@ def imbalance(facts: Facts) -> Finding | None:
     if weighing is None or weighing.side == "balanced":
         return None
     reason, reduced = (_by_loss if weighing.by == "loss" else _by_model)(facts, weighing)
-    over, unsure = weighing.side == "over", not reduced and _by_heart(facts, weighing)
+    over, unsure = weighing.side == "over", not reduced and _may_be_overfitting(facts, weighing)
     name = "reduction" if reduced else "over-regularised" if over else "under-regularised"
     times = _times(weighing.beta if over else 1 / weighing.beta if weighing.beta else math.inf)
-    effects = [_blocked(facts)] if over else [*_unlike(facts), *([BY_HEART] if unsure else [])]
+    effects = (
+        [_blocked(facts)] if over else [*_unlike(facts), *([MAY_BE_OVERFITTING] if unsure else [])]
+    )
     sentence = (
         f"The KL weight is {times} too {'large' if over else 'small'}: "
         f"{' '.join([f'{reason}.', *effects])}"
@@ -87,7 +91,7 @@ def imbalance(facts: Facts) -> Finding | None:
     )
 
 
-def _by_heart(facts: Facts, weighing: Weighing) -> bool:
+def _may_be_overfitting(facts: Facts, weighing: Weighing) -> bool:
     """Return whether overfitting could explain a small KL weight.
 
     The weight may be right for the training images, whose error is not known.
@@ -213,9 +217,7 @@ def collapse(facts: Facts) -> Finding | None:
         else f"{len(idle)} of {count} latents ({named}) carry no"
     )
     reason, remedy = (
-        ("This follows from the imbalance above.", CURE_THE_ABOVE)
-        if over
-        else _why_collapsed(facts)
+        ("This follows from the imbalance above.", FIX_THE_ABOVE) if over else _why_collapsed(facts)
     )
     sentence = f"{which} information: their posterior means do not vary over the images. {reason}"
     figures = {"active_latents": float(count - len(idle)), "latents": float(count)}
@@ -264,8 +266,8 @@ def overfitting(facts: Facts) -> Finding | None:
     ratio, number = facts.overfitted, facts.num_train
     known = f"The MSE is {train_mse:.3g} on training images and {facts.seen.mse:.3g} on others"
     followed = (
-        f"The loss followed the training error to gamma2 = {train_mse:.3g}, and the MSE on these "
-        f"images is {facts.seen.mse:.3g}"
+        f"The balance followed the training error to gamma2 = {train_mse:.3g}, and the MSE on "
+        f"these images is {facts.seen.mse:.3g}"
     )
     sentence = f"{followed if facts.train is None else known}, {ratio:.3g} times as much"
     figures = {

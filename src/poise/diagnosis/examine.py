@@ -137,7 +137,7 @@ def _unusable(
     return (
         (diverged,)
         if wrong_range is None
-        else (wrong_range, replace(diverged, remedy=causes.CURE_THE_ABOVE))
+        else (wrong_range, replace(diverged, remedy=causes.FIX_THE_ABOVE))
     )
 
 
@@ -163,7 +163,7 @@ def _fatal(
     """Return faults of the loss or the model that make all other figures meaningless."""
     balance, known = case.loss if isinstance(case.loss, Balance) else None, train is not None
     of_loss = faulty_loss(weights, balance, train or seen, surely_trained_on=known)
-    found = _most_telling(of_loss, _broken_model(case.vae, seen, figures, seed))
+    found = _without_duplicate(of_loss, _broken_model(case.vae, seen, figures, seed))
     if found:
         return found
     late = None if train is None else broken.other_images(seen, train)
@@ -171,7 +171,7 @@ def _fatal(
     return () if late is None else (late,)
 
 
-def _most_telling(*found: Finding | None) -> tuple[Finding, ...]:
+def _without_duplicate(*found: Finding | None) -> tuple[Finding, ...]:
     """Return the findings that are not None, with only one of "data-range" and "diverged".
 
     The two describe the same fault.
@@ -190,10 +190,10 @@ def _broken_model(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> F
     exploded = broken.diverged(seen)
     if exploded is not None and exploded.figures["largest_logvar"] > LARGE_LOGVAR:
         return exploded
-    return _deaf_or_unsettled(vae, seen, figures, seed) or exploded
+    return _dead_or_unsettled(vae, seen, figures, seed) or exploded
 
 
-def _deaf_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
+def _dead_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
     latents = outputs.probes(seen.codes.mean, seed).to(device_of(vae))
     with torch.no_grad():
         figures["decoder_response"] = change = outputs.response(vae.decode(latents))

@@ -263,5 +263,6 @@ def _disagreement(facts: Facts) -> list[str]:
         return []
     return [
         f"The loss corresponds to gamma2 = {loss.gamma2:.3g}, but the model to "
-        f"{inferred.gamma2:.3g}: another loss trained the model, or training did not converge."
+        f"{inferred.gamma2:.3g}: perhaps another loss trained the model, or training did not "
+        "converge."
     ]

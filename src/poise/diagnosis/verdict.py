@@ -159,7 +159,7 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "equivalent_beta": "the KL weight is {equivalent_beta:.2f} of the balanced one; from "
         "{balanced_from:.2g} to {balanced_to:.2g} counts as balanced",
         "active_latents": "{active_latents} of {latents} latents are active; inactive latents cost "
-        "nothing, but no active latent would be a posterior collapse",
+        "nothing, but a model without active latents has collapsed",
         "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average "
         "over latents; 1 is ideal, and another value alone is not a fault",
         "linear_mse": "the MSE is {mse_share:.0%} of the images' variance, that of the best linear "

@@ -291,7 +291,7 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
         return None
     count, device = min(len(seen.images), FEW_IMAGES), device_of(vae)
     source = generator("inferred", seed)
-    felt = torch.zeros(len(ERRORS), count, dtype=torch.float64)
+    numerators = torch.zeros(len(ERRORS), count, dtype=torch.float64)
     for start in range(0, count, CHUNK):
         rows = slice(start, min(start + CHUNK, count))
         mean, std, images = (
@@ -301,11 +301,13 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
             noise = torch.randn(mean.shape, generator=source).to(device)
             # Antithetic draws: the part of the error that is linear in the noise cancels.
             for signed in (noise, -noise):
-                felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(
-                    2
-                ) / (2 * PAIRS)
-    spent = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
-    (gamma2, relative_error), (cross_entropy, _) = (_ratio(each, spent) for each in felt)
+                numerators[:, rows] += _error_slopes(vae, images, mean, std * signed)[
+                    :, :, seen.active
+                ].sum(2) / (2 * PAIRS)
+    denominator = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
+    (gamma2, relative_error), (cross_entropy, _) = (
+        _ratio(each, denominator) for each in numerators
+    )
     if not (0 < gamma2 < math.inf and math.isfinite(relative_error)):
         return None
     within = all(
@@ -315,7 +317,7 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
 
 
 @torch.enable_grad()
-def _felt(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
+def _error_slopes(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
     """Return s dE/ds of each error for each image and latent, (errors, n, latents).
 
     It is taken at one draw z = mean + step, with step = s eps.

@@ -1,6 +1,6 @@
 """Latent statistics: variance law, active units, KL per latent, and the aggregate posterior.
 
-They are the latent page of both stages. Statistics are float64.
+The latent page of each stage shows them. Statistics are float64.
 
 Notation as in `poise.latent`: mu and s^2 are the posterior's mean and variance of one latent for
 one image. The aggregate posterior is the mixture of all posteriors, q(z) = 1/n sum_i q(z|x_i). By

@@ -28,7 +28,8 @@ from poise.metrics.reconstruction import peak_signal_to_noise, structural_simila
 from poise.protocols import Protocol
 from poise.shapes import Features, Images, PerImage
 
-SMALLEST_SUBSET = 5_000  # of the extrapolation, if there are twice as many images
+# Smallest subset of the extrapolation, if there are at least twice as many images.
+SMALLEST_SUBSET = 5_000
 
 
 class Reference:

@@ -166,7 +166,8 @@ def in_float64(tensor: Tensor) -> Tensor:
 def bits_per_dim(nats: float, num_dims: int) -> float:
     """Convert -log p(x) of values in [0, 1] to bits per dimension of 8-bit values.
 
-    The density is taken over 1/255, the distance between two neighbouring 8-bit values.
+    Two neighbouring 8-bit values are 1/255 apart, so the probability per dimension is the density
+    divided by 255.
 
     Args:
         nats: -log p(x), or a bound on it, summed over the image's dimensions.

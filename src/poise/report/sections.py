@@ -194,7 +194,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (  # in reading order
-    Section("summary", "In short", summary),
+    Section("summary", "Summary", summary),
     Section("comparison", "Comparison", comparison),
     Section("samples", "Samples and reconstructions", samples, link="Samples"),
     Section("training", "Training", training),
