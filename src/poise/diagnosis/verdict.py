@@ -162,8 +162,8 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "nothing, but a model without active latents has collapsed",
         "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average "
         "over latents; 1 is ideal, and another value alone is not a fault",
-        "linear_mse": "the MSE is {mse_share:.0%} of the images' variance, that of the best linear "
-        f"VAE with as many latents {{linear_share:.0%}}; {UNDERFITTED:g} times the second is "
+        "linear_mse": "the MSE is {mse_share:.0%} of the images' variance ({linear_share:.0%} for "
+        f"the best linear VAE with as many latents); {UNDERFITTED:g} times the latter is "
         "underfitting",
         "mse_fell_2": "the second stage's MSE went from {mse_before_2:.3g} to {mse_after_2:.3g} in "
         f"the last third of its training; a fall by {STILL_FALLING:.0%} of the codes' variance is "
