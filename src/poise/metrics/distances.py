@@ -6,8 +6,8 @@
 
 m is the mean of a set of features and S its covariance. With S = F F^T, the last trace of the
 Frechet distance is the sum of the singular values of F_a^T F_b. This holds for all shapes and
-ranks of the factors F and needs no matrix square root.
-Means and covariances are summed over blocks of rows.
+ranks of the factors F and needs no matrix square root. Means and covariances are summed over
+blocks of rows.
 """
 
 import math
@@ -92,8 +92,8 @@ def covariance_factor(covariance: Tensor) -> Tensor:
     """Return a factor F (d, rank) of a covariance F F^T, (d, d).
 
     Uses Cholesky, or eigenvalues if the covariance is singular. The Cholesky pivot of a linearly
-    dependent feature is rounding noise of either sign. If it is positive, its square root, 1e-8, is
-    no longer small. So a pivot below SINGULAR times the feature's variance means a singular
+    dependent feature is rounding noise of either sign. If it is positive, its square root, 1e-8, no
+    longer looks like rounding. So a pivot below SINGULAR times the feature's variance means a singular
     covariance. Eigenvalues below SINGULAR times the largest are dropped.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance)
