@@ -93,8 +93,8 @@ def covariance_factor(covariance: Tensor) -> Tensor:
 
     Uses Cholesky, or eigenvalues if the covariance is singular. The Cholesky pivot of a linearly
     dependent feature is rounding noise of either sign. If it is positive, its square root, 1e-8, no
-    longer looks like rounding. So a pivot below SINGULAR times the feature's variance means a singular
-    covariance. Eigenvalues below SINGULAR times the largest are dropped.
+    longer looks like rounding. So a pivot below SINGULAR times the feature's variance means a
+    singular covariance. Eigenvalues below SINGULAR times the largest are dropped.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and (factor.diagonal().square() > SINGULAR * covariance.diagonal()).all():
