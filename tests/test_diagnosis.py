@@ -193,19 +193,19 @@ def named(diagnosis: Diagnosis) -> list[str]:
             "stay between 0 and 1: ",
             "Divide the images by 255",
         ),
-        ("kl times 100", "over-regularised", "multiplies it by 100", "Leave out kl_weight"),
-        ("kl times 2.5", "over-regularised", "multiplies it by 2.5", "Leave out kl_weight"),
-        ("kl times 0.1", "under-regularised", "multiplies it by 0.1", "Leave out kl_weight"),
+        ("kl times 100", "over-regularised", "multiplies the KL by 100", "Leave out kl_weight"),
+        ("kl times 2.5", "over-regularised", "multiplies the KL by 2.5", "Leave out kl_weight"),
+        ("kl times 0.1", "under-regularised", "multiplies the KL by 0.1", "Leave out kl_weight"),
         (
             "gamma2 = 1",
             "over-regularised",
-            "a decoder variance gamma2 of 1 where",
+            "a decoder variance gamma2 of 1, but",
             "ComputedBalance",
         ),
         (
             "gamma2 = 1, own loop",
             "over-regularised",
-            "a decoder variance gamma2 of 1 where",
+            "a decoder variance gamma2 of 1, but",
             "ComputedBalance",
         ),
         (
@@ -217,7 +217,7 @@ def named(diagnosis: Diagnosis) -> list[str]:
         (
             "mean error, summed KL",
             "reduction",
-            "over the 64 values of an image, where it should sum",
+            "over the 64 values of an image, instead of summing",
             "ComputedBalance",
         ),
         ("20 images", "too-few-images", "trained on 20 images", "at least 200"),
@@ -324,7 +324,7 @@ def test_a_following_balance_tells_of_overfitting_without_training_images():
     assert named(diagnose(vae, test, loss=loss)) == ["overfitting"]
     vae, _, _, test = case("kl times 0.1")
     guess = diagnose(vae, test).cause
-    assert guess is not None and "by heart looks the same: pass train_images" in guess.sentence
+    assert guess is not None and "overfits looks the same: pass train_images" in guess.sentence
     assert guess.remedy.startswith("Pass train_images")
 
 
@@ -505,7 +505,7 @@ def test_wrong_formulas_of_the_kl_are_told_apart():
         (
             lambda r, x, m, v: 8 * summed(r, x).mean() / summed(r, x).mean() + kl(m, v).mean(),
             "no-gradient",
-            "undetached",
+            "without detach()",
         ),
         (
             lambda r, x, m, v: FixedBalance()(r, x, m, v).reconstruction + kl(m, v).mean(),
@@ -992,7 +992,7 @@ def test_a_diagnosis_can_be_read_and_stored():
     vae, loss, train, test = case("means")
     diagnosis = diagnose(vae, test, train_images=train, loss=loss)
     lines = str(diagnosis).splitlines()
-    assert lines[0].startswith("1. reduction: The KL counts") and lines[1].startswith(
+    assert lines[0].startswith("1. reduction: The KL weight is") and lines[1].startswith(
         "   Try: Use poise.ComputedBalance()"
     )
     assert lines[2].startswith("2. posterior-collapse: None of the 6 latents")

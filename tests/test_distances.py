@@ -285,7 +285,7 @@ def test_kernel_distance_of_a_set_to_itself_is_near_zero_and_grows_with_a_shift(
 def test_kernel_distance_asks_for_smaller_subsets_openly():
     with pytest.raises(
         InputError,
-        match=r"subset_size 1000 is more .* 2000 real and 300 generated .* set subset_size",
+        match=r"subset_size 1000 is larger .* 2000 real and 300 generated .* lower subset_size",
     ):
         kernel_distance(features(2000, 4, 0), features(300, 4, 1))
     for settings in ({"subset_size": 1}, {"subsets": 0}):
@@ -315,7 +315,7 @@ def test_inception_score_is_one_for_equal_images_and_the_number_of_classes_at_be
 
 
 def test_inception_score_refuses_what_it_cannot_split(unchecked):
-    with pytest.raises(InputError, match="from 1 to the 5 images"):
+    with pytest.raises(InputError, match="from 1 to 5, the number of images"):
         inception_score(features(5, 3, 0), splits=6)
     with pytest.raises(InputError, match="finite"):
         inception_score(features(5, 3, 0).log(), splits=1)

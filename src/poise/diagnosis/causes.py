@@ -1,4 +1,4 @@
-"""From figures to findings: what is wrong with a model that works, each rule with its threshold."""
+"""Rules from figures to findings, for a model whose values are finite and whose layers work."""
 
 import math
 
@@ -16,39 +16,49 @@ from poise.diagnosis.verdict import (
 from poise.diagnosis.weight import BATCH, LossWeights
 from poise.variants import default_prior, find_prior
 
-CLOSE = 0.05  # relative: the inferred weight is known to about 3 %
-FAR_LAW = 1.5  # codes' variance over the prior's, either way: with less, samples are like codes; healthy models: 1.0 to 1.2
-NO_WEIGHT = 1e-6  # of the KL, relative to its weight at balance
-FEW_PER_LATENT = 20  # with N images and L latents even a linear VAE errs (1 + L/N) / (1 - L/N) more on new ones: here 10 %
-FEW = 200  # with so few, no network of some thousand weights does without learning them by heart
-WORTH_ENCODING = (
-    2.0  # largest variance of a direction over gamma2: in noise alone it is (1 + sqrt(D/n))^2
-)
+CLOSE = 0.05  # relative; the inferred weight is accurate to about 3 %
+# Codes' variance over the prior's, or the inverse. Below it, samples resemble codes. Healthy
+# models: 1.0 to 1.2.
+FAR_LAW = 1.5
+NO_WEIGHT = 1e-6  # KL weight relative to its value at balance
+# Training images per latent. With N images and L latents, the error of a linear VAE is
+# (1 + L/N) / (1 - L/N) times as large on new images: 10 % more here.
+FEW_PER_LATENT = 20
+FEW = 200  # with fewer images, any network with some thousand weights overfits
+# Largest variance of a direction over gamma2. For pure noise it is (1 + sqrt(D/n))^2.
+WORTH_ENCODING = 2.0
 MOST_NAMED = 16  # latents in a sentence
-RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy: 0.92
-GAIN = 0.05  # what renormalisation must take off the distance, share of variance; healthy 8x8 digits: 0.01
-CURE_THE_ABOVE = "Cure the above, and train again."
-USUAL_CAUSES = "an error averaged over pixels where it should be summed, a decoder variance held at 1, a KL weight above 1"
-BY_HEART = (
-    "A model that knows its training images by heart looks the same: pass train_images to tell."
+RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy models: 0.92
+# Reduction of the distance by renormalisation, as a share of the variance. Healthy 8x8 digits:
+# 0.01.
+GAIN = 0.05
+FIX_THE_ABOVE = "Fix the above, and train again."
+USUAL_CAUSES = (
+    "an error averaged over pixels instead of summed, a decoder variance fixed at 1, "
+    "a KL weight above 1"
 )
-PASS_TRAINING_IMAGES = "Pass train_images, to tell an imbalance from overfitting."
+MAY_BE_OVERFITTING = (
+    "A model that overfits looks the same: pass train_images to distinguish the two."
+)
+PASS_TRAINING_IMAGES = "Pass train_images, to distinguish an imbalance from overfitting."
 USE_COMPUTED = (
-    "Use poise.ComputedBalance() as the loss, or poise train --balance computed: it sums both "
-    "parts and follows the error."
+    "Use poise.ComputedBalance() as the loss, or poise train --balance computed. It sums both "
+    "parts, and its gamma2 follows the error."
 )
 FOLLOW_SOONER = (
-    "Train longer, or use poise.ComputedBalance(): its gamma2 is at the error within some hundred "
-    "batches."
+    "Train longer, or use poise.ComputedBalance(): its gamma2 reaches the error within a few "
+    "hundred batches."
 )
 
 
 def find_causes(facts: Facts) -> list[Finding]:
-    """Everything wrong, the most fundamental first. Of two ways to better samples, the one that does more."""
+    """Return all findings, the most fundamental first.
+
+    Reports lost variance only if it finds no prior gap.
+    """
     found = [imbalance(facts), collapse(facts), overfitting(facts)]
-    wrong = any(
-        finding is not None for finding in found
-    )  # what explains a large or a falling error
+    # Any of these explains a large or falling error.
+    wrong = any(finding is not None for finding in found)
     found += [None if wrong else underfitting(facts)]
     found += [still_falling(facts, stage) for stage in facts.falls if stage > 1 or not wrong]
     found += [prior_gap(facts) or lost_variance(facts)]
@@ -56,16 +66,21 @@ def find_causes(facts: Facts) -> list[Finding]:
 
 
 def imbalance(facts: Facts) -> Finding | None:
-    """A KL that counts for too much or too little, and why."""
+    """Find a KL weight that is too large or too small, and its cause."""
     weighing = facts.weighing
     if weighing is None or weighing.side == "balanced":
         return None
     reason, reduced = (_by_loss if weighing.by == "loss" else _by_model)(facts, weighing)
-    over, unsure = weighing.side == "over", not reduced and _by_heart(facts, weighing)
+    over, unsure = weighing.side == "over", not reduced and _may_be_overfitting(facts, weighing)
     name = "reduction" if reduced else "over-regularised" if over else "under-regularised"
     times = _times(weighing.beta if over else 1 / weighing.beta if weighing.beta else math.inf)
-    effects = [_blocked(facts)] if over else [*_unlike(facts), *([BY_HEART] if unsure else [])]
-    sentence = f"The KL counts {times} too {'much' if over else 'little'}: {' '.join([f'{reason}.', *effects])}"
+    effects = (
+        [_blocked(facts)] if over else [*_unlike(facts), *([MAY_BE_OVERFITTING] if unsure else [])]
+    )
+    sentence = (
+        f"The KL weight is {times} too {'large' if over else 'small'}: "
+        f"{' '.join([f'{reason}.', *effects])}"
+    )
     figures = {
         "equivalent_beta": weighing.beta,
         "effective_gamma2": weighing.gamma2,
@@ -76,8 +91,11 @@ def imbalance(facts: Facts) -> Finding | None:
     )
 
 
-def _by_heart(facts: Facts, weighing: Weighing) -> bool:
-    """Whether a KL that seems too weak may be one that was right for training images, which are not known."""
+def _may_be_overfitting(facts: Facts, weighing: Weighing) -> bool:
+    """Return whether overfitting could explain a small KL weight.
+
+    The weight may be right for the training images, whose error is not known.
+    """
     if weighing.side == "over" or facts.train is not None or facts.followed is not None:
         return False
     return weighing.by == "model" or (
@@ -90,23 +108,24 @@ def _times(factor: float) -> str:
 
 
 def _by_loss(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
-    """What of the loss makes the imbalance, and whether it is a mean in place of a sum."""
+    """Return the cause of the imbalance in the loss, and whether it is a mean instead of a sum."""
     loss = facts.loss
     assert loss is not None and loss.error is not None
     error, over = _ERRORS[loss.error], weighing.side == "over"
     if loss.kl_weight < NO_WEIGHT * loss.error_weight * weighing.right:
-        return "the loss does not change with mean and logvar, it has no KL", False
+        return "the loss does not change with mean and logvar, so it has no KL", False
     if loss.batch_mismatch or (loss.error_averaged if over else loss.kl_averaged):
         return _means(facts, loss, error), True
     gamma2 = loss.gamma2 / loss.kl_weight
     reasons = []
     if not _near(loss.kl_weight, 1, IMBALANCED - 1):
-        reasons.append(f"the loss multiplies it by {loss.kl_weight:.3g}")
+        reasons.append(f"the loss multiplies the KL by {loss.kl_weight:.3g}")
     if loss.error == "cross-entropy" and not _near(gamma2, 1, IMBALANCED - 1):
         reasons.append(f"the loss multiplies the cross-entropy by {loss.error_weight:.3g}")
     elif not _near(gamma2, weighing.right, IMBALANCED - 1) or not reasons:
         reasons.append(
-            f"the loss has a decoder variance gamma2 of {gamma2:.3g} where the mean {error} is {weighing.right:.3g}"
+            f"the loss has a decoder variance gamma2 of {gamma2:.3g}, "
+            f"but the mean {error} is {weighing.right:.3g}"
         )
     return " and ".join(reasons), False
 
@@ -119,26 +138,27 @@ _ERRORS = {
 
 
 def _means(facts: Facts, loss: LossWeights, error: str) -> str:
-    """What the loss averages although the evidence lower bound sums it."""
+    """Say what the loss averages although the evidence lower bound sums it."""
     means = []
     if loss.error_averaged:
         means.append(f"the {error} over the {facts.seen.num_dims} values of an image")
     if loss.kl_averaged:
         means.append(f"the KL over the {facts.num_latents} latents")
-    words = [f"the loss averages {' and '.join(means)}, where it should sum"] if means else []
+    words = [f"the loss averages {' and '.join(means)}, instead of summing"] if means else []
     if loss.batch_mismatch:
         words.append(
-            f"the loss averages one of {error} and KL over the batch and sums the other (here for batches of {BATCH})"
+            f"the loss averages one of {error} and KL over the batch and sums the other "
+            f"(figures for batches of {BATCH})"
         )
     return "; ".join(words)
 
 
 def _by_model(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
-    """What the inferred weight looks like, and whether that is a mean in place of a sum."""
+    """Return the likely cause of the inferred weight, and whether it is a mean instead of a sum."""
     num_dims, gamma2 = facts.seen.num_dims, weighing.gamma2
     reason = (
-        f"the posteriors' variances are those of a gamma2 (decoder variance) of {gamma2:.3g}, "
-        f"the MSE is {weighing.right:.3g}"
+        f"the posterior variances correspond to a decoder variance gamma2 of {gamma2:.3g}, "
+        f"but the MSE is {weighing.right:.3g}"
     )
     patterns = [
         (num_dims / 2, True, f"as if the squared error were averaged over {num_dims} values"),
@@ -147,8 +167,8 @@ def _by_model(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
             True,
             "as if squared error and KL were averaged over values and latents",
         ),
-        (1.0, False, "as if gamma2 were held at 1"),
-        (0.5, False, "as if the squared error were summed as it is, which holds gamma2 at 1/2"),
+        (1.0, False, "as if gamma2 were fixed at 1"),
+        (0.5, False, "as if the loss were squared error plus KL, with gamma2 fixed at 1/2"),
     ]
     for value, reduced, words in patterns:
         if num_dims > 2 and _near(gamma2, value, CLOSE):
@@ -157,7 +177,7 @@ def _by_model(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
 
 
 def _blocked(facts: Facts) -> str:
-    return f"The error stays at {facts.seen.mse / facts.seen.variance:.0%} of the images' variance."
+    return f"The MSE stays at {facts.seen.mse / facts.seen.variance:.0%} of the images' variance."
 
 
 def _unlike(facts: Facts) -> list[str]:
@@ -165,7 +185,8 @@ def _unlike(facts: Facts) -> list[str]:
     if _near(law, 1, FAR_LAW - 1):
         return []
     return [
-        f"The codes' variance is {law:.3g} times that of N(0, I), so that samples from N(0, I) are unlike any code."
+        f"The codes' variance is {law:.3g} times that of N(0, I), "
+        "so samples from N(0, I) are unlike any code."
     ]
 
 
@@ -174,14 +195,17 @@ def _balance_remedy(facts: Facts) -> str:
     if balance is None:
         return USE_COMPUTED
     if balance.follows_error and not _near(balance.kl_weight, 1, IMBALANCED - 1):
-        return "Leave out kl_weight: 1 is the evidence lower bound."
+        return "Leave out kl_weight: its default 1 gives the evidence lower bound."
     over = weighing is not None and weighing.side == "over"
     other = FOLLOW_SOONER if balance.follows_error else USE_COMPUTED
     return balance.remedy(over_regularised=over) or other
 
 
 def collapse(facts: Facts) -> Finding | None:
-    """Latents that carry nothing. Some idle latents in a balanced model are none: they are pruned, and cost nothing."""
+    """Find posterior collapse: all latents inactive, or most of them in an over-regularised model.
+
+    Some inactive latents in a balanced model are not a fault: they are pruned and cost nothing.
+    """
     idle, count = facts.inactive, facts.num_latents
     over = facts.weighing is not None and facts.weighing.side == "over"
     if len(idle) < count and not (over and 2 * len(idle) > count):
@@ -193,7 +217,7 @@ def collapse(facts: Facts) -> Finding | None:
         else f"{len(idle)} of {count} latents ({named}) carry no"
     )
     reason, remedy = (
-        ("This follows from the above.", CURE_THE_ABOVE) if over else _why_collapsed(facts)
+        ("This follows from the imbalance above.", FIX_THE_ABOVE) if over else _why_collapsed(facts)
     )
     sentence = f"{which} information: their posterior means do not vary over the images. {reason}"
     figures = {"active_latents": float(count - len(idle)), "latents": float(count)}
@@ -205,20 +229,23 @@ def _why_collapsed(facts: Facts) -> tuple[str, str]:
     ratio = facts.largest_variance / max(facts.seen.mse, 1e-30)
     if ratio < WORTH_ENCODING:
         noise = (
-            "In no direction do the images vary enough to be worth encoding: they look like noise."
+            "The images do not vary enough in any direction to be worth encoding: "
+            "they look like noise."
         )
-        return noise, "Look at the images: are they what you mean to learn?"
+        return noise, "Check that the images are the data that you want to learn."
     own = None if facts.balance is None else facts.balance.small_start
     if facts.weighing is not None:
         stuck = (
-            f"The loss's balance allows it (the images vary by {ratio:.3g} times the MSE): the KL was too strong at first, or "
-            f"training has only begun."
+            "The loss is balanced and allows active latents (the largest variance of the images is "
+            f"{ratio:.3g} times the MSE). Either the KL was too strong at first, or training has "
+            "only begun."
         )
         return stuck, _begin_small(own)
     blocked = (
-        f"A latent is used as soon as images vary in one direction by more than gamma2: they do by "
-        f"{facts.largest_variance:.3g}, and the MSE is {facts.seen.mse:.3g}, so the KL counts at least {ratio:.3g} times too "
-        f"much. Usual causes: {USUAL_CAUSES}; pass loss=, your loss function, to have it named."
+        "A latent becomes active as soon as the images' variance in one direction exceeds gamma2. "
+        f"The largest variance is {facts.largest_variance:.3g} and the MSE is "
+        f"{facts.seen.mse:.3g}, so the KL weight is at least {ratio:.3g} times too large. "
+        f"Usual causes: {USUAL_CAUSES}. To find the cause, pass loss=, your loss function."
     )
     return blocked, _begin_small(own) if own else USE_COMPUTED
 
@@ -226,21 +253,21 @@ def _why_collapsed(facts: Facts) -> tuple[str, str]:
 def _begin_small(own: str | None) -> str:
     option = f"{own} of your balance" if own else "poise.ComputedBalance(start=0.001)"
     return (
-        "Train longer if it was short; else begin with a small decoder variance, "
-        f"{option}: latents are then used first."
+        "Train longer if training was short. Otherwise start with a small decoder variance, "
+        f"{option}: latents then become active first."
     )
 
 
 def overfitting(facts: Facts) -> Finding | None:
-    """New images that are reconstructed much worse than training images, for want of these or not."""
+    """Find overfitting: new images are reconstructed much worse than training images."""
     train_mse = facts.train_mse
     if facts.overfitted < OVERFITTED or train_mse is None:
         return None
     ratio, number = facts.overfitted, facts.num_train
     known = f"The MSE is {train_mse:.3g} on training images and {facts.seen.mse:.3g} on others"
     followed = (
-        f"The loss followed the training error to gamma2 = {train_mse:.3g}, and the MSE on these "
-        f"images is {facts.seen.mse:.3g}"
+        f"The balance followed the training error to gamma2 = {train_mse:.3g}, and the MSE on "
+        f"these images is {facts.seen.mse:.3g}"
     )
     sentence = f"{followed if facts.train is None else known}, {ratio:.3g} times as much"
     figures = {
@@ -251,44 +278,43 @@ def overfitting(facts: Facts) -> Finding | None:
     enough = max(FEW, FEW_PER_LATENT * facts.num_latents)
     if 0 < number < enough:
         figures |= {"train_images": float(number), "enough": float(enough)}
-        sentence = f"It was trained on {number} images and learned them by heart. {sentence}."
+        sentence = f"The model was trained on {number} images and overfits them. {sentence}."
         remedy = f"Train on more images: at least {enough} for {facts.num_latents} latents."
         return Finding("too-few-images", sentence, figures, remedy)
-    remedy = (
-        "Stop training earlier: at the step with the best ELBO on images that are not trained on."
-    )
+    remedy = "Use early stopping: end training at the step with the best ELBO on held-out images."
     return Finding(
-        "overfitting", f"{sentence}: it learned the training images by heart.", figures, remedy
+        "overfitting", f"{sentence}: the model overfits its training images.", figures, remedy
     )
 
 
 def underfitting(facts: Facts) -> Finding | None:
-    """A model that does worse than the best linear one with as many latents."""
+    """Find underfitting: the MSE is far above that of the best linear VAE with as many latents."""
     seen, linear = facts.trained_on, facts.linear_mse
     if linear is None or seen.mse <= UNDERFITTED * max(linear, 1e-30):
         return None
     cross_entropy = facts.by_cross_entropy
     if cross_entropy and is_binary(seen.images):
-        return None  # a cross-entropy is right for them, and does not minimise the squared error
+        return None  # a cross-entropy suits binary images and does not minimise the squared error
     sentence = (
-        f"It has learned little: reconstructions leave {seen.mse / seen.variance:.0%} of the images' variance (MSE "
-        f"{seen.mse:.3g}), where the best linear VAE with {facts.num_latents} latents leaves {linear / seen.variance:.0%} "
-        f"({linear:.3g})."
+        f"The model has learned little: its MSE is {seen.mse / seen.variance:.0%} of the images' "
+        f"variance ({seen.mse:.3g}). The best linear VAE with {facts.num_latents} latents has "
+        f"{linear / seen.variance:.0%} ({linear:.3g})."
     )
     figures = {"mse": seen.mse, "linear_mse": linear, "image_variance": seen.variance}
     remedy = (
-        "Train longer; if the MSE stays there, at another learning rate or with a larger network."
+        "Train longer. If the MSE does not fall, use another learning rate or a larger network."
     )
     if cross_entropy:
         remedy = (
-            "If the loss is a cross-entropy, use a squared error with poise.ComputedBalance(): on grey images a "
-            f"cross-entropy leaves the KL too much weight. Else: {remedy[0].lower()}{remedy[1:]}"
+            "If the loss is a cross-entropy, use a squared error with poise.ComputedBalance(): "
+            "on grey images a cross-entropy gives the KL too much weight. "
+            f"Otherwise {remedy[0].lower()}{remedy[1:]}"
         )
     return Finding("underfitted", sentence, figures, remedy)
 
 
 def still_falling(facts: Facts, stage: int) -> Finding | None:
-    """A stage whose error was falling when its training ended."""
+    """Find a stage whose error was still falling when its training ended."""
     before, after = facts.falls[stage]
     if not facts.fell(stage) > STILL_FALLING:
         return None
@@ -302,7 +328,7 @@ def still_falling(facts: Facts, stage: int) -> Finding | None:
 
 
 def prior_gap(facts: Facts) -> Finding | None:
-    """Samples much worse than reconstructions, where another prior is much better."""
+    """Find a prior whose samples are much worse than reconstructions, and a much better prior."""
     found = facts.comparison
     if found is None:
         return None
@@ -320,9 +346,10 @@ def prior_gap(facts: Facts) -> Finding | None:
     if closed < CLOSED:
         return None
     sentence = (
-        f"Samples are further from the images than reconstructions are: {found.priors[used]:.2f} ({_latents(used)}) against "
-        f"{found.reconstructions:.2f}, in shares of the images' variance; with {_latents(best)} it is {rivals[best]:.2f}, "
-        f"which closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
+        "Samples are further from the images than reconstructions: "
+        f"{found.priors[used]:.2f} ({_latents(used)}) against {found.reconstructions:.2f}, "
+        f"as shares of the images' variance. With {_latents(best)} the distance is "
+        f"{rivals[best]:.2f}; this closes {min(closed, 1):.0%} of the gap.{_following(facts)}"
     )
     figures = {
         "distance": found.priors[used],
@@ -336,9 +363,9 @@ def prior_gap(facts: Facts) -> Finding | None:
 def _following(facts: Facts) -> str:
     imbalanced = facts.weighing is not None and facts.weighing.side != "balanced"
     return (
-        " This follows from the imbalance above: cure that first, and use the other prior for the model as it is."
-        * imbalanced
-    )
+        " This follows from the imbalance above: fix that first. "
+        "The other prior helps the present model."
+    ) * imbalanced
 
 
 def _latents(prior: str) -> str:
@@ -361,7 +388,7 @@ def _used_prior(found: Comparison) -> str:
 
 
 def lost_variance(facts: Facts) -> Finding | None:
-    """Samples that come closer to the images when their latents are renormalised."""
+    """Find samples that come closer to the images when their latents are renormalised."""
     found = facts.comparison
     if found is None:
         return None
@@ -371,7 +398,7 @@ def lost_variance(facts: Facts) -> Finding | None:
         return None
     sentence = (
         f"Latents from {find_prior(used).words} are narrower than the codes by a factor of "
-        f"{factor:.3g}; scaled by it, the samples' distance from the "
+        f"{factor:.3g}. If they are scaled by it, the samples' distance from the "
         f"images falls from {before:.2f} to {after:.2f} of the images' variance."
     )
     how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"
@@ -385,5 +412,5 @@ def lost_variance(facts: Facts) -> Finding | None:
 
 
 def _near(value: float, target: float, within: float = 0.01) -> bool:
-    """Whether they differ by a factor of at most 1 + within."""
+    """Return whether two positive values differ by a factor of at most 1 + within."""
     return value > 0 and target > 0 and abs(math.log(value / target)) <= math.log1p(within)

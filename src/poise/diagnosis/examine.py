@@ -1,4 +1,4 @@
-"""A model and images -> a diagnosis. Each step needs the ones before it to have found nothing."""
+"""Run all steps of a diagnosis. Each step requires that the steps before it found nothing."""
 
 import math
 from dataclasses import replace
@@ -35,28 +35,34 @@ def diagnose(
     seed: int = 0,
     quiet: bool = True,
 ) -> Diagnosis:
-    """What is wrong with a VAE, in plain words, with the figures that show it and the one thing to try.
+    """Diagnose a VAE: return its faults, the figures that show them, and a remedy for each.
 
-    The model is used in evaluation mode and left as it was.
+    The model is used in evaluation mode and is not changed.
 
     Args:
-        model: a run, or any VAE: `poise.VAE(encoder, decoder)` around modules of one's own.
-        images: (n, ...), best ones that it was not trained on. Of the very values that it is trained on, whatever their
-            range, as floats; bytes are divided by 255. None: the run's test images. At most 2,000 are looked at.
-        train_images: the same of the training images: needed to see overfitting. None: the run's, if `images` are too.
-        loss: what the VAE was trained with: a balance, or any function loss(reconstruction, images, mean, logvar) that
-            returns the loss of a batch. With it the cause of an imbalance can be named. None: the run's balance; for a VAE,
-            the weights are inferred from the model. A balance inside a function must be in evaluation mode.
-        seed: of samples and of the choice of images.
-        quiet: no progress display.
+        model: a run, or any VAE: `poise.VAE(encoder, decoder)` with your own modules.
+        images: (n, ...), preferably held-out images. Floats must have the values used in training,
+            in any range; bytes are divided by 255. None: the run's test images. At most 2,000
+            images are used.
+        train_images: training images in the same form, needed to detect overfitting. None: those of
+            the run, if `images` is None too.
+        loss: the training loss: a balance, or any function
+            loss(reconstruction, images, mean, logvar) that returns the loss of a batch. It is
+            needed to find the cause of an imbalance. None: the run's balance, or for a VAE weights
+            inferred from the model. A balance inside a function must be in evaluation mode.
+        seed: seed of the samples and of the choice of images.
+        quiet: show no progress.
+
+    Returns:
+        The findings, the most fundamental first; none for a healthy model.
 
     Raises:
-        InputError: no model or no images; they do not fit the model, or are all the same; the loss raises something, or does
-            not give a number.
+        InputError: no model or no images; images that do not fit the model, or are all the same; a
+            loss that raises an error, or does not return a number.
 
     Example:
         >>> vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=4))
-        >>> print(poise.diagnose(vae, torch.rand(100, 1, 8, 8)))        # doctest: +SKIP
+        >>> print(poise.diagnose(vae, torch.rand(100, 1, 8, 8)))  # doctest: +SKIP
         1. posterior-collapse: None of the 4 latents carries information: ...
            Try: Use poise.ComputedBalance() as the loss, ...
     """
@@ -116,7 +122,7 @@ def _sizes(case: Case, images: Values) -> dict[str, Any]:
 def _unusable(
     vae: VAE, images: Tensor, train: Tensor | None, figures: dict[str, Any], seed: int
 ) -> tuple[Finding, ...]:
-    """What makes it impossible to look at the images."""
+    """Return findings that prevent the model from processing the images."""
     finite = bool(images.isfinite().all())
     if train is not None and finite and train.isfinite().all():
         other = broken.other_range(images, train)
@@ -131,7 +137,7 @@ def _unusable(
     return (
         (diverged,)
         if wrong_range is None
-        else (wrong_range, replace(diverged, remedy=causes.CURE_THE_ABOVE))
+        else (wrong_range, replace(diverged, remedy=causes.FIX_THE_ABOVE))
     )
 
 
@@ -154,10 +160,10 @@ def _fatal(
     figures: dict[str, Any],
     seed: int,
 ) -> tuple[Finding, ...]:
-    """What makes every other figure meaningless: of the loss, and of the model."""
+    """Return faults of the loss or the model that make all other figures meaningless."""
     balance, known = case.loss if isinstance(case.loss, Balance) else None, train is not None
     of_loss = faulty_loss(weights, balance, train or seen, surely_trained_on=known)
-    found = _most_telling(of_loss, _broken_model(case.vae, seen, figures, seed))
+    found = _without_duplicate(of_loss, _broken_model(case.vae, seen, figures, seed))
     if found:
         return found
     late = None if train is None else broken.other_images(seen, train)
@@ -165,8 +171,11 @@ def _fatal(
     return () if late is None else (late,)
 
 
-def _most_telling(*found: Finding | None) -> tuple[Finding, ...]:
-    """The findings, less one of two that say the same: that the loss is of another range, and that the model has diverged."""
+def _without_duplicate(*found: Finding | None) -> tuple[Finding, ...]:
+    """Return the findings that are not None, with only one of "data-range" and "diverged".
+
+    The two describe the same fault.
+    """
     by_name = {finding.name: finding for finding in found if finding is not None}
     if {"data-range", "diverged"} <= set(by_name):
         finite = (
@@ -181,10 +190,10 @@ def _broken_model(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> F
     exploded = broken.diverged(seen)
     if exploded is not None and exploded.figures["largest_logvar"] > LARGE_LOGVAR:
         return exploded
-    return _deaf_or_unsettled(vae, seen, figures, seed) or exploded
+    return _dead_or_unsettled(vae, seen, figures, seed) or exploded
 
 
-def _deaf_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
+def _dead_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int) -> Finding | None:
     latents = outputs.probes(seen.codes.mean, seed).to(device_of(vae))
     with torch.no_grad():
         figures["decoder_response"] = change = outputs.response(vae.decode(latents))
@@ -198,7 +207,10 @@ def _deaf_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int)
 
 @torch.no_grad()
 def _mse_by_batch(vae: VAE, seen: Seen) -> float:
-    """MSE of reconstructions with BatchNorm's statistics from each batch of 100, everything else in evaluation mode."""
+    """Return the MSE with BatchNorm's statistics of each batch of 100 images.
+
+    Everything else is in evaluation mode. BatchNorm's buffers are restored.
+    """
     norms = [part for part in vae.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     device, errors = device_of(vae), []

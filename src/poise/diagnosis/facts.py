@@ -1,4 +1,4 @@
-"""What was measured of one model, what follows from it about balance and overfitting, and what limits a diagnosis."""
+"""Measurements of one model, the balance and overfitting derived from them, and notes on limits."""
 
 import math
 from collections.abc import Mapping
@@ -16,27 +16,27 @@ from poise.diagnosis.weight import InferredWeight, LossWeights
 from poise.latent import variance_law
 from poise.variants import PRIORS
 
-CROSS_ENTROPY_CLOSE = (
-    0.1  # inferred weight of a cross-entropy, less 1; models trained with it: 0.00 to 0.02
-)
-BINARY = 0.95  # share of values within a tenth of 0 or 1: 8x8 digits have 0.65, binary images 1
+# Inferred weight of a cross-entropy minus 1. Models trained with it: 0.00 to 0.02.
+CROSS_ENTROPY_CLOSE = 0.1
+BINARY = 0.95  # share of values within 0.1 of 0 or 1; 8x8 digits have 0.65, binary images 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured of a model whose numbers are finite, whose images fit, and whose decoder lives.
+    """Measurements of a model without the faults that `broken` finds.
 
     Attributes:
-        seen, train: what it makes of the images, and of training images where they are known.
-        num_train: training images in all; 0: not known.
-        balance: the loss, where it is one of Poise's.
-        loss: weights by the loss; None: it was not given.
-        inferred: weights by the model; None: every latent has collapsed, or the model is not at rest.
-        largest_variance: of the images along any direction.
-        comparison: samples against images; None: too few images.
-        is_run: whether the model is one of Poise's runs.
-        linear_mse: of the best linear VAE with as many latents; None: too few images to tell.
-        falls: of a run, its stages' MSE at about 70 % of training and in the last tenth.
+        seen, train: reconstructions of the images, and of the training images if these are known.
+        num_train: number of all training images; 0: not known.
+        balance: the loss, if it is a balance of Poise.
+        loss: weights read from the loss; None: no loss was given.
+        inferred: weights inferred from the model; None: every latent has collapsed, or training has
+            not converged.
+        largest_variance: largest variance of the images in any direction.
+        comparison: distances of samples from images; None: too few images.
+        is_run: whether the model is a run of Poise.
+        linear_mse: MSE of the best linear VAE with as many latents; None: too few images to tell.
+        falls: MSE of each stage of a run at about 70 % of training and in the last tenth.
     """
 
     seen: Seen
@@ -65,7 +65,10 @@ class Facts:
 
     @cached_property
     def followed(self) -> float | None:
-        """The training error by the balance's gamma2; None if that is not below the images' error."""
+        """Training error read from the balance's gamma2.
+
+        None if the balance does not follow the error, or if gamma2 is not below the images' error.
+        """
         if self.balance is None or not self.balance.follows_error:
             return None
         gamma2 = float(self.balance.gamma2)
@@ -79,7 +82,10 @@ class Facts:
 
     @cached_property
     def overfitted(self) -> float:
-        """MSE of new images over that of training images, or 1 where the difference is within the errors, or not known."""
+        """MSE of new images over MSE of training images.
+
+        1 if the difference is within the standard errors, or if the training error is not known.
+        """
         if self.train_mse is None:
             return 1.0
         variances = [
@@ -96,17 +102,20 @@ class Facts:
 
     @cached_property
     def codes_variance(self) -> float:
-        """Of latents drawn from the posteriors, the mean over latents: what a second stage reconstructs."""
+        """Variance of latents drawn from the posteriors, mean over latents.
+
+        A second stage reconstructs such latents.
+        """
         return float(variance_law(self.trained_on.codes.mean, self.trained_on.codes.logvar).mean())
 
     def fell(self, stage: int) -> float:
-        """How much a stage's MSE fell at its end, as a share of the variance of what it reconstructs."""
+        """Return the late fall of a stage's MSE, as a share of the variance of its input."""
         before, after = self.falls[stage]
         return (before - after) / (self.trained_on.variance if stage == 1 else self.codes_variance)
 
     @cached_property
     def by_cross_entropy(self) -> bool:
-        """Whether the loss is a cross-entropy, or where it is not known the model looks like it."""
+        """Whether the loss is a cross-entropy; if no loss was given, judged by the model."""
         if self.loss is not None:
             return self.loss.error == "cross-entropy"
         return (
@@ -115,7 +124,7 @@ class Facts:
 
     @cached_property
     def weighing(self) -> "Weighing | None":
-        """How the KL is weighed, by the loss, or by the model; None: neither is known."""
+        """Effective gamma2 and its target, from the loss or else the model; None: unknown."""
         if self.loss is not None and self.loss.known:
             new = self.loss.balanced_gamma2(self.seen)
             right = self.loss.balanced_gamma2(self.train) if self.train else self.followed or new
@@ -131,15 +140,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Weighing:
-    """The decoder variance that a loss amounts to, and the errors that it should equal.
+    """Effective decoder variance of a loss, and the errors that it should equal.
 
-    A model that learned its training images by heart has two errors; a gamma2 anywhere between them is no imbalance.
+    A model that overfits has two errors. A gamma2 anywhere between them is not an imbalance.
 
     Attributes:
-        by: what tells: the loss or the model.
-        gamma2: eq. 1 or 3.
-        right, new: the error of training images, and of new ones.
-        factor: beyond which it is an imbalance.
+        by: source of gamma2, the loss or the model.
+        gamma2: effective decoder variance, eq. 1 or 3.
+        right, new: error of training images, and of new images.
+        factor: factor beyond which a difference is an imbalance.
     """
 
     by: Literal["loss", "model"]
@@ -154,7 +163,7 @@ class Weighing:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The equivalent betas between which the loss counts as balanced."""
+        """Range of the equivalent beta in which the loss counts as balanced."""
         low, high = sorted((self.right, self.new))
         return low / self.factor / max(self.right, 1e-12), self.factor * high / max(
             self.right, 1e-12
@@ -169,16 +178,18 @@ class Weighing:
 
 
 def is_binary(images: Tensor) -> bool:
-    """Whether nearly all values are 0 or 1."""
+    """Return whether nearly all values are 0 or 1."""
     near = ((images - images.round()).abs() < 0.1) & (images >= -0.1) & (images <= 1.1)
     return float(near.double().mean()) > BINARY
 
 
-DISAGREE = 3.0  # inferred over measured weight: healthy models 0.9 to 1.1; larger, the loss is not what trained the model
+# Inferred weight over measured weight. Healthy models: 0.9 to 1.1. Beyond it, another loss trained
+# the model.
+DISAGREE = 3.0
 
 
 def notes_on(case: Case, facts: Facts) -> list[str]:
-    """The notes, what concerns the images first."""
+    """Return the notes on limits of the diagnosis, those on images first."""
     return [
         *_on_images(case, facts),
         *_on_loss(facts),
@@ -190,24 +201,25 @@ def notes_on(case: Case, facts: Facts) -> list[str]:
 def _on_images(case: Case, facts: Facts) -> list[str]:
     count, notes = len(facts.seen.images), []
     if count < len(case.images):
-        notes.append(f"{count} of {len(case.images)} images were looked at, drawn at random.")
+        notes.append(f"{count} of {len(case.images)} images were used, drawn at random.")
     if count < FEWEST_IMAGES:
         notes.append(
-            f"{count} images are few: the figures are rough, and samples were not compared; give {FEWEST_IMAGES} or more."
+            f"{count} images are few: the figures are rough, and samples were not compared. "
+            f"Give {FEWEST_IMAGES} or more."
         )
     elif facts.comparison is None:
         notes.append(
-            "The images are the same once averaged down to 16x16: samples were not compared."
+            "All images are the same after averaging down to 16x16: samples were not compared."
         )
     else:
         notes += [
-            f"The prior {name} could not be fitted to the codes: it was not tried."
+            f"The prior {name} could not be fitted to the codes, so it was not tried."
             for name, prior in PRIORS.items()
             if prior.needs == "codes" and name not in facts.comparison.priors
         ]
     if facts.train is None:
         notes.append(
-            "Without train_images overfitting cannot be told from an imbalance: pass them too."
+            "Overfitting cannot be distinguished from an imbalance: pass train_images too."
         )
     return notes
 
@@ -221,20 +233,19 @@ def _on_loss(facts: Facts) -> list[str]:
         else "its weights are not known"
     )
     return [
-        f"The loss could not be read: it is no squared, absolute or cross-entropy error plus KL; {source}."
+        "The loss could not be read, because it is not a squared, absolute or cross-entropy error "
+        f"plus KL; {source}."
     ]
 
 
 def _on_cross_entropy(facts: Facts) -> list[str]:
     if is_binary(facts.seen.images):
         return []
-    likeness = (
-        "which has no scale to balance; right for images of 0 and 1 only, and these are grey."
-    )
+    likeness = "which has no scale to balance. It suits images of 0 and 1 only, but these are grey."
     if facts.loss is not None and facts.loss.error == "cross-entropy":
         return [f"The loss is a cross-entropy, {likeness}"]
     if facts.by_cross_entropy:
-        return [f"It looks trained with a cross-entropy, {likeness}"]
+        return [f"The model looks trained with a cross-entropy, {likeness}"]
     return []
 
 
@@ -251,6 +262,7 @@ def _disagreement(facts: Facts) -> list[str]:
     if abs(math.log(inferred.gamma2 / loss.gamma2)) < math.log(DISAGREE):
         return []
     return [
-        f"The loss amounts to gamma2 = {loss.gamma2:.3g}, the model to {inferred.gamma2:.3g}: is this the loss that trained "
-        f"it, and had it come to rest?"
+        f"The loss corresponds to gamma2 = {loss.gamma2:.3g}, but the model to "
+        f"{inferred.gamma2:.3g}: perhaps another loss trained the model, or training did not "
+        "converge."
     ]

@@ -1,8 +1,8 @@
-"""What a decoder can produce at all, and where it stops listening to its latents.
+"""Measure a decoder: the range of its outputs, its dead layers, and its samples against images.
 
-Samples against images: Frechet distances between pixels, as shares of the images' variance.
-
-Pixels, averaged down to 16x16, are a coarse measure, but need no network, and tell priors of one decoder apart.
+Samples are compared with images by the Frechet distance between pixels, as a share of the images'
+variance. Pixels averaged down to 16x16 are a coarse measure. But they need no feature network, and
+they distinguish priors of one decoder.
 """
 
 import math
@@ -28,27 +28,29 @@ from poise.support.seeds import derive, generator
 from poise.vae import VAE
 from poise.variants import PRIORS
 
-ROUNDING = 1e-6  # relative: of two equal latents in one batch, outputs may differ by some 1e-7; the least response seen in a
-# collapsed but living decoder is 1e-4
+# Relative response of a decoder. Two equal latents in one batch may give outputs that differ by
+# about 1e-7. The smallest response seen in a collapsed decoder that still works is 1e-4.
+ROUNDING = 1e-6
 PROBES = 64
-SCALES = (1.0, 3.0, 10.0)  # of N(0, I): a decoder that answers to none of them answers to nothing
-LARGE = (1e3, 1e4)  # of the last layer's weights: activations saturate, sums grow
-SATURATED = 1e-3  # of the range: how much a bound may move from the first of LARGE to the second
+SCALES = (1.0, 3.0, 10.0)  # standard deviations of the latents with which a decoder is probed
+LARGE = (1e3, 1e4)  # scales of the last layer's weights: activations saturate, linear outputs grow
+# Share of the range by which a bound may move between the two scales of LARGE.
+SATURATED = 1e-3
 
 
 @dataclass(frozen=True)
 class Layer:
-    """How one layer of a decoder answers to a batch of different latents.
+    """Response of one decoder layer to a batch of different latents.
 
     Attributes:
-        name: in the decoder, as in "layers.1".
+        name: name in the decoder, such as "layers.1".
         kind: class of the module.
         hears: whether its input differs between latents.
-        answers: whether its output does.
-        constant: share of its outputs that are the same for all latents.
-        units: outputs per latent.
+        answers: whether its output differs between latents.
+        constant: share of its outputs that are the same for all latents, in [0, 1].
+        units: number of outputs per latent.
         silent: whether every output is 0.
-        zero_weight: whether it has a weight and all of it is 0.
+        zero_weight: whether it has a weight that is 0 everywhere.
     """
 
     name: str
@@ -62,29 +64,29 @@ class Layer:
 
 
 def probes(mean: Latents, seed: int) -> Tensor:
-    """Latents to try a decoder with: codes of images, and draws from N(0, I), from narrow to far too wide."""
+    """Return latents to probe a decoder: codes of images, and normal noise of each of `SCALES`."""
     noise = torch.randn(PROBES, mean.shape[1], generator=generator("probes", seed))
     return torch.cat([mean[:PROBES], *(scale * noise for scale in SCALES)])
 
 
 def response(outputs: Tensor) -> float:
-    """Largest difference that latents make to any value, relative to the largest value."""
+    """Return the largest difference between latents in any output, over the largest output."""
     values = outputs.cpu().double().flatten(1)
     return float((values.amax(0) - values.amin(0)).max() / values.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()
 def reachable_range(decoder: nn.Module, latents: Latents, seed: int = 0) -> tuple[float, float]:
-    """Least and greatest value that the decoder's last activation can give, whatever the weights; infinite without bound.
+    """Return the smallest and largest value that a decoder's last activation allows.
 
-    All weights are replaced by random ones, those of the last layer that has any by large ones, and by ten times larger
-    ones: the outputs of a sigmoid stay within [0, 1], those of a linear layer grow. So neither training nor collapse nor
-    divergence hides the range.
+    A missing bound is infinite. All weights are replaced by random ones. Those of the last layer
+    with weights are large, and then ten times larger. The outputs of a sigmoid stay within [0, 1],
+    and those of a linear layer grow. So the range does not depend on training, collapse or
+    divergence.
     """
     last = _last_weighted(decoder, latents)
-    if last is None or isinstance(
-        last[1], ParametrizationList
-    ):  # a normalised weight does not grow
+    # A normalised weight does not grow, so the range cannot be measured.
+    if last is None or isinstance(last[1], ParametrizationList):
         return -math.inf, math.inf
     (low, high), (further_low, further_high) = (
         _range_at(decoder, last[0], latents, scale, seed) for scale in LARGE
@@ -137,7 +139,7 @@ def _fan_in(parameter: Tensor) -> int:
 
 @torch.no_grad()
 def trace(decoder: nn.Module, latents: Latents) -> list[Layer]:
-    """The decoder's innermost layers in the order in which they are called."""
+    """Return the response of each innermost layer of a decoder, in the order of calls."""
     layers: list[Layer] = []
 
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -168,7 +170,7 @@ def _layer(name: str, module: nn.Module, given: Tensor, output: Tensor) -> Layer
 
 
 def first_deaf(layers: list[Layer]) -> Layer | None:
-    """The first layer whose output is the same for every latent."""
+    """Return the first layer whose output is the same for every latent, or None."""
     return next((layer for layer in layers if not layer.answers), None)
 
 
@@ -188,20 +190,24 @@ def _hooked(modules: dict[str, nn.Module], record: Callable[[str, nn.Module, Any
             handle.remove()
 
 
-MOST_SAMPLES = 1_000  # of each prior
-SAME = 1e-6  # variance of averaged images over that of images: with less, they differ in a pattern that averages out
-FEWEST_IMAGES = 50  # of fewer, the distance between two halves of the images is larger than any gap
+MOST_SAMPLES = 1_000  # samples of each prior
+# Variance of averaged images over variance of images. Below it, images differ only in patterns that
+# averaging removes.
+SAME = 1e-6
+# With fewer images, the distance between two halves of the images is larger than any gap.
+FEWEST_IMAGES = 50
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far from the images a VAE's products are, all as shares of the images' variance.
+    """Frechet distances from the images, as shares of the images' variance.
 
     Attributes:
-        halves: distance between two halves of the images, halved: what the numbers of images alone would give.
-        reconstructions: of the images, from posterior samples.
-        priors: of samples from each prior.
-        renormalised: of samples from each prior, renormalised.
+        halves: half the distance between two halves of the images. It estimates the distance that
+            the finite numbers of images alone produce.
+        reconstructions: distance of reconstructions from posterior samples.
+        priors: distance of samples from each prior.
+        renormalised: distance of renormalised samples from each prior.
         factors: the priors' renormalisation factors.
     """
 
@@ -215,17 +221,17 @@ class Comparison:
 def compare(
     vae: VAE, seen: Seen, codes: DiagonalGaussian, priors: Mapping[str, Prior], seed: int
 ) -> Comparison | None:
-    """Return the distances from the images of reconstructions and of samples from each prior.
+    """Return the distances of reconstructions and of samples from each prior to the images.
 
-    None if the images are the same once averaged down. Priors that cannot be fitted to the codes
-    are left out.
+    Returns None if all images are the same after averaging down. Leaves out priors that cannot be
+    fitted to the codes.
 
     Args:
         vae: in evaluation mode.
         seen: at least 50 images.
-        codes: of the training images, to which further priors are fitted.
-        priors: by name, on the VAE's device.
-        seed: of the samples: the same ones with and without renormalisation.
+        codes: codes of the training images, to which further priors are fitted.
+        priors: priors by name, on the VAE's device.
+        seed: seed of the samples, the same with and without renormalisation.
     """
     device = device_of(vae)
     images = small(seen.images[:MOST_SAMPLES]).double()
@@ -250,9 +256,8 @@ def compare(
         name: renormalisation_factor(prior, codes, device=device) for name, prior in priors.items()
     }
     return Comparison(
-        halves=frechet_distance(images[::2], images[1::2])
-        / variance
-        / 2,  # it goes like 1/n + 1/n, and the halves have n/2
+        # The distance goes like 1/n + 1/n, and the halves have n/2 images.
+        halves=frechet_distance(images[::2], images[1::2]) / variance / 2,
         reconstructions=distance(seen.restored[:MOST_SAMPLES]),
         priors={name: sampled(prior) for name, prior in {**priors, **fitted}.items()},
         renormalised={
@@ -264,28 +269,22 @@ def compare(
 
 def _fitted(name: str, codes: DiagonalGaussian) -> Prior | None:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # it is compared, whatever it has converged to
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # of codes so large that their squares overflow
+        # A mixture that has not converged can still be compared.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # squares of very large codes overflow
         try:
             return fit_prior(name, codes)
-        except (
-            ValueError,
-            RuntimeError,
-        ):  # covariances that are singular to rounding: codes far too large
+        except (ValueError, RuntimeError):  # covariances of very large codes are singular
             return None
 
 
 def largest_variance(images: Tensor) -> float:
-    """Variance of images along the direction in which they vary most: the largest eigenvalue of their covariance."""
+    """Return the largest eigenvalue of the images' covariance."""
     return float(spectrum(images)[-1])
 
 
 def spectrum(images: Tensor) -> Tensor:
-    """Return the eigenvalues of the images' covariance, ascending, of min(n, dimensions) directions."""
+    """Return the min(n, dimensions) largest eigenvalues of the images' covariance, ascending."""
     centred = images.flatten(1).double()
     centred = centred - centred.mean(0)
     gram = centred.T @ centred if centred.shape[1] < len(centred) else centred @ centred.T
@@ -293,10 +292,12 @@ def spectrum(images: Tensor) -> Tensor:
 
 
 def linear_mse(eigenvalues: Tensor, num_latents: int, num_dims: int) -> float:
-    """Return the error per dimension of the best linear VAE with so many latents.
+    """Return the MSE per dimension of the best linear VAE with `num_latents` latents.
 
-    It is the noise variance of probabilistic PCA, the mean of the discarded eigenvalues (Tipping &
-    Bishop 1999), and so the MSE of reconstructions from posterior samples. 0 where none is discarded.
+    It is the noise variance of probabilistic PCA, the mean of the discarded eigenvalues. So it is
+    the MSE of reconstructions from posterior samples. It is 0 if no eigenvalue is discarded.
+
+    Source: Tipping & Bishop 1999.
     """
     discarded = eigenvalues[: max(0, len(eigenvalues) - num_latents)].clamp_min(0).sum()
     return float(discarded / max(1, num_dims - num_latents))

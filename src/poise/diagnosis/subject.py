@@ -1,6 +1,6 @@
-"""What was given, checked before anything is computed (a model, images, a loss), and what the model makes of the images.
+"""Inputs of a diagnosis (model, images, loss), checked first, and the model's reconstructions.
 
-The model is left as it was.
+The model is not changed.
 """
 
 import json
@@ -36,12 +36,12 @@ SIDE = 16  # images are averaged down to this side before samples are compared w
 
 @dataclass(frozen=True)
 class Seen:
-    """What a VAE makes of images, on the CPU.
+    """Images with their posteriors and reconstructions, on the CPU.
 
     Attributes:
         images: (n, ...).
-        codes: their posteriors.
-        restored: each decoded from one sample of its posterior.
+        codes: posteriors of the images.
+        restored: reconstructions, each from one posterior sample.
     """
 
     images: Tensor
@@ -49,7 +49,7 @@ class Seen:
     restored: Tensor
 
     def error(self, power: float = 2) -> PerImage:
-        """|x - x^|^power of each image, its *mean* over dimensions."""
+        """Return |x - x^|^power of each image, the *mean* over dimensions."""
         return (self.restored - self.images).double().abs().pow(power).flatten(1).mean(1)
 
     @cached_property
@@ -58,12 +58,15 @@ class Seen:
 
     @cached_property
     def variance(self) -> float:
-        """Of the images about their mean image, the mean over dimensions: the MSE of a decoder that ignores its latents."""
+        """Variance of the images about their mean image, mean over dimensions.
+
+        It is the MSE of a decoder that returns the mean image for all latents.
+        """
         return float(self.images.double().var(0).mean())
 
     @cached_property
     def active(self) -> Tensor:
-        """(latents,), whether a latent's mean varies over the images (Burda et al. 2016)."""
+        """Whether each latent is active: its mean varies over images (Burda et al. 2016)."""
         return self.codes.mean.double().var(0, correction=0) > ACTIVE_VARIANCE
 
     @property
@@ -73,7 +76,10 @@ class Seen:
 
 @contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode inside the block; they and torch's global generator as they were after it."""
+    """Set modules to evaluation mode inside the block.
+
+    On exit, restores their modes and the state of torch's global generator.
+    """
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
@@ -91,7 +97,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def look(vae: VAE, images: Values, seed: int) -> Seen:
-    """Posteriors and reconstructions of all images; image i's noise is a function of (seed, i)."""
+    """Return posteriors and reconstructions. The noise of image i depends on (seed, i) only."""
     parts, device = [], device_of(vae)
     for start in range(0, len(images), CHUNK):
         posterior = vae.encode(images[start : start + CHUNK].to(device))
@@ -105,7 +111,7 @@ def look(vae: VAE, images: Values, seed: int) -> Seen:
 
 
 def small(images: Values) -> Tensor:
-    """(n, values), averaged over areas down to 16x16 where they are pictures."""
+    """Return images as (n, values). Images with height and width are averaged down to 16x16."""
     if images.dim() == 4:
         height, width = (min(side, SIDE) for side in images.shape[2:])
         images = F.adaptive_avg_pool2d(images, (height, width))
@@ -113,21 +119,21 @@ def small(images: Values) -> Tensor:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message, or its type if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 Loss = Balance | Callable[..., Any]
-MOST_IMAGES = 2_000  # figures are then within some percent, and a small network takes seconds
-FEWEST_POINTS = 20  # of a log
-MOST_VALUES = 2**26  # of all images together, 256 MiB: fewer large images are looked at
+MOST_IMAGES = 2_000  # enough for an accuracy of some percent; a small network takes seconds
+FEWEST_POINTS = 20  # entries of a log
+MOST_VALUES = 2**26  # values of all images together, 256 MiB: it limits the number of large images
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is diagnosed: a model, images (n, ...), training images, the loss, and priors of a second stage.
+    """Inputs of a diagnosis: model, images (n, ...), training images, loss, second-stage priors.
 
-    Of a run also how far each stage's error fell at the end, see `Facts`.
+    `falls` is for runs only: how far the error of each stage fell at the end, see `Facts`.
     """
 
     vae: VAE
@@ -140,15 +146,16 @@ class Case:
 
 
 def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
-    """The case of a run or of a VAE.
+    """Check the arguments of `diagnose` and return them as a case.
 
     Raises:
-        InputError: something else, a model without a posterior, no images, images that are no array, or a loss that
-            cannot be called.
+        InputError: neither a run nor a VAE, a model without a posterior, no images, images that are
+            not an array, or a loss that cannot be called.
     """
     if loss is not None and not callable(loss):
         raise InputError(
-            f"loss must be a balance or a function (reconstruction, images, mean, logvar), not {_kind(loss)}"
+            "loss must be a balance or a function (reconstruction, images, mean, logvar), "
+            f"not {_kind(loss)}"
         )
     vae = model.first.vae if isinstance(model, Run) else model
     if isinstance(vae, VAE) and isinstance(vae.encoder, Deterministic):
@@ -161,7 +168,8 @@ def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Ca
         raise InputError(_not_a_model(model))
     if images is None:
         raise InputError(
-            "images are needed to diagnose a VAE: diagnose(vae, images), the values that it is trained on"
+            "images are needed to diagnose a VAE: diagnose(vae, images), "
+            "with the same values as in training"
         )
     return Case(model, images, train_images, loss)
 
@@ -176,8 +184,14 @@ def _not_a_model(model: Any) -> str:
         and len(model) == 2
         and all(isinstance(part, nn.Module) for part in model)
     ):
-        return "model must be a run or a VAE, not two networks: poise.diagnose(poise.VAE(encoder, decoder), images)"
-    return f"model must be a run or a VAE, not {_kind(model)}: poise.diagnose(poise.VAE(encoder, decoder), images)"
+        return (
+            "model must be a run or a VAE, not two networks: "
+            "poise.diagnose(poise.VAE(encoder, decoder), images)"
+        )
+    return (
+        f"model must be a run or a VAE, not {_kind(model)}: "
+        "poise.diagnose(poise.VAE(encoder, decoder), images)"
+    )
 
 
 def _kind(thing: Any) -> str:
@@ -212,10 +226,13 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
 
 
 def _falls(log: Path) -> dict[int, tuple[float, float]]:
-    """The MSE of each stage at 65 to 75 % of its training, and in the last tenth, by its log."""
+    """Read from a log the MSE of each stage at 65 to 75 % of training and in the last tenth.
+
+    Stages with fewer than `FEWEST_POINTS` entries are left out.
+    """
     points: dict[int, list[tuple[float, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        with suppress(ValueError, KeyError):  # a line that is still being written
+        with suppress(ValueError, KeyError):  # an incomplete last line
             entry = json.loads(line)
             points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
     found = {}
@@ -229,7 +246,7 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
 
 
 def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
-    """Images of a run's shape (c, h, w), from that, from (h, w, c), or for grey ones from (h, w)."""
+    """Bring images to a run's shape (c, h, w), from (c, h, w), (h, w, c), or (h, w) if grey."""
     _check_array(images, name)
     given, (channels, height, width) = list(images.shape[1:]), shape
     if given == list(shape):
@@ -251,7 +268,8 @@ def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
 def _check_array(images: Any, name: str) -> None:
     if isinstance(images, (list, tuple)):
         raise InputError(
-            f"{name} must be one array or tensor (n, ...), not a {_kind(images)}: torch.stack or np.stack them"
+            f"{name} must be one array or tensor (n, ...), not a {_kind(images)}: "
+            "torch.stack or np.stack them"
         )
     if not isinstance(images, (Tensor, np.ndarray, Rows)):
         raise InputError(f"{name} must be an array or a tensor (n, ...), not {_kind(images)}")
@@ -262,10 +280,11 @@ def _check_array(images: Any, name: str) -> None:
 
 
 def chosen(vae: VAE, images: Any, name: str, seed: int) -> Values:
-    """The images to look at, of which the VAE is known to take the first.
+    """Return the images to diagnose, a random subset if there are many, checked against the VAE.
 
     Raises:
-        InputError: they are no array of at least two images, do not fit the VAE, or are all the same.
+        InputError: not an array of at least two images, images that do not fit the VAE, or images
+            that are all the same.
     """
     images = some_images(images, name, seed)
     check_fit(vae, images, name)
@@ -275,7 +294,9 @@ def chosen(vae: VAE, images: Any, name: str, seed: int) -> Values:
 
 
 def some_images(images: Any, name: str, seed: int) -> Values:
-    """At most `MOST_IMAGES` of them, drawn at random where there are more: float32, bytes divided by 255, on the CPU.
+    """Return at most `MOST_IMAGES` images in random order, float32 on the CPU.
+
+    Bytes are divided by 255.
 
     Raises:
         InputError: not an array of at least two images.
@@ -287,10 +308,9 @@ def some_images(images: Any, name: str, seed: int) -> Values:
     count = max(2, min(len(images), MOST_IMAGES, MOST_VALUES // math.prod(shape[1:])))
     order = np.random.default_rng(derive("diagnosis", seed)).permutation(len(images))
     try:
-        return (
-            gather(images, order[:count]).detach().cpu()
-        )  # in a random order: data sets are often sorted by class
-    except (TypeError, ValueError, RuntimeError) as error:  # numpy has types that torch has not
+        # In random order, because data sets are often sorted by class.
+        return gather(images, order[:count]).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:  # numpy has types that torch lacks
         raise InputError(
             f"{name} of type {images.dtype} cannot be read: {first_line(error)}"
         ) from error
@@ -298,17 +318,22 @@ def some_images(images: Any, name: str, seed: int) -> Values:
 
 @torch.no_grad()
 def check_fit(vae: VAE, images: Values, name: str) -> None:
-    """Raises InputError where the VAE does not take such images, or gives back another shape."""
+    """Check that the VAE accepts such images and reconstructs them in the same shape.
+
+    Raises:
+        InputError: it does not, its codes are not (n, latents), or its weights are not float32.
+    """
     _check_precision(vae)
     given = f"{name} of shape ({', '.join(map(str, images.shape[1:]))})"
     try:
         mean = vae.encode(images[:CHUNK].to(device_of(vae))).mean
         produced = tuple(vae.decode(mean).shape)
-    except Exception as error:  # networks of a user's own can raise anything
+    except Exception as error:  # a user's network can raise anything
         raise InputError(f"the VAE does not take {given}: {first_line(error)}") from error
     if mean.dim() != 2 or len(mean) != len(images[:CHUNK]) or not mean.shape[1]:
         raise InputError(
-            f"the encoder gives codes of shape {tuple(mean.shape)}; a diagnosis needs (n, latents): flatten them"
+            f"the encoder gives codes of shape {tuple(mean.shape)}; "
+            "a diagnosis needs (n, latents): flatten them"
         )
     if produced[1:] != tuple(images.shape[1:]) or produced[0] != len(mean):
         raise InputError(
@@ -321,5 +346,6 @@ def _check_precision(vae: VAE) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise InputError(
-                f"{name} is {kind}, and a diagnosis computes in float32: diagnose(copy.deepcopy(vae).float(), ...)"
+                f"{name} is {kind}, and a diagnosis computes in float32: "
+                "diagnose(copy.deepcopy(vae).float(), ...)"
             )

@@ -1,4 +1,7 @@
-"""How a loss weighs its parts: read from its gradients, or from the model that it trained. Equations: `poise.diagnosis`."""
+"""Weights of error and KL in a loss, read from its gradients or inferred from the trained model.
+
+The equations are in `poise.diagnosis`.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,26 +22,34 @@ from poise.vae import VAE
 Error = Literal["squared", "absolute", "cross-entropy"]
 KLFormula = Literal["exact", "log-std", "reversed", "other", "absent"]
 
-PROPORTIONAL = 0.99  # cosine of two gradients: squared and absolute errors have 0.8 or less, rounding keeps 1 - 1e-6
-BATCH = 128  # images at which a loss is tried, and half of them: a sum over the batch doubles with it, a mean does not
-NO_SLOPE = 1e-5  # of the loss: what remains of an error that is divided by itself is rounding, 1e-7
-FEW_IMAGES = 256  # 512 antithetic draws: the inferred weight is then known to about 2 %
+# Cosine of two gradients. Squared and absolute errors have at most 0.8; rounding keeps 1 - 1e-6.
+PROPORTIONAL = 0.99
+# Images in the batch on which a loss is evaluated; then on half of it. A sum over the batch doubles
+# with the batch, a mean does not.
+BATCH = 128
+# Relative to the loss. For an error that is divided by itself, only rounding of 1e-7 remains.
+NO_SLOPE = 1e-5
+FEW_IMAGES = 256  # 512 antithetic draws: the inferred weight is accurate to about 2 %
 PAIRS = 2
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """A loss as error_weight * error + kl_weight * KL, both summed over dimensions and averaged over the batch.
+    """A loss written as error_weight * error + kl_weight * KL.
+
+    Error and KL are summed over dimensions and averaged over the batch.
 
     Attributes:
-        error: which error it takes; None: none of these.
-        error_weight, kl_weight: per image, at a batch of 128.
-        kl_formula: whether its KL is that of N(mean, exp(logvar)); "log-std": of N(mean, exp(2 logvar)).
+        error: kind of error in the loss; None: none of these.
+        error_weight, kl_weight: weights per image, for a batch of 128.
+        kl_formula: "exact" for the KL of N(mean, exp(logvar)), "log-std" for the KL of
+            N(mean, exp(2 logvar)), "reversed" for the wrong sign.
         batch_mismatch: whether one of the two is summed over the batch and the other averaged.
-        error_averaged: whether its error is averaged over the values of an image; None: it takes images of one size only.
-        kl_averaged: whether its KL is averaged over latents; likewise.
-        finite: whether it and its gradients are numbers.
-        flat: whether it does not change with the reconstruction, but for rounding.
+        error_averaged: whether the error is averaged over the values of an image; None: the loss
+            accepts images of one size only.
+        kl_averaged: whether the KL is averaged over latents; None as for `error_averaged`.
+        finite: whether the loss and its gradients are finite.
+        flat: whether the loss does not change with the reconstruction, up to rounding.
     """
 
     error: Error | None
@@ -53,17 +64,23 @@ class LossWeights:
 
     @property
     def known(self) -> bool:
-        """Whether `gamma2` has a meaning."""
+        """Whether `gamma2` is defined for this loss."""
         return self.finite and self.error is not None and self.kl_formula in ("exact", "absent")
 
     @property
     def gamma2(self) -> float:
-        """k / (p c), eq. 1 for any power p of the error; for cross-entropy k / c, which is 1 at balance."""
+        """Effective decoder variance k / (p c), eq. 1 for any power p of the error.
+
+        For a cross-entropy it is k / c, which is 1 at balance.
+        """
         power = 2 if self.error == "squared" else 1
         return self.kl_weight / (power * self.error_weight) if self.error_weight else math.inf
 
     def balanced_gamma2(self, seen: Seen) -> float:
-        """What gamma2 should be: the mean error (for cross-entropy, a likelihood without scale, 1)."""
+        """Return the balanced gamma2: the mean error, or 1 for a cross-entropy.
+
+        A cross-entropy is a likelihood without a scale.
+        """
         if self.error == "cross-entropy":
             return 1.0
         return float(seen.error(1 if self.error == "absolute" else 2).mean())
@@ -72,23 +89,25 @@ class LossWeights:
 def loss_weights(
     loss: Callable[..., Any], seen: Seen, device: torch.device, seed: int
 ) -> LossWeights:
-    """The weights that a loss gives its parts, by its gradients at reconstructions and at drawn means and logvars.
+    """Read the weights of error and KL from the gradients of a loss.
+
+    The gradients are taken at reconstructions and at random means and logvars.
 
     Args:
-        loss: loss(reconstruction, images, mean, logvar) -> a scalar, or a tuple with a field `loss`.
+        loss: loss(reconstruction, images, mean, logvar) that returns a scalar, or a tuple with a
+            field `loss`.
         seen: images and their reconstructions.
-        device: where the loss is computed.
-        seed: of the drawn means and logvars.
+        device: device of the loss.
+        seed: seed of the random means and logvars.
 
     Raises:
-        InputError: the loss raises anything, or does not give a scalar.
+        InputError: the loss raises an error, or does not return a scalar.
     """
     count = seen.codes.mean.shape[1]
     drawn = torch.randn(2, BATCH, count, generator=generator("loss", seed))
     rows = torch.arange(BATCH) % len(seen.images)
-    restored = seen.restored[rows].nan_to_num(
-        0.0, 0.0, 0.0
-    )  # of a model that has diverged the loss can still be read
+    # The loss can be read even if the model has diverged.
+    restored = seen.restored[rows].nan_to_num(0.0, 0.0, 0.0)
     points = [point.to(device) for point in (restored, seen.images[rows], drawn[0], drawn[1] / 2)]
     whole = _gradients(loss, *points)
     if not whole.finite:
@@ -96,13 +115,13 @@ def loss_weights(
     half = _gradients(loss, *(point[: BATCH // 2] for point in points))
     try:
         wide = _gradients(loss, *(torch.cat([point, point], -1) for point in points))
-    except InputError:  # it knows the size of its images by heart
+    except InputError:  # the loss accepts images of one size only
         wide = None
     return _compared(whole, half, wide)
 
 
 def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None") -> LossWeights:
-    """Weights, and how they change with half the batch, and with twice the values and latents."""
+    """Compare the weights with those of half the batch, and of twice the values and latents."""
     (error, error_slope), (formula, kl_slope) = _error(whole), _kl(whole)
     kind = error or "squared"
     return LossWeights(
@@ -120,7 +139,11 @@ def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None"
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of a loss by reconstruction (error) and by mean and logvar (kl), its value, and where they were taken; float64."""
+    """Value and gradients of a loss, and the point where they were taken; float64.
+
+    `error` is the gradient with respect to the reconstruction, `kl` that with respect to mean and
+    logvar.
+    """
 
     reconstruction: Tensor
     images: Tensor
@@ -137,7 +160,7 @@ class _Gradients:
         )
 
     def errors(self) -> dict[Error, Tensor]:
-        """Gradients of errors summed over everything."""
+        """Return the gradients of each kind of error, summed over all values."""
         difference = self.reconstruction - self.images
         variance = (self.reconstruction * (1 - self.reconstruction)).clamp_min(1e-12)
         kinds: dict[Error, Tensor] = {"squared": 2 * difference, "absolute": difference.sign()}
@@ -146,7 +169,7 @@ class _Gradients:
         return kinds
 
     def kls(self) -> dict[KLFormula, Tensor]:
-        """Gradients of KL(N(mean, exp(logvar)) || N(0, I)), and of it with logvar taken for log s."""
+        """Return the gradients of KL(N(mean, exp(logvar)) || N(0, I)), and with logvar as log s."""
         return {
             "exact": torch.cat([self.mean, (self.logvar.exp() - 1) / 2]),
             "log-std": torch.cat([self.mean, (2 * self.logvar).exp() - 1]),
@@ -164,9 +187,8 @@ def _gradients(
 ) -> _Gradients:
     at = [point.detach().clone().requires_grad_() for point in (reconstruction, mean, logvar)]
     try:
-        value = _scalar(
-            loss(*(point.clone() for point in (at[0], images, at[1], at[2])))
-        )  # it may change them
+        # A loss may change its inputs in place, so it gets copies.
+        value = _scalar(loss(*(point.clone() for point in (at[0], images, at[1], at[2]))))
         slopes = (
             torch.autograd.grad(value, at, materialize_grads=True)
             if value.requires_grad
@@ -174,7 +196,7 @@ def _gradients(
         )
     except InputError:
         raise
-    except Exception as error:  # a loss of a user's own can raise anything
+    except Exception as error:  # a user's loss can raise anything
         raise InputError(
             f"loss(reconstruction, images, mean, logvar) failed: {first_line(error)}"
         ) from error
@@ -189,18 +211,19 @@ def _scalar(returned: Any) -> Tensor:
     value = getattr(returned, "loss", returned)
     if isinstance(value, Tensor) and value.numel() != 1:
         raise InputError(
-            f"loss must return one number, the loss of the batch, but what it returned has shape {tuple(value.shape)}: return "
-            f"its mean or sum"
+            "loss must return one number, the loss of the batch, but the value that it returned "
+            f"has shape {tuple(value.shape)}: return its mean or sum"
         )
     if not isinstance(value, Tensor) or value.is_complex():
         raise InputError(
-            f"loss must return one number as a tensor, the loss of the batch, not {type(value).__name__}"
+            "loss must return one number as a tensor, the loss of the batch, "
+            f"not {type(value).__name__}"
         )
     return value.reshape(())
 
 
 def _error(found: _Gradients) -> tuple[Error | None, float]:
-    """The error whose gradient is proportional to the loss's, and the factor."""
+    """Return the error whose gradient is proportional to that of the loss, and the factor."""
     for kind, gradient in found.errors().items():
         if _cosine(found.error, gradient) > PROPORTIONAL:
             return kind, _slope(found.error, gradient)
@@ -230,19 +253,22 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _doubles(weight: float, other: float) -> bool:
-    """Whether the weight of a sum became about twice, or half, what it was: an average has changed its count."""
+    """Return whether a weight changed by a factor of about 2 with the number of terms.
+
+    The weight of an average changes with the number of its terms; that of a sum does not.
+    """
     return weight * other > 0 and abs(math.log2(other / weight)) > 0.5
 
 
 @dataclass(frozen=True)
 class InferredWeight:
-    """What a trained model tells of the loss that trained it.
+    """Weights of a loss, inferred from the model that it trained.
 
     Attributes:
-        gamma2: eq. 3.
-        relative_error: its standard error, over images, divided by it.
-        cross_entropy: the same of a cross-entropy in place of SE / 2: 1 for a model trained with it. NaN where images or
-            outputs leave [0, 1].
+        gamma2: effective decoder variance, eq. 3.
+        relative_error: standard error of gamma2 over images, divided by gamma2.
+        cross_entropy: eq. 3 with a cross-entropy instead of SE / 2; 1 for a model trained with it.
+            NaN if images or outputs leave [0, 1].
     """
 
     gamma2: float
@@ -251,20 +277,21 @@ class InferredWeight:
 
 
 def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
-    """The weight of the loss that trained a VAE, from its posteriors (eq. 3).
+    """Infer the effective gamma2 of the loss that trained a VAE from its posteriors (eq. 3).
 
-    None where it cannot be told: no latent is active, or what comes out is no variance, as with a model that is not at rest.
+    Returns None if no latent is active, or if the result is not a positive number. The second case
+    occurs if training has not converged.
 
     Args:
         vae: in evaluation mode.
-        seen: best what it makes of its training images.
-        seed: of the posterior samples.
+        seen: reconstructions, at best of its training images.
+        seed: seed of the posterior samples.
     """
     if not seen.active.any():
         return None
     count, device = min(len(seen.images), FEW_IMAGES), device_of(vae)
     source = generator("inferred", seed)
-    felt = torch.zeros(len(ERRORS), count, dtype=torch.float64)
+    numerators = torch.zeros(len(ERRORS), count, dtype=torch.float64)
     for start in range(0, count, CHUNK):
         rows = slice(start, min(start + CHUNK, count))
         mean, std, images = (
@@ -272,15 +299,15 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
         )
         for _ in range(PAIRS):
             noise = torch.randn(mean.shape, generator=source).to(device)
-            for signed in (
-                noise,
-                -noise,
-            ):  # antithetic: the part of the error that is linear in the noise cancels
-                felt[:, rows] += _felt(vae, images, mean, std * signed)[:, :, seen.active].sum(
-                    2
-                ) / (2 * PAIRS)
-    spent = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
-    (gamma2, relative_error), (cross_entropy, _) = (_ratio(each, spent) for each in felt)
+            # Antithetic draws: the part of the error that is linear in the noise cancels.
+            for signed in (noise, -noise):
+                numerators[:, rows] += _error_slopes(vae, images, mean, std * signed)[
+                    :, :, seen.active
+                ].sum(2) / (2 * PAIRS)
+    denominator = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)
+    (gamma2, relative_error), (cross_entropy, _) = (
+        _ratio(each, denominator) for each in numerators
+    )
     if not (0 < gamma2 < math.inf and math.isfinite(relative_error)):
         return None
     within = all(
@@ -290,11 +317,14 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
 
 
 @torch.enable_grad()
-def _felt(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
-    """s dE/ds of each error for each image and latent, (errors, n, latents), at one draw z = mean + step, step = s eps."""
+def _error_slopes(vae: VAE, images: Values, mean: Latents, step: Latents) -> Tensor:
+    """Return s dE/ds of each error for each image and latent, (errors, n, latents).
+
+    It is taken at one draw z = mean + step, with step = s eps.
+    """
     latents = (mean + step).requires_grad_()
     restored = vae.decode(latents).float()
-    if not restored.requires_grad:  # a decoder without gradients, as of a network that rounds
+    if not restored.requires_grad:  # a decoder without gradients, such as one that rounds
         return torch.zeros(len(ERRORS), *latents.shape, dtype=torch.float64)
     slopes = [
         torch.autograd.grad(
@@ -319,7 +349,7 @@ ERRORS = (_half_squares, _cross_entropy)
 
 
 def _ratio(above: Tensor, below: Tensor) -> tuple[float, float]:
-    """Ratio of two sums over images, and its relative standard error."""
+    """Return the ratio of two sums over images, and its relative standard error."""
     ratio = float(above.sum() / below.sum())
     scatter = (above - ratio * below).square().sum() * len(above) / max(len(above) - 1, 1)
     return ratio, float(scatter.sqrt() / above.sum().abs())

@@ -1,8 +1,10 @@
-"""Numbers: how well a model reconstructs, how likely it finds images, how its samples compare, what its latents do.
+"""Metrics: reconstruction error, likelihood, quality of samples, and statistics of latents.
 
-Statistics are float64. Nothing here depends on the batch size or the order of images. In reading order: `encoding` (images
-through an encoder), `reconstruction` (error and ELBO), `likelihood` (importance-weighted), `latents` (the latent page),
-`distances` (Frechet, kernel, inception score), `manifold` (precision, recall, density, coverage).
+Statistics are float64. Nothing here depends on the batch size or the order of images.
+
+In reading order: `encoding` (posteriors of images), `reconstruction` (error and ELBO), `likelihood`
+(importance-weighted), `latents` (the latent page), `distances` (Frechet distance, kernel distance,
+Inception Score), `manifold` (precision, recall, density, coverage).
 """
 
 from poise.metrics.distances import (

@@ -1,4 +1,7 @@
-"""Features as the metrics take them: checked once, and read in float64 blocks of rows, so that no set is ever copied whole."""
+"""Check features and read them in blocks of rows.
+
+Each block is converted to float64 by itself, so no set of features is copied whole.
+"""
 
 import torch
 from torch import Tensor
@@ -10,31 +13,39 @@ ROWS = 2048  # 2,048 rows of 2,048 features are 32 MiB in float64
 
 
 def checked(features_a: Features, features_b: Features) -> tuple[Tensor, Tensor]:
-    """Two sets of features, fit to be compared, on one device: the second's, or the CPU where that one has no float64.
+    """Check two sets of features and move them to one device.
+
+    The device is the second set's, or the CPU if that device has no float64.
 
     Args:
         features_a, features_b: (n, d) each, floats; n may differ, but not d.
 
+    Returns:
+        Both sets, (n, d) each, in their own dtypes.
+
     Raises:
-        InputError: not two dimensions, differing d, fewer than two samples, or values that are not finite.
+        InputError: not two dimensions, differing d, fewer than two samples, or values that are
+            not finite.
     """
     a, b = (torch.as_tensor(features).detach() for features in (features_a, features_b))
     if not (a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1] > 0 and min(len(a), len(b)) >= 2):
         raise InputError(
-            f"features must be (n, d), n >= 2 and equal d in both sets, not {tuple(a.shape)} and {tuple(b.shape)}: "
+            "features must be (n, d), n >= 2 and equal d in both sets, "
+            f"not {tuple(a.shape)} and {tuple(b.shape)}: "
             "take both from one extractor, one row per image"
         )
     for name, features in (("first", a), ("second", b)):
         if not all(block.isfinite().all() for block in features.split(ROWS)):
             raise InputError(
-                f"features must be finite; the {name} set has NaN or infinite values: find the images they come from"
+                f"features must be finite; the {name} set has NaN or infinite values: "
+                "find the images they come from"
             )
     device = torch.device("cpu") if b.device.type == "mps" else b.device
     return a.to(device), b.to(device)
 
 
 def mean_of(features: Tensor) -> Tensor:
-    """Mean over samples, (d,), float64."""
+    """Return the mean over samples, (d,), float64."""
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for block in features.split(ROWS):
         total += block.double().sum(0)

@@ -1,11 +1,13 @@
-"""Distances between two sets of features, and the Inception Score, in float64.
+"""Frechet distance, kernel distance and Inception Score, in float64.
 
-    Frechet distance     |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))      m, S: mean and covariance
+    Frechet distance     |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))
     kernel distance      E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x.y/d + 1)^3
     Inception Score      exp E_x KL(p(y|x) || p(y))
 
-With S = F F^T the Frechet distance's last trace is the sum of the singular values of F_a^T F_b, whatever the shapes and ranks
-of the factors F: no matrix square root. Means and covariances are summed over blocks of rows.
+m is the mean of a set of features and S its covariance. With S = F F^T, the last trace of the
+Frechet distance is the sum of the singular values of F_a^T F_b. This holds for all shapes and
+ranks of the factors F and needs no matrix square root. Means and covariances are summed over
+blocks of rows.
 """
 
 import math
@@ -21,19 +23,22 @@ from poise.errors import InputError
 from poise.metrics.blocks import ROWS, checked, mean_of
 from poise.shapes import Features
 
-SINGULAR = 1e-12  # relative variance; the rounding of a covariance is some 1e-14, that of float32 features 4e-15
+# Relative variance. Rounding of a covariance is about 1e-14, that of float32 features 4e-15.
+SINGULAR = 1e-12
 
 
 def frechet_distance(features_a: Features, features_b: Features) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features; FID where these are Inception's.
+    """Return the Frechet distance of two sets of features, which is FID for features of Inception.
 
         |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)),  S with n - 1 in the denominator
 
-    Exact whatever the ranks: sets smaller than d, constant and repeated features are all right. What rounding takes below zero
-    (some 1e-14 of the traces) is given as zero. The value is biased upwards, by about 1/n: see `frechet_infinity`.
+    Exact for any rank: sets smaller than d, constant and repeated features are allowed. Values that
+    rounding makes negative (about 1e-14 of the traces) become zero. The value is biased upwards, by
+    about 1/n: see `frechet_infinity`.
 
     Args:
-        features_a, features_b: (n, d) each; n may differ, and may be smaller than d. Their order makes no difference.
+        features_a, features_b: (n, d) each. n may differ, and may be smaller than d. The distance
+            is symmetric.
 
     Returns:
         The squared distance, at least 0, in the features' units squared.
@@ -49,30 +54,33 @@ def frechet_distance(features_a: Features, features_b: Features) -> float:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian, float64 on the CPU: its mean (d,), and a factor F (d, rank) of its covariance F F^T."""
+    """Gaussian as its mean (d,) and a factor F (d, rank) of its covariance F F^T.
+
+    Both are float64 on the CPU.
+    """
 
     mean: Tensor
     factor: Tensor
 
 
 def distance_between(a: Gaussian, b: Gaussian) -> float:
-    """Frechet distance between two Gaussians: `frechet_distance` without the fitting. Never negative."""
+    """Return the Frechet distance between two Gaussians, at least 0."""
     cross = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
     traces = a.factor.square().sum() + b.factor.square().sum()
     return float(((a.mean - b.mean).square().sum() + traces - 2 * cross).clamp_min(0))
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:
-    """The Gaussian with the mean and the covariance (n - 1 in the denominator) of features (n, d)."""
+    """Fit a Gaussian to features (n, d). Its covariance has n - 1 in the denominator."""
     mean = mean_of(features)
     if len(features) > features.shape[1]:
         return Gaussian(mean.cpu(), covariance_factor(covariance(features, mean).cpu()))
-    # The covariance of so few is singular. The samples are its factor themselves, exactly, and no larger than it.
+    # The covariance of so few samples is singular. The centred samples are an exact factor of it.
     return Gaussian(mean.cpu(), ((features.double() - mean).T / math.sqrt(len(features) - 1)).cpu())
 
 
 def covariance(features: Tensor, mean: Tensor) -> Tensor:
-    """Covariance (d, d) of features (n, d) about their mean, n - 1 in the denominator, float64."""
+    """Return the covariance (d, d) of features (n, d), n - 1 in the denominator, float64."""
     total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
     for block in features.split(ROWS):
         centred = block.double() - mean
@@ -81,10 +89,12 @@ def covariance(features: Tensor, mean: Tensor) -> Tensor:
 
 
 def covariance_factor(covariance: Tensor) -> Tensor:
-    """F (d, rank) with F F^T the covariance (d, d): Cholesky's, or from eigenvalues where the covariance is singular.
+    """Return a factor F (d, rank) of a covariance F F^T, (d, d).
 
-    A dependent feature's Cholesky pivot is rounding of either sign; where it is positive its square root, 1e-8, no longer is.
-    So a pivot below SINGULAR of its feature's variance means singular; eigenvalues below SINGULAR of the largest are dropped.
+    Uses Cholesky, or eigenvalues if the covariance is singular. The Cholesky pivot of a linearly
+    dependent feature is rounding noise of either sign. If it is positive, its square root, 1e-8, no
+    longer looks like rounding. So a pivot below SINGULAR times the feature's variance means a
+    singular covariance. Eigenvalues below SINGULAR times the largest are dropped.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and (factor.diagonal().square() > SINGULAR * covariance.diagonal()).all():
@@ -96,7 +106,7 @@ def covariance_factor(covariance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """A value at infinitely many samples, and the standard error that its line's residuals give it."""
+    """Value extrapolated to infinitely many samples, and its standard error from the residuals."""
 
     value: float
     standard_error: float
@@ -105,26 +115,32 @@ class Extrapolation:
 def frechet_infinity(
     real: Features, generated: Features, *, seed: int = 0, points: int = 15, smallest: int = 5000
 ) -> Extrapolation:
-    """Frechet distance for infinitely many generated samples: its values at several N, extrapolated.
+    """Return the Frechet distance extrapolated to infinitely many generated samples.
 
-        FID(N) = FID(infinity) + slope / N,  least squares over `points` sizes N evenly spaced from `smallest` to all
+        FID(N) = FID(infinity) + slope / N
 
-    The bias of FID is about 1/N with a slope of the generator's own, so that even the order of two models can depend on N.
-    Still biased: the real set is used whole, and its own bias (about 1/n) stays; terms in 1/N^2 stay, and grow with d/N. The
-    subsets come from one set and overlap: the standard error is that of the line's residuals, too small for the spread over
-    generated sets. The value is not clamped: for two equal distributions it can be below zero.
+    Least squares over `points` sizes N, evenly spaced from `smallest` to all samples. The bias of
+    FID is about 1/N, and its slope depends on the generator. So even the order of two models can
+    depend on N.
+
+    The result is still biased. The real set is used whole, so its own bias (about 1/n) remains.
+    Terms in 1/N^2 remain and grow with d/N. The subsets come from one set and overlap, so the
+    standard error from the line's residuals is smaller than the spread over generated sets. The
+    value is not clamped: it can be negative if the distributions are equal.
 
     Args:
         real: (n, d), fixed.
         generated: (n, d), at least 2 * smallest samples.
-        seed: of the subsets, each drawn without replacement.
-        points: sizes, at least 3. The cost is that of as many Frechet distances.
-        smallest: size of the smallest subset, more than d; the paper's is 5,000, of 50,000.
+        seed: seed of the subsets, each drawn without replacement.
+        points: number of sizes, at least 3. Each costs one Frechet distance.
+        smallest: size of the smallest subset, more than d. The paper uses 5,000 of 50,000.
 
     Raises:
-        InputError: too few points, samples or `smallest`, or features that `frechet_distance` refuses.
+        InputError: too few points or samples, `smallest` not above d, or features that
+            `frechet_distance` refuses.
 
-    Source: Chong & Forsyth 2020, arXiv 1911.07023, for FID; ordinary random subsets.
+    Source: Chong & Forsyth 2020, arXiv 1911.07023, for FID. The subsets here are ordinary random
+    subsets.
     """
     real, generated = checked(real, generated)
     n, d = generated.shape
@@ -134,11 +150,13 @@ def frechet_infinity(
         )
     if smallest <= d:
         raise InputError(
-            f"the 1/N law needs subsets of more than d = {d} samples: smallest must be larger than that, not {smallest}"
+            f"the 1/N law needs subsets of more than d = {d} samples: "
+            f"smallest must be larger than that, not {smallest}"
         )
     if n < 2 * smallest:
         raise InputError(
-            f"{n} generated samples are too few: give at least {2 * smallest}, twice smallest, or lower smallest"
+            f"{n} generated samples are too few: "
+            f"give at least {2 * smallest}, twice smallest, or lower smallest"
         )
     sizes = torch.linspace(smallest, n, points, dtype=torch.float64).round().long()
     source, fixed = torch.Generator().manual_seed(seed), fit_gaussian(real)
@@ -148,7 +166,7 @@ def frechet_infinity(
 
 
 def _intercept(x: Tensor, y: Tensor) -> Extrapolation:
-    """Where the least-squares line through points (x, y) meets x = 0, with its standard error."""
+    """Return the intercept of the least-squares line through (x, y), with its standard error."""
     centred = x - x.mean()
     slope = (centred * y).sum() / centred.square().sum()
     residual_variance = (y - y.mean() - slope * centred).square().sum() / (len(x) - 2)
@@ -172,33 +190,41 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> Spread:
-    """Kernel distance: unbiased squared MMD with a cubic kernel, over random subsets; KID where the features are Inception's.
+    """Return the kernel distance over random subsets, which is KID for features of Inception.
 
-        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),  k(x, y) = (x.y/d + 1)^3
+    The kernel distance is the unbiased squared MMD with a cubic kernel:
 
-    Unbiased at any size, and so around zero, on either side, where the distributions are equal. The spread is over subsets of
-    one pair of sets: divided by sqrt(subsets) it is not a standard error, since subsets overlap.
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),
+        k(x, y) = (x.y/d + 1)^3
+
+    It is unbiased at any size. For equal distributions it varies around zero and can be negative.
+    The spread is over subsets of one pair of sets. Divided by sqrt(subsets) it is not a standard
+    error, because the subsets overlap.
 
     Args:
         real, generated: (n, d) each; n may differ.
-        subsets: how many pairs of subsets.
-        subset_size: samples in each, drawn without replacement; at most the smaller n.
-        seed: of the subsets; torch-fidelity's default, and its draws: the generated subset first, then the real one.
+        subsets: number of pairs of subsets, at least 1.
+        subset_size: samples in each subset, drawn without replacement; from 2 to the smaller n.
+        seed: seed of the subsets. The default and the order of draws are torch-fidelity's: first
+            the generated subset, then the real one.
 
     Raises:
-        InputError: a set smaller than subset_size, a subset size below 2, no subsets, or features that cannot be compared.
+        InputError: a set smaller than subset_size, a subset size below 2, no subsets, or features
+            that cannot be compared.
 
     Source: Binkowski et al. 2018, arXiv 1801.01401; Gretton et al. 2012, JMLR 13:723, eq. 3.
     """
     real, generated = checked(real, generated)
     if subsets < 1 or subset_size < 2:
         raise InputError(
-            f"the kernel distance needs subsets >= 1 of subset_size >= 2, not {subsets} of {subset_size}"
+            "the kernel distance needs subsets >= 1 of subset_size >= 2, "
+            f"not {subsets} of {subset_size}"
         )
     if subset_size > min(len(real), len(generated)):
         sizes = f"{len(real)} real and {len(generated)} generated samples"
         raise InputError(
-            f"subset_size {subset_size} is more than there are, {sizes}: give more, or set subset_size lower"
+            f"subset_size {subset_size} is larger than a set, {sizes}: "
+            "give more samples, or lower subset_size"
         )
     draws = np.random.RandomState(seed)
     pairs = (
@@ -214,7 +240,7 @@ def _drawn(features: Tensor, size: int, draws: np.random.RandomState) -> Tensor:
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of two equally large sets, (m, d) each, float64."""
+    """Return the unbiased squared MMD of two sets of equal size, (m, d) each, float64."""
     m = len(x)
     within = sum(
         kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y))
@@ -231,17 +257,19 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> Spread:
-    """Inception Score of generated images: exp of the mean KL from each image's classes to the mean over a split.
+    """Return the Inception Score of generated images, with its spread over splits.
 
         exp( H(p(y)) - mean_x H(p(y|x)) ),  p(y) = mean_x p(y|x), H the entropy in nats
 
-    Between 1 and the number of classes, and biased downwards in small splits (at most the images in one). It knows no real
-    images: nothing but variety and confidence of an ImageNet classifier.
+    The score is between 1 and the number of classes. It is biased downwards for small splits,
+    because it is at most the number of images in a split. It compares nothing with real images: it
+    measures only variety and the confidence of an ImageNet classifier.
 
     Args:
         logits: (n, classes), finite, before the softmax.
-        splits: parts of (almost) equal size, at most n.
-        seed: of the order in which images go into splits; torch-fidelity's default, and its draw.
+        splits: number of parts of (almost) equal size, from 1 to n.
+        seed: seed of the order in which images go into splits. The default and the draw are
+            torch-fidelity's.
 
     Returns:
         Mean and standard deviation over splits.
@@ -254,11 +282,12 @@ def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> 
     logits = torch.as_tensor(logits).detach().cpu()
     if logits.dim() != 2 or not logits.isfinite().all():
         raise InputError(
-            f"logits must be (n, classes) and finite; these are {tuple(logits.shape)}, or have NaN or infinite values"
+            f"logits must be (n, classes) and finite; these are {tuple(logits.shape)}, "
+            "or have NaN or infinite values"
         )
     if not 1 <= splits <= len(logits):
         raise InputError(
-            f"splits must be from 1 to the {len(logits)} images there are, not {splits}"
+            f"splits must be from 1 to {len(logits)}, the number of images, not {splits}"
         )
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
     bounds = [split * len(logits) // splits for split in range(splits + 1)]
@@ -267,7 +296,6 @@ def inception_score(logits: Features, *, splits: int = 10, seed: int = 2020) -> 
 
 def _score(logits: Tensor) -> float:
     probabilities = logits.double().softmax(1)
-    entropy_of_mean = torch.special.entr(
-        probabilities.mean(0)
-    ).sum()  # p = 0 counts 0, where p log(p/q) would be NaN
+    # entr(0) is 0, whereas p log(p/q) is NaN at p = 0.
+    entropy_of_mean = torch.special.entr(probabilities.mean(0)).sum()
     return float((entropy_of_mean - torch.special.entr(probabilities).sum(1).mean()).exp())

@@ -1,4 +1,4 @@
-"""Images through an encoder in chunks of fixed size, so that no figure depends on a batch size."""
+"""Encode images in chunks of a fixed size, so that no metric depends on the batch size."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +18,12 @@ CHUNK = 100
 
 
 def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
-    """The posteriors of all images, (n, latents), float32 on the CPU; the networks in evaluation mode.
+    """Return the posteriors of all images, (n, latents), float32 on the CPU.
+
+    Sets the networks to evaluation mode.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no images.
     """
     codes = list(encode_chunks(vae, images))
     return DiagonalGaussian(
@@ -30,16 +32,21 @@ def encode_all(vae: VAE, images: Any) -> DiagonalGaussian:
 
 
 def encode_chunks(vae: VAE, images: Any) -> Iterator[DiagonalGaussian]:
-    """What `encode_all` gives, in parts, so that any number of images can be encoded."""
+    """Yield the posteriors of `encode_all` chunk by chunk, float32 on the CPU.
+
+    Needs memory for one chunk of `CHUNK` images only.
+    """
     for _, posterior in posteriors(vae, images):
         yield DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
 
 
 def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian]]:
-    """Chunks of images and their posteriors, on the networks' device; the networks in evaluation mode.
+    """Yield chunks of images and their posteriors, on the networks' device.
+
+    Sets the networks to evaluation mode.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no images.
     """
     if not len(images):
         raise InputError("there are no images to encode")
@@ -53,7 +60,10 @@ def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian
 
 
 def encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, DiagonalGaussian, Tensor]]:
-    """`posteriors`, and standard normal noise for one sample per image: image i's is a function of (seed, i)."""
+    """Yield chunks of images, their posteriors, and standard normal noise for one sample per image.
+
+    The noise of image i depends on (seed, i) only.
+    """
     first = 0
     for batch, posterior in posteriors(vae, images):
         noise = noise_per_image(len(batch), posterior.mean.shape[1], seed, first).to(batch.device)
@@ -62,7 +72,7 @@ def encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, Diagonal
 
 
 def pixel_std(images: Any) -> float:
-    """Standard deviation of each dimension over all images, averaged over dimensions.
+    """Return the standard deviation of each dimension over images, averaged over dimensions.
 
     Args:
         images: (n, channels, height, width), uint8 or float in [0, 1].

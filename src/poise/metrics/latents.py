@@ -1,18 +1,21 @@
-"""What the codes of a data set say about a model: the latent page, of stage 1 and of stage 2 alike.
+"""Latent statistics: variance law, active units, KL per latent, and the aggregate posterior.
 
-Notation as in `poise.latent`: mu and s^2 are the posterior's mean and variance of one latent for one image. The aggregate
-posterior is the mixture of all posteriors, q(z) = 1/n sum_i q(z|x_i). By the law of total covariance
+The latent page of each stage shows them. Statistics are float64.
 
-    m = E[mu],        C = Cov(mu) + diag(E[s^2])                                                                  (1)
+Notation as in `poise.latent`: mu and s^2 are the posterior's mean and variance of one latent for
+one image. The aggregate posterior is the mixture of all posteriors, q(z) = 1/n sum_i q(z|x_i). By
+the law of total covariance its mean and covariance are exactly
 
-are its mean and covariance, exactly (so moments here divide by n, not n - 1). Its divergence from the prior has two parts,
-since the prior is normal too:
+    m = E[mu],        C = Cov(mu) + diag(E[s^2]),                                             (1)
 
-    KL(q(z) || N(0, I)) = KL(q(z) || N(m, C)) + KL(N(m, C) || N(0, I)).                                           (2)
+so moments here divide by n, not n - 1. The prior is normal, so the divergence of the aggregate
+posterior from it has two parts:
 
-The second has a closed form, 1/2 (tr C + |m|^2 - L - log det C). It bounds the whole from below; the mean over images of
-KL(q(z|x) || N(0, I)) bounds it from above, the difference being the information that z carries of x (Hoffman & Johnson 2016).
-Statistics are float64.
+    KL(q(z) || N(0, I)) = KL(q(z) || N(m, C)) + KL(N(m, C) || N(0, I)).                       (2)
+
+The second part has a closed form, 1/2 (tr C + |m|^2 - L - log det C). It is a lower bound of (2).
+The mean over images of KL(q(z|x) || N(0, I)) is an upper bound. It exceeds (2) by the mutual
+information of x and z (Hoffman & Johnson 2016).
 """
 
 import math
@@ -27,13 +30,14 @@ from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian, variance_law
 
 @dataclass(frozen=True)
 class AggregatePosterior:
-    """The mixture of all posteriors against the prior N(0, I): how far from it latents are that the decoder has learned.
+    """Moments of the aggregate posterior, compared with the prior N(0, I).
 
     Attributes:
         mean_norm: |m|, 0 for the prior.
-        covariance_eigenvalues: of C, in descending order, each 1 for the prior; their mean is the variance law.
-        gaussian_kl_nats: KL(N(m, C) || N(0, I)), what of the divergence a rotation, scaling and shift of the prior would mend;
-            infinite where C is singular to float64's precision.
+        covariance_eigenvalues: eigenvalues of C in descending order, each 1 for the prior. Their
+            mean is the variance law.
+        gaussian_kl_nats: KL(N(m, C) || N(0, I)), the part of the divergence that a rotation,
+            scaling and shift of the prior removes. Infinite if C is singular in float64.
     """
 
     mean_norm: float
@@ -43,19 +47,23 @@ class AggregatePosterior:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What the codes of a data set say. Tuples have one value per latent, in the encoder's order. What needs a posterior's
-    variance (variance law, E[s^2], KL) is None where codes are points.
+    """Statistics of the latents over a data set.
+
+    Tuples have one value per latent, in the encoder's order. Values that need the posterior's
+    variance (variance law, E[s^2], KL) are None for deterministic codes.
 
     Attributes:
-        variance_law: Var(mu) + E[s^2], mean over latents; 1 where the aggregate posterior fits the prior.
-        variance_law_active: the same over active latents only; None where there are none.
-        noise_term: of these two: "E[s^2]", or "E[s]" for the released law.
-        active_units: latents with Var(mu) > 0.01.
-        latent_dim: latents in all.
+        variance_law: Var(mu) + E[s^2], mean over latents. It is 1 if the aggregate posterior
+            matches the prior.
+        variance_law_active: the same over active latents only; None if no latent is active.
+        noise_term: noise term in the two laws: "E[s^2]", or "E[s]" for the released law.
+        active_units: number of latents with Var(mu) > 0.01.
+        latent_dim: number of all latents.
         variance_of_mean: Var(mu).
-        mean_variance: E[s^2], whatever `noise_term`.
-        kl_nats_per_latent: KL(q(z|x) || N(0, I)) of each latent, mean over images; their sum is the KL term of the loss.
-        aggregate: the aggregate posterior against the prior.
+        mean_variance: E[s^2], for either `noise_term`.
+        kl_nats_per_latent: KL(q(z|x) || N(0, I)) of each latent, mean over images. Their sum is
+            the KL term of the loss.
+        aggregate: moments of the aggregate posterior.
     """
 
     variance_law: float | None
@@ -69,7 +77,7 @@ class LatentStatistics:
     aggregate: AggregatePosterior
 
     def without_posterior(self) -> "LatentStatistics":
-        """These figures for codes that are points: what needs a posterior's variance left out."""
+        """Return a copy without the values that need the posterior's variance."""
         none = dict.fromkeys(
             (
                 "variance_law",
@@ -83,17 +91,18 @@ class LatentStatistics:
 
 
 def latent_statistics(codes: DiagonalGaussian, *, released: bool = False) -> LatentStatistics:
-    """The latent page: variance law, active units, KL and variances of each latent, aggregate posterior.
+    """Return the statistics of the latents: variance law, active units, KL, aggregate posterior.
 
     Args:
         codes: (n, latents), the posteriors of a data set, n >= 2.
-        released: in the variance law use E[s] for E[s^2], as the released code does.
+        released: use E[s] instead of E[s^2] in the variance law, as the released code does.
 
     Raises:
         InputError: fewer than two codes, or values that are not finite.
 
     Example:
-        >>> codes = DiagonalGaussian(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[-4.0, 0.0], [-4.0, 0.0]]))
+        >>> mean = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> codes = DiagonalGaussian(mean, torch.tensor([[-4.0, 0.0], [-4.0, 0.0]]))
         >>> statistics = latent_statistics(codes)
         >>> statistics.active_units, statistics.variance_of_mean, statistics.kl_nats_per_latent[1]
         (1, (1.0, 0.0), 0.0)
@@ -133,10 +142,13 @@ def _checked(codes: DiagonalGaussian) -> tuple[Tensor, Tensor]:
 
 
 def aggregate_moments(codes: DiagonalGaussian) -> tuple[Tensor, Tensor]:
-    """Mean (latents,) and covariance (latents, latents) of the aggregate posterior (eq. 1), float64.
+    """Return the mean and covariance of the aggregate posterior (eq. 1), float64.
 
     Args:
         codes: (n, latents), the posteriors of a data set, n >= 2.
+
+    Returns:
+        The mean (latents,) and the covariance (latents, latents).
 
     Raises:
         InputError: fewer than two codes, or values that are not finite.
@@ -150,9 +162,8 @@ def _aggregate(codes: DiagonalGaussian) -> AggregatePosterior:
     centre, covariance = aggregate_moments(codes)
     eigenvalues = torch.linalg.eigvalsh(covariance).flip(0)
     rounding = torch.finfo(torch.float64).eps * len(eigenvalues) * eigenvalues[0]
-    singular = bool(
-        eigenvalues[-1] <= rounding
-    )  # what eigvalsh gives below this is noise, of either sign
+    # Eigenvalues below `rounding` are noise of either sign.
+    singular = bool(eigenvalues[-1] <= rounding)
     kl = 0.5 * (
         eigenvalues.sum() + centre.square().sum() - len(eigenvalues) - eigenvalues.log().sum()
     )

@@ -1,21 +1,25 @@
-"""How likely a VAE finds images: -log p(x), estimated with importance weights.
+"""Held-out negative log-likelihood, -log p(x), estimated by importance sampling.
 
-The posterior is an imperfect guess of where p(x|z) p(z) is large. With z_1 ... z_K drawn from it,
+The proposal is the posterior q(z|x). With z_1 ... z_K drawn from it,
 
-    -log p(x)  ~  -log 1/K sum_k w_k,        w_k = p(x|z_k) p(z_k) / q(z_k|x).                                    (1)
+    -log p(x)  ~  -log 1/K sum_k w_k,        w_k = p(x|z_k) p(z_k) / q(z_k|x).                (1)
 
-(Burda et al. 2016, arXiv 1509.00519, eq. 8.) In expectation this is the negative ELBO for K = 1, falls as K grows, and never
-falls below -log p(x), which it reaches as K goes to infinity. If q(z|x) is the true posterior, every w_k is p(x) and K = 1
-does; else K has to be as large as exp(KL(p(z|x) || q(z|x))) (Chatterjee & Diaconis 2018, arXiv 1511.01437): ten nats between
-the two, usual for large images, take tens of thousands of samples.
+(Burda et al. 2016, arXiv 1509.00519, eq. 8.) For K = 1 its expectation is the negative ELBO. The
+expectation falls as K grows and converges to -log p(x) from above.
 
-What to trust. The effective sample size (sum w)^2 / sum w^2, divided by K, is 1 where all samples count alike and 1/K where
-one outweighs all others: then (1) is still an upper bound, but its value means little. A share near 1 is no proof: samples
-that all miss some part of the true posterior (a second mode, or tails wider than q's) agree with each other and say nothing
-of what they miss. Twice the samples must then change nothing, and even that may deceive.
+How many samples. If q(z|x) is the true posterior, every w_k is p(x) and K = 1 is enough. Otherwise
+K must be of the order of exp(KL(p(z|x) || q(z|x))) (Chatterjee & Diaconis 2018, arXiv 1511.01437).
+A KL of ten nats, usual for large images, needs tens of thousands of samples.
 
-p(x|z) is that of `poise.balance`, with its gamma2 and power; p(z) is N(0, I). Weights and sums are float64, decoders run
-in their own precision.
+When to trust the estimate. The effective sample size is (sum w)^2 / sum w^2. Divided by K it is 1
+if all samples have equal weight, and 1/K if one sample outweighs all others. In the second case (1)
+is still an upper bound, but its value means little. A share near 1 is no proof. All samples can
+miss a part of the true posterior, such as a second mode, or tails wider than those of q. They then
+agree with each other. As a check, double the samples: the estimate must not change. This check can
+also fail to detect a missed part.
+
+p(x|z) is the likelihood of `poise.balance`, with its gamma2 and power; p(z) is N(0, I). Weights and
+sums are float64; decoders run in their own precision.
 """
 
 import math
@@ -37,21 +41,23 @@ from poise.support.progress import progress
 from poise.support.seeds import generator
 from poise.vae import VAE
 
-BLOCK = 100  # samples of one image whose noise is drawn together; a different size would give different noise
-BLOCKS_AT_ONCE = {"cpu": 1, "mps": 1}  # that are decoded together
+# Samples of one image whose noise is drawn together. Another size gives other noise.
+BLOCK = 100
+BLOCKS_AT_ONCE = {"cpu": 1, "mps": 1}  # blocks decoded together, by type of device
 BLOCKS_AT_ONCE_ELSEWHERE = 20
 
 
 @dataclass(frozen=True)
 class ImportanceWeightedNLL:
-    """An estimate of -log p(x), and whether to trust it.
+    """Importance-weighted estimate of -log p(x), with its standard error and effective sample size.
 
     Attributes:
-        mean_nats: mean over images, in nats per image: log density of values in [0, 1].
-        standard_error_nats: of that mean, from the spread over images. The estimate's bias, which is never negative, is
-            not in it.
-        bits_per_dim: `mean_nats` in bits per dimension, see `bits_per_dim`; None where the data are no images.
-        samples: K.
+        mean_nats: mean of -log p(x) over images, in nats per image, for values in [0, 1].
+        standard_error_nats: standard error of that mean, from the spread over images. It does not
+            include the bias of the estimate, which is never negative.
+        bits_per_dim: `mean_nats` in bits per dimension, see `bits_per_dim`; None if the data are
+            not images.
+        samples: K, the number of samples per image.
         effective_share: effective sample size over K, between 1/K and 1, mean over images.
     """
 
@@ -71,21 +77,23 @@ def importance_weighted_nll(
     seed: int = 0,
     quiet: bool = True,
 ) -> ImportanceWeightedNLL:
-    """Mean of -log p(x) over images, estimated with importance weights (eq. 1), and the share of samples that count.
+    """Return the mean of -log p(x) over images, estimated with importance weights (eq. 1).
 
     Args:
         vae, balance: used in evaluation mode.
         images: (n, channels, height, width), uint8 or float in [0, 1], or (n, features); n >= 2.
-        samples: K, at least 1: each image is encoded once and K of its latents are decoded, `BLOCK` at a time.
-        seed: of the samples; see `nll_per_image`.
-        quiet: no progress display.
+        samples: K, at least 1. Each image is encoded once, and K of its latents are decoded,
+            `BLOCK` at a time.
+        seed: seed of the samples; see `nll_per_image`.
+        quiet: show no progress.
 
     Raises:
         InputError: fewer than two images, samples < 1, or codes that are not finite.
 
     Example:
         >>> vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=4))
-        >>> likelihood = importance_weighted_nll(vae, poise.FixedBalance(), torch.rand(10, 1, 8, 8), samples=200)
+        >>> images = torch.rand(10, 1, 8, 8)
+        >>> likelihood = importance_weighted_nll(vae, poise.FixedBalance(), images, samples=200)
         >>> 1 / 200 <= likelihood.effective_share <= 1
         True
     """
@@ -104,10 +112,10 @@ def importance_weighted_nll(
 
 
 class NLLPerImage(NamedTuple):
-    """One value per image, float64, on the CPU.
+    """Importance-weighted estimate of each image, float64 on the CPU.
 
     Attributes:
-        nll_nats: the estimate of -log p(x).
+        nll_nats: the estimate of -log p(x), in nats.
         effective_share: effective sample size over K, between 1/K and 1.
     """
 
@@ -125,13 +133,14 @@ def nll_per_image(
     seed: int = 0,
     quiet: bool = True,
 ) -> NLLPerImage:
-    """-log p(x) of each image, estimated with importance weights (eq. 1), and the share of samples that count.
+    """Return -log p(x) of each image, estimated with importance weights (eq. 1).
 
-    The noise of image i is a function of (seed, i), and more samples begin with the fewer. So a value depends on no other
-    image, nor on how many there are; the memory needed depends on neither number.
+    The noise of image i depends on (seed, i) only. A larger K keeps the samples of a smaller K and
+    adds more. So the value of an image does not depend on the other images or their number. The
+    memory needed depends neither on the number of images nor on K.
 
     Args:
-        As for `importance_weighted_nll`, but n >= 1.
+        vae, balance, images, samples, seed, quiet: as for `importance_weighted_nll`, but n >= 1.
 
     Raises:
         InputError: no images, samples < 1, or codes that are not finite.
@@ -140,13 +149,14 @@ def nll_per_image(
         raise InputError(f"the number of samples must be at least 1, not {samples}")
     sums, device = [], next(vae.parameters()).device
     at_once = BLOCKS_AT_ONCE.get(device.type, BLOCKS_AT_ONCE_ELSEWHERE)
-    place = device if at_once > 1 else torch.device("cpu")  # of the weights, which are float64
+    place = device if at_once > 1 else torch.device("cpu")  # where the float64 weights are computed
     with progress("likelihood", len(images), quiet=quiet) as bar:
         for batch, posterior in posteriors(vae, images):
             codes = DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
             if not (codes.mean.isfinite().all() and codes.logvar.isfinite().all()):
                 raise InputError(
-                    "the codes must be finite; the encoder gives NaN or infinite values for some image"
+                    "the codes must be finite; "
+                    "the encoder gives NaN or infinite values for some image"
                 )
             for image, mean, logvar in zip(batch, codes.mean, codes.logvar, strict=True):
                 noise = _noise_in_blocks(samples, len(mean), seed, len(sums))
@@ -165,9 +175,8 @@ def nll_per_image(
 def _noise_in_blocks(samples: int, latents: int, seed: int, image: int) -> Iterator[Noise]:
     for block, start in enumerate(range(0, samples, BLOCK)):
         source = generator("likelihood", seed, image, block)
-        yield torch.randn(BLOCK, latents, generator=source)[
-            : samples - start
-        ]  # torch draws fewer numbers differently
+        # Draw a full block and cut it: torch draws other values if asked for fewer.
+        yield torch.randn(BLOCK, latents, generator=source)[: samples - start]
 
 
 def _grouped(blocks: Iterator[Noise], size: int) -> Iterator[list[Noise]]:
@@ -176,7 +185,7 @@ def _grouped(blocks: Iterator[Noise], size: int) -> Iterator[list[Noise]]:
 
 
 def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
-    """log sum w and log sum w^2 over all blocks, (2,)."""
+    """Return log sum w and log sum w^2 over all blocks, (2,)."""
     sums = None
     for block in log_weights:
         of_block = torch.stack([block, 2 * block]).logsumexp(1)
@@ -188,7 +197,10 @@ def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
 def _log_weights(
     vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise
 ) -> PerImage:
-    """log p(x|z) + log p(z) - log q(z|x) of each sample; in the last two the terms L/2 log 2 pi cancel."""
+    """Return log p(x|z) + log p(z) - log q(z|x) of each sample.
+
+    The terms L/2 log 2 pi of the last two cancel.
+    """
     latents = code.sample(noise)
     difference = vae.decode(latents.to(image.device)).float() - image
     error = summed_error(difference, balance.power).to(latents.device)

@@ -1,7 +1,7 @@
-"""Every metric in one list. To add one, write its function and add one entry to one of the lists here.
+"""Lists of all metrics. To add a metric, write its function and add an entry to a list here.
 
 `DISTANCES` compare features of produced images with features of real ones. `SIMILARITIES` compare
-each image with its reconstruction. `evaluate` measures both, and its tables, its JSON and the report
+each image with its reconstruction. `evaluate` measures both. Its tables, its JSON and the report
 show them. `FIGURES` are the numbers on the pages of an evaluation, with their names in tables.
 `poise compare` shows those with `in_compare`.
 """
@@ -28,11 +28,12 @@ from poise.metrics.reconstruction import peak_signal_to_noise, structural_simila
 from poise.protocols import Protocol
 from poise.shapes import Features, Images, PerImage
 
-SMALLEST_SUBSET = 5_000  # of the extrapolation, if there are twice as many images
+# Smallest subset of the extrapolation, if there are at least twice as many images.
+SMALLEST_SUBSET = 5_000
 
 
 class Reference:
-    """Features of real images, and what is computed of them once for all sets of images."""
+    """Features of real images, with a cache of what all comparisons with them share."""
 
     def __init__(self, features: Features, protocol: Protocol) -> None:
         self.features = features
@@ -52,10 +53,10 @@ class Pair:
     """Features of real and of produced images.
 
     Attributes:
-        reference: of the real images.
-        produced: (n, d), of the produced images.
-        protocol: with the true counts.
-        extractor: the network that gave the features.
+        reference: features of the real images.
+        produced: features of the produced images, (n, d).
+        protocol: how they are measured, with the true numbers of images.
+        extractor: the network that computed the features.
     """
 
     reference: Reference
@@ -65,7 +66,7 @@ class Pair:
 
     @cached_property
     def manifold(self) -> Manifold | None:
-        """Precision, recall, density and coverage. None: there are too few images."""
+        """Precision, recall, density and coverage, or None if there are too few images."""
         real = self.reference.features
         k, k_density = self.reference.neighbours
         if min(len(real), len(self.produced)) <= max(k, k_density):
@@ -84,14 +85,15 @@ Value = tuple[float, float | None]  # a number and its spread
 
 @dataclass(frozen=True)
 class Distance:
-    """A number that compares produced images with real ones by their features.
+    """A metric that compares produced images with real ones by their features.
 
     Attributes:
-        name: in tables and in the JSON; of a network other than Inception see `named_for`.
-        measure: its value and spread. None: it cannot be measured, as of too few images.
-        of_network: the name says whose features they are, as in "KID-light".
-        in_compare: `poise compare` shows it.
-        on_request: it is measured only with `infinity`.
+        name: name in tables and in the JSON. For networks other than Inception see `named_for`.
+        measure: returns value and spread, or None if it cannot be measured, for example with too
+            few images.
+        of_network: whether the name includes the feature network, as in "KID-light".
+        in_compare: whether `poise compare` shows it.
+        on_request: whether it is measured only with `infinity`.
         pattern: regular expression of its names; None: its name, or its name and a network.
     """
 
@@ -103,12 +105,12 @@ class Distance:
     pattern: str | None = None
 
     def named_for(self, extractor: Extractor) -> str:
-        """Return its name for the features of a network."""
+        """Return the metric's name for the features of a network."""
         word, _, rest = self.name.partition(" ")
         return f"{extractor.metric_name(word)} {rest}".strip() if self.of_network else self.name
 
     def is_called(self, name: str) -> bool:
-        """Whether this is a name of this number, for whatever network."""
+        """Return whether `name` is a name of this metric, for any network."""
         own = f"{re.escape(self.name)}(-.+)?" if self.of_network else re.escape(self.name)
         return re.fullmatch(self.pattern or own, name) is not None
 
@@ -175,15 +177,15 @@ DISTANCES = [
 
 @dataclass(frozen=True)
 class Similarity:
-    """A number that compares each image with its reconstruction.
+    """A metric that compares each image with its reconstruction.
 
     Attributes:
-        name: in tables and in the JSON.
-        measure: one value per image, (n,), float64, of images and reconstructions in [0, 1]. Tables
-            show its mean.
-        unit: in the JSON.
-        in_compare: `poise compare` shows it.
-        on_page: a page of the evaluation has it too, so that `poise evaluate` lists it there.
+        name: name in tables and in the JSON.
+        measure: returns one value per image, (n,), float64, for images and reconstructions in
+            [0, 1]. Tables show the mean.
+        unit: unit in the JSON.
+        in_compare: whether `poise compare` shows it.
+        on_page: whether a page of the evaluation has it, so that `poise evaluate` lists it there.
     """
 
     name: str
@@ -193,7 +195,7 @@ class Similarity:
     on_page: bool = False
 
     def is_called(self, name: str) -> bool:
-        """Whether this is the name of this number."""
+        """Return whether `name` is the name of this metric."""
         return name == self.name
 
 
@@ -213,11 +215,11 @@ class Figure:
     """A number on a page of an evaluation.
 
     Attributes:
-        name: in the tables of one run, with its unit. {page[key]} stands for another value.
-        key: page and key in the JSON, as "reconstruction.mse".
+        name: name in the tables of one run, with its unit. {page[key]} stands for another value.
+        key: page and key in the JSON, such as "reconstruction.mse".
         style: format of its value.
-        in_compare: its name in the tables of `poise compare`. None: it is not shown there.
-        unless: key of a figure that it repeats: it is left out if the two are equal.
+        in_compare: its name in the tables of `poise compare`; None: not shown there.
+        unless: key of another figure. If both values are equal, this figure is left out.
     """
 
     name: str
@@ -227,13 +229,13 @@ class Figure:
     unless: str | None = None
 
     def value(self, pages: dict[str, Any]) -> Any:
-        """Return its value. None: the pages do not have it, or it repeats another figure."""
+        """Return the value, or None if the pages lack it or it repeats another figure."""
         value = on_page(pages, self.key)
         return None if self.unless and value == on_page(pages, self.unless) else value
 
 
 def on_page(pages: dict[str, Any], key: str) -> Any:
-    """Return the value of a key such as "latents.active_units". None: there is none."""
+    """Return the value of a key such as "latents.active_units", or None if it is missing."""
     value: Any = pages
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -297,16 +299,16 @@ def figures_table(pages: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def is_frechet(metric: str) -> bool:
-    """Whether a measurement is a Frechet distance, of whatever network: FID, FD-light, ..."""
+    """Return whether a metric is a Frechet distance of any network: FID, FD-light, ..."""
     return FRECHET.is_called(metric)
 
 
 def is_compared(metric: str) -> bool:
-    """Whether the tables of `poise compare` show a measurement."""
+    """Return whether the tables of `poise compare` show a metric."""
     return any(m.in_compare and m.is_called(metric) for m in (*DISTANCES, *SIMILARITIES))
 
 
 def is_tabulated(metric: str) -> bool:
-    """Whether `poise evaluate` shows a measurement beside the figures of the pages."""
+    """Return whether `poise evaluate` shows a metric beside the figures of the pages."""
     beside = (*DISTANCES, *(m for m in SIMILARITIES if not m.on_page))
     return any(m.is_called(metric) for m in beside)

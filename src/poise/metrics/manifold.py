@@ -1,14 +1,16 @@
-"""Precision, recall, density and coverage: which samples of one set lie near samples of the other, in float64.
+"""Precision, recall, density and coverage of generated samples, in float64.
 
-A set's manifold is the union of closed balls around its samples, each reaching to the sample's k-th nearest neighbour within
-the set, itself not counted. With x real, y generated, r_k the radius of a sample's ball and m generated samples:
+The manifold of a set is the union of closed balls around its samples. The radius of a ball is the
+distance to the sample's k-th nearest neighbour in the set, the sample itself not counted. With x
+real, y generated, r_k the radius of a sample's ball and m generated samples:
 
     precision   share of y with |x - y| <= r_k(x) for some x
     recall      share of x with |x - y| <= r_k(y) for some y
     density     number of pairs (x, y) with |x - y| <= r_k(x), over k m
     coverage    share of x with |x - y| <= r_k(x) for some y
 
-Sources: Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2; Naeem et al. 2020, arXiv 2002.09797, section 3.
+Sources: Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2; Naeem et al. 2020, arXiv
+2002.09797, section 3.
 """
 
 from collections.abc import Iterator
@@ -22,17 +24,20 @@ from poise.metrics.blocks import ROWS, checked, mean_of
 from poise.shapes import Features
 
 DISTANCES = 2**24  # distances held at a time: 128 MiB in float64
-TIE = 1e-13  # of |x|^2 + |y|^2: squared distances that differ by less are equal; their rounding is some 1e-15
+# As a share of |x|^2 + |y|^2. Squared distances that differ by less count as equal. Their rounding
+# is about 1e-15.
+TIE = 1e-13
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """How two sets cover each other.
+    """Precision, recall, density and coverage of generated samples.
 
     Attributes:
         precision: share of generated samples within the real manifold, in [0, 1].
         recall: share of real samples within the generated manifold, in [0, 1].
-        density: real balls around a generated sample over k, mean; around 1 for equal distributions, and may be larger.
+        density: number of real balls that hold a generated sample, over k, mean over generated
+            samples. About 1 for equal distributions; it can be larger.
         coverage: share of real samples whose ball holds a generated sample, in [0, 1].
     """
 
@@ -51,16 +56,19 @@ def manifold_figures(
     density_neighbours: int = 5,
     real_reaches: list[Tensor] | None = None,
 ) -> Manifold:
-    """Improved precision and recall, density and coverage (formulas above); one pass over the distances serves all four.
+    """Return improved precision and recall, density and coverage, from one pass over the distances.
 
-    Balls are closed: ties count as within, as in torch-fidelity. Naeem et al.'s released code takes open balls instead, which
-    differs only where distances tie, as with repeated images. All four depend on n: compare at equal numbers of samples.
+    Balls are closed: ties count as within, as in torch-fidelity. The released code of Naeem et al.
+    uses open balls. The two differ only if distances tie, for example with repeated images. All
+    four metrics depend on n, so compare models at equal numbers of samples.
 
     Args:
-        real, generated: (n, d) each; n may differ, and must be more than either number of neighbours.
+        real, generated: (n, d) each. n may differ, and must be larger than both numbers of
+            neighbours.
         neighbours: k of precision and recall, at least 1.
         density_neighbours: k of density and coverage, at least 1.
-        real_reaches: what `squared_reaches` gives of the real samples for the two numbers, where it is known already.
+        real_reaches: `squared_reaches` of the real samples for the two numbers of neighbours;
+            None: computed here.
 
     Raises:
         InputError: k below 1, n <= k, differing d, or values that are not finite.
@@ -69,12 +77,14 @@ def manifold_figures(
     most = max(neighbours, density_neighbours)
     if min(neighbours, density_neighbours) < 1:
         raise InputError(
-            f"neighbours must be at least 1, not {neighbours} (and {density_neighbours} for density)"
+            "neighbours must be at least 1, "
+            f"not {neighbours} (and {density_neighbours} for density)"
         )
     if min(len(real), len(generated)) <= most:
         given = f"{len(real)} real and {len(generated)} generated samples"
         raise InputError(
-            f"{given} are too few for {most} neighbours: give at least {most + 1} of each, or ask for fewer neighbours"
+            f"{given} are too few for {most} neighbours: "
+            f"give at least {most + 1} of each, or ask for fewer neighbours"
         )
     real_reach, density_reach = real_reaches or squared_reaches(
         real, [neighbours, density_neighbours]
@@ -98,7 +108,11 @@ def manifold_figures(
 
 
 def squared_reaches(features: Features, neighbours: list[int]) -> list[Tensor]:
-    """For each k, the squared distances (n,) from samples to their k-th nearest neighbours: the (k + 1)-th with themselves."""
+    """Return the squared distances (n,) to the k-th nearest neighbours, for each k.
+
+    A sample is not its own neighbour. It is in the list of distances, so the k-th neighbour is the
+    (k + 1)-th entry.
+    """
     most = max(neighbours) + 1
     blocks = _squared_distances(features, features, mean_of(features))
     nearest = torch.cat([squared.topk(most, largest=False).values for squared in blocks])
@@ -108,10 +122,11 @@ def squared_reaches(features: Features, neighbours: list[int]) -> list[Tensor]:
 def _squared_distances(
     rows: Tensor, columns: Tensor, centre: Tensor, *, tie: float = 0.0
 ) -> Iterator[Tensor]:
-    """Squared distances in blocks of rows, (rows of the block, columns), less `tie` of |x|^2 + |y|^2.
+    """Yield squared distances in blocks of rows, (rows of the block, columns).
 
-    |x|^2 + |y|^2 - 2 x.y about a common centre, without which the squares' rounding would hide small distances. Taking a little
-    off makes `<=` include ties whatever the rounding.
+    Computes |x|^2 + |y|^2 - 2 x.y about a common centre. Without the centre, rounding of the
+    squares would hide small distances. Subtracts `tie` times |x|^2 + |y|^2, so that `<=` includes
+    ties despite rounding.
     """
     for block in rows.split(max(1, DISTANCES // len(columns))):
         x = block.double() - centre

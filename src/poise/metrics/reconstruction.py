@@ -1,14 +1,18 @@
-"""How well a VAE gives back what it is given, and how likely it finds it. Statistics are float64.
+"""Reconstruction error, image similarity, ELBO and lost variance of a VAE. Statistics are float64.
 
-Variance lost. Let x^ = f(z) be the reconstruction from a posterior sample z ~ q(z|x). If the decoder is least-squares
-optimal for these codes, f(z) = E[x|z], then by the law of total variance, in each dimension,
+Variance lost. Let x^ = f(z) be the reconstruction from a posterior sample z ~ q(z|x). Let the
+decoder be least-squares optimal for these codes, f(z) = E[x|z]. Then by the law of total variance,
+in each dimension,
 
     Var(x) = Var(x^) + E[(x - x^)^2],
 
-so that the variance lost, Var(x) - Var(x^), *is* the MSE: the claim of Asperti & Trentin, and exact for probabilistic PCA,
-where both are sigma^2 in every dimension. It holds for sampled reconstructions only. Decoded from the posterior mean they
-have less error and less variance still: for pPCA, on an axis of variance v, an MSE of sigma^4 / v, but
-sigma^2 (2 - sigma^2 / v) of the variance lost. Hence `variance_lost_share` divides by `mse_sampled`.
+so the variance lost, Var(x) - Var(x^), equals the MSE. This is the claim of Asperti & Trentin.
+It is exact for probabilistic PCA, where both are sigma^2 in every dimension.
+
+The law holds for sampled reconstructions only. Reconstructions from the posterior mean have less
+error, and even less variance. For pPCA, on an axis of variance v, their MSE is sigma^4 / v, but
+they lose sigma^2 (2 - sigma^2 / v) of variance. Hence `variance_lost_share` divides by
+`mse_sampled`.
 """
 
 import math
@@ -25,29 +29,35 @@ from poise.shapes import Images, PerImage, Values
 from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
-SSIM_VALUES = 2**22  # of the images that a GPU compares at a time
-LEAST_MSE = (
-    2.0**-48
-)  # (2^-24)^2, half the step of float32 below 1: an exact image has a PSNR of 144.5 dB, not infinity
+SSIM_VALUES = 2**22  # values of the images that a GPU compares at a time
+# (2^-24)^2, where 2^-24 is half the step of float32 below 1. The PSNR of equal images is 144.5 dB,
+# not infinity.
+LEAST_MSE = 2.0**-48
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a VAE makes of images it is given. Means over images.
+    """Reconstruction metrics of a VAE, as means over images.
 
     Attributes:
-        mse: of reconstructions from the posterior mean, per dimension.
-        mse_sampled: of reconstructions from one posterior sample per image, per dimension.
-        psnr_db: peak signal-to-noise ratio of reconstructions from the posterior mean; None where the data are no images.
-        ssim: structural similarity of the same; None where the data are no images.
-        kl_nats: KL(q(z|x) || N(0, I)) per image; like the next two None where there is no posterior.
-        elbo_nats: evidence lower bound per image: log density of values in [0, 1], KL weight 1, one posterior sample.
-        bits_per_dim: -ELBO in bits per dimension, see `bits_per_dim`; None where the data are no images.
+        mse: MSE of reconstructions from the posterior mean, per dimension.
+        mse_sampled: MSE of reconstructions from one posterior sample per image, per dimension.
+        psnr_db: peak signal-to-noise ratio of reconstructions from the posterior mean; None if the
+            data are not images.
+        ssim: structural similarity of the same reconstructions; None if the data are not images.
+        kl_nats: KL(q(z|x) || N(0, I)) per image. None if the model has no posterior, as are
+            `elbo_nats` and `bits_per_dim`.
+        elbo_nats: evidence lower bound per image: log density of values in [0, 1], KL weight 1,
+            one posterior sample.
+        bits_per_dim: -ELBO in bits per dimension, see `bits_per_dim`; None if the data are not
+            images.
         gamma2: the decoder variance used.
-        quadratic_share: quadratic term of the loss over D/power, its value at balance: 1 where gamma2 is the error.
-        variance_lost: variance of images minus that of reconstructions from samples, mean per dimension.
-        variance_lost_share: variance_lost / mse_sampled: 1 where the decoder gives the mean of all that its latents may
-            stand for, E[x|z]; None where mse_sampled is 0.
+        quadratic_share: quadratic term of the loss over D/power, its value at balance. It is 1 if
+            gamma2 equals the error.
+        variance_lost: variance of images minus variance of sampled reconstructions, mean per
+            dimension.
+        variance_lost_share: variance_lost / mse_sampled. It is 1 if the decoder returns E[x|z];
+            None if mse_sampled is 0.
     """
 
     mse: float
@@ -63,21 +73,22 @@ class Reconstruction:
     variance_lost_share: float | None
 
     def without_posterior(self) -> "Reconstruction":
-        """These figures for a model whose codes are points: KL and likelihood left out."""
+        """Return a copy without KL and likelihood, for a deterministic model."""
         return replace(self, kl_nats=None, elbo_nats=None, bits_per_dim=None)
 
 
 @torch.no_grad()
 def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) -> Reconstruction:
-    """Reconstruction error, similarity, KL, ELBO and lost variance over images.
+    """Return reconstruction error, similarity, KL, ELBO and lost variance, as means over images.
 
     Args:
         vae, balance: used in evaluation mode.
-        images: (n, channels, height, width), uint8 or float in [0, 1]; or (n, features), any values, as latents for stage 2.
-        seed: of the posterior samples; image i gets the same noise whatever the order of work.
+        images: (n, channels, height, width), uint8 or float in [0, 1]; or (n, features), any
+            values, such as the latents that stage 2 encodes.
+        seed: seed of the posterior samples. The noise of image i depends on (seed, i) only.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no images.
 
     Example:
         >>> vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=4))
@@ -131,7 +142,7 @@ def _per_image(
         "squared_sampled": summed_error(sampled - batch, 2).cpu(),
         "error": summed_error(sampled - batch, power).cpu(),
     }
-    if batch.dim() != 4:  # vectors, as stage 2's
+    if batch.dim() != 4:  # vectors, as in stage 2
         return errors
     return errors | {
         "psnr_db": peak_signal_to_noise(batch, restored),
@@ -140,49 +151,62 @@ def _per_image(
 
 
 def summed_error(difference: Values, power: float) -> PerImage:
-    """sum |difference|^power over the dimensions of each image: float64, where the difference is if that has float64."""
+    """Return sum |difference|^power over the dimensions of each image, in float64.
+
+    The result is on the device of `difference`, or on the CPU if that device has no float64.
+    """
     return in_float64(difference).abs().pow(power).flatten(1).sum(1)
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """In float64 where it is, or on the CPU where its device has none (Apple's)."""
+    """Convert a tensor to float64. Moves it to the CPU if its device has no float64 (Apple's)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def bits_per_dim(nats: float, num_dims: int) -> float:
-    """-log density of values in [0, 1], in bits per dimension for 8-bit values: over the 1/255 between two of them.
+    """Convert -log p(x) of values in [0, 1] to bits per dimension of 8-bit values.
+
+    Two neighbouring 8-bit values are 1/255 apart, so the probability per dimension is the density
+    divided by 255.
 
     Args:
         nats: -log p(x), or a bound on it, summed over the image's dimensions.
-        num_dims: D.
+        num_dims: D, the number of dimensions of an image.
     """
     return nats / (num_dims * math.log(2)) + math.log2(255)
 
 
 def peak_signal_to_noise(images: Images, others: Images) -> PerImage:
-    """10 log10(1 / MSE_i) in decibels, for values whose peak is 1: float64, on the CPU.
+    """Return the PSNR of each pair of images in decibels, 10 log10(1 / MSE_i), float64 on the CPU.
 
-    An MSE below 2^-48, which is rounding in float32, counts as 2^-48: images that are equal have 144.5 dB.
+    The peak value is 1. An MSE below 2^-48 is rounding in float32 and counts as 2^-48, so the PSNR
+    of equal images is 144.5 dB.
     """
     mse = summed_error(images - others, 2).cpu() / images[0].numel()
     return -10 * mse.clamp_min(LEAST_MSE).log10()
 
 
 def structural_similarity(images: Images, others: Images) -> PerImage:
-    """SSIM of each pair of images, mean over channels and over all places of the window: at most 1; float64, on the CPU.
+    """Return the structural similarity (SSIM) of each pair of images, at most 1.
 
-        (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x^2 + s_y^2 + C2)),    C1 = 0.01^2, C2 = 0.03^2
+        (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x^2 + s_y^2 + C2)),
+        C1 = 0.01^2, C2 = 0.03^2
 
-    with means m, variances s^2 and covariance s_xy under a Gaussian window of 11 x 11 pixels and sigma 1.5 that lies whole
-    in the image. Where a side is shorter the window is the largest odd one that fits. Source: Wang et al. 2004, eq. 13, for
-    values in [0, 1]. Equal to scikit-image's with `gaussian_weights=True, use_sample_covariance=False, data_range=1`.
+    with means m, variances s^2 and covariance s_xy under a Gaussian window of 11 x 11 pixels and
+    sigma 1.5. The window stays inside the image. If a side is shorter than 11 pixels, the window is
+    the largest odd one that fits. Equal to scikit-image's SSIM with `gaussian_weights=True,
+    use_sample_covariance=False, data_range=1`.
 
     Args:
         images, others: (n, channels, height, width), values in [0, 1].
+
+    Returns:
+        (n,), float64 on the CPU: the mean over channels and window positions.
+
+    Source: Wang et al. 2004, eq. 13, for values in [0, 1].
     """
-    size = (
-        10 if images.device.type == "cpu" else max(10, SSIM_VALUES // images[0].numel())
-    )  # several maps of each are held
+    # Several maps of each image are held in memory at a time.
+    size = 10 if images.device.type == "cpu" else max(10, SSIM_VALUES // images[0].numel())
     pairs = zip(images.split(size), others.split(size), strict=True)
     return torch.cat([_structural_similarity(in_float64(x), in_float64(y)) for x, y in pairs]).cpu()
 
@@ -200,10 +224,10 @@ def _structural_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _window_at_each_place(side: int, width: int, like: Tensor) -> Tensor:
-    """(places, side): a matrix product with it is the filter.
+    """Return the filter as a matrix (places, side); multiplying an image by it applies the filter.
 
-    In float64 on one core, for sides of 32, 64 and 256, this takes 1/4 to 1/2 of the time of a separable grouped convolution
-    and 1/20 or less of a full window's (torch 2.13).
+    In float64 on one core, for sides of 32, 64 and 256, this takes 1/4 to 1/2 of the time of a
+    separable grouped convolution, and at most 1/20 of that of a full window (torch 2.13).
     """
     places = side - width + 1
     offsets = torch.arange(width, dtype=torch.float64) - (width - 1) / 2

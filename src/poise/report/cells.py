@@ -1,4 +1,4 @@
-"""Tables of a report as rows of cells; the first row is the head."""
+"""Tables of a report as rows of cells. The first row is the head."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ Rows = list[list[str]]
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
-    """Return nested settings as text by dotted names."""
+    """Flatten nested settings to texts by dotted name."""
     rows: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -37,7 +37,7 @@ def plain(value: Any) -> str:
 
 
 def settings_rows(records: Sequence[Record]) -> Rows:
-    """Return a row for each setting but the seed and a column for each label."""
+    """Return a row for each setting except the seed, and a column for each label."""
     columns = {record.label: flat(record.recipe) for record in first_of_each(records)}
     for column in columns.values():
         column.pop("seed", None)
@@ -45,14 +45,14 @@ def settings_rows(records: Sequence[Record]) -> Rows:
 
 
 def _side_by_side(corner: str, columns: dict[str, dict[str, str]]) -> Rows:
-    """A row for each name that a column has; the head gives the columns' names."""
+    """Return a row for each name in any column, under a head with the names of the columns."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = ([name, *(column.get(name, "–") for column in columns.values())] for name in names)
     return [[corner, *columns], *rows]
 
 
 def varying(rows: Rows) -> set[int]:
-    """Return the numbers of the rows whose cells differ; the head does not count."""
+    """Return the indices of rows whose cells differ, counted without the head."""
     return {k for k, row in enumerate(rows[1:]) if len(set(row[1:])) > 1}
 
 
@@ -69,7 +69,7 @@ def data_rows(records: Iterable[Record]) -> Rows:
 
 
 def version_rows(records: Iterable[Record]) -> Rows:
-    """Return a row for each set of software versions and device used for training."""
+    """Return a row for each combination of software versions and device used in training."""
     names = list(
         dict.fromkeys(name for record in records for name in record.config.get("versions", {}))
     )
@@ -95,10 +95,10 @@ def figures_of_all(records: Sequence[Record]) -> Rows:
 
 
 def measurements_of(record: Record) -> list[Measurement]:
-    """Return the measurements of the last evaluation with their protocols.
+    """Return the measurements of the last evaluation, with their protocols.
 
     Raises:
-        InputError: evaluation.json is of another version of Poise.
+        InputError: evaluation.json was written by another version of Poise.
     """
     evaluation = record.evaluation or {}
     protocols = protocols_of([record])
@@ -133,14 +133,14 @@ def protocol_rows(protocols: dict[str, Protocol]) -> Rows:
 
 
 def upright(rows: Rows) -> Rows:
-    """Transpose a table with many columns and few rows, to fit a phone and a sheet of paper."""
+    """Transpose a table with many columns and few rows, so that it fits a phone and a page."""
     if not rows or len(rows[0]) <= max(len(rows), 6):
         return rows
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def results_of(records: Iterable[Record]) -> list[Result]:
-    """Return the results of the finished runs, from `poise compare` or else the run's files."""
+    """Return the results of the finished runs, from `poise compare` or else from their files."""
     finished = [record for record in records if record.summary]
     return [replace(r.result, label=r.label) if r.result else _as_result(r) for r in finished]
 
@@ -164,7 +164,7 @@ def _as_result(record: Record) -> Result:
 def _curves(record: Record) -> dict[str, dict[str, list[float]]]:
     try:
         return curves(record.folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError):  # no log, or one that is torn
+    except (OSError, ValueError, KeyError):  # no log, or an incomplete one
         return {}
 
 

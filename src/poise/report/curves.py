@@ -4,7 +4,7 @@ There is one figure for each quantity and stage, with one line for each run.
 
 The loss is c SE + k KL. The log holds gamma2 = 1/(2c), and k follows from
 loss = reconstruction + k KL. The quadratic term SE/(2 gamma2) over D/2 is MSE/gamma2. The
-equivalent beta is k gamma2 / MSE, as in `poise.diagnosis`: 1 at balance.
+equivalent beta is k gamma2 / MSE, as in `poise.diagnosis`. It is 1 at balance.
 """
 
 import math
@@ -16,9 +16,10 @@ import numpy as np
 
 from poise.report.records import Record, labels_of
 
-POINTS = 200  # of a curve, at most: more than a screen shows
+POINTS = 200  # maximum number of points in a curve; a screen shows no more
 WIDE = 5.0  # a quantity that varies by more than this factor is drawn on a logarithmic axis
-FALLBACK_RATE = 1.0  # images per second of an entry that lacks it
+FALLBACK_RATE = 1.0  # images per second for a log entry that lacks them
+# Distinguishable by readers with colour vision deficiency too.
 COLOURS = (
     "#3b7dd8",
     "#d9632a",
@@ -28,11 +29,11 @@ COLOURS = (
     "#4fa9d8",
     "#8a8f98",
     "#9a5b3a",
-)  # told apart by all eyes
+)
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 Entry = dict[str, float]
-Styles = dict[str, dict[str, str]]  # of each label: colour and dash
+Styles = dict[str, dict[str, str]]  # colour and dash of each label
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Quantity:
     Attributes:
         key: short name.
         title: name with unit.
-        value: computes it from a log entry.
+        value: function that computes it from a log entry.
         caption: explanation under the figure.
-        scale: of the axis: "linear", or "log" if the values are positive and vary widely.
-        line: a value to mark, or None.
-        needs_kl: whether deterministic models lack it.
+        scale: scale of the axis: "linear", or "log" if the values are positive and vary widely.
+        line: a value to mark in the figure, or None.
+        needs_kl: whether it needs a KL, so that deterministic models lack it.
     """
 
     key: str
@@ -59,13 +60,13 @@ class Quantity:
 
 
 def kl_weight(entry: Entry) -> float:
-    """Return k from loss = reconstruction + k KL; NaN if the KL vanishes."""
+    """Return k from loss = reconstruction + k KL; NaN if the KL is at most 1e-6."""
     kl = entry["kl_nats"]
     return (entry["loss"] - entry["reconstruction_nats"]) / kl if kl > 1e-6 else math.nan
 
 
 def equivalent_beta(entry: Entry) -> float:
-    """Return k gamma2 / MSE."""
+    """Return the equivalent beta, k gamma2 / MSE."""
     return kl_weight(entry) * entry["gamma2"] / entry["mse"]
 
 
@@ -74,20 +75,21 @@ QUANTITIES = (
         "mse",
         "MSE per dimension",
         lambda e: e["mse"],
-        "Mean squared error, from posterior samples.",
+        "Mean squared error of reconstructions from posterior samples.",
         "log",
     ),
     Quantity(
         "reconstruction",
         "Reconstruction, nats",
         lambda e: e["reconstruction_nats"],
-        "−log p(x|z) per image: SE/(2γ²) + D/2·log(2πγ²). It may be negative: it is a density.",
+        "−log p(x|z) per image: SE/(2γ²) + D/2·log(2πγ²). It can be negative, because p is a "
+        "density.",
     ),
     Quantity(
         "kl",
         "KL, nats",
         lambda e: e["kl_nats"],
-        "KL of the posterior from N(0, I), per image.",
+        "KL divergence of the posterior from N(0, I), per image.",
         needs_kl=True,
     ),
     Quantity(
@@ -101,7 +103,7 @@ QUANTITIES = (
         "share",
         "Quadratic term over D/2",
         lambda e: e["mse"] / e["gamma2"],
-        "SE/(2γ²) over D/2, which is MSE/γ². At balance 1, whatever the error.",
+        "SE/(2γ²) over D/2, which is MSE/γ². It is 1 at balance, for any error.",
         "log",
         1.0,
     ),
@@ -109,8 +111,8 @@ QUANTITIES = (
         "beta",
         "Equivalent β",
         equivalent_beta,
-        "The KL's weight over the balanced one: k·γ²/MSE, with k the factor on the KL. 1 is balance, more is over-regularised. "
-        "(The β of the form SE/2 + β·KL is k·γ².)",
+        "KL weight over the balanced KL weight: k·γ²/MSE, where k is the factor of the KL. 1 is "
+        "balanced, more is over-regularised. (In the form SE/2 + β·KL, β is k·γ².)",
         "log",
         1.0,
         needs_kl=True,
@@ -119,7 +121,7 @@ QUANTITIES = (
 
 
 def styles_of(labels: Sequence[str]) -> Styles:
-    """Return a colour for each label, with another dash once the colours are used up."""
+    """Return a colour and a dash for each label. The dash changes when all colours are used."""
     count = len(COLOURS)
     return {
         label: {"color": COLOURS[k % count], "dash": DASHES[k // count % 4]}
@@ -136,8 +138,8 @@ def training_figures(
 ) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
     """Return the x values of each run and stage ("images", "seconds"), and the figures.
 
-    A figure has an id, a stage, a title, a caption, an axis and traces. Each trace has the key of
-    its x values.
+    A figure has an id, a stage, a title, a caption, an axis and traces. Each trace names its x
+    values by key.
     """
     axes = {
         _axis(r, stage): progress_of(stage_entries(r, stage)) for r in records for stage in (1, 2)
@@ -153,10 +155,10 @@ def _axis(record: Record, stage: int) -> str:
 
 
 def progress_of(entries: Sequence[Entry]) -> dict[str, list[float]]:
-    """Return images seen and seconds of training since the stage began, for each point."""
+    """Return images seen and seconds of training since the start of the stage, for each point."""
     images = np.array([entry["images_seen"] for entry in entries], float)
     rates = np.array([entry.get("images_per_second") or FALLBACK_RATE for entry in entries])
-    seconds = np.cumsum(np.diff(images, prepend=0.0) / rates)  # right across interruptions too
+    seconds = np.cumsum(np.diff(images, prepend=0.0) / rates)  # correct after interruptions too
     return {
         "images": _last_of_parts(images),
         "seconds": [round(value, 2) for value in _last_of_parts(seconds)],
@@ -172,7 +174,10 @@ def _last_of_parts(values: np.ndarray) -> list[float]:
 
 
 def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """Return means over at most `POINTS` equal parts, to five digits; None if none is finite."""
+    """Return means over at most `POINTS` equal parts, to five digits.
+
+    A mean is over finite values only, and None if a part has none.
+    """
     parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)) or 1)
     finite = (part[np.isfinite(part)] for part in parts)
     return [float(f"{part.mean():.5g}") if len(part) else None for part in finite]
@@ -217,7 +222,7 @@ def _value(quantity: Quantity, entry: Entry) -> float:
     try:
         return float(quantity.value(entry))
     except (KeyError, TypeError, ZeroDivisionError):
-        return math.nan  # not in this log
+        return math.nan  # the log lacks it
 
 
 def _scale(quantity: Quantity, values: Sequence[float]) -> str:

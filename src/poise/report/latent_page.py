@@ -1,4 +1,4 @@
-"""KL, variances and spectrum of the latents of both stages, as plain values that page.js draws."""
+"""Figures of the latents of both stages (KL, variances, spectrum), as values for page.js."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from poise.latent import ACTIVE_VARIANCE
 from poise.report.curves import Styles
 from poise.report.records import Record
 
-Page = dict[str, Any]  # of LatentStatistics
+Page = dict[str, Any]  # LatentStatistics as a dictionary
 Shown = Sequence[tuple[Record, Page]]
 
 
 def latent_figures(
     pages: Sequence[tuple[Record, dict[str, Page]]], styles: Styles
 ) -> list[dict[str, Any]]:
-    """Return three figures for each stage: bars for one run, lines for several.
+    """Return three figures for each stage: bars for one run, lines for several runs.
 
     Args:
         pages: each run with its latent statistics by name, "latents" and "second_stage".
@@ -39,14 +39,18 @@ def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
     ]
     if len(shown) == 1:
         traces = [_bars("", values[0], next(iter(styles.values()))["color"])]
-    caption = "Each latent's share of the KL, sorted; the sum is the KL term. At zero a latent is off: the decoder ignores it."
+    caption = (
+        "KL of each latent, sorted. Their sum is the KL term of the loss. A latent with zero KL is "
+        "inactive: the decoder ignores it."
+    )
     return _figure(stage, "kl", "KL of each latent, nats", caption, traces)
 
 
 def _variance_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
     caption = (
-        "Var(μ) + E[s²] of each latent, in the order of the KL: 1 where the codes fill the prior. "
-        f"A latent is active where Var(μ) is above {ACTIVE_VARIANCE:g}; an inactive one has E[s²] near 1."
+        "Var(μ) + E[s²] of each latent, in the order of the KL. It is 1 if the codes match the "
+        f"prior. A latent is active if Var(μ) is above {ACTIVE_VARIANCE:g}. An inactive latent has "
+        "E[s²] near 1."
     )
     if len(shown) > 1:
         traces = [
@@ -76,8 +80,8 @@ def _spectrum_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
         for record, page in shown
     ]
     caption = (
-        "Eigenvalues of the covariance of all codes, Cov(μ) + diag(E[s²]); of the prior each is 1. "
-        "Far from 1, samples from N(0, I) reach latents that the decoder never learned."
+        "Eigenvalues of the covariance of all codes, Cov(μ) + diag(E[s²]). For the prior, all are "
+        "1. Far from 1, samples from N(0, I) give latents that the decoder has not learned."
     )
     return _figure(
         stage,

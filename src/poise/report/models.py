@@ -1,4 +1,4 @@
-"""What needs the trained model: samples, reconstructions, codes and the diagnosis."""
+"""Parts of a report that need the trained model: samples, reconstructions, codes, diagnosis."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ TILES = 36
 COLUMNS = 6
 PAIRS = 32
 PAIRS_OF_A_SHEET = 16
-MOST_PNG = 1_500_000  # bytes of a picture that is taken over from the run's folder
+MOST_PNG = 1_500_000  # bytes; larger pictures in a run's folder are not embedded
 PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
 
 
@@ -30,13 +30,13 @@ class Exhibit:
     """Images, latent statistics and diagnosis of the model of one run.
 
     Attributes:
-        record: what the files of the run say.
+        record: contents of the run's files.
         real, pairs: data URIs of real images, and of test images above their reconstructions.
         kept_pairs, kept_samples: data URIs of the pictures that training wrote at its end, used if
             the model or the data cannot be loaded.
-        samples: data URI of the samples of each generation, by "GEN-1", ...
+        samples: data URI of the samples from each prior, by "GEN-1", ...
         latents: latent statistics by "latents" and "second_stage", as in summary.json.
-        diagnosis: None if there is none; `undiagnosed` then says why.
+        diagnosis: diagnosis of the model; None: `undiagnosed` says why.
         missing: a sentence for each thing that cannot be shown.
     """
 
@@ -52,14 +52,14 @@ class Exhibit:
     missing: list[str] = field(default_factory=list)
 
 
-class Shelf:
-    """Cache of data sets by checksum: the runs of a comparison share theirs."""
+class DataSetCache:
+    """Cache of data sets by checksum. The runs of a comparison share a data set."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Dataset | str] = {}
 
     def dataset(self, run: Run) -> Dataset | str:
-        """Return the data of a run, or the reason why they cannot be read."""
+        """Return the data set of a run, or the reason why it cannot be read."""
         if run.data["source"] == "array":
             return "they were an array, which a run does not keep"
         key = run.data["checksum"]
@@ -71,15 +71,15 @@ class Shelf:
         return self._kept[key]
 
 
-def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
-    """Load the model of a run and return what it shows."""
+def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Exhibit:
+    """Load the model of a run; return its images, latent statistics and diagnosis."""
     shown = Exhibit(record)
     shown.latents = {
         name: record.figures[name] for name in ("latents", "second_stage") if name in record.figures
     }
     if record.alone:
         shown.missing.append(
-            "Only the result of this run is here, without its model: no pictures can be drawn."
+            "Only the result of this run is here, without its model, so no pictures can be drawn."
         )
         shown.undiagnosed = "No diagnosis: only the result of this run is here, without its model."
         return shown
@@ -87,12 +87,12 @@ def exhibit(record: Record, shelf: Shelf, device: str = "auto") -> Exhibit:
         run = load(record.folder, device=device)
     except (InputError, RunError) as error:
         shown.missing.append(
-            f"The model cannot be loaded, so nothing is drawn from it: {_sentence(error)}."
+            f"The model cannot be loaded, so it gives no pictures: {_sentence(error)}."
         )
         _take_kept_pictures(shown, samples=True)
         return shown
     _show_samples(shown, run)
-    _show_data(shown, run, shelf.dataset(run))
+    _show_data(shown, run, data_sets.dataset(run))
     _add_codes(shown, run)
     return shown
 
@@ -103,7 +103,7 @@ def _show_samples(shown: Exhibit, run: Run) -> None:
         if named.needs == "second stage" and run.second is None:
             if run.recipe.second is not None:
                 shown.missing.append(
-                    f"Stage 2 has not begun: there are no samples from {named.words} ({label})."
+                    f"Stage 2 has not begun, so there are no samples from {named.words} ({label})."
                 )
             continue
         _attempt(
@@ -122,20 +122,17 @@ def _show_prior(shown: Exhibit, run: Run, label: str, prior: PriorName) -> None:
 def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
     try:
         work()
-    except (
-        InputError,
-        RunError,
-        ValueError,
-    ) as error:  # scikit-learn's mixture raises ValueError for too few codes
+    # scikit-learn's mixture raises ValueError for too few codes.
+    except (InputError, RunError, ValueError) as error:
         shown.missing.append(f"{what}: {_sentence(error)}.")
 
 
 def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
     if isinstance(dataset, str):
         shown.missing.append(
-            f"No real images are shown, since the data cannot be read again: {dataset}."
+            f"No real images are shown, because the data cannot be read again: {dataset}."
         )
-        shown.undiagnosed = f"No diagnosis, since the data cannot be read again: {dataset}."
+        shown.undiagnosed = f"No diagnosis, because the data cannot be read again: {dataset}."
         _take_kept_pictures(shown)
         return
     test = gather(dataset.test, drawn(len(dataset.test), TILES))
@@ -153,7 +150,9 @@ def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
 
 def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
     if not shown.record.has_kl:
-        shown.undiagnosed = "No diagnosis: it is of VAEs, and this model is deterministic."
+        shown.undiagnosed = (
+            "No diagnosis: only VAEs can be diagnosed, and this model is deterministic."
+        )
         return
     try:
         shown.diagnosis = diagnose(run, dataset.test, train_images=dataset.train)
@@ -172,7 +171,7 @@ def _add_codes(shown: Exhibit, run: Run) -> None:
 
 
 def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:
-    """Take the pictures that training wrote at its end."""
+    """Embed the pictures that training wrote at its end."""
     shown.kept_pairs = _kept(shown.record.folder / "reconstructions.png")
     shown.kept_samples = _kept(shown.record.folder / "samples.png") if samples else None
 

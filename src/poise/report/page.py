@@ -1,4 +1,4 @@
-"""The whole page: one file that loads nothing. It forbids the browser all network access."""
+"""Render the whole page: one self-contained file that forbids the browser all network access."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from poise.errors import InputError
 from poise.report.curves import styles_of, training_figures
 from poise.report.latent_page import latent_figures
-from poise.report.models import Exhibit, Shelf, exhibit
+from poise.report.models import DataSetCache, Exhibit, exhibit
 from poise.report.records import Record, first_of_each, labels_of, read_records
 from poise.report.sections import Report, sections_of
 from poise.report.words import listed
@@ -27,26 +27,26 @@ def write_report(
     device: str = "auto",
     quiet: bool = True,
 ) -> Path:
-    """Write one HTML page about runs, which needs no other file, and return its path.
+    """Write a self-contained HTML page about runs and return its path.
 
     Args:
         folders: folders of runs, or folders with runs in them. Runs whose folders differ only by
             the seed at the end of the name share a label. Images and latents are shown for the
             first seed of each label.
-        out: the page.
-        device: where samples are drawn.
-        quiet: no progress display.
+        out: path of the page, an .html file.
+        device: device on which samples are drawn.
+        quiet: show no progress.
 
     Raises:
         InputError: a folder holds no run, or `out` is not the name of an .html file.
         RunError: the page cannot be written.
 
     Example:
-        >>> poise.report.write_report(["runs/digits"], "digits.html")      # doctest: +SKIP
+        >>> poise.report.write_report(["runs/digits"], "digits.html")  # doctest: +SKIP
     """
     paths, out = [Path(folder) for folder in folders], Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise InputError(f"the report is an .html file, not {out}")
+        raise InputError(f"the report must be an .html file, not {out}")
     records = read_records(paths)
     exhibits = _exhibits(first_of_each(records), device, quiet)
     write_file(out, page(records, exhibits, title_of(paths, records)).encode())
@@ -54,21 +54,21 @@ def write_report(
 
 
 def _exhibits(records: Sequence[Record], device: str, quiet: bool) -> list[Exhibit]:
-    shelf, shown = Shelf(), []
+    data_sets, shown = DataSetCache(), []
     with progress("report", len(records), quiet=quiet) as display:
         for number, record in enumerate(records, 1):
-            shown.append(exhibit(record, shelf, device))
+            shown.append(exhibit(record, data_sets, device))
             display.update(number, {})
     return shown
 
 
 def title_of(paths: Sequence[Path], records: Sequence[Record]) -> str:
-    """Return the name of the only folder given, or the labels that are compared."""
+    """Return the name of the folder if only one is given, or else the compared labels."""
     return paths[0].resolve().name if len(paths) == 1 else listed(labels_of(records))
 
 
 def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> str:
-    """Return the HTML of runs that were read and of what their models show."""
+    """Return the HTML of the report."""
     styles = styles_of(labels_of(records))
     axes, curves = training_figures(records)
     codes = latent_figures([(shown.record, shown.latents) for shown in exhibits], styles)
@@ -86,7 +86,7 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
 
 
 def _templates() -> Environment:
-    """The templates of the page. They escape every value, and an undefined name is an error."""
+    """Load the templates. They escape every value, and an undefined name is an error."""
     templates = Environment(
         loader=PackageLoader("poise.report"),
         autoescape=True,
@@ -100,12 +100,12 @@ def _templates() -> Environment:
 
 
 def prose(sentence: str) -> Markup:
-    """Return a sentence as HTML, with the words in backticks as code."""
+    """Return a sentence as HTML, with words in backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def subtitle(records: Sequence[Record]) -> str:
-    """Return recipe, balance and state of a run, or the number of runs."""
+    """Return recipe, balance, seed and state of one run, or the numbers of runs and labels."""
     if len(records) > 1:
         return f"{len(records)} runs, {len(labels_of(records))} labels"
     record = records[0]
@@ -115,7 +115,7 @@ def subtitle(records: Sequence[Record]) -> str:
 
 
 def plotly() -> str:
-    """Return the plotting library's script, which its package contains."""
+    """Return the script of plotly.js from the installed package."""
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()

@@ -1,4 +1,4 @@
-"""Grids of images as data URIs of PNGs, so that the page needs no other file."""
+"""Encode grids of images as data URIs of PNGs, so that the page needs no other file."""
 
 import base64
 

@@ -1,4 +1,4 @@
-"""Folders -> what the files of each run say, with a sentence for each thing that is missing."""
+"""Read the files of each run, and say what is missing in a sentence each."""
 
 import json
 import math
@@ -16,24 +16,24 @@ from poise.runs.folder import read_config
 from poise.studies.comparison.experiment import DESCRIPTION
 from poise.studies.results import Result, read_results, safe_name
 
-REFERENCE = "computed"  # what others are compared with, where it is among them
+REFERENCE = "computed"  # label that others are compared with, if it is among the runs
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the files of one run say.
+    """Contents of the files of one run.
 
     Attributes:
-        label: what runs that differ by their seed alone have in common; they share a colour.
-        seed: of the run.
-        folder: of the run; if only its result is there, its name in its experiment's.
+        label: common name of runs that differ only by their seed. They share a colour.
+        seed: seed of the run.
+        folder: folder of the run. If only the result exists: its name in the experiment's folder.
         config: config.json: "recipe", "data", "versions".
-        entries: metrics.jsonl, line by line; if only the result is there, the points of its curves.
-        summary: summary.json; None: there is none, training is not finished.
-        evaluation: evaluation.json, or of the comparison's result; None: nothing was measured.
-        result: what `poise compare` or `poise reproduce` wrote of the run.
-        missing: a sentence for each thing that is not there.
-        alone: whether only the result is there, and neither the log nor the model.
+        entries: metrics.jsonl, line by line. If only the result exists: the points of its curves.
+        summary: summary.json; None: training is not finished.
+        evaluation: evaluation.json, or the evaluation in the result; None: nothing was measured.
+        missing: a sentence for each thing that is missing.
+        result: result of the run, written by `poise compare` or `poise reproduce`.
+        alone: whether only the result exists, without log and model.
     """
 
     label: str
@@ -61,25 +61,25 @@ class Record:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Figures of the model by page: of the last evaluation, or else of the summary."""
+        """Figures of the model by page, from the last evaluation or else from the summary."""
         return (self.summary or {}) | {
             key: value for key, value in (self.evaluation or {}).items() if isinstance(value, dict)
         }
 
     @property
     def has_kl(self) -> bool:
-        """Whether it is a VAE: deterministic models have neither KL nor likelihood."""
+        """Whether the model is a VAE. Deterministic models have neither KL nor likelihood."""
         return not is_deterministic(self.recipe["first"].get("objective", "vae"))
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Return the runs in these places, by label and seed, those of the reference first.
+    """Read the runs at these paths, sorted by label and seed, those of the reference first.
 
     Args:
-        paths: folders of runs, or folders with runs in them; or else results, or folders of them.
+        paths: folders of runs, folders with runs in them, results, or folders of results.
 
     Raises:
-        InputError: `paths` is empty, or a place has neither runs nor results.
+        InputError: `paths` is empty, or a path has neither runs nor results.
     """
     if not paths:
         raise InputError("give the folder of a run or of a comparison, or results")
@@ -93,7 +93,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     if not found:
         raise InputError(f"{paths[0]} holds no run yet")
     return sorted(
-        _told_apart(found),
+        _with_distinct_labels(found),
         key=lambda record: (record.label != REFERENCE, record.label, record.seed),
     )
 
@@ -101,7 +101,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 def _results_in(path: Path) -> list[tuple[Path, Result]]:
     """Return the results in a folder with the folders of their runs.
 
-    A comparison or a reproduction says where its results are.
+    The folder of a comparison or a reproduction names the place of its results.
     """
     own, described = path / "results", path / DESCRIPTION
     if not (run_folders(path) or described.exists()):
@@ -110,7 +110,7 @@ def _results_in(path: Path) -> list[tuple[Path, Result]]:
     said = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     try:
         written = read_results([own if own.is_dir() else Path(said.get("results", own))])
-    except MissingInputError:  # of no run yet
+    except MissingInputError:  # no run has a result yet
         return []
     mine = [
         r
@@ -128,10 +128,10 @@ def _only_results(path: Path) -> list[Result]:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """Return the folder itself if it is a run's, or else the runs' folders in it.
+    """Return the folder itself if it is a run, or else the folders of runs in it.
 
     Raises:
-        InputError: there is no such folder or file.
+        InputError: the path does not exist.
     """
     if not path.exists():
         raise MissingInputError(
@@ -143,10 +143,10 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def read_record(folder: Path, result: Result | None = None) -> Record:
-    """Read the files of a run, and take over the result that a comparison wrote of it.
+    """Read the files of a run, and add the result that a comparison wrote for it.
 
     Raises:
-        InputError: config.json is damaged, or not a run's.
+        InputError: config.json is damaged, or does not belong to a run.
     """
     config = read_config(folder)
     seed = config["recipe"]["seed"]
@@ -159,7 +159,7 @@ def read_record(folder: Path, result: Result | None = None) -> Record:
 
 
 def record_of(result: Result, folder: Path) -> Record:
-    """Make the record of a run from its result alone, without its folder."""
+    """Make the record of a run from its result, without its folder."""
     made = result.provenance
     versions = {
         name: value
@@ -186,7 +186,7 @@ def record_of(result: Result, folder: Path) -> Record:
 
 
 def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, float]]:
-    """Return the points of a curve as entries of a log."""
+    """Yield the points of a curve as entries of a log."""
     seen, elapsed = curve["images_seen"], curve["seconds"]
     for number, values in enumerate(zip(*curve.values(), strict=True)):
         images = seen[number] - (seen[number - 1] if number else 0)
@@ -196,7 +196,7 @@ def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, flo
 
 
 def _label(name: str, seed: int) -> str:
-    """Return the folder's name without the run's seed at its end."""
+    """Return the folder's name without the seed at its end."""
     return re.sub(rf"[-_.]?(seed)?[-_=]?\b{seed}$", "", name) or name
 
 
@@ -215,7 +215,7 @@ def _entries(path: Path) -> Iterable[dict[str, float]]:
         try:
             yield json.loads(line)
         except ValueError:
-            return  # torn by a kill, or still being written
+            return  # incomplete after a kill, or still being written
 
 
 def _missing(
@@ -224,34 +224,38 @@ def _missing(
     summary, evaluation = files
     quoted = shlex.quote(str(folder))
     if summary is None:
-        goes_on = f"`poise train` with the same options and --out {quoted} goes on"
-        yield f"Training is not finished (there is no readable summary.json): {goes_on}."
+        resume = f"to resume it, run `poise train` with the same options and --out {quoted}"
+        yield f"Training is not finished (there is no readable summary.json): {resume}."
     if not entries:
-        yield "There is no log (metrics.jsonl): no curves can be drawn."
+        yield "There is no log (metrics.jsonl), so no curves can be drawn."
     if config["recipe"].get("second") is None:
         yield "The run has one stage only, so there is no second-stage prior (GEN-2)."
     if evaluation is None and summary is not None:
-        yield f"Samples were not compared with real images: `poise evaluate {quoted}` measures FID and its relatives."
+        yield (
+            "Samples were not compared with real images. "
+            f"`poise evaluate {quoted}` measures FID and similar metrics."
+        )
 
 
-def _told_apart(records: list[Record]) -> list[Record]:
-    """Put the parent folder's name before the label if two runs share label and seed.
+def _with_distinct_labels(records: list[Record]) -> list[Record]:
+    """Prefix labels with the parent folder's name if two runs share label and seed.
 
     Raises:
-        InputError: the folders' names do not tell them apart either.
+        InputError: two runs still share label and seed.
     """
     twice = _repeated(records)
     labels = {label for label, _ in twice}
-    told = [
+    renamed = [
         replace(r, label=f"{r.folder.parent.name}/{r.label}") if r.label in labels else r
         for r in records
     ]
-    if again := _repeated(told):
+    if again := _repeated(renamed):
         label, seed = min(again)
         raise InputError(
-            f"there are several runs of {label}, seed {seed}: make a report of each, or rename their folders"
+            f"there are several runs of {label}, seed {seed}: "
+            "make a report of each, or rename their folders"
         )
-    return told
+    return renamed
 
 
 def _repeated(records: Iterable[Record]) -> set[tuple[str, int]]:
@@ -268,7 +272,7 @@ def labels_of(records: Iterable[Record]) -> list[str]:
 
 
 def first_of_each(records: Iterable[Record]) -> list[Record]:
-    """Return the run of the first seed of each label."""
+    """Return the run with the first seed of each label."""
     found: dict[str, Record] = {}
     for record in records:
         found.setdefault(record.label, record)

@@ -1,7 +1,7 @@
-"""The sections of a report as plain values; templates/sections/NAME.html says how each looks.
+"""Values of each section of a report. Its template is templates/sections/NAME.html.
 
-To add a section, write its template and add it to `SECTIONS`, with a function if the template needs
-values that the records and exhibits do not have.
+To add a section, write its template and add it to `SECTIONS`. Add a function if the template needs
+values that are not in the records and exhibits.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,11 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows.
+    """Contents of a report.
 
     Attributes:
         records: all runs.
-        exhibits: what the model of the first seed of each label shows.
+        exhibits: images and diagnosis of the model with the first seed of each label.
         styles: colour and dash of each label.
         axes: x values of the training curves.
         curves, codes: figures of training and of latents, drawn by page.js.
@@ -68,7 +68,7 @@ def summary(report: Report) -> Values:
 
 
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
-    """Name, value and unit of the main figures of a run."""
+    """Return name, value and unit of the main figures of a run."""
     figures = [
         (name, record.figures.get(page, {}).get(key), style, unit)
         for name, page, key, style, unit in TILES
@@ -87,7 +87,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
 
 
 def comparison(report: Report) -> Values | None:
-    """The labels against each other, as `poise compare` shows them."""
+    """Return the comparison of labels, as `poise compare` shows it; None for one run."""
     results = cells.results_of(report.records)
     if len(results) < 2:
         return None
@@ -121,12 +121,12 @@ def latents(report: Report) -> Values:
 
 
 def _deterministic(records: Sequence[Record]) -> str:
-    """The labels of the models without a KL."""
+    """Return the labels of the models without a KL."""
     return words.listed(labels_of(record for record in records if not record.has_kl))
 
 
 def numbers(report: Report) -> Values:
-    """The figures of each run, and what was measured under protocols."""
+    """Return the figures of each run, and its measurements under protocols."""
     if len(report.records) == 1:
         rows = cells.figures_table(report.records[0].figures)
         figures = [["figure", "value"], *rows] if rows else []
@@ -177,13 +177,14 @@ def versions(report: Report) -> Values:
 
 
 class Section(NamedTuple):
-    """A part of the page.
+    """Section of the page.
 
     Attributes:
-        name: of its template and its anchor.
-        title: its heading.
-        make: computes the values for the template; None leaves the section out.
-        link: its entry in the contents; empty for the title.
+        name: name of its template and its anchor.
+        title: heading.
+        make: function that computes the values for the template; if it returns None, the section is
+            left out.
+        link: entry in the contents; empty: the title.
     """
 
     name: str
@@ -193,7 +194,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (  # in reading order
-    Section("summary", "In short", summary),
+    Section("summary", "Summary", summary),
     Section("comparison", "Comparison", comparison),
     Section("samples", "Samples and reconstructions", samples, link="Samples"),
     Section("training", "Training", training),

@@ -21,12 +21,12 @@ NETWORKS = {
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Join words as in "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
-def counted(count: int, thing: str) -> str:
-    """ "1 run", "1,000 runs"."""
+def plural(count: int, thing: str) -> str:
+    """Format a count with its noun, as in "1 run" or "1,000 runs"."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
@@ -47,9 +47,12 @@ def spread(values: Sequence[float]) -> str:
 
 
 def images_word(shape: Sequence[int]) -> str:
-    """ "8×8, grey"."""
+    """Format the shape of images, as in "8×8, grey"."""
     channels, height, width = shape
-    return f"{height}×{width}, {'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
+    return (
+        f"{height}×{width}, "
+        f"{'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels} channels'}"
+    )
 
 
 def source_word(record: Record) -> str:
@@ -57,19 +60,19 @@ def source_word(record: Record) -> str:
 
 
 def model_sentence(record: Record) -> str:
-    """Say what was trained, on what data and how long."""
+    """Say which model was trained, on which data, and for how long."""
     recipe, data = record.recipe, record.data
     network = recipe["network"]
-    kind = NETWORKS.get(network["kind"], "a network of the user's own")
+    kind = NETWORKS.get(network["kind"], "a custom network")
     what = "A two-stage model" if recipe.get("second") else "A one-stage model"
     if record.has_kl:
         what = what.replace("model", "VAE")
     images = (
-        f"{counted(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
+        f"{plural(data['train'], 'image')} of {source_word(record)} ({images_word(data['shape'])})"
     )
     return (
-        f"{what} ({kind}, {counted(network['latent_dim'], 'latent')}; recipe {recipe['name']}), trained on "
-        f"{images}. {_lengths(recipe)}{_time(record)}"
+        f"{what} ({kind}, {plural(network['latent_dim'], 'latent')}; recipe {recipe['name']}), "
+        f"trained on {images}. {_lengths(recipe)}{_time(record)}"
     )
 
 
@@ -84,7 +87,7 @@ def _lengths(recipe: dict[str, Any]) -> str:
 
 def _length(stage: dict[str, Any]) -> str:
     unit = "epochs" if stage.get("epochs") else "steps"
-    long = counted(stage.get(unit) or 0, unit[:-1])
+    long = plural(stage.get(unit) or 0, unit[:-1])
     objective = stage.get("objective", "vae")
     goal = f"balance {stage['balance']}" if objective == "vae" else f"objective {objective}"
     return f"{long} of batches of {stage['batch_size']}, {goal}"
@@ -93,11 +96,14 @@ def _length(stage: dict[str, Any]) -> str:
 def _time(record: Record) -> str:
     if not record.summary or record.summary.get("seconds") is None:
         return ""
-    return f" Training took {duration(record.summary['seconds'])} on {record.summary.get('device', 'an unnamed device')}."
+    return (
+        f" Training took {duration(record.summary['seconds'])} "
+        f"on {record.summary.get('device', 'an unnamed device')}."
+    )
 
 
 def result_sentences(record: Record) -> list[str]:
-    """Say what the figures of a run are."""
+    """Return sentences with the error, the codes and the distances of a run."""
     figures = record.figures
     codes = f"{_latents(figures)} {_balance(record)}".strip() if record.has_kl else ""
     return [line for line in (_error(figures), codes, _distances(record)) if line]
@@ -125,7 +131,7 @@ def _latents(figures: dict[str, Any]) -> str:
 
 
 def _balance(record: Record) -> str:
-    """Say the balance over the last tenth of the log of stage 1."""
+    """Say how balanced the last tenth of the log of stage 1 is."""
     entries = stage_entries(record, 1)
     shares = [
         entry["mse"] / entry["gamma2"]
@@ -134,7 +140,10 @@ def _balance(record: Record) -> str:
     ]
     if not shares:
         return ""
-    return f"At the end of stage 1's log the quadratic term was {number(fmean(shares), '.3g')} of D/2; 1 is balance."
+    return (
+        f"At the end of stage 1's log, the quadratic term was {number(fmean(shares), '.3g')} of "
+        "D/2; 1 is balanced."
+    )
 
 
 def _distances(record: Record) -> str:
@@ -144,9 +153,7 @@ def _distances(record: Record) -> str:
         return ""
     best = min((of for of in found if of.startswith("GEN")), key=lambda of: found[of], default=None)
     tail = (
-        f" (lower is better): of the priors, {best} comes closest to the real images"
-        if best
-        else ""
+        f" (lower is better). Of the priors, {best} is closest to the real images" if best else ""
     )
     return f"{name}: {listed([f'{of} {number(value)}' for of, value in found.items()])}{tail}."
 
@@ -154,7 +161,7 @@ def _distances(record: Record) -> str:
 def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
     """Return (set of images, value, protocol hash) for each measurement of a distance.
 
-    If a run was measured under several protocols, only the first counts.
+    If a run was measured under several protocols, only the first is used.
     """
     measured = [m for m in (record.evaluation or {}).get("measurements", []) if m["metric"] == name]
     return [
@@ -165,15 +172,15 @@ def distances(record: Record, name: str | None) -> list[tuple[str, float, str]]:
 
 
 def advice(record: Record, diagnosis: Diagnosis | None) -> list[str]:
-    """Say what to do next: the diagnosis's first remedy, and what is missing."""
+    """Return the next steps: the first remedy of the diagnosis, and what is missing."""
     lines = [] if diagnosis is None else [_remedy(diagnosis)]
     return [*lines, *(line for line in record.missing if "one stage only" not in line)] or [
-        "Nothing wrong is known, but the model was not diagnosed."
+        "No fault is known, but the model was not diagnosed."
     ]
 
 
 def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
-    """Say in one line what to do next with one of several runs."""
+    """Return the next step for one of several runs, in one line."""
     if diagnosis is None or diagnosis.cause is None:
         return f"{record.label}: {advice(record, diagnosis)[0]}"
     return f"{record.label}: {diagnosis.cause.name}. Try: {diagnosis.cause.remedy}"
@@ -181,7 +188,7 @@ def group_advice(record: Record, diagnosis: Diagnosis | None) -> str:
 
 def _remedy(diagnosis: Diagnosis) -> str:
     if diagnosis.cause is None:
-        return "Nothing wrong was found: see the diagnosis for how far each figure may go."
+        return "Nothing wrong was found. The diagnosis gives the threshold of each figure."
     return f"{diagnosis.cause.name}: {diagnosis.cause.sentence} Try: {diagnosis.cause.remedy}"
 
 
@@ -194,8 +201,8 @@ def group_sentence(records: Sequence[Record]) -> str:
 
 
 def group_results(records: Sequence[Record]) -> list[str]:
-    """Say which label has the least error and the best samples; ± is over seeds."""
-    lines = [_best(records, "The least error is that of", "an MSE of", _mse)]
+    """Say which label has the smallest error and the best samples; ± is over seeds."""
+    lines = [_best(records, "The smallest error is that of", "an MSE of", _mse)]
     name = distance_name(records)
     if name:
         lines.append(
@@ -239,7 +246,7 @@ def distance_name(records: Sequence[Record]) -> str | None:
 
 
 def best_distance(record: Record, name: str) -> float | None:
-    """Return the least distance among the generations of a run, or None."""
+    """Return the smallest distance among the priors of a run, or None."""
     return min(
         (value for of, value, _ in distances(record, name) if of.startswith("GEN")), default=None
     )

@@ -40,7 +40,7 @@
     };
   }
 
-  // A logarithmic axis with ticks at 1, 2, 5 of each decade, or at powers of ten where it is long, as plain numbers.
+  // A logarithmic axis with plain numbers at 1, 2, 5 of each decade, or at powers of ten if long.
   function logTicks(figure) {
     const all = figure.traces.flatMap((trace) => trace.y).filter((value) => value > 0);
     if (figure.line) all.push(figure.line);
@@ -57,7 +57,7 @@
     return { type: "log", range: [low - margin, high + margin], tickmode: "array", tickvals, ticktext };
   }
 
-  // In print the browser scales the drawing to the paper: an SVG needs a view box for that.
+  // In print, the browser scales the drawing to the paper. An SVG needs a view box for this.
   function keepShape(plot) {
     const { width, height } = plot._fullLayout;
     plot.style.setProperty("--shape", `${width} / ${height}`);
