@@ -142,10 +142,10 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
     return Statement(
         "O2",
         "The released minimum lets noise push gamma2 below the MSE; the average stays near it.",
-        "With the minimum, gamma2 never rises. Its error should grow as batches get smaller. "
-        "Digits, 3,000 steps for every batch size. Refuted if gamma2 with the minimum is not below "
-        "the MSE, or not lower for batches of 20 than of 200. Refuted also if the plain average "
-        "differs from the MSE by more than 5 %.",
+        "With the minimum, gamma2 never rises ('ratchet' below). Its error should grow as batches "
+        "get smaller. Digits, 3,000 steps for every batch size. Refuted if gamma2 with the minimum "
+        "is not below the MSE, or not lower for batches of 20 than of 200. Refuted also if the "
+        "plain average differs from the MSE by more than 5 %.",
         (f"{DIGITS}-batch-*",),
         tuple(checks),
         (("", rows),),
@@ -183,7 +183,7 @@ def weight_four(evidence: Evidence) -> Statement:
     return Statement(
         "O3",
         "A KL weight of 4 (as released for CelebA) costs reconstruction and improves samples.",
-        "Digits. Refuted if the test MSE is not higher than with k = 1, or if the distances of "
+        "Digits. Refuted if the test MSE is not higher than with weight 1, or if the distances of "
         "samples are not smaller.",
         (DIGITS,),
         tuple(checks),

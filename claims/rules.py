@@ -173,8 +173,8 @@ def verdict_text(checks: Sequence[Check]) -> str:
         ]
         return f"**depends**: {'; '.join(parts)}{left_out}"
     undecided = _listed(checks, Outcome.OPEN) if outcome is Outcome.FAILS else ""
-    return f"**{outcome.value}**" + (f"; undecided for {undecided}" if undecided else "") + left_out
+    return f"**{outcome.value}**" + (f": undecided for {undecided}" if undecided else "") + left_out
 
 
 def _listed(checks: Sequence[Check], outcome: Outcome) -> str:
-    return ", ".join(check.what for check in checks if check.outcome is outcome)
+    return " · ".join(check.what for check in checks if check.outcome is outcome)

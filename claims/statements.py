@@ -348,7 +348,7 @@ def kl_prevails(evidence: Evidence) -> Statement:
     ]
     return Statement(
         "C4",
-        "With gamma2 = 1, KL prevails and the error stops falling.",
+        "With gamma2 = 1, the KL term dominates and the error stops falling.",
         "Refuted if gamma2 = 1 has more than half of the KL of `computed`, or less than twice its "
         "MSE, or an MSE that still falls by a tenth or more in the second half of stage 1.",
         MAIN,
