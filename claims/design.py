@@ -19,9 +19,8 @@ OPTIMAL = "optimal"
 FIXED = "fixed:gamma2=1"
 BALANCES = (COMPUTED, RATCHET, LEARNED, FASTER, OPTIMAL, FIXED)
 TWICE_LEARNED = "learned, both stages"  # the two-stage VAE of Dai & Wipf
-RAE = (
-    "rae-l2:latent=0.005,decoder=8e-5"  # the published MNIST settings, at 784 values and 32 latents
-)
+# The published MNIST settings, converted to 784 values and 32 latents.
+RAE = "rae-l2:latent=0.005,decoder=8e-5"
 WAE = "wae-mmd"
 RIVALS = ("autoencoder", RAE, "rae-gp", WAE)
 
@@ -29,13 +28,14 @@ MNIST, FASHION, DIGITS = "claims-mnist", "claims-fashion", "claims-digits"
 # Epochs beside the full length. They equal the full run stopped earlier: no rate is halved by then.
 LENGTHS = (1, 3)
 BATCHES = (20, 60, 200)
+# Steps and width of stage 2, beside (3_000, 128).
 SECOND_STAGES = (
     (300, 128),
     (1_000, 128),
     (3_000, 16),
     (3_000, 32),
     (3_000, 64),
-)  # steps and width, beside (3_000, 128)
+)
 
 Reference = Literal["train", "test"]
 
@@ -68,9 +68,8 @@ KEPT = ("FD-", "KID-")  # other metrics would be most of the results' size
 IMAGES = Recipe(
     name="claims",
     data=Data("mnist"),
-    network=Network(
-        "mlp", latent_dim=32, hidden=(512, 512), second_hidden=256
-    ),  # 1.38 million parameters in stage 1
+    # 1.38 million parameters in stage 1.
+    network=Network("mlp", latent_dim=32, hidden=(512, 512), second_hidden=256),
     first=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=3),
     second=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=2),
 )
@@ -87,9 +86,8 @@ SMALL = Recipe(
 )
 ONE_STAGE = replace(SMALL, second=None)
 ONE = {"stages": 1}
-Labels = dict[
-    str, tuple[dict[str, Any], tuple[Compared, ...]]
-]  # changes of the recipe, and sets to compare
+# For each label its changes of the recipe, and the sets to compare.
+Labels = dict[str, tuple[dict[str, Any], tuple[Compared, ...]]]
 
 
 def design() -> list[Experiment]:

@@ -108,7 +108,7 @@ def contrary(results: Iterable[Result]) -> str:
         )
         pairs.append(f"{ours} against {theirs} after {epochs}")
     return (
-        "Against the computed balance: its samples from N(0, I) (GEN-1) are always further from "
+        "Against the computed balance: its samples from N(0, I) (GEN-1) are further from "
         "the images than those of the learned balance. On Fashion-MNIST, FD-pixels is "
         f"{', '.join(pairs)} epochs"
     )
@@ -118,7 +118,7 @@ def page(results: Iterable[Result], experiments: Sequence[Experiment] | None = N
     """Return docs/claims.md.
 
     Args:
-        results: results; those of other experiments are ignored.
+        results: results of runs; those of other experiments are ignored.
         experiments: the experiments of the page; None: those of the design.
 
     Raises:

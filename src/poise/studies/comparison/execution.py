@@ -139,9 +139,8 @@ class Study:
     def run(self, tasks: Sequence[Task]) -> None:
         """Do all tasks. After a worker is killed, repeat its tasks at the end, one at a time.
 
-        Most kills are caused by full memory, so running fewer tasks at a time may help. joblib ends
-        all workers when one is killed. A task is certainly the cause only if it
-        runs alone.
+        Full memory is the usual cause, so running fewer tasks at a time may help. joblib ends all
+        workers when one is killed. A task is certainly the cause only if it runs alone.
         """
         left, suspects = list(tasks), list[Task]()
         while left and not self.stopping:
@@ -166,9 +165,7 @@ class Study:
             for ended in answers:
                 for one in ended:
                     self._conclude(one)
-        except (
-            Exception
-        ) as error:  # joblib or its backend failed: `perform` catches errors of tasks
+        except Exception as error:  # of joblib: `perform` catches errors of tasks
             if not self._given:
                 raise
             return " ".join(str(error).split()) or type(error).__name__
@@ -222,9 +219,7 @@ class Following:
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.total = sum(
-            task.total_steps + 1 for task in tasks
-        )  # the evaluation counts as one step
+        self.total = sum(task.total_steps + 1 for task in tasks)  # 1 for the evaluation
         self.ended: set[Path] = set()
         self._first_seen: dict[int, int] = {}
         self._said: set[int] = set()

@@ -226,10 +226,8 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
     how = experiment.protocols, experiment.extractor, experiment.priors, device
     common = replace(measuring_for(dataset, *how), pages=experiment.pages)
     compared = completed(experiment.compared, dataset, device)
-    place, results = (
-        folder.resolve(),
-        results.resolve(),
-    )  # workers may have other working directories
+    # Workers may have other working directories.
+    place, results = folder.resolve(), results.resolve()
     tasks = [
         Task(
             experiment.name,

@@ -110,9 +110,8 @@ class Task:
 
     def _same_settings(self, earlier: dict[str, Any]) -> bool:
         try:
-            known = to_json(
-                from_json(Recipe, earlier)
-            )  # settings that are newer than the result get their defaults
+            # Settings that are newer than the result get their defaults.
+            known = to_json(from_json(Recipe, earlier))
         except InputError:  # written by a newer version
             return False
         return unsourced(known) == unsourced(to_json(self.recipe))

@@ -121,7 +121,7 @@ def now_and_then(ask: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def _train_and_measure(task: Task, device: str, stop: Callable[[], bool]) -> None:
-    if task.result() is not None:  # written by a worker that was killed afterwards
+    if task.result() is not None:  # by a worker that was killed later
         return
     options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)
     images = dataset(task.recipe.data, task.folder.parent / "cache")
