@@ -49,7 +49,7 @@ def compare(
     differences come from stage 1.
 
     Args:
-        data: as for `poise.train`. An array is written into the folder, for the workers to read.
+        data: images, as for `poise.train`. An array is written into the folder for the workers.
         balances: balances to compare: see `poise.balance.make_balance`. The first label is the
             reference. None: computed, learned, optimal and fixed, or computed alone beside models.
         models: objectives to compare: see `poise.objectives.make_objective`.

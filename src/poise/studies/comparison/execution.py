@@ -267,7 +267,7 @@ class Following:
             line = (
                 f"stage {stage}: {1000 * seconds:.1f} ms a step, so about "
                 f"{duration(left * seconds / min(jobs, len(self.tasks)))} "
-                "for what is left of it in all runs"
+                "for the rest of this stage in all runs"
             )
             print(line, file=sys.stderr, flush=True)
 

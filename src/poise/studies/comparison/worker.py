@@ -35,7 +35,7 @@ LEASE = ".going-"
 
 
 class Ended(NamedTuple):
-    """How a task ended, with a message if it failed."""
+    """Outcome of a task, with an error message if it failed."""
 
     task: Task
     state: Literal["done", "failed", "interrupted"]
