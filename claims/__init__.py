@@ -1,10 +1,17 @@
-"""The evidence for what the method is said to do, at the scale of two CPU cores: runs, rules, and the page made of both.
+"""Evidence for the claims of the method, at the scale of two CPU cores: runs, rules, page.
 
-    python -m claims run          # what is not done yet; two processes of one thread each
-    python -m claims page         # docs/claims.md, and the table in README.md, from results/claims
-    python -m claims quick        # the same pipeline on the digits, seconds
+    python -m claims run          # do the missing runs, in two processes of one thread each
+    python -m claims page         # write docs/claims.md and the table in README.md
+    python -m claims quick        # the same pipeline on the digits, in seconds
 
-The runs are experiments of `poise.studies.comparison`, as those of `poise compare` are. In reading order: `design` (which runs
-there are), `measure` (figures of a run), `figures` (means, pairs, intervals), `rules` (when a claim holds: written before the
-runs), `statements` (the paper's claims), `questions` (our own), `page`.
+The runs are experiments of `poise.studies.comparison`, like those of `poise compare`. In reading
+order:
+
+- `design`: the runs.
+- `measure`: figures of a run.
+- `figures`: means, pairs, intervals.
+- `rules`: when a claim holds. Written before the runs.
+- `statements`: the claims of the paper.
+- `questions`: our own claims.
+- `page`: docs/claims.md.
 """

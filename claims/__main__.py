@@ -1,4 +1,4 @@
-"""The command: see the package."""
+"""The command `python -m claims`."""
 
 import argparse
 import sys
@@ -22,7 +22,11 @@ RUNS, QUICK = Path("runs/claims"), Path("runs/claims-quick")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the command line.
+
+    Args:
+        arguments: words of the command line; None: those of the process.
+    """
     options = parser().parse_args(arguments)
     try:
         options.action(options)
@@ -32,41 +36,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m claims", description="The evidence for what the method is said to do."
+        prog="python -m claims", description="Evidence for the claims of the method."
     )
     actions = made.add_subparsers(required=True)
     runs = actions.add_parser(
-        "run", help="train and measure what is not done yet, and go on with what was interrupted"
+        "run", help="train and measure the missing runs, and resume interrupted ones"
     )
     runs.set_defaults(action=run)
     runs.add_argument(
         "--only",
         nargs="+",
         metavar="PATTERN",
-        help="experiments by name: claims-digits, claims-digits-batch-*",
+        help="names of experiments: claims-digits, claims-digits-batch-*",
     )
-    runs.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    runs.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     runs.add_argument(
-        "--runs", type=Path, default=RUNS, help="where runs lie until they are measured"
+        "--runs", type=Path, default=RUNS, help="folder of the runs until they are measured"
     )
     runs.add_argument("--results", type=Path, default=RESULTS)
-    runs.add_argument("--keep", action="store_true", help="keep the runs")
+    runs.add_argument("--keep", action="store_true", help="keep the runs' folders after measuring")
     trial = actions.add_parser(
-        "quick", help="the same pipeline on the digits in seconds: it shows that everything runs"
+        "quick", help="run the same pipeline on the digits, in seconds, as a test"
     )
     trial.set_defaults(action=run_quickly)
     trial.add_argument("--out", type=Path, default=QUICK)
-    trial.add_argument("--jobs", type=int, default=1, help="two need longer to start than it takes")
+    trial.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time; with two, starting takes longer than the work",
+    )
     pages = actions.add_parser("page", help="write docs/claims.md and the table in README.md")
     pages.set_defaults(action=write)
     pages.add_argument("--results", type=Path, default=RESULTS)
-    listed = actions.add_parser("list", help="the runs, one a line")
+    listed = actions.add_parser("list", help="list the runs, one per line")
     listed.set_defaults(action=show)
     return made
 
 
 def run(options: argparse.Namespace) -> None:
-    """The design's runs, or some of them."""
+    """Do the runs of the design, or those of `--only`."""
     wanted = [
         experiment
         for experiment in design()
@@ -74,7 +83,8 @@ def run(options: argparse.Namespace) -> None:
     ]
     if not wanted:
         raise InputError(
-            f"no experiment is called {' or '.join(options.only)}: python -m claims list shows them"
+            f"no experiment is called {' or '.join(options.only)}: "
+            "python -m claims list shows the names"
         )
     work(wanted, options.runs, options.results, jobs=options.jobs, keep=options.keep)
 
@@ -82,19 +92,19 @@ def run(options: argparse.Namespace) -> None:
 def work(
     experiments: Sequence[Experiment], runs: Path, results: Path, *, jobs: int, keep: bool = False
 ) -> None:
-    """Do what is not finished. The data of experiments that are finished need not be here.
+    """Do all runs that are not finished. Finished experiments do not need their data.
 
     Args:
-        experiments: what is done.
+        experiments: the experiments.
         runs: folder of the runs until they are measured.
         results: folder of the results.
-        jobs: runs at a time.
-        keep: keep the runs.
+        jobs: runs at a time, at least 1.
+        keep: keep the runs' folders after measuring.
 
     Raises:
-        RunError: some failed.
+        RunError: some runs failed.
     """
-    torch.set_num_threads(1)  # also of other processes: see `crew_for`
+    torch.set_num_threads(1)  # also in worker processes: see `crew_for`
     written = there(results)
     left = {
         runs / experiment.name: replace(experiment, keep=keep)
@@ -114,7 +124,7 @@ def work(
 
 
 def run_quickly(options: argparse.Namespace) -> None:
-    """A few small runs, and a page of them."""
+    """Do a few small runs, and write a page of them."""
     experiments = quick()
     work(experiments, options.out / "runs", options.out / "results", jobs=options.jobs)
     results = read_results([options.out / "results"])
@@ -123,19 +133,19 @@ def run_quickly(options: argparse.Namespace) -> None:
 
 
 def write(options: argparse.Namespace) -> None:
-    """docs/claims.md and README.md from results."""
+    """Write docs/claims.md and the table in README.md."""
     results = there(options.results)
     write_file(PAGE, page(results).encode())
     write_file(README, with_table(README.read_text(encoding="utf-8"), in_readme(results)).encode())
 
 
 def there(folder: Path) -> list[Result]:
-    """The results in a folder; none if there is no folder yet."""
+    """Return the results in a folder, or none if it does not exist yet."""
     return read_results([folder]) if any(folder.glob("*.json")) else []
 
 
 def show(options: argparse.Namespace) -> None:
-    """Every run."""
+    """Print experiment, label and seed of every run."""
     for experiment in design():
         for label, recipe in experiment.planned():
             print(experiment.name, label, recipe.seed, sep="\t")

@@ -1,4 +1,4 @@
-"""Which runs there are: an experiment has one network, schedule and data set; its labels differ in one thing."""
+"""The runs. An experiment has one network, schedule and data set; labels differ in one setting."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,38 +13,37 @@ from poise.studies.comparison.measuring import Compared, ImageSet
 
 COMPUTED = "computed"
 RATCHET = "computed:start=1,monotone=true"  # the released rule: gamma2 never grows
-LEARNED = "learned"  # as published: log gamma starts at 0 and moves at the network's rate
+LEARNED = "learned"  # as published: log gamma starts at 0 and has the network's learning rate
 FASTER = "learned:rate=100"
 OPTIMAL = "optimal"
 FIXED = "fixed:gamma2=1"
 BALANCES = (COMPUTED, RATCHET, LEARNED, FASTER, OPTIMAL, FIXED)
 TWICE_LEARNED = "learned, both stages"  # the two-stage VAE of Dai & Wipf
-RAE = (
-    "rae-l2:latent=0.005,decoder=8e-5"  # the published MNIST settings, at 784 values and 32 latents
-)
+# The published MNIST settings, converted to 784 values and 32 latents.
+RAE = "rae-l2:latent=0.005,decoder=8e-5"
 WAE = "wae-mmd"
 RIVALS = ("autoencoder", RAE, "rae-gp", WAE)
 
 MNIST, FASHION, DIGITS = "claims-mnist", "claims-fashion", "claims-digits"
-LENGTHS = (
-    1,
-    3,
-)  # epochs, beside the whole length: the same run stopped earlier, since the rate is not yet halved
+# Epochs beside the full length. They equal the full run stopped earlier: no rate is halved by then.
+LENGTHS = (1, 3)
 BATCHES = (20, 60, 200)
+# Steps and width of stage 2, beside (3_000, 128).
 SECOND_STAGES = (
     (300, 128),
     (1_000, 128),
     (3_000, 16),
     (3_000, 32),
     (3_000, 64),
-)  # steps and width, beside 3,000 and 128
+)
 
 Reference = Literal["train", "test"]
 
-# FD-light takes a second for 70 images on one core, as long as stage 1 for a run's sets: only where a claim needs it.
+# FD-light takes a second for 70 images on one core. For the sets of a run this is as long as stage
+# 1, so it is measured only if a claim needs it.
 JUDGED_BY_LIGHT = {MNIST: (COMPUTED, LEARNED), FASHION: (COMPUTED, LEARNED, FASTER, OPTIMAL, FIXED)}
 
-# Sets of images by their names, and how each is made.
+# Names of sets of images, and the prior and generation settings of each.
 BASIC = ("REC", "GEN-1", "GEN-2")
 FIRST_STAGE = ("REC", "GEN-1", "GEN-mixture")
 BY_CODES = ("REC", "GEN-mixture")
@@ -63,19 +62,19 @@ WAYS: dict[str, tuple[PriorName | None, Generation]] = {
         Generation(second_stage_noise=False, renormalise="always"),
     ),
 }
-KEPT = ("FD-", "KID-")  # the rest would be most of the results' bytes
+KEPT = ("FD-", "KID-")  # other metrics would be most of the results' size
 
 
 IMAGES = Recipe(
     name="claims",
     data=Data("mnist"),
-    network=Network(
-        "mlp", latent_dim=32, hidden=(512, 512), second_hidden=256
-    ),  # 1.38 million parameters in stage 1
+    # 1.38 million parameters in stage 1.
+    network=Network("mlp", latent_dim=32, hidden=(512, 512), second_hidden=256),
     first=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=3),
     second=Stage(epochs=5, batch_size=100, learning_rate=1e-3, halve_every=2),
 )
-PATIENT = "computed:start=0.001,decay=0.999"  # otherwise the digits' stage 2 stays near KL = 0 for so few steps (a pilot run)
+# With another balance, stage 2 of the digits stays near KL = 0 in so few steps (a pilot run).
+PATIENT = "computed:start=0.001,decay=0.999"
 SMALL = Recipe(
     name="claims",
     data=Data("digits"),
@@ -87,16 +86,17 @@ SMALL = Recipe(
 )
 ONE_STAGE = replace(SMALL, second=None)
 ONE = {"stages": 1}
-Labels = dict[str, tuple[dict[str, Any], tuple[Compared, ...]]]  # changes of the recipe, and sets
+# For each label its changes of the recipe, and the sets to compare.
+Labels = dict[str, tuple[dict[str, Any], tuple[Compared, ...]]]
 
 
 def design() -> list[Experiment]:
-    """Every experiment, of three seeds."""
+    """Return all experiments, with three seeds each."""
     return [*_pictures(), *_digits()]
 
 
 def experiment(name: str, base: Recipe, labels: Labels) -> Experiment:
-    """Return an experiment of three seeds, whose runs are evaluated on every test image."""
+    """Return an experiment with three seeds, evaluated on every test image."""
     changes = {label: changed for label, (changed, _) in labels.items()}
     compared = {label: sets for label, (_, sets) in labels.items()}
     return Experiment(
@@ -125,7 +125,7 @@ def _pictures() -> Iterator[Experiment]:
     }
     both = {"balance": LEARNED, "second_balance": LEARNED}
     labels[TWICE_LEARNED] = both, (_light(BASIC), _pixels(EVERY_SET))
-    for objective in RIVALS:  # one stage each; of them only WAE has a prior to draw from
+    for objective in RIVALS:  # one stage each; only WAE has a prior to sample from
         sets = FIRST_STAGE if objective == WAE else BY_CODES
         labels[objective] = {"objective": objective} | ONE, (_light(sets), _pixels(FIRST_STAGE))
     yield experiment(FASHION, fashion, labels)
@@ -156,13 +156,13 @@ def _pixels(sets: tuple[str, ...]) -> Compared:
 def compared(
     extractor: str, sets: tuple[str, ...], number: int, reference: Reference = "test"
 ) -> Compared:
-    """Compare sets of images with real ones.
+    """Return the comparison of sets of images with real ones.
 
     Args:
         extractor: see `poise.features.make_extractor`.
-        sets: by their names in `WAYS`.
-        number: real images, and as many produced ones.
-        reference: the side of the data that real images are from.
+        sets: names of sets, keys of `WAYS`.
+        number: number of real images, and of generated ones.
+        reference: the split of the real images.
     """
     protocol = replace(
         DEFAULT,
@@ -199,17 +199,17 @@ def _digits() -> Iterator[Experiment]:
 
 
 def _all_digits(sets: tuple[str, ...]) -> tuple[Compared, ...]:
-    return (compared("pixels", sets, 1_600, "train"),)  # of 1,617: the test side's 180 are too few
+    return (compared("pixels", sets, 1_600, "train"),)  # of 1,617; the 180 test images are too few
 
 
 def _batched(batch: int) -> Recipe:
-    """3,000 steps for every size of batch."""
+    """Return the recipe with 3,000 steps, for every batch size."""
     stage = Stage(steps=3_000, batch_size=batch, learning_rate=1e-3, halve_every=1_200)
     return replace(ONE_STAGE, first=stage)
 
 
 def second_stages(steps: int, hidden: int) -> str:
-    """The experiment of a second stage of this length and width."""
+    """Return the name of the experiment with a second stage of this length and width."""
     return f"{DIGITS}-second-{steps}-{hidden}"
 
 
@@ -222,7 +222,7 @@ def _seconded(steps: int, hidden: int) -> Recipe:
 
 
 def quick() -> list[Experiment]:
-    """The same pipeline in seconds, on the digits: it shows that everything runs, and nothing else."""
+    """Return a small experiment on the digits that takes seconds and tests the pipeline only."""
     assert SMALL.second is not None
     first, second = (
         replace(SMALL.first, epochs=2, halve_every=None),

@@ -1,4 +1,4 @@
-"""What results say: one number of a run, ratios paired by seed, how soon an error is reached, means and intervals."""
+"""Figures of results: numbers of a run, paired ratios, images until an error, means, intervals."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,15 +9,14 @@ from poise.studies.comparison.statistics import bootstrap, spread
 from poise.studies.results import Result
 
 Quantity = Callable[[Result], float]
-SETTLED = 500  # steps until the running average has forgotten its start: 0.99^500 = 0.7 %
-TOLERANCE = (
-    1.02  # times an error, where it counts as reached: a point of a curve is noisy by about as much
-)
+SETTLED = 500  # steps until the running average forgets its start: 0.99^500 = 0.7 %
+# An error counts as reached at this multiple of it. The points of a curve are about as noisy.
+TOLERANCE = 1.02
 
 
 @final
 class Evidence:
-    """All results, by experiment, label and seed."""
+    """Results by experiment, label and seed."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.results = list(results)
@@ -26,38 +25,38 @@ class Evidence:
         }
 
     def runs(self, experiment: str, label: str) -> dict[int, Result]:
-        """By seed, ascending."""
+        """Return the results of a label by ascending seed."""
         found = {
             seed: r for (e, name, seed), r in self._runs.items() if (e, name) == (experiment, label)
         }
         return dict(sorted(found.items()))
 
     def values(self, experiment: str, label: str, quantity: Quantity) -> dict[int, float]:
-        """A number of each run, by seed; runs of which it was not measured, or is undefined, are left out."""
+        """Return a number of each run by seed, without unmeasured and undefined ones."""
         found = {
             seed: number(result, quantity) for seed, result in self.runs(experiment, label).items()
         }
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def mean(self, experiment: str, label: str, quantity: Quantity) -> float:
-        """Over seeds; NaN where there are no runs."""
+        """Return the mean of a number over seeds, NaN if there are no runs."""
         found = spread(list(self.values(experiment, label, quantity).values()))
         return found.mean if found else math.nan
 
     def ratios(self, experiment: str, label: str, other: str, quantity: Quantity) -> list[float]:
-        """label / other, for each seed that both have."""
+        """Return the ratio label / other of a number for each seed that both have."""
         return quotients(
             self.values(experiment, label, quantity), self.values(experiment, other, quantity)
         )
 
     def pairs(self, experiment: str, label: str, other: str) -> list[tuple[Result, Result]]:
-        """The runs of two labels, seed by seed."""
+        """Return the pairs of runs of two labels, seed by seed."""
         one, two = self.runs(experiment, label), self.runs(experiment, other)
         return [(one[seed], two[seed]) for seed in one if seed in two]
 
 
 def number(result: Result, quantity: Quantity) -> float:
-    """NaN where it was not measured."""
+    """Return a number of a result, NaN if it was not measured."""
     try:
         return quantity(result)
     except InputError:
@@ -65,22 +64,22 @@ def number(result: Result, quantity: Quantity) -> float:
 
 
 def quotients(one: dict[int, float], other: dict[int, float]) -> list[float]:
-    """one / other, for each seed that both have."""
+    """Return one / other for each seed that both have."""
     return [one[seed] / other[seed] for seed in sorted(set(one) & set(other))]
 
 
 def of_page(name: str) -> Quantity:
-    """A figure of a page, by its dotted name."""
+    """Return the quantity that reads a figure of a page by its dotted name."""
     return lambda result: result.value(name)
 
 
 def distance(of: str, extractor: str) -> Quantity:
-    """The Frechet distance of a set of images."""
+    """Return the quantity that reads the Frechet distance of a set of images."""
     return lambda result: result.value(f"FD-{extractor}", of)
 
 
 def relative(one: Quantity, other: Quantity) -> Quantity:
-    """one / other - 1 within a run."""
+    """Return the quantity one / other - 1 within a run."""
     return lambda result: one(result) / other(result) - 1
 
 
@@ -90,29 +89,35 @@ GAMMA2 = of_page("reconstruction.gamma2")
 
 
 def evidence_bound(result: Result) -> float:
-    """The ELBO in nats per image at the decoder variance that suits the run best, its sampled MSE: for any gamma2 it had."""
+    """Return the ELBO in nats per image at the run's best decoder variance, its sampled MSE.
+
+    It does not depend on the gamma2 that the run ended with.
+    """
     num_dims = math.prod(result.data["shape"])
     error = result.value("reconstruction.mse_sampled")
     return -num_dims / 2 * (1 + math.log(2 * math.pi * error)) - KL(result)
 
 
 def explained(result: Result) -> float:
-    """The share of the pixels' variance that reconstructions have."""
+    """Return the share of the pixels' variance that reconstructions explain."""
     return 1 - TEST_MSE(result) / result.value("claims.pixel_variance")
 
 
 def own_balance(result: Result) -> float:
-    """gamma2 at the end over the MSE of the training images then."""
+    """Return final gamma2 over the final MSE of training images."""
     return GAMMA2(result) / result.value("claims.train_mse_sampled")
 
 
 def balanced_share(result: Result, tolerance: float, *, settled: bool = True) -> float:
-    """The share of stage 1's points at which the quadratic term is within so much of D/2, that is, MSE / gamma2 near 1.
+    """Return the share of stage 1's points with MSE / gamma2 near 1 (quadratic term near D/2).
 
     Args:
-        result: of a run.
-        tolerance: as a share: 0.1.
+        result: result of a run.
+        tolerance: largest distance from 1, above 0, such as 0.1.
         settled: leave out the points of the first 500 steps.
+
+    Returns:
+        A share in [0, 1], NaN if there are no points.
     """
     curve, first = (
         result.curves["1"],
@@ -127,7 +132,7 @@ def balanced_share(result: Result, tolerance: float, *, settled: bool = True) ->
 
 
 def late_fall(result: Result) -> float:
-    """By what share the training MSE falls in the second half of stage 1."""
+    """Return the share by which the training MSE falls in the second half of stage 1."""
     curve = result.curves["1"]
     half = curve["images_seen"][-1] / 2
     middle = next(
@@ -139,10 +144,19 @@ def late_fall(result: Result) -> float:
 
 
 def speed_up(slow: Result, fast: Result, part: float) -> float:
-    """How many times fewer images one run needs than another, for the training MSE that the other has after a part of stage 1.
+    """Return the ratio of images that two runs need to reach the same training MSE, slow / fast.
 
-    Both count until they first come within 2 % of it, so that a run beside itself gives 1. 0 where it never gets there. A
-    point is the mean over a hundredth of stage 1: this is as fine as it gets.
+    The MSE is that of the slow run after a part of stage 1. For both runs it counts as reached
+    within 2 %, so a run compared with itself gives 1. A point is the mean over a hundredth of stage
+    1, which limits the resolution.
+
+    Args:
+        slow: result of the run that sets the MSE.
+        fast: result of the other run.
+        part: share of stage 1, in (0, 1].
+
+    Returns:
+        The ratio, 0 if `fast` never reaches the MSE.
     """
     curve = slow.curves["1"]
     whole = curve["images_seen"][-1]
@@ -154,7 +168,7 @@ def speed_up(slow: Result, fast: Result, part: float) -> float:
 
 
 def images_to(result: Result, mse: float) -> float:
-    """Images seen until the training MSE was first this small; infinite if it never was."""
+    """Return the images seen until the training MSE is first at most `mse`, else infinity."""
     curve = result.curves["1"]
     return next(
         (n for n, value in zip(curve["images_seen"], curve["mse"], strict=True) if value <= mse),
@@ -163,10 +177,19 @@ def images_to(result: Result, mse: float) -> float:
 
 
 def gap_closed(slow: Result, fast: Result, other: Result) -> float:
-    """The share of the slow run's extra images that a third saves: 1 if it is as soon as the fast one where the slow one ends.
+    """Return the share of the slow run's extra images that a third run saves.
 
-    NaN where there is no gap. Less than 0 where the third is later still; one that never gets there counts as if it got there
-    at its end.
+    Images are counted until the final training MSE of the slow run, within 2 %. A run that never
+    reaches it counts with all its images.
+
+    Args:
+        slow: result of the run that sets the MSE.
+        fast: result of the run with the full gain.
+        other: result of the third run.
+
+    Returns:
+        1 if the third run is as fast as the fast one, below 0 if it is slower than the slow one,
+        NaN if there is no gap.
     """
     goal = slow.curves["1"]["mse"][-1] * TOLERANCE
     late, soon, third = (
@@ -176,7 +199,14 @@ def gap_closed(slow: Result, fast: Result, other: Result) -> float:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, ties sharing their mean rank; NaN of fewer than three pairs, or where one side is constant."""
+    """Return Spearman's rank correlation. Ties share their mean rank.
+
+    Args:
+        one, other: paired values.
+
+    Returns:
+        A value in [-1, 1], NaN for fewer than three pairs or if one side is constant.
+    """
     if len(one) < 3:
         return math.nan
     a, b = _centred_ranks(one), _centred_ranks(other)
@@ -192,5 +222,5 @@ def _centred_ranks(values: Sequence[float]) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The bootstrap interval (95 %) of the mean; None of fewer than three values."""
+    """Return the bootstrap interval (95 %) of the mean, None for fewer than three values."""
     return bootstrap(values) if len(values) >= 3 else None

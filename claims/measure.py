@@ -1,4 +1,4 @@
-"""What the claims measure beyond a comparison, and which results belong to the design."""
+"""Figures that only the claims measure, and the check that results belong to the design."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from poise.studies.results import Result
 
 
 def figures_of_run(run: Run) -> dict[str, Any]:
-    """Return the released variance law, error and variance of training images, and numbers of parameters."""
+    """Return the released variance law, training error, pixel variance and parameter counts."""
     codes, vae, balance = run.codes, run.first.vae, run.first.balance
     some = head(run.dataset().train, 10_000)
     law = variance_law(codes.mean, codes.logvar, released=True)
@@ -29,9 +29,9 @@ def figures_of_run(run: Run) -> dict[str, Any]:
 
 
 def belongs(result: Result, experiment: Experiment) -> bool:
-    """Return whether a result is of a run of the experiment, with every set compared as it says.
+    """Return whether a result is of a run of the experiment and has every set it compares.
 
-    No data are needed for it. A setting that is newer than the result counts as at its default.
+    No data are needed. A setting that is newer than the result counts as its default.
     """
     planned = {(label, recipe.seed): recipe for label, recipe in experiment.planned()}
     recipe = planned.get((result.label, result.seed))
@@ -51,6 +51,6 @@ def belongs(result: Result, experiment: Experiment) -> bool:
 
 
 def is_finished(experiment: Experiment, results: list[Result]) -> bool:
-    """Return whether all runs of an experiment are among the results."""
+    """Return whether the results include all runs of an experiment."""
     mine = [r for r in results if r.experiment == experiment.name and belongs(r, experiment)]
     return len({(r.label, r.seed) for r in mine}) == len(experiment.planned())

@@ -1,4 +1,4 @@
-"""docs/claims.md and the table in README.md, as results make them."""
+"""docs/claims.md and the table in README.md, written from results."""
 
 import json
 import re
@@ -29,67 +29,77 @@ from poise.studies.results import Result
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results" / "claims", ROOT / "docs" / "claims.md", ROOT / "README.md"
 SHRUNK = ROOT / "results" / "bench-shrunk-features.json"
-WIDTH = 124
+WIDTH = 100
 BEGIN, END = "<!-- claims: written by `python -m claims page` -->", "<!-- end of claims -->"
 
-HEAD = """# What is claimed, and what came out
+HEAD = """# Claims and evidence
 
-Each claim of the paper (Asperti & Trentin 2020) and of ours with the experiment that could refute it, at the scale of two
-CPU cores: small dense networks on MNIST, Fashion-MNIST and the 8x8 digits. Larger networks and colour images need a GPU
-([gpu-queue.md](gpu-queue.md)): what holds here may not hold there. This page is written by `python -m claims page` from
-`results/claims/`, verdicts included; the rules are in `claims/rules.py` and `claims/statements.py`, and were committed
-before the runs. `make claims` (with `POISE_DATA`) does the runs that are not done and writes the page.
+This page lists each claim of the paper (Asperti & Trentin 2020) and of ours, the experiment that
+could refute it, and the result. The scale is that of two CPU cores: small dense networks on MNIST,
+Fashion-MNIST and the 8x8 digits. Larger networks and colour images need a GPU
+([gpu-queue.md](gpu-queue.md)), and results may differ there.
 
-The runs are of 2026-11-25, when the running average of `computed` started at the first batch, which is
-`computed:start=first-batch` now. The default since, which is debiased, was measured beside it on the main experiments of
-this page ([log.md](log.md)): it reaches a given error in fewer images still. The page is to be measured again with it, all
-of it: remove `results/claims` first, since runs of the two rules must not be mixed."""
+`python -m claims page` writes this page, including the verdicts, from `results/claims/`. The rules
+are in `claims/rules.py` and `claims/statements.py`, and were committed before the runs.
+`make claims` (with `POISE_DATA`) does the missing runs and writes the page.
+
+The runs are of 2026-11-25. At that time the running average of `computed` started at the first
+batch, which is `computed:start=first-batch` now. The present default is debiased. It was measured
+beside the old one on the main experiments of this page ([log.md](log.md)): it reaches a given error
+in even fewer images. The whole page must be measured again with it. Remove `results/claims` first,
+since runs of the two rules must not be mixed."""
 
 PROTOCOL = """## Protocol
 
-- **MNIST, Fashion-MNIST** (official splits): MLP 784-512-512-32 and back, batches of 100, Adam 1e-3 halved after 3 of
-  5 epochs; stage 2 of width 256, 5 epochs, Adam 1e-3 halved every 2, with a computed balance for every label. Three seeds.
-- **Digits** (1,617 training and 180 test images of 8x8): MLP 64-256-256-10 and back, batches of 50, Adam 1e-3 halved every
-  40 of 100 epochs; stage 2 of width 128, 3,000 steps in batches of 64, Adam 2e-3 halved every 1,200, a computed balance
-  that starts at 0.001 and decays by 0.999. Three seeds.
-- A seed fixes weights, order, training noise and the noise of samples for all labels alike, so that differences are paired
-  by seed.
-- Test MSE, KL and ELBO: every test image. **FD-light**: Frechet distance in the features of EfficientNet-lite0 (FID in all
-  but the network), 500 test images against 500 produced ones. **FD-pixels**: the same in pixels (averaged to 16x16 for
-  MNIST and Fashion-MNIST), 2,000 test images; for the digits 1,600 training images. 8 bits, not stretched.
+- **MNIST, Fashion-MNIST** (official splits): MLP 784-512-512-32 and back, batches of 100, Adam 1e-3
+  halved after 3 of 5 epochs. Stage 2: width 256, 5 epochs, Adam 1e-3 halved every 2, with a
+  computed balance for every label. Three seeds.
+- **Digits** (1,617 training and 180 test images of 8x8): MLP 64-256-256-10 and back, batches of 50,
+  Adam 1e-3 halved every 40 of 100 epochs. Stage 2: width 128, 3,000 steps in batches of 64, Adam
+  2e-3 halved every 1,200, a computed balance that starts at 0.001 and decays by 0.999. Three seeds.
+- A seed fixes weights, order, training noise and sampling noise for all labels, so differences are
+  paired by seed.
+- Test MSE, KL and ELBO use every test image. **FD-light** is the Frechet distance in the features
+  of EfficientNet-lite0 (FID with another network), 500 test images against 500 generated ones.
+  **FD-pixels** is the same in pixels (averaged to 16x16 for MNIST and Fashion-MNIST), 2,000 test
+  images; for the digits 1,600 training images. 8 bits, not stretched.
 - {bias}
-- GEN-1 draws latents from N(0, I), GEN-2 from stage 2 with its noise, GEN-mixture from ten Gaussians fitted to the training
-  codes.
-- ± is the standard deviation over seeds; brackets hold the 95 % bootstrap interval of a mean (of three seeds: about their
-  range). Which protocol choices move such numbers, and by how much: [metrics.md](metrics.md).
+- GEN-1 draws latents from N(0, I), GEN-2 from stage 2 with its noise, and GEN-mixture from ten
+  Gaussians fitted to the training codes.
+- ± is the standard deviation over seeds. Brackets hold the 95 % bootstrap interval of a mean. For
+  three seeds it is about their range. [metrics.md](metrics.md) shows which protocol choices change
+  such numbers, and by how much.
 
-**Before the runs** a pilot (digits, `computed` and `learned`, three other seeds) showed a second stage that stayed near KL
-= 0; it was given its present balance. After it the set was made smaller, to fit into an hour (fewer epochs, images, labels
-and seeds); no bound was changed. While the first runs were under way, C1's speed was made stricter: the slower run, too, now
-counts until it first comes within 2 % of the error, so that a run beside itself gains nothing.
+**Changes before and during the runs.** In a pilot (digits, `computed` and `learned`, three other
+seeds) the second stage stayed near KL = 0, and got its present balance. After the pilot, the
+experiments were made smaller to fit into an hour (fewer epochs, images, labels and seeds). No bound
+was changed. During the first runs, C1's ratio of images was made stricter: the slower run also
+counts only until it first comes within 2 % of the error, so a run compared with itself gains
+nothing.
 
-**Rules.** A check *holds* if the interval lies on the claim's side of the bound, *does not hold* if on the other side, and
-is *undecided* between. A claim *holds* if all of its checks hold, *does not hold* if none holds and one fails, and
-*depends* where they disagree."""
+**Rules.** A check *holds* if the interval is on the claim's side of the bound, *does not hold* if
+it is on the other side, and is *undecided* in between. A claim *holds* if all of its checks hold.
+It *does not hold* if none holds and one fails. It *depends* if they disagree."""
 
 
 def bias() -> str:
-    """What few images do to a distance, by `benchmarks/shrunk_features.py`."""
+    """Return the sentences on the bias of distances, from `benchmarks/shrunk_features.py`."""
     found = json.loads(SHRUNK.read_text(encoding="utf-8"))["distance"]
     plain, less = (
         [f"{fmean(found[n][factor]):.1f}" for n in ("500", "2000")] for factor in ("1.0", "0.9")
     )
     return (
-        "Few images bias a distance upwards, and not alike for all: the more diverse a set is, the more. "
-        f"Real training images of Fashion-MNIST are at FD-light {plain[0]} from 500 test images; the same "
-        "features shrunk about their mean by 0.9, which makes no set of images better, at "
-        f"{less[0]} (of 2,000 images {plain[1]} and {less[1]}). So few images reward low diversity: a small "
-        "difference between sets of unlike diversity says nothing"
+        "Few images bias a distance upwards, and the bias is larger for a more diverse set. Real "
+        f"training images of Fashion-MNIST have an FD-light of {plain[0]} to 500 test images. If "
+        f"the same features are shrunk towards their mean by 0.9, FD-light is {less[0]}, although "
+        f"shrinking improves no image (for 2,000 images: {plain[1]} and {less[1]}). Few images "
+        "thus reward low diversity. A small difference between sets of unequal diversity means "
+        "nothing"
     )
 
 
 def contrary(results: Iterable[Result]) -> str:
-    """The figures of C1 that speak against it."""
+    """Return the sentence with the figures against claim C1."""
     evidence = Evidence(results)
     pairs = []
     for experiment, epochs in stages():
@@ -98,20 +108,21 @@ def contrary(results: Iterable[Result]) -> str:
         )
         pairs.append(f"{ours} against {theirs} after {epochs}")
     return (
-        "Against it: samples from N(0, I) (GEN-1) are further from the images than those of the learned balance all the "
-        f"while, on Fashion-MNIST FD-pixels {', '.join(pairs)} epochs"
+        "Against the computed balance: its samples from N(0, I) (GEN-1) are further from "
+        "the images than those of the learned balance. On Fashion-MNIST, FD-pixels is "
+        f"{', '.join(pairs)} epochs"
     )
 
 
 def page(results: Iterable[Result], experiments: Sequence[Experiment] | None = None) -> str:
-    """docs/claims.md.
+    """Return docs/claims.md.
 
     Args:
-        results: those of other experiments are passed over.
-        experiments: all that belong to it; None: the design's.
+        results: results of runs; those of other experiments are ignored.
+        experiments: the experiments of the page; None: those of the design.
 
     Raises:
-        InputError: a result of other settings than its experiment's.
+        InputError: a result has other settings than its experiment.
     """
     experiments = design() if experiments is None else experiments
     evidence = Evidence(_wanted(results, experiments))
@@ -123,7 +134,12 @@ def page(results: Iterable[Result], experiments: Sequence[Experiment] | None = N
         summary([*paper, *ours]),
         _protocol(),
     ]
-    parts += ["# Claims of the paper", *map(section, paper), "# Our own", *map(section, ours)]
+    parts += [
+        "# Claims of the paper",
+        *map(section, paper),
+        "# Our own claims",
+        *map(section, ours),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,7 +150,7 @@ def _wanted(results: Iterable[Result], experiments: Sequence[Experiment]) -> Ite
         if experiment is None or result.label not in experiment.labels:
             continue
         if not belongs(result, experiment):
-            raise InputError(f"{result.name} is of other settings than the design's: run it again")
+            raise InputError(f"{result.name} has other settings than the design: run it again")
         yield result
 
 
@@ -143,10 +159,10 @@ def _protocol() -> str:
 
 
 def _done(evidence: Evidence, number: int) -> str:
-    """How much is there, what it cost, and where."""
+    """Return the number of runs, their time, dates, machines and commits."""
     results = evidence.results
     if not results:
-        return f"**Nothing was run yet** ({number} runs)."
+        return f"**No run is finished yet** ({number} runs)."
     seconds = sum(sum(result.seconds.values()) for result in results)
     machines = sorted(
         {f"{r.provenance['machine']['processor']}, torch {r.provenance['torch']}" for r in results}
@@ -155,13 +171,14 @@ def _done(evidence: Evidence, number: int) -> str:
     dates = sorted(result.provenance["finished"][:10] for result in results)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return (
-        f"**{len(results)} of {number} runs**, {seconds / 3600:.1f} hours of one core: about {seconds / 120:.0f} minutes for "
-        f"two. {span}; {'; '.join(machines)}; commit {', '.join(commits)}."
+        f"**{len(results)} of {number} runs**, {seconds / 3600:.1f} hours of one core: "
+        f"about {seconds / 120:.0f} minutes for two.\n"
+        f"{span}; {'; '.join(machines)}; commit {', '.join(commits)}."
     )
 
 
 def summary(made: Sequence[Statement]) -> str:
-    """One line for each claim."""
+    """Return the table of verdicts, a row per claim."""
     return markdown(
         [
             ["claim", "verdict"],
@@ -171,7 +188,7 @@ def summary(made: Sequence[Statement]) -> str:
 
 
 def section(statement: Statement) -> str:
-    """All about one claim."""
+    """Return the section of a claim: verdict, experiment, checks, tables."""
     paragraphs = (
         f"Verdict: {verdict_text(statement.checks)}.",
         statement.refutation,
@@ -184,12 +201,12 @@ def section(statement: Statement) -> str:
     parts += [check_table(statement.checks)] if statement.checks else []
     for caption, rows in (table for table in statement.tables if len(table[1]) > 1):
         parts += [f"{caption}:", markdown(rows)] if caption else [markdown(rows)]
-    parts.append(f"Again: `python -m claims run --only {' '.join(statement.experiments)}`.")
+    parts.append(f"To repeat:\n`python -m claims run --only {' '.join(statement.experiments)}`.")
     return "\n\n".join(parts)
 
 
 def check_table(checks: Sequence[Check]) -> str:
-    """Every check, its rule, its figure and what came out."""
+    """Return the table of checks with figures, rules and outcomes."""
     return markdown(
         [
             ["check", "mean [interval]", "holds if", "outcome"],
@@ -199,7 +216,7 @@ def check_table(checks: Sequence[Check]) -> str:
 
 
 def short_table(results: Iterable[Result]) -> str:
-    """The main comparison, for README.md."""
+    """Return the table of the main comparison, for README.md."""
     evidence = Evidence(results)
     rows = [
         [
@@ -220,21 +237,21 @@ def short_table(results: Iterable[Result]) -> str:
             rows.append(
                 [label, str(count), *(mean_of(evidence, FASHION, label, q) for q in quantities)]
             )
-    return markdown(rows) if len(rows) > 1 else "Nothing was run yet."
+    return markdown(rows) if len(rows) > 1 else "No run is finished yet."
 
 
 def in_readme(results: Iterable[Result]) -> str:
-    """The main comparison, with what speaks against it and limits it."""
+    """Return the table of the main comparison, with the figures against it and its limits."""
     results = list(results)
     words = [f"{sentence}." for sentence in (contrary(results), bias())]
     return "\n\n".join([short_table(results), *(fill(sentence, WIDTH) for sentence in words)])
 
 
 def with_table(readme: str, table: str) -> str:
-    """README.md with the table between its two comments.
+    """Return README.md with the table between its two comments.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: README.md lacks one of the comments.
     """
     if BEGIN not in readme or END not in readme:
         raise ValueError(f"README.md lacks the comments {BEGIN} and {END}")

@@ -1,4 +1,4 @@
-"""Our own questions: what explains the claims, and what the release's unnamed choices do."""
+"""Our own claims, O1 to O7: explanations of C1 to C9, and effects of the release's choices."""
 
 from collections.abc import Callable
 
@@ -47,7 +47,7 @@ DECAYS = ("computed:decay=0.9", "computed:decay=0.999")
 
 
 def questions(evidence: Evidence) -> list[Statement]:
-    """All of them."""
+    """Return our own claims, O1 to O7."""
     made: tuple[Callable[[Evidence], Statement], ...] = (
         faster_learning_closes_the_gap,
         the_ratchet_sinks,
@@ -61,7 +61,7 @@ def questions(evidence: Evidence) -> list[Statement]:
 
 
 def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
-    """O1."""
+    """Return O1: a faster or better started log gamma."""
     tried = [
         (DIGITS, "digits", label) for label in (FASTER, "learned:rate=10", "learned:start=0.05")
     ]
@@ -73,7 +73,7 @@ def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
                 "",
                 "balance",
                 "share of the gap closed",
-                "images that computed saves over it",
+                "its images / images of computed",
                 "test MSE",
             ]
         ],
@@ -101,14 +101,15 @@ def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
         )
     return Statement(
         "O1",
-        "A faster or better started log gamma closes most of the gap of C1.",
-        "Images until the training MSE that `learned` ends with. Refuted if a rate 10 or 100 times the network's, or a start "
-        "of 0.05, saves less than half of the images that `computed` saves over `learned`.",
+        "A faster learning rate or a better start of log gamma closes most of the gap of C1.",
+        "Measured are the images until the final training MSE of `learned`. Refuted if a rate of "
+        "10 or 100 times the network's, or a start of 0.05, saves less than half of the images "
+        "that `computed` saves over `learned`.",
         (FASHION, DIGITS),
         tuple(checks),
         (
             (
-                "Fourth column: as in C1, how many times fewer images `computed` needs for the MSE that this balance ends with",
+                "Fourth column: ratio of images as in C1, to the final MSE of this balance",
                 rows,
             ),
         ),
@@ -116,7 +117,7 @@ def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
 
 
 def the_ratchet_sinks(evidence: Evidence) -> Statement:
-    """O2."""
+    """Return O2: the released minimum against the plain average."""
     checks, rows = [], [["batch", "balance", "gamma2 / training MSE at the end", "test MSE", "KL"]]
     sizes = {batch: f"{DIGITS}-batch-{batch}" for batch in BATCHES}
     for batch, experiment in sizes.items():
@@ -140,20 +141,21 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
     )
     return Statement(
         "O2",
-        "The released min makes gamma2 a ratchet that batch noise pushes below the MSE, the more the smaller the batch; the "
-        "plain average stays within 5 %.",
-        "Digits, 3,000 steps for every size of batch. Refuted if gamma2 under the min is not below the MSE, or not lower for "
-        "batches of 20 than of 200, or if the plain average strays by more than 5 %.",
+        "The released minimum lets noise push gamma2 below the MSE; the average stays near it.",
+        "With the minimum, gamma2 never rises ('ratchet' below). Its error should grow as batches "
+        "get smaller. Digits, 3,000 steps for every batch size. Refuted if gamma2 with the minimum "
+        "is not below the MSE, or not lower for batches of 20 than of 200. Refuted also if the "
+        "plain average differs from the MSE by more than 5 %.",
         (f"{DIGITS}-batch-*",),
         tuple(checks),
         (("", rows),),
-        "The same question of a linear VAE, whose optimum is known: [log.md](log.md) (Linear VAE on the digits against "
-        "probabilistic PCA).",
+        "[log.md](log.md) (Linear VAE on the digits against probabilistic PCA) has the same "
+        "question for a linear VAE, whose optimum is known.",
     )
 
 
 def weight_four(evidence: Evidence) -> Statement:
-    """O3."""
+    """Return O3: a KL weight of 4."""
     sets = ("GEN-1", "GEN-2", "GEN-mixture")
     checks = [
         above(
@@ -180,8 +182,9 @@ def weight_four(evidence: Evidence) -> Statement:
     places = [(DIGITS, label, label) for label in (COMPUTED, STRONGER)]
     return Statement(
         "O3",
-        "The weight k = 4 on KL (the released CelebA setting) costs reconstruction and improves samples.",
-        "Digits. Refuted if the test MSE is not higher than with k = 1, or the distances of samples are not smaller.",
+        "A KL weight of 4 (as released for CelebA) costs reconstruction and improves samples.",
+        "Digits. Refuted if the test MSE is not higher than with weight 1, or if the distances of "
+        "samples are not smaller.",
         (DIGITS,),
         tuple(checks),
         (("", table_of(evidence, "balance", places, columns)),),
@@ -189,7 +192,7 @@ def weight_four(evidence: Evidence) -> Statement:
 
 
 def second_moment(evidence: Evidence) -> Statement:
-    """O4."""
+    """Return O4: second moment in the variance law."""
     checks, rows = [], [["", "Var(mu) + E[s^2]", "Var(mu) + E[s]"]]
     laws = [of_page(name) for name in ("latents.variance_law", "claims.variance_law_released")]
     for setting in SETTINGS:
@@ -199,7 +202,7 @@ def second_moment(evidence: Evidence) -> Statement:
         rows.append([setting.name, *(describe([law(run) for run in runs], FINE) for law in laws)])
     return Statement(
         "O4",
-        "E[s^2], not the released E[s], makes the variance law come to 1.",
+        "The variance law comes to 1 with E[s^2], not with the released E[s].",
         "Refuted if Var(mu) + E[s^2] is not nearer to 1 than Var(mu) + E[s].",
         MAIN,
         tuple(checks),
@@ -208,7 +211,7 @@ def second_moment(evidence: Evidence) -> Statement:
 
 
 def noise_of_stage_two(evidence: Evidence) -> Statement:
-    """O5."""
+    """Return O5: decoder noise of stage 2."""
     checks, rows = [], [["", "GEN-2", NOISELESS, "with noise relative to without"]]
     for setting in SETTINGS:
         for extractor in setting.extractors:
@@ -225,17 +228,19 @@ def noise_of_stage_two(evidence: Evidence) -> Statement:
             rows.append([what, *means, describe(change, PERCENT)])
     return Statement(
         "O5",
-        "Noise of stage 2's decoder variance (Dai & Wipf; the release leaves it out) improves GEN-2.",
-        "The same runs, sampled with and without. Refuted if the distance is not smaller with noise.",
+        "Noise with stage 2's decoder variance (Dai & Wipf; not in the release) improves GEN-2.",
+        "The same runs are sampled with and without noise. Refuted if the distance is not smaller "
+        "with noise.",
         MAIN,
         tuple(checks),
         (("", rows),),
-        "On a weak model whose second stage explains little, leaving the noise out cost 53 of FID: [metrics.md](metrics.md).",
+        "For a weak model whose second stage explains little, FID rises by 53 without noise: "
+        "[metrics.md](metrics.md).",
     )
 
 
 def decay_matters_little(evidence: Evidence) -> Statement:
-    """O6."""
+    """Return O6: decay of the running average."""
     quantities = {
         "test MSE": TEST_MSE,
         "FD-pixels of GEN-mixture": distance("GEN-mixture", "pixels"),
@@ -252,8 +257,8 @@ def decay_matters_little(evidence: Evidence) -> Statement:
         rows.append([label, *(describe(values, PERCENT) for values in changes.values())])
     return Statement(
         "O6",
-        "The decay of the running average need not be tuned: 0.9 and 0.999 do as 0.99 does.",
-        "Digits. Refuted if test MSE or the distance of samples moves by more than 5 %.",
+        "The decay of the running average needs no tuning: 0.9 and 0.999 work as well as 0.99.",
+        "Digits. Refuted if the test MSE or the distance of samples changes by more than 5 %.",
         (DIGITS,),
         tuple(checks),
         (("", rows),),
@@ -261,7 +266,7 @@ def decay_matters_little(evidence: Evidence) -> Statement:
 
 
 def no_grid_is_needed(evidence: Evidence) -> Statement:
-    """O7."""
+    """Return O7: the computed balance against a grid over gamma2."""
     mixture = distance("GEN-mixture", "pixels")
     columns = {"test MSE": TEST_MSE, "KL": KL, "ELBO at the best gamma2": evidence_bound}
     columns |= {
@@ -292,13 +297,14 @@ def no_grid_is_needed(evidence: Evidence) -> Statement:
     places = [(DIGITS, label, label) for label in (COMPUTED, *GRID)]
     return Statement(
         "O7",
-        "No grid over gamma2 (or beta, whose gradient is that of gamma2 = beta) is needed: the computed balance does as well "
-        "as the best of one.",
-        "Digits, six values from 1 to 0.003. Refuted if the ELBO is more than 1 nat below the best value's, or the distance "
-        f"of samples more than {MARGIN:.0%} above the best value's, each chosen afterwards in the grid's favour.",
+        "No grid over gamma2 is needed: the computed balance does as well as the best of a grid.",
+        "A grid over beta is the same, because beta and gamma2 = beta have the same gradient. "
+        "Digits, six values from 1 to 0.003. Refuted if the ELBO is more than 1 nat below the best "
+        f"value's, or if the distance of samples is more than {MARGIN:.0%} above the best value's. "
+        "Each best value is chosen after the runs, in the grid's favour.",
         (DIGITS,),
         tuple(checks),
         (("", table_of(evidence, "balance", places, columns)),),
-        "The ELBO is taken at the decoder variance that suits each run best, its sampled test MSE, so that a fixed gamma2 is "
-        "not blamed for its constant.",
+        "The ELBO is computed at the best decoder variance of each run, its sampled test MSE. "
+        "Otherwise the constant of a fixed gamma2 would lower its ELBO.",
     )

@@ -1,17 +1,18 @@
-"""When a claim holds. Written before the runs; what a page says follows from the figures by these rules alone.
+"""Rules for when a claim holds. They were written before the runs, and decide all verdicts.
 
-A check compares the mean of n values, one for each seed (or each pair of runs of one seed), with a bound, by its bootstrap
-interval (percentile, 95 %, 10,000 resamples; of three values that is about their range, so that with three seeds "the interval
-lies below" means "every seed lies below"):
+A check compares the mean of n values with a bound, by its bootstrap interval (percentile, 95 %,
+10,000 resamples). There is one value per seed, or per pair of runs of one seed. The interval of
+three values is about their range. With three seeds, "the interval is below" thus means "every seed
+is below".
 
-    holds            the interval lies on the claim's side of the bound
-    does not hold    it lies on the other side
-    undecided        the bound lies inside it
+    holds            the interval is on the claim's side of the bound
+    does not hold    the interval is on the other side
+    undecided        the bound is inside the interval
     not measured     fewer than three values
 
-A claim with several checks *holds* if all hold, *does not hold* if none does and at least one fails, is *undecided* if all are;
-otherwise it *depends*, and the verdict lists the checks by what came out. Checks that were not measured are named, and do not
-count.
+A claim with several checks *holds* if all hold. It *does not hold* if none holds and at least one
+fails. It is *undecided* if all are undecided. Otherwise it *depends*, and the verdict lists the
+checks by outcome. Checks that are not measured are named and do not count.
 """
 
 import math
@@ -23,7 +24,7 @@ from claims.figures import interval
 
 
 class Outcome(Enum):
-    """What became of a check."""
+    """Outcome of a check."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
@@ -33,13 +34,13 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One question that figures answer.
+    """A comparison of a figure with a bound.
 
     Attributes:
-        what: in words.
-        rule: what is asked of the figure: "below 0 %".
-        figure: mean, interval and n, in words.
-        outcome: by the rule.
+        what: name of the figure.
+        rule: the condition on the figure: "below 0 %".
+        figure: mean, interval and n, as text.
+        outcome: outcome by the rule.
     """
 
     what: str
@@ -50,7 +51,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Style:
-    """How a figure is written: its scale, digits and unit."""
+    """Number format of a figure: scale, digits and unit."""
 
     scale: float = 1
     digits: int = 2
@@ -73,14 +74,14 @@ NATS = Style(1, 2, " nats", signed=True)
 
 
 def below(what: str, values: Iterable[float], bound: float, style: Style = PLAIN) -> Check:
-    """Holds if the mean is clearly below the bound."""
+    """Return a check that holds if the interval is below the bound."""
     values, (low, high) = _interval(values)
     outcome = _outcome(values, high < bound, low > bound)
     return Check(what, f"below {style.bound(bound)}", describe(values, style), outcome)
 
 
 def above(what: str, values: Iterable[float], bound: float, style: Style = PLAIN) -> Check:
-    """Holds if the mean is clearly above the bound."""
+    """Return a check that holds if the interval is above the bound."""
     values, (low, high) = _interval(values)
     outcome = _outcome(values, low > bound, high < bound)
     return Check(what, f"above {style.bound(bound)}", describe(values, style), outcome)
@@ -89,7 +90,10 @@ def above(what: str, values: Iterable[float], bound: float, style: Style = PLAIN
 def near(
     what: str, values: Iterable[float], target: float, tolerance: float, style: Style = PLAIN
 ) -> Check:
-    """Holds if the interval lies within the tolerance of the target; does not if it lies outside."""
+    """Return a check that holds if the interval is within the tolerance of the target.
+
+    It fails if the interval is entirely outside.
+    """
     values, (low, high) = _interval(values)
     least, most = target - tolerance, target + tolerance
     outcome = _outcome(values, least <= low and high <= most, high < least or low > most)
@@ -99,17 +103,28 @@ def near(
 
 
 def less(what: str, ratios: Iterable[float]) -> Check:
-    """Holds if the first is clearly less than the second; of ratios first / second, one for each pair."""
+    """Return a check that holds if the first value is less than the second.
+
+    Args:
+        what: name of the figure.
+        ratios: first / second, one per pair.
+    """
     return below(what, [ratio - 1 for ratio in ratios], 0, PERCENT)
 
 
 def no_worse(what: str, ratios: Iterable[float], margin: float) -> Check:
-    """Holds if the first (of which less is better) exceeds the second by clearly less than the margin."""
+    """Return a check that holds if the first value exceeds the second by less than a margin.
+
+    Args:
+        what: name of the figure, of which lower is better.
+        ratios: first / second, one per pair.
+        margin: largest relative excess, such as 0.05.
+    """
     return below(what, [ratio - 1 for ratio in ratios], margin, PERCENT)
 
 
 def _interval(values: Iterable[float]) -> tuple[list[float], tuple[float, float]]:
-    """Finite values, and their interval."""
+    """Return the finite values and their interval."""
     finite = [value for value in values if math.isfinite(value)]
     return finite, interval(finite) or (math.nan, math.nan)
 
@@ -121,7 +136,7 @@ def _outcome(values: Sequence[float], holds: bool, fails: bool) -> Outcome:
 
 
 def describe(values: Sequence[float], style: Style) -> str:
-    """Mean, interval and n of values."""
+    """Format mean, interval and n of values."""
     if not values:
         return "-"
     mean, limits = sum(values) / len(values), interval(values)
@@ -134,7 +149,7 @@ def describe(values: Sequence[float], style: Style) -> str:
 
 
 def verdict(checks: Sequence[Check]) -> Outcome | None:
-    """What the checks of a claim come to; None: it depends."""
+    """Return the outcome of a claim from its checks, or None if it depends."""
     outcomes = {check.outcome for check in checks} - {Outcome.ABSENT}
     if not outcomes:
         return Outcome.ABSENT
@@ -144,7 +159,7 @@ def verdict(checks: Sequence[Check]) -> Outcome | None:
 
 
 def verdict_text(checks: Sequence[Check]) -> str:
-    """The verdict in words, with the checks behind it where they disagree or are not measured."""
+    """Format the verdict. It names the checks that disagree, are undecided or are not measured."""
     outcome = verdict(checks)
     absent = _listed(checks, Outcome.ABSENT)
     if outcome is Outcome.ABSENT:
@@ -158,8 +173,8 @@ def verdict_text(checks: Sequence[Check]) -> str:
         ]
         return f"**depends**: {'; '.join(parts)}{left_out}"
     undecided = _listed(checks, Outcome.OPEN) if outcome is Outcome.FAILS else ""
-    return f"**{outcome.value}**" + (f"; undecided for {undecided}" if undecided else "") + left_out
+    return f"**{outcome.value}**" + (f": undecided for {undecided}" if undecided else "") + left_out
 
 
 def _listed(checks: Sequence[Check], outcome: Outcome) -> str:
-    return ", ".join(check.what for check in checks if check.outcome is outcome)
+    return " · ".join(check.what for check in checks if check.outcome is outcome)

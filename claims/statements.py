@@ -1,4 +1,4 @@
-"""The claims of the paper, C1 to C9: what could refute each, its checks, its tables."""
+"""The claims of the paper, C1 to C9: refuting experiments, checks, tables."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -58,17 +58,17 @@ from poise.studies.comparison.statistics import spread
 from poise.studies.comparison.tables import show
 
 Rows = list[list[str]]
-MARGIN = 0.05  # "no worse": by less than this
-LARGE = 0.2  # variance that stage 2 loses of each latent's, which is about 1
-ABOUT = 0.1  # "about equal"
+MARGIN = 0.05  # "no worse" means worse by less than this share
+LARGE = 0.2  # much variance lost by stage 2, of each latent's variance of about 1
+ABOUT = 0.1  # tolerance of "about equal", as a share
 
 
-NORMAL = distance("GEN-1", "pixels")  # of samples from N(0, I)
+NORMAL = distance("GEN-1", "pixels")  # samples from N(0, I)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set on which balances are compared, and the extractor that its distances are judged by."""
+    """A data set for comparing balances, and the extractor of its distances."""
 
     experiment: str
     name: str
@@ -83,7 +83,7 @@ class Setting:
 
     @property
     def extractors(self) -> tuple[str, ...]:
-        """That one, and pixels, by which every run was measured."""
+        """Return this extractor and "pixels", which measured every run."""
         return (self.extractor,) if self.extractor == "pixels" else (self.extractor, "pixels")
 
 
@@ -97,16 +97,16 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Statement:
-    """A claim, and all that is said about it.
+    """A claim with its experiment, checks, tables and remark.
 
     Attributes:
         key: "C1".
-        claim: in a sentence.
-        refutation: the experiment, and what would refute the claim.
-        experiments: that it needs, as `--only` takes them.
-        checks: by which the verdict is made.
-        tables: captions and rows, the first row a head.
-        remark: what else a reader must know; known before the runs.
+        claim: the claim in a sentence.
+        refutation: the experiment, and the results that would refute the claim.
+        experiments: patterns of the experiments' names, as for `--only`.
+        checks: checks that make the verdict.
+        tables: pairs of caption and rows; the first row is the head.
+        remark: further conditions, known before the runs unless dated.
     """
 
     key: str
@@ -119,7 +119,7 @@ class Statement:
 
 
 def statements(evidence: Evidence) -> list[Statement]:
-    """All of them."""
+    """Return the claims of the paper, C1 to C9."""
     made: tuple[Callable[[Evidence], Statement], ...] = (
         sooner,
         no_worse_in_the_end,
@@ -135,12 +135,12 @@ def statements(evidence: Evidence) -> list[Statement]:
 
 
 def stages() -> list[tuple[str, int]]:
-    """The experiments on Fashion-MNIST that are one run stopped after so many epochs."""
+    """Return the Fashion-MNIST experiments of one run stopped early, with their epochs."""
     return [*((f"{FASHION}-epochs-{n}", n) for n in LENGTHS), (FASHION, IMAGES.first.epochs or 0)]
 
 
 def sooner(evidence: Evidence) -> Statement:
-    """C1."""
+    """Return C1: images until an error or distance is reached."""
     parts = (0.25, 0.5, 1.0)
     checks, rows = [], [["", *(f"after {part:.0%} of its training" for part in parts)]]
     for setting in SETTINGS:
@@ -170,31 +170,33 @@ def sooner(evidence: Evidence) -> Statement:
         checks += [less(f"{where}, GEN-1", evidence.ratios(experiment, COMPUTED, LEARNED, NORMAL))]
     return Statement(
         "C1",
-        "A computed gamma2 reaches a given error, and a given distance, in fewer images than a learned one.",
-        "Both balances on the same network, order and noise. Refuted if the computed balance needs as many images or more for "
-        "the training MSE that the learned one has after a quarter, half and all of its training, or if its distances after "
-        "equal numbers of epochs are not smaller.",
+        "A computed gamma2 reaches a given error and distance in fewer images than a learned one.",
+        "Both balances have the same network, order and noise. The errors are the training MSE of "
+        "the learned balance after a quarter, half and all of its training. Refuted if the "
+        "computed balance needs as many images or more to reach them. Refuted also if its "
+        "distances after equal numbers of epochs are not smaller.",
         (*MAIN, f"{FASHION}-epochs-*"),
         tuple(checks),
         (
             (
-                "How many times fewer images `computed` needs than `learned`, for the training MSE that `learned` has "
-                "(both until they first come within 2 % of it; 0: it never gets there)",
+                "Ratio of images, `learned` to `computed`, to within 2 % of the MSE of `learned` "
+                "(0: not reached)",
                 rows,
             ),
             (
-                "Fashion-MNIST, after so many epochs of stage 1 (the same runs, stopped earlier)",
+                "Fashion-MNIST by epochs of stage 1 (the same runs, stopped earlier)",
                 lengths,
             ),
         ),
-        "`learned` is as published: log gamma starts at 0 and moves at the network's learning rate. A lower training MSE alone "
-        "says little: a weaker KL gives it for nothing, which is why distances of samples stand beside it. Those of GEN-1, "
-        "which the runs always had, are checked since 2026-11-26; they speak against the claim.",
+        "`learned` is as published: log gamma starts at 0 and has the network's learning rate. A "
+        "lower training MSE alone says little, because a weaker KL lowers it too. Distances of "
+        "samples are therefore checked as well. The distances of GEN-1 were measured in all runs, "
+        "but are checked only since 2026-11-26. They speak against the claim.",
     )
 
 
 def no_worse_in_the_end(evidence: Evidence) -> Statement:
-    """C2."""
+    """Return C2: final errors and distances."""
     checks, tables = [], []
     for setting in SETTINGS:
         quantities = _outcomes(setting)
@@ -212,14 +214,15 @@ def no_worse_in_the_end(evidence: Evidence) -> Statement:
         )
     return Statement(
         "C2",
-        "Its final errors and distances are no worse than those of a learned gamma2.",
-        f"The end of training, same network and schedule. Refuted if test MSE or a distance is worse by more than "
-        f"{MARGIN:.0%}.",
+        "With a computed gamma2, final errors and distances are no worse than with a learned one.",
+        f"Measured at the end of training, with the same network and schedule. Refuted if the test "
+        f"MSE or a distance is worse by more than {MARGIN:.0%}.",
         MAIN,
         tuple(checks),
         tuple(tables),
-        "Stage 2 is trained alike for all labels, with a computed balance. Where `learned` has not come down to its MSE by the "
-        "end (gamma2 in the table), it is compared as it is: `learned:rate=100` is what it would be with more steps.",
+        "Stage 2 is the same for all labels, with a computed balance. If the gamma2 of `learned` "
+        "has not reached its MSE by the end (gamma2 in the table), it is compared as it is. "
+        "`learned:rate=100` shows the result of more steps.",
     )
 
 
@@ -230,12 +233,12 @@ def _outcomes(setting: Setting) -> dict[str, Quantity]:
 
 
 def present(evidence: Evidence, experiment: str) -> list[str]:
-    """The balances of which there are runs."""
+    """Return the balances that have runs."""
     return [label for label in BALANCES if evidence.runs(experiment, label)]
 
 
 def balances_table(evidence: Evidence, setting: Setting) -> Rows:
-    """A row for each balance: error, KL, gamma2, ELBO, latents, distances."""
+    """Return the table of errors, KL, gamma2, ELBO, latents and distances, a row per balance."""
     columns: dict[str, Quantity] = {
         "test MSE": TEST_MSE,
         "KL": KL,
@@ -255,7 +258,7 @@ def balances_table(evidence: Evidence, setting: Setting) -> Rows:
 def against_table(
     evidence: Evidence, setting: Setting, reference: str, quantities: dict[str, Quantity]
 ) -> Rows:
-    """A row for each other balance: how much more it has than the reference, with intervals."""
+    """Return the table of relative differences from the reference, a row per other balance."""
     rows = [["balance", *quantities]]
     for label in (label for label in present(evidence, setting.experiment) if label != reference):
         ratios = [
@@ -269,7 +272,7 @@ def against_table(
 
 
 def balanced_throughout(evidence: Evidence) -> Statement:
-    """C3."""
+    """Return C3: balance throughout training."""
     checks = []
     for setting in SETTINGS:
         shares = evidence.values(
@@ -296,17 +299,19 @@ def balanced_throughout(evidence: Evidence) -> Statement:
     return Statement(
         "C3",
         "The quadratic term of the loss stays near D/2 throughout.",
-        "The share of stage 1's points (each the mean over about a hundredth of it) with MSE / gamma2 within 10 % of 1, after "
-        "the 500 steps that the running average needs to forget its start. Refuted if it is under 95 %.",
+        "Measured is the share of stage 1's points with MSE / gamma2 within 10 % of 1. A point is "
+        "the mean over about a hundredth of stage 1. The first 500 steps are left out, because the "
+        "running average needs them to forget its start. Refuted if the share is under 95 %.",
         MAIN,
         tuple(checks),
-        (("Share of points at balance, after 500 steps unless said otherwise", rows),),
-        "`optimal` is at balance by construction; its logged gamma2 is the average that evaluation uses.",
+        (("Share of points at balance, after 500 steps unless the column says otherwise", rows),),
+        "`optimal` is at balance by construction. Its logged gamma2 is the average that evaluation "
+        "uses.",
     )
 
 
 def kl_prevails(evidence: Evidence) -> Statement:
-    """C4."""
+    """Return C4: a constant gamma2 of 1."""
     checks = []
     for setting in SETTINGS:
         name, experiment = setting.name, setting.experiment
@@ -343,19 +348,19 @@ def kl_prevails(evidence: Evidence) -> Statement:
     ]
     return Statement(
         "C4",
-        "With gamma2 = 1, KL prevails and the error stops falling.",
-        "Refuted if gamma2 = 1 leaves more than half of the KL that `computed` has, or an MSE less than twice as high, or an "
-        "MSE that still falls by a tenth or more in the second half of stage 1.",
+        "With gamma2 = 1, the KL term dominates and the error stops falling.",
+        "Refuted if gamma2 = 1 has more than half of the KL of `computed`, or less than twice its "
+        "MSE, or an MSE that still falls by a tenth or more in the second half of stage 1.",
         MAIN,
         tuple(checks),
         (("", table_of(evidence, "", places, columns)),),
-        "The same question of a convolutional network, two epochs of MNIST, three seeds: [log.md](log.md) (MNIST: computed, "
-        "learned and fixed balance).",
+        "[log.md](log.md) (MNIST: computed, learned and fixed balance) has the same experiment for "
+        "a convolutional network, two epochs of MNIST, three seeds.",
     )
 
 
 def second_stage_is_better(evidence: Evidence) -> Statement:
-    """C5."""
+    """Return C5: second stage against N(0, I)."""
     checks, rows = [], [["", "balance", "GEN-1", "GEN-2", "GEN-2 relative to GEN-1"]]
     for setting in SETTINGS:
         for extractor in setting.extractors:
@@ -375,9 +380,9 @@ def second_stage_is_better(evidence: Evidence) -> Statement:
                 )
     return Statement(
         "C5",
-        "Latents from the second stage (GEN-2) give better images than latents from N(0, I) (GEN-1).",
-        "Both from the same run with the same noise. Refuted if the distance of GEN-2 is not smaller. The checks are of the "
-        "computed balance; the table has all.",
+        "Second-stage latents (GEN-2) give better images than latents from N(0, I) (GEN-1).",
+        "Both sets come from the same run with the same noise. Refuted if the distance of GEN-2 is "
+        "not smaller. The checks are for the computed balance; the table has all balances.",
         MAIN,
         tuple(checks),
         (("", rows),),
@@ -385,7 +390,7 @@ def second_stage_is_better(evidence: Evidence) -> Statement:
 
 
 def renormalisation_helps(evidence: Evidence) -> Statement:
-    """C6."""
+    """Return C6: renormalisation of second-stage latents."""
     ways = {NOISELESS: (NOISELESS_RENORMALISED, NOISELESS), "GEN-2": (RENORMALISED, "GEN-2")}
     places = [Setting(s.experiment, s.name, "pixels") for s in SETTINGS]
     places += [
@@ -427,18 +432,20 @@ def renormalisation_helps(evidence: Evidence) -> Statement:
         rows.append([place.name, label, *cells])
     return Statement(
         "C6",
-        "Renormalising the latents of the second stage helps where it has lost much variance.",
-        "Every run with a second stage, sampled with and without renormalisation, by the same noise. Variance lost is large "
-        f"from {LARGE} of each latent's (about 1). Refuted if renormalisation does not lessen the distance of those runs, or "
-        "if its effect does not grow with the variance lost (Spearman's correlation over the digits' runs: holds at -0.5 or "
-        "less, fails at 0 or more).",
+        "Renormalising second-stage latents helps if the second stage lost much variance.",
+        "Every run with a second stage is sampled with and without renormalisation, with the same "
+        f"noise. A run lost much variance if it lost {LARGE} or more of each latent's (about 1). "
+        "Refuted if renormalisation does not lower the distance of those runs. Refuted also if its "
+        "effect does not grow with the variance lost (Spearman's correlation over the digits' "
+        "runs: holds at -0.5 or less, fails at 0 or more).",
         (*MAIN, f"{DIGITS}-second-*"),
         tuple(checks),
         (("Change of the distance by renormalisation; least lost variance first", rows),),
-        "The release adds no noise to stage 2's latents, and that noise restores the variance that was lost: hence both "
-        "ways. Judged by FD-pixels, which was measured of every run. The released rule renormalises where the variance lost "
-        "exceeds a quarter of stage 2's MSE: the ratio is in C7. Here n counts runs of all labels, which are not independent: "
-        "the intervals are narrower than of as many seeds.",
+        "The release adds no noise to stage 2's latents. Noise restores the lost variance, so both "
+        "ways are checked. The distance is FD-pixels, which was measured for every run. The "
+        "released rule renormalises if the variance lost exceeds a quarter of stage 2's MSE (C7 "
+        "has the ratio). Here n counts runs of all labels, which are not independent. The "
+        "intervals are therefore narrower than those of as many seeds.",
     )
 
 
@@ -446,7 +453,7 @@ LOST = of_page("second_stage.variance_lost")
 
 
 def _falling(what: str, pairs: Sequence[tuple[float, float]]) -> Check:
-    """Holds at a rank correlation of -0.5 or less, fails at 0 or more."""
+    """Return a check that holds at a rank correlation of -0.5 or less, and fails at 0 or more."""
     value = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
     outcome = Outcome.HOLDS if value <= -0.5 else Outcome.FAILS if value >= 0 else Outcome.OPEN
     missing = math.isnan(value)
@@ -455,7 +462,7 @@ def _falling(what: str, pairs: Sequence[tuple[float, float]]) -> Check:
 
 
 def variance_lost_is_the_error(evidence: Evidence) -> Statement:
-    """C7."""
+    """Return C7: variance lost against MSE."""
     pages = {
         "pixels": "reconstruction.variance_lost_share",
         "latents": "second_stage.variance_lost_share",
@@ -473,9 +480,10 @@ def variance_lost_is_the_error(evidence: Evidence) -> Statement:
             rows.append([setting.name, label, *(describe(values, FINE) for values in found)])
     return Statement(
         "C7",
-        "The variance that reconstructions lose is about equal to their MSE, in pixels and in latents.",
-        "Stage 1 on test images, stage 2 on latents; reconstructions from samples of the posterior. Refuted if the ratio is "
-        "not within 10 % of 1. Exact for a decoder that gives E[x|z] (`poise.metrics.reconstruction`).",
+        "The variance lost by reconstructions is about their MSE, in pixels and in latents.",
+        "Stage 1 is measured on test images, stage 2 on latents. Reconstructions are decoded from "
+        "posterior samples. Refuted if the ratio is not within 10 % of 1. The equality is exact "
+        "for a decoder that gives E[x|z] (`poise.metrics.reconstruction`).",
         MAIN,
         tuple(checks),
         (("", rows),),
@@ -483,7 +491,7 @@ def variance_lost_is_the_error(evidence: Evidence) -> Statement:
 
 
 def variance_law_is_one(evidence: Evidence) -> Statement:
-    """C8."""
+    """Return C8: the variance law of the latents."""
     pages = {"all latents": "latents.variance_law", "active latents": "latents.variance_law_active"}
     checks = []
     for setting in SETTINGS:
@@ -507,16 +515,18 @@ def variance_law_is_one(evidence: Evidence) -> Statement:
     return Statement(
         "C8",
         "Var(mu) + E[s^2] is about 1.",
-        "Training images' codes, mean over all latents, and over active ones. Refuted if it is not within 10 % of 1.",
+        "Measured on the codes of training images, as the mean over all latents and over active "
+        "ones. Refuted if it is not within 10 % of 1.",
         MAIN,
         tuple(checks),
         (("", rows),),
-        "Exact at the optimum of a linear VAE: on an axis of variance v, s^2 = gamma2 / v and Var(mu) = 1 - gamma2 / v.",
+        "The law is exact at the optimum of a linear VAE: on an axis of variance v, "
+        "s^2 = gamma2 / v and Var(mu) = 1 - gamma2 / v.",
     )
 
 
 def better_than_rivals(evidence: Evidence) -> Statement:
-    """C9."""
+    """Return C9: samples against those of other models."""
     generations = {label: _best_set(evidence, label) for label in RIVALS} | {TWICE_LEARNED: "GEN-2"}
     checks, rows = (
         [],
@@ -547,17 +557,19 @@ def better_than_rivals(evidence: Evidence) -> Statement:
     rows.append([COMPUTED, "GEN-mixture", *_rival_cells(evidence, COMPUTED, "GEN-mixture", None)])
     return Statement(
         "C9",
-        "It generates better than the two-stage VAE with a learned gamma2 and than regularised autoencoders, at equal capacity "
-        "under one protocol.",
-        "Fashion-MNIST, the same stage 1 (weights, order, schedule) for all. The two-stage VAE learns gamma in both stages; "
-        "the others are one stage, sampled by a mixture of ten Gaussians fitted to their codes (WAE-MMD also from N(0, I), "
-        "whichever is better on average). Refuted if their distance is not larger than that of GEN-2 of `computed`; and, "
-        "with the same prior for both, than that of its mixture.",
+        "Samples are better than those of the learned two-stage VAE and regularised autoencoders.",
+        "At equal capacity under one protocol: Fashion-MNIST, the same stage 1 (weights, order, "
+        "schedule) for all. The two-stage VAE learns gamma in both stages. The others have one "
+        "stage and are sampled from a mixture of ten Gaussians fitted to their codes. WAE-MMD is "
+        "also sampled from N(0, I), and the set that is better on average counts. Refuted if a "
+        "rival's distance is not larger than that of GEN-2 of `computed`. Refuted also if, with "
+        "the same prior for both, it is not larger than that of the mixture of `computed`.",
         (FASHION,),
         tuple(checks),
         (("", rows),),
-        "Stage 2 adds parameters that the rivals do not have (a mixture has fewer): hence the second comparison. Rivals have "
-        "their published weights (`poise.objectives`; RAE-L2 those for MNIST), and were not tuned here.",
+        "Stage 2 adds parameters that the rivals do not have (a mixture has fewer). The second "
+        "comparison is therefore by mixtures only. Rivals have their published weights "
+        "(`poise.objectives`; RAE-L2 those for MNIST), and were not tuned here.",
     )
 
 
@@ -588,7 +600,7 @@ def table_of(
     places: Iterable[tuple[str, str, str]],
     columns: dict[str, Quantity],
 ) -> Rows:
-    """A row for each (experiment, label, name): n, and mean ± standard deviation of each column."""
+    """Return a table of n and mean ± standard deviation, a row per (experiment, label, name)."""
     rows = [[corner, "n", *columns]]
     for experiment, label, name in places:
         cells = [mean_of(evidence, experiment, label, quantity) for quantity in columns.values()]

@@ -1,1 +1,6 @@
-"""Several runs compared: `comparison` (labels times seeds), `reproduction` (published experiments), `results` (JSON files)."""
+"""Studies of several runs.
+
+- `comparison`: labels times seeds.
+- `reproduction`: published experiments.
+- `results`: JSON files of finished runs.
+"""

@@ -1,6 +1,7 @@
-"""Published experiments, complete: both stages, every way to sample, the protocols they were scored under, published numbers.
+"""Published experiments: both stages, every sampler, the original protocols, published numbers.
 
-The settings are a recipe's (`poise.recipes`), each departure a named switch there. An experiment can be done in pieces.
+The settings are those of a recipe (`poise.recipes`), which has a named switch for each departure.
+An experiment can be stopped and resumed.
 """
 
 import sys
@@ -37,26 +38,33 @@ def reproduce(
     jobs: int | None = None,
     options: Options = Options(),
 ) -> Comparison:
-    """The experiment of a recipe, or what is left of it; called again with the same arguments, it goes on where it stopped.
+    """Run the complete experiment of a recipe. Called again with the same arguments, it resumes.
 
-    Every run is measured under the `default` protocol with latent renormalisation and without, as Dai & Wipf scored, and, on
-    the data sets of the paper, as its authors scored.
+    Every run is measured under the `default` protocol with and without latent renormalisation, and
+    under the protocol of Dai & Wipf. On the data sets of the paper it is also measured under the
+    protocol of its authors.
 
     Args:
-        name: of the recipe: cifar10, cifar10-released, celeba64, celeba64-released, mnist, fashion-mnist, ...
-        data: in place of the recipe's own name: a folder, an .npz or .npy file, hf:owner/name.
-        balances: of stage 1, one label each; None: the recipe's own.
-        second_balance: of stage 2, for all labels; "same": each label's own; None: the recipe's.
-        seeds: 0, 1, ... so many.
-        length: share of the recipe's epochs, in (0, 1]: a trial, which its label says.
-        stop_after: after so many minutes all stops, with its state saved; None: never.
-        out: folder of the runs; None: runs/reproduce-NAME, of a trial with its length.
+        name: the recipe: cifar10, cifar10-released, celeba64, celeba64-released, mnist,
+            fashion-mnist, ...
+        data: source of the images: a folder, an .npz or .npy file, hf:owner/name; None: the
+            recipe's data set.
+        balances: balances of stage 1, one label each; None: the recipe's own.
+        second_balance: balance of stage 2 for all labels; "same": each label's own; None: the
+            recipe's.
+        seeds: number of seeds, at least 1: the seeds are 0, 1, ...
+        length: share of the recipe's epochs, in (0, 1]. Labels of shorter runs name their length.
+        stop_after: minutes until all runs stop, with their state saved; None: no limit.
+        out: folder of the runs; None: runs/reproduce-NAME, with the length if it is not 1.
         results: folder of the results.
         extractor: see `poise.evaluate`.
         jobs, options: see `poise.compare`.
 
+    Returns:
+        The results of the finished runs.
+
     Raises:
-        InputError: an unknown name, a wrong option, data that are not there.
+        InputError: the name is unknown, an option is wrong, or the data are missing.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
     until = deadline(stop_after)
@@ -69,7 +77,8 @@ def reproduce(
     experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
         print(
-            "poise: note: the order of images is the file's own: only a folder of files can be listed",
+            "poise: note: images keep the order of their file: "
+            "only a folder of files has a listing order",
             file=sys.stderr,
         )
     trial = [] if length == 1 else ["length", f"{length:g}"]
@@ -91,7 +100,7 @@ def experiment_of(
     extractor: str,
     second_balance: str | None = None,
 ) -> Experiment:
-    """What is to be done."""
+    """Return the experiment that `reproduce` runs."""
     recipe = RECIPES[name]
     base = with_data(shortened(recipe, length), data)
     trial = "" if length == 1 else f" (length {length:g})"
@@ -102,7 +111,10 @@ def experiment_of(
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
-    """The recipe with another source of the same images. Only CelebA's folder of files has an order to be listed in."""
+    """Return the recipe with another source of the same images.
+
+    A single file has no listing order, so its `file_order` becomes "sorted".
+    """
     if data is None:
         return recipe
     found = resolve(str(data), recipe, None)
@@ -112,7 +124,10 @@ def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
 
 
 def shortened(recipe: Recipe, length: float) -> Recipe:
-    """The recipe with a share of its epochs, at least one, and its learning rates halved at the same shares."""
+    """Return the recipe with a share of its epochs, at least one per stage.
+
+    Its learning rates are halved at the same shares of the length.
+    """
     if length == 1:
         return recipe
     second = recipe.second and _shortened_stage(recipe.second, length)
@@ -128,8 +143,8 @@ def _shortened_stage(stage: Stage, length: float) -> Stage:
 def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
     """Return the protocols that an experiment is measured under.
 
-    They are the default one as the recipe samples, with and without renormalisation, that of Dai &
-    Wipf, and that of the data set's authors if there is one.
+    They are the default protocol with the recipe's sampling, with and without renormalisation, that
+    of Dai & Wipf, and that of the data set's authors if there is one.
     """
     default, own = PROTOCOLS["default"], recipe.generation
     ways: dict[str, Generation] = {
@@ -145,7 +160,7 @@ def protocols_for(recipe: Recipe) -> tuple[Protocol, ...]:
 
 
 def text(comparison: Comparison) -> str:
-    """Our numbers and, below them, the published ones."""
+    """Return our numbers, and below them the published ones."""
     published = [f"- published: {line}" for line in RECIPES[comparison.name].published]
     return (
         f"{comparison}\n"

@@ -1,7 +1,8 @@
-"""One small JSON file for each finished run: everything that tables, pages and claims are made of, and where it came from.
+"""Results: one small JSON file per finished run, the source of all tables, pages and claims.
 
-A file is complete or not there, strict JSON (no NaN), and small enough to lie in a repository. Curves are means over equal
-parts of a stage, so that nothing of the log is passed over.
+A file is written completely or not at all. It is strict JSON (no NaN) and small enough for a
+repository. Each point of a curve is the mean over an equal part of a stage, so every log entry
+counts.
 """
 
 import json
@@ -33,31 +34,27 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 FORMAT = 1
-POINTS = 100  # of a curve, at most
-CURVES = (
-    "mse",
-    "kl_nats",
-    "penalty",
-    "gamma2",
-    "reconstruction_nats",
-)  # a penalty is in place of KL where there is none
+POINTS = 100  # at most, per curve
+# Objectives without KL log "penalty" in place of "kl_nats".
+CURVES = ("mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one run, and how to get it again.
+    """Numbers of one run, with all that is needed to repeat it.
 
     Attributes:
-        experiment: what the run belongs to: "compare-digits", "cifar10-released".
+        experiment: name of its experiment: "compare-digits", "cifar10-released".
         label: what differs within the experiment: "computed", "fixed:beta=4", "rae-l2".
-        seed: of weights, order, noise, and of generated images.
-        settings: the complete recipe, as config.json has it.
-        data: source, shape, numbers and checksum of the images, as config.json has them.
+        seed: seed of weights, order of images, noise and generated images.
+        settings: the complete recipe, as in config.json.
+        data: source, shape, counts and checksum of the images, as in config.json.
         provenance: versions, commit, machine, device and date: see `provenance`.
         seconds: "training" and "evaluation".
-        curves: of each stage, "1" and "2": `images_seen`, `seconds` of training since the stage began, and the means of mse,
-            kl_nats (or of an objective that has none its penalty), gamma2 and reconstruction_nats since the point before.
-        evaluation: what `Evaluation.to_json` gives: measurements, their protocols, pages and notes.
+        curves: curves by stage ("1", "2"): `images_seen`, `seconds` of training since the stage
+            began, and the means of mse, kl_nats, gamma2 and reconstruction_nats since the previous
+            point. Objectives without KL have `penalty` in place of kl_nats.
+        evaluation: output of `Evaluation.to_json`: measurements, their protocols, pages and notes.
     """
 
     experiment: str
@@ -71,18 +68,22 @@ class Result:
     evaluation: dict[str, Any]
 
     def value(self, metric: str, of: str | None = None, protocol: str | None = None) -> float:
-        """One number: a measurement, as `value("FID", "GEN-2")`, or by a dotted name what stands on a page or is a time.
+        """Return one number: a measurement, a figure of a page or a time.
 
         Args:
-            metric: "FID", "MSE", ...; or "reconstruction.gamma2", "latents.active_units", "seconds.training".
-            of: REC, GEN-1, ...; may be left out where the metric was measured of one thing.
-            protocol: name or hash; may be left out where the metric was measured under one protocol.
+            metric: a metric ("FID", "MSE", ...), or the dotted name of a figure or time
+                ("reconstruction.gamma2", "latents.active_units", "seconds.training").
+            of: REC, GEN-1, ...; optional if the metric was measured on one set.
+            protocol: name or hash; optional if the metric was measured under one protocol.
 
         Returns:
-            NaN where the value is undefined.
+            The value, NaN if it is undefined.
 
         Raises:
-            InputError: there is no such number, or there are several.
+            InputError: no number has this name, or several have it.
+
+        Example:
+            >>> result.value("FID", "GEN-2")      # doctest: +SKIP
         """
         value = (
             self._on_page(metric)
@@ -99,7 +100,8 @@ class Result:
             value = value[part]
         if value is not None and not isinstance(value, (int, float)):
             raise InputError(
-                f"{name} is not one number: it holds {', '.join(value) if isinstance(value, dict) else 'several'}"
+                f"{name} is not one number: it holds "
+                f"{', '.join(value) if isinstance(value, dict) else 'several'}"
             )
         return value
 
@@ -111,7 +113,7 @@ class Result:
         ]
         if len(found) != 1:
             problem = (
-                "measured of several, or under several protocols: say which"
+                "measured on several sets or under several protocols: say which"
                 if found
                 else "not measured"
             )
@@ -124,7 +126,11 @@ class Result:
         return found[0]
 
     def measurements(self, protocol: str | None = None) -> list[dict[str, Any]]:
-        """All measurements, or those of a protocol (its name or hash), as `Measurement.to_json` gives them."""
+        """Return the measurements in the format of `Measurement.to_json`.
+
+        Args:
+            protocol: name or hash of a protocol; None: measurements under any protocol.
+        """
         named = {
             code: (code, settings["name"])
             for code, settings in self.evaluation["protocols"].items()
@@ -137,18 +143,18 @@ class Result:
 
     @property
     def distance_names(self) -> tuple[str, ...]:
-        """How the Frechet distances are called that were measured: "FID", "FD-light", ..."""
+        """Return the names of the measured Frechet distances: "FID", "FD-light", ..."""
         names = dict.fromkeys(m["metric"] for m in self.evaluation["measurements"])
         return tuple(filter(is_frechet, names))
 
     @property
     def name(self) -> str:
-        """Experiment, label and seed, fit for a file's name."""
+        """Return experiment, label and seed as a file name without suffix."""
         return safe_name(self.experiment, self.label, self.seed)
 
 
 def safe_name(*parts: str | int) -> str:
-    """Words joined by "-" with nothing in them that a file's name must not have.
+    """Join words by "-", and replace characters that are not safe in file names.
 
     Example:
         >>> safe_name("compare-digits", "fixed:beta=4", 0)
@@ -166,13 +172,13 @@ def result_of(
     label: str,
     seconds: dict[str, float] | None = None,
 ) -> Result:
-    """The result of a finished run.
+    """Return the result of a finished run.
 
     Args:
-        run: trained.
-        evaluation: of it, or what its `to_json` gives.
+        run: the trained run.
+        evaluation: its evaluation, or the output of `Evaluation.to_json`.
         experiment, label: see `Result`.
-        seconds: times to add to "training", which the run's summary has.
+        seconds: times to add beside "training", which the run's summary has.
     """
     source = run.recipe.data.source
     return Result(
@@ -180,7 +186,7 @@ def result_of(
         label,
         run.recipe.seed,
         settings=json.loads(json.dumps(to_json(run.recipe))),
-        data=run.data | ({"source": source} if source in DATA_SETS else {}),  # and not where it lay
+        data=run.data | ({"source": source} if source in DATA_SETS else {}),  # not its path
         provenance=provenance(run.device),
         seconds=_training_seconds(run.folder) | (seconds or {}),
         curves=curves(run.folder / "metrics.jsonl"),
@@ -194,10 +200,10 @@ def _training_seconds(folder: Path) -> dict[str, float]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What made a number: versions, the commit of Poise's source, the machine, the device, the date.
+    """Return versions, the commit of Poise's source, machine, device and date.
 
-    The commit is there only where the package lies in a clone of its repository; "-dirty" is added if its source has been
-    changed since.
+    The commit is included only if the package is in a clone of its repository. "-dirty" is added if
+    the source has uncommitted changes.
     """
     versions = {
         "poise": __version__,
@@ -218,12 +224,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 @cache
 def source_commit() -> str | None:
-    """The commit that the package's source is of; None: it is not in a clone, or there is no git."""
+    """Return the commit of the package's source, or None outside a clone or without git."""
     source = Path(__file__).parent
     commit = _git(source, "rev-parse", "--short=12", "HEAD")
-    if (
-        not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name
-    ):  # in somebody else's clone
+    # An installed copy may be in a folder of some other repository, which does not list this file.
+    if not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name:
         return None
     return commit + ("-dirty" if _git(source, "status", "--porcelain", ".") else "")
 
@@ -244,7 +249,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 @cache
 def processor() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
+    """Return the processor's name, from /proc/cpuinfo if it exists."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -254,7 +259,7 @@ def processor() -> str:
 
 
 def curves(log: Path) -> dict[str, dict[str, list[float]]]:
-    """The curves of each stage, by its number, of at most 100 points.
+    """Return the curves of each stage, by its number. A curve has at most 100 points.
 
     Args:
         log: metrics.jsonl of a run.
@@ -268,9 +273,8 @@ def curves(log: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
-    images = np.diff(
-        [entry["images_seen"] for entry in entries], prepend=0
-    )  # since the entry before
+    # Images since the previous entry.
+    images = np.diff([entry["images_seen"] for entry in entries], prepend=0)
     elapsed: list[float] = np.cumsum(
         images / np.maximum([entry["images_per_second"] for entry in entries], 1e-9)
     ).tolist()
@@ -287,12 +291,12 @@ def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def _short(value: float) -> float:
-    """Six digits: the files lie in repositories."""
+    """Round to six digits, to keep the files small."""
     return float(f"{value:.6g}")
 
 
 def write_result(result: Result, folder: Path) -> Path:
-    """The file written: complete or not at all, EXPERIMENT-LABEL-SEED.json.
+    """Write EXPERIMENT-LABEL-SEED.json, completely or not at all, and return its path.
 
     Raises:
         RunError: the disk is full or cannot be written.
@@ -303,14 +307,14 @@ def write_result(result: Result, folder: Path) -> Path:
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
-    """The results in files and folders, in the order given, a folder's by name.
+    """Return the results in files and folders, in the given order, and by name within a folder.
 
     Args:
-        paths: files that `write_result` wrote; folders of them (other JSON there is passed over); or folders of a comparison,
-            whose results lie in `results/`.
+        paths: files of `write_result`; folders of them (other JSON there is ignored); or folders of
+            a comparison, whose results are in `results/`.
 
     Raises:
-        InputError: there is no such file or folder, a file that is no result, or a folder without any.
+        InputError: a path does not exist, a file is not a result, or a folder has no results.
     """
     return [result for path in paths for result in _read(Path(path))]
 
@@ -331,7 +335,8 @@ def _read(path: Path) -> list[Result]:
     ]
     if not found:
         raise MissingInputError(
-            f"{path} holds no results: give files that poise compare or poise reproduce wrote, or their folder"
+            f"{path} holds no results: give files that poise compare or poise reproduce wrote, "
+            "or their folder"
         )
     return found
 
@@ -351,6 +356,7 @@ def _restore(path: Path, values: Any) -> Result:
         or set(values) != names | {"result"}
     ):
         raise InputError(
-            f"{path} is not a result of poise (format {FORMAT}): give files that poise compare or reproduce wrote"
+            f"{path} is not a result of poise (format {FORMAT}): "
+            "give files that poise compare or reproduce wrote"
         )
     return Result(**{name: values[name] for name in names})

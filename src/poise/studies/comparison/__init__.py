@@ -1,7 +1,13 @@
-"""Balances and models compared: the same images, network, order, budget and protocol, several seeds, one table.
+"""Comparisons of balances and models: same images, network, order, budget and protocol.
 
-In reading order: `measuring` (how a run is evaluated), `plan` (labels and seeds to tasks), `worker` and `execution` (who does
-the tasks), `statistics` and `tables` (what they say), `experiment` (all of it, in a folder), `comparing` (`poise compare`).
+In reading order:
+
+- `measuring`: evaluation of a run.
+- `plan`: labels and seeds to tasks.
+- `worker`, `execution`: processes that do the tasks.
+- `statistics`, `tables`: means, paired differences, tables.
+- `experiment`: the whole experiment, in a folder.
+- `comparing`: `poise compare`.
 """
 
 from poise.studies.comparison.comparing import BALANCES, compare

@@ -1,4 +1,4 @@
-"""Balances and models compared on any images: `poise compare`."""
+"""`poise compare`: balances and models compared on any images."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -42,36 +42,45 @@ def compare(
     options: Options = Options(),
     **changes: Any,
 ) -> Comparison:
-    """Every label trained and measured for every seed; called again with the same arguments, it goes on where it stopped.
+    """Train and measure every label for every seed. A second call with the same arguments resumes.
 
-    The labels have the images, network, order, noise, length and protocol in common. What differs is stage 1's balance (or
-    objective): stage 2 has the recipe's own balance for all, so that differences come from stage 1 alone.
+    All labels have the same images, network, order, noise, length and protocol. They differ in the
+    balance (or objective) of stage 1. Stage 2 has the recipe's own balance for all labels, so all
+    differences come from stage 1.
 
     Args:
-        data: as for `poise.train`; an array is written into the folder, for the processes that learn it.
-        balances: labels that are balances: see `poise.balance.make_balance`. The first label is the reference. None: computed,
-            learned, optimal and fixed, or computed alone beside models.
-        models: labels that are objectives: see `poise.objectives.make_objective`.
-        priors: names of the priors whose samples are compared, see `poise.variants.PRIORS`. Without
-            "second-stage" no stage 2 is trained. None: all that there are.
-        seeds: 0, 1, ... so many.
+        data: images, as for `poise.train`. An array is written into the folder for the workers.
+        balances: balances to compare: see `poise.balance.make_balance`. The first label is the
+            reference. None: computed, learned, optimal and fixed, or computed alone beside models.
+        models: objectives to compare: see `poise.objectives.make_objective`.
+        priors: names of the priors whose samples are compared: see `poise.variants.PRIORS`. Without
+            "second-stage" no stage 2 is trained. None: all priors.
+        seeds: number of seeds, at least 1: the seeds are 0, 1, ...
         recipe: see `poise.train`.
-        second_balance: of stage 2, for all labels; "same": each balance label's own; None: the recipe's.
+        second_balance: balance of stage 2 for all labels; "same": each label's own; None: the
+            recipe's.
         out: the folder; None: runs/compare- and the data's name.
         protocol: see `poise.protocols`.
-        images: how many real images are compared with as many others; None: as the protocol says.
-        extractor: see `poise.evaluate`; "auto" is "pixels" for images of at most 16x16, and where nothing else is at hand.
-        stop_after: after so many minutes all stops, with its state saved; None: never.
-        jobs: processes; None: as many as cores on a CPU, one for each GPU on cuda.
+        images: number of real images, and of generated ones; None: as in the protocol.
+        extractor: see `poise.evaluate`; "auto" is "pixels" for images of at most 16x16, and if no
+            network is available.
+        stop_after: minutes until all runs stop, with their state saved; None: no limit.
+        jobs: runs at a time; None: one per core on a CPU, one per GPU on cuda.
         options: device, engine, time between checkpoints, display.
-        changes: of the recipe, as for `poise.train`: epochs, second_epochs, network, latent_dim, batch_size, stages, ...
+        changes: changes of the recipe, as for `poise.train`: epochs, second_epochs, network,
+            latent_dim, batch_size, stages, ...
+
+    Returns:
+        The results of the finished runs.
 
     Raises:
-        InputError: a label, the data, the recipe or the folder cannot be used: said before anything starts.
+        InputError: a label, the data, the recipe or the folder cannot be used. Raised before any
+            run starts.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
 
     Example:
-        >>> print(poise.compare("digits", balances=["computed", "fixed:beta=4"], seeds=3))      # doctest: +SKIP
+        >>> balances = ["computed", "fixed:beta=4"]
+        >>> print(poise.compare("digits", balances=balances, seeds=3))      # doctest: +SKIP
     """
     until = deadline(stop_after)
     labels = variants(
@@ -97,11 +106,16 @@ def compare(
 
 
 def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tuple[PriorName, ...]:
-    """The priors to measure, in the order of `PRIORS`; all that there are if none are given."""
+    """Return the priors to measure, in the order of `PRIORS`. None: all available priors.
+
+    Raises:
+        InputError: a prior needs a second stage, and there is none.
+    """
     for name in priors or ():
         if find_prior(name).needs == "second stage" and stages == 1:
             raise InputError(
-                f"the prior {name} needs a second stage: leave it out of the priors, or allow both stages"
+                f"the prior {name} needs a second stage: leave it out of the priors, "
+                "or allow both stages"
             )
     there = available_priors(second_stage=stages != 1)
     return tuple(name for name in there if priors is None or name in priors)
@@ -112,11 +126,16 @@ def _need_second_stage(priors: Sequence[PriorName]) -> bool:
 
 
 def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, Any]) -> Recipe:
-    """What all labels have in common."""
+    """Return the recipe that all labels share.
+
+    Raises:
+        InputError: a change is not a setting of a recipe.
+    """
     allowed = CHANGES.keys() - OF_ONE_RUN
     if unknown := set(changes) - allowed:
         raise InputError(
-            f"compare has no setting {', '.join(sorted(unknown))}; a recipe's are {', '.join(sorted(allowed))}"
+            f"compare has no setting {', '.join(sorted(unknown))}; "
+            f"a recipe's are {', '.join(sorted(allowed))}"
         )
     return Changes(**changes).apply(
         resolve(str(data) if isinstance(data, Path) else data, recipe, None)
@@ -124,18 +143,17 @@ def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, An
 
 
 def _name(data: Any, base: Recipe) -> str:
-    """The data's name, short: a recipe's or data set's, or that of a folder or file."""
+    """Return the name of the recipe, data set, folder or file."""
     if data is None or base.data.source == "array":
         return base.name
     return safe_name(Path(str(data)).stem or Path(base.data.source).stem)
 
 
 def _with_stored(array: Any, base: Recipe, folder: Path) -> Recipe:
-    """The recipe with a file as its source, which the array is written to: other processes are to read it."""
+    """Write the array to a file that other processes can read, and make it the recipe's source."""
     values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    read_images(
-        values, size=base.data.size, channels=base.data.channels
-    )  # what is wrong is said before it is written
+    # Raises an error for unusable arrays before anything is written.
+    read_images(values, size=base.data.size, channels=base.data.channels)
     digest = hashlib.sha256(
         f"{values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes()
     ).hexdigest()

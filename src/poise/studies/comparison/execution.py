@@ -1,7 +1,7 @@
-"""Tasks done by joblib, with one display for all, until all are done or somebody asks to stop.
+"""Execution of tasks by joblib, with one progress display for all.
 
-By default joblib starts a process for each task that is done at the same time. `joblib.parallel_config` chooses another
-backend, Dask or Ray for example, whose workers see the experiment's folder.
+By default joblib starts one process per task that runs at the same time. `joblib.parallel_config`
+selects another backend, such as Dask or Ray. Its workers must see the experiment's folder.
 """
 
 import json
@@ -26,9 +26,9 @@ from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, 
 from poise.support.guards import stop_signals
 from poise.support.progress import progress
 
-IDLE_SECONDS = 10.0  # until a worker without work ends; where this process was killed loky adds 30
-SHOWN = 4  # tasks of which the display tells
-TAIL_BYTES = 2_000  # of a log, in which its last line lies
+IDLE_SECONDS = 10.0  # until an idle worker ends; loky adds 30 if this process was killed
+SHOWN = 4  # tasks in the progress display
+TAIL_BYTES = 2_000  # enough for the last line of a log
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Outcome:
     """Outcome of a set of tasks.
 
     Attributes:
-        failed: messages of those that failed, by `Task.result_path`.
-        late: whether the time was up before all were done.
+        failed: error messages of failed tasks, by `Task.result_path`.
+        late: True if the time limit came before all tasks were done.
     """
 
     failed: dict[Path, str] = field(default_factory=dict)
@@ -52,14 +52,15 @@ def execute(
     until: float | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Do tasks. A task that fails, or whose process is killed, stops no other.
+    """Do tasks. The others continue if a task fails or its process is killed.
 
     Args:
-        tasks: to be done, in this order.
-        crew: processes.
-        title: of the display.
-        until: by `time.monotonic`: all stop then, with their state saved; None: never.
-        quiet: no display.
+        tasks: the tasks, in order.
+        crew: number of processes, and their devices.
+        title: title of the progress display.
+        until: time limit by `time.monotonic`, when all runs stop with their state saved; None: no
+            limit.
+        quiet: show no progress.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
@@ -94,7 +95,7 @@ def execute(
 
 @contextmanager
 def repeated(action: Callable[[], None]) -> Iterator[None]:
-    """Inside the block a thread calls `action` twice a second."""
+    """Call `action` twice a second in a thread until the block ends."""
     over = threading.Event()
 
     def repeat() -> None:
@@ -112,11 +113,11 @@ def repeated(action: Callable[[], None]) -> Iterator[None]:
 
 @final
 class Study:
-    """Tasks on their way.
+    """State of the tasks while workers do them.
 
     Attributes:
-        failed: messages, by `Task.result_path`.
-        stopping: why all stop: "asked", "late"; "": they do not.
+        failed: error messages of failed tasks, by `Task.result_path`.
+        stopping: reason to stop all runs: "asked" or "late"; "" while they run.
     """
 
     def __init__(self, crew: Crew, lease: FileLock, following: "Following") -> None:
@@ -127,19 +128,19 @@ class Study:
 
     @property
     def in_flight(self) -> list[Task]:
-        """Tasks that a worker was given and has not answered."""
+        """Return the tasks that workers have received and not finished."""
         return list(self._given.values())
 
     def stop(self, reason: str) -> None:
-        """Have all runs save their state and stop."""
+        """Make all runs save their state and stop."""
         self.stopping = self.stopping or reason
         self._lease.release()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Do all tasks. Those that were in flight when a worker was killed are done again at the end, one at a time.
+        """Do all tasks. After a worker is killed, repeat its tasks at the end, one at a time.
 
-        A worker is killed mostly because the memory is full, so that fewer at a time may do. joblib ends the other workers
-        with it, and only of a single task it is certain that it was the cause.
+        Full memory is the usual cause, so running fewer tasks at a time may help. joblib ends all
+        workers when one is killed. A task is certainly the cause only if it runs alone.
         """
         left, suspects = list(tasks), list[Task]()
         while left and not self.stopping:
@@ -156,7 +157,7 @@ class Study:
                 self._conclude(Ended(task, "failed", f"its process was killed twice: {complaint}"))
 
     def _attempt(self, tasks: Sequence[Task]) -> str | None:
-        """Do tasks; return a complaint if the workers broke down."""
+        """Do tasks. Return an error message if joblib's workers fail."""
         self._given.clear()
         shares = self._crew.shares(tasks)
         try:
@@ -164,7 +165,7 @@ class Study:
             for ended in answers:
                 for one in ended:
                     self._conclude(one)
-        except Exception as error:  # of joblib or its backend: `perform` reports those of a task
+        except Exception as error:  # of joblib: `perform` catches errors of tasks
             if not self._given:
                 raise
             return " ".join(str(error).split()) or type(error).__name__
@@ -178,7 +179,7 @@ class Study:
     def _pool(self) -> Parallel:
         how: dict[str, Any] = {
             "return_as": "generator_unordered",
-            "pre_dispatch": "n_jobs",  # what was given and is not answered is in flight
+            "pre_dispatch": "n_jobs",  # so every dispatched task without an answer is in flight
             "batch_size": 1,
         }
         threads = self._crew.threads
@@ -187,7 +188,7 @@ class Study:
         processes: dict[str, Any] = {
             "inner_max_num_threads": threads,
             "idle_worker_timeout": IDLE_SECONDS,
-            "initializer": signal.signal,  # Ctrl-C reaches all processes of a terminal
+            "initializer": signal.signal,  # ignore Ctrl-C: a terminal sends it to all processes
             "initargs": (signal.SIGINT, signal.SIG_IGN),
         }
         with parallel_config("loky", **processes):
@@ -199,10 +200,10 @@ class Study:
         if ended.state == "failed" and not self.stopping:
             self.failed[ended.task.result_path] = ended.message
         if ended.state == "interrupted":
-            self.stop("asked")  # by a signal that it heard itself, if nobody asked before
+            self.stop("asked")  # the worker itself may have received the signal
 
     def close(self) -> None:
-        """End the processes, and free the images that runs of this process have learned."""
+        """End the worker processes, and free the images that this process keeps."""
         forget_images()
         if self._crew.threads is not None and self._crew.processes > 1:
             get_reusable_executor().shutdown()
@@ -210,21 +211,21 @@ class Study:
 
 @final
 class Following:
-    """How far tasks are, in steps, read from the logs of their runs.
+    """Progress of tasks in steps, read from the logs of their runs.
 
     Attributes:
-        ended: result paths of the tasks that are done or have failed.
+        ended: result paths of the tasks that are done or failed.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.total = sum(task.total_steps + 1 for task in tasks)  # the last is measuring
+        self.total = sum(task.total_steps + 1 for task in tasks)  # 1 for the evaluation
         self.ended: set[Path] = set()
         self._first_seen: dict[int, int] = {}
         self._said: set[int] = set()
 
     def done(self) -> int:
-        """Steps of all tasks."""
+        """Return the number of steps done in all tasks."""
         return sum(
             task.total_steps + 1 if task.result_path in self.ended else self._steps(task)
             for task in self.tasks
@@ -237,7 +238,7 @@ class Following:
         return entry["step"] + (task.first_steps if entry["stage"] == 2 else 0)
 
     def figures(self, busy: Sequence[Task]) -> Mapping[str, str]:
-        """What each worker does, or the first few."""
+        """Return the state of the first few tasks in flight, by name."""
         more = {"and": f"{len(busy) - SHOWN} more"} if len(busy) > SHOWN else {}
         return {task.name: self._state(task) for task in busy[:SHOWN]} | more
 
@@ -250,7 +251,7 @@ class Following:
         return f"stage 2 {(steps - first) / (total - first):.0%}"
 
     def say_estimate(self, busy: Sequence[Task], jobs: int) -> None:
-        """Print one line on stderr for each stage, once its first steps have been timed."""
+        """Print the estimated time of each stage once, on stderr, after its first steps."""
         for task in busy:
             entry = last_entry(task.folder / "metrics.jsonl")
             if entry is None or entry["stage"] in self._said or not entry["images_per_second"]:
@@ -265,18 +266,19 @@ class Following:
             left = sum(self._left(other, stage) for other in self.tasks)
             line = (
                 f"stage {stage}: {1000 * seconds:.1f} ms a step, so about "
-                f"{duration(left * seconds / min(jobs, len(self.tasks)))} for what is left of it in all runs"
+                f"{duration(left * seconds / min(jobs, len(self.tasks)))} "
+                "for the rest of this stage in all runs"
             )
             print(line, file=sys.stderr, flush=True)
 
     def _left(self, task: Task, stage: int) -> int:
-        """Steps of one stage that are still to be done."""
+        """Return the remaining steps of a stage."""
         steps, first = self._steps(task), task.first_steps
         return max(first - steps, 0) if stage == 1 else task.total_steps - max(steps, first)
 
 
 def last_entry(log: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a metrics.jsonl; None: there is none yet."""
+    """Return the last complete line of a metrics.jsonl, or None if it has none yet."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))

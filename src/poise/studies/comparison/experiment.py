@@ -1,8 +1,9 @@
-"""An experiment is a folder: an ordinary run's folder for each label and seed, a result for each finished one.
+"""Experiments: a folder with one ordinary run per label and seed, and one result per finished run.
 
-experiment.json     what is compared: another experiment is refused here, more labels and seeds are welcome
+experiment.json     settings of the experiment. The folder accepts more labels and seeds of the same
+                    experiment; another experiment gives an error.
 LABEL-SEED/         runs
-results/            one JSON for each finished run, unless another folder is named
+results/            one JSON per finished run, unless another folder is named
 """
 
 import json
@@ -45,16 +46,16 @@ DESCRIPTION = "experiment.json"
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is to be compared, wherever it is done.
+    """Settings of an experiment, independent of its folder and machine.
 
     Attributes:
-        name: as results give it.
-        base: what all runs have in common.
-        labels: for each label what it changes in that (see `Changes`); the first is the reference.
-        seeds: 0, 1, ... so many.
+        name: the experiment's name in results.
+        base: the recipe that all runs share.
+        labels: changes of the recipe by label (see `Changes`); the first label is the reference.
+        seeds: number of seeds, at least 1: the seeds are 0, 1, ...
         protocols, priors, extractor: see `Measuring`.
-        compared: further sets of images that are compared with real ones, by label; see `Measuring`.
-        pages: see `Measuring`. Functions of a module, since other processes import them.
+        compared: further sets of images to compare with real ones, by label; see `Measuring`.
+        pages: see `Measuring`. The functions must be importable by other processes.
         keep: keep the folders of measured runs.
     """
 
@@ -76,21 +77,21 @@ class Experiment:
             check_specs(recipe)
 
     def planned(self) -> list[tuple[str, Recipe]]:
-        """The label and the complete recipe of each run."""
+        """Return the label and the complete recipe of each run."""
         return list(recipes(self.base, self.labels, range(self.seeds)))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out.
+    """Results of an experiment. `str` makes a Markdown page of them.
 
     Attributes:
-        name: of the experiment.
-        folder: of the runs.
-        results: of the finished runs, in the order of labels and seeds.
-        reference: the first label, which the others are compared with.
-        failed: messages of the runs that failed, by label and seed.
-        late: whether the time was up before all runs were finished.
+        name: name of the experiment.
+        folder: folder of the runs.
+        results: results of the finished runs, in the order of labels and seeds.
+        reference: the first label; the others are compared with it.
+        failed: error messages of failed runs, by label and seed.
+        late: True if the time limit came before all runs were finished.
     """
 
     name: str
@@ -101,7 +102,7 @@ class Comparison:
     late: bool = False
 
     def table(self) -> list[list[str]]:
-        """See `poise.studies.comparison.table`."""
+        """Return the table of means and spreads: see `poise.studies.comparison.table`."""
         return table(self.results, self._failed_of_label)
 
     @property
@@ -116,10 +117,13 @@ class Comparison:
 
 
 def deadline(stop_after: float | None) -> float | None:
-    """So many minutes from now, by `time.monotonic`; None: never.
+    """Return the value of `time.monotonic` at a time limit.
+
+    Args:
+        stop_after: minutes from now, above 0; None: no limit.
 
     Raises:
-        InputError: not a positive number.
+        InputError: `stop_after` is not positive.
     """
     if stop_after is None:
         return None
@@ -137,12 +141,12 @@ def conduct(
     until: float | None = None,
     options: Options = Options(),
 ) -> Comparison:
-    """Do an experiment, or what is left of it.
+    """Run an experiment, or the rest of it.
 
     Args:
-        experiment: what is compared.
-        folder: of the runs.
-        results: folder of the results; None: the folder's own.
+        experiment: the experiment.
+        folder: folder of the runs.
+        results: folder of the results; None: `results/` in `folder`.
         jobs, until, options: see `conduct_all`.
 
     Raises:
@@ -168,19 +172,23 @@ def conduct_all(
     until: float | None = None,
     options: Options = Options(),
 ) -> list[Comparison]:
-    """Do several experiments, the first seed of all first. Finished runs are not done again.
+    """Run several experiments, seed by seed. Finished runs are not repeated.
 
     Args:
-        experiments: by the folder of their runs.
-        title: of the display.
+        experiments: the experiments, by the folder of their runs.
+        title: title of the progress display.
         results: folder of all results; None: each experiment's own.
-        jobs: runs at a time; None: as many as cores on a CPU, one for each GPU on cuda.
-        until: by `time.monotonic`: all stop then, with their state saved; None: never.
+        jobs: runs at a time; None: one per core on a CPU, one per GPU on cuda.
+        until: time limit by `time.monotonic`, when all runs stop with their state saved; None: no
+            limit.
         options: device, engine, time between checkpoints, display.
 
+    Returns:
+        The results of each experiment.
+
     Raises:
-        InputError: the data, network, extractor or folder cannot be used, or a result of something else lies in the place of
-            one: said before anything starts.
+        InputError: the data, network, extractor or folder cannot be used, or another result has the
+            file name of one of these. Raised before any run starts.
         Interrupted: Ctrl-C or SIGTERM; the state of all runs is saved.
     """
     count = sum(len(experiment.planned()) for experiment in experiments.values())
@@ -208,13 +216,18 @@ def conduct_all(
 
 
 def prepare(experiment: Experiment, folder: Path, results: Path, options: Options) -> list[Task]:
-    """Check everything, describe the experiment in its folder, and return its tasks, finished or not, in their order."""
+    """Check the experiment, write experiment.json, and return all tasks, finished or not.
+
+    Raises:
+        InputError: the data, network, extractor, engine or folder cannot be used.
+    """
     dataset = read_data(experiment.base.data, cache=folder / "cache")
     device = check_start(experiment.base, dataset, options)
     how = experiment.protocols, experiment.extractor, experiment.priors, device
     common = replace(measuring_for(dataset, *how), pages=experiment.pages)
     compared = completed(experiment.compared, dataset, device)
-    place, results = folder.resolve(), results.resolve()  # workers may be elsewhere
+    # Workers may have other working directories.
+    place, results = folder.resolve(), results.resolve()
     tasks = [
         Task(
             experiment.name,
@@ -238,10 +251,10 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
 
 
 def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results: Path) -> None:
-    """Prepare a new folder, or make sure that it holds this experiment, perhaps with other labels or fewer seeds.
+    """Write experiment.json. If it exists, it must be of the same experiment; labels may differ.
 
     Raises:
-        InputError: it holds something else.
+        InputError: the folder holds another experiment or other files.
     """
     path = folder / DESCRIPTION
     now = {
@@ -287,7 +300,7 @@ def _read(path: Path) -> dict[str, Any]:
 def announce(
     experiment: Experiment, tasks: Sequence[Task], undone: Sequence[Task], crew: Crew
 ) -> str:
-    """Say what is about to be done."""
+    """Return a line that says how many runs are planned, finished and done at a time."""
     recipe, num_images = tasks[0].recipe, tasks[0].num_images
     counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
     lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])

@@ -1,4 +1,4 @@
-"""How a run is measured: once for each protocol. Each part is kept on disk as soon as it is there."""
+"""Evaluation of a run under several protocols. Each part is saved as soon as it is finished."""
 
 import json
 import time
@@ -22,24 +22,26 @@ from poise.studies.results import Result
 from poise.support.files import strict, write_json
 from poise.variants import PRIORS, PriorName
 
-SMALL_SIDE = (
-    16  # up to which pictures are compared pixel by pixel: `pixels` keeps every one of them
+SMALL_SIDE = 16  # largest side of images compared by pixels: `pixels` keeps every pixel of them
+SMALL_NOTE = (
+    "images of at most 16x16 are compared pixel by pixel (FD-pixels): "
+    "networks for photographs say little about them"
 )
-SMALL_NOTE = "images of at most 16x16 are compared pixel by pixel (FD-pixels): networks for photographs say little about them"
 PIXELS_NOTE = (
-    "neither Inception nor the light network is at hand: compared by pixels averaged to 16x16 (FD-pixels), which says little "
-    'about photographs; pip install "poise[light]" (FD-light) or "poise[eval]" (FID), or POISE_INCEPTION'
+    "neither Inception nor the light network is installed: compared by pixels averaged to 16x16 "
+    "(FD-pixels), which says little about photographs; "
+    'pip install "poise[light]" (FD-light) or "poise[eval]" (FID), or set POISE_INCEPTION'
 )
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that a run produces, by a name under which results show them.
+    """A set of images that a run generates.
 
     Attributes:
-        name: "REC", "GEN-1", "GEN-2 without noise", ...
-        prior: of the latents; None: reconstructions of the real images.
-        generation: how the images are made; None: as the protocol says, or else the recipe.
+        name: name in results: "REC", "GEN-1", "GEN-2 without noise", ...
+        prior: prior of the latents; None: reconstructions of the real images.
+        generation: settings of generation; None: the protocol's, or else the recipe's.
     """
 
     name: str
@@ -49,12 +51,13 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Compared:
-    """Sets of images that are compared with real ones under one protocol.
+    """Sets of images to compare with real ones under one protocol.
 
     Attributes:
-        protocol: with the name of its extractor, its reference and its number of real images.
-        sets: what is compared.
-        metrics: keep the metrics whose names begin with one of these.
+        protocol: the protocol, with its extractor's name, its reference and its number of real
+            images.
+        sets: the sets to compare.
+        metrics: prefixes of the names of the metrics to keep.
     """
 
     protocol: Protocol
@@ -65,7 +68,7 @@ class Compared:
         """Yield each set with its protocol.
 
         Args:
-            own: the generation of the run's recipe.
+            own: generation settings of the run's recipe.
         """
         for images in self.sets:
             generation = images.generation or self.protocol.generation or own
@@ -74,15 +77,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How a run is evaluated.
+    """Settings of the evaluation of a run.
 
     Attributes:
-        protocols: of whole evaluations. Extractor, counts and side are filled in.
-        extractor: of these protocols, see `poise.features.make_extractor`. "none": no comparison.
-        priors: of which samples are compared under these protocols. Reconstructions always are.
-        notes: what is to be said of the choice.
+        protocols: protocols of complete evaluations, with extractor, counts and side filled in.
+        extractor: extractor of these protocols: see `poise.features.make_extractor`. "none": no
+            comparison.
+        priors: priors whose samples are compared under these protocols, beside reconstructions.
+        notes: notes on the choice of extractor.
         compared: further sets of images, each with its own protocol and extractor.
-        pages: further pages of figures, by their names in a result.
+        pages: functions that make further pages of figures, by the page's name in a result.
     """
 
     protocols: tuple[Protocol, ...]
@@ -94,11 +98,11 @@ class Measuring:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Names of the sets that are compared under `protocols`: REC, GEN-1, ..."""
+        """Return the names of the sets that are compared under `protocols`: REC, GEN-1, ..."""
         return ("REC", *(prior.label for name, prior in PRIORS.items() if name in self.priors))
 
     def covers(self, result: Result) -> bool:
-        """Return whether a result has every set under every protocol."""
+        """Return whether a result has a measurement of every set under every protocol."""
         own = from_json(Generation, result.settings["generation"])
         protocols = [replace(p, generation=p.generation or own) for p in self.protocols]
         wanted = {(model_protocol(p, generation=p.generation).hash, "REC") for p in protocols}
@@ -115,19 +119,19 @@ def measuring_for(
     priors: Iterable[PriorName],
     device: torch.device,
 ) -> Measuring:
-    """Complete the protocols with all that is known before a run is trained.
+    """Fill in the protocols' extractor and counts before any run is trained.
 
-    The extractor is loaded once, to see that it can be.
+    This loads the extractor once, to raise its errors early.
 
     Args:
-        dataset: that the runs learn.
-        protocols: as named.
-        extractor: "auto": pixels for images of at most 16x16, else Inception, the light network or pixels: the first that is
-            at hand.
+        dataset: data of the runs.
+        protocols: the protocols to complete.
+        extractor: an extractor's name. "auto": pixels for images of at most 16x16; for others the
+            first that is installed of Inception, the light network and pixels.
         priors, device: see `Measuring`, `Run.evaluate`.
 
     Raises:
-        InputError: an extractor that cannot be had.
+        InputError: the extractor cannot be loaded.
     """
     spec, notes = resolve_extractor(extractor, dataset.shape[1], device)
     known = identity(spec, device)
@@ -138,7 +142,7 @@ def measuring_for(
 def completed(
     compared: Mapping[str, tuple[Compared, ...]], dataset: Dataset, device: torch.device
 ) -> dict[str, tuple[Compared, ...]]:
-    """Complete the protocols of each label as `measuring_for` does."""
+    """Fill in the protocols of each label, as `measuring_for` does."""
     extractors = {c.protocol.extractor for of_label in compared.values() for c in of_label}
     known = {extractor: identity(extractor, device) for extractor in extractors}
 
@@ -150,7 +154,7 @@ def completed(
 
 
 def identity(extractor: str, device: torch.device) -> dict[str, str]:
-    """What a protocol says of an extractor."""
+    """Return the fields of a protocol that identify an extractor."""
     network, _, _ = choose_extractor(DEFAULT, extractor, device)
     return {name: getattr(network, name) for name in ("extractor", "extractor_checksum", "resize")}
 
@@ -166,7 +170,7 @@ def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
 
 
 def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, tuple[str, ...]]:
-    """Return the extractor that "auto" means here, and what there is to say of it."""
+    """Return the extractor that "auto" stands for, and notes on the choice."""
     if spec != AUTO:
         return spec, ()
     if side <= SMALL_SIDE:
@@ -178,19 +182,22 @@ def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, 
 def measured(
     run: Run, measuring: Measuring, seed: int, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Evaluate a run under all protocols: what `Evaluation.to_json` gives, with its "seconds".
+    """Evaluate a run under all protocols.
 
-    Each part is kept in the run's folder, so that a stop loses the work of one protocol at most. What another extractor
-    measured before stays in the result.
+    Each part is saved in the run's folder, so a stop loses the work of at most one protocol.
+    Earlier measurements by other extractors stay in the result.
 
     Args:
-        run: trained.
-        measuring: what is measured.
-        seed: of generated images.
-        stop: asked before each batch of the extractor.
+        run: the trained run.
+        measuring: settings of the evaluation.
+        seed: seed of generated images.
+        stop: called before each batch of the extractor.
+
+    Returns:
+        The output of `Evaluation.to_json`, with "seconds".
 
     Raises:
-        Interrupted: `stop` was true.
+        Interrupted: `stop` returned True.
     """
     network = cache(partial(_loaded, device=run.device, stop=stop))
     parts = [
@@ -216,7 +223,7 @@ def measured(
 
 
 def _loaded(spec: str, device: torch.device, stop: Callable[[], bool]) -> str | Extractor:
-    """The extractor, which raises Interrupted as soon as `stop` is true."""
+    """Return the extractor. It raises Interrupted as soon as `stop` returns True."""
     if spec == NO_EXTRACTOR:
         return spec
     extractor = make_extractor(spec, device)
@@ -279,7 +286,7 @@ def _produced(run: Run, images: ImageSet, protocol: Protocol, real: Any, seed: i
 def _part(
     folder: Path, protocol: Protocol, asked: dict[str, Any], evaluate: Callable[[], Evaluation]
 ) -> dict[str, Any]:
-    """What a protocol gives, from the run's folder if the same was measured before."""
+    """Return the measurements of a protocol, read from the run's folder if they exist."""
     request = strict({"protocol": asdict(protocol)} | asked | {"weights": _weights(folder)})
     path = folder / "measured" / f"{protocol.name}-{protocol.hash}.json"
     if (kept := _kept(path)) and kept["request"] == request:
@@ -296,7 +303,7 @@ def _part(
 
 
 def _earlier(folder: Path, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is kept that other extractors measured of the same weights with the same seed."""
+    """Return saved measurements by other extractors of the same weights and seed."""
     used = {part["request"]["protocol"]["extractor"] for part in parts}
     same = [parts[0]["request"][name] for name in ("weights", "seed")]
     kept = [part for path in sorted((folder / "measured").glob("*.json")) if (part := _kept(path))]
@@ -307,7 +314,7 @@ def _earlier(folder: Path, parts: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    """Hashes of the newest checkpoint's files."""
+    """Return the hashes of the newest checkpoint's files."""
     return json.loads((checkpoints(folder / "checkpoints")[-1] / MANIFEST).read_text())["sha256"]
 
 

@@ -1,6 +1,6 @@
-"""What an experiment consists of: labels, each a small change of one recipe, times seeds; and how each run is measured.
+"""Plan of an experiment: labels (small changes of one recipe) times seeds, as tasks.
 
-Everything that can be wrong is found here, before anything starts.
+All settings are checked here, before any run starts.
 """
 
 import os
@@ -31,18 +31,18 @@ SAME = "same"
 
 @dataclass(frozen=True)
 class Task:
-    """One run to train and measure, complete enough for another process to do.
+    """One run to train and measure, with everything that another process needs for it.
 
     Attributes:
         experiment, label: see `poise.studies.results.Result`.
-        recipe: complete, with its seed and the source of its data.
-        folder: of the run, in the experiment's.
-        results: the folder for its result.
-        measuring: how it is evaluated.
+        recipe: the complete recipe, with its seed and the source of its data.
+        folder: folder of the run, inside the experiment's.
+        results: folder of its result.
+        measuring: settings of its evaluation.
         engine, save_seconds: see `poise.Options`.
-        checksum: of the data.
-        num_images: of the data, to train on.
-        keep: keep the run's folder when its result is written.
+        checksum: checksum of the data.
+        num_images: number of training images.
+        keep: keep the run's folder after its result is written.
     """
 
     experiment: str
@@ -59,7 +59,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Label and seed."""
+        """Return label and seed."""
         return f"{self.label}, seed {self.recipe.seed}"
 
     @property
@@ -68,33 +68,41 @@ class Task:
 
     @property
     def first_steps(self) -> int:
-        """Steps of stage 1."""
+        """Return the number of steps of stage 1."""
         return self.recipe.first.total_steps(self.num_images)
 
     @property
     def total_steps(self) -> int:
-        """Steps of both stages."""
+        """Return the number of steps of both stages."""
         second = self.recipe.second
         return self.first_steps + (second.total_steps(self.num_images) if second else 0)
 
     def result(self) -> Result | None:
-        """Return the earlier result of this very task: same settings, images, protocols and sets; None: there is none."""
+        """Return the result on disk, or None if it is missing or of another task.
+
+        Settings, images, protocols and sets must be the same.
+        """
         found = self._written()
         return found if found and self._is_mine(found) and self.measuring.covers(found) else None
 
     def check_place(self) -> None:
-        """Raise InputError if a result of other settings or images lies in this one's place: it would be lost."""
+        """Check that this task's result would not overwrite another one.
+
+        Raises:
+            InputError: the file holds a result of other settings or images.
+        """
         found = self._written()
         if found and not self._is_mine(found):
             raise InputError(
-                f"{self.result_path} is of other settings or images: move it away, or choose another folder"
+                f"{self.result_path} is of other settings or images: "
+                "move it away, or choose another folder"
             )
 
     def _written(self) -> Result | None:
         try:
             (found,) = read_results([self.result_path])
             return found
-        except InputError:  # there is none, or no whole one
+        except InputError:  # missing or damaged
             return None
 
     def _is_mine(self, found: Result) -> bool:
@@ -102,29 +110,31 @@ class Task:
 
     def _same_settings(self, earlier: dict[str, Any]) -> bool:
         try:
-            known = to_json(from_json(Recipe, earlier))  # with settings that are newer than it
-        except InputError:  # of a newer version
+            # Settings that are newer than the result get their defaults.
+            known = to_json(from_json(Recipe, earlier))
+        except InputError:  # written by a newer version
             return False
         return unsourced(known) == unsourced(to_json(self.recipe))
 
 
 def unsourced(settings: Mapping[str, Any]) -> Any:
-    """Settings without the place that the images lie in: their checksum says which they are."""
+    """Return the settings without the path of the images. Their checksum identifies them."""
     return strict(dict(settings) | {"data": dict(settings["data"]) | {"source": None}})
 
 
 def variants(
     balances: Sequence[str], models: Sequence[str], second_balance: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The changes of the recipe that each label stands for.
+    """Return each label's changes of the recipe.
 
     Args:
-        balances: labels that are balances of stage 1: see `poise.balance.make_balance`.
-        models: labels that are objectives of stage 1.
-        second_balance: of stage 2: a balance for all labels; "same": of each balance label its own; None: the recipe's for all.
+        balances: balances of stage 1: see `poise.balance.make_balance`.
+        models: objectives of stage 1.
+        second_balance: balance of stage 2 for all labels; "same": each balance label's own; None:
+            the recipe's.
 
     Raises:
-        InputError: a label twice, or none.
+        InputError: a label is given twice, or no label is given.
     """
     labels = [*balances, *models]
     twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -144,7 +154,11 @@ def variants(
 
 
 def check_specs(recipe: Recipe) -> None:
-    """Raises InputError for a balance or an objective that cannot be made."""
+    """Check that the recipe's balances and objectives can be made.
+
+    Raises:
+        InputError: one of them cannot.
+    """
     for stage in filter(None, (recipe.first, recipe.second)):
         make_balance(stage.balance, image_size=1, latent_dim=1)
         make_objective(stage.objective)
@@ -153,17 +167,18 @@ def check_specs(recipe: Recipe) -> None:
 def recipes(
     base: Recipe, labels: Mapping[str, dict[str, Any]], seeds: Sequence[int]
 ) -> Iterator[tuple[str, Recipe]]:
-    """Each label's recipe for each seed, the first seed of all labels first, so that pairs are complete early."""
+    """Yield each label and its recipe, seed by seed: pairs of one seed are complete early."""
     for seed in seeds:
         for label, changes in labels.items():
             yield label, Changes(**changes, seed=seed).apply(base)
 
 
 def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.device:
-    """The device; what every run would fail of is said once, before the first.
+    """Return the device. Errors that every run would have are raised here, before the first run.
 
     Raises:
-        InputError: a network that cannot take the images, a device that is not there, or an engine that it does not have.
+        InputError: the network cannot take the images, the device is missing, or it cannot run the
+            engine.
     """
     device = choose_device(options.device)
     choose_engine(options.engine, device)
@@ -176,9 +191,9 @@ class Share:
     """Tasks of one process.
 
     Attributes:
-        tasks: done in this order.
-        device: that they are done on.
-        threads: tasks at a time, each in a thread.
+        tasks: the tasks, in order.
+        device: their device.
+        threads: number of tasks at a time, each in a thread.
     """
 
     tasks: tuple[Task, ...]
@@ -188,14 +203,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Crew:
-    """How many tasks are done at a time, and where.
+    """Number of tasks at a time, and their devices.
 
-    On a CPU each has a process of its own. The tasks of one GPU share a process, because a GPU works for one process side by
-    side and for several in turns.
+    On a CPU each task has its own process. The tasks of one GPU share a process, because a GPU runs
+    the kernels of one process side by side, but those of several processes in turns.
 
     Attributes:
-        devices: one for each task that is done at the same time.
-        threads: OpenMP threads of each process; None: the user chose a backend of joblib, which decides.
+        devices: one device per task that runs at the same time.
+        threads: OpenMP threads per process; None: the joblib backend of the user decides.
     """
 
     devices: tuple[str, ...]
@@ -210,7 +225,7 @@ class Crew:
         return self.threads is not None and self.devices[0].startswith("cuda")
 
     def shares(self, tasks: Sequence[Task]) -> list[Share]:
-        """Divide tasks among processes: one by one, or on GPUs all that a GPU is to do."""
+        """Divide tasks among processes: one share per task or, on GPUs, one share per GPU."""
         if not self._by_device:
             return [Share((task,), self.devices[0]) for task in tasks]
         seats = len(self.devices)
@@ -236,23 +251,23 @@ class Crew:
 
 
 def crew_for(device: torch.device, jobs: int | None, tasks: int) -> Crew:
-    """Return a crew for as many tasks at a time as there are cores on a CPU, or GPUs on cuda, and no more than tasks.
+    """Return a crew with one task per core on a CPU, or per GPU on cuda, and at most `tasks`.
 
-    The cores are shared equally. `tasks` counts finished ones too, so that an experiment that goes on has the threads it
-    began with: their number moves the last bits of sums. A backend that the user chose with `joblib.parallel_config` has as
-    many tasks at a time as it has workers.
+    Processes share the cores equally. `tasks` includes finished tasks, so a resumed experiment has
+    as many threads as before: their number changes the last bits of sums. A backend of
+    `joblib.parallel_config` does one task per worker at a time.
 
     Args:
-        device: as the user chose it; "cuda" without a number means all of them.
-        jobs: tasks at a time; None: as above.
-        tasks: in all.
+        device: the user's choice; "cuda" without a number means all GPUs.
+        jobs: tasks at a time, at least 1; None: as above.
+        tasks: number of all tasks.
 
     Raises:
-        InputError: jobs < 1.
+        InputError: `jobs` is below 1.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be at least 1, not {jobs}")
-    chosen: Any = get_active_backend()  # and its number of jobs
+    chosen: Any = get_active_backend()  # a pair: backend, number of jobs
     if not isinstance(chosen[0], LokyBackend):
         return Crew((str(device),) * (jobs or effective_n_jobs(chosen[1] or -1)), None)
     cores = (

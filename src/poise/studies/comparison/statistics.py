@@ -1,8 +1,11 @@
-"""What several seeds say: means and spreads, differences paired by seed, and when an error was first reached.
+"""Statistics over seeds: means and spreads, paired differences, images until an error is reached.
 
-A difference between two labels is taken seed by seed (same weights at the start where the networks are the same, same order,
-same noise), so that what a seed does to both cancels. Its interval is the percentile bootstrap over seeds (Efron 1979): of
-10,000 resamples of the n differences with replacement, the means' 2.5th and 97.5th percentile. Of few seeds it is too narrow.
+Two labels are compared seed by seed. Runs of one seed have the same order and noise, and the same
+initial weights if the networks are the same, so effects that the seed has on both cancel.
+
+The interval of a mean difference is the percentile bootstrap over seeds (Efron 1979): 10,000
+resamples of the n differences with replacement, and the 2.5th and 97.5th percentile of their means.
+It is too narrow for few seeds.
 """
 
 import math
@@ -21,15 +24,15 @@ from poise.variants import PRIORS
 DRAWS = 10_000
 BOOTSTRAP_SEED = 2020
 COVERED = 0.95
-FEWEST = 3  # seeds, of which an interval is given
-NEAR = 1.1  # times the reference's final training error: where "reached" begins
+FEWEST = 3  # smallest number of seeds with an interval
+NEAR = 1.1  # an error counts as reached at this multiple of the reference's final training error
 
 
 def figures(result: Result, ambiguous: Collection[str]) -> dict[str, float]:
-    """The numbers of a result that tables show, by name; those that were not measured, or are undefined, are left out.
+    """Return the numbers that tables show, by name, without unmeasured and undefined ones.
 
     Args:
-        result: of a run.
+        result: result of a run.
         ambiguous: `namesakes` of all results of the table.
     """
     values = {f.in_compare: _value(result, f.key) for f in FIGURES if f.in_compare}
@@ -42,7 +45,7 @@ def figures(result: Result, ambiguous: Collection[str]) -> dict[str, float]:
 
 
 def namesakes(results: Iterable[Result]) -> set[str]:
-    """Return the names that stand for several protocols. Tables add the protocol's hash to them."""
+    """Return the names shared by several protocols. Tables add the protocol's hash to them."""
     codes: dict[str, set[str]] = {}
     for result in results:
         for name, code, _ in _compared(result):
@@ -53,7 +56,7 @@ def namesakes(results: Iterable[Result]) -> set[str]:
 def _compared(result: Result) -> Iterator[tuple[str, str, float | None]]:
     """Yield name, protocol's hash and value of each measurement that tables show.
 
-    The name has that of the protocol if it is not the default one.
+    The name includes that of the protocol unless it is the default one.
     """
     sets = ("REC", *(prior.label for prior in PRIORS.values()))
     for m in result.measurements():
@@ -72,7 +75,7 @@ def _value(result: Result, *where: str) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of n values; the deviation of one value is None."""
+    """Mean and sample standard deviation of n values. For n = 1 the deviation is None."""
 
     mean: float
     deviation: float | None
@@ -80,7 +83,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Of no values None."""
+    """Return mean and sample standard deviation, or None if there are no values."""
     if not values:
         return None
     return Spread(
@@ -90,7 +93,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n paired differences and its bootstrap interval; None: of fewer than three there is none."""
+    """Mean of n paired differences and its bootstrap interval, None for fewer than three."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -98,7 +101,7 @@ class Difference:
 
 
 def difference(values: Sequence[float]) -> Difference | None:
-    """The mean of paired differences; of no pairs None."""
+    """Return the mean of paired differences and its interval, or None if there are no pairs."""
     if not values:
         return None
     return Difference(
@@ -107,7 +110,7 @@ def difference(values: Sequence[float]) -> Difference | None:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The percentile bootstrap interval (95 %) of the mean, the same at every call.
+    """Return the percentile bootstrap interval (95 %) of the mean. It is deterministic.
 
     Example:
         >>> bootstrap([1.0, 1.0, 1.0])
@@ -120,7 +123,7 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_label(results: Iterable[Result]) -> dict[str, dict[int, Result]]:
-    """Results by label, in the order in which labels first come, and seed."""
+    """Group results by label, in order of first appearance, and by seed."""
     groups: dict[str, dict[int, Result]] = {}
     for result in results:
         groups.setdefault(result.label, {})[result.seed] = result
@@ -128,28 +131,32 @@ def by_label(results: Iterable[Result]) -> dict[str, dict[int, Result]]:
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    """one - other, for each seed that both have, seeds ascending."""
+    """Return one - other for each seed that both have, by ascending seed."""
     return [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
 
 
 def threshold(reference: Iterable[Result]) -> float | None:
-    """1.1 times the training MSE at the end of stage 1 (its last hundredth), mean over the reference's runs; None: no runs."""
+    """Return the training MSE that counts as reached, or None if there are no runs.
+
+    It is 1.1 times the training MSE of the last hundredth of stage 1, averaged over the reference's
+    runs.
+    """
     last = [result.curves["1"]["mse"][-1] for result in reference]
     return NEAR * statistics.fmean(last) if last else None
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Where in stage 1 a training error was first reached."""
+    """Images and seconds of stage 1 until a training error was first reached."""
 
     images: float
     seconds: float
 
 
 def reached(result: Result, mse: float) -> Reached | None:
-    """The first point of a run's curve with a training MSE of at most `mse`; None: it was never reached.
+    """Return the first point of a run's curve with a training MSE of at most `mse`, or None.
 
-    A point is the mean over a hundredth of stage 1, so that this is as fine as it gets.
+    A point is the mean over a hundredth of stage 1, which limits the resolution.
     """
     curve = result.curves["1"]
     place = next((k for k, value in enumerate(curve["mse"]) if value <= mse), None)

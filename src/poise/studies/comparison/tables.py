@@ -1,4 +1,4 @@
-"""Tables of what was compared, as rows of cells, and the page that holds them, with everything needed to read it."""
+"""Tables of a comparison as rows of cells, and the Markdown page with all conditions."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,11 +29,14 @@ Rows = list[list[str]]
 
 
 def table(results: Iterable[Result], failed: Mapping[str, int] | None = None) -> Rows:
-    """A row for each figure, a column for each label: mean ± sample standard deviation over seeds. The first row is the head.
+    """Return the table of means ± sample standard deviations over seeds.
 
     Args:
-        results: of one experiment.
+        results: results of one experiment.
         failed: number of failed runs, by label.
+
+    Returns:
+        One row per figure and one column per label, below a head row.
     """
     results = list(results)
     groups, failed, several = by_label(results), failed or {}, namesakes(results)
@@ -62,20 +65,27 @@ def table(results: Iterable[Result], failed: Mapping[str, int] | None = None) ->
 
 
 def _cell(values: Sequence[float], runs: Sequence[object]) -> str:
-    """Mean and spread, and of how many runs where it is not of all."""
+    """Return mean and spread, with the number of values if it is not that of the runs."""
     return show(spread(values)) + (f" (of {len(values)})" if 0 < len(values) < len(runs) else "")
 
 
 def _union(groups: Iterable[Mapping[str, float]]) -> list[str]:
-    """The names of all, in the order of those that have most of them."""
+    """Return all names, in the order of the largest groups."""
     ordered = sorted(groups, key=len, reverse=True)
     names = list(dict.fromkeys(name for values in ordered for name in values))
     return sorted(names, key=lambda name: name == "training seconds")
 
 
 def differences(results: Iterable[Result], reference: str) -> Rows:
-    """A row for each figure, a column for each label but the reference: mean difference from it, paired by seed, and its
-    bootstrap interval, which is left out where there are fewer than three pairs.
+    """Return the table of mean differences from the reference, paired by seed.
+
+    Args:
+        results: results of one experiment.
+        reference: the label that others are compared with.
+
+    Returns:
+        One row per figure and one column per other label, below a head row. Each cell has the
+        bootstrap interval if there are at least three pairs.
     """
     results = list(results)
     groups, several = by_label(results), namesakes(results)
@@ -114,7 +124,17 @@ def _paired_figures(
 
 
 def speed(results: Iterable[Result], reference: str) -> Rows:
-    """How many training images, and seconds of training, until the training MSE is near the reference's last; see the page."""
+    """Return the table of training images and seconds until an error is reached.
+
+    The error is 1.1 times the reference's final training MSE: see `statistics.threshold`.
+
+    Args:
+        results: results of one experiment.
+        reference: the label that others are compared with.
+
+    Returns:
+        Three rows and one column per label, below a head row. No rows if the reference has no runs.
+    """
     groups = by_label(results)
     mse = threshold(groups.get(reference, {}).values())
     if mse is None:
@@ -139,7 +159,7 @@ def _over_places(places: Sequence[Reached | None], value: Callable[[Reached], fl
 
 
 def show(value: Spread | Difference | None) -> str:
-    """A mean to four figures, and its spread or interval to the same digit."""
+    """Format a mean with four significant digits, and its spread or interval to the same digit."""
     if value is None:
         return ABSENT
     if isinstance(value, Spread):
@@ -155,12 +175,12 @@ def show(value: Spread | Difference | None) -> str:
 
 
 def _digits(value: float) -> int:
-    """Digits after the point that leave four figures, of large numbers none."""
+    """Return the digits after the point for four significant digits; 0 for large numbers."""
     return 2 if value == 0 else min(max(3 - math.floor(math.log10(abs(value))), 0), 8)
 
 
 def markdown(rows: Rows) -> str:
-    """Rows as a Markdown table whose columns also line up where it is read as text."""
+    """Format rows as a Markdown table whose columns also align as plain text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
@@ -181,11 +201,11 @@ def page(
     failed: Mapping[str, str],
     labels: Mapping[str, int],
 ) -> str:
-    """Everything that was compared, as Markdown.
+    """Return the page of a comparison as Markdown: all tables and conditions.
 
     Args:
-        title: of the page.
-        results: of one experiment.
+        title: title of the page.
+        results: results of one experiment.
         reference: the label that others are compared with.
         failed: messages of failed runs, by the run's name.
         labels: number of failed runs, by label.
@@ -209,8 +229,9 @@ def page(
 
 
 ABOUT_SPEED = (
-    "Training MSE: running mean over hundredths of stage 1; the bar is {near} times that of {reference} at the end of its "
-    "stage 1, mean over its seeds. Seconds depend on what else the machine does."
+    "Training MSE: mean over each hundredth of stage 1. The threshold is {near} times the training "
+    "MSE of {reference} at the end of its stage 1, averaged over its seeds. Seconds depend on what "
+    "else the machine does."
 )
 
 
@@ -222,14 +243,20 @@ def _about_differences(groups: Mapping[str, Mapping[int, Result]], reference: st
     )
     text = f"Mean difference from {reference}, paired by seed"
     if fewest < FEWEST:
-        return f"{text}; of fewer than {FEWEST} pairs there is no interval."
-    how = f"percentile bootstrap over n = {fewest} pairs or more, or as many as are named, {DRAWS:,} draws"
+        return f"{text}. Fewer than {FEWEST} pairs give no interval."
+    how = (
+        f"percentile bootstrap over n = {fewest} pairs or more, or as many as a cell names, "
+        f"{DRAWS:,} draws"
+    )
     interval = f"{text}, and its {COVERED:.0%} interval ({how})"
-    return f"{interval}. Of so few seeds it is too narrow." if fewest < 10 else f"{interval}."
+    return f"{interval}. It is too narrow for so few seeds." if fewest < 10 else f"{interval}."
 
 
 def conditions(results: Iterable[Result]) -> list[str]:
-    """What a reader must know: protocols, notes, versions and machines, each said once, of which labels if not of all."""
+    """Return the conditions: protocols, notes, versions and machines, without repetition.
+
+    A line that does not apply to all labels names its labels.
+    """
     of: dict[str, dict[str, None]] = {}
     for result in results:
         for line in [*_protocols(result), *result.evaluation["notes"], made_by(result)]:
@@ -253,7 +280,7 @@ def _protocols(result: Result) -> list[str]:
 
 
 def made_by(result: Result) -> str:
-    """Versions and machine in a line."""
+    """Return versions and machine in one line."""
     made = result.provenance
     versions = ", ".join(
         f"{name} {made[name]}"
@@ -261,4 +288,7 @@ def made_by(result: Result) -> str:
         if name in made
     )
     machine = made["machine"]
-    return f"{versions}; {machine['processor']}, {machine['threads']} threads a run, device {made['device']}"
+    return (
+        f"{versions}; {machine['processor']}, {machine['threads']} threads a run, "
+        f"device {made['device']}"
+    )

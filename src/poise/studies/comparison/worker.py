@@ -1,6 +1,7 @@
-"""What a joblib worker does: train a run, measure it, write its result.
+"""Work of a joblib worker: train a run, measure it, write its result.
 
-Nothing here knows which process, thread or machine it is in. A run asks a lock file whether it may go on.
+The code is independent of the process, thread and machine it runs in. A run continues while the
+main process holds a lock file.
 """
 
 import shutil
@@ -34,7 +35,7 @@ LEASE = ".going-"
 
 
 class Ended(NamedTuple):
-    """How a task ended, with a message if it failed."""
+    """Outcome of a task, with an error message if it failed."""
 
     task: Task
     state: Literal["done", "failed", "interrupted"]
@@ -43,9 +44,9 @@ class Ended(NamedTuple):
 
 @contextmanager
 def leased(folder: Path) -> Iterator[FileLock]:
-    """Yield a lock that this process holds in a folder. Runs go on while it is held.
+    """Hold a lock file in a folder. Runs continue while it is held.
 
-    They stop, with their state saved, when it is released and when this process is killed.
+    They save their state and stop when the lock is released or this process is killed.
     """
     for left in folder.glob(f"{LEASE}*"):
         left.unlink(missing_ok=True)
@@ -72,9 +73,9 @@ def is_held(lease: Path) -> bool:
 def work(share: Share, lease: Path) -> list[Ended]:
     """Do the tasks of a share, one after another or in threads.
 
-    Each thread has a CUDA stream of its own, so that the GPU works on all of them side by side.
+    Each thread has its own CUDA stream, so the GPU runs all of them side by side.
     """
-    source_commit()  # of what was imported: by the end of the first run the clone may have moved on
+    source_commit()  # cached now, because the clone may change before the first run ends
 
     def in_thread(task: Task) -> Ended:
         on_cuda = share.device.startswith("cuda")
@@ -88,7 +89,7 @@ def work(share: Share, lease: Path) -> list[Ended]:
 
 
 def perform(task: Task, device: str, lease: Path) -> Ended:
-    """Do a task from wherever it stands, while the lease is held."""
+    """Do the rest of a task. Save and stop it when the lease is released."""
     stop = now_and_then(lambda: not is_held(lease))
     if stop():
         return Ended(task, "interrupted")
@@ -99,7 +100,7 @@ def perform(task: Task, device: str, lease: Path) -> Ended:
         return Ended(task, "interrupted")
     except (InputError, RunError, OSError, MemoryError) as error:
         return Ended(task, "failed", " ".join(str(error).split()) or type(error).__name__)
-    except Exception as error:  # the others go on
+    except Exception as error:  # the other tasks continue
         traceback.print_exc()
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Ended(task, "failed", message)
@@ -107,7 +108,7 @@ def perform(task: Task, device: str, lease: Path) -> Ended:
 
 
 def now_and_then(ask: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that asks at most twice a second, and tells the last answer in between."""
+    """Return `ask`, called at most twice a second. In between it returns the last answer."""
     last, answer = -POLL_SECONDS, False
 
     def asked() -> bool:
@@ -120,7 +121,7 @@ def now_and_then(ask: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def _train_and_measure(task: Task, device: str, stop: Callable[[], bool]) -> None:
-    if task.result() is not None:  # of a worker that was lost after it had written it
+    if task.result() is not None:  # by a worker that was killed later
         return
     options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)
     images = dataset(task.recipe.data, task.folder.parent / "cache")
@@ -139,7 +140,7 @@ _reading = threading.Lock()
 
 
 def dataset(settings: Data, cache: Path) -> Dataset:
-    """Return the images of a task. A process keeps the last ones, which the tasks of an experiment have in common."""
+    """Return the images of a task, cached because the tasks of an experiment share them."""
     with _reading:
         return _read(settings, cache)
 
@@ -150,5 +151,5 @@ def _read(settings: Data, cache: Path) -> Dataset:
 
 
 def forget_images() -> None:
-    """Free the images that this process keeps."""
+    """Free the cached images."""
     _read.cache_clear()
