@@ -33,8 +33,7 @@ def belongs(result: Result, experiment: Experiment) -> bool:
 
     No data are needed. A setting that is newer than the result counts as its default.
     """
-    planned = {(label, recipe.seed): recipe for label, recipe in experiment.planned()}
-    recipe = planned.get((result.label, result.seed))
+    recipe = experiment.recipe(result.label, result.seed)
     if recipe is None or to_json(from_json(Recipe, result.settings)) != to_json(recipe):
         return False
     protocols = result.evaluation["protocols"]

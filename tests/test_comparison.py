@@ -23,7 +23,7 @@ from poise import cli
 from poise.protocols import DEFAULT
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
-from poise.runs.checkpoint import newest_intact_checkpoint
+from poise.runs.checkpoint import newest_intact_checkpoint, save_checkpoint
 from poise.runs.options import Options
 from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
 from poise.studies.comparison.execution import execute
@@ -424,7 +424,7 @@ def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own
     ]
 
 
-def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path):
+def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path, monkeypatch):
     shared = {
         "recipe": LONGER,
         "balances": ["computed", "learned"],
@@ -438,8 +438,16 @@ def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def save_slowly(*given):  # so that neither run is over before the signal is noticed
+        save_checkpoint(*given)
+        time.sleep(0.2)
+
     threading.Thread(target=stop_when_both_have_begun).start()
-    with pytest.raises(poise.Interrupted, match="run the same command to go on"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(poise.Interrupted, match="run the same command to go on"),
+    ):
+        patch.setattr("poise.runs.pipeline.save_checkpoint", save_slowly)
         poise.compare(IMAGES, **shared, options=OFTEN)
     assert not (tmp_path / "stopped" / "results").exists()
     went_on = poise.compare(IMAGES, **shared, options=QUIET)
@@ -594,7 +602,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 LONG = replace(TINY, first=replace(TINY.first, epochs=80), second=None)
 
 
-LONGER = replace(LONG, first=replace(LONG.first, epochs=400))
+LONGER = replace(LONG, first=replace(LONG.first, epochs=200))
 SCRIPT = """
 import poise, test_comparison as t
 labels = dict(recipe=t.LONGER, balances=["computed", "learned"], seeds=1)
@@ -623,8 +631,8 @@ def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_number
         finished.append(saved.meta["finished"])
     assert not all(finished)
     shared = {"recipe": LONGER, "balances": ["computed", "learned"], "seeds": 1, "options": QUIET}
-    again = poise.compare(IMAGES, out=folder, jobs=1, **shared)
-    whole = poise.compare(IMAGES, out=tmp_path / "whole", jobs=1, **shared)
+    again = poise.compare(IMAGES, out=folder, jobs=2, **shared)
+    whole = poise.compare(IMAGES, out=tmp_path / "whole", jobs=2, **shared)
     assert [r.measurements() for r in again.results] == [r.measurements() for r in whole.results]
     for run in runs:
         expected, found = weights(tmp_path / "whole" / run.name), weights(run)

@@ -9,7 +9,7 @@ from torch import nn
 import poise
 from poise.recipes import Stage
 from poise.training import ImageBatches, denormals_as_zero, new_state
-from poise.training.machine import tuned, usual_threads
+from poise.training.machine import images_in_channels_last, tuned, usual_threads
 
 CPU = torch.device("cpu")
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -30,11 +30,40 @@ def test_images_stay_in_channels_last_from_the_first_layer_of_a_network_to_the_l
     assert len(convolutions) > 3
 
 
+class Reshaping(nn.Module):
+    """A decoder that reshapes a vector to its first image, and has a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        images = latents.unflatten(1, (8, 4, 4))
+        return images + self.block(images)
+
+
+def test_a_reshaped_vector_enters_convolutions_in_channels_last_with_the_same_values():
+    network = Reshaping().double().to(memory_format=torch.channels_last)
+    latents, layouts = torch.randn(5, 128, dtype=torch.float64), list[bool]()
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    before = network(latents)
+    with images_in_channels_last(network):
+        noted = network.block[0].register_forward_pre_hook(note)
+        inside = network(latents)
+        noted.remove()
+    assert layouts == [True]
+    torch.testing.assert_close(inside, before, rtol=1e-12, atol=1e-12)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
 def test_settings_are_as_they_were_after_an_error():
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), tuned(nn.Conv2d(1, 1, 3), CPU, before + 1):
+    network, before = nn.Conv2d(1, 1, 3), torch.get_num_threads()
+    with pytest.raises(KeyError), tuned(network, CPU, before + 1):
         raise KeyError
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before and not network._forward_pre_hooks
 
 
 @pytest.mark.parametrize("before", [True, False])

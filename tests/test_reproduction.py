@@ -185,7 +185,7 @@ def test_when_the_minutes_are_over_it_says_how_to_go_on_and_ends_well(
         out == "stopped after 0.02 minutes; run the same command again to go on\n"
         and time.monotonic() - began < 40
     )
-    assert "in full stage 1 about 2 hours" in errors and "1 run (labels: 1, seeds: 1)" in errors
+    assert "in full stage 1: about 2 hours" in errors and "1 run (labels: 1, seeds: 1)" in errors
     assert not Path("results").exists()
 
 

@@ -303,8 +303,8 @@ class Overall:
     """Options that change several fields of a recipe at once.
 
     Attributes:
-        network: architecture of stage 1. Images/s on one CPU core at 32 and at 64 pixels: resnet
-            110 and 27, infogan 360 and 91, wae 13 and 3, mlp 2,700 and 930.
+        network: architecture of stage 1. Images/s on two CPU cores at 32 and at 64 pixels: resnet
+            220 and 40, infogan 450 and 120, wae 27 and 9, mlp 4,000 and 1,600.
         second_balance: balance of stage 2. The names are those of stage 1.
         stages: number of stages. 1: no second stage.
         epochs: length of stage 1 in passes over the training images. Stage 2 and the learning-rate

