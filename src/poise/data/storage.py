@@ -89,10 +89,11 @@ def scale(rows: Tensor) -> Values:
 
 
 def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Read rows of a memory-mapped file in the order of the file, in several threads.
+    """Read rows of a memory-mapped file in the order of the file.
 
-    A row that is not in memory causes a page fault, which waits for the disk. Threads wait in
-    parallel, because numpy releases Python's lock while it copies rows.
+    If they lie far apart, threads read them: a row that is not in memory causes a page fault, which
+    waits for the disk. Threads wait in parallel, because numpy releases Python's lock while it
+    copies rows.
     """
     order = np.argsort(indices, kind="stable")
     rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
@@ -100,21 +101,30 @@ def _in_file_order(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
     def read(part: np.ndarray) -> None:
         rows[part] = array[indices[part]]
 
-    with _without_read_ahead(array, indices), ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(read, np.array_split(order, min(READERS, max(1, len(order))))))
+    if not _far_apart(array, indices):
+        read(order)
+        return rows
+    with _without_read_ahead(array), ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, np.array_split(order, min(READERS, len(order)))))
     return rows
 
 
+def _far_apart(array: np.ndarray, indices: np.ndarray) -> bool:
+    """Return whether rows are spread over a part of the file too large to be read at once."""
+    span = int(np.ptp(indices)) if len(indices) else 0
+    return span >= FAR_APART * len(indices) and span * array[0].nbytes > BLOCK_BYTES
+
+
 @contextmanager
-def _without_read_ahead(array: np.ndarray, indices: np.ndarray) -> Iterator[None]:
-    """Turn off the read-ahead of a mapped file inside the block, if the rows lie far apart.
+def _without_read_ahead(array: np.ndarray) -> Iterator[None]:
+    """Turn off the read-ahead of a memory-mapped file inside the block.
 
     With read-ahead the system reads megabytes around each row, 1,420 bytes for each byte wanted.
-    That pushes other rows out of memory: from a file five times the memory it read 190 rows of
-    3 KB a second (docs/log.md, 2026-11-24).
+    That pushes other rows out of memory: 190 rows of 3 KB a second from a file five times the
+    memory (docs/log.md, 2026-11-24).
     """
     mapping = _mapping(array)
-    if mapping is None or len(indices) == 0 or np.ptp(indices) < FAR_APART * len(indices):
+    if mapping is None:
         yield
         return
     mapping.madvise(mmap.MADV_RANDOM)
