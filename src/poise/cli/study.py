@@ -35,8 +35,8 @@ class Compare(TrainingCommand):
     """Train and measure several balances or models under the same conditions, with several seeds.
 
     The result is one table and one page of plots. The labels differ only in the balance or the
-    objective of stage 1. Images, network, order, noise, length and protocol are the same. The same
-    command continues an interrupted comparison.
+    objective of stage 1. Images, network, order, noise, length and protocol are the same. To
+    resume an interrupted comparison, run the same command again.
     """
 
     leaves_out = OF_ONE_RUN | OF_WORKERS
@@ -74,7 +74,7 @@ class Compare(TrainingCommand):
             help_behavior_hint="(default: all)",
         ),
     ] = None
-    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 3
+    seeds: Annotated[int, arg(help="number of seeds; they are 0, 1, ...")] = 3
     recipe: RecipeName = None
     out: Annotated[
         Path | None,
@@ -119,8 +119,8 @@ class Compare(TrainingCommand):
 class Reproduce(TrainingCommand):
     """Run a published experiment and show the results beside the published numbers.
 
-    All priors and protocols of the publication are used. After an interruption or --stop-after, the
-    same command continues.
+    All priors and protocols of the publication are used. To resume after an interruption or
+    --stop-after, run the same command again.
     """
 
     leaves_out = frozenset(CHANGES) | OF_WORKERS
@@ -142,9 +142,9 @@ class Reproduce(TrainingCommand):
         ),
     ] = None
     second_balance: SecondBalance = None
-    seeds: Annotated[int, arg(help="number of seeds: 0, 1, ...")] = 1
+    seeds: Annotated[int, arg(help="number of seeds; they are 0, 1, ...")] = 1
     length: Annotated[
-        float, arg(help="fraction of the full length, for a trial. The label shows it")
+        float, arg(help="fraction of the full length, for a trial. Labels in tables show it")
     ] = 1.0
     stop_after: StopAfter = None
     out: Annotated[
@@ -171,7 +171,7 @@ class Reproduce(TrainingCommand):
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page about runs, as one file that loads nothing else.
+    """Write a self-contained HTML page about runs.
 
     It shows curves, images, latents, diagnosis, numbers with their protocols, and settings.
     """
@@ -205,7 +205,7 @@ def write_page(comparison: "Comparison", device: str) -> Path:
 
 
 def say_if_late(comparison: "Comparison", stop_after: float | None) -> None:
-    """Print how to continue, if the time was up before all runs were finished."""
+    """Print how to resume, if --stop-after ended the comparison before all runs finished."""
     if comparison.late:
         print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
 

@@ -1,6 +1,6 @@
 """Check features and read them in blocks of rows.
 
-Each block is converted to float64 by itself, so no set of features is copied whole.
+Only one block at a time is converted to float64, which saves memory.
 """
 
 import torch
@@ -24,8 +24,8 @@ def checked(features_a: Features, features_b: Features) -> tuple[Tensor, Tensor]
         Both sets, (n, d) each, in their own dtypes.
 
     Raises:
-        InputError: not two dimensions, differing d, fewer than two samples, or values that are
-            not finite.
+        InputError: a set does not have two dimensions, at least two samples and finite values, or
+            the sets differ in d.
     """
     a, b = (torch.as_tensor(features).detach() for features in (features_a, features_b))
     if not (a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1] > 0 and min(len(a), len(b)) >= 2):

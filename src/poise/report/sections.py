@@ -1,4 +1,4 @@
-"""Values of each section of a report. Its template is templates/sections/NAME.html.
+"""Values of each section of a report. The template of NAME is templates/sections/NAME.html.
 
 To add a section, write its template and add it to `SECTIONS`. Add a function if the template needs
 values that are not in the records and exhibits.
@@ -39,7 +39,7 @@ class Report:
         exhibits: images and diagnosis of the model with the first seed of each label.
         styles: colour and dash of each label.
         axes: x values of the training curves.
-        curves, codes: figures of training and of latents, drawn by page.js.
+        curves, codes: plots of the training curves and of the latents, drawn by page.js.
     """
 
     records: Sequence[Record]
@@ -68,7 +68,7 @@ def summary(report: Report) -> Values:
 
 
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
-    """Return name, value and unit of the main figures of a run."""
+    """Return name, value and unit of each main figure of a run."""
     figures = [
         (name, record.figures.get(page, {}).get(key), style, unit)
         for name, page, key, style, unit in TILES

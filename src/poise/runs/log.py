@@ -11,7 +11,7 @@ from poise.support.files import write_failure, write_file
 class Log:
     """Writes metrics.jsonl and, if asked, TensorBoard files.
 
-    Entries after the position that training resumes from are deleted.
+    When training resumes from a checkpoint, entries after that position are deleted.
 
     Args:
         folder: folder of the run.
@@ -58,7 +58,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
-    """Return one writer per stage. In the resumed stage, later steps are purged."""
+    """Return one writer per stage. In the resumed stage, steps after the checkpoint are purged."""
     from torch.utils.tensorboard import SummaryWriter
 
     purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}

@@ -12,15 +12,15 @@ class Options:
     """Options of a run that are not settings of its recipe.
 
     Attributes:
-        device: auto, cpu, cuda, cuda:1 or mps. Different kinds of device draw different noise from
-            the same seed: their results differ like those of two seeds.
+        device: auto, cpu, cuda, cuda:1 or mps. With the same seed, different kinds of device draw
+            different noise, so their results differ like those of two seeds.
         save_seconds: seconds between checkpoints.
         engine: how a training step is computed. eager: plain PyTorch. captured: a CUDA graph, with
-            the same numbers as eager, for one process and for networks without control flow in
-            Python. compiled: torch.compile, equal to eager within rounding, for long runs.
-            compiled-captured: a CUDA graph of the compiled step. auto: captured for one process on
-            CUDA if the network can be captured, otherwise eager. config.json says which engine was
-            used.
+            the same numbers as eager, for one process and for networks without Python branches that
+            depend on tensor values. compiled: torch.compile, equal to eager within rounding; worth
+            its compile time in long runs. compiled-captured: a CUDA graph of the compiled step.
+            auto: captured for one process on CUDA if the network can be captured, otherwise eager.
+            config.json says which engine was used.
         threads: number of CPU threads. 0: measure at the start which number is fastest. None: one
             for a small dense network, torch's own number for others. A resumed run keeps the number
             in config.json unless another is given.

@@ -35,8 +35,8 @@ def training_step(
         state: changed in place.
         batch: (n, ...), images or codes.
         noise: (n, latents), standard normal.
-        stage: gives the objective, the precision and the decay of the averaged weights.
-        objective: a compiled form of the stage's objective. None: the objective itself.
+        stage: settings: the objective, the precision and the decay of the averaged weights.
+        objective: the stage's objective, compiled. None: the objective of `stage`, not compiled.
     """
     terms = loss_terms(state, batch, noise, stage, objective)
     state.optimizer.zero_grad(set_to_none=True)
@@ -72,7 +72,7 @@ def loss_terms(
 
 
 def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-    """Let DistributedDataParallel fix the order in which it sums gradients, without a step.
+    """Fix the order in which DistributedDataParallel sums gradients, without taking a step.
 
     DistributedDataParallel groups gradients by the order in which they arrive in its first two
     backward passes. If these passes were steps, a resumed run would sum gradients in another order
@@ -88,7 +88,7 @@ def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage
 def note(
     state: TrainingState, terms: LossTerms, loss: Tensor, asked: Tensor, gradient: Tensor
 ) -> None:
-    """Update the verdict. After a failure it stays as it is, and describes the step that failed."""
+    """Update the verdict. After a failed step it no longer changes and describes that step."""
     fails = ~torch.isfinite(loss + gradient)
     steps = state.verdict[Verdict._fields.index("steps")] + 1
     now = Verdict(fails, asked, steps, terms.kl, terms.mse, terms.reconstruction, gradient)  # pyright: ignore[reportArgumentType]
