@@ -58,7 +58,7 @@ class Produced:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """All results of an evaluation. `print` shows them as a table, and so does a notebook.
+    """Store all results of an evaluation. `print` shows them as a table, and so does a notebook.
 
     Attributes:
         measurements: numbers to compare with others, each with its protocol.

@@ -25,7 +25,7 @@ NO_EXTRACTOR = "none"
 
 @dataclass(frozen=True)
 class Protocol:
-    """All conditions of a comparison of images, except the model.
+    """Describe all conditions of a comparison of images, except the model.
 
     Attributes:
         name: name of the protocol. It does not change the hash.

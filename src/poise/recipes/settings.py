@@ -154,7 +154,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained, with Adam (0.9, 0.999, 1e-8).
+    """Settings of the training of one stage, with Adam (0.9, 0.999, 1e-8).
 
     Attributes:
         epochs: length in passes over the training images. Give either `epochs` or `steps`.
@@ -234,7 +234,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Generation:
-    """How images are generated, reconstructed and compared.
+    """Settings of how images are generated, reconstructed and compared.
 
     Each departure from Dai & Wipf's two-stage VAE has its own switch.
 

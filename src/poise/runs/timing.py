@@ -69,7 +69,7 @@ MARGIN = 0.02  # share of the budget for starting the interpreter and other unme
 
 
 class Plan(NamedTuple):
-    """What is chosen when a run begins: the recipe with its lengths, and the number of CPU threads.
+    """Recipe with the chosen lengths, and number of CPU threads, fixed at the start of a run.
 
     Both are written to config.json. None: the usual number of threads.
     """

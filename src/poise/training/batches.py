@@ -65,7 +65,7 @@ class ImageBatches:
 
     @cached_property
     def resident(self) -> Tensor | None:
-        """All images on the GPU, if they fit."""
+        """Return all images on the GPU, or None if they do not fit."""
         return to_device(self.images, self.device) if fits(self.images, self.device) else None
 
     @property
