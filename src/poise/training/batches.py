@@ -46,9 +46,9 @@ class ImageBatches:
     thread prefetches batches, and copies them to the GPU as uint8. On a CPU a thread prefetches
     only memory-mapped images.
 
-    Batches are in `torch.channels_last`, as are the weights that `new_state` prepares. Keeping that
-    layout through the released CIFAR-10 network made a step 1.10 times as fast on a Zen 5
-    processor (2026-11-26). Values differ by rounding.
+    Batches are in `torch.channels_last`, as are the weights that `new_state` prepares. A bare loop
+    of the released CIFAR-10 network is 1.08 times as fast in that layout on an AMD EPYC processor
+    (docs/log.md, 2026-11-26). Values differ by rounding.
 
     Args:
         images: uint8 (or float32 in [0, 1]) array (n, channels, height, width), in memory or
