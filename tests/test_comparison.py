@@ -662,9 +662,12 @@ def free_within(run: Path, seconds: float) -> None:
 
 ON_DASK = """
 import sys
-import joblib, poise, test_comparison as t
+from multiprocessing import forkserver
+import dask, joblib, poise, forking, test_comparison as t
 from dask.distributed import Client, LocalCluster, get_task_stream
 
+forkserver.ensure_running()  # before Dask chooses what its workers import
+dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 labels = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2)
 how = dict(**labels, out=sys.argv[1], options=t.QUIET)
 with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
