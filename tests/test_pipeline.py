@@ -85,7 +85,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def test_a_run_folder_describes_itself(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    pictures = {"samples.png", "reconstructions.png", "training.png"}
+    pictures = {"samples.png", "reconstructions.png", "training.png", "progress.png"}
     assert names == {
         "config.json",
         "metrics.jsonl",

@@ -22,6 +22,7 @@ from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
 from poise.objectives import make_objective
+from poise.priors import NormalPrior, SecondStagePrior
 from poise.recipes import find_recipe
 from poise.recipes.settings import Changes, Recipe, Stage, to_json
 from poise.runs import plots
@@ -33,6 +34,7 @@ from poise.runs.checkpoint import (
     write_folder,
 )
 from poise.runs.folder import config_to_write, open_folder, read_config, read_data
+from poise.runs.growth import COLUMNS, ProgressPicture
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
@@ -60,7 +62,7 @@ from poise.training import (
 )
 from poise.training.machine import choose_device
 from poise.vae import VAE
-from poise.variants import DATA_SETS
+from poise.variants import DATA_SETS, default_prior, find_prior
 
 PICTURES = 64
 PAIRS = 32
@@ -301,6 +303,8 @@ class Job:
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
         self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
+        self._states: list[TrainingState] = []
+        self._picture: ProgressPicture | None = None
 
     def run_stages(self, stop: Callable[[], bool]) -> None:
         """Train the rest of stage 1 and stage 2.
@@ -321,6 +325,7 @@ class Job:
                 )
                 self._write_log = files.enter_context(closing(log)).write
                 self._use_engine(self.config["engine"])
+                self._picture = self._begin_picture()
             first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
             codes = self._codes(first)
             if self.recipe.second is not None:
@@ -331,6 +336,7 @@ class Job:
     def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState:
         stage, (vae, balance) = self._settings(number), self.stages[number - 1]
         state = new_state(vae, balance, stage, self.device)
+        self._states.append(state)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
             restore_state(state, mine)
@@ -344,6 +350,7 @@ class Job:
             fell_back,
             self.options.save_seconds,
             self.options.quiet,
+            lambda s, tenth: self._show(number, s, tenth),
         )
         how: dict[str, Any] = {
             "number": number,
@@ -358,6 +365,29 @@ class Job:
                 "run the same command to go on"
             )
         return state
+
+    def _begin_picture(self) -> ProgressPicture:
+        number, step = self.meta["stage"], self.meta["step"]
+        steps = self._settings(number).total_steps(len(self.dataset.train))
+        names = [
+            default_prior(second_stage=number > 1) for number in range(1, 1 + len(self.stages))
+        ]
+        return ProgressPicture(
+            self.folder / "progress.png",
+            gather(self.dataset.test, drawn(len(self.dataset.test), COLUMNS)),
+            seed=self.recipe.seed,
+            priors=[find_prior(name).words for name in names],
+            shown=(number, 10 * step // steps) if self.tensors else None,
+        )
+
+    def _show(self, number: int, state: TrainingState, tenth: int) -> None:
+        """Add a row to the picture: samples from the prior of this stage."""
+        if self._picture is None:  # of rank 0 only
+            return
+        dims, noisy = self.recipe.network.latent_dim, self.recipe.generation.second_stage_noise
+        gamma2 = state.balance.gamma2 if noisy else None
+        prior = NormalPrior(dims) if number == 1 else SecondStagePrior(state.trained, dims, gamma2)
+        self._picture.add(number, tenth, self._states[0].trained, prior)
 
     def _use_eager_steps(self, reason: str) -> None:
         print(
@@ -436,6 +466,8 @@ class Job:
         seconds = self.seconds + time.monotonic() - self._began
         self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
+        if self._picture is not None:
+            self._picture.write()  # a checkpoint has all rows up to its step
         if distributed.rank() == 0:
             save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
 

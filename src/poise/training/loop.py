@@ -35,7 +35,7 @@ STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict; a read wait
 
 @dataclass
 class Watch:
-    """Callbacks of the loop: logging, checkpoints, stopping.
+    """Callbacks of the loop: logging, pictures, checkpoints, stopping.
 
     Attributes:
         log: receives one dictionary per log entry.
@@ -45,6 +45,8 @@ class Watch:
             steps. None: raise an error instead.
         save_seconds: time between checkpoints.
         quiet: no progress display.
+        show: called at each tenth of the stage with the state and the tenth, 1 to 10. It must not
+            change the state.
     """
 
     log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
@@ -53,6 +55,7 @@ class Watch:
     fell_back: Callable[[str], None] | None = None
     save_seconds: float = 60.0
     quiet: bool = False
+    show: Callable[[TrainingState, int], None] = field(default=lambda state, tenth: None)
 
 
 def fit(
@@ -74,7 +77,7 @@ def fit(
         stage: gives the length, the batch size, the learning rate, the objective and the precision.
         number: of the stage, 1 or 2; shown, logged, and part of every seed.
         seed: of the order of images and of the noise.
-        watch: logging, checkpoints, stopping. If one process is asked to stop, all stop together.
+        watch: logging, pictures, checkpoints, stopping. If one process is asked to stop, all stop together.
         engine: "compiled" is a `CompiledStep`, "captured" a `CapturedStep` (CUDA, one process),
             "compiled-captured" a recorded `CompiledStep`; "auto": see `choose_engine`.
         threads: number of CPU threads; None: see `usual_threads`.
@@ -139,7 +142,9 @@ def fit(
                 ) from error
             state.step += 1
             logs = state.step % log_every == 0 or state.step == total
-            if not (logs or state.step % read_every == 0 or (alone and watch.stop())):
+            tenth = 10 * state.step // total
+            shows = tenth > 10 * (state.step - 1) // total
+            if not (logs or shows or state.step % read_every == 0 or (alone and watch.stop())):
                 continue
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
@@ -157,6 +162,8 @@ def fit(
                 logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
+            if shows:
+                watch.show(state, tenth)
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
                 display.update(state.step, latest)
                 shown_at = time.monotonic()
