@@ -19,6 +19,6 @@ Initial weights. Glorot-uniform weights and zero biases make the first steps of 
 explode. These two networks use them only with `initialisation="released"`.
 """
 
-from poise.networks.factories import Pair, infogan, mlp, resnet, second_stage, wae
+from poise.networks.factories import Pair, conv, flow, infogan, mlp, resnet, second_stage, wae
 
-__all__ = ["Pair", "infogan", "mlp", "resnet", "second_stage", "wae"]
+__all__ = ["Pair", "conv", "flow", "infogan", "mlp", "resnet", "second_stage", "wae"]

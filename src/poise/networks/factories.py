@@ -37,12 +37,15 @@ from poise.networks.architectures import (
     WAEDecoder,
     WAEEncoder,
 )
+from poise.networks.convolutional import ConvDecoder, ConvEncoder
 from poise.networks.layers import WideLinear, normalise_spectrally
+from poise.networks.velocity import MapVelocity, VectorVelocity
 
 Initialisation = Literal["pytorch", "released"]
 Pair = tuple[nn.Module, nn.Module]
 
 RELEASED_NORM_DECAY = 0.999
+LARGEST_MAP = 16
 _WEIGHTED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
@@ -191,6 +194,80 @@ def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> P
     return _initialise(SecondStageEncoder(latent_dim, hidden, layers)), _initialise(
         SecondStageDecoder(latent_dim, hidden, layers)
     )
+
+
+def conv(
+    image_size: int, channels: int = 3, latent_channels: int = 4, *, width: int | None = None
+) -> Pair:
+    """Return a convolutional encoder and decoder with a latent map.
+
+    The side of the latent map is that of the image divided by 4, 8, 16, ...: the first that gives
+    at most 16. Latents are vectors (n, L), L = c h w. Both modules hold `latent_shape`, (c, h, w).
+    Images from 28 to 256 pixels were tried.
+
+    Args:
+        image_size: side in pixels, at least 8, a multiple of 4 up to 64 pixels, of 8 up to 128, of
+            16 up to 256.
+        channels: number of channels, >= 1; usually 1 or 3.
+        latent_channels: number of channels c of the latent map, >= 1.
+        width: channels of the hidden layers at the resolution of the latent map, a multiple of 8.
+            Each larger resolution has half as many. Default: 128.
+
+    Raises:
+        InputError: `image_size` or `width` does not fit this network.
+    """
+    factor = 4
+    while image_size > LARGEST_MAP * factor:
+        factor *= 2
+    _check_size("conv", image_size, factor)
+    width = 128 if width is None else width
+    _check_width("conv", width)
+    levels = min(factor.bit_length() - 1, 3)
+    patch = factor >> (levels - 1)
+    widths = tuple(max(8, width >> k) for k in reversed(range(levels)))
+    side = image_size // factor
+    shape = (latent_channels, side, side)
+    encoder = ConvEncoder(channels, shape, patch, widths, (1,) * (levels - 1) + (2,))
+    return encoder, ConvDecoder(channels, shape, patch, widths, (2,) * (levels - 1) + (3,))
+
+
+def flow(
+    latent_shape: tuple[int, ...],
+    *,
+    width: int | None = None,
+    blocks: int | None = None,
+    attentions: int = 2,
+) -> nn.Module:
+    """Return the velocity network of the flow prior: latents (n, L) and times (n,) to (n, L).
+
+    Args:
+        latent_shape: (c, h, w) of a latent map, for a convolutional network; or (L,), for a
+            network of dense layers.
+        width: channels or width of the hidden layers, a multiple of 8. Default: 128 for maps, 512
+            for vectors.
+        blocks: number of residual blocks, >= 1. Default: 8 for maps, 6 for vectors.
+        attentions: number of self-attention layers between the blocks of a convolutional network,
+            from 0 to `blocks`.
+
+    Raises:
+        InputError: a setting does not fit this network.
+    """
+    if len(latent_shape) == 3:
+        width, blocks = 128 if width is None else width, 8 if blocks is None else blocks
+        _check_width("flow", width)
+        if not 0 <= attentions <= blocks:
+            raise InputError(f"attentions must be 0 to {blocks} for {blocks} blocks: {attentions}")
+        return MapVelocity(latent_shape, width, blocks, attentions, heads=max(1, width // 32))
+    if len(latent_shape) != 1:
+        raise InputError(f"latent_shape must be (L,) or (c, h, w), not {latent_shape}")
+    width, blocks = 512 if width is None else width, 6 if blocks is None else blocks
+    _check_width("flow", width)
+    return VectorVelocity(*latent_shape, width, blocks)
+
+
+def _check_width(name: str, width: int) -> None:
+    if width < 8 or width % 8:
+        raise InputError(f"network {name} takes widths that are multiples of 8, not {width}")
 
 
 def _check_size(name: str, image_size: int, multiple: int) -> None:
