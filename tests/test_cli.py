@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from poise import cli, load
+from poise.data import read_images
+from poise.data.decoding import to_bytes
 from poise.runs import checkpoint, pipeline
 from poise.support import files
 from poise.training import Engine
@@ -110,6 +112,51 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
     poise("reconstruct", run_folder, "own.npy", "--out", "own.npz")
     assert np.load("own.npz")["images"].shape == (3, 8, 8, 1)
     assert "3 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["walk.png", "walk.gif"])
+def test_interpolate_walks_from_one_picture_to_another(out, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    poise(
+        "interpolate",
+        run_folder,
+        folder / "00.jpg",
+        folder / "01.jpg",
+        "--out",
+        out,
+        "--steps",
+        "5",
+    )
+    assert capsys.readouterr().out.startswith("5 images from ")
+    with Image.open(out) as walk:
+        assert walk.size == ((5 * 66 - 2, 64) if out == "walk.png" else (64, 64))
+        walk.seek(0)
+        shown = np.asarray(walk.convert("L"))[::8, :64:8]
+    run = load(run_folder)
+    first = read_images(folder / "00.jpg", size=8, channels=1)
+    expected = to_bytes(run.reconstruct(first))[0, 0].numpy()
+    assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["00.jpg", "01.jpg", "--out", "walk.mp4"], r"walk.mp4: give a .png .* or a .gif"),
+        (["00.jpg", "01.jpg", "--steps", "1"], r"steps must be from 2 to 1000, not 1"),
+        (["00.jpg", "text.jpg"], r"text.jpg cannot be decoded: not an image of a known format"),
+        (["gone.jpg", "01.jpg"], r"gone.jpg does not exist"),
+        (["00.jpg", "small.png"], r"small.png has 9x7 pixels.*8x8: give a larger picture"),
+    ],
+)
+def test_what_interpolate_cannot_do_is_one_line(arguments, expected, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    (folder / "text.jpg").write_text("no image")
+    Image.new("L", (9, 7)).save(folder / "small.png")
+    a, b, *options = arguments
+    with pytest.raises(SystemExit) as exit:
+        poise("interpolate", run_folder, folder / a, folder / b, *options)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and len(error.splitlines()) == 1 and re.search(expected, error)
 
 
 def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
@@ -361,6 +408,10 @@ WRONG = {
     "three images": (array(FLOATS[:3]), r"3 images are too few"),
     "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
     "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
+    "interpolation without a run": (
+        lambda tmp_path: ["interpolate", tmp_path, "a.png", "b.png"],
+        r"not a run's folder",
+    ),
     "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
     "unknown option": (
         lambda tmp_path: ["train", "--epoch", "3"],

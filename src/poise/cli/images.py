@@ -1,11 +1,11 @@
-"""`poise sample`, `encode` and `reconstruct`: write images and codes of a run to files."""
+"""`poise sample`, `encode`, `reconstruct` and `interpolate`: write images and codes to files."""
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolder
 from poise.cli.showing import load_run
@@ -160,6 +160,69 @@ class Reconstruct:
         write_images([shown], self.out, len(shown), columns=8)
         error = float((originals - restored).square().mean())
         print(f"{_images(len(originals))}: {self.out}, MSE {error:.5f}")
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Show a walk from one picture to another through the latents of a run.
+
+    The pictures are encoded. The walk follows the arc about 0 between their codes. Both are cropped
+    and resized as the run's images were.
+    """
+
+    run_folder: RunFolder
+    start: Annotated[Positional[Path], arg(metavar="A", help="an image file: the first picture")]
+    end: Annotated[Positional[Path], arg(metavar="B", help="an image file: the last picture")]
+    steps: Annotated[int, arg(help="number of images, from the first picture to the last")] = 16
+    out: Annotated[
+        Path, arg(help="a .png (all images in a row) or a .gif (an animation, there and back)")
+    ] = Path("interpolation.png")
+    device: Device = "auto"
+
+    def run(self) -> None:
+        if self.out.suffix not in (".png", ".gif"):
+            raise InputError(f"{self.out}: give a .png (a row of images) or a .gif (an animation)")
+        run = load_run(self.run_folder, self.device)
+        from poise.data.decoding import grid, save_png, to_gif
+        from poise.support.files import write_file
+
+        a, b = (picture_for(run, path) for path in (self.start, self.end))
+        images = run.interpolate(a, b, self.steps)
+        if self.out.suffix == ".gif":
+            write_file(self.out, to_gif(images))
+        else:
+            save_png(self.out, grid(images, columns=len(images)))
+        print(f"{_images(self.steps)} from {self.start} to {self.end}: {self.out}")
+
+
+def picture_for(run: "Run", path: Path) -> Any:
+    """Return the picture of a file, (channels, size, size), prepared as the run's images were.
+
+    Raises:
+        InputError: the file cannot be read, or has fewer pixels than the run's images.
+    """
+    import numpy as np
+    import torch
+
+    from poise.data.decoding import (
+        center_square_resize,
+        jpeg_round_trip,
+        read_header,
+        read_image,
+    )
+
+    channels, size, _ = run.data["shape"]
+    width, height, _ = read_header(path)
+    if min(width, height) < size:
+        raise InputError(
+            f"{path} has {width}x{height} pixels, and the run's images have {size}x{size}: "
+            "give a larger picture"
+        )
+    picture = center_square_resize(read_image(path, "L" if channels == 1 else "RGB"), size)
+    pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
+    quality = run.recipe.data.jpeg_quality
+    image = pixels.permute(0, 3, 1, 2)
+    return (image if quality is None else jpeg_round_trip(image, quality))[0]
 
 
 def _images(count: int) -> str:

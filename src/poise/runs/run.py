@@ -4,6 +4,7 @@ config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
+progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        the last output of `poise evaluate`
 diagnosis.json         the last result of `poise diagnose`
@@ -20,6 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 import torch
 
 from poise.balance import Balance
@@ -39,7 +41,7 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
-from poise.latent import DiagonalGaussian
+from poise.latent import DiagonalGaussian, spherical_path
 from poise.metrics import (
     CHUNK,
     encode_all,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 MANY = sys.maxsize
+MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = (
     "a deterministic autoencoder: its codes are points, "
@@ -238,6 +241,36 @@ class Run:
                 # A network of your own may leave [0, 1].
                 restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)
             yield adjust(restored) if adjust else restored
+
+    def interpolate(self, a: Any, b: Any, steps: int = 16) -> Images:
+        """Return images on the path between the codes of two images, on the CPU.
+
+        The codes are posterior means. Their path is an arc about 0 (`latent.spherical_path`), because
+        codes are nearly N(0, I). Codes of a deterministic autoencoder have no such law: their path is
+        a straight line.
+
+        Args:
+            a, b: one image each, (channels, height, width), bytes or float in [0, 1].
+            steps: number of images, from 2 to 1,000. The first and the last are reconstructions.
+
+        Returns:
+            (steps, channels, height, width), float in [0, 1].
+
+        Raises:
+            InputError: wrong `steps`, another shape, or values out of range.
+        """
+        if not 2 <= steps <= MOST_STEPS:
+            raise InputError(f"steps must be from 2 to {MOST_STEPS}, not {steps}")
+        ends = [image if isinstance(image, torch.Tensor) else np.asarray(image) for image in (a, b)]
+        start, end = (self.encode(image[None]).mean[0] for image in ends)
+        path = (
+            torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+            if self.deterministic
+            else spherical_path(start, end, steps)
+        )
+        with torch.no_grad():
+            parts = [self.first.vae.decode(z.to(self.device)).cpu() for z in path.split(CHUNK)]
+        return torch.cat(parts).float().clamp(0, 1)
 
     @torch.no_grad()
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
