@@ -18,10 +18,12 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 import poise
 from poise import cli
-from poise.report import curves, models, sections, write_report
+from poise.data import Rows
+from poise.report import copies, curves, models, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
 from poise.report.models import Exhibit
@@ -29,6 +31,7 @@ from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
 from poise.studies.comparison import table
 from poise.studies.results import write_result
+from poise.support.seeds import drawn
 
 QUICK = {
     "epochs": 2,
@@ -148,7 +151,8 @@ def test_a_page_has_every_section_and_a_link_to_it(page, compared):
 
 def test_every_picture_has_an_alternative_text(page):
     pictures = re.findall(r"<img [^>]*>", body(page))
-    assert len(pictures) == 6  # real images, three priors, two sheets of pairs
+    # Real images, three priors, two sheets of pairs, two of nearest images, the progress.
+    assert len(pictures) == 9
     assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
 
 
@@ -355,6 +359,64 @@ def test_each_original_lies_above_its_reconstruction():
         rows, (originals[0], restored[0], originals[2], restored[2]), strict=True
     ):
         assert torch.allclose(tile, image, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_nearest_training_images_are_those_of_scikit_learn(mapped, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "BLOCK_VALUES", 7 * 3 * 16)  # 7 images at a time
+    training = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
+    queries = torch.rand(9, 3, 4, 4)
+    queries[4] = torch.from_numpy(training[31]) / 255  # a copy
+    flat = training.reshape(50, -1) / 255
+    neighbours = NearestNeighbors(n_neighbors=1).fit(flat)
+    distances, places = neighbours.kneighbors(queries.flatten(1).double().numpy())
+    if mapped:
+        np.save(tmp_path / "training.npy", training)
+        array = np.load(tmp_path / "training.npy", mmap_mode="r")
+        training = Rows(array, np.arange(50))
+    found = copies.nearest(queries, training)
+    expected = torch.from_numpy(flat[places[:, 0]]).reshape(9, 3, 4, 4).float()
+    torch.testing.assert_close(found.images, expected)
+    torch.testing.assert_close(found.distances, torch.from_numpy(distances[:, 0] / 48**0.5).float())
+    assert found.distances[4] == 0
+
+
+def test_of_a_very_large_data_set_a_fixed_part_is_searched(monkeypatch):
+    monkeypatch.setattr(copies, "MOST_VALUES", 10 * 16)
+    training = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
+    assert copies.most_searched(training) == 10 and copies.most_searched(training[:7]) == 7
+    found = copies.nearest(torch.from_numpy(training) / 255, training)
+    assert int((found.distances == 0).sum()) == 10
+
+
+def test_distances_from_training_images_stand_beside_those_of_held_out_images(page, runs):
+    data = poise.load(runs / "computed-0").dataset()
+    test = data.test[drawn(len(data.test), models.TILES)].reshape(-1, 64) / 255
+    neighbours = NearestNeighbors(n_neighbors=1).fit(data.train.reshape(-1, 64) / 255)
+    distances = neighbours.kneighbors(test)[0][:, 0] / 8
+    expected = [f"{np.median(distances):.4f}", f"{distances.min():.4f}"]
+    rows = cells(page)
+    assert rows["held-out test images"] == expected
+    assert all(f"samples, {label}" in rows for label in ("GEN-1", "GEN-2", "GEN-mixture"))
+    assert f"All {len(data.train):,} training images were searched." in words(page)
+
+
+def test_latent_maps_are_the_mean_codes_channel_by_channel(tmp_path):
+    vae = poise.VAE(*poise.networks.conv(8, 1, 2, width=8))
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    run = poise.train(images, vae=vae, out=tmp_path / "run", **QUICK)
+    shown, test = Exhibit(read_record(tmp_path / "run")), torch.rand(3, 1, 8, 8)
+    models._show_maps(shown, run, test)
+    assert shown.maps is not None and "2 channels of 2×2 latents" in shown.about_maps
+    content = base64.b64decode(shown.maps.partition(",")[2])
+    pixels = np.asarray(Image.open(io.BytesIO(content))).astype(float)
+    maps = run.encode(test).mean.unflatten(1, vae.decoder.latent_shape)
+    for image in range(3):
+        for channel in range(2):
+            top, left = 66 * (channel + 1), 66 * image
+            drawn_map = pixels[top : top + 64 : 32, left : left + 64 : 32]
+            expected = (255 * (0.5 + maps[image, channel] / 6)).clamp(0, 255).numpy()
+            assert np.abs(drawn_map - expected).max() <= 0.51
 
 
 def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
