@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
+ALIGNED = (178, 218)  # pixels of CelebA's aligned faces, which have a crop of their own
 
 
 def of_recipe(text: str) -> Any:
@@ -206,6 +207,7 @@ def picture_for(run: "Run", path: Path) -> Any:
 
     from poise.data.decoding import (
         center_square_resize,
+        crop_and_resize,
         jpeg_round_trip,
         read_header,
         read_image,
@@ -218,7 +220,9 @@ def picture_for(run: "Run", path: Path) -> Any:
             f"{path} has {width}x{height} pixels, and the run's images have {size}x{size}: "
             "give a larger picture"
         )
-    picture = center_square_resize(read_image(path, "L" if channels == 1 else "RGB"), size)
+    picture = read_image(path, "L" if channels == 1 else "RGB")
+    aligned = run.recipe.data.source == "celeba64" and picture.size == ALIGNED
+    picture = (crop_and_resize if aligned else center_square_resize)(picture, size=size)
     pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
     quality = run.recipe.data.jpeg_quality
     image = pixels.permute(0, 3, 1, 2)
