@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import cast, get_args
 
 import numpy as np
 import pytest
@@ -16,9 +17,16 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from poise import cli, load
+from poise import Run, cli, load
+from poise.cli.images import picture_for
 from poise.data import read_images
-from poise.data.decoding import to_bytes
+from poise.data.decoding import (
+    center_square_resize,
+    crop_and_resize,
+    jpeg_round_trip,
+    to_bytes,
+)
+from poise.recipes import Data
 from poise.runs import checkpoint, pipeline
 from poise.support import files
 from poise.training import Engine
@@ -136,6 +144,19 @@ def test_interpolate_walks_from_one_picture_to_another(out, run_folder, tmp_path
     first = read_images(folder / "00.jpg", size=8, channels=1)
     expected = to_bytes(run.reconstruct(first))[0, 0].numpy()
     assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("source", "jpeg"), [("celeba64", None), ("photos", 75)])
+def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(source, jpeg, tmp_path):
+    path = photos(tmp_path / "own", of=[(178, 218)]) / "00.jpg"
+    recipe = SimpleNamespace(data=Data(source, jpeg_quality=jpeg))
+    run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe))
+    with Image.open(path) as picture:
+        crop = crop_and_resize if source == "celeba64" else center_square_resize
+        expected = torch.from_numpy(np.array(crop(picture, size=64))).permute(2, 0, 1)
+    if jpeg is not None:
+        expected = jpeg_round_trip(expected[None], jpeg)[0]
+    assert torch.equal(picture_for(run, path), expected)
 
 
 @pytest.mark.parametrize(

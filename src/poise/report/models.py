@@ -169,7 +169,11 @@ def _show_data(
     shown.real = contact_sheet(test, COLUMNS)
     _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test))
     _attempt(shown, "No latent maps", lambda: _show_maps(shown, run, test))
-    _show_neighbours(shown, run, dataset.train, test, samples)
+    _attempt(
+        shown,
+        "No nearest training images",
+        lambda: _show_neighbours(shown, run, dataset.train, test, samples),
+    )
     _show_diagnosis(shown, run, dataset)
 
 
