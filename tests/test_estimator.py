@@ -240,7 +240,7 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
         ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
         ({"hidden": 16}, "hidden must be a tuple of widths"),
-        ({"prior": "flow"}, "prior must be one of normal, second-stage, mixture, not 'flow'"),
+        ({"prior": "gauss"}, "prior must be one of .*mixture, flow, not 'gauss'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
         ({"balance": None}, "balance must be the name"),
         ({"balance": "computed:power=1"}, "with a squared error, not 'computed:power=1'"),
