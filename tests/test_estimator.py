@@ -108,7 +108,7 @@ def test_training_ends_when_rows_held_out_get_less_likely(wine):
     assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
 
 
-@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture", "flow"])
 def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
     model = VAEEstimator(2, **QUICK, prior=prior, second_steps=30, random_state=0).fit(wine)
     assert (
@@ -116,11 +116,12 @@ def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
         == {
             "normal": "NormalPrior",
             "second-stage": "SecondStagePrior",
+            "flow": "FlowPrior",
             "mixture": "MixturePrior",
         }[prior]
     )
     assert model.sample(3).shape == (3, 13) and {entry["stage"] for entry in model.history_} == (
-        {1, 2} if prior == "second-stage" else {1}
+        {1, 2} if prior in ("second-stage", "flow") else {1}
     )
 
 
