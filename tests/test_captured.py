@@ -13,6 +13,7 @@ import torch
 
 import poise
 from poise.errors import InputError, RunError
+from poise.flow import Flow
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import pipeline
 from poise.runs.options import Options
@@ -93,14 +94,16 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["resnet", "second_stage"])
+@pytest.mark.parametrize("kind", ["resnet", "second_stage", "flow"])
 def test_every_step_is_taken_once_with_its_own_batch_and_noise(kind, precision, stand_in):
     stage = Stage(
         steps=7,
         batch_size=10,
         learning_rate=1e-3,
         halve_every=2,
+        objective="flow" if kind == "flow" else "vae",
         ema_decay=0.9,
+        ema_warmup=kind == "flow",
         precision=precision,
     )
     eager, replayed = (
@@ -163,12 +166,17 @@ def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torc
     """Return the weights after training that stops and resumes at the shares `halves`."""
     torch.manual_seed(0)
     device = torch.device(device)
-    if kind == "second_stage":
-        vae = poise.VAE(*poise.networks.second_stage(8, 64))
-        data = CodeBatches(torch.randn(300, 8), torch.randn(300, 8), device)
+    if kind in NETWORKS:
+        network, data = poise.VAE(*NETWORKS[kind](16, 3, 8)), ImageBatches(IMAGES.numpy(), device)
     else:
-        vae, data = poise.VAE(*NETWORKS[kind](16, 3, 8)), ImageBatches(IMAGES.numpy(), device)
-    state = new_state(vae, poise.ComputedBalance(), stage, device)
+        shape = (2, 2, 2)
+        network = (
+            Flow(poise.networks.flow(shape, width=16, blocks=2), shape)
+            if kind == "flow"
+            else poise.VAE(*poise.networks.second_stage(8, 64))
+        )
+        data = CodeBatches(torch.randn(300, 8), torch.randn(300, 8), device)
+    state = new_state(network, poise.ComputedBalance(), stage, device)
     for share in halves:
         part = replace(stage, steps=int(share * stage.steps))
         fit(state, data, part, number=1, seed=0, watch=Watch(quiet=True), engine=engine)
@@ -178,14 +186,16 @@ def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["resnet", "infogan", "second_stage"])
+@pytest.mark.parametrize("kind", ["resnet", "infogan", "second_stage", "flow"])
 def test_200_captured_steps_equal_200_eager_ones(kind, precision):
     stage = Stage(
         steps=200,
         batch_size=50,
         learning_rate=1e-3,
         halve_every=60,
+        objective="flow" if kind == "flow" else "vae",
         ema_decay=0.9,
+        ema_warmup=kind == "flow",
         precision=precision,
     )
     eager, captured = trained("eager", kind, stage), trained("captured", kind, stage)

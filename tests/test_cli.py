@@ -458,7 +458,7 @@ WRONG = {
     ),
     "unknown prior": (
         lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
-        r"'gauss'; there are mixture, normal, second-stage, as in --prior mixture \(see",
+        r"'gauss'; there are flow, mixture, normal, second-stage, as in --prior mixture \(see",
     ),
     "unknown priors": (
         lambda tmp_path: ["compare", "--priors", "gauss"],

@@ -22,11 +22,13 @@ def test_images_stay_in_channels_last_from_the_first_layer_of_a_network_to_the_l
 
     vae = poise.VAE(*getattr(poise.networks, kind)(16, 3, 4))
     state = new_state(vae, poise.ComputedBalance(), Stage(steps=1), CPU)
-    convolutions = [m for m in state.vae.modules() if isinstance(m, CONVOLUTIONS)]
+    convolutions = [m for m in state.network.modules() if isinstance(m, CONVOLUTIONS)]
     for layer in convolutions:
         layer.register_forward_hook(check)
     images = ImageBatches(torch.rand(5, 3, 16, 16).numpy(), CPU)
-    state.vae(images.place(images.fetch(torch.arange(5)), lambda columns: torch.zeros(5, columns)))
+    state.network(
+        images.place(images.fetch(torch.arange(5)), lambda columns: torch.zeros(5, columns))
+    )
     assert len(convolutions) > 3
 
 

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolder
 from poise.cli.showing import load_run
 from poise.errors import InputError
-from poise.recipes.settings import Generation, Renormalise, given
+from poise.recipes.settings import Generation, Renormalise, Solver, given
 from poise.variants import PRIORS
 
 if TYPE_CHECKING:
@@ -41,13 +41,18 @@ class Sample:
         PriorChoice | None,
         arg(
             help=", ".join(f"{name} ({prior.label})" for name, prior in PRIORS.items()),
-            help_behavior_hint="(default: second-stage if trained)",
+            help_behavior_hint="(default: second-stage or flow if trained, else normal)",
         ),
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in several calls")] = 0
     noise: Annotated[
         Switch | None, of_recipe("add stage 2's decoder noise to the latents it generates")
+    ] = None
+    flow_steps: Annotated[int | None, of_recipe("number of steps of the flow's solver")] = None
+    flow_solver: Annotated[
+        Solver | None,
+        of_recipe("n steps of heun evaluate the flow 2n - 1 times, n steps of euler n times"),
     ] = None
     renormalise: Annotated[Renormalise | None, of_recipe("scale latents to the variance law")] = (
         None
@@ -66,6 +71,8 @@ class Sample:
         generation: Generation = given(
             run.recipe.generation,
             second_stage_noise=self.noise and self.noise == "on",
+            flow_solver=self.flow_solver,
+            flow_steps=self.flow_steps,
             renormalise=self.renormalise,
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )

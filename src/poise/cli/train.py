@@ -14,7 +14,7 @@ from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Recipe
 from poise.variants import DATA_SETS
 
-DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name != "images"]
+DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name not in ("images", "maps")]
 
 
 @dataclass(frozen=True)

@@ -383,8 +383,8 @@ def _use_prior(name: str, *, is_run: bool) -> str:
 
 
 def _used_prior(found: Comparison) -> str:
-    has_second = any(find_prior(name).needs == "second stage" for name in found.priors)
-    return default_prior(second_stage=has_second)
+    kinds = [find_prior(name).second_stage for name in found.priors]
+    return default_prior(next(filter(None, kinds), None))
 
 
 def lost_variance(facts: Facts) -> Finding | None:

@@ -210,8 +210,8 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
     )
     of_second = {
         name: run.prior(name)
-        for name in available_priors(second_stage=run.second is not None)
-        if PRIORS[name].needs == "second stage"
+        for name in available_priors(run.second_stage)
+        if PRIORS[name].second_stage is not None
     }
     balance = run.first.balance if loss is None else loss
     return Case(

@@ -130,8 +130,8 @@ def _show_samples(shown: Exhibit, run: Run) -> dict[str, Images]:
     drawn_images: dict[str, Images] = {}
     for prior, named in NAMED.items():
         label = named.label
-        if named.needs == "second stage" and run.second is None:
-            if run.recipe.second is not None:
+        if named.second_stage not in (None, run.second_stage):
+            if named.second_stage == run.recipe.second_stage:
                 shown.missing.append(
                     f"Stage 2 has not begun, so there are no samples from {named.words} ({label})."
                 )

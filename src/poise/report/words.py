@@ -17,6 +17,7 @@ NETWORKS = {
     "resnet": "a ResNet",
     "infogan": "an InfoGAN-type network",
     "wae": "a WAE-type network",
+    "conv": "a convolutional network with latent maps",
 }
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
+from poise.flow import Flow
 from poise.latent import DiagonalGaussian, spherical_path
 from poise.metrics import (
     CHUNK,
@@ -78,11 +79,19 @@ from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, available_priors, default_prior, find_prior
+from poise.variants import (
+    PRIORS,
+    PriorName,
+    SecondStage,
+    available_priors,
+    default_prior,
+    find_prior,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
@@ -109,7 +118,8 @@ class Run:
         recipe: its settings.
         data: the training data: source, shape, number of images, checksum.
         first: stage 1.
-        second: stage 2, or None.
+        second: stage 2, if it is a VAE, or None.
+        flow: stage 2, if it is a flow, or None.
         finished: whether training is complete.
         warnings: messages about damaged checkpoints that were skipped.
     """
@@ -131,26 +141,39 @@ class Run:
         self.warnings = warnings
         self._dataset: Dataset | None = None
         self._fitted_priors: dict[PriorName, Prior] = {}
-        self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        self.first = Trained(
+            *self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        )
         has_second = (
             self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
         )
-        self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
+        self.second: Trained | None = None
+        self.flow: Flow | None = None
+        if has_second:
+            network = second_stage(self.recipe, self.first.vae)
+            if isinstance(network, Flow):
+                self.flow, _ = self._stage(2, saved, network)
+            else:
+                self.second = Trained(*self._stage(2, saved, network))
 
-    def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
+    def _stage(
+        self, number: int, saved: Saved, network: TrainedNetwork
+    ) -> tuple[TrainedNetwork, Balance]:
         settings = self.recipe.first if number == 1 else self.recipe.second
         assert settings is not None
         balance = stage_balance(settings, self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
-        vae.load_state_dict(under("average", tensors) or under("vae", tensors))
+        network.load_state_dict(under("average", tensors) or under("vae", tensors))
         balance.load_state_dict(under("balance", tensors))
-        return Trained(vae.eval(), balance.eval())
+        return network.eval(), balance.eval()
 
     def to(self, device: str | torch.device) -> "Run":
         """Move the networks and balances to a device, and return this run."""
         for stage in filter(None, (self.first, self.second)):
             stage.vae.to(device)
             stage.balance.to(device)
+        if self.flow is not None:
+            self.flow.to(device)
         return self
 
     @property
@@ -290,9 +313,14 @@ class Run:
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
     @property
+    def second_stage(self) -> SecondStage | None:
+        """Kind of the trained stage 2, or None."""
+        return "vae" if self.second else "flow" if self.flow else None
+
+    @property
     def default_prior(self) -> PriorName:
-        """The prior that `sample` uses if none is given."""
-        return default_prior(second_stage=self.second is not None)
+        """The prior that `sample` uses if none is given: that of stage 2, else normal."""
+        return default_prior(self.second_stage)
 
     def prior_distances(self) -> dict[str, float]:
         """Return the distance between images and samples of each prior, smallest first.
@@ -320,11 +348,11 @@ class Run:
         """Return a prior of the latents, with the noise and renormalisation of `generation`.
 
         Args:
-            name: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
+            name: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             generation: None: the recipe's.
 
         Raises:
-            InputError: no such prior, or it needs a second stage and the run has none.
+            InputError: no such prior, or it needs a second stage that the run does not have.
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
@@ -337,24 +365,24 @@ class Run:
         return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
-        second, of_second = self.second, find_prior(name).needs == "second stage"
-        if of_second and second is None:
-            others = [f"--prior {other}" for other in available_priors(second_stage=False)]
-            raise InputError(
-                f"{self.folder} has no trained second stage: use {' or '.join(others)}"
-            )
+        second, needed = self.second, find_prior(name).second_stage
+        if needed not in (None, self.second_stage):
+            others = [f"--prior {other}" for other in available_priors(self.second_stage)]
+            what = "second stage" if needed == "vae" else "flow"
+            raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
         model = TrainedModel(
             self.recipe.network.latent_dim,
             lambda: self.codes,
-            second=second and second.vae,
+            second=second.vae if second else self.flow,
             gamma2=second.balance.gamma2 if second and generation.second_stage_noise else None,
+            generation=generation,
             seed=self.recipe.seed,
             device=self.device,
         )
         prior = make_prior(name, model)
-        if not of_second:  # the noise of stage 2 differs between generations
+        if needed is None:  # the noise of stage 2 and the solver differ between generations
             self._fitted_priors[name] = prior
         return prior.to(self.device)
 
@@ -387,15 +415,14 @@ class Run:
 
         Args:
             count: number of images, at least 1.
-            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else
-                normal.
+            prior: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             seed: image i of a seed does not depend on `count`.
             first: number of the first image.
             generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the prior needs a second stage and
-                the run has none.
+            InputError: `count` is less than 1, no such prior, or the prior needs a second stage that
+                the run does not have.
         """
         return torch.cat(
             list(
@@ -595,9 +622,7 @@ class Run:
             self.recipe.seed,
         )
         names = [
-            name
-            for name in available_priors(second_stage=self.second is not None)
-            if priors is None or name in priors
+            name for name in available_priors(self.second_stage) if priors is None or name in priors
         ]
         notes: tuple[str, ...] = ()
         if not self._has_codes:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, RunError
+from poise.flow import Flow
 from poise.objectives import is_deterministic
-from poise.recipes.settings import Stage
+from poise.recipes.settings import FLOW_OBJECTIVE, Stage
 from poise.support.kernels import LOCK, generators_kept, kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
@@ -101,11 +102,11 @@ def fit(
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
-    num_latents = count_latents(state.vae, data)
+    columns = count_noise(state.network, data)
     if state.shared is not None:
-        noise = torch.zeros(1, num_latents, device=device)
+        noise = torch.zeros(1, columns, device=device)
         fix_order_of_sums(state, first_item(data, device), noise, stage)
-    state.vae.train()
+    state.network.train()
     state.balance.train()
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
@@ -119,7 +120,7 @@ def fit(
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
-        tuned(state.vae, device, threads),
+        tuned(state.network, device, threads),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         generators_kept(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
@@ -128,8 +129,10 @@ def fit(
         for fetched in fetched_batches:
             source.manual_seed(derive("noise", seed, number, state.step))
             batch = data.place(fetched, draw)
-            noise = draw(num_latents)
+            noise = draw(columns)
             set_learning_rate(state.optimizer, stage.learning_rate_at(state.step, len(data)))
+            if stage.ema_warmup:
+                state.ema_share.fill_(1 - stage.ema_decay_at(state.step))
             if not alone and watch.stop():
                 state.asked.fill_(1)
             try:
@@ -185,6 +188,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def count_noise(network: VAE | Flow, data: Batches) -> int:
+    """Return the number of columns of noise that the objective of a network needs."""
+    return network.noise_dims if isinstance(network, Flow) else count_latents(network, data)
+
+
 @torch.no_grad()
 def count_latents(vae: VAE, data: Batches) -> int:
     """Return the number of latents of a VAE. Encodes one image, in evaluation mode."""
@@ -221,18 +229,23 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
+    if stage.objective == FLOW_OBJECTIVE:  # no reconstruction and no KL
+        entry["velocity_mse"] = entry.pop("mse")
+        del entry["reconstruction_nats"], entry["kl_nats"]
     return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """Return the part of a log entry that the progress bar shows."""
-    penalty = (
-        {"penalty": f"{entry['penalty']:.3f}"}
-        if "penalty" in entry
-        else {"KL": f"{entry['kl_nats']:.1f}"}
-    )
-    shown = {"MSE": f"{entry['mse']:.5f}", **penalty, "gamma2": f"{entry['gamma2']:.5f}"}
-    return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
+    formats = {
+        "mse": ("MSE", ".5f"),
+        "velocity_mse": ("MSE of the velocity", ".5f"),
+        "penalty": ("penalty", ".3f"),
+        "kl_nats": ("KL", ".1f"),
+        "gamma2": ("gamma2", ".5f"),
+        "images_per_second": ("img/s", ".0f"),
+    }
+    return {name: f"{entry[key]:{style}}" for key, (name, style) in formats.items() if key in entry}
 
 
 def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
