@@ -23,12 +23,15 @@ from sklearn.neighbors import NearestNeighbors
 import poise
 from poise import cli
 from poise.data import Rows
+from poise.diagnosis.subject import _falls
 from poise.report import copies, curves, models, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
+from poise.report.curves import training_figures
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
+from poise.report.words import model_sentence
 from poise.studies.comparison import table
 from poise.studies.results import write_result
 from poise.support.seeds import drawn
@@ -379,6 +382,32 @@ def test_the_nearest_training_images_are_those_of_scikit_learn(mapped, tmp_path,
     torch.testing.assert_close(found.images, expected)
     torch.testing.assert_close(found.distances, torch.from_numpy(distances[:, 0] / 48**0.5).float())
     assert found.distances[4] == 0
+
+
+def test_mirror_images_are_searched_if_they_were_trained_on():
+    training = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
+    queries = torch.from_numpy(training[[3, 5]]) / 255
+    queries[1] = queries[1].flip(2)  # without the batch: left to right
+    assert copies.nearest(queries, training).distances[1] > 0.1
+    found = copies.nearest(queries, training, mirrored=True)
+    assert (found.distances == 0).all() and torch.equal(found.images, queries)
+
+
+def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
+    log, config = changed / "metrics.jsonl", json.loads((changed / "config.json").read_text())
+    config["recipe"]["second"]["objective"] = "flow"
+    (changed / "config.json").write_text(json.dumps(config))
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    for entry in entries:
+        if entry["stage"] == 2:
+            entry["velocity_mse"] = entry.pop("mse")
+            del entry["kl_nats"], entry["reconstruction_nats"]
+    log.write_text("\n".join(map(json.dumps, entries)))
+    record = read_record(changed)
+    titles = [figure["title"] for figure in training_figures([record])[1] if figure["stage"] == 2]
+    assert titles == ["MSE of the velocity, per latent", "γ², decoder variance"]
+    assert model_sentence(record).startswith("A VAE with a flow as stage 2 (an MLP, ")
+    assert set(_falls(log)) <= {1}  # the diagnosis of a stage that was still improving
 
 
 def test_of_a_very_large_data_set_a_fixed_part_is_searched(monkeypatch):

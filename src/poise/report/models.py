@@ -211,7 +211,8 @@ def _show_neighbours(
         return
     sets = {f"samples, {label}": of for label, of in samples.items()}
     sets |= {"held-out test images": test, "their reconstructions": run.reconstruct(test)}
-    found = nearest(torch.cat(list(sets.values())), training, run.device)
+    flips = run.recipe.data.flips
+    found = nearest(torch.cat(list(sets.values())), training, run.device, mirrored=flips)
     counts = [len(of) for of in sets.values()]
     distances = dict(zip(sets, found.distances.split(counts), strict=True))
     label = NAMED[run.default_prior].label
@@ -231,7 +232,7 @@ def _show_neighbours(
         f"All {total:,} training images were searched."
         if searched == total
         else f"{searched:,} of {total:,} training images were searched, drawn with a fixed seed."
-    )
+    ) + (" Their mirror images were searched, too." if flips else "")
 
 
 def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:
