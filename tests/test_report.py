@@ -24,7 +24,8 @@ import poise
 from poise import cli
 from poise.data import Rows
 from poise.diagnosis.subject import _falls
-from poise.report import copies, curves, models, sections, write_report
+from poise.errors import InputError
+from poise.report import copies, curves, models, pictures, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
 from poise.report.curves import training_figures
@@ -153,10 +154,10 @@ def test_a_page_has_every_section_and_a_link_to_it(page, compared):
 
 
 def test_every_picture_has_an_alternative_text(page):
-    pictures = re.findall(r"<img [^>]*>", body(page))
+    shown = re.findall(r"<img [^>]*>", body(page))
     # Real images, three priors, two sheets of pairs, two of nearest images, the progress.
-    assert len(pictures) == 9
-    assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+    assert len(shown) == 9
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in shown)
 
 
 def test_numbers_are_those_of_the_summary(page, runs):
@@ -408,6 +409,20 @@ def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
     assert titles == ["MSE of the velocity, per latent", "γ², decoder variance"]
     assert model_sentence(record).startswith("A VAE with a flow as stage 2 (an MLP, ")
     assert set(_falls(log)) <= {1}  # the diagnosis of a stage that was still improving
+
+
+def test_a_large_picture_of_progress_is_reduced_and_a_damaged_one_is_said(tmp_path):
+    path = tmp_path / "progress.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 1600, 3), np.uint8)).save(path)
+    assert path.stat().st_size > pictures.MOST_PNG
+    kind, _, content = pictures.picture_uri(path).partition(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
+        assert (kind, shown.format, shown.size) == ("data:image/jpeg", "JPEG", (1200, 300))
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(1000))
+    with pytest.raises(InputError, match=r"progress\.png cannot be decoded"):
+        pictures.picture_uri(path)
 
 
 def test_of_a_very_large_data_set_a_fixed_part_is_searched(monkeypatch):

@@ -17,7 +17,7 @@ from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
 from poise.report.copies import most_searched, nearest
-from poise.report.pictures import contact_sheet, data_uri, paired_sheet
+from poise.report.pictures import MOST_PNG, contact_sheet, data_uri, paired_sheet, picture_uri
 from poise.report.records import Record
 from poise.runs.run import Run, load
 from poise.shapes import Images
@@ -33,7 +33,6 @@ NEIGHBOURS_OF_A_SHEET = 18
 MAPPED = 8  # images whose latent maps are shown
 MOST_CHANNELS = 16
 LARGEST_CODE = 3  # standard deviations of N(0, 1) that are drawn white
-MOST_PNG = 1_500_000  # bytes; larger pictures in a run's folder are not embedded
 PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
 
 
@@ -110,7 +109,8 @@ def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Ex
         )
         shown.undiagnosed = "No diagnosis: only the result of this run is here, without its model."
         return shown
-    shown.progress = _kept(record.folder / "progress.png")
+    if (record.folder / "progress.png").exists():
+        _attempt(shown, "No progress", lambda: _show_progress(shown))
     try:
         run = load(record.folder, device=device)
     except (InputError, RunError) as error:
@@ -123,6 +123,10 @@ def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Ex
     _show_data(shown, run, data_sets.dataset(run), samples)
     _add_codes(shown, run)
     return shown
+
+
+def _show_progress(shown: Exhibit) -> None:
+    shown.progress = picture_uri(shown.record.folder / "progress.png")
 
 
 def _show_samples(shown: Exhibit, run: Run) -> dict[str, Images]:
