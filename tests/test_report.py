@@ -414,7 +414,7 @@ def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
 def test_a_large_picture_of_progress_is_reduced_and_a_damaged_one_is_said(tmp_path):
     path = tmp_path / "progress.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 1600, 3), np.uint8)).save(path)
-    assert path.stat().st_size > pictures.MOST_PNG
+    assert path.stat().st_size > pictures.LARGEST_PNG
     kind, _, content = pictures.picture_uri(path).partition(";base64,")
     with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
         assert (kind, shown.format, shown.size) == ("data:image/jpeg", "JPEG", (1200, 300))

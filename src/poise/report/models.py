@@ -17,7 +17,7 @@ from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
 from poise.report.copies import most_searched, nearest
-from poise.report.pictures import MOST_PNG, contact_sheet, data_uri, paired_sheet, picture_uri
+from poise.report.pictures import contact_sheet, data_uri, paired_sheet, picture_uri
 from poise.report.records import Record
 from poise.runs.run import Run, load
 from poise.shapes import Images
@@ -33,6 +33,7 @@ NEIGHBOURS_OF_A_SHEET = 18
 MAPPED = 8  # images whose latent maps are shown
 MOST_CHANNELS = 16
 LARGEST_CODE = 3  # standard deviations of N(0, 1) that are drawn white
+MOST_PNG = 1_500_000  # bytes; larger pictures from the end of training are not embedded
 PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
 
 

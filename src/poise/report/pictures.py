@@ -10,7 +10,7 @@ from poise.data.decoding import grid, read_image, to_png
 from poise.shapes import ByteImages, Images
 
 PAIRS_IN_A_ROW = 8
-MOST_PNG = 1_500_000  # bytes; larger files are not embedded as they are
+LARGEST_PNG = 500_000  # bytes of a file that is embedded as it is
 WIDEST = 1_200  # pixels of a picture that is reduced
 JPEG_QUALITY = 90
 
@@ -26,7 +26,7 @@ def picture_uri(path: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    if path.exists() and path.stat().st_size < MOST_PNG:
+    if path.exists() and path.stat().st_size < LARGEST_PNG:
         return data_uri(path.read_bytes())
     picture, file = read_image(path, "RGB"), io.BytesIO()
     picture.thumbnail((WIDEST, picture.height))
