@@ -233,37 +233,42 @@ def flow(
     *,
     width: int | None = None,
     blocks: int | None = None,
-    attentions: int = 2,
+    attentions: int | None = None,
 ) -> nn.Module:
     """Return the velocity network of the flow prior: latents (n, L) and times (n,) to (n, L).
 
     Args:
         latent_shape: (c, h, w) of a latent map, for a convolutional network; or (L,), for a
             network of dense layers.
-        width: channels or width of the hidden layers, a multiple of 8. Default: 128 for maps, 512
-            for vectors.
-        blocks: number of residual blocks, >= 1. Default: 8 for maps, 6 for vectors.
-        attentions: number of self-attention layers between the blocks of a convolutional network,
-            from 0 to `blocks`.
+        width: channels or width of the hidden layers, a multiple of 8. Default: 96 for maps, 512
+            for vectors. The convolutional network has twice as many at half resolution.
+        blocks: number of residual blocks, >= 3 for maps, >= 1 for vectors. Default: 7 for maps, of
+            which 3 at half resolution; 6 for vectors.
+        attentions: number of self-attention layers of the convolutional network, from 0 to the
+            number of blocks at half resolution. Default: one after each of these.
 
     Raises:
         InputError: a setting does not fit this network.
     """
-    if blocks is not None and blocks < 1:
-        raise InputError(f"blocks must be >= 1, not {blocks}")
-    if len(latent_shape) == 3:
-        width, blocks = 128 if width is None else width, 8 if blocks is None else blocks
-        _check_width("flow", width)
-        if not 0 <= attentions <= blocks:
-            raise InputError(
-                f"attentions must be 0 to {blocks} for {blocks} blocks, not {attentions}"
-            )
-        return MapVelocity(latent_shape, width, blocks, attentions, heads=max(1, width // 32))
-    if len(latent_shape) != 1:
+    if len(latent_shape) not in (1, 3):
         raise InputError(f"latent_shape must be (L,) or (c, h, w), not {latent_shape}")
-    width, blocks = 512 if width is None else width, 6 if blocks is None else blocks
+    maps = len(latent_shape) == 3
+    width = (96 if maps else 512) if width is None else width
+    blocks = (7 if maps else 6) if blocks is None else blocks
     _check_width("flow", width)
-    return VectorVelocity(*latent_shape, width, blocks)
+    if blocks < (least := 3 if maps else 1):
+        raise InputError(f"network flow takes {least} blocks or more here, not {blocks}")
+    if not maps:
+        return VectorVelocity(*latent_shape, width, blocks)
+    outer = blocks // 3
+    inside = blocks - 2 * outer
+    attentions = inside if attentions is None else attentions
+    if not 0 <= attentions <= inside:
+        raise InputError(
+            f"attentions must be 0 to {inside} for {blocks} blocks "
+            f"({inside} at half resolution), not {attentions}"
+        )
+    return MapVelocity(latent_shape, width, (outer, inside, outer), attentions)
 
 
 def _check_width(name: str, width: int) -> None:
