@@ -171,7 +171,7 @@ def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torc
     else:
         shape = (2, 2, 2)
         network = (
-            Flow(poise.networks.flow(shape, width=16, blocks=2), shape)
+            Flow(poise.networks.flow(shape, width=16, blocks=3), shape)
             if kind == "flow"
             else poise.VAE(*poise.networks.second_stage(8, 64))
         )

@@ -137,7 +137,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uin
 TINY = Recipe(
     name="tiny",
     data=Data("array", flips=True),
-    network=Network("conv", latent_channels=2, conv_width=8, flow_width=8, flow_blocks=2),
+    network=Network("conv", latent_channels=2, conv_width=8, flow_width=8, flow_blocks=3),
     first=Stage(steps=3, batch_size=10, learning_rate=1e-3, decay=0.5),
     second=Stage(
         steps=4,
