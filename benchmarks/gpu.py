@@ -116,7 +116,10 @@ class Bench:
         return replace(stage, batch_size=self.scale.batch_size, precision=word)
 
     def vae(self, number: int) -> VAE:
-        return first_stage(RECIPE, SHAPE) if number == 1 else second_stage(RECIPE)
+        first = first_stage(RECIPE, SHAPE)
+        second = second_stage(RECIPE, first)
+        assert isinstance(second, VAE)
+        return first if number == 1 else second
 
     def data(self, number: int) -> Batches:
         source = np.random.default_rng(0)

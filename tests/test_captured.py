@@ -176,7 +176,7 @@ def trained(
     else:
         shape = (2, 2, 2)
         network = (
-            Flow(poise.networks.flow(shape, width=16, blocks=2), shape)
+            Flow(poise.networks.flow(shape, width=16, blocks=3), shape)
             if kind == "flow"
             else poise.VAE(*poise.networks.second_stage(8, 64))
         )

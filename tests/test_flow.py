@@ -19,7 +19,7 @@ from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
 from poise.objectives import make_objective
-from poise.priors import FlowPrior, TrainedModel, make_prior
+from poise.priors import FlowPrior, TrainedModel, fit_mixture, make_prior
 from poise.priors.flow_prior import evaluations
 from poise.recipes import RECIPES, Data, Generation, Network, Recipe, Stage
 from poise.recipes.settings import Changes
@@ -122,22 +122,22 @@ def test_a_small_flow_learns_mean_and_covariance_of_correlated_codes():
         flow = Flow(networks.flow((2,), width=32, blocks=2), (2,))
     flow.set_statistics(codes)
     stage = Stage(
-        steps=700, batch_size=128, learning_rate=3e-3, objective="flow", decay=0.5, ema_decay=0.98
+        steps=400, batch_size=64, learning_rate=5e-3, objective="flow", decay=0.5, ema_decay=0.95
     )
     state = new_state(flow, poise.ComputedBalance(), stage, CPU)
     data = CodeBatches(codes.mean, codes.logvar, CPU)
     assert fit(state, data, stage, number=2, seed=0, watch=Watch(quiet=True))
-    drawn = FlowPrior(state.trained, steps=10).latents(torch.randn(4_000, 2, generator=source))
+    drawn = FlowPrior(state.trained, steps=6).latents(torch.randn(2_000, 2, generator=source))
     expected = np.cov(mean.T) + 0.1 * np.eye(2)
-    np.testing.assert_allclose(drawn.mean(0), mean.mean(0), atol=0.12)
-    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.12)
+    np.testing.assert_allclose(drawn.mean(0), mean.mean(0), atol=0.15)
+    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.15)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 TINY = Recipe(
     name="tiny",
     data=Data("array", flips=True),
-    network=Network("conv", latent_channels=2, conv_width=8, flow_width=8, flow_blocks=2),
+    network=Network("conv", latent_channels=2, conv_width=8, flow_width=8, flow_blocks=3),
     first=Stage(steps=3, batch_size=10, learning_rate=1e-3, decay=0.5),
     second=Stage(
         steps=4,
@@ -268,6 +268,9 @@ def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tm
         ),
         "needs a second stage: leave it out": lambda: poise.compare(
             IMAGES, recipe=one_stage, priors=["flow"], out=tmp_path
+        ),
+        "a mixture .* takes at most 512 latents, not 513: use a flow": lambda: fit_mixture(
+            DiagonalGaussian(torch.zeros(20, 513), torch.zeros(20, 513))
         ),
         "flow_steps must be at least 1, not 0": lambda: Generation(flow_steps=0),
         "flow_solver must be one of heun, euler, not 'rk4'": lambda: Generation(

@@ -141,7 +141,7 @@ def flow_outcome() -> dict[str, torch.Tensor]:
     """Return the averaged weights of a flow of latent maps after some steps."""
     torch.manual_seed(0)
     shape = (2, 2, 2)
-    flow = Flow(Double(poise.networks.flow(shape, width=8, blocks=2)), shape)
+    flow = Flow(Double(poise.networks.flow(shape, width=8, blocks=3)), shape)
     codes = CodeBatches(
         torch.randn(30, 8), torch.randn(30, 8), torch.device("cpu"),
         mirrored=DiagonalGaussian(torch.randn(30, 8), torch.randn(30, 8)),

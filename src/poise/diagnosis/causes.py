@@ -383,8 +383,9 @@ def _use_prior(name: str, *, is_run: bool) -> str:
 
 
 def _used_prior(found: Comparison) -> str:
-    kinds = [find_prior(name).second_stage for name in found.priors]
-    return default_prior(next(filter(None, kinds), None))
+    return default_prior(
+        next((kind for name in found.priors if (kind := find_prior(name).second_stage)), None)
+    )
 
 
 def lost_variance(facts: Facts) -> Finding | None:

@@ -55,15 +55,16 @@ class ConvEncoder(nn.Module):
                 layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
             layers += [ConvBlock(width) for _ in range(number)]
         self.features = nn.Sequential(*layers, group_norm(widths[-1]), nn.SiLU())
-        self.codes = WideConv2d(widths[-1], 2 * latent_shape[0], 3, padding=1)
+        self.mean = nn.Conv2d(widths[-1], latent_shape[0], 3, padding=1)
+        self.logvar = WideConv2d(widths[-1], latent_shape[0], 3, padding=1)
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.codes(self.features(images - 0.5)).chunk(2, dim=1)
-        return mean.flatten(1), logvar.flatten(1)
+        features = self.features(images - 0.5)
+        return self.mean(features).flatten(1), self.logvar(features).flatten(1)
 
 
 class ConvDecoder(nn.Module):
-    """Decode latent maps; the mirror of `ConvEncoder`, with one block more at each resolution.
+    """Decode latent maps; the mirror of `ConvEncoder`, with the same arguments.
 
     The output is not bounded. It starts as grey, 0.5.
     """

@@ -7,7 +7,7 @@ deviation t of the variance law of the codes (`poise.latent`):
     z <- z t / (mean over dimensions of the standard deviation of z).
 
 For GEN-1 this is z <- z t. The released code measures the standard deviation over each generated
-batch. Here it is measured over a reference draw of 10,000 latents, so that image i does not depend
+batch. Here it is measured over a reference draw of 10,000 latents (1,000 of a flow), so that image i does not depend
 on the number of images.
 """
 
@@ -42,10 +42,12 @@ class Prior(nn.Module, ABC):
     Attributes:
         noise_dims: number of columns of the noise.
         std: standard deviation of the latents. None: measured over a reference draw.
+        reference_draws: number of latents of the reference draw.
     """
 
     noise_dims: int
     std: float | None = None
+    reference_draws: int = REFERENCE_DRAWS
 
     @abstractmethod
     def latents(self, noise: Noise) -> Latents:
@@ -159,6 +161,6 @@ def renormalisation_factor(
     target = variance_law(codes.mean, codes.logvar, released=released).mean().sqrt()
     if prior.std is not None:
         return float(target) / prior.std
-    noise = noise_per_image(REFERENCE_DRAWS, prior.noise_dims, seed=REFERENCE_SEED)
+    noise = noise_per_image(prior.reference_draws, prior.noise_dims, seed=REFERENCE_SEED)
     produced = prior.latents(noise.to(device)).cpu().double().std(0, correction=0).mean()
     return float(target / produced)

@@ -35,6 +35,8 @@ class FlowPrior(Prior):
         solver: "heun" or "euler".
     """
 
+    reference_draws = 1_000  # a draw costs tens of evaluations of the network
+
     def __init__(self, flow: Flow, *, steps: int, solver: Solver = "heun") -> None:
         super().__init__()
         self.flow, self.steps, self.solver = flow, steps, solver

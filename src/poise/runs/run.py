@@ -629,15 +629,16 @@ class Run:
             plain = generation.renormalise == "never"
             names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
             notes = ("stage 1 is not finished: whatever needs its codes is left out",)
-        drawn = [
-            Produced(
-                PRIORS[name].label,
-                partial(self.sample_chunks, prior=name, seed=seed, generation=generation),
-                seed=seed,
-            )
-            for name in names
-        ]
-        return [restored, *drawn], notes
+        produced = [restored]
+        for name in names:
+            try:
+                self._plain_prior(name, generation)
+            except InputError as error:  # too many latents for a mixture
+                notes += (f"no {PRIORS[name].label}: {error}",)
+                continue
+            draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
+            produced.append(Produced(PRIORS[name].label, draw, seed=seed))
+        return produced, notes
 
     def test_images(self) -> Any:
         """Return the test images of the run's data, read again.

@@ -83,7 +83,7 @@ def new_state(
     """
     network, balance = network.to(device), balance.to(device)
     if has_convolutions(network):
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     shared = share_gradients(network, balance) if ranks() > 1 else None
     parameters = [*network.parameters(), *balance.parameters()]
     on_cuda = device.type == "cuda"  # a recorded step needs the learning rate as a tensor
