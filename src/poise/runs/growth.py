@@ -30,6 +30,9 @@ from poise.vae import VAE
 COLUMNS = 8  # samples and reconstructions in a row of stage 1; stage 2 has twice as many samples
 LARGEST_TILE = 128  # pixels; larger images are reduced
 LABEL, HEADING, GAP = 48, 24, 12  # pixels: width of the labels, height of headings, space between
+FLOW_STEPS = (
+    5  # at most: with 25, a row of a flow of maps cost 8 of its training steps (2026-11-26)
+)
 EFFORT = 1  # PNG compression level: the picture is written up to 20 times
 SHARE_OF_TIME = 0.01  # writing takes at most this share of the time between two writes
 

@@ -35,7 +35,7 @@ from poise.runs.checkpoint import (
     write_folder,
 )
 from poise.runs.folder import config_to_write, open_folder, read_config, read_data
-from poise.runs.growth import COLUMNS, ProgressPicture
+from poise.runs.growth import COLUMNS, FLOW_STEPS, ProgressPicture
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
@@ -391,13 +391,13 @@ class Job:
         if self._picture is None:  # of rank 0 only
             return
         kind = self.recipe.second_stage if number == 2 else None
-        first = self._states[0].trained
+        first, generation = self._states[0].trained, self.recipe.generation
         model = TrainedModel(
             self.recipe.network.latent_dim,
             lambda: encode_all(first, self.dataset.train),
             second=state.trained if kind else None,
-            gamma2=state.balance.gamma2 if self.recipe.generation.second_stage_noise else None,
-            generation=self.recipe.generation,
+            gamma2=state.balance.gamma2 if generation.second_stage_noise else None,
+            generation=replace(generation, flow_steps=min(generation.flow_steps, FLOW_STEPS)),
             device=self.device,
         )
         prior = make_prior(default_prior(kind), model)
