@@ -176,7 +176,7 @@ def test_a_run_with_a_flow_keeps_it_and_samples_from_it(run):
     assert run.flow is not None
     expected = run.flow.mean + run.flow.std * torch.zeros(32)
     assert run.prior("flow").latents(torch.zeros(1, 32)).sub(expected).abs().max() < 3
-    entries = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    entries = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     of_flow = [entry for entry in entries if entry["stage"] == 2]
     assert len(of_flow) == 4 and all(entry["velocity_mse"] > 0 for entry in of_flow)
     assert not {"kl_nats", "reconstruction_nats", "mse"} & set(of_flow[0])
