@@ -329,6 +329,12 @@ def test_a_walk_goes_from_one_reconstruction_to_the_other_through_decoded_codes(
     with torch.no_grad():
         middle = run.first.vae.decode(path[52:53]).clamp(0, 1)
     torch.testing.assert_close(walk[52:53], middle, rtol=0, atol=1e-5)
+    first = replace(run.recipe.first, objective="autoencoder")
+    run.recipe = replace(run.recipe, first=first)  # codes without a posterior: a straight line
+    with torch.no_grad():
+        middle = run.first.vae.decode(run.encode(images).mean.mean(0, keepdim=True)).clamp(0, 1)
+    straight = run.interpolate(images[0], images[1], 3)
+    torch.testing.assert_close(straight[1:2], middle, rtol=0, atol=1e-5)
     for steps in (1, 1001):
         with pytest.raises(InputError, match=rf"steps must be from 2 to 1000, not {steps}"):
             run.interpolate(images[0], images[1], steps)

@@ -172,10 +172,10 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Interpolate:
-    """Show a walk from one picture to another through the latents of a run.
+    """Interpolate between two pictures in the latent space of a run.
 
-    The pictures are encoded. The walk follows the arc about 0 between their codes. Both are cropped
-    and resized as the run's images were.
+    The pictures are cropped and resized as the run's images were, and encoded. The points between
+    their codes, on an arc about 0, are decoded.
     """
 
     run_folder: RunFolder

@@ -268,9 +268,9 @@ class Run:
     def interpolate(self, a: Any, b: Any, steps: int = 16) -> Images:
         """Return images on the path between the codes of two images, on the CPU.
 
-        The codes are posterior means. Their path is an arc about 0 (`latent.spherical_path`), because
-        codes are nearly N(0, I). Codes of a deterministic autoencoder have no such law: their path is
-        a straight line.
+        The codes are posterior means. Their path is an arc about 0 (`latent.spherical_path`),
+        because codes are nearly N(0, I). Codes of a deterministic autoencoder have no such law:
+        their path is a straight line.
 
         Args:
             a, b: one image each, (channels, height, width), bytes or float in [0, 1].

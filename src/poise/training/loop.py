@@ -78,7 +78,8 @@ def fit(
         stage: gives the length, the batch size, the learning rate, the objective and the precision.
         number: of the stage, 1 or 2; shown, logged, and part of every seed.
         seed: of the order of images and of the noise.
-        watch: logging, pictures, checkpoints, stopping. If one process is asked to stop, all stop together.
+        watch: logging, pictures, checkpoints, stopping. If one process is asked to stop, all stop
+            together.
         engine: "compiled" is a `CompiledStep`, "captured" a `CapturedStep` (CUDA, one process),
             "compiled-captured" a recorded `CompiledStep`; "auto": see `choose_engine`.
         threads: number of CPU threads; None: see `usual_threads`.
