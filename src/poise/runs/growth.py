@@ -148,8 +148,8 @@ def _row(images: Images) -> np.ndarray:
     """Return images side by side, as bytes (height, width, channels)."""
     side = max(images.shape[2:])
     if side > LARGEST_TILE:
-        sides = [max(1, round(one * LARGEST_TILE / side)) for one in images.shape[2:]]
-        images = F.adaptive_avg_pool2d(images, sides)
+        height, width = (max(1, round(one * LARGEST_TILE / side)) for one in images.shape[2:])
+        images = F.adaptive_avg_pool2d(images, (height, width))
     return grid(images.float().nan_to_num(nan=0.0), columns=len(images))
 
 
