@@ -1,15 +1,16 @@
 """Encoder and decoder whose latents are a small image, a latent map of shape (c, h, w).
 
-A latent map keeps where things are, so that reconstructions keep their details. Outside these
-modules latents are vectors (n, L) with L = c h w. Both modules hold `latent_shape` and reshape.
+Outside these modules latents are vectors (n, L) with L = c h w. Both modules hold `latent_shape`
+and reshape. There is no dense layer, so that reconstructions keep details.
 
 The networks have no BatchNorm. A residual block adds to its input
 
     conv(SiLU(norm(conv(SiLU(norm(x)))))),
 
-with group normalisation. The last convolution of a block starts at zero, so that the network is
-linear at the first step. Resolution changes by `nn.PixelUnshuffle` and `nn.PixelShuffle`, which
-move pixels into channels and back.
+with group normalisation. The last convolution of a block starts at zero, so that a block is the
+identity at the first step. The head of the log variance is a `WideConv2d`, since the KL grows like
+exp(logvar). Resolution changes by `nn.PixelUnshuffle` and `nn.PixelShuffle`, which move pixels into
+channels and back.
 """
 
 import math

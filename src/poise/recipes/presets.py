@@ -153,15 +153,15 @@ IMAGES = Recipe(
     second=Stage(steps=60_000, batch_size=100, learning_rate=2e-4, halve_every=20_000),
 )
 
-# Lengths and batch sizes were chosen on faces at 32 pixels, for 600 + 1,000 seconds of one CPU core.
+# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU core.
 # Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
 MAPS = Recipe(
     name="maps",
     data=Data("images", flips=True),
     network=Network("conv", latent_channels=4),
-    first=Stage(steps=8_200, batch_size=16, learning_rate=1e-3, decay=0.5),
+    first=Stage(steps=6_100, batch_size=16, learning_rate=1e-3, decay=0.5),
     second=Stage(
-        steps=9_000,
+        steps=10_500,
         batch_size=32,
         learning_rate=1e-3,
         warmup=0.02,

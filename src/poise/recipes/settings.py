@@ -300,7 +300,7 @@ class Generation:
     adjust_reconstructions: bool = False
     reconstruct_from: Literal["mean", "sample"] = "mean"
     flow_solver: Solver = "heun"
-    flow_steps: int = 25
+    flow_steps: int = 12
 
     def __post_init__(self) -> None:
         check_values(self)
