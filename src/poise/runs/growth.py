@@ -67,10 +67,11 @@ class ProgressPicture:
         self._bottom = 0
         if shown is not None:
             self._restore(self._top(*shown) + self._height)
-        for stage, prior in enumerate(priors, 1):
-            above = self._top(stage, 0 if stage == 1 else 1) - HEADING
-            self._write_words(f"stage {stage}: samples from {prior}", above, LABEL)
-        self._write_words("test images, then their reconstructions", 0, self._right)
+        tops = [self._top(stage, int(stage > 1)) - HEADING for stage in range(1, 1 + len(priors))]
+        self._headings = [("test images, then their reconstructions", 0, self._right)] + [
+            (f"stage {stage}: samples from {prior}", top, LABEL)
+            for stage, (prior, top) in enumerate(zip(priors, tops, strict=True), 1)
+        ]
         self._paste(_row(self._images), HEADING, self._right)
         self._changed, self._warned = False, False
         self._written, self._writing_seconds = time.monotonic(), 0.0
@@ -106,6 +107,8 @@ class ProgressPicture:
             left = vae.decode(prior.latents(noise))
             right = vae.reconstruct(self._images.to(device)) if stage == 1 else left[COLUMNS:]
         top = self._top(stage, tenth)
+        while self._headings:  # not before the first row: Pillow is slow to import
+            self._write_words(*self._headings.pop())
         self._write_words(f"{10 * tenth} %", top + self._height // 2 - HEADING // 2, 0)
         self._paste(_row(left[:COLUMNS]), top, LABEL)
         self._paste(_row(right), top, self._right)
