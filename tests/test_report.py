@@ -473,7 +473,7 @@ def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
     dataset = run.dataset()
     dataset = replace(dataset, test=dataset.train[:300])
     shown = Exhibit(read_record(run.folder))
-    models._show_data(shown, run, dataset)
+    models._show_data(shown, run, dataset, {})
     for uris in ([shown.real], shown.pairs):
         sheets = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
         tones = np.concatenate([np.array(sheet).ravel() for sheet in sheets])
