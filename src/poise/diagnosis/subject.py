@@ -234,7 +234,8 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         with suppress(ValueError, KeyError):  # an incomplete last line
             entry = json.loads(line)
-            points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
+            point = entry["step"], entry["mse"]  # a flow has no MSE
+            points.setdefault(entry["stage"], []).append(point)
     found = {}
     for stage, curve in points.items():
         end = curve[-1][0]
