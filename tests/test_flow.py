@@ -275,9 +275,6 @@ def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tm
         "flow_steps must be at least 1, not 0": lambda: Generation(flow_steps=0),
         "flow_solver must be one of heun, euler, not 'rk4'": lambda: Generation(flow_solver="rk4"),
         "a flow can only be the second stage": lambda: replace(TINY, first=TINY.second),
-        "the objective of stage 2 must be one of vae, flow, not 'rae-l2'": lambda: replace(
-            TINY, second=replace(TINY.first, objective="rae-l2")
-        ),
         "network conv has no setting latent_dim: give latent_channels": lambda: Changes(
             latent_dim=3
         ).apply(TINY),
