@@ -12,8 +12,9 @@ expected below it. The rates are of one process, so run this on a quiet machine.
 import argparse
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from measuring import machine, write_report
 
@@ -51,11 +52,10 @@ def measured(run: Run, count: int, extractor: str, steps: list[int]) -> dict[str
         "GEN-1": lambda n: run.sample_chunks(n, prior="normal"),
     }
     rates: dict[str, float] = {}
-    solvers: list[tuple[Solver, int]] = [("heun", number) for number in steps]
-    solvers += [("euler", evaluations(number, "heun")) for number in steps]
-    for solver, number in solvers:
-        chosen = replace(run.recipe.generation, flow_solver=solver, flow_steps=number)
-        name = f"GEN-flow, {solver}, {evaluations(number, solver)} evaluations"
+    for solver, number in product(get_args(Solver), steps):
+        taken = number if solver == "heun" else evaluations(number, "heun")
+        chosen = replace(run.recipe.generation, flow_solver=solver, flow_steps=taken)
+        name = f"GEN-flow, {solver}, {evaluations(taken, solver)} evaluations"
         sets[name] = lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen)
         rates[name] = rate(run, min(count, 200), chosen)
     produced = [Produced(name, chunks, count) for name, chunks in sets.items()]

@@ -127,7 +127,7 @@ def test_a_small_flow_learns_mean_and_covariance_of_correlated_codes():
     state = new_state(flow, poise.ComputedBalance(), stage, CPU)
     data = CodeBatches(codes.mean, codes.logvar, CPU)
     assert fit(state, data, stage, number=2, seed=0, watch=Watch(quiet=True))
-    drawn = FlowPrior(state.trained, steps=6).latents(torch.randn(2_000, 2, generator=source))
+    drawn = FlowPrior(state.trained, steps=10).latents(torch.randn(4_000, 2, generator=source))
     expected = np.cov(mean.T) + 0.1 * np.eye(2)
     np.testing.assert_allclose(drawn.mean(0), mean.mean(0), atol=0.15)
     np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.15)
@@ -192,7 +192,7 @@ def test_a_flow_is_averaged_with_a_warm_start(run):
     assert [TINY.second.ema_decay_at(k) for k in (0, 8, 1000)] == [0.1, 0.5, 0.9]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
+@pytest.mark.parametrize("step", [2, 5])
 def test_a_run_with_a_flow_that_is_killed_ends_bit_identical(step, run, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -244,7 +244,7 @@ def test_mirror_images_are_trained_on_and_encoded(run):
     assert len(codes) == len(run.codes.mean)
 
 
-def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tmp_path):
+def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tmp_path, unchecked):
     one_stage = replace(TINY, second=None)
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
@@ -273,13 +273,8 @@ def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tm
             DiagonalGaussian(torch.zeros(20, 513), torch.zeros(20, 513))
         ),
         "flow_steps must be at least 1, not 0": lambda: Generation(flow_steps=0),
-        "flow_solver must be one of heun, euler, not 'rk4'": lambda: Generation(
-            flow_solver="rk4"  # pyright: ignore[reportArgumentType]
-        ),
+        "flow_solver must be one of heun, euler, not 'rk4'": lambda: Generation(flow_solver="rk4"),
         "a flow can only be the second stage": lambda: replace(TINY, first=TINY.second),
-        "the objective of stage 2 must be one of vae, flow, not 'rae-l2'": lambda: replace(
-            TINY, second=replace(TINY.first, objective="rae-l2")
-        ),
         "network conv has no setting latent_dim: give latent_channels": lambda: Changes(
             latent_dim=3
         ).apply(TINY),

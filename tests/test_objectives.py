@@ -118,7 +118,7 @@ def digits() -> torch.Tensor:
 
 def test_a_linear_autoencoder_reaches_the_error_of_pca():
     data = digits()
-    vae = fitted("autoencoder", data, 4, 300, learning_rate=3e-2, halve_every=60).vae
+    vae = fitted("autoencoder", data, 4, 300, learning_rate=3e-2, halve_every=60).network
     pca = PCA(4).fit(data.numpy())
     error = np.square(data.numpy() - pca.inverse_transform(pca.transform(data.numpy()))).mean()
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_with_a_discrepancy_codes_come_to_look_like_the_prior():
     data = 5 * torch.randn(200, 3, dtype=torch.double) + 3
     codes = (
         fitted("wae-mmd:weight=1000", data, 3, 120, learning_rate=1e-1, halve_every=30)
-        .vae.encode(data)
+        .network.encode(data)
         .mean.detach()
     )
     assert float(codes.mean(0).abs().max()) < 0.15
@@ -498,8 +498,8 @@ def test_several_processes_are_refused_where_a_batch_must_be_whole(name, alone, 
         pipeline.check_objective(name)
 
 
-def test_stage_2_is_a_vae():
-    with pytest.raises(InputError, match="stage 2 is a VAE"):
+def test_stage_2_is_a_vae_or_a_flow():
+    with pytest.raises(InputError, match="objective of stage 2 must be one of vae, flow"):
         replace(TINY, second=replace(FIRST, objective="rae-l2"))
 
 

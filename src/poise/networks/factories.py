@@ -259,7 +259,7 @@ def flow(
     if blocks < (least := 3 if maps else 1):
         raise InputError(f"network flow takes {least} blocks or more here, not {blocks}")
     if not maps:
-        return VectorVelocity(*latent_shape, width, blocks)
+        return VectorVelocity(latent_shape[0], width, blocks)
     outer = blocks // 3
     inside = blocks - 2 * outer
     attentions = inside if attentions is None else attentions
