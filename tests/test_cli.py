@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import cast, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,16 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import forking
-from poise import cli, load
+from poise import Run, cli, load
+from poise.cli.images import picture_for
+from poise.data import read_images
+from poise.data.decoding import (
+    center_square_resize,
+    crop_and_resize,
+    jpeg_round_trip,
+    to_bytes,
+)
+from poise.recipes import Data
 from poise.runs import checkpoint, pipeline
 from poise.support import files
 from poise.training import Engine
@@ -111,6 +121,64 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
     poise("reconstruct", run_folder, "own.npy", "--out", "own.npz")
     assert np.load("own.npz")["images"].shape == (3, 8, 8, 1)
     assert "3 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["walk.png", "walk.gif"])
+def test_interpolate_walks_from_one_picture_to_another(out, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    poise(
+        "interpolate",
+        run_folder,
+        folder / "00.jpg",
+        folder / "01.jpg",
+        "--out",
+        out,
+        "--steps",
+        "5",
+    )
+    assert capsys.readouterr().out.startswith("5 images from ")
+    with Image.open(out) as walk:
+        assert walk.size == ((5 * 66 - 2, 64) if out == "walk.png" else (64, 64))
+        walk.seek(0)
+        shown = np.asarray(walk.convert("L"))[::8, :64:8]
+    run = load(run_folder)
+    first = read_images(folder / "00.jpg", size=8, channels=1)
+    expected = to_bytes(run.reconstruct(first))[0, 0].numpy()
+    assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("source", "jpeg"), [("celeba64", None), ("photos", 75)])
+def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(source, jpeg, tmp_path):
+    path = photos(tmp_path / "own", of=[(178, 218)]) / "00.jpg"
+    recipe = SimpleNamespace(data=Data(source, jpeg_quality=jpeg))
+    run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe))
+    with Image.open(path) as picture:
+        crop = crop_and_resize if source == "celeba64" else center_square_resize
+        expected = torch.from_numpy(np.array(crop(picture, size=64))).permute(2, 0, 1)
+    if jpeg is not None:
+        expected = jpeg_round_trip(expected[None], jpeg)[0]
+    assert torch.equal(picture_for(run, path), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["00.jpg", "01.jpg", "--out", "walk.mp4"], r"walk.mp4: give a .png .* or a .gif"),
+        (["00.jpg", "01.jpg", "--steps", "1"], r"steps must be from 2 to 1000, not 1"),
+        (["00.jpg", "text.jpg"], r"text.jpg cannot be decoded: not an image of a known format"),
+        (["gone.jpg", "01.jpg"], r"gone.jpg does not exist"),
+        (["00.jpg", "small.png"], r"small.png has 9x7 pixels.*8x8: give a larger picture"),
+    ],
+)
+def test_what_interpolate_cannot_do_is_one_line(arguments, expected, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    (folder / "text.jpg").write_text("no image")
+    Image.new("L", (9, 7)).save(folder / "small.png")
+    a, b, *options = arguments
+    with pytest.raises(SystemExit) as exit:
+        poise("interpolate", run_folder, folder / a, folder / b, *options)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and len(error.splitlines()) == 1 and re.search(expected, error)
 
 
 def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
@@ -365,6 +433,10 @@ WRONG = {
     "three images": (array(FLOATS[:3]), r"3 images are too few"),
     "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
     "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
+    "interpolation without a run": (
+        lambda tmp_path: ["interpolate", tmp_path, "a.png", "b.png"],
+        r"not a run's folder",
+    ),
     "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
     "unknown option": (
         lambda tmp_path: ["train", "--epoch", "3"],
@@ -390,7 +462,7 @@ WRONG = {
     ),
     "unknown prior": (
         lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
-        r"'gauss'; there are mixture, normal, second-stage, as in --prior mixture \(see",
+        r"'gauss'; there are flow, mixture, normal, second-stage, as in --prior mixture \(see",
     ),
     "unknown priors": (
         lambda tmp_path: ["compare", "--priors", "gauss"],

@@ -108,7 +108,7 @@ def test_training_ends_when_rows_held_out_get_less_likely(wine):
     assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
 
 
-@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture", "flow"])
 def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
     model = VAEEstimator(2, **QUICK, prior=prior, second_steps=30, random_state=0).fit(wine)
     assert (
@@ -116,11 +116,12 @@ def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
         == {
             "normal": "NormalPrior",
             "second-stage": "SecondStagePrior",
+            "flow": "FlowPrior",
             "mixture": "MixturePrior",
         }[prior]
     )
     assert model.sample(3).shape == (3, 13) and {entry["stage"] for entry in model.history_} == (
-        {1, 2} if prior == "second-stage" else {1}
+        {1, 2} if prior in ("second-stage", "flow") else {1}
     )
 
 
@@ -240,7 +241,7 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
         ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
         ({"hidden": 16}, "hidden must be a tuple of widths"),
-        ({"prior": "flow"}, "prior must be one of normal, second-stage, mixture, not 'flow'"),
+        ({"prior": "gauss"}, "prior must be one of .*mixture, flow, not 'gauss'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
         ({"balance": None}, "balance must be the name"),
         ({"balance": "computed:power=1"}, "with a squared error, not 'computed:power=1'"),

@@ -70,6 +70,16 @@ def test_a_grid_is_about_square_and_leaves_large_images_as_they_are():
     )
 
 
+def test_an_animation_shows_each_image_there_and_back():
+    several = torch.rand(4, 1, 8, 8)
+    with Image.open(io.BytesIO(images.to_gif(several))) as gif:
+        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (6, 0, 100)
+        for number, shown in enumerate([0, 1, 2, 3, 2, 1]):
+            gif.seek(number)
+            expected = images.grid(several[shown][None])[:, :, 0]
+            assert np.array_equal(np.asarray(gif.convert("L")), expected)
+
+
 def test_an_empty_grid_is_refused():
     with pytest.raises(InputError, match="at least one image"):
         images.grid(torch.zeros(0, 1, 8, 8))

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.errors import InputError
+from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all, nll_per_image, reconstruction
 from poise.priors import Prior, TrainedModel, make_prior
@@ -51,8 +52,9 @@ from poise.training import (
     new_state,
 )
 from poise.training.machine import choose_device
+from poise.training.state import Network
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, find_prior
+from poise.variants import PRIORS, PriorName, SecondStage, find_prior
 
 CHECKS = 50  # evaluations of the held-out rows over the length of training
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
@@ -60,6 +62,8 @@ PATIENCE = 10  # checks without a higher ELBO after which training stops
 RISING_NATS = 0.1  # rise of the ELBO in the last checks that causes a ConvergenceWarning
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
 LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
+FLOW_AVERAGE = 0.99  # decay of the averaged weights of a flow
+DRAWS = 1_000  # minimum number of noise rows for the held-out error of a flow
 DTYPES: Any = [np.float64, np.float32]
 
 
@@ -72,7 +76,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             order. Empty: a linear VAE.
         balance: balance of stage 1, see `poise.balance.make_balance`. "computed" needs no tuning.
         prior: prior of the latents for `sample`, a key of `poise.variants.PRIORS`. Priors are
-            fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance.
+            fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance,
+            "flow" a flow (`poise.flow`).
         steps: maximum number of training steps (batches), >= 1.
         second_steps: maximum number of training steps of the second stage, if any, >= 1.
         batch_size: rows per step, >= 2.
@@ -96,7 +101,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         n_latents_: the `latent_dim` of the fit.
         prior_: prior of the latents, for `sample`.
         history_: training log of both stages, a list of entries with loss, reconstruction_nats,
-            kl_nats, mse and gamma2.
+            kl_nats, mse and gamma2. Those of a flow have loss, velocity_mse and gamma2.
         n_features_in_, feature_names_in_: as in any scikit-learn estimator.
 
     Source: Asperti & Trentin 2020, arXiv 2002.07514 (the computed balance).
@@ -232,9 +237,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         )
         data = VectorBatches(rows[kept], choose_device(self.device))
         state = self._train_stage(
-            1, stage, VAE(Bounded(encoder), decoder), data, rows[held_out], seed
+            1, stage, VAE(Bounded(encoder), decoder), data, ElboOf(rows[held_out]), seed
         )
-        prior = self._fit_prior(state.vae, rows, (held_out, kept), seed)
+        prior = self._fit_prior(state.network, rows, (held_out, kept), seed)
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
         self.balance_, self.n_iter_, self.n_latents_, self.prior_ = (
             state.balance,
@@ -242,31 +247,37 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             self.latent_dim,
             prior,
         )
-        self.vae_ = state.vae
+        self.vae_ = state.network
 
     def _train_stage(
-        self, number: int, stage: Stage, vae: VAE, data: Batches, held_out: Tensor, seed: int
-    ) -> TrainingState:
-        """Train one stage and return its best state on the held-out rows, on the CPU."""
+        self,
+        number: int,
+        stage: Stage,
+        network: Network,
+        data: Batches,
+        score: "ElboOf | VelocityErrorOf",
+        seed: int,
+    ) -> TrainingState[Network]:
+        """Train one stage and return the state with the best score, on the CPU."""
         balance = self._new_balance(stage.balance)
-        state = new_state(vae, balance, stage, choose_device(self.device))
-        stopping = EarlyStopping(state, held_out, steps=stage.total_steps(len(data)))
+        state = new_state(network, balance, stage, choose_device(self.device))
+        stopping = EarlyStopping(state, score, steps=stage.total_steps(len(data)))
         watch = Watch(log=self.history_.append, stop=stopping.should_stop, quiet=not self.verbose)
         fit(state, data, stage, number=number, seed=seed, watch=watch)
         stopping.restore()
-        for module in (state.vae, state.balance):
+        for module in (state.network, state.balance):
             module.cpu().eval().requires_grad_(False)
         return state
 
     def _fit_prior(self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int) -> Prior:
         codes = cache(lambda: encode_all(vae, rows))
         second = None
-        if find_prior(self.prior).needs == "second stage":
-            second = self._second_stage(codes(), split, seed)
+        if kind := find_prior(self.prior).second_stage:
+            second = self._second_stage(kind, codes(), split, seed)
         model = TrainedModel(
             self.latent_dim,
             codes,
-            second=second and second.vae,
+            second=second and second.network,
             gamma2=second and second.balance.gamma2,
             components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
             seed=seed,
@@ -274,18 +285,29 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return make_prior(self.prior, model)
 
     def _second_stage(
-        self, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
-    ) -> TrainingState:
+        self, kind: SecondStage, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
+    ) -> TrainingState[Any]:
         held_out, kept = split
-        with seeded(derive("weights", seed, 2)):
-            second = VAE(*networks.second_stage(self.latent_dim, max(self.hidden, default=256)))
         stage = Stage(
-            steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate
+            steps=self.second_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            objective=kind,
+            ema_decay=FLOW_AVERAGE if kind == "flow" else None,
         )
+        width, shape = max(self.hidden, default=256), (self.latent_dim,)
+        with seeded(derive("weights", seed, 2)):
+            if kind == "flow":
+                second = Flow(networks.flow(shape, width=8 * math.ceil(width / 8)), shape)
+            else:
+                second = VAE(*networks.second_stage(self.latent_dim, width))
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
         noise = noise_per_image(len(codes.mean), self.latent_dim, derive("codes", seed))
-        held_out = codes.sample(noise)[held_out]
-        return self._train_stage(2, stage, second, data, held_out, seed)
+        others = codes.sample(noise)[held_out]
+        if not isinstance(second, Flow):
+            return self._train_stage(2, stage, second, data, ElboOf(others), seed)
+        second.set_statistics(DiagonalGaussian(codes.mean[kept], codes.logvar[kept]))
+        return self._train_stage(2, stage, second, data, VelocityErrorOf(others, seed), seed)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the posterior means of rows, (rows, latent_dim), in the precision of `X`.
@@ -417,62 +439,109 @@ class Bounded(nn.Module):
         return mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR)
 
 
+class ElboOf:
+    """Score of a VAE: the ELBO of held-out rows (n, features), in nats per row."""
+
+    rising: ClassVar[str] = "the ELBO of held-out rows rose by {:.2f} nats"
+
+    def __init__(self, held_out: Tensor) -> None:
+        self.held_out = held_out
+
+    def __call__(self, state: TrainingState[VAE]) -> float:
+        elbo = reconstruction(state.network, state.balance, self.held_out).elbo_nats
+        assert elbo is not None
+        return elbo
+
+
+class VelocityErrorOf:
+    """Score of a flow: minus the mean squared error of the velocity, for held-out codes (n, L).
+
+    The noise is the same at each call. Codes are repeated, so that it has at least `DRAWS` rows.
+    """
+
+    rising: ClassVar[None] = None
+
+    def __init__(self, held_out: Tensor, seed: int) -> None:
+        self.held_out = held_out.repeat(max(1, DRAWS // max(1, len(held_out))), 1)
+        self.noise = torch.randn(
+            len(self.held_out), held_out.shape[1] + 1, generator=generator("held-out noise", seed)
+        )
+
+    @torch.no_grad()
+    def __call__(self, state: TrainingState[Flow]) -> float:
+        flow = state.trained.eval()
+        between, time, target = flow.target(
+            self.held_out.to(flow.mean.device), self.noise.to(flow.mean.device)
+        )
+        return -float((flow(between, time) - target).square().mean())
+
+
 class EarlyStopping:
-    """Stop training when the held-out ELBO stops rising, and keep the best weights.
+    """Stop training when the score of held-out rows stops rising, and keep the best weights.
 
     Args:
         state: the state that is trained.
-        held_out: (n, features), rows that are not trained on. If there are none, training does not
-            stop early and keeps the last weights.
+        score: score of the state, higher is better. If no rows are held out, training does not stop
+            early and keeps the last weights.
         steps: length of training, in steps.
     """
 
-    def __init__(self, state: TrainingState, held_out: Tensor, *, steps: int) -> None:
-        self.state, self.held_out = state, held_out
+    def __init__(
+        self, state: TrainingState[Any], score: ElboOf | VelocityErrorOf, *, steps: int
+    ) -> None:
+        self.state, self.score = state, score
         self.steps, self.every = steps, max(1, steps // CHECKS)
-        self.elbos: list[float] = []
+        self.scores: list[float] = []
         self.checked = 0
         self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
     def should_stop(self) -> bool:
-        """Return whether the ELBO has not risen for `PATIENCE` checks. Call it after every step."""
+        """Return whether the score has not risen in `PATIENCE` checks. Call it after every step."""
         if self.state.step % self.every:
             return False
         if self.state.step > self.checked:  # may be called twice in one step
             self.check()
-        return max(self.elbos[-PATIENCE:], default=0.0) < max(self.elbos, default=0.0)
+        return max(self.scores[-PATIENCE:], default=0.0) < max(self.scores, default=0.0)
 
     def check(self) -> None:
-        """Compute the held-out ELBO, and keep a copy of the weights if it is the highest so far."""
+        """Compute the score, and keep a copy of the weights if it is the highest so far."""
         state, self.checked = self.state, self.state.step
-        if not len(self.held_out):
+        if not len(self.score.held_out):
             return
-        elbo = reconstruction(state.vae, state.balance, self.held_out).elbo_nats
-        state.vae.train()
-        assert elbo is not None
-        if elbo > max(self.elbos, default=-math.inf):
+        score = self.score(state)
+        state.network.train()
+        if score > max(self.scores, default=-math.inf):
             self.kept = (
                 state.step,
-                copy.deepcopy(state.vae.state_dict()),
+                copy.deepcopy(state.trained.state_dict()),
                 copy.deepcopy(state.balance.state_dict()),
             )
-        self.elbos.append(elbo)
+        self.scores.append(score)
 
     def restore(self) -> None:
-        """Restore the best weights, and warn if the ELBO was still rising at the last step."""
+        """Restore the best weights, and warn if the ELBO was still rising at the last step.
+
+        Without held-out rows, the weights are the last ones, averaged if the stage keeps averages.
+        """
         if self.state.step > self.checked:
             self.check()
         self._warn_if_rising()
+        weights = self.state.trained.state_dict()
         if self.kept is not None:
             self.state.step, weights, balance = self.kept
-            self.state.vae.load_state_dict(weights)
             self.state.balance.load_state_dict(balance)
+        self.state.network.load_state_dict(weights)
 
     def _warn_if_rising(self) -> None:
-        rise = max(self.elbos[-PATIENCE:], default=0.0) - max(self.elbos[:-PATIENCE], default=0.0)
-        if self.state.step == self.steps and len(self.elbos) > PATIENCE and rise > RISING_NATS:
+        rise = max(self.scores[-PATIENCE:], default=0.0) - max(self.scores[:-PATIENCE], default=0.0)
+        if (
+            self.score.rising
+            and self.state.step == self.steps
+            and len(self.scores) > PATIENCE
+            and rise > RISING_NATS
+        ):
             text = (
-                f"the ELBO of held-out rows rose by {rise:.2f} nats in the last fifth of "
+                f"{self.score.rising.format(rise)} in the last fifth of "
                 f"{self.steps} steps: train for more steps"
             )
             warnings.warn(text, ConvergenceWarning, stacklevel=6)  # at the caller of `fit`

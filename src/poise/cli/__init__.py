@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from poise.cli.images import Encode, Reconstruct, Sample
+from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
 from poise.cli.study import Compare, Report, Reproduce
@@ -39,6 +39,7 @@ COMMANDS = {
     "sample": Sample,
     "encode": Encode,
     "reconstruct": Reconstruct,
+    "interpolate": Interpolate,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
     "compare": Compare,

@@ -166,6 +166,7 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
     values: dict[str, list[Any]] = {
         "network": [recipe.network.kind],
         "stages": [len(stages)],
+        "second": [recipe.second_stage or "none"],
         "epochs": lengths[:1],
         "second_epochs": lengths[1:],
         "second_balance": [stage.balance for stage in stages[1:]],
@@ -174,4 +175,6 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
         for name, mark in options_of(type(part)).items():
             if not (mark.first_only and part is recipe.second):
                 values.setdefault(name, []).append(getattr(part, name))
+    if recipe.network.kind == "conv":
+        values["latent_dim"] = ["that of the latent map"]
     return {name: " and ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}

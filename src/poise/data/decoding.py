@@ -128,6 +128,26 @@ def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
     return file.getvalue()
 
 
+def to_gif(images: Images, *, seconds_per_image: float = 0.1) -> bytes:
+    """Encode images as an animated GIF that runs there and back, for ever.
+
+    Small images are enlarged as in a `grid`. A GIF has 256 colours for each image.
+
+    Args:
+        images: (n, channels, height, width), n >= 2; float in [0, 1], or uint8.
+        seconds_per_image: duration of each image, in steps of 0.01 s.
+
+    Returns:
+        The content of the file.
+    """
+    there = [to_picture(grid(image[None])) for image in images]
+    first, *others = there + there[-2:0:-1]
+    file = io.BytesIO()
+    duration = round(1000 * seconds_per_image)
+    first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
+    return file.getvalue()
+
+
 def to_picture(pixels: np.ndarray) -> Picture:
     """Convert an array (height, width, channels), such as a `grid`, to a PIL image."""
     from PIL import Image

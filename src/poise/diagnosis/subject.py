@@ -210,8 +210,8 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
     )
     of_second = {
         name: run.prior(name)
-        for name in available_priors(second_stage=run.second is not None)
-        if PRIORS[name].needs == "second stage"
+        for name in available_priors(run.second_stage)
+        if PRIORS[name].second_stage is not None
     }
     balance = run.first.balance if loss is None else loss
     return Case(
@@ -234,7 +234,8 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         with suppress(ValueError, KeyError):  # an incomplete last line
             entry = json.loads(line)
-            points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
+            point = entry["step"], entry["mse"]  # a flow has no MSE
+            points.setdefault(entry["stage"], []).append(point)
     found = {}
     for stage, curve in points.items():
         end = curve[-1][0]

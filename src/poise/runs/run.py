@@ -4,6 +4,7 @@ config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
+progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        the last output of `poise evaluate`
 diagnosis.json         the last result of `poise diagnose`
@@ -18,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
+import numpy as np
 import torch
 
 from poise.balance import Balance
@@ -39,7 +41,8 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
-from poise.latent import DiagonalGaussian
+from poise.flow import Flow
+from poise.latent import DiagonalGaussian, spherical_path
 from poise.metrics import (
     CHUNK,
     encode_all,
@@ -76,12 +79,21 @@ from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, available_priors, default_prior, find_prior
+from poise.variants import (
+    PRIORS,
+    PriorName,
+    SecondStage,
+    available_priors,
+    default_prior,
+    find_prior,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
+MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = (
     "a deterministic autoencoder: its codes are points, "
@@ -106,7 +118,8 @@ class Run:
         recipe: its settings.
         data: the training data: source, shape, number of images, checksum.
         first: stage 1.
-        second: stage 2, or None.
+        second: stage 2, if it is a VAE, or None.
+        flow: stage 2, if it is a flow, or None.
         finished: whether training is complete.
         warnings: messages about damaged checkpoints that were skipped.
     """
@@ -128,26 +141,39 @@ class Run:
         self.warnings = warnings
         self._dataset: Dataset | None = None
         self._fitted_priors: dict[PriorName, Prior] = {}
-        self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        self.first = Trained(
+            *self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        )
         has_second = (
             self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
         )
-        self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
+        self.second: Trained | None = None
+        self.flow: Flow | None = None
+        if has_second:
+            network = second_stage(self.recipe, self.first.vae)
+            if isinstance(network, Flow):
+                self.flow, _ = self._stage(2, saved, network)
+            else:
+                self.second = Trained(*self._stage(2, saved, network))
 
-    def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
+    def _stage(
+        self, number: int, saved: Saved, network: TrainedNetwork
+    ) -> tuple[TrainedNetwork, Balance]:
         settings = self.recipe.first if number == 1 else self.recipe.second
         assert settings is not None
         balance = stage_balance(settings, self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
-        vae.load_state_dict(under("average", tensors) or under("vae", tensors))
+        network.load_state_dict(under("average", tensors) or under("vae", tensors))
         balance.load_state_dict(under("balance", tensors))
-        return Trained(vae.eval(), balance.eval())
+        return network.eval(), balance.eval()
 
     def to(self, device: str | torch.device) -> "Run":
         """Move the networks and balances to a device, and return this run."""
         for stage in filter(None, (self.first, self.second)):
             stage.vae.to(device)
             stage.balance.to(device)
+        if self.flow is not None:
+            self.flow.to(device)
         return self
 
     @property
@@ -239,6 +265,36 @@ class Run:
                 restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)
             yield adjust(restored) if adjust else restored
 
+    def interpolate(self, a: Any, b: Any, steps: int = 16) -> Images:
+        """Return images on the path between the codes of two images, on the CPU.
+
+        The codes are posterior means. Their path is an arc about 0 (`latent.spherical_path`),
+        because codes are nearly N(0, I). Codes of a deterministic autoencoder have no such law:
+        their path is a straight line.
+
+        Args:
+            a, b: one image each, (channels, height, width), bytes or float in [0, 1].
+            steps: number of images, from 2 to 1,000. The first and the last are reconstructions.
+
+        Returns:
+            (steps, channels, height, width), float in [0, 1].
+
+        Raises:
+            InputError: wrong `steps`, another shape, or values out of range.
+        """
+        if not 2 <= steps <= MOST_STEPS:
+            raise InputError(f"steps must be from 2 to {MOST_STEPS}, not {steps}")
+        ends = [image if isinstance(image, torch.Tensor) else np.asarray(image) for image in (a, b)]
+        start, end = (self.encode(image[None]).mean[0] for image in ends)
+        path = (
+            torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+            if self.deterministic
+            else spherical_path(start, end, steps)
+        )
+        with torch.no_grad():
+            parts = [self.first.vae.decode(z.to(self.device)).cpu() for z in path.split(CHUNK)]
+        return torch.cat(parts).float().clamp(0, 1)
+
     @torch.no_grad()
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
         """Fit the adjustment to reconstructions of the first training images.
@@ -257,9 +313,14 @@ class Run:
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
     @property
+    def second_stage(self) -> SecondStage | None:
+        """Kind of the trained stage 2, or None."""
+        return "vae" if self.second else "flow" if self.flow else None
+
+    @property
     def default_prior(self) -> PriorName:
-        """The prior that `sample` uses if none is given."""
-        return default_prior(second_stage=self.second is not None)
+        """The prior that `sample` uses if none is given: that of stage 2, else normal."""
+        return default_prior(self.second_stage)
 
     def prior_distances(self) -> dict[str, float]:
         """Return the distance between images and samples of each prior, smallest first.
@@ -287,11 +348,11 @@ class Run:
         """Return a prior of the latents, with the noise and renormalisation of `generation`.
 
         Args:
-            name: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
+            name: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             generation: None: the recipe's.
 
         Raises:
-            InputError: no such prior, or it needs a second stage and the run has none.
+            InputError: no such prior, or it needs a second stage that the run does not have.
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
@@ -304,24 +365,24 @@ class Run:
         return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
-        second, of_second = self.second, find_prior(name).needs == "second stage"
-        if of_second and second is None:
-            others = [f"--prior {other}" for other in available_priors(second_stage=False)]
-            raise InputError(
-                f"{self.folder} has no trained second stage: use {' or '.join(others)}"
-            )
+        second, needed = self.second, find_prior(name).second_stage
+        if needed not in (None, self.second_stage):
+            others = [f"--prior {other}" for other in available_priors(self.second_stage)]
+            what = "second stage" if needed == "vae" else "flow"
+            raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
         model = TrainedModel(
             self.recipe.network.latent_dim,
             lambda: self.codes,
-            second=second and second.vae,
+            second=second.vae if second else self.flow,
             gamma2=second.balance.gamma2 if second and generation.second_stage_noise else None,
+            generation=generation,
             seed=self.recipe.seed,
             device=self.device,
         )
         prior = make_prior(name, model)
-        if not of_second:  # the noise of stage 2 differs between generations
+        if needed is None:  # the noise of stage 2 and the solver differ between generations
             self._fitted_priors[name] = prior
         return prior.to(self.device)
 
@@ -354,15 +415,14 @@ class Run:
 
         Args:
             count: number of images, at least 1.
-            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else
-                normal.
+            prior: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             seed: image i of a seed does not depend on `count`.
             first: number of the first image.
             generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the prior needs a second stage and
-                the run has none.
+            InputError: `count` is less than 1, no such prior, or the prior needs a second stage that
+                the run does not have.
         """
         return torch.cat(
             list(
@@ -562,24 +622,23 @@ class Run:
             self.recipe.seed,
         )
         names = [
-            name
-            for name in available_priors(second_stage=self.second is not None)
-            if priors is None or name in priors
+            name for name in available_priors(self.second_stage) if priors is None or name in priors
         ]
         notes: tuple[str, ...] = ()
         if not self._has_codes:
             plain = generation.renormalise == "never"
             names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
             notes = ("stage 1 is not finished: whatever needs its codes is left out",)
-        drawn = [
-            Produced(
-                PRIORS[name].label,
-                partial(self.sample_chunks, prior=name, seed=seed, generation=generation),
-                seed=seed,
-            )
-            for name in names
-        ]
-        return [restored, *drawn], notes
+        produced = [restored]
+        for name in names:
+            try:
+                self._plain_prior(name, generation)
+            except InputError as error:  # too many latents for a mixture
+                notes += (f"no {PRIORS[name].label}: {error}",)
+                continue
+            draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
+            produced.append(Produced(PRIORS[name].label, draw, seed=seed))
+        return produced, notes
 
     def test_images(self) -> Any:
         """Return the test images of the run's data, read again.
