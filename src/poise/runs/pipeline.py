@@ -18,6 +18,7 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.data import Dataset, gather
 from poise.data.decoding import grid, save_png
+from poise.data.loading import CHECK_RANGE
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
@@ -32,7 +33,13 @@ from poise.runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from poise.runs.folder import config_to_write, open_folder, read_config, read_data
+from poise.runs.folder import (
+    config_to_write,
+    open_folder,
+    read_config,
+    read_data,
+    settings_to_read,
+)
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
@@ -162,7 +169,9 @@ def prepare(
         began: start time of this call of `train`, from `time.monotonic`.
     """
     dataset = (
-        given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+        given
+        if isinstance(given, Dataset)
+        else read_data(settings_to_read(recipe, folder), given, folder / "cache")
     )
     if vae is not None:
         num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
@@ -181,6 +190,9 @@ def prepare(
     )
     if verbose:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+        for note in dataset.notes:
+            if note.startswith(CHECK_RANGE):
+                print(f"poise: warning: {note}", file=sys.stderr)
     if plan is None:
         plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
