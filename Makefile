@@ -11,13 +11,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test claims lint clean
+# Each of a hundred processes of the tests would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test claims lint format rules layers types tests clean
 
 demo: $(VENV)/installed
 	$(BIN)/poise train digits --out runs/digits
 	$(BIN)/poise sample runs/digits --count 64 --out runs/digits/grid.png
 
-test: lint
+# The checker of types uses one core for half a minute, so it runs beside the tests.
+test: format rules layers
+	@$(MAKE) --no-print-directory --jobs 2 tests types
+
+tests: $(VENV)/installed-tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 claims: $(VENV)/installed
@@ -25,10 +32,18 @@ claims: $(VENV)/installed
 	$(BIN)/python -m claims run
 	$(BIN)/python -m claims page
 
-lint: $(VENV)/installed-tests
+lint: format rules layers types
+
+format: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .
+
+rules: $(VENV)/installed-tests
 	$(BIN)/ruff check .
+
+layers: $(VENV)/installed-tests
 	$(BIN)/lint-imports
+
+types: $(VENV)/installed-tests
 	$(BIN)/basedpyright
 
 clean:
@@ -43,7 +58,8 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/installed-tests: pyproject.toml | $(VENV)/installed
+$(VENV)/installed-tests: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(TORCH)
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps "torch-fidelity>=0.4" tqdm  # to compare with; its torchvision would bring gigabytes and is not used
-	touch $@
+	touch $(VENV)/installed $@

@@ -2,14 +2,18 @@
 
 Install the hook before importing `poise`: `poise.shapes` looks for jaxtyping in `sys.modules`.
 Compiled code cannot be checked this way, so tests of torch.compile and of several processes run in
-a clean interpreter.
+processes without the hook.
 """
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+import threading
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import MagicMock, patch
@@ -18,6 +22,8 @@ import jaxtyping
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+
+import forking
 
 assert "poise" not in sys.modules, "poise was imported before the hook that checks its shapes"
 
@@ -28,6 +34,8 @@ jaxtyping.install_import_hook("poise", "poise_checker.check")
 
 # For networks this small a second thread costs more than it gains, above all on a busy machine.
 torch.set_num_threads(1)
+for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+    os.environ.setdefault(name, "1")  # the same in the processes of the tests
 
 # All its tests share one fixture, for which two processes train for 20 seconds.
 LONG_FIXTURE = "test_several_processes.py"
@@ -72,6 +80,71 @@ def _same_randomness() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _curves_are_drawn_once_for_each_kind_of_log() -> Iterator[None]:
+    """Draw training.png once for each kind of log: drawing takes longer than a tiny training.
+
+    A kind is what decides how a curve is drawn: the stages, the figures of each and their signs,
+    and whether there is more than one entry.
+    """
+    from poise.runs import plots
+
+    draw, drawn = plots.training_curves, dict[frozenset, bytes]()
+
+    def once(log: Path) -> bytes:
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        kind = frozenset(
+            (entry["stage"], min(entry["step"], 2), name, value > 0, value < float("inf"))
+            for entry in entries
+            for name, value in entry.items()
+        )
+        if kind not in drawn:
+            drawn[kind] = draw(log)
+        return drawn[kind]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "training_curves", once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _steps_that_repeat_others_are_checked_now_and_then() -> Iterator[None]:
+    """In a training loop, check the types of the first 20 steps and of every tenth after them.
+
+    The checks take twice as long as a step of a tiny network.
+    """
+    from poise.training import loop
+
+    fetched_ahead, lock = loop.fetched_ahead, threading.Lock()
+    running, off = 0, False  # loops in all threads; whether the test itself turned the checks off
+
+    def disable(disabled: bool) -> None:
+        jaxtyping.config.update("jaxtyping_disable", disabled)
+
+    def steps(batches: Iterator) -> Iterator:
+        for number, batch in enumerate(batches):
+            disable(off or not (number < 20 or number % 10 == 9))  # the tenth may write a log entry
+            yield batch
+
+    @contextmanager
+    def now_and_then(*arguments) -> Iterator[Iterator]:
+        nonlocal running, off
+        with lock:
+            off = off if running else jaxtyping.config.jaxtyping_disable
+            running += 1
+        try:
+            with fetched_ahead(*arguments) as batches:
+                yield steps(batches)
+        finally:
+            with lock:
+                running -= 1
+                disable(off)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "fetched_ahead", now_and_then)
+        yield
+
+
 @pytest.fixture
 def unchecked():
     """Turn off the checks, so that errors are those that a user sees."""
@@ -110,10 +183,11 @@ def torch_fidelity() -> types.ModuleType:
 def run_python():
     """Return a function that runs code in a clean interpreter, without hooks.
 
-    The code can import the package and the test modules.
+    The code can import the package and the test modules. It takes two seconds to import torch:
+    `run_forked` saves them in tests of something else than imports.
     """
 
-    def run(code: str, *args: str, stdin: str = "") -> str:
+    def run(code: str, *args: str) -> str:
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         command, environment = (
             [sys.executable, "-c", code, *args],
@@ -122,7 +196,6 @@ def run_python():
         done = subprocess.run(
             command,
             env=environment,
-            input=stdin,
             capture_output=True,
             text=True,
             timeout=120,
@@ -132,3 +205,9 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def run_forked(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that runs code in a fork of a process without hooks."""
+    return lambda code, *args: forking.run(code, ["-c", *args], tmp_path)

@@ -252,13 +252,13 @@ for spec in json.loads(sys.argv[2]):
 """
 
 
-def test_compiled_steps_equal_eager_ones(all_specs, run_python):
-    run_python(COMPILED, "aot_eager", json.dumps(all_specs))
+def test_compiled_steps_equal_eager_ones(all_specs, run_forked):
+    run_forked(COMPILED, "aot_eager", json.dumps(all_specs))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_steps_compiled_to_machine_code_equal_eager_ones(run_python):
-    run_python(COMPILED, "inductor", json.dumps(["computed"]))
+def test_steps_compiled_to_machine_code_equal_eager_ones(run_forked):
+    run_forked(COMPILED, "inductor", json.dumps(["computed"]))
 
 
 @pytest.mark.parametrize(

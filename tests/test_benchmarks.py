@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,23 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forking
+
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks are not in src
 
 
 def report(script: str, folder: Path, *options: str) -> dict:
-    path = os.pathsep.join(filter(None, sys.path))
-    command = [
-        sys.executable,
-        str(SCRIPTS / script),
-        *options,
-        "--json",
-        str(folder / "report.json"),
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = [str(SCRIPTS / script), *options, "--json", str(folder / "report.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forking.run(forking.SCRIPT, arguments, folder)
     return json.loads((folder / "report.json").read_text())
 
 

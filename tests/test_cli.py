@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import forking
 from poise import cli, load
 from poise.runs import checkpoint, pipeline
 from poise.support import files
@@ -216,17 +217,20 @@ def test_any_name_of_a_file_can_be_printed():
     assert stream.buffer.getvalue() == b"caf\\udce9.png\n"
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(run_folder, tmp_path):
-    code = f"""
-import resource, sys
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
+    run_folder, tmp_path, tmp_path_factory
+):
+    code = """
+import resource
 from poise.cli import main
-sys.argv = ["poise", "sample", {str(run_folder)!r}, "-n", "2000", "--out", "big.npz"]
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and not list(tmp_path.iterdir())
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("images ")]
+    command = ["poise", "sample", str(run_folder), "-n", "2000", "--out", "big.npz"]
+    forked = forking.start(code, command, tmp_path_factory.mktemp("printed"))
+    assert forked.end() == 1 and not list(tmp_path.iterdir())
+    lines = forked.err.read_text().splitlines()
+    errors = [line for line in lines if not line.startswith("images ")]
     assert len(errors) == 1 and errors[0].startswith("poise: error: cannot write big.npz")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import doubles
@@ -84,6 +83,8 @@ def test_the_bootstrap_interval_is_the_quantile_of_all_resamples():
 
 
 def test_the_bootstrap_interval_is_scipys():
+    import scipy.stats  # not above: the tests' processes import this module too
+
     values = np.random.default_rng(3).normal(size=30)
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(4)
@@ -395,6 +396,13 @@ def test_runs_of_a_comparison_are_ordinary_runs(compared, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> poise.Comparison:
+    """Return a comparison of longer runs, one after another, that nothing interrupted."""
+    shared = {"recipe": LONGER, "balances": ["computed", "learned"], "seeds": 1, "jobs": 1}
+    return poise.compare(IMAGES, out=tmp_path_factory.mktemp("whole"), options=QUIET, **shared)
+
+
 @pytest.fixture
 def one_process(monkeypatch):
     """Run all tasks of a CPU in threads of one process, as on a GPU."""
@@ -424,7 +432,7 @@ def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own
     ]
 
 
-def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path, monkeypatch):
+def test_runs_side_by_side_stop_together_and_go_on(whole, one_process, tmp_path, monkeypatch):
     shared = {
         "recipe": LONGER,
         "balances": ["computed", "learned"],
@@ -451,10 +459,9 @@ def test_runs_side_by_side_stop_together_and_go_on(one_process, tmp_path, monkey
         poise.compare(IMAGES, **shared, options=OFTEN)
     assert not (tmp_path / "stopped" / "results").exists()
     went_on = poise.compare(IMAGES, **shared, options=QUIET)
-    whole = poise.compare(IMAGES, **shared | {"out": tmp_path / "whole", "jobs": 1}, options=QUIET)
     assert [r.measurements() for r in went_on.results] == [r.measurements() for r in whole.results]
     for label in ("computed-0", "learned-0"):
-        expected, found = weights(tmp_path / "whole" / label), weights(tmp_path / "stopped" / label)
+        expected, found = weights(whole.folder / label), weights(tmp_path / "stopped" / label)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -611,8 +618,10 @@ poise.compare(t.IMAGES, **labels, out={folder!r}, jobs=2, options=t.OFTEN)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_numbers(how, tmp_path):
+@pytest.mark.parametrize(("how", "jobs"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)])
+def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_numbers(
+    how, jobs, whole, tmp_path
+):
     folder, script = tmp_path / "study", tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(folder)))
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -631,11 +640,10 @@ def test_runs_stop_with_the_process_that_leads_them_and_go_on_to_the_same_number
         finished.append(saved.meta["finished"])
     assert not all(finished)
     shared = {"recipe": LONGER, "balances": ["computed", "learned"], "seeds": 1, "options": QUIET}
-    again = poise.compare(IMAGES, out=folder, jobs=2, **shared)
-    whole = poise.compare(IMAGES, out=tmp_path / "whole", jobs=2, **shared)
+    again = poise.compare(IMAGES, out=folder, jobs=jobs, **shared)
     assert [r.measurements() for r in again.results] == [r.measurements() for r in whole.results]
     for run in runs:
-        expected, found = weights(tmp_path / "whole" / run.name), weights(run)
+        expected, found = weights(whole.folder / run.name), weights(run)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -654,9 +662,12 @@ def free_within(run: Path, seconds: float) -> None:
 
 ON_DASK = """
 import sys
-import joblib, poise, test_comparison as t
+from multiprocessing import forkserver
+import dask, joblib, poise, forking, test_comparison as t
 from dask.distributed import Client, LocalCluster, get_task_stream
 
+forkserver.ensure_running()  # before Dask chooses what its workers import
+dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 labels = dict(recipe=t.TINY, balances=["computed", "learned"], seeds=2)
 how = dict(**labels, out=sys.argv[1], options=t.QUIET)
 with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
@@ -671,10 +682,10 @@ print(len(first.results), len(calls), len(set(calls)), again.results == first.re
 
 @pytest.mark.slow
 def test_the_runs_of_a_comparison_are_done_once_by_the_workers_of_a_dask_cluster(
-    tmp_path, run_python
+    tmp_path, run_forked
 ):
     pytest.importorskip("dask.distributed")
-    assert run_python(ON_DASK, str(tmp_path / "dask")).split() == ["4", "4", "2", "True"]
+    assert run_forked(ON_DASK, str(tmp_path / "dask")).split() == ["4", "4", "2", "True"]
     here = poise.compare(
         IMAGES,
         recipe=TINY,

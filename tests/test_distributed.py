@@ -89,7 +89,9 @@ def work(rank: int, specs: list[str], folder: str) -> None:
 def ranks(tmp_path_factory, all_specs) -> list[dict]:
     """Return the results of each rank, from new processes without type checks."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (all_specs, str(folder)), nprocs=WORLD)
+    torch.multiprocessing.start_processes(
+        work, (all_specs, str(folder)), nprocs=WORLD, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

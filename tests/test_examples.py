@@ -1,23 +1,18 @@
-"""Run the examples as they are, in a clean interpreter."""
+"""Run the examples as they are, in a process without hooks."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
 
+import forking
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*arguments: str | Path) -> str:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
-
-
 def test_the_minimal_example_learns_both_stages_and_draws(tmp_path):
-    out = run(EXAMPLES / "minimal.py", tmp_path / "samples.png", 10)
+    arguments = [str(EXAMPLES / "minimal.py"), str(tmp_path / "samples.png"), "10"]
+    out = forking.run(forking.SCRIPT, arguments, tmp_path)
     gamma2 = [float(value) for value in re.findall(r"gamma2 (\S+)", out)]
     assert gamma2[4] < gamma2[0] < 0.2
     with Image.open(tmp_path / "samples.png") as picture:
@@ -25,7 +20,7 @@ def test_the_minimal_example_learns_both_stages_and_draws(tmp_path):
     assert len((EXAMPLES / "minimal.py").read_text().splitlines()) <= 120
 
 
-def test_the_balance_works_in_a_loop_of_ones_own():
-    out = run(EXAMPLES / "your_own_loop.py", 4)
+def test_the_balance_works_in_a_loop_of_ones_own(tmp_path):
+    out = forking.run(forking.SCRIPT, [str(EXAMPLES / "your_own_loop.py"), "4"], tmp_path)
     gamma2 = [float(value) for value in re.findall(r"gamma2 (\S+)", out)]
     assert len(gamma2) == 4 and gamma2[-1] < gamma2[0]

@@ -1,9 +1,6 @@
 """Test cached features: found again, never mixed up, correct after damage or a kill."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import forking
 from poise.features import Extractor, cached_features, default_cache, make_extractor
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
@@ -139,6 +137,7 @@ def test_what_killed_processes_left_is_swept_up_after_a_day(counting, tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
+import forking
 from poise.features import Extractor, cached_features, make_extractor
 images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, -1, 40, 40).contiguous()
 folder = Path(sys.argv[1])
@@ -149,12 +148,17 @@ while True:
 """
 
 
-def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(tmp_path, capsys):
+def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(
+    tmp_path, tmp_path_factory, capsys
+):
     images = (
         torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, -1, 40, 40).contiguous()
     )
     expected = make_extractor("pixels")(images)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) for _ in range(2)]
+    writers = [
+        forking.start(WRITER, ["-c", str(tmp_path)], tmp_path_factory.mktemp("writer"))
+        for _ in range(2)
+    ]
     try:
         deadline = time.monotonic() + 60
         while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
@@ -166,8 +170,8 @@ def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(tmp_path
             )
     finally:
         for writer in writers:
-            writer.send_signal(signal.SIGKILL)
-            writer.wait()
+            writer.process.kill()
+            writer.process.join()
     assert torch.equal(
         cached_features(make_extractor("pixels"), images, "a", cache=tmp_path), expected
     )

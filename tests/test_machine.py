@@ -119,8 +119,8 @@ assert seen == {"other": 4, "mine": 2, "idle": 3, "later": 3, "after": 3}, seen
 @pytest.mark.skipif(
     not torch.backends.openmp.is_available(), reason="threads of another kind than OpenMP's"
 )
-def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(run_python):
-    run_python(THREADS)
+def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(run_forked):
+    run_forked(THREADS)
 
 
 COMPILED = """
@@ -186,13 +186,13 @@ with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": Tru
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
 )
 @pytest.mark.parametrize("kind", ["first", "second"])
-def test_200_compiled_steps_equal_200_eager_ones(kind, run_python):
-    run_python(COMPILED + TWINS, kind)
+def test_200_compiled_steps_equal_200_eager_ones(kind, run_forked):
+    run_forked(COMPILED + TWINS, kind)
 
 
-def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_python):
-    run_python(COMPILED + NO_COMPILER)
+def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_forked):
+    run_forked(COMPILED + NO_COMPILER)
 
 
-def test_networks_trained_one_after_another_are_all_compiled(run_python):
-    run_python(COMPILED + MANY)
+def test_networks_trained_one_after_another_are_all_compiled(run_forked):
+    run_forked(COMPILED + MANY)

@@ -121,7 +121,14 @@ cli.parse(["train", "digits", "--help"])
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "COLUMNS": "100", "PATH": ""},
+        # Without a home, matplotlib would read all fonts of the machine again.
+        env={
+            "PYTHONPATH": str(tmp_path),
+            "COLUMNS": "100",
+            "PATH": "",
+            "HOME": str(Path.home()),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,

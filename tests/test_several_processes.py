@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+import forking
 import poise
 from poise import training
 from poise.errors import InputError, RunError
@@ -185,7 +185,9 @@ def work(rank: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the runs and records of two processes."""
     folder = tmp_path_factory.mktemp("several")
-    torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=WORLD)
+    torch.multiprocessing.start_processes(
+        work, (free_port(), str(folder)), nprocs=WORLD, start_method="forkserver"
+    )
     return folder
 
 
@@ -286,55 +288,49 @@ def resume(rank: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 def test_three_processes_resume_bit_identically(tmp_path):
     """A sum of three depends on its order, which must not depend on the interruption."""
-    torch.multiprocessing.spawn(resume, (free_port(), str(tmp_path)), nprocs=3)
+    torch.multiprocessing.start_processes(
+        resume, (free_port(), str(tmp_path)), nprocs=3, start_method="forkserver"
+    )
     for rank in range(3):
         whole, resumed = torch.load(tmp_path / f"{rank}.pt")
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def torchrun(out: Path) -> subprocess.Popen[str]:
+def torchrun(out: Path) -> forking.Forked:
     """Start `poise train digits` in two processes and wait until training has begun."""
     options = ["--epochs", "300", "--stages", "1", "--device", "cpu", "--out", str(out)]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(WORLD),
-    ]
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launch = ["torchrun", "--standalone", "--nproc-per-node", str(WORLD)]
     command = [*launch, "-m", "poise", "train", "digits", *options]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
     written = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
-    while process.poll() is None and not (
+    code = "from torch.distributed.run import main; main()"
+    launched = forking.start(code, command, out.parent)
+    while launched.process.is_alive() and not (
         (out / "metrics.jsonl").exists() and len(curve(out)) > written
     ):
         time.sleep(0.1)
-    return process
+    return launched
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path):
-    process = torchrun(tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
-    _, complaints = process.communicate(timeout=60)
+def test_under_torchrun_a_signal_saves_and_a_death_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    launched = torchrun(tmp_path / "run")
+    launched.process.terminate()
+    code, complaints = launched.end(), launched.err.read_text()
     stopped = re.search(r"poise: stopped at step (\d+) of stage 1, and saved", complaints)
-    assert process.returncode != 0 and stopped is not None, complaints
+    assert code != 0 and stopped is not None, complaints
     assert [
         int(path.name) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
     ] == [int(stopped[1])]
-    process = torchrun(tmp_path / "run")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    launched = torchrun(tmp_path / "run")
+    pid = launched.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     if not children.exists():
-        process.kill()
+        launched.end(seconds=0)
         pytest.skip("finds its processes in /proc")
     os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-    _, complaints = process.communicate(timeout=60)
-    assert process.returncode != 0 and "exitcode  : -9" in complaints, complaints
+    code, complaints = launched.end(), launched.err.read_text()
+    assert code != 0 and "exitcode  : -9" in complaints, complaints
 
 
 @pytest.mark.parametrize("name", LAYERS)
