@@ -267,7 +267,7 @@ def test_floats_of_another_scale_are_divided_on_request():
         np.sort((array / np.float32(4080)).clip(0, 1), None),
     )
     assert dataset.notes == (
-        "values: the value 4,080 became white, and so did 1 larger value in 1 image",
+        "images: the value 4,080 became white, and so did 1 larger value in 1 image",
     )
     unit = load(array / 5000, levels=4080)  # floats in [0, 1] are never scaled
     assert unit.checksum == load(array / 5000).checksum

@@ -153,7 +153,7 @@ def as_split(
         if deep or sum(clipped):
             total, images = sum(clipped), sum(map(bool, clipped))
             chosen = reading.levels is None
-            what = "16-bit values" if deep else "values"
+            what = "16-bit values" if deep else "images"
             notes.append(levels_note(what, levels, clipped=total, images=images, chosen=chosen))
     images = [one.fitted(levels) for one in checked]
     shared = tuple(notes), levels

@@ -265,7 +265,7 @@ def _notes(work: _Work, levels: int | None) -> Iterator[str]:
     files = work.files
     if work.counts or work.clipped:
         yield levels_note(
-            "16-bit files" if work.counts else "files",
+            "16-bit files" if work.counts else "images",
             levels or 0,
             clipped=sum(work.clipped.values()),
             images=len(work.clipped),
