@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -599,6 +600,13 @@ def test_the_command_takes_several_folders_and_writes_where_it_says(
 def test_a_name_that_a_template_lacks_is_an_error():
     with pytest.raises(UndefinedError, match="'title' is undefined"):
         page_module._templates().get_template("page.html").render()
+
+
+def test_a_name_that_is_not_utf8_is_escaped(monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module, "read_records", lambda paths: [])
+    monkeypatch.setattr(page_module, "page", lambda *parts: os.fsdecode(b"runs/caf\xe9"))
+    write_report([tmp_path], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_bytes() == b"runs/caf\\udce9"
 
 
 def test_every_section_has_a_template_and_every_template_is_of_a_section():

@@ -68,6 +68,7 @@ def main() -> None:
     # On SIGTERM, exit normally, so that temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     let_threads_sleep()
+    print_any_name(sys.stdout)
     out, err = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -75,6 +76,12 @@ def main() -> None:
         finally:
             out.flush()
             err.flush()
+
+
+def print_any_name(stream: Any) -> None:
+    """Let a stream print names of files that its encoding lacks, with escapes, as stderr does."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def let_threads_sleep() -> None:

@@ -1,19 +1,30 @@
 """`poise sample`, `encode`, `reconstruct` and `interpolate`: write images and codes to files."""
 
 import shlex
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolder
+from poise.cli.options import (
+    RECIPES_OWN,
+    Device,
+    Images,
+    PriorChoice,
+    ReadingGroup,
+    ReadingOptions,
+    RunFolder,
+)
 from poise.cli.showing import load_run
 from poise.errors import InputError
 from poise.recipes.settings import Generation, Renormalise, Solver, given
 from poise.variants import PRIORS
 
 if TYPE_CHECKING:
+    from poise.data import Given
     from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
@@ -109,14 +120,16 @@ class Sample:
 class Encode:
     """Write the posterior of each image to a file.
 
-    The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). Rows
-    are in the order of the images. Images of a folder are sorted by path.
+    The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). All
+    images of a folder are encoded, sorted by path. `names` and `sides` say which image a row is:
+    the path inside the folder, and train, test or val. In a .safetensors file they are metadata.
     """
 
     run_folder: RunFolder
     images: Images = None
     out: Annotated[Path, arg(help="an .npz or a .safetensors file")] = Path("codes.npz")
     device: Device = "auto"
+    reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
@@ -124,11 +137,13 @@ class Encode:
         from poise.support.progress import counted, progress
 
         check_codes_output(self.out)
-        images = images_for(run, self.images)
-        chunks = run.encode_chunks(images)
-        with progress("images", len(images)) as display:
-            write_codes(counted(chunks, display), self.out, len(images))
-        print(f"{len(images)} code{'s' * (len(images) != 1)}: {self.out}")
+        given = images_for(run, self.images, self.reading)
+        number = len(given.images)
+        chunks = run.encode_chunks(given.images)
+        with progress("images", number) as display:
+            write_codes(counted(chunks, display), self.out, number, given.names, given.sides)
+        print(f"{number} code{'s' * (number != 1)}{_by_side(given.sides)}: {self.out}")
+        _print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,7 @@ class Reconstruct:
         ),
     ] = Path("reconstructions.png")
     device: Device = "auto"
+    reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
@@ -161,13 +177,16 @@ class Reconstruct:
         check_output(self.out)
         if self.count < 1:
             raise InputError(f"the number of images must be at least 1, not {self.count}")
-        source = images_for(run, self.images)
-        originals = gather(source, drawn(len(source), self.count))
+        given = images_for(run, self.images, self.reading)
+        rows = drawn(len(given.images), self.count)
+        originals = gather(given.images, rows)
         restored = run.reconstruct(originals)
         shown = interleave(originals, restored) if self.out.suffix == ".png" else restored
         write_images([shown], self.out, len(shown), columns=8)
         error = float((originals - restored).square().mean())
-        print(f"{_images(len(originals))}: {self.out}, MSE {error:.5f}")
+        sides = _by_side([given.sides[row] for row in rows] if given.sides else [])
+        print(f"{_images(len(originals))}{sides}: {self.out}, MSE {error:.5f}")
+        _print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -240,14 +259,32 @@ def _images(count: int) -> str:
     return f"{count} image{'s' * (count != 1)}"
 
 
-def images_for(run: "Run", source: str | None) -> Any:
-    """Return the images of a source in the run's size and channels. None: its test images."""
-    from poise.data import read_images
+def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Given":
+    """Return all images of a source in the run's size, channels and levels.
 
+    None: the run's test images, without names.
+    """
+    from poise.data import Given, find_images
+
+    if source is None:
+        return Given(run.test_images(), "test", (), (), ())
     channels, size, _ = run.data["shape"]
-    return (
-        run.test_images() if source is None else read_images(source, size=size, channels=channels)
-    )
+    reading = replace(reading, levels=reading.levels or run.levels)
+    return find_images(source, size=size, channels=channels, side="all", **asdict(reading))
+
+
+def _by_side(sides: Sequence[str]) -> str:
+    """Return the number of images of each side; an empty text if there are no sides."""
+    numbers = Counter(sides)
+    if not any(numbers):
+        return ""
+    listed = ", ".join(f"{number:,} {side or 'other'}" for side, number in numbers.items())
+    return f" ({listed})"
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def interleave(left: Any, right: Any) -> Any:

@@ -75,6 +75,29 @@ Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
 
 
 @dataclass(frozen=True)
+class ReadingOptions:
+    """How to read images that are not the run's own."""
+
+    skip_unreadable: Annotated[
+        bool, arg(help="skip image files that cannot be decoded, and list them")
+    ] = False
+    levels: Annotated[
+        int | None,
+        arg(
+            help="the value that becomes white, such as 4095 for 12 bits, or 1 for masks",
+            help_behavior_hint="(default: the run's, or as in poise train)",
+        ),
+    ] = None
+    max_megapixels: Annotated[
+        int | None,
+        arg(help="refuse image files of more megapixels", help_behavior_hint="(default: 179)"),
+    ] = None
+
+
+ReadingGroup = Annotated[ReadingOptions, OmitArgPrefixes, arg(name="reading")]
+
+
+@dataclass(frozen=True)
 class TrainingCommand:
     """A command that trains. Its options are the settings of a recipe and of `Options`.
 

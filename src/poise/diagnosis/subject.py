@@ -144,6 +144,11 @@ class Case:
     is_run: bool = False
     falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def in_unit_range(self) -> bool:
+        """Whether 1 means white, as in runs and for bytes."""
+        return self.is_run or self.images.dtype in (torch.uint8, np.uint8)
+
 
 def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
     """Check the arguments of `diagnose` and return them as a case.

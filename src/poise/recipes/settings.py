@@ -108,6 +108,10 @@ class Data:
         flips: also train on mirror images. Each image of a batch is mirrored left to right with
             probability 1/2.
         skip_unreadable: skip image files that cannot be decoded, and list them.
+        levels: the value that becomes white, such as 4095 for 12 bits, or 1 for masks of 0 and 1.
+            None: 255 for bytes; for 16 bits the smallest of 255, 1023, 4095, 16383 and 65535 that
+            holds 99.9 % of the values of every image.
+        max_megapixels: refuse image files of more megapixels. None: 179.
     """
 
     source: str
@@ -117,6 +121,8 @@ class Data:
     file_order: Literal["sorted", "listing"] = "sorted"
     skip_unreadable: Annotated[bool, Option("data")] = False
     flips: Annotated[bool, Option("data")] = False
+    levels: Annotated[int | None, Option("data")] = None
+    max_megapixels: Annotated[int | None, Option("data")] = None
 
     def __post_init__(self) -> None:
         check_values(self)

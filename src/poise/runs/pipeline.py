@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from poise.balance import Balance
 from poise.data import Dataset, gather
 from poise.data.decoding import grid, save_png
+from poise.data.loading import CHECK_RANGE
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
@@ -34,7 +35,13 @@ from poise.runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from poise.runs.folder import config_to_write, open_folder, read_config, read_data
+from poise.runs.folder import (
+    config_to_write,
+    open_folder,
+    read_config,
+    read_data,
+    settings_to_read,
+)
 from poise.runs.growth import COLUMNS, FLOW_STEPS, ProgressPicture
 from poise.runs.log import Log
 from poise.runs.options import Options
@@ -165,7 +172,9 @@ def prepare(
         began: start time of this call of `train`, from `time.monotonic`.
     """
     dataset = (
-        given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+        given
+        if isinstance(given, Dataset)
+        else read_data(settings_to_read(recipe, folder), given, folder / "cache")
     )
     if vae is not None or recipe.network.kind == "conv":
         built = vae or first_stage(recipe, list(dataset.shape))
@@ -186,6 +195,9 @@ def prepare(
     )
     if verbose:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+        for note in dataset.notes:
+            if note.startswith(CHECK_RANGE):
+                print(f"poise: warning: {note}", file=sys.stderr)
     if plan is None:
         plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads

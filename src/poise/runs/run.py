@@ -26,7 +26,7 @@ import torch
 
 from poise.balance import Balance
 from poise.data import Dataset, checked_images, head
-from poise.data.decoding import grid, to_picture
+from poise.data.decoding import DEEP, grid, to_picture
 from poise.errors import InputError, RunError
 from poise.evaluation import (
     AUTO,
@@ -65,7 +65,7 @@ from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import Saved, checkpoints, newest_intact_checkpoint, read_folder
-from poise.runs.folder import read_config, read_data
+from poise.runs.folder import data_settings, read_config, read_data
 from poise.runs.plots import training_curves
 from poise.sampling import (
     ADJUSTMENT_DRAWS,
@@ -177,6 +177,11 @@ class Run:
         return self
 
     @property
+    def levels(self) -> int | None:
+        """The value that became white in training. None: the files said it."""
+        return self.data.get("levels", DEEP)
+
+    @property
     def deterministic(self) -> bool:
         """Whether stage 1 is a deterministic autoencoder, without KL and likelihood."""
         return is_deterministic(self.recipe.first.objective)
@@ -211,7 +216,7 @@ class Run:
         Raises:
             InputError: another shape, or values out of range.
         """
-        return encode_all(self.first.vae, checked_images(images, self.data["shape"]))
+        return encode_all(self.first.vae, checked_images(images, self.data["shape"], self.levels))
 
     def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
         """Return the posteriors of `encode` as an iterator of chunks that fit into memory.
@@ -224,7 +229,9 @@ class Run:
         Raises:
             InputError: see `encode`.
         """
-        return encode_chunks(self.first.vae, checked_images(images, self.data["shape"]))
+        return encode_chunks(
+            self.first.vae, checked_images(images, self.data["shape"], self.levels)
+        )
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Return the reconstruction of each image, float in [0, 1], on the CPU.
@@ -257,7 +264,9 @@ class Run:
             self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
         )
         for _, posterior, noise in encoded(
-            self.first.vae, checked_images(images, self.data["shape"]), self.recipe.seed
+            self.first.vae,
+            checked_images(images, self.data["shape"], self.levels),
+            self.recipe.seed,
         ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
@@ -548,7 +557,10 @@ class Run:
         """
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
         if own not in (None, protocol.jpeg):  # JPEG loses detail, so read the source again
-            dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
+            settings = data_settings(self.recipe, self.data)
+            dataset = read_data(
+                replace(settings, jpeg_quality=protocol.jpeg), cache=self.folder / "cache"
+            )
         images = head(
             dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY
         )
@@ -559,7 +571,9 @@ class Run:
         )
 
     def _given(self, images: Any, protocol: Protocol) -> Any:
-        images = head(checked_images(images, self.data["shape"]), protocol.real or MANY)
+        images = head(
+            checked_images(images, self.data["shape"], self.levels), protocol.real or MANY
+        )
         return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
     def _model_figures(
@@ -666,11 +680,16 @@ class Run:
             raise InputError(
                 f"{self.folder} was trained on an array, which is not stored: pass the images"
             )
-        dataset = read_data(self.recipe.data)
+        dataset = read_data(data_settings(self.recipe, self.data), cache=self.folder / "cache")
         if dataset.checksum != self.data["checksum"]:
+            rules = (
+                ""
+                if "levels" in self.data
+                else ", or this version reads links, pages or layouts that the earlier one did not"
+            )
             raise InputError(
                 f"{self.recipe.data.source} is not the data that {self.folder} was trained on: "
-                "its checksum has changed"
+                f"its checksum has changed{rules}"
             )
         return dataset
 
