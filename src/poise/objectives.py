@@ -268,9 +268,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 def _combine(
     balance: Balance, reconstruction: Values, batch: Values, penalty: PerImage
 ) -> LossTerms:
-    return balance.combine(
-        balance.error_per_image(reconstruction, batch), penalty, num_dims=batch[0].numel()
-    )
+    error, num_dims = balance.errors(reconstruction, batch)
+    return balance.combine(error, penalty, num_dims)
 
 
 def half_square(latents: Latents) -> PerImage:
