@@ -115,8 +115,8 @@ def sequences(seed: int) -> Task:
         errors,
         groups=2,
         latents=8,
-        hidden=(128, 128),
-        steps=3_000,
+        hidden=(64, 64),
+        steps=2_000,
     )
 
 
@@ -140,8 +140,8 @@ def images(seed: int) -> Task:
         errors,
         groups=2,
         latents=16,
-        hidden=(128,),
-        steps=3_000,
+        hidden=(64,),
+        steps=2_000,
     )
 
 
@@ -186,7 +186,8 @@ def train(task: Task, balance: Balance, seed: int) -> poise.VAE:
     vae = network(task)
     for chosen in batches(vae, len(task.rows), task.steps):
         rows, observed = task.rows[chosen], task.observed[chosen]
-        reconstruction, posterior = vae(torch.cat([rows, observed], 1))
+        posterior = vae.encode(torch.cat([rows, observed], 1))
+        reconstruction = vae.decode(posterior.sample(torch.randn_like(posterior.mean)))
         error, num_dims = task.errors(reconstruction, rows, observed)
         balance.combine(error, posterior.kl(), num_dims).loss.backward()
     return vae
@@ -194,7 +195,7 @@ def train(task: Task, balance: Balance, seed: int) -> poise.VAE:
 
 def batches(vae: poise.VAE, rows: int, steps: int) -> Iterator[Tensor]:
     """Yield the rows of each random batch, and update the network after it."""
-    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3, fused=True)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         yield torch.randint(rows, (BATCH,))
