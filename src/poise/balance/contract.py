@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -641,7 +641,7 @@ class Balance(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_steps": deque(maxlen=REMEMBERED)}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Balance":
         """Copy the balance. The copy has the same process group, which cannot be copied."""
         memo[id(self.process_group)] = self.process_group
         copied = type(self).__new__(type(self))
