@@ -2,6 +2,8 @@
 
     python benchmarks/groups.py [--only TASK ...] [--seeds 3] [--mnist FILE] [--json FILE]
 
+It continues a JSON file of fewer seeds.
+
 Each task has errors of different units and scales:
 
 - sequences: simulated sequences of 8 to 20 steps, padded with zeros and masked. Three positions
@@ -318,7 +320,7 @@ def tables(report: dict[str, Any]) -> str:
             means = {w: fmean(found[grid][w]["elbo"] for found in seeds) for w in seeds[0][grid]}
             second.append([task, grid, *(f"{w}: {value:.3f}" for w, value in means.items())])
     shown = [first, second]
-    if "mnist" in report:
+    if report.get("mnist"):
         shown.append([["binary cross-entropy of MNIST", "negative ELBO", "cross-entropy", "KL"]])
         for name in (AS_NATS, AS_ERROR):
             parts = [found[name] for found in report["mnist"]]
@@ -355,17 +357,17 @@ def main() -> None:
     report: dict[str, Any] = (
         json.loads(options.json.read_text()) if options.json.exists() else {"tasks": {}}
     )
-    for name in options.only:
-        tasks = [(seed, TASKS[name](seed)) for seed in range(options.seeds)]
-        report["tasks"][name] = [
-            measured(replace(task, steps=options.steps or task.steps), seed) for seed, task in tasks
-        ]
-    if options.mnist:
-        report["mnist"] = [
-            cross_entropy(options.mnist, seed, options.steps) for seed in range(options.seeds)
-        ]
-    report["provenance"] = provenance(torch.device("cpu"))
-    write_json(options.json, report)
+    for seed in range(options.seeds):
+        for name in options.only:
+            found = report["tasks"].setdefault(name, [])
+            if seed >= len(found):
+                task = TASKS[name](seed)
+                steps = options.steps or task.steps
+                found.append(measured(replace(task, steps=steps), seed))
+        found = report.setdefault("mnist", [])
+        if options.mnist and seed >= len(found):
+            found.append(cross_entropy(options.mnist, seed, options.steps))
+        write_json(options.json, report | {"provenance": provenance(torch.device("cpu"))})
     print(tables(report))
 
 
