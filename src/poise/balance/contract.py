@@ -224,7 +224,7 @@ class Balance(nn.Module, ABC):
         """Return gamma2 and kl_weight for this batch."""
 
     @abstractmethod
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         """Return the new values of the buffers after this batch, by name.
 
         Args:
@@ -328,46 +328,39 @@ class Balance(nn.Module, ABC):
         return error, times * weights.reshape(*weights.shape[:kept], -1).sum(kept)
 
     def _check_data(self, reconstruction: Tensor, target: Tensor, samples: int | None) -> None:
-        given = f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)}"
-        several = reconstruction.dim() == target.dim() + 1
+        found, wanted = reconstruction.shape, target.shape
+        if samples is not None:
+            one = found[:1] + found[2:]
+            if len(found) < 3 or found[1] != samples or wanted not in (one, found):
+                raise InputError(
+                    f"with samples={samples}, reconstruction must be (n, {samples}, ...) and target "
+                    f"(n, ...) or of the same shape, not {shapes_of(reconstruction, target)}"
+                )
+        elif found != wanted:
+            several = len(found) == len(wanted) + 1
+            hint = "; for K posterior samples per item, (n, K, ...), pass samples=K"
+            raise InputError(f"{shapes_of(reconstruction, target)} differ in shape{hint * several}")
         if not (reconstruction.is_floating_point() and target.is_floating_point()):
             raise InputError(
                 "reconstruction and target must be floating point, not "
                 f"{reconstruction.dtype} and {target.dtype}"
             )
-        if samples is None:
-            if reconstruction.shape != target.shape:
-                raise InputError(
-                    f"{given} differ in shape"
-                    + several * "; for K posterior samples per item, (n, K, ...), pass samples=K"
-                )
-            if target.dim() > 1 and target.shape[1] > 1 and target.stride(1) == 0:
-                raise InputError(
-                    f"target {tuple(target.shape)} repeats each item along dimension 1: for K "
-                    "posterior samples per item pass samples=K; if the repetition is data, "
-                    "pass target.contiguous()"
-                )
-        else:
-            one = reconstruction.shape[:1] + reconstruction.shape[2:]
-            if (
-                reconstruction.dim() < 3
-                or reconstruction.shape[1] != samples
-                or target.shape not in (one, reconstruction.shape)
-            ):
-                raise InputError(
-                    f"with samples={samples}, reconstruction must be (n, {samples}, ...) and target "
-                    f"(n, ...) or of the same shape, not {given}"
-                )
-        if target.dim() < 2:
+        if len(wanted) < 2:
             raise InputError(
-                f"reconstruction and target must be (n, ...) with at least two dimensions, not "
-                f"{tuple(target.shape)}: for one value per item pass x.unsqueeze(1)"
+                "reconstruction and target must be (n, ...) with at least two dimensions, not "
+                f"{tuple(wanted)}: for one value per item pass x.unsqueeze(1)"
             )
         if target.numel() == 0:
-            raise InputError(f"the batch is empty: target is {tuple(target.shape)}; skip it")
+            raise InputError(f"the batch is empty: target is {tuple(wanted)}; skip it")
+        if samples is None and target.stride(1) == 0 and wanted[1] > 1:
+            raise InputError(
+                f"target {tuple(wanted)} repeats each item along dimension 1: for K posterior "
+                "samples per item pass samples=K; if the repetition is data, pass "
+                "target.contiguous()"
+            )
         if self.groups is None:
             return
-        channels = reconstruction.shape[1 if samples is None else 2]
+        channels = found[1 if samples is None else 2]
         if self.per is None:
             raise InputError(
                 f'with groups={self.groups}, forward needs per="channel" in the constructor (a '
@@ -384,7 +377,7 @@ class Balance(nn.Module, ABC):
         """Count a first batch of 0 and 1 only. Only the first, because it reads all values."""
         self._data_checked = True
         binary = ((target == 0) | (target == 1)).all() & (target.amin() < target.amax())
-        self.doubtful_batches[list(FAULTS).index("binary")] += binary
+        self.doubtful_batches[list(FAULTS).index("binary")].add_(binary)
 
     def combine(
         self,
@@ -444,8 +437,8 @@ class Balance(nn.Module, ABC):
             if not only_nats:
                 self._count_faults(error, dims)
             if not torch.compiler.is_compiling():
-                step = Remembered(batch.sums, gamma2.detach(), kl_weight, batch.share)
-                self._steps.append(step)
+                used = gamma2.detach() if gamma2.requires_grad else gamma2
+                self._steps.append(Remembered(batch.sums, used, kl_weight, batch.share))
         scale, log_scale = scale_and_nats(gamma2, self.power)
         normaliser = dims * log_scale
         nats = error / scale + normaliser
@@ -473,17 +466,17 @@ class Balance(nn.Module, ABC):
         """Return error, kl and nll, one value per image (and group), in float32 or better."""
         groups = () if self.groups is None else (self.groups,)
         several = () if samples is None else (samples,)
-        expected = {"error": (*kl.shape, *several, *groups), "nll": (*kl.shape, *several)}
-        given = {
-            name: tuple(v.shape) for name, v in (("error", error), ("nll", nll)) if v is not None
-        }
-        if kl.dim() != 1 or any(shape != expected[name] for name, shape in given.items()):
+        of_nll = kl.shape + several
+        if (
+            kl.dim() != 1
+            or (error is not None and error.shape != of_nll + groups)
+            or (nll is not None and nll.shape != of_nll)
+        ):
+            given = {"error": error, "kl": kl, "nll": nll}
             form = "n, samples" if several else "n"
             raise InputError(
                 "error, kl and nll must be one value per image, not "
-                + ", ".join(
-                    f"{name} {shape}" for name, shape in {**given, "kl": tuple(kl.shape)}.items()
-                )
+                + ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if v is not None)
                 + f": kl (n,), nll ({form},), error ({form}{', groups' if groups else ','})"
                 + (not several) * "; for K posterior samples per image, (n, K), pass samples=K"
             )
@@ -553,28 +546,28 @@ class Balance(nn.Module, ABC):
 
     @torch.no_grad()
     def _update_state(self, batch: BatchMeans, gamma2: Tensor) -> None:
-        finite = torch.isfinite(batch.error + batch.kl)
-        if batch.nll is not None:
-            finite = finite & torch.isfinite(batch.nll)
+        total = batch.error + batch.kl if batch.nll is None else batch.error + batch.kl + batch.nll
+        finite = total - total == 0  # half the cost of isfinite
         if self.groups is not None:
             finite = finite.all()
         usable = finite
         if self.needs_error and isinstance(batch.count, Tensor):
             usable = finite & (batch.count > 0)
         for name, value in self._next_state(batch, gamma2).items():
-            buffer = getattr(self, name)
-            buffer.copy_(torch.where(usable, value, buffer))
+            buffer = self._buffers[name]
+            assert buffer is not None
+            torch.where(usable, value.to(buffer.dtype), buffer, out=buffer)
         self.nonfinite_batches += ~finite
 
     @torch.no_grad()
     def _count_faults(self, error: Tensor, dims: int | Tensor) -> None:
         if isinstance(dims, int):
-            self.doubtful_batches[0] += (error < 0).any()
+            self.doubtful_batches[0].add_((error < 0).any())
             return
         dims = dims.expand(error.shape)
         unobserved = (dims < 0) | ((dims == 0) & (error != 0))
         found = [(error < 0).any(), unobserved.any(), (dims == 0).all()]
-        self.doubtful_batches[:3] += torch.stack(found)
+        self.doubtful_batches[:3].add_(torch.stack(found))
 
     def _recall(
         self, batch: BatchMeans, gamma2: Tensor, kl_weight: Tensor | float
@@ -597,8 +590,7 @@ class Balance(nn.Module, ABC):
         def recalled(values: list[Any]) -> Any:
             return torch.stack(values)[index] if isinstance(values[0], Tensor) else values[0]
 
-        of_parameter = gamma2.requires_grad  # only the optimizer updates it
-        if not of_parameter:
+        if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
             gamma2 = recalled([step.gamma2 for step in self._steps])
         kl_weight = recalled([step.kl_weight for step in self._steps])
         return gamma2, kl_weight, recalled([step.share for step in self._steps])
@@ -693,6 +685,10 @@ def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
     In small networks every operation costs measurable time.
     """
     return values if isinstance(factor, float) and factor == 1 else factor * values
+
+
+def shapes_of(reconstruction: Tensor, target: Tensor) -> str:
+    return f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)}"
 
 
 def aligned(mask: Tensor, item: Tensor) -> Tensor:

@@ -102,10 +102,7 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         restored, sampled = (
             vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
         )
-        batches.append(
-            {"kl": posterior.kl().cpu().double()}
-            | _per_image(batch, restored, sampled)
-        )
+        batches.append({"kl": posterior.kl().cpu().double()} | _per_image(batch, restored, sampled))
         errors.append(grouped_error(sampled - batch, balance).cpu())
         real.add(batch)
         produced.add(sampled)
@@ -135,9 +132,7 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
     )
 
 
-def _per_image(
-    batch: Values, restored: Values, sampled: Values
-) -> dict[str, PerImage]:
+def _per_image(batch: Values, restored: Values, sampled: Values) -> dict[str, PerImage]:
     errors = {
         "squared": summed_error(restored - batch, 2).cpu(),
         "squared_sampled": summed_error(sampled - batch, 2).cpu(),
