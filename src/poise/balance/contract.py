@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from poise.errors import InputError
 from poise.latent import gaussian_kl
-from poise.shapes import PerImage, Values
+from poise.shapes import Batch, PerImage
 from poise.support.snapshots import in_backward, snapshot
 
 NumDims = int | Sequence[int] | Tensor
@@ -234,10 +234,10 @@ class Balance(nn.Module, ABC):
 
     def forward(
         self,
-        reconstruction: Values,
-        target: Values,
-        mean: Values,
-        logvar: Values,
+        reconstruction: Batch,
+        target: Batch,
+        mean: Batch,
+        logvar: Batch,
         *,
         mask: Tensor | None = None,
         samples: int | None = None,
@@ -283,12 +283,12 @@ class Balance(nn.Module, ABC):
 
     def errors(
         self,
-        reconstruction: Values,
-        target: Values,
+        reconstruction: Batch,
+        target: Batch,
         *,
         mask: Tensor | None = None,
         samples: int | None = None,
-    ) -> tuple[Values, int | Tensor]:
+    ) -> tuple[Batch, int | Tensor]:
         """Return the error |x - x^|^power of each image and the number of its dimensions.
 
         They are the first and third argument of `combine`. Computed in float32 or better.
@@ -381,11 +381,11 @@ class Balance(nn.Module, ABC):
 
     def combine(
         self,
-        error: Values | None,
+        error: Batch | None,
         kl: PerImage,
         num_dims: NumDims | None = None,
         *,
-        nll: Values | None = None,
+        nll: Batch | None = None,
         samples: int | None = None,
     ) -> LossTerms:
         """Return the loss of a batch, given the error and KL of each image.
