@@ -244,6 +244,20 @@ def test_no_step_waits_for_the_device(spec):
         bool(terms.loss > 0)
 
 
+def test_no_step_with_groups_and_masks_waits_for_the_device(unchecked):
+    balance = ComputedBalance(groups=3, per="channel").to("meta")
+    x, codes = torch.rand(6, 3, 4, device="meta"), torch.rand(6, 5, device="meta")
+    drawn, mask = x[:, None].expand(6, 2, 3, 4), torch.ones(6, 1, 4, device="meta")
+    assert balance(drawn, x, codes, codes, samples=2, mask=mask).loss.is_meta
+    error, nll = torch.rand(2, 6, 3, device="meta")
+    for num_dims in (4, [1, 2, 3], torch.ones(6, 1, device="meta")):
+        assert balance.combine(error, nll[:, 0], num_dims, nll=nll[:, 1]).loss.is_meta
+    with pytest.raises(InputError, match="num_dims is on cpu"):
+        balance.combine(error, nll[:, 0], torch.ones(3))
+    with pytest.raises(InputError, match="mask is on cpu"):
+        balance(x, x, codes, codes, mask=torch.ones(6, 3))
+
+
 COMPILED = """
 import copy, json, sys
 import torch

@@ -498,6 +498,7 @@ class Balance(nn.Module, ABC):
         if isinstance(num_dims, int) and num_dims >= 1:
             return num_dims
         if isinstance(num_dims, Tensor):
+            check_device("num_dims", num_dims, error)
             if broadcasts(num_dims.shape, error.shape):
                 return num_dims.to(error.dtype)
         elif isinstance(num_dims, Sequence) and len(num_dims) == self.groups and min(num_dims) >= 1:
@@ -613,6 +614,7 @@ class Balance(nn.Module, ABC):
             moved = fn(tensor)
             return tensor.to(moved.device) if too_coarse(moved) else moved
 
+        self._steps.clear()  # they are on the earlier device
         return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(
@@ -695,8 +697,9 @@ def aligned(mask: Tensor, item: Tensor) -> Tensor:
     """Return the mask with a dimension of size 1 for each one that it lacks at the end.
 
     Raises:
-        InputError: the sizes do not agree with those of the data.
+        InputError: the sizes or the device do not agree with those of the data.
     """
+    check_device("mask", mask, item)
     widened = mask.reshape(mask.shape + (1,) * (item.dim() - mask.dim()))
     agrees = len(widened) == len(item) and broadcasts(widened.shape, item.shape)
     if mask.dim() == 0 or not agrees:
@@ -705,6 +708,13 @@ def aligned(mask: Tensor, item: Tensor) -> Tensor:
             "dimensions may lack at the end"
         )
     return widened
+
+
+def check_device(name: str, given: Tensor, data: Tensor) -> None:
+    if given.device != data.device:
+        raise InputError(
+            f"{name} is on {given.device}, but the data are on {data.device}: move it there"
+        )
 
 
 def broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:
