@@ -244,8 +244,8 @@ class Balance(nn.Module, ABC):
     ) -> LossTerms:
         """Return the loss of a batch for a Gaussian posterior and the error |x - x^|^power.
 
-        Pass `mask` if the data have padding or missing values. Otherwise these count as data, and
-        gamma2 is wrong even if they are zero in both arguments.
+        Pass `mask` if the data have padding or missing values. Otherwise these count as data. Zeros
+        in both arguments count as perfect reconstructions, and gamma2 is too small.
 
         Args:
             reconstruction, target: (n, ...), of the same shape, floating point. Any range; images
@@ -390,10 +390,12 @@ class Balance(nn.Module, ABC):
     ) -> LossTerms:
         """Return the loss of a batch, given the error and KL of each image.
 
-        Use it for a posterior or likelihood that `forward` does not know. In training mode it
-        updates the state. `error` is what gamma2 weighs; a negative log-likelihood in nats, such as
-        a cross-entropy, is `nll`. Leave padding and missing values out of `error` *and* `num_dims`:
-        zeros would count as perfect reconstructions.
+        Leave padding and missing values out of `error` *and* `num_dims`. Zeros in padding would
+        count as perfect reconstructions, and gamma2 would be too small.
+
+        Use it for a posterior or likelihood that `forward` does not know. `error` is what gamma2
+        weighs. A negative log-likelihood in nats, such as a cross-entropy, is `nll`. In training
+        mode it updates the state.
 
         Args:
             error: (n,), the error |x - x^|^power of each image, summed over its dimensions; with
