@@ -12,12 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from poise.balance.inputs import (
+    NumDims,
+    check_data,
+    checked_dims,
+    checked_terms,
+    positive,
+    summed_errors,
+    whole,
+)
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Batch, PerImage
 from poise.support.snapshots import in_backward, snapshot
-
-NumDims = int | Sequence[int] | Tensor
 
 # Faults of training batches that show only in the values. `Balance.doubtful_batches` counts them on
 # the device, because a look at values would wait for the device at every step.
@@ -304,73 +311,11 @@ class Balance(nn.Module, ABC):
         Raises:
             InputError: see `forward`.
         """
-        self._check_data(reconstruction, target, samples)
-        if samples is not None and target.dim() < reconstruction.dim():
-            target = target.unsqueeze(1)
-        difference = at_least_float32(reconstruction) - at_least_float32(target)
-        weights = None
-        if mask is not None:
-            item = reconstruction if samples is None else reconstruction[:, 0]
-            weights = aligned(mask, item).to(difference.dtype)
-            shown = weights if samples is None else weights.unsqueeze(1)
-            # 1, not 0, because |x|^p with p < 1 has no derivative at 0.
-            difference = torch.where(shown > 0, difference, 1.0)
-        error = difference.square() if self.power == 2 else difference.abs().pow(self.power)
-        if weights is not None:
-            error = error * (weights if samples is None else weights.unsqueeze(1))
-        before = (1 if samples is None else 2) + (self.per is not None)
-        num_dims = error.shape[before:].numel()
-        error = error.flatten(before).sum(before) if error.dim() > before else error
-        if weights is None:
-            return error, num_dims
-        kept = 1 if self.per is None else 2
-        times = num_dims // weights.shape[kept:].numel()
-        return error, times * weights.reshape(*weights.shape[:kept], -1).sum(kept)
-
-    def _check_data(self, reconstruction: Tensor, target: Tensor, samples: int | None) -> None:
-        found, wanted = reconstruction.shape, target.shape
-        if samples is not None:
-            one = found[:1] + found[2:]
-            if len(found) < 3 or found[1] != samples or wanted not in (one, found):
-                raise InputError(
-                    f"with samples={samples}, reconstruction must be (n, {samples}, ...) and target "
-                    f"(n, ...) or of the same shape, not {shapes_of(reconstruction, target)}"
-                )
-        elif found != wanted:
-            several = len(found) == len(wanted) + 1
-            hint = "; for K posterior samples per item, (n, K, ...), pass samples=K"
-            raise InputError(f"{shapes_of(reconstruction, target)} differ in shape{hint * several}")
-        if not (reconstruction.is_floating_point() and target.is_floating_point()):
-            raise InputError(
-                "reconstruction and target must be floating point, not "
-                f"{reconstruction.dtype} and {target.dtype}"
-            )
-        if len(wanted) < 2:
-            raise InputError(
-                "reconstruction and target must be (n, ...) with at least two dimensions, not "
-                f"{tuple(wanted)}: for one value per item pass x.unsqueeze(1)"
-            )
-        if target.numel() == 0:
-            raise InputError(f"the batch is empty: target is {tuple(wanted)}; skip it")
-        if samples is None and target.stride(1) == 0 and wanted[1] > 1:
-            raise InputError(
-                f"target {tuple(wanted)} repeats each item along dimension 1: for K posterior "
-                "samples per item pass samples=K; if the repetition is data, pass "
-                "target.contiguous()"
-            )
-        if self.groups is None:
-            return
-        channels = found[1 if samples is None else 2]
-        if self.per is None:
-            raise InputError(
-                f'with groups={self.groups}, forward needs per="channel" in the constructor (a '
-                "group per channel); for other groups pass errors (n, groups) to combine"
-            )
-        if channels != self.groups:
-            raise InputError(
-                f'with per="channel" and groups={self.groups}, dimension 1 of the data must be '
-                f"{self.groups}, not {channels}"
-            )
+        check_data(reconstruction, target, samples, self.groups, self.per)
+        per_group = self.per is not None
+        return summed_errors(
+            reconstruction, target, self.power, per_group=per_group, mask=mask, samples=samples
+        )
 
     @torch.no_grad()
     def _look_at(self, target: Tensor) -> None:
@@ -423,8 +368,8 @@ class Balance(nn.Module, ABC):
         if error is None and num_dims is not None:
             raise InputError("num_dims counts the dimensions of error, but error is None")
         only_nats = error is None
-        error, kl, nll = self._checked_terms(error, kl, nll, samples)
-        dims = torch.zeros_like(error) if only_nats else self._checked_dims(error, num_dims)
+        error, kl, nll = checked_terms(error, kl, nll, samples, self.groups)
+        dims = torch.zeros_like(error) if only_nats else checked_dims(error, num_dims, self.groups)
         self._restore_precision()
         recomputed = self.training and in_backward()
         batch = self._batch_means(error, kl, nll, dims, alone=recomputed or not self.training)
@@ -461,59 +406,6 @@ class Balance(nn.Module, ABC):
             whole = batch.count if isinstance(batch.count, Tensor) else torch.ones_like(mse)
             mse = (batch.error * whole).sum() / whole.sum()
         return LossTerms(loss, reconstruction, batch.kl, mse, nats_of_groups, error_of_groups)
-
-    def _checked_terms(
-        self, error: Tensor | None, kl: Tensor, nll: Tensor | None, samples: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return error, kl and nll, one value per image (and group), in float32 or better."""
-        groups = () if self.groups is None else (self.groups,)
-        several = () if samples is None else (samples,)
-        of_nll = kl.shape + several
-        if (
-            kl.dim() != 1
-            or (error is not None and error.shape != of_nll + groups)
-            or (nll is not None and nll.shape != of_nll)
-        ):
-            given = {"error": error, "kl": kl, "nll": nll}
-            form = "n, samples" if several else "n"
-            raise InputError(
-                "error, kl and nll must be one value per image, not "
-                + ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if v is not None)
-                + f": kl (n,), nll ({form},), error ({form}{', groups' if groups else ','})"
-                + (not several) * "; for K posterior samples per image, (n, K), pass samples=K"
-            )
-        if len(kl) == 0:
-            raise InputError("the batch is empty: kl is (0,); skip it")
-        if error is None:
-            if nll is None:
-                raise InputError("combine needs error, nll or both; both are None")
-            error = nll.new_zeros(kl.shape + groups)
-        elif several:
-            error = at_least_float32(error).mean(1)
-        if nll is not None:
-            nll = at_least_float32(nll)
-            nll = nll.mean(1) if several else nll
-        return at_least_float32(error), at_least_float32(kl), nll
-
-    def _checked_dims(self, error: Tensor, num_dims: NumDims | None) -> int | Tensor:
-        """Return the number of dimensions as a number, or as a tensor that broadcasts."""
-        if isinstance(num_dims, int) and num_dims >= 1:
-            return num_dims
-        if isinstance(num_dims, Tensor):
-            check_device("num_dims", num_dims, error)
-            if broadcasts(num_dims.shape, error.shape):
-                return num_dims.to(error.dtype)
-        elif isinstance(num_dims, Sequence) and len(num_dims) == self.groups and min(num_dims) >= 1:
-            # Made on the device, without a copy from the host.
-            return torch.stack([error.new_full((), dims) for dims in num_dims])
-        form = "tensor (n,)"
-        if self.groups is not None:
-            form = f"{self.groups} of them, or a tensor (groups,), (n, 1) or (n, groups)"
-        given = f"shape {tuple(num_dims.shape)}" if isinstance(num_dims, Tensor) else num_dims
-        raise InputError(
-            f"num_dims must be a whole number >= 1 or {form}, for error {tuple(error.shape)}, "
-            f"not {given}"
-        )
 
     @torch.no_grad()
     def _batch_means(
@@ -691,61 +583,5 @@ def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
     return values if isinstance(factor, float) and factor == 1 else factor * values
 
 
-def shapes_of(reconstruction: Tensor, target: Tensor) -> str:
-    return f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)}"
-
-
-def aligned(mask: Tensor, item: Tensor) -> Tensor:
-    """Return the mask with a dimension of size 1 for each one that it lacks at the end.
-
-    Raises:
-        InputError: the sizes or the device do not agree with those of the data.
-    """
-    check_device("mask", mask, item)
-    widened = mask.reshape(mask.shape + (1,) * (item.dim() - mask.dim()))
-    agrees = len(widened) == len(item) and broadcasts(widened.shape, item.shape)
-    if mask.dim() == 0 or not agrees:
-        raise InputError(
-            f"mask {tuple(mask.shape)} must have the sizes of the data {tuple(item.shape)}, or 1; "
-            "dimensions may lack at the end"
-        )
-    return widened
-
-
-def check_device(name: str, given: Tensor, data: Tensor) -> None:
-    if given.device != data.device:
-        raise InputError(
-            f"{name} is on {given.device}, but the data are on {data.device}: move it there"
-        )
-
-
-def broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:
-    """Return whether a tensor of one shape can be expanded to another."""
-    sizes = zip(reversed(shape), reversed(onto), strict=False)
-    return len(shape) <= len(onto) and all(size in (1, other) for size, other in sizes)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def too_coarse(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
-
-
-def positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise InputError(f"{name} must be a finite number > 0, not {value}")
-    return float(value)
-
-
-def whole(name: str, value: float) -> int:
-    if not (value >= 1 and float(value).is_integer()):
-        raise InputError(f"{name} must be a whole number >= 1, not {value}")
-    return int(value)
-
-
-def checked_decay(decay: float) -> float:
-    if not 0 <= decay < 1:
-        raise InputError(f"decay must be in [0, 1), not {decay}")
-    return decay

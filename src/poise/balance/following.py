@@ -15,10 +15,8 @@ from poise.balance.contract import (
     LARGEST_ERROR,
     Balance,
     BatchMeans,
-    at_least_float32,
-    checked_decay,
-    positive,
 )
+from poise.balance.inputs import at_least_float32, checked_decay, positive
 from poise.errors import InputError
 
 # Default minimum of gamma2, as a share of the first error. Errors of 1e-6 of the data's size are

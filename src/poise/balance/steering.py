@@ -13,10 +13,8 @@ from poise.balance.contract import (
     LARGEST_ERROR,
     Balance,
     BatchMeans,
-    checked_decay,
-    positive,
-    whole,
 )
+from poise.balance.inputs import checked_decay, positive, whole
 from poise.errors import InputError
 
 # A constrained gamma2 stays within this factor of its target error, on both sides.
