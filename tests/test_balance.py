@@ -26,8 +26,15 @@ from poise.balance import (
     ScheduledBalance,
     make_balance,
 )
+from poise.diagnosis import diagnose
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
+from poise.metrics.likelihood import nll_per_image
+from poise.metrics.reconstruction import reconstruction
+from poise.networks import mlp
+from poise.recipes import Stage
+from poise.training import new_state
+from poise.vae import VAE
 
 NUM_DIMS = 48
 
@@ -235,6 +242,20 @@ def test_no_step_waits_for_the_device(spec):
     assert terms.loss.is_meta
     with pytest.raises(RuntimeError):
         bool(terms.loss > 0)
+
+
+def test_no_step_with_groups_and_masks_waits_for_the_device(unchecked):
+    balance = ComputedBalance(groups=3, per="channel").to("meta")
+    x, codes = torch.rand(6, 3, 4, device="meta"), torch.rand(6, 5, device="meta")
+    drawn, mask = x[:, None].expand(6, 2, 3, 4), torch.ones(6, 1, 4, device="meta")
+    assert balance(drawn, x, codes, codes, samples=2, mask=mask).loss.is_meta
+    error, nll = torch.rand(2, 6, 3, device="meta")
+    for num_dims in (4, [1, 2, 3], torch.ones(6, 1, device="meta")):
+        assert balance.combine(error, nll[:, 0], num_dims, nll=nll[:, 1]).loss.is_meta
+    with pytest.raises(InputError, match="num_dims is on cpu"):
+        balance.combine(error, nll[:, 0], torch.ones(3))
+    with pytest.raises(InputError, match="mask is on cpu"):
+        balance(x, x, codes, codes, mask=torch.ones(6, 3))
 
 
 COMPILED = """
@@ -893,6 +914,25 @@ def test_a_mask_that_does_not_fit_is_refused(unchecked):
         with pytest.raises(InputError, match=f"samples={samples}"):
             x = make_batch()[0]
             ComputedBalance()(x, torch.ones(shape), x[:, 0, 0], x[:, 0, 0], samples=samples)
+
+
+def test_figures_and_diagnosis_of_a_balance_with_groups():
+    vae = VAE(*mlp((3, 4, 4), latent_dim=2, hidden=(4,)))
+    images = torch.rand(6, 3, 4, 4)
+    grouped, fixed = of_channels(ComputedBalance, start=0.2), FixedBalance(gamma2=0.2)
+    found, expected = (reconstruction(vae, balance, images) for balance in (grouped, fixed))
+    assert found.elbo_nats == pytest.approx(expected.elbo_nats)
+    assert found.quadratic_share == pytest.approx(expected.quadratic_share)
+    assert found.gamma2 == pytest.approx(0.2)
+    nlls = [nll_per_image(vae, balance, images, samples=4)[0] for balance in (grouped, fixed)]
+    torch.testing.assert_close(*nlls)
+    with pytest.raises(InputError, match="per="):
+        reconstruction(vae, ComputedBalance(groups=3), images)
+    with pytest.raises(InputError, match="training logs one gamma2"):
+        new_state(vae, grouped, Stage(steps=1), torch.device("cpu"))
+    grouped.doubtful_batches[2] = 1
+    notes = diagnose(vae, torch.rand(40, 3, 4, 4), loss=grouped).notes
+    assert any("no observed value" in note for note in notes)
 
 
 # State that survives

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from poise.balance import make_balance
+from poise.balance import ComputedBalance, make_balance
 
 WORLD, STEPS, BATCH, WIDTH = 2, 3, 16, 12
 SHARDS = {"even": (8, 8), "uneven": (5, 11), "ragged": (5, 11)}
@@ -96,6 +96,11 @@ def work(rank: int, specs: list[str], folder: str) -> None:
         together = torch.ones(7)
         dist.all_reduce(together)
         outcome["silent", spec] = bool(together.eq(WORLD).all())
+    alone = [dist.new_group([each]) for each in range(WORLD)][rank]
+    for name, group in (("all", None), ("none", False), ("own", alone)):
+        balance = ComputedBalance(process_group=group)
+        balance.combine(torch.tensor([0.01 if rank == 0 else 1.0]), torch.zeros(1), 1)
+        outcome[name] = balance.gamma2
     dist.barrier()
     torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -135,3 +140,9 @@ def check(spec: str, shards: str, ranks: list[dict]) -> None:
 
 def test_evaluation_mode_does_not_communicate(spec, ranks):
     assert [rank["silent", spec] for rank in ranks] == [True, True]
+
+
+def test_unrelated_models_on_two_ranks_keep_their_own_gamma2(ranks):
+    """Former defect: errors of 0.01 and 1.0 gave 0.505 to both."""
+    for name, expected in {"all": (0.505, 0.505), "none": (0.01, 1.0), "own": (0.01, 1.0)}.items():
+        assert [float(rank[name]) for rank in ranks] == pytest.approx(expected)

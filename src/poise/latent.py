@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.shapes import Latents, PerImage, PerLatent, Values
+from poise.shapes import Batch, Latents, PerImage, PerLatent
 
 ACTIVE_VARIANCE = 0.01  # a latent is active if Var_x(mu) > 0.01 (Burda et al. 2016, section 5.1)
 
@@ -42,11 +42,11 @@ class DiagonalGaussian:
         return len(self.mean)
 
     @property
-    def std(self) -> Values:
+    def std(self) -> Batch:
         """Return the standard deviation of each latent, like `mean`."""
         return (0.5 * self.logvar).exp()
 
-    def sample(self, noise: Values) -> Values:
+    def sample(self, noise: Batch) -> Batch:
         """Return latents mean + std * noise, like `mean`.
 
         Args:
@@ -59,7 +59,7 @@ class DiagonalGaussian:
         return gaussian_kl(self.mean, self.logvar)
 
 
-def gaussian_kl(mean: Values, logvar: Values) -> PerImage:
+def gaussian_kl(mean: Batch, logvar: Batch) -> PerImage:
     """Return KL(N(mean, exp(logvar)) || N(0, I)) of each image, summed over latents, in nats.
 
     Computed in float32 or better.

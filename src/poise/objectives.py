@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance, LossTerms
-from poise.balance.contract import at_least_float32
+from poise.balance.inputs import at_least_float32
 from poise.errors import InputError
 from poise.shapes import Latents, PerImage, Scalar, Values
 from poise.support.specs import make_named

@@ -74,8 +74,9 @@ ranks on shards equal one process on their union. Evaluation mode never communic
 Gradient checkpointing runs a forward twice. The second run, inside backward, finds the state that
 the first one used, and changes nothing.
 
-Reading order: `contract` (base class of all balances), `following` (gamma2 follows the error),
-`steering` (the balance is constant, scheduled or controlled), `named` (balances by name).
+Reading order: `contract` (base class of all balances), `inputs` (its checks and sums of errors),
+`following` (gamma2 follows the error), `steering` (the balance is constant, scheduled or
+controlled), `named` (balances by name).
 """
 
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood

@@ -12,12 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from poise.balance.inputs import (
+    NumDims,
+    check_data,
+    checked_dims,
+    checked_terms,
+    positive,
+    summed_errors,
+    whole,
+)
 from poise.errors import InputError
 from poise.latent import gaussian_kl
-from poise.shapes import PerImage, Values
+from poise.shapes import Batch, PerImage
 from poise.support.snapshots import in_backward, snapshot
-
-NumDims = int | Sequence[int] | Tensor
 
 # Faults of training batches that show only in the values. `Balance.doubtful_batches` counts them on
 # the device, because a look at values would wait for the device at every step.
@@ -224,7 +231,7 @@ class Balance(nn.Module, ABC):
         """Return gamma2 and kl_weight for this batch."""
 
     @abstractmethod
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         """Return the new values of the buffers after this batch, by name.
 
         Args:
@@ -234,18 +241,18 @@ class Balance(nn.Module, ABC):
 
     def forward(
         self,
-        reconstruction: Values,
-        target: Values,
-        mean: Values,
-        logvar: Values,
+        reconstruction: Batch,
+        target: Batch,
+        mean: Batch,
+        logvar: Batch,
         *,
         mask: Tensor | None = None,
         samples: int | None = None,
     ) -> LossTerms:
         """Return the loss of a batch for a Gaussian posterior and the error |x - x^|^power.
 
-        Pass `mask` if the data have padding or missing values. Otherwise these count as data, and
-        gamma2 is wrong even if they are zero in both arguments.
+        Pass `mask` if the data have padding or missing values. Otherwise these count as data. Zeros
+        in both arguments count as perfect reconstructions, and gamma2 is too small.
 
         Args:
             reconstruction, target: (n, ...), of the same shape, floating point. Any range; images
@@ -283,12 +290,12 @@ class Balance(nn.Module, ABC):
 
     def errors(
         self,
-        reconstruction: Values,
-        target: Values,
+        reconstruction: Batch,
+        target: Batch,
         *,
         mask: Tensor | None = None,
         samples: int | None = None,
-    ) -> tuple[Values, int | Tensor]:
+    ) -> tuple[Batch, int | Tensor]:
         """Return the error |x - x^|^power of each image and the number of its dimensions.
 
         They are the first and third argument of `combine`. Computed in float32 or better.
@@ -304,103 +311,36 @@ class Balance(nn.Module, ABC):
         Raises:
             InputError: see `forward`.
         """
-        self._check_data(reconstruction, target, samples)
-        if samples is not None and target.dim() < reconstruction.dim():
-            target = target.unsqueeze(1)
-        difference = at_least_float32(reconstruction) - at_least_float32(target)
-        weights = None
-        if mask is not None:
-            item = reconstruction if samples is None else reconstruction[:, 0]
-            weights = aligned(mask, item).to(difference.dtype)
-            shown = weights if samples is None else weights.unsqueeze(1)
-            # 1, not 0, because |x|^p with p < 1 has no derivative at 0.
-            difference = torch.where(shown > 0, difference, 1.0)
-        error = difference.square() if self.power == 2 else difference.abs().pow(self.power)
-        if weights is not None:
-            error = error * (weights if samples is None else weights.unsqueeze(1))
-        before = (1 if samples is None else 2) + (self.per is not None)
-        num_dims = error.shape[before:].numel()
-        error = error.flatten(before).sum(before) if error.dim() > before else error
-        if weights is None:
-            return error, num_dims
-        kept = 1 if self.per is None else 2
-        times = num_dims // weights.shape[kept:].numel()
-        return error, times * weights.reshape(*weights.shape[:kept], -1).sum(kept)
-
-    def _check_data(self, reconstruction: Tensor, target: Tensor, samples: int | None) -> None:
-        given = f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)}"
-        several = reconstruction.dim() == target.dim() + 1
-        if not (reconstruction.is_floating_point() and target.is_floating_point()):
-            raise InputError(
-                "reconstruction and target must be floating point, not "
-                f"{reconstruction.dtype} and {target.dtype}"
-            )
-        if samples is None:
-            if reconstruction.shape != target.shape:
-                raise InputError(
-                    f"{given} differ in shape"
-                    + several * "; for K posterior samples per item, (n, K, ...), pass samples=K"
-                )
-            if target.dim() > 1 and target.shape[1] > 1 and target.stride(1) == 0:
-                raise InputError(
-                    f"target {tuple(target.shape)} repeats each item along dimension 1: for K "
-                    "posterior samples per item pass samples=K; if the repetition is data, "
-                    "pass target.contiguous()"
-                )
-        else:
-            one = reconstruction.shape[:1] + reconstruction.shape[2:]
-            if (
-                reconstruction.dim() < 3
-                or reconstruction.shape[1] != samples
-                or target.shape not in (one, reconstruction.shape)
-            ):
-                raise InputError(
-                    f"with samples={samples}, reconstruction must be (n, {samples}, ...) and target "
-                    f"(n, ...) or of the same shape, not {given}"
-                )
-        if target.dim() < 2:
-            raise InputError(
-                f"reconstruction and target must be (n, ...) with at least two dimensions, not "
-                f"{tuple(target.shape)}: for one value per item pass x.unsqueeze(1)"
-            )
-        if target.numel() == 0:
-            raise InputError(f"the batch is empty: target is {tuple(target.shape)}; skip it")
-        if self.groups is None:
-            return
-        channels = reconstruction.shape[1 if samples is None else 2]
-        if self.per is None:
-            raise InputError(
-                f'with groups={self.groups}, forward needs per="channel" in the constructor (a '
-                "group per channel); for other groups pass errors (n, groups) to combine"
-            )
-        if channels != self.groups:
-            raise InputError(
-                f'with per="channel" and groups={self.groups}, dimension 1 of the data must be '
-                f"{self.groups}, not {channels}"
-            )
+        check_data(reconstruction, target, samples, self.groups, self.per)
+        per_group = self.per is not None
+        return summed_errors(
+            reconstruction, target, self.power, per_group=per_group, mask=mask, samples=samples
+        )
 
     @torch.no_grad()
     def _look_at(self, target: Tensor) -> None:
         """Count a first batch of 0 and 1 only. Only the first, because it reads all values."""
         self._data_checked = True
         binary = ((target == 0) | (target == 1)).all() & (target.amin() < target.amax())
-        self.doubtful_batches[list(FAULTS).index("binary")] += binary
+        self.doubtful_batches[list(FAULTS).index("binary")].add_(binary)
 
     def combine(
         self,
-        error: Values | None,
+        error: Batch | None,
         kl: PerImage,
         num_dims: NumDims | None = None,
         *,
-        nll: Values | None = None,
+        nll: Batch | None = None,
         samples: int | None = None,
     ) -> LossTerms:
         """Return the loss of a batch, given the error and KL of each image.
 
-        Use it for a posterior or likelihood that `forward` does not know. In training mode it
-        updates the state. `error` is what gamma2 weighs; a negative log-likelihood in nats, such as
-        a cross-entropy, is `nll`. Leave padding and missing values out of `error` *and* `num_dims`:
-        zeros would count as perfect reconstructions.
+        Leave padding and missing values out of `error` *and* `num_dims`. Zeros in padding would
+        count as perfect reconstructions, and gamma2 would be too small.
+
+        Use it for a posterior or likelihood that `forward` does not know. `error` is what gamma2
+        weighs. A negative log-likelihood in nats, such as a cross-entropy, is `nll`. In training
+        mode it updates the state.
 
         Args:
             error: (n,), the error |x - x^|^power of each image, summed over its dimensions; with
@@ -428,8 +368,8 @@ class Balance(nn.Module, ABC):
         if error is None and num_dims is not None:
             raise InputError("num_dims counts the dimensions of error, but error is None")
         only_nats = error is None
-        error, kl, nll = self._checked_terms(error, kl, nll, samples)
-        dims = torch.zeros_like(error) if only_nats else self._checked_dims(error, num_dims)
+        error, kl, nll = checked_terms(error, kl, nll, samples, self.groups)
+        dims = torch.zeros_like(error) if only_nats else checked_dims(error, num_dims, self.groups)
         self._restore_precision()
         recomputed = self.training and in_backward()
         batch = self._batch_means(error, kl, nll, dims, alone=recomputed or not self.training)
@@ -444,8 +384,8 @@ class Balance(nn.Module, ABC):
             if not only_nats:
                 self._count_faults(error, dims)
             if not torch.compiler.is_compiling():
-                step = Remembered(batch.sums, gamma2.detach(), kl_weight, batch.share)
-                self._steps.append(step)
+                used = gamma2.detach() if gamma2.requires_grad else gamma2
+                self._steps.append(Remembered(batch.sums, used, kl_weight, batch.share))
         scale, log_scale = scale_and_nats(gamma2, self.power)
         normaliser = dims * log_scale
         nats = error / scale + normaliser
@@ -466,58 +406,6 @@ class Balance(nn.Module, ABC):
             whole = batch.count if isinstance(batch.count, Tensor) else torch.ones_like(mse)
             mse = (batch.error * whole).sum() / whole.sum()
         return LossTerms(loss, reconstruction, batch.kl, mse, nats_of_groups, error_of_groups)
-
-    def _checked_terms(
-        self, error: Tensor | None, kl: Tensor, nll: Tensor | None, samples: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return error, kl and nll, one value per image (and group), in float32 or better."""
-        groups = () if self.groups is None else (self.groups,)
-        several = () if samples is None else (samples,)
-        expected = {"error": (*kl.shape, *several, *groups), "nll": (*kl.shape, *several)}
-        given = {
-            name: tuple(v.shape) for name, v in (("error", error), ("nll", nll)) if v is not None
-        }
-        if kl.dim() != 1 or any(shape != expected[name] for name, shape in given.items()):
-            form = "n, samples" if several else "n"
-            raise InputError(
-                "error, kl and nll must be one value per image, not "
-                + ", ".join(
-                    f"{name} {shape}" for name, shape in {**given, "kl": tuple(kl.shape)}.items()
-                )
-                + f": kl (n,), nll ({form},), error ({form}{', groups' if groups else ','})"
-                + (not several) * "; for K posterior samples per image, (n, K), pass samples=K"
-            )
-        if len(kl) == 0:
-            raise InputError("the batch is empty: kl is (0,); skip it")
-        if error is None:
-            if nll is None:
-                raise InputError("combine needs error, nll or both; both are None")
-            error = nll.new_zeros(kl.shape + groups)
-        elif several:
-            error = at_least_float32(error).mean(1)
-        if nll is not None:
-            nll = at_least_float32(nll)
-            nll = nll.mean(1) if several else nll
-        return at_least_float32(error), at_least_float32(kl), nll
-
-    def _checked_dims(self, error: Tensor, num_dims: NumDims | None) -> int | Tensor:
-        """Return the number of dimensions as a number, or as a tensor that broadcasts."""
-        if isinstance(num_dims, int) and num_dims >= 1:
-            return num_dims
-        if isinstance(num_dims, Tensor):
-            if broadcasts(num_dims.shape, error.shape):
-                return num_dims.to(error.dtype)
-        elif isinstance(num_dims, Sequence) and len(num_dims) == self.groups and min(num_dims) >= 1:
-            # Made on the device, without a copy from the host.
-            return torch.stack([error.new_full((), dims) for dims in num_dims])
-        form = "tensor (n,)"
-        if self.groups is not None:
-            form = f"{self.groups} of them, or a tensor (groups,), (n, 1) or (n, groups)"
-        given = f"shape {tuple(num_dims.shape)}" if isinstance(num_dims, Tensor) else num_dims
-        raise InputError(
-            f"num_dims must be a whole number >= 1 or {form}, for error {tuple(error.shape)}, "
-            f"not {given}"
-        )
 
     @torch.no_grad()
     def _batch_means(
@@ -553,28 +441,28 @@ class Balance(nn.Module, ABC):
 
     @torch.no_grad()
     def _update_state(self, batch: BatchMeans, gamma2: Tensor) -> None:
-        finite = torch.isfinite(batch.error + batch.kl)
-        if batch.nll is not None:
-            finite = finite & torch.isfinite(batch.nll)
+        total = batch.error + batch.kl if batch.nll is None else batch.error + batch.kl + batch.nll
+        finite = total - total == 0  # half the cost of isfinite
         if self.groups is not None:
             finite = finite.all()
         usable = finite
         if self.needs_error and isinstance(batch.count, Tensor):
             usable = finite & (batch.count > 0)
         for name, value in self._next_state(batch, gamma2).items():
-            buffer = getattr(self, name)
-            buffer.copy_(torch.where(usable, value, buffer))
+            buffer = self._buffers[name]
+            assert buffer is not None
+            torch.where(usable, value.to(buffer.dtype), buffer, out=buffer)
         self.nonfinite_batches += ~finite
 
     @torch.no_grad()
     def _count_faults(self, error: Tensor, dims: int | Tensor) -> None:
         if isinstance(dims, int):
-            self.doubtful_batches[0] += (error < 0).any()
+            self.doubtful_batches[0].add_((error < 0).any())
             return
         dims = dims.expand(error.shape)
         unobserved = (dims < 0) | ((dims == 0) & (error != 0))
         found = [(error < 0).any(), unobserved.any(), (dims == 0).all()]
-        self.doubtful_batches[:3] += torch.stack(found)
+        self.doubtful_batches[:3].add_(torch.stack(found))
 
     def _recall(
         self, batch: BatchMeans, gamma2: Tensor, kl_weight: Tensor | float
@@ -597,8 +485,7 @@ class Balance(nn.Module, ABC):
         def recalled(values: list[Any]) -> Any:
             return torch.stack(values)[index] if isinstance(values[0], Tensor) else values[0]
 
-        of_parameter = gamma2.requires_grad  # only the optimizer updates it
-        if not of_parameter:
+        if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
             gamma2 = recalled([step.gamma2 for step in self._steps])
         kl_weight = recalled([step.kl_weight for step in self._steps])
         return gamma2, kl_weight, recalled([step.share for step in self._steps])
@@ -621,6 +508,7 @@ class Balance(nn.Module, ABC):
             moved = fn(tensor)
             return tensor.to(moved.device) if too_coarse(moved) else moved
 
+        self._steps.clear()  # they are on the earlier device
         return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(
@@ -695,49 +583,5 @@ def scaled(factor: Tensor | float, values: Tensor) -> Tensor:
     return values if isinstance(factor, float) and factor == 1 else factor * values
 
 
-def aligned(mask: Tensor, item: Tensor) -> Tensor:
-    """Return the mask with a dimension of size 1 for each one that it lacks at the end.
-
-    Raises:
-        InputError: the sizes do not agree with those of the data.
-    """
-    widened = mask.reshape(mask.shape + (1,) * (item.dim() - mask.dim()))
-    agrees = len(widened) == len(item) and broadcasts(widened.shape, item.shape)
-    if mask.dim() == 0 or not agrees:
-        raise InputError(
-            f"mask {tuple(mask.shape)} must have the sizes of the data {tuple(item.shape)}, or 1; "
-            "dimensions may lack at the end"
-        )
-    return widened
-
-
-def broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:
-    """Return whether a tensor of one shape can be expanded to another."""
-    sizes = zip(reversed(shape), reversed(onto), strict=False)
-    return len(shape) <= len(onto) and all(size in (1, other) for size, other in sizes)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def too_coarse(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
-
-
-def positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise InputError(f"{name} must be a finite number > 0, not {value}")
-    return float(value)
-
-
-def whole(name: str, value: float) -> int:
-    if not (value >= 1 and float(value).is_integer()):
-        raise InputError(f"{name} must be a whole number >= 1, not {value}")
-    return int(value)
-
-
-def checked_decay(decay: float) -> float:
-    if not 0 <= decay < 1:
-        raise InputError(f"decay must be in [0, 1), not {decay}")
-    return decay

@@ -15,10 +15,8 @@ from poise.balance.contract import (
     LARGEST_ERROR,
     Balance,
     BatchMeans,
-    at_least_float32,
-    checked_decay,
-    positive,
 )
+from poise.balance.inputs import at_least_float32, checked_decay, positive
 from poise.errors import InputError
 
 # Default minimum of gamma2, as a share of the first error. Errors of 1e-6 of the data's size are
@@ -62,21 +60,26 @@ class AveragingBalance(FollowingBalance, ABC):
     decay: float
     count: Tensor
 
+    # Whether the first batch is its own gamma2.
+    _from_data: bool = True
+
     def _own_error(self, batch: BatchMeans) -> Tensor:
         """Return the error of the batch as its own gamma2, as long as no earlier one is known."""
         return batch.error.clamp_min(SMALLEST if self.floor is None else self.floor)
 
     def _next_average(
         self, batch: BatchMeans, gamma2: Tensor, weight: Tensor
-    ) -> tuple[dict[str, Tensor | float], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the new gamma2, count and reference, and the new weight."""
-        reference = self._first_error(batch)
-        capped = torch.minimum(batch.error, LARGEST_ERROR * gamma2)
-        error = torch.where(self.reference > 0, capped, batch.error)
+        known = self.reference > 0
+        reference = torch.where(known, self.reference, batch.error)
+        error = torch.minimum(batch.error, LARGEST_ERROR * gamma2)
+        if not self._from_data:  # the start says nothing about the data
+            error = torch.where(known, error, batch.error)
         count = batch.count
         if not isinstance(count, Tensor):
             count = torch.full_like(self.count, count)
-        earlier = weight * torch.where(self.count > 0, self.count / count, 1.0)
+        earlier = weight * (torch.where(self.count > 0, self.count, count) / count)
         weight = self.decay * earlier + (1 - self.decay)
         share = (1 - self.decay) / weight
         average = self._at_least_floor((1 - share) * gamma2 + share * error, reference)
@@ -201,7 +204,7 @@ class ComputedBalance(AveragingBalance):
             gamma2 = torch.where(self.reference > 0, gamma2, self._own_error(batch))
         return gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         state, weight = self._next_average(batch, gamma2, self.weight)
         if self.monotone:
             state["gamma2"] = torch.minimum(gamma2, state["gamma2"])
@@ -315,7 +318,7 @@ class LearnedBalance(FollowingBalance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self._gamma2(self.scaled_log_gamma), self.kl_weight
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         return {"reference": self._first_error(batch)}
 
 
@@ -391,7 +394,7 @@ class OptimalBalance(AveragingBalance):
     def _average_so_far(self, batch: BatchMeans) -> Tensor:
         return torch.where(self.reference > 0, self.gamma2, self._own_error(batch))
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         state, weight = self._next_average(batch, self._average_so_far(batch), self.followed)
         return state | {"followed": weight}
 

@@ -13,10 +13,8 @@ from poise.balance.contract import (
     LARGEST_ERROR,
     Balance,
     BatchMeans,
-    checked_decay,
-    positive,
-    whole,
 )
+from poise.balance.inputs import checked_decay, positive, whole
 from poise.errors import InputError
 
 # A constrained gamma2 stays within this factor of its target error, on both sides.
@@ -66,7 +64,7 @@ class FixedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         return {}
 
 
@@ -123,7 +121,7 @@ class ScheduledBalance(Balance):
         fraction = (phase / self.ramp_steps).clamp(max=1.0)
         return self.gamma2, self.start + (self.kl_weight - self.start) * fraction
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         return {"step": self.step + 1}
 
 
@@ -184,13 +182,13 @@ class ConstrainedBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         previous = torch.where(self.started > 0, self.error_average, batch.error)
         error = torch.minimum(batch.error, LARGEST_ERROR * previous)
         average = (self.decay * previous + (1 - self.decay) * error).clamp_min(self._least)
         constraint = (average / self.target_mse - 1).clamp(-1, 1)
         gamma2 = (gamma2 * (-self.rate * constraint).exp()).clamp(self._least, self._most)
-        return {"gamma2": gamma2, "error_average": average, "started": 1.0}
+        return {"gamma2": gamma2, "error_average": average, "started": torch.ones_like(average)}
 
 
 @final
@@ -249,7 +247,7 @@ class ControlledBalance(Balance):
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
         return self.gamma2, self.weight
 
-    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         missing = self.target_kl - batch.kl
         integral = (self.integral - self.ki * missing).clamp(self.least, self.most)
         weight = self.kp * torch.sigmoid(-missing) + integral

@@ -26,7 +26,7 @@ from poise.balance import Balance, negative_log_likelihood
 from poise.data.decoding import PixelMoments
 from poise.errors import InputError
 from poise.metrics.encoding import encoded
-from poise.shapes import Images, PerImage, Values
+from poise.shapes import Batch, Images, PerImage, Values
 from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
@@ -153,7 +153,7 @@ def summed_error(difference: Values, power: float) -> PerImage:
     return in_float64(difference).abs().pow(power).flatten(1).sum(1)
 
 
-def grouped_error(difference: Values, balance: Balance) -> Values:
+def grouped_error(difference: Batch, balance: Balance) -> Batch:
     """Return the error of each image under a balance, (n,), or with groups (n, groups).
 
     Raises:
