@@ -279,7 +279,7 @@ def cross_entropy(path: Path, seed: int, steps: int | None) -> dict[str, dict[st
         torch.manual_seed(seed)
         vae = poise.VAE(*poise.networks.mlp(784, latent_dim=32, output="linear"))
         balance = ComputedBalance()
-        for chosen in batches(vae, len(images), steps or 10 * len(images) // BATCH):
+        for chosen in batches(vae, len(images), steps or 5 * len(images) // BATCH):
             nats, kl = bernoulli(vae, images[chosen])
             if name == AS_NATS:
                 balance.combine(None, kl, nll=nats).loss.backward()
