@@ -20,6 +20,8 @@ values are tuned by hand:
 - "weight of the second error, fixed": the best of the previous grid, with a factor from 0.01 to
   100 on the error of the second group (not for the table).
 
+Early stopping on validation rows prevents overfitting, by the same rule for all.
+
 Held-out ELBO. A fixed weight says nothing about the variances of the decoder. So every trained
 model gets the variances that are best for its training errors: gamma2 of a group is its sum of
 errors over its sum of dimensions, on the training rows, with sampled latents. The ELBO of the test
@@ -34,6 +36,7 @@ The tasks take about 10 minutes of one core, MNIST another 5.
 """
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -63,6 +66,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     OF_ERRORS: (0.01, 0.05, 0.2, 1, 5, 20, 100),
 }
 DRAWS = 16  # latents per row in the ELBO
+CHECKED = 100  # steps between checks of the validation ELBO
 BATCH = 100
 
 
@@ -71,8 +75,9 @@ class Task:
     """Rows of a task, and their errors.
 
     Attributes:
-        rows, test: (n, width), the values, and 0 where a value is not observed.
-        observed, test_observed: (n, width), 1 where a value is observed and 0 elsewhere.
+        rows, validation, test: (n, width), the values, and 0 where a value is not observed.
+        observed, validation_observed, test_observed: (n, width), 1 where a value is observed and 0
+            elsewhere.
         errors: function of reconstruction, rows and observed. It returns the squared errors,
             (n, groups), and their numbers of dimensions, (n, groups).
         groups: number of groups.
@@ -81,6 +86,8 @@ class Task:
 
     rows: Tensor
     observed: Tensor
+    validation: Tensor
+    validation_observed: Tensor
     test: Tensor
     test_observed: Tensor
     errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -111,9 +118,8 @@ def sequences(seed: int) -> Task:
     def errors(reconstruction: Tensor, rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         return (seen * (reconstruction - rows).square()) @ parts, seen @ parts
 
-    values, seen = (values * observed).flatten(1), observed.flatten(1)
     return Task(
-        *(values[:5_000], seen[:5_000], values[5_000:], seen[5_000:]),
+        *parts_of((values * observed).flatten(1), observed.flatten(1), seed),
         errors,
         groups=2,
         latents=8,
@@ -136,9 +142,8 @@ def images(seed: int) -> Task:
         numbers = torch.tensor([64.0, distances.shape[1]]).expand(len(rows), 2)
         return torch.stack([pixels, distances.sum(1)], 1), numbers
 
-    rows, test = split(digits, seed, held_out=360)
     return Task(
-        *(rows, torch.ones_like(rows), test, torch.ones_like(test)),
+        *parts_of(digits, torch.ones_like(digits), seed),
         errors,
         groups=2,
         latents=16,
@@ -152,9 +157,8 @@ def table(seed: int) -> Task:
     values = torch.from_numpy(load_breast_cancer(return_X_y=True)[0])
     values = ((values - values.mean(0)) / values.std(0, correction=0)).float()
 
-    rows, test = split(values, seed, held_out=114)
     return Task(
-        *(rows, torch.ones_like(rows), test, torch.ones_like(test)),
+        *parts_of(values, torch.ones_like(values), seed),
         errors=lambda reconstruction, rows, seen: ((reconstruction - rows).square(), seen),
         groups=30,
         latents=6,
@@ -166,9 +170,12 @@ def table(seed: int) -> Task:
 TASKS: dict[str, Callable[[int], Task]] = {"sequences": sequences, "images": images, "table": table}
 
 
-def split(values: Tensor, seed: int, held_out: int) -> tuple[Tensor, Tensor]:
+def parts_of(values: Tensor, observed: Tensor, seed: int) -> list[Tensor]:
+    """Return values and observed of random training, validation and test rows: 64, 16 and 20 %."""
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
-    return values[order[held_out:]], values[order[:held_out]]
+    validation, test = int(0.64 * len(values)), int(0.8 * len(values))
+    chosen = (order[:validation], order[validation:test], order[test:])
+    return [tensor[rows] for rows in chosen for tensor in (values, observed)]
 
 
 def network(task: Task) -> poise.VAE:
@@ -180,18 +187,25 @@ def network(task: Task) -> poise.VAE:
 
 
 def train(task: Task, balance: Balance, seed: int) -> poise.VAE:
-    """Train a VAE with Adam and a cosine schedule to zero.
+    """Train a VAE with Adam, a cosine schedule to zero, and early stopping.
 
-    `seed` draws the initial weights, the order and the noise.
+    The network of the highest validation ELBO is returned. `seed` draws the initial weights, the
+    order and the noise.
     """
     torch.manual_seed(seed)
     vae = network(task)
-    for chosen in batches(vae, len(task.rows), task.steps):
+    best, kept = -math.inf, vae.state_dict()
+    for step, chosen in enumerate(batches(vae, len(task.rows), task.steps), start=1):
         rows, observed = task.rows[chosen], task.observed[chosen]
         posterior = vae.encode(torch.cat([rows, observed], 1))
         reconstruction = vae.decode(posterior.sample(torch.randn_like(posterior.mean)))
         error, num_dims = task.errors(reconstruction, rows, observed)
         balance.combine(error, posterior.kl(), num_dims).loss.backward()
+        if step % CHECKED == 0:
+            reached = held_out(task, vae, task.validation, task.validation_observed, draws=2)
+            if reached["elbo"] > best:
+                best, kept = reached["elbo"], copy.deepcopy(vae.state_dict())
+    vae.load_state_dict(kept)
     return vae
 
 
@@ -206,30 +220,34 @@ def batches(vae: poise.VAE, rows: int, steps: int) -> Iterator[Tensor]:
         schedule.step()
 
 
-@torch.no_grad()
-def sums(task: Task, vae: poise.VAE, rows: Tensor, observed: Tensor) -> tuple[Tensor, ...]:
-    """Return the mean errors over draws, their dimensions, and the KL, summed over rows."""
-    torch.manual_seed(0)
-    posterior = vae.encode(torch.cat([rows, observed], 1))
-    drawn = [
-        task.errors(vae.decode(posterior.sample(torch.randn_like(posterior.mean))), rows, observed)
-        for _ in range(DRAWS)
-    ]
-    error = torch.stack([error for error, _ in drawn]).mean(0).double().sum(0)
-    return error, drawn[0][1].double().sum(0), posterior.kl().double().sum()
-
-
-def held_out(task: Task, vae: poise.VAE) -> dict[str, Any]:
-    """Return the ELBO of the test rows in nats per dimension, and its parts."""
-    error, num_dims, _ = sums(task, vae, task.rows, task.observed)
+def held_out(
+    task: Task, vae: poise.VAE, rows: Tensor, observed: Tensor, draws: int = DRAWS
+) -> dict[str, Any]:
+    """Return the ELBO of rows that were not trained on in nats per dimension, and its parts."""
+    error, num_dims, _ = sums(task, vae, task.rows, task.observed, draws)
     gamma2 = error / num_dims
-    error, num_dims, kl = sums(task, vae, task.test, task.test_observed)
-    fitted = (error / (2 * gamma2) + num_dims / 2 * (2 * math.pi * gamma2).log()).sum()
+    error, num_dims, kl = sums(task, vae, rows, observed, draws)
+    nats = (error / (2 * gamma2) + num_dims / 2 * (2 * math.pi * gamma2).log()).sum()
     return {
-        "elbo": round(float(-(fitted + kl) / num_dims.sum()), 4),
+        "elbo": round(float(-(nats + kl) / num_dims.sum()), 4),
         "kl": round(float(kl / num_dims.sum()), 4),
         "gamma2": [float(f"{value:.4g}") for value in gamma2],
     }
+
+
+@torch.no_grad()
+def sums(
+    task: Task, vae: poise.VAE, rows: Tensor, observed: Tensor, draws: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the errors, averaged over draws, their dimensions and the KL, summed over rows."""
+    source = torch.Generator().manual_seed(0)
+    posterior = vae.encode(torch.cat([rows, observed], 1))
+    error, num_dims = torch.zeros(()), torch.zeros(())
+    for _ in range(draws):
+        noise = torch.randn(posterior.mean.shape, generator=source)
+        drawn, num_dims = task.errors(vae.decode(posterior.sample(noise)), rows, observed)
+        error = error + drawn.double().sum(0) / draws
+    return error, num_dims.double().sum(0), posterior.kl().double().sum()
 
 
 def measured(task: Task, seed: int) -> dict[str, dict[str, Any]]:
@@ -237,13 +255,13 @@ def measured(task: Task, seed: int) -> dict[str, dict[str, Any]]:
 
     def computed(kl_weight: float) -> dict[str, Any]:
         balance = ComputedBalance(groups=task.groups, kl_weight=kl_weight)
-        return held_out(task, train(task, balance, seed))
+        return held_out(task, train(task, balance, seed), task.test, task.test_observed)
 
     def fixed(kl_weight: float, second: float = 1.0) -> dict[str, Any]:
         # Error / (2 gamma2) + KL is, but for a factor, weight * error / 2 + kl_weight * KL.
         weights = [1.0, second] if task.groups == 2 else [1.0] * task.groups
         balance = FixedBalance(gamma2=[kl_weight / weight for weight in weights])
-        return held_out(task, train(task, balance, seed))
+        return held_out(task, train(task, balance, seed), task.test, task.test_observed)
 
     found = {
         OF_COMPUTED: {f"{w:g}": computed(w) for w in GRIDS[OF_COMPUTED]},

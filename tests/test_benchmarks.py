@@ -163,9 +163,11 @@ def test_the_computed_balance_is_compared_with_weights_tuned_by_hand(monkeypatch
     # The decoder returns 0 and the posterior is the prior: rows are independent normal columns.
     normal = torch.distributions.Normal(0.0, task.rows.square().mean(0).sqrt())
     density = float(normal.log_prob(task.test).mean())
-    assert groups.held_out(task, vae)["elbo"] == pytest.approx(density, abs=1e-4)
+    assert groups.held_out(task, vae, task.test, task.test_observed)["elbo"] == pytest.approx(
+        density, abs=1e-4
+    )
 
-    monkeypatch.setattr(groups, "DRAWS", 1)
+    monkeypatch.setattr(groups, "CHECKED", 1)
     found = groups.measured(task, seed=0)
     assert [len(grid) for grid in found.values()] == [7, 7]
     assert groups.OF_COMPUTED in groups.tables({"tasks": {"table": [found, found]}})
