@@ -469,26 +469,27 @@ class Balance(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Return gamma2, kl_weight and share of the step that is recomputed.
 
-        It is the remembered step with the nearest sums, found without a look at values.
+        It is the remembered step with the nearest sums, the last of equal ones, found without a
+        look at values.
         """
-        if not self._steps:
+        steps = list(reversed(self._steps))
+        if not steps:
             return gamma2, kl_weight, batch.share
         apart = [
-            sum(
-                (mine - other).abs().sum()
-                for mine, other in zip(batch.sums, step.sums, strict=True)
-            )
-            for step in self._steps
+            (batch.sums[0] - step.sums[0]).abs().sum() + (batch.sums[1] - step.sums[1]).abs()
+            for step in steps
         ]
-        index = torch.stack(apart).argmin()
+        index = torch.stack(apart).argmin(0, keepdim=True)
 
         def recalled(values: list[Any]) -> Any:
-            return torch.stack(values)[index] if isinstance(values[0], Tensor) else values[0]
+            if not isinstance(values[0], Tensor):
+                return values[0]
+            return torch.stack(values).index_select(0, index).squeeze(0)  # [index] would wait
 
         if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
-            gamma2 = recalled([step.gamma2 for step in self._steps])
-        kl_weight = recalled([step.kl_weight for step in self._steps])
-        return gamma2, kl_weight, recalled([step.share for step in self._steps])
+            gamma2 = recalled([step.gamma2 for step in steps])
+        kl_weight = recalled([step.kl_weight for step in steps])
+        return gamma2, kl_weight, recalled([step.share for step in steps])
 
     def _restore_precision(self) -> None:
         """Make buffers float32 again after something converted them in place, as FSDP1 does."""
