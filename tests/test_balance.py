@@ -947,14 +947,16 @@ def test_weight_averaging_takes_the_state_with_it(spec):
         torch.optim.swa_utils.AveragedModel(balance, use_buffers=True, multi_avg_fn=how)
         for how in (None, torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     ]
-    for _ in range(4):
-        train(balance, range(1))
+    path = []
+    for seed in range(4):
+        train(balance, range(seed, seed + 1))
+        path.append(float(balance.gamma2))
         for average in averages:
             average.update_parameters(balance)
     for average in averages:
-        terms = average.module.eval()(*make_batch())
-        torch.testing.assert_close(terms, balance.eval()(*make_batch()), rtol=1, atol=1)
-        assert average.module.gamma2.dtype == torch.float32
+        gamma2 = float(average.module.gamma2)
+        assert min(path) * 0.999 <= gamma2 <= max(path) * 1.001
+        assert average.module.eval()(*make_batch()).loss.isfinite()
 
 
 def test_a_state_without_storage_is_reset_to_its_start(spec):
