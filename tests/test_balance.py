@@ -353,7 +353,9 @@ def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, mo
         moment = decay * moment + (1 - decay) * min(error, 100 * expected)
         least = min(least, moment / (1 - decay**t))
         if not monotone:
-            assert float(balance.gamma2) == pytest.approx(moment / (1 - decay**t), rel=2e-4)
+            rounding = 1e-7 * max(errors[:t])  # 1 - share is exact to float32's rounding only
+            expected = moment / (1 - decay**t)
+            assert float(balance.gamma2) == pytest.approx(expected, rel=2e-4, abs=rounding)
         elif t == 1:
             assert float(balance.gamma2) == pytest.approx(error, rel=1e-4)
         else:
@@ -945,14 +947,16 @@ def test_weight_averaging_takes_the_state_with_it(spec):
         torch.optim.swa_utils.AveragedModel(balance, use_buffers=True, multi_avg_fn=how)
         for how in (None, torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     ]
-    for _ in range(4):
-        train(balance, range(1))
+    path = []
+    for seed in range(4):
+        train(balance, range(seed, seed + 1))
+        path.append(float(balance.gamma2))
         for average in averages:
             average.update_parameters(balance)
     for average in averages:
-        terms = average.module.eval()(*make_batch())
-        torch.testing.assert_close(terms, balance.eval()(*make_batch()), rtol=1, atol=1)
-        assert average.module.gamma2.dtype == torch.float32
+        gamma2 = float(average.module.gamma2)
+        assert min(path) * 0.999 <= gamma2 <= max(path) * 1.001
+        assert average.module.eval()(*make_batch()).loss.isfinite()
 
 
 def test_a_state_without_storage_is_reset_to_its_start(spec):

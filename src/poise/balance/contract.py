@@ -77,7 +77,7 @@ class BatchMeans(NamedTuple):
         kl: mean over images, in nats.
         nll: mean over images, in nats. None: there is none.
         num_dims: observed dimensions per image, a mean over images. A tensor is () or (groups,).
-        count: observed dimensions of all images, a number or a tensor like `num_dims`.
+        total_dims: observed dimensions of all images, a number or a tensor like `num_dims`.
         share: factor on a rank's own mean loss, so that the mean over ranks is that of the union of
             their batches.
         sums: the sums of errors and of KL on this rank.
@@ -87,7 +87,7 @@ class BatchMeans(NamedTuple):
     kl: Tensor
     nll: Tensor | None
     num_dims: int | Tensor
-    count: int | Tensor
+    total_dims: int | Tensor
     share: Tensor | float
     sums: tuple[Tensor, Tensor]
 
@@ -175,7 +175,7 @@ class Balance(nn.Module, ABC):
         self.floor = None if floor is None else positive("floor", floor)
         self.groups = None if groups is None else whole("groups", groups)
         self.per = per
-        self.process_group = process_group
+        self.process_group: Any = process_group
         self._starts: dict[str, float | Sequence[float]] = {}
         self._steps: deque[Remembered] = deque(maxlen=REMEMBERED)
         self._reported: set[str] = set()
@@ -400,10 +400,12 @@ class Balance(nn.Module, ABC):
         if batch.nll is not None:
             reconstruction = reconstruction + batch.nll
         error_of_groups, mse = batch.error, batch.error
-        if isinstance(batch.count, Tensor):
-            error_of_groups = mse = torch.where(batch.count > 0, batch.error, math.nan)
+        if isinstance(batch.total_dims, Tensor):
+            error_of_groups = mse = torch.where(batch.total_dims > 0, batch.error, math.nan)
         if self.groups is not None:
-            whole = batch.count if isinstance(batch.count, Tensor) else torch.ones_like(mse)
+            whole = (
+                batch.total_dims if isinstance(batch.total_dims, Tensor) else torch.ones_like(mse)
+            )
             mse = (batch.error * whole).sum() / whole.sum()
         return LossTerms(loss, reconstruction, batch.kl, mse, nats_of_groups, error_of_groups)
 
@@ -446,8 +448,8 @@ class Balance(nn.Module, ABC):
         if self.groups is not None:
             finite = finite.all()
         usable = finite
-        if self.needs_error and isinstance(batch.count, Tensor):
-            usable = finite & (batch.count > 0)
+        if self.needs_error and isinstance(batch.total_dims, Tensor):
+            usable = finite & (batch.total_dims > 0)
         for name, value in self._next_state(batch, gamma2).items():
             buffer = self._buffers[name]
             assert buffer is not None
@@ -469,26 +471,27 @@ class Balance(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Return gamma2, kl_weight and share of the step that is recomputed.
 
-        It is the remembered step with the nearest sums, found without a look at values.
+        It is the remembered step with the nearest sums, the last of equal ones, found without a
+        look at values.
         """
-        if not self._steps:
+        steps = list(reversed(self._steps))
+        if not steps:
             return gamma2, kl_weight, batch.share
         apart = [
-            sum(
-                (mine - other).abs().sum()
-                for mine, other in zip(batch.sums, step.sums, strict=True)
-            )
-            for step in self._steps
+            (batch.sums[0] - step.sums[0]).abs().sum() + (batch.sums[1] - step.sums[1]).abs()
+            for step in steps
         ]
-        index = torch.stack(apart).argmin()
+        index = torch.stack(apart).argmin(0, keepdim=True)
 
         def recalled(values: list[Any]) -> Any:
-            return torch.stack(values)[index] if isinstance(values[0], Tensor) else values[0]
+            if not isinstance(values[0], Tensor):
+                return values[0]
+            return torch.stack(values).index_select(0, index).squeeze(0)  # [index] would wait
 
         if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
-            gamma2 = recalled([step.gamma2 for step in self._steps])
-        kl_weight = recalled([step.kl_weight for step in self._steps])
-        return gamma2, kl_weight, recalled([step.share for step in self._steps])
+            gamma2 = recalled([step.gamma2 for step in steps])
+        kl_weight = recalled([step.kl_weight for step in steps])
+        return gamma2, kl_weight, recalled([step.share for step in steps])
 
     def _restore_precision(self) -> None:
         """Make buffers float32 again after something converted them in place, as FSDP1 does."""
@@ -534,7 +537,8 @@ class Balance(nn.Module, ABC):
         memo[id(self.process_group)] = self.process_group
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        for name, value in copy.deepcopy(self.__getstate__(), memo).items():
+            object.__setattr__(copied, name, value)
         return copied
 
     def extra_repr(self) -> str:

@@ -60,8 +60,8 @@ class AveragingBalance(FollowingBalance, ABC):
     decay: float
     count: Tensor
 
-    # Whether the first batch is its own gamma2.
-    _from_data: bool = True
+    debiased: bool = False
+    _from_data: bool = True  # the first batch is its own gamma2
 
     def _own_error(self, batch: BatchMeans) -> Tensor:
         """Return the error of the batch as its own gamma2, as long as no earlier one is known."""
@@ -76,13 +76,15 @@ class AveragingBalance(FollowingBalance, ABC):
         error = torch.minimum(batch.error, LARGEST_ERROR * gamma2)
         if not self._from_data:  # the start says nothing about the data
             error = torch.where(known, error, batch.error)
-        count = batch.count
+        count = batch.total_dims
         if not isinstance(count, Tensor):
             count = torch.full_like(self.count, count)
         earlier = weight * (torch.where(self.count > 0, self.count, count) / count)
         weight = self.decay * earlier + (1 - self.decay)
         share = (1 - self.decay) / weight
-        average = self._at_least_floor((1 - share) * gamma2 + share * error, reference)
+        # The same number, but where decay is near 0 the second is more exact.
+        kept = 1 - share if self.debiased else self.decay * earlier / weight
+        average = self._at_least_floor(kept * gamma2 + share * error, reference)
         return {"gamma2": average, "count": count, "reference": reference}, weight
 
     def _load_from_state_dict(
@@ -304,8 +306,9 @@ class LearnedBalance(FollowingBalance):
         return self._gamma2(self.scaled_log_gamma.detach())
 
     def _gamma2(self, parameter: Tensor) -> Tensor:
-        if hasattr(parameter, "full_tensor"):  # by fully_shard, outside its forward
-            parameter = parameter.full_tensor()  # pyright: ignore[reportCallIssue]
+        whole = getattr(parameter, "full_tensor", None)
+        if whole is not None:  # by fully_shard, outside its forward
+            parameter = whole()
         log_gamma2 = 2 * self.rate * at_least_float32(parameter)
         if self.groups is None:
             log_gamma2 = log_gamma2.squeeze(0)
