@@ -120,7 +120,7 @@ def sequences(seed: int) -> Task:
 
     return Task(
         *parts_of((values * observed).flatten(1), observed.flatten(1), seed),
-        errors,
+        errors=errors,
         groups=2,
         latents=8,
         hidden=(64, 64),
@@ -144,7 +144,7 @@ def images(seed: int) -> Task:
 
     return Task(
         *parts_of(digits, torch.ones_like(digits), seed),
-        errors,
+        errors=errors,
         groups=2,
         latents=16,
         hidden=(64,),
