@@ -194,7 +194,7 @@ class Balance(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the state to its initial value, as after `to_empty` of a module on the meta device."""
+        """Set the state to its initial value. Call it after `to_empty` of a meta module."""
         for name, start in self._starts.items():
             getattr(self, name).copy_(torch.tensor(start))
         self._steps.clear()

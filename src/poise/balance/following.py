@@ -361,8 +361,8 @@ class OptimalBalance(AveragingBalance):
     Source: Rybkin, Daniilidis & Levine 2021, arXiv 2006.13202 ("optimal sigma").
     """
 
-    # Weight of the average. Named unlike `ComputedBalance.weight`, so that the state of one does not
-    # load into the other.
+    # Weight of the average. Named unlike `ComputedBalance.weight`, so that the state of one does
+    # not load into the other.
     followed: Tensor
 
     def __init__(
