@@ -28,6 +28,8 @@ def run_steps(spec: str, rows: slice, ragged: bool = False) -> list[list[Tensor]
             this process has them, unless each column is a group.
     """
     balance = make_balance(spec)
+    if ragged:  # LearnedBalance's gradient is a small difference, which float32 rounds to 1e-6
+        balance = balance.double()
     lengths = torch.arange(BATCH).mul(WIDTH - 1).div(BATCH - 1, rounding_mode="floor") + 1
     mask = (torch.arange(WIDTH) < lengths[:, None])[rows] if ragged else None
     width = int(lengths[rows].max()) if ragged and spec != GROUPED else WIDTH
