@@ -35,7 +35,7 @@ from poise.balance import Balance, negative_log_likelihood
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
-from poise.metrics.reconstruction import bits_per_dim, in_float64, summed_error
+from poise.metrics.reconstruction import bits_per_dim, grouped_error, in_float64
 from poise.shapes import Noise, PerImage
 from poise.support.progress import progress
 from poise.support.seeds import generator
@@ -203,9 +203,12 @@ def _log_weights(
     """
     latents = code.sample(noise)
     difference = vae.decode(latents.to(image.device)).float() - image
-    error = summed_error(difference, balance.power).to(latents.device)
+    error = grouped_error(difference, balance).to(latents.device)
     gamma2 = in_float64(balance.gamma2).to(latents.device)
-    log_likelihood = -negative_log_likelihood(error, gamma2, image.numel(), power=balance.power)
+    num_dims = image.numel() // gamma2.numel()
+    log_likelihood = -negative_log_likelihood(error, gamma2, num_dims, power=balance.power)
+    if balance.groups is not None:
+        log_likelihood = log_likelihood.sum(1)
     log_ratio = 0.5 * (
         noise.double().square() + code.logvar.double() - latents.double().square()
     ).sum(1)
