@@ -432,11 +432,12 @@ class Balance(nn.Module, ABC):
         if communicates:
             parts = [errors.reshape(-1), counts.reshape(-1), torch.stack([kls, nlls, own])]
             together = torch.cat(parts)
-            dist.all_reduce(together, group=self.process_group)
+            group = self.process_group or None
+            dist.all_reduce(together, group=group)
             *split, rest = together.split([errors.numel(), errors.numel(), 3])
             errors, counts = (part.reshape(errors.shape) for part in split)
             kls, nlls, total = rest.unbind()
-            share = dist.get_world_size(self.process_group) * own / total
+            share = dist.get_world_size(group) * own / total
         mean = errors / counts.clamp_min(torch.finfo(counts.dtype).tiny)
         mean_nll = None if nll is None else nlls / total
         return BatchMeans(mean, kls / total, mean_nll, counts / total, counts, share, sums)
