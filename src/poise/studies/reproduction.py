@@ -20,7 +20,7 @@ from poise.studies.comparison.experiment import deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
-from poise.variants import DATA_SETS, PRIORS
+from poise.variants import DATA_SETS, available_priors
 
 
 def reproduce(
@@ -107,7 +107,8 @@ def experiment_of(
     trial += "" if second_balance is None else f" (stage 2 {second_balance})"
     labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
-    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(PRIORS), extractor)
+    priors = available_priors(base.second_stage)
+    return Experiment(name, base, named, seeds, protocols_for(recipe), priors, extractor)
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
