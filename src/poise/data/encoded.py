@@ -23,7 +23,7 @@ from poise.data.decoding import (
     read_image,
 )
 from poise.errors import InputError
-from poise.support.progress import progress
+from poise.support.progress import SafeStream, progress
 
 Result = TypeVar("Result")
 
@@ -155,7 +155,7 @@ def _map_in_threads(
         except InputError as error:
             return error
 
-    quiet = not sys.stderr.isatty()
+    quiet = not SafeStream(sys.stderr).isatty()
     with (
         progress(title, len(positions), quiet=quiet) as bar,
         ThreadPoolExecutor(os.cpu_count()) as threads,
