@@ -9,11 +9,14 @@ This module imports no torch, because the command reads it for its help.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from math import inf
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
+from poise.support.files import convert
 
 Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
 BuiltNetwork = Literal["resnet", "infogan", "wae", "mlp"]
@@ -50,13 +53,17 @@ def options_of(declared: type) -> dict[str, Option]:
     }
 
 
+hints_of = cache(get_type_hints)
+"""Return the types of the fields of a class. Cached, because Python evaluates them slowly."""
+
+
 def check_values(settings: Any) -> None:
     """Check the fields of a dataclass against their types.
 
     Raises:
         InputError: a value has the wrong type, or is not one of the allowed values.
     """
-    for name, hint in get_type_hints(type(settings)).items():
+    for name, hint in hints_of(type(settings)).items():
         check_value(name, hint, getattr(settings, name))
 
 
@@ -193,8 +200,8 @@ class Stage:
             )
         for name in ("epochs", "steps", "learning_rate", "halve_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} must be greater than 0, not {value}")
+            if value is not None and not 0 < value < inf:
+                raise InputError(f"{name} must be greater than 0 and finite, not {value}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
@@ -291,8 +298,8 @@ class Recipe:
     minutes: Annotated[float | None, Option("training")] = None
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"minutes must be greater than 0, not {self.minutes}")
+        if self.minutes is not None and not 0 < self.minutes < inf:
+            raise InputError(f"minutes must be greater than 0 and finite, not {self.minutes}")
         if self.second is not None and self.second.objective != VAE_OBJECTIVE:
             raise InputError(
                 f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}"
@@ -457,26 +464,29 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
         where: name of `values` in error messages.
 
     Raises:
-        InputError: an unknown key, or a missing one.
+        InputError: an unknown key, a missing one, or a value of another type or out of range.
     """
-    known = {f.name: f for f in fields(cls)}
-    unknown = set(values) - set(known)
-    if unknown:
+    _check_keys(cls, values, where)
+    return convert(values, cls, where)
+
+
+def _check_keys(cls: type, values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        return
+    known, parts = _keys_and_parts(cls)
+    if unknown := values.keys() - known:
         raise InputError(f"{where} has unknown keys {sorted(unknown)}; known keys: {sorted(known)}")
-    try:
-        return cls(
-            **{
-                key: _restore(get_type_hints(cls)[key], value, f"{where}.{key}")
-                for key, value in values.items()
-            }
-        )
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from None
+    for name, part in parts.items():
+        _check_keys(part, values.get(name), f"{where}.{name}")
 
 
-def _restore(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        inner = next(t for t in (hint, *get_args(hint)) if is_dataclass(t))
-        assert isinstance(inner, type)
-        return from_json(inner, value, where)
-    return tuple(value) if isinstance(value, list) else value
+@cache
+def _keys_and_parts(cls: type) -> tuple[set[str], dict[str, type]]:
+    """Return the names of the fields of a dataclass, and those that are dataclasses themselves."""
+    parts = {
+        name: part
+        for name, hint in hints_of(cls).items()
+        for part in (hint, *get_args(hint))
+        if isinstance(part, type) and is_dataclass(part)
+    }
+    return {f.name for f in fields(cls)}, parts

@@ -1,9 +1,12 @@
 """Plot the training curves: error, KL and decoder variance against images seen."""
 
 import io
-import json
+import math
 from pathlib import Path
 from typing import Any
+
+from poise.errors import InputError
+from poise.runs.log import read_log
 
 CURVES = (
     ("mse", "MSE", "log"),
@@ -18,12 +21,17 @@ def training_curves(log: Path) -> bytes:
 
     Args:
         log: metrics.jsonl of a run.
+
+    Raises:
+        InputError: the log has no entries.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = read_log(log)
     stages = sorted({entry["stage"] for entry in entries})
+    if not stages:
+        raise InputError(f"{log} has no entries: there is nothing to plot")
     figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
@@ -41,7 +49,7 @@ def _curve(
 ) -> None:
     axis.plot(
         [e["images_seen"] / 1000 for e in entries],
-        [e[key] for e in entries],
+        [e.get(key, math.nan) for e in entries],
         linewidth=1.3,
         color="#1f5fa8",
     )

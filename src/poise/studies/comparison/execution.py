@@ -4,10 +4,8 @@ By default joblib starts one process per task that runs at the same time. `jobli
 selects another backend, such as Dask or Ray. Its workers must see the experiment's folder.
 """
 
-import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +18,13 @@ from filelock import FileLock
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
-from poise.errors import Interrupted
+from poise.errors import InputError, Interrupted
+from poise.runs.log import OF_EVERY_ENTRY, Entry
 from poise.studies.comparison.plan import Crew, Share, Task
 from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, leased, work
+from poise.support.files import decode_json
 from poise.support.guards import stop_signals
-from poise.support.progress import progress
+from poise.support.progress import progress, say
 
 IDLE_SECONDS = 10.0  # until an idle worker ends; loky adds 30 if this process was killed
 SHOWN = 4  # tasks in the progress display
@@ -269,7 +269,7 @@ class Following:
                 f"{duration(left * seconds / min(jobs, len(self.tasks)))} "
                 "for the rest of this stage in all runs"
             )
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def _left(self, task: Task, stage: int) -> int:
         """Return the remaining steps of a stage."""
@@ -277,7 +277,7 @@ class Following:
         return max(first - steps, 0) if stage == 1 else task.total_steps - max(steps, first)
 
 
-def last_entry(log: Path) -> dict[str, Any] | None:
+def last_entry(log: Path) -> Entry | None:
     """Return the last complete line of a metrics.jsonl, or None if it has none yet."""
     try:
         with open(log, "rb") as file:
@@ -286,9 +286,9 @@ def last_entry(log: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     for line in reversed(lines):
-        with suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
+        with suppress(InputError):
+            entry = decode_json(line, Entry, str(log))
+            if entry.keys() >= OF_EVERY_ENTRY:
                 return entry
     return None
 
