@@ -9,13 +9,14 @@ import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from poise.errors import InputError, MissingInputError
 
 NOT_LOADABLE = (
+    OSError,
     RuntimeError,
     LookupError,
     TypeError,
@@ -49,7 +50,7 @@ def sha256(path: Path) -> str:
     return checksum
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a state dict that torch.save wrote.
 
     Refuses to unpickle anything else, so that no code in the file can run.
@@ -59,10 +60,21 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # torch's own text recommends weights_only=False, which would run code in the file.
+        raise InputError(
+            f"{path}: not a file of weights (it is damaged, or holds other objects than tensors, "
+            "which are never loaded)"
+        ) from error
     except NOT_LOADABLE as error:
         raise InputError(f"{path}: not a file of weights ({first_line(error)})") from error
     if not isinstance(tensors, dict):
         raise InputError(f"{path}: not a file of weights (it holds a {type(tensors).__name__})")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{path}: not a file of weights (its {name!r} is a {type(value).__name__})"
+            )
     return tensors
 
 
@@ -73,7 +85,7 @@ def load_torchscript(path: Path) -> torch.nn.Module | None:
             # torch.jit.load is deprecated, but these files exist in no other format.
             warnings.filterwarnings("ignore", r"`torch\.jit\.load` is")
             return torch.jit.load(str(path), map_location="cpu").eval()
-    except RuntimeError:
+    except NOT_LOADABLE:
         return None
 
 
