@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Latents, PerImage, Values
+from poise.support.collectives import sum_over_ranks
 from poise.support.snapshots import snapshot
 
 # Default minimum of gamma2. Rounding to 8 bits alone leaves an MSE of 1.3e-6, so no image model
@@ -201,7 +202,7 @@ class Balance(nn.Module, ABC):
         # Made on the device, without a copy from the host.
         count = torch.full_like(error[:1], len(error)).sum()
         sums = torch.stack([error.sum(), kl.sum(), count])
-        dist.all_reduce(sums)
+        sum_over_ranks(sums)
         return BatchMeans(
             sums[0] / (sums[2] * num_dims),
             sums[1] / sums[2],

@@ -18,6 +18,7 @@ double precision, and
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,6 +36,9 @@ from poise.errors import InputError, RunError
 from poise.vae import VAE
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+OF_GLOO = re.compile(
+    r"\bgloo/transport/\w+/\w+\.cc:\d+"
+)  # gloo raises RuntimeError, with this place
 PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
@@ -61,8 +65,10 @@ def processes(device: torch.device) -> Iterator[None]:
     atexit.unregister(leave)
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not OF_GLOO.search(str(error)):
             raise
         raise RunError(
             "lost contact with another process of this run: read its own error message"
