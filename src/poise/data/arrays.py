@@ -4,8 +4,6 @@ Images have the layout (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 chan
 uint8, or floats in [0, 1]. An .npy file is memory-mapped and read in blocks.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ from poise.errors import InputError
 SPLIT_KEYS = (("x_train", "x_test"), ("train_images", "test_images"), ("train", "test"))
 WHOLE_KEYS = ("images", "x_train", "train_images", "train")
 _STARTS = {".npy": b"\x93NUMPY", ".npz": b"PK"}
-_DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npy(path: Path, reading: Reading) -> Found:
@@ -30,7 +27,7 @@ def read_npy(path: Path, reading: Reading) -> Found:
     _check_start(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _DAMAGED as error:
+    except Exception as error:  # numpy can raise anything on a damaged file
         raise _unreadable(path, error) from error
     return Found(path.stem, as_images(array, str(path), reading), None, str(path))
 
@@ -53,8 +50,11 @@ def read_npz(path: Path, reading: Reading) -> Found:
             arrays = {key: archive[key] for key in _image_keys(path, archive.files)}
     except InputError:
         raise
-    except _DAMAGED as error:
+    except Exception as error:  # numpy and zipfile can raise anything on a damaged file
         raise _unreadable(path, error) from error
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{path} ({key}) is not an array of numpy: save the images again")
     train, *test = [as_images(array, f"{path} ({key})", reading) for key, array in arrays.items()]
     return Found(path.stem, train, test[0] if test else None, str(path))
 
