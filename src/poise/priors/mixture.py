@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.priors.base import Prior, TrainedModel
 from poise.shapes import Latents, Noise
@@ -45,6 +46,30 @@ class MixturePrior(Prior):
             model.codes(), components=model.components, seed=model.seed, device=model.device
         )
 
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], latents: int) -> "MixturePrior":
+        """Return the mixture of a state dict.
+
+        Args:
+            tensors: weights, means and factors by name.
+            latents: number of latents, which the means must have.
+
+        Raises:
+            InputError: the tensors are not those of such a mixture.
+        """
+        count = len(tensors.get("weights", torch.empty(0)))
+        shapes = {"weights": (count,), "means": (count, latents)}
+        shapes["factors"] = (count, latents, latents)
+        fits = tensors.keys() == shapes.keys() and all(
+            tensors[name].shape == shape
+            and tensors[name].is_floating_point()
+            and tensors[name].isfinite().all()
+            for name, shape in shapes.items()
+        )
+        if not count or not fits or not (tensors["weights"] >= 0).all():
+            raise InputError(f"the saved mixture is not one of {latents} latents")
+        return cls(**tensors)
+
     def latents(self, noise: Noise) -> Latents:
         uniform = torch.special.ndtr(noise[:, 0])
         bounds = self.weights.cumsum(0)[:-1]
@@ -74,7 +99,12 @@ def fit_mixture(
 
     Returns:
         The mixture, on the CPU.
+
+    Raises:
+        InputError: there are no codes.
     """
+    if len(codes) == 0:
+        raise InputError("there are no codes to fit a mixture to: give at least one")
     source = generator("mixture", seed)
     codes = DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu())
     latents = codes.sample(torch.randn(codes.mean.shape, generator=source))

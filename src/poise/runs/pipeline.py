@@ -3,7 +3,6 @@
 Interrupted training continues from the newest checkpoint.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -28,7 +27,8 @@ from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     Saved,
-    read_folder,
+    fitting,
+    read_codes,
     save_checkpoint,
     write_folder,
 )
@@ -39,6 +39,7 @@ from poise.runs.run import Run, load
 from poise.runs.timing import earlier_plan, make_plan
 from poise.support.files import write_file, write_json
 from poise.support.guards import locked, stop_signals
+from poise.support.progress import say, warn
 from poise.support.seeds import drawn
 from poise.training import (
     Batches,
@@ -180,12 +181,12 @@ def prepare(
         saved and saved.meta["finished"]
     )
     if verbose:
-        print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+        say(announce(recipe, len(dataset.train), device, options.device))
     if plan is None:
         plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
     if verbose and count is not None:
-        print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
+        say(f"{count} CPU thread{'s' * (count > 1)} (--threads)")
     config |= {"recipe": to_json(plan.recipe), "threads": count}
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
@@ -333,7 +334,8 @@ class Job:
         state = new_state(vae, balance, stage, self.device)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
-            restore_state(state, mine)
+            with fitting(self.folder, number):
+                restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
         fell_back = self._use_eager_steps if self.options.engine == "auto" else None
@@ -360,11 +362,7 @@ class Job:
         return state
 
     def _use_eager_steps(self, reason: str) -> None:
-        print(
-            f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); "
-            "taking them one by one",
-            file=sys.stderr,
-        )
+        warn(f"steps cannot be recorded as a CUDA graph ({reason}); taking them one by one")
         self._use_engine("eager")
 
     def _use_engine(self, engine: Engine) -> None:
@@ -396,10 +394,12 @@ class Job:
         if self.meta["stage"] == 1:
             return None
         try:
-            tensors = read_folder(self.folder / "codes").tensors
-            return tensors["mean"], tensors["logvar"]
+            codes = read_codes(
+                self.folder / "codes", len(self.dataset.train), self.recipe.network.latent_dim
+            )
+            return codes.mean, codes.logvar
         except RunError as error:
-            print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
+            warn(f"{error}; computing the codes again")
             return None
 
     def _compute_codes(self, vae: VAE) -> tuple[Tensor, Tensor]:
@@ -441,14 +441,18 @@ class Job:
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:
-    """Write the pictures, the training curves and summary.json of a finished run."""
+    """Write the mixture, the pictures, the training curves and summary.json of a finished run."""
+    run.save_mixture()
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
     save_png(
         run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8)
     )
-    write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    try:
+        write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    except InputError as error:  # the log is lost, the model is not
+        warn(f"{error}; training.png is left out")
     figures = {
         "train_images": len(dataset.train),
         "seconds": round(seconds, 1),
