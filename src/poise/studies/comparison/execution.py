@@ -188,8 +188,7 @@ class Study:
         processes: dict[str, Any] = {
             "inner_max_num_threads": threads,
             "idle_worker_timeout": IDLE_SECONDS,
-            "initializer": signal.signal,  # ignore Ctrl-C: a terminal sends it to all processes
-            "initargs": (signal.SIGINT, signal.SIG_IGN),
+            "initializer": ignore_signals_of_terminals,
         }
         with parallel_config("loky", **processes):
             return Parallel(n_jobs=self._crew.processes, **how)
@@ -275,6 +274,16 @@ class Following:
         """Return the remaining steps of a stage."""
         steps, first = self._steps(task), task.first_steps
         return max(first - steps, 0) if stage == 1 else task.total_steps - max(steps, first)
+
+
+def ignore_signals_of_terminals() -> None:
+    """Ignore Ctrl-C and hang-ups in a worker: a terminal sends them to all processes.
+
+    The main process then ends the lease, and workers save their runs.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def last_entry(log: Path) -> Entry | None:
