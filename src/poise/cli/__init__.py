@@ -8,6 +8,7 @@ In reading order: `options` (options of several commands), `showing` (tables and
 commands: `train`, `images`, `measure`, `study`.
 """
 
+import atexit
 import contextlib
 import difflib
 import io
@@ -101,6 +102,9 @@ def handle_signals() -> None:
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
         signal.signal(hangup, lambda *_: sys.exit(129))
     signal.signal(signal.SIGINT, interrupt)
+    if hasattr(signal, "pthread_sigmask"):  # absent on Windows
+        # Python gives up its handlers before its last work; a Ctrl-C then would kill it.
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def interrupt(number: int, frame: Any) -> None:
