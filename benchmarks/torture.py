@@ -100,6 +100,16 @@ def make_material(folder: Path) -> None:
         path = folder / "photos" / f"{number}.png"
         poise.data.decoding.save_png(path, IMAGES[number].transpose(1, 2, 0))
     torch.save({"weight": torch.arange(12.0), "bias": torch.ones(3)}, folder / "weights.pth")
+    torch.jit.script(Averages()).save(str(folder / "network.pt"))
+
+
+class Averages(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.arange(1.0, 4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) * self.scale
 
 
 @contextmanager
@@ -181,6 +191,13 @@ def weights(folder: Path) -> Any:
     return sorted(load_tensors(folder / "weights.pth"))
 
 
+def extractor(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = make_extractor(f"{folder / 'network.pt'}:range=0..1")
+        return [network(IMAGES[:2]).numpy()]
+
+
 @dataclass(frozen=True)
 class Target:
     """A kind of file, and a reader of it.
@@ -223,6 +240,7 @@ TARGETS = (
     Target("images.npz", images_of("images.npz"), False),
     Target("photos/3.png", images_of("photos"), False),
     Target("weights.pth", weights, False),
+    Target("network.pt", extractor, False),
 )
 
 
