@@ -134,6 +134,8 @@ def stopping_after(count: int) -> Iterator[None]:
 
 def sampled(folder: Path) -> Any:
     run = poise.load(folder / "run", device="cpu")
+    if run.warnings:  # the checkpoint before is used, and the user is told
+        raise RunError(run.warnings[0])
     drawn = [run.sample(3, prior=prior) for prior in ("normal", "mixture")]
     drawn += [run.sample(3)] if run.second is not None else []
     return [run.finished, run.second is not None, *[images.numpy() for images in drawn]]

@@ -292,6 +292,12 @@ def test_a_broken_header_of_an_array_is_refused(tmp_path, header):
         assert f"{name} is damaged (" in refusal(tmp_path / name)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are POSIX")
+def test_an_array_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.npy")
+    assert "x.npy is not a file" in refusal(tmp_path / "x.npy")
+
+
 def test_an_archive_without_arrays_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("images.npy", b"no array at all")

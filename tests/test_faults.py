@@ -224,6 +224,15 @@ def test_a_damaged_run_is_left_out_of_a_report_of_others(run, tmp_path, capsys):
     assert "other/config.json" in capsys.readouterr().err
 
 
+def test_a_damaged_log_is_plotted_without_its_damaged_lines(run):
+    log = run / "metrics.jsonl"
+    log.write_bytes(b"\xff\xfe\n" + log.read_bytes() + b'{"stage": 1}\n\xff')
+    assert load(run, device="cpu").plot().width > 100
+    log.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match="nothing to plot"):
+        load(run, device="cpu").plot()
+
+
 def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path, monkeypatch, capsys):
     def die(*arguments):
         if len(taken) == 3:

@@ -75,6 +75,8 @@ def _image_keys(path: Path, keys: list[str]) -> tuple[str, ...]:
 
 
 def _check_start(path: Path) -> None:
+    if not path.is_file():  # reading a named pipe would wait for its writer
+        raise InputError(f"{path} is not a file: give an {path.suffix} file of numpy")
     start = _STARTS[path.suffix]
     with path.open("rb") as file:
         if file.read(len(start)) != start:

@@ -76,6 +76,7 @@ from poise.runs.checkpoint import (
     write_folder,
 )
 from poise.runs.folder import read_config, read_data
+from poise.runs.log import read_log
 from poise.runs.plots import training_curves
 from poise.sampling import (
     ADJUSTMENT_DRAWS,
@@ -687,7 +688,7 @@ class Run:
         from PIL import Image
 
         log = self.folder / "metrics.jsonl"
-        if not log.exists() or not log.read_text(encoding="utf-8").strip():
+        if not read_log(log):
             raise InputError(
                 f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot"
             )
