@@ -36,9 +36,8 @@ from poise.errors import InputError, RunError
 from poise.vae import VAE
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-OF_GLOO = re.compile(
-    r"\bgloo/transport/\w+/\w+\.cc:\d+"
-)  # gloo raises RuntimeError, with this place
+# gloo raises RuntimeError, with a place in its source: [.../gloo/transport/tcp/pair.cc:553]
+OF_GLOO = re.compile(r"\bgloo(/\w+)+\.(cc|cpp|h):\d+")
 PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
