@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from poise.errors import InputError, MissingInputError, RunError
 
-Read = TypeVar("Read")
+Read = TypeVar("Read")  # `type[Read] | Any`: at run time dict[str, int] is not a type
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -122,7 +122,7 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def read_json(path: Path, kind: type[Read]) -> Read:
+def read_json(path: Path, kind: type[Read] | Any) -> Read:
     """Return the content of a JSON file as a type.
 
     Args:
@@ -145,7 +145,7 @@ def read_json(path: Path, kind: type[Read]) -> Read:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def decode_json(content: bytes, kind: type[Read], where: str) -> Read:
+def decode_json(content: bytes, kind: type[Read] | Any, where: str) -> Read:
     """Return JSON text as a type; see `read_json`.
 
     Raises:
@@ -161,7 +161,7 @@ def decode_json(content: bytes, kind: type[Read], where: str) -> Read:
         raise InputError(f"{where} cannot be read as JSON: {in_words(error)}") from None
 
 
-def convert(values: Any, kind: type[Read], where: str) -> Read:
+def convert(values: Any, kind: type[Read] | Any, where: str) -> Read:
     """Return plain values, as JSON has them, as a type; see `read_json`.
 
     Raises:
