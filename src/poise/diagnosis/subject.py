@@ -232,7 +232,7 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     """
     points: dict[int, list[tuple[float, float]]] = {}
     for entry in read_log(log):
-        if "mse" in entry:
+        if entry.keys() >= {"step", "mse"}:
             points.setdefault(int(entry["stage"]), []).append((entry["step"], entry["mse"]))
     found = {}
     for stage, curve in points.items():

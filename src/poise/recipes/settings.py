@@ -200,8 +200,10 @@ class Stage:
             )
         for name in ("epochs", "steps", "learning_rate", "halve_every"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise InputError(f"{name} must be greater than 0 and finite, not {value}")
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be greater than 0, not {value}")
+            if value == inf:
+                raise InputError(f"{name} must be finite, not {value}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
@@ -298,8 +300,8 @@ class Recipe:
     minutes: Annotated[float | None, Option("training")] = None
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and not 0 < self.minutes < inf:
-            raise InputError(f"minutes must be greater than 0 and finite, not {self.minutes}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes must be greater than 0, not {self.minutes}")
         if self.second is not None and self.second.objective != VAE_OBJECTIVE:
             raise InputError(
                 f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}"

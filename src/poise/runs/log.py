@@ -12,7 +12,8 @@ from poise.support.files import decode_json, read_regular, write_failure, write_
 from poise.support.progress import warn
 
 Entry = dict[str, int | float]
-OF_EVERY_ENTRY = {"stage", "step", "images_seen", "images_per_second"}
+OF_CURVES = {"stage", "images_seen", "images_per_second"}
+OF_EVERY_ENTRY = OF_CURVES | {"step"}
 
 
 class Log:
@@ -29,7 +30,7 @@ class Log:
 
     def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
         self._path = path = folder / "metrics.jsonl"
-        entries, damaged = _read(path)
+        entries, damaged = _read(path, OF_EVERY_ENTRY)
         if damaged:
             warn(f"{path} has {damaged} damaged line{'s' * (damaged > 1)}, left out")
         kept = [entry for entry in entries if (entry["stage"], entry["step"]) <= (stage, step)]
@@ -76,13 +77,15 @@ class Log:
 def read_log(path: Path) -> list[Entry]:
     """Return the entries of metrics.jsonl, without damaged lines. Without a file there are none.
 
+    Each entry has the values of `OF_CURVES`.
+
     Raises:
         InputError: the file cannot be read.
     """
-    return _read(path)[0]
+    return _read(path, OF_CURVES)[0]
 
 
-def _read(path: Path) -> tuple[list[Entry], int]:
+def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:
     """Return the entries, and the number of damaged lines.
 
     A last line without its end does not count: the process was killed while it wrote the line.
@@ -93,15 +96,15 @@ def _read(path: Path) -> tuple[list[Entry], int]:
         return [], 0
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    entries = list(_parsed(lines))
-    return [*entries, *_parsed([unfinished])], len(lines) - len(entries)
+    entries = list(_parsed(lines, required))
+    return [*entries, *_parsed([unfinished], required)], len(lines) - len(entries)
 
 
-def _parsed(lines: list[bytes]) -> Iterator[Entry]:
+def _parsed(lines: list[bytes], required: set[str]) -> Iterator[Entry]:
     for line in lines:
         with suppress(InputError):
             entry = decode_json(line, Entry, "")
-            if entry.keys() >= OF_EVERY_ENTRY and entry["stage"] in (1, 2):
+            if entry.keys() >= required and entry["stage"] in (1, 2):
                 yield entry
 
 
