@@ -269,11 +269,11 @@ def test_an_unknown_setting_is_refused_with_those_that_there_are():
         (lambda: Stage(steps=1, learning_rate=None), "learning_rate must be a number, not None"),
         (
             lambda: Stage(steps=1, learning_rate=math.inf),
-            "learning_rate must be greater than 0 and",
+            "learning_rate must be finite, not inf",
         ),
         (
             lambda: Stage(steps=1, learning_rate=math.nan),
-            "learning_rate must be greater than 0 and",
+            "learning_rate must be greater than 0, not nan",
         ),
         (lambda: Data("x", skip_unreadable=1), "skip_unreadable must be True or False, not 1"),
         (lambda: poise.Options(engine="steam"), "engine must be one of auto, eager"),
