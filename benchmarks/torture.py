@@ -461,7 +461,7 @@ def run_case(number: int, seed: int, material: Path, intact: dict[int, str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

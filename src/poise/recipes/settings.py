@@ -302,6 +302,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
+        if self.minutes == inf:
+            raise InputError("minutes must be finite, not inf")
         if self.second is not None and self.second.objective != VAE_OBJECTIVE:
             raise InputError(
                 f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}"

@@ -29,7 +29,7 @@ def training_curves(log: Path) -> bytes:
     from matplotlib.figure import Figure
 
     entries = read_log(log)
-    stages = sorted({entry["stage"] for entry in entries})
+    stages = sorted({int(entry["stage"]) for entry in entries})
     if not stages:
         raise InputError(f"{log} has no entries: there is nothing to plot")
     figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")

@@ -234,7 +234,7 @@ class Following:
         entry = last_entry(task.folder / "metrics.jsonl")
         if entry is None:
             return 0
-        return entry["step"] + (task.first_steps if entry["stage"] == 2 else 0)
+        return int(entry["step"]) + (task.first_steps if entry["stage"] == 2 else 0)
 
     def figures(self, busy: Sequence[Task]) -> Mapping[str, str]:
         """Return the state of the first few tasks in flight, by name."""
@@ -255,7 +255,7 @@ class Following:
             entry = last_entry(task.folder / "metrics.jsonl")
             if entry is None or entry["stage"] in self._said or not entry["images_per_second"]:
                 continue
-            stage, step = int(entry["stage"]), entry["step"]
+            stage, step = int(entry["stage"]), int(entry["step"])
             if self._first_seen.setdefault(stage, step) == step:
                 continue  # the first steps of a process are slow
             self._said.add(stage)
