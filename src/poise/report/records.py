@@ -5,7 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Description:
     """The part of an experiment's description that a report reads."""
 
     name: str
-    labels: dict[str, Any]
+    labels: dict[str, Any] = field(default_factory=dict)
     results: str | None = None
 
 
