@@ -149,6 +149,16 @@ def test_a_mixture_is_saved_and_not_fitted_again(tmp_path, monkeypatch, capsys):
         assert "fitting the mixture again" in capsys.readouterr().err
 
 
+def test_a_run_ends_without_a_mixture_if_none_can_be_fitted(tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        raise InputError("too many latents")
+
+    monkeypatch.setattr("poise.priors.mixture.fit_mixture", refuse)
+    train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET)
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "mixture").exists()
+
+
 def test_an_old_run_without_a_mixture_fits_it_and_stays_as_it_is(run):
     load(run, device="cpu").sample(1, prior="mixture")
     assert not (run / "mixture").exists()

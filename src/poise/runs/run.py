@@ -353,9 +353,13 @@ class Run:
     def save_mixture(self) -> None:
         """Save the mixture prior, so that image i of a seed is the same on all machines.
 
-        Fits of two machines, or of a CPU and a GPU, differ by more than rounding.
+        Fits of two machines, or of a CPU and a GPU, differ by more than rounding. If no mixture can
+        be fitted to the codes, nothing is saved.
         """
-        mixture = self._plain_prior(MIXTURE, self.recipe.generation)
+        try:
+            mixture = self._plain_prior(MIXTURE, self.recipe.generation)
+        except (InputError, torch.linalg.LinAlgError):
+            return
         meta = {"codes": self._hash_of_codes(), "seed": self.recipe.seed}
         write_folder(self.folder / MIXTURE, mixture.state_dict(), meta)
 
