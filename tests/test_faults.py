@@ -523,5 +523,7 @@ def test_no_advice_to_load_code_is_passed_on(tmp_path):
         with pytest.raises(InputError, match="not a file of weights") as caught:
             load_tensors(tmp_path / name)
         assert "weights_only" not in str(caught.value)
-    with pytest.raises(InputError, match="not a file of weights"):
-        load_tensors(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name in ("", "gone.pth", "pipe.pth"):
+        with pytest.raises(InputError, match=r"not a file of weights|named pipe"):
+            load_tensors(tmp_path / name)

@@ -34,6 +34,7 @@ def sha256(path: Path) -> str:
         MissingInputError: the file does not exist.
         InputError: the file cannot be read, or its name holds the digits of another checksum.
     """
+    _refuse_pipe(path)
     try:
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -58,6 +59,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file does not hold a state dict.
     """
+    _refuse_pipe(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -76,6 +78,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: not a file of weights (its {name!r} is a {type(value).__name__})"
             )
     return tensors
+
+
+def _refuse_pipe(path: Path) -> None:
+    if path.is_fifo():  # reading it would wait for its writer
+        raise InputError(f"{path} cannot be read: it is a named pipe")
 
 
 def load_torchscript(path: Path) -> torch.nn.Module | None:
