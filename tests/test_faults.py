@@ -83,6 +83,9 @@ def test_a_copy_under_a_higher_number_is_no_checkpoint_and_is_kept(tmp_path):
     saved, complaints = checkpoint.newest_intact_checkpoint(tmp_path)
     assert saved is not None and saved.meta["step"] == 9 and not complaints
     assert (tmp_path / "9999999999").is_dir()
+    change(tmp_path / "0000000009" / "manifest.json", "meta.position", 8)  # damage, not a copy
+    saved, complaints = checkpoint.newest_intact_checkpoint(tmp_path)
+    assert saved is not None and saved.meta["step"] == 7 and len(complaints) == 1
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,9 @@ def test_a_run_whose_config_was_changed_does_not_go_on(run):
         ("evaluation.measurements", [{}]),
         ("evaluation.protocols", {}),
         ("evaluation.notes", 3),
+        ("evaluation.reconstruction.mse", {}),
+        ("evaluation.latents.variance_of_mean", ["x"]),
+        ("evaluation.second_stage.aggregate.mean_norm", "x"),
         ("seconds.training", "long"),
         ("data.shape", None),
     ],
@@ -228,7 +234,7 @@ def test_a_strange_result_is_refused_alone_and_left_out_of_a_report(keys, value,
 def test_a_damaged_run_is_left_out_of_a_report_of_others(run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
     change(Path(other) / "config.json", "recipe.first", 1)
-    (run / "summary.json").write_text('{"seconds": 1e999}')
+    (run / "summary.json").write_text('{"reconstruction": {"mse": {}}}')
     (record,) = read_records([tmp_path])
     assert record.folder == run and record.summary is None
     assert "other/config.json" in capsys.readouterr().err

@@ -225,11 +225,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_named_after_itself(checkpoint: Path) -> bool:
+    """Return whether a folder has the name of its position, or is damaged, or of an old version."""
     try:
-        position = read_json(checkpoint / MANIFEST, Manifest).meta.get("position")
+        manifest = read_json(checkpoint / MANIFEST, Manifest)
     except InputError:
-        return True  # damaged
-    return position is None or checkpoint.name == f"{position:010d}"
+        return True
+    position = manifest.meta.get("position")
+    intact = _sha256(_canonical(manifest.meta)) == manifest.sha256.get("meta")
+    return position is None or not intact or checkpoint.name == f"{position:010d}"
 
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:

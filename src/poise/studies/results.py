@@ -13,17 +13,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 
 from poise.errors import InputError, MissingInputError
+from poise.metrics.latents import LatentStatistics
+from poise.metrics.likelihood import ImportanceWeightedNLL
 from poise.metrics.listed import is_frechet
+from poise.metrics.reconstruction import Reconstruction
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.folder import Described
@@ -330,6 +334,49 @@ class Measured:
     version: str = ""
 
 
+def page_of(*figures: type) -> Any:
+    """Return the type of a page in a file: figures of dataclasses by name, each optional or null.
+
+    A page may hold other keys, too: those of other versions.
+    """
+    hints = {name: hint for cls in figures for name, hint in get_type_hints(cls).items()}
+    return TypedDict("Figures", {name: _or_null(hint) for name, hint in hints.items()}, total=False)
+
+
+def _or_null(hint: Any) -> Any:
+    optional = get_origin(hint) is UnionType
+    plain = next(part for part in get_args(hint) if part is not NoneType) if optional else hint
+    if is_dataclass(plain):
+        return page_of(plain) | None
+    return (list[float | None] if get_origin(plain) is tuple else plain) | None
+
+
+@dataclass(frozen=True)
+class AsShown:
+    """The figures that `Run.evaluate` adds to its page of reconstructions."""
+
+    mse_as_shown: float
+    images: int
+
+
+ReconstructionPage: Any = page_of(Reconstruction, AsShown)
+LatentPage: Any = page_of(LatentStatistics)
+LikelihoodPage: Any = page_of(ImportanceWeightedNLL)
+SecondStagePage: Any = page_of(Reconstruction, LatentStatistics)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Figures of a model in summary.json and evaluation.json."""
+
+    reconstruction: ReconstructionPage | None = None
+    latents: LatentPage | None = None
+    second_stage: SecondStagePage | None = None
+    likelihood: LikelihoodPage | None = None
+    seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """The part of an evaluation in a result's file that all evaluations have."""
@@ -337,6 +384,10 @@ class Evaluated:
     protocols: dict[str, Page]
     measurements: list[Measured]
     notes: list[str] = field(default_factory=list)
+    reconstruction: ReconstructionPage | None = None
+    latents: LatentPage | None = None
+    second_stage: SecondStagePage | None = None
+    likelihood: LikelihoodPage | None = None
 
     def __post_init__(self) -> None:
         for code, settings in self.protocols.items():
