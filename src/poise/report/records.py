@@ -14,8 +14,8 @@ from poise.objectives import is_deterministic
 from poise.runs.folder import read_config
 from poise.runs.log import read_log
 from poise.studies.comparison.experiment import DESCRIPTION
-from poise.studies.results import Pages, Result, read_results, safe_name
-from poise.support.files import convert, read_json
+from poise.studies.results import Result, check_pages, read_results, safe_name
+from poise.support.files import read_json
 from poise.support.progress import warn
 
 REFERENCE = "computed"  # label that others are compared with, if it is among the runs
@@ -227,7 +227,7 @@ def _optional(path: Path) -> dict[str, Any] | None:
     """Return the figures in a JSON file, or None if it is missing or damaged."""
     try:
         values = read_json(path, dict[str, Any])
-        convert(values, Pages, str(path))
+        check_pages(values, str(path))
     except InputError:
         return None
     return values

@@ -358,7 +358,7 @@ class Run:
         """
         try:
             mixture = self._plain_prior(MIXTURE, self.recipe.generation)
-        except (InputError, torch.linalg.LinAlgError):
+        except (InputError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             return
         meta = {"codes": self._hash_of_codes(), "seed": self.recipe.seed}
         write_folder(self.folder / MIXTURE, mixture.state_dict(), meta)

@@ -340,13 +340,14 @@ def page_of(*figures: type) -> Any:
     A page may hold other keys, too: those of other versions.
     """
     hints = {name: hint for cls in figures for name, hint in get_type_hints(cls).items()}
-    return TypedDict("Figures", {name: _or_null(hint) for name, hint in hints.items()}, total=False)
+    make: Any = TypedDict
+    return make("Page", {name: _or_null(hint) for name, hint in hints.items()}, total=False)
 
 
 def _or_null(hint: Any) -> Any:
     optional = get_origin(hint) is UnionType
     plain = next(part for part in get_args(hint) if part is not NoneType) if optional else hint
-    if is_dataclass(plain):
+    if isinstance(plain, type) and is_dataclass(plain):
         return page_of(plain) | None
     return (list[float | None] if get_origin(plain) is tuple else plain) | None
 
@@ -359,22 +360,22 @@ class AsShown:
     images: int
 
 
-ReconstructionPage: Any = page_of(Reconstruction, AsShown)
-LatentPage: Any = page_of(LatentStatistics)
-LikelihoodPage: Any = page_of(ImportanceWeightedNLL)
-SecondStagePage: Any = page_of(Reconstruction, LatentStatistics)
+PAGES: dict[str, Any] = {
+    "reconstruction": page_of(Reconstruction, AsShown),
+    "latents": page_of(LatentStatistics),
+    "second_stage": page_of(Reconstruction, LatentStatistics),
+    "likelihood": page_of(ImportanceWeightedNLL),
+}
 
 
-@dataclass(frozen=True)
-class Pages:
-    """Figures of a model in summary.json and evaluation.json."""
+def check_pages(values: Page, where: str) -> None:
+    """Check the types of a model's figures, as an evaluation and summary.json hold them.
 
-    reconstruction: ReconstructionPage | None = None
-    latents: LatentPage | None = None
-    second_stage: SecondStagePage | None = None
-    likelihood: LikelihoodPage | None = None
-    seconds: float | None = None
-    notes: list[str] = field(default_factory=list)
+    Raises:
+        InputError: a figure has another type. `where` names the file in the message.
+    """
+    for name, kind in PAGES.items():
+        convert(values.get(name), kind | None, f"{where}: {name}")
 
 
 @dataclass(frozen=True)
@@ -384,10 +385,6 @@ class Evaluated:
     protocols: dict[str, Page]
     measurements: list[Measured]
     notes: list[str] = field(default_factory=list)
-    reconstruction: ReconstructionPage | None = None
-    latents: LatentPage | None = None
-    second_stage: SecondStagePage | None = None
-    likelihood: LikelihoodPage | None = None
 
     def __post_init__(self) -> None:
         for code, settings in self.protocols.items():
@@ -476,6 +473,7 @@ def _restore(path: Path, values: Any) -> Result:
             "give files that poise compare or reproduce wrote"
         )
     convert(values, ResultFile, str(path))
+    check_pages(values["evaluation"], str(path))
     known = {name: values[name] for name in names}
     known["curves"] = {
         stage: {
