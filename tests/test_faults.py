@@ -73,13 +73,14 @@ def test_a_stray_folder_is_no_checkpoint(name, run):
     assert loaded.finished and loaded.second is not None and loaded.position == "0000000040"
 
 
-def test_a_copy_under_a_higher_number_is_no_checkpoint_and_is_kept(tmp_path):
+def test_a_copy_under_a_higher_number_is_as_old_as_its_original_and_is_kept(tmp_path):
     for position in (3, 7, 9):
         meta = {"stage": 1, "step": position, "seconds": 0.0, "finished": False}
         checkpoint.save_checkpoint(tmp_path, position, {}, meta)
         if position == 3:
             shutil.copytree(tmp_path / "0000000003", tmp_path / "9999999999")
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["0000000007", "0000000009"]
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["9999999999", "0000000007", "0000000009"]
     saved, complaints = checkpoint.newest_intact_checkpoint(tmp_path)
     assert saved is not None and saved.meta["step"] == 9 and not complaints
     assert (tmp_path / "9999999999").is_dir()

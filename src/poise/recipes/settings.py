@@ -471,7 +471,23 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
         InputError: an unknown key, a missing one, or a value of another type or out of range.
     """
     _check_keys(cls, values, where)
-    return convert(values, cls, where)
+    convert(values, cls, where)
+    return _restored(cls, values)
+
+
+def _restored(cls: type, values: dict[str, Any]) -> Any:
+    """Return settings from checked values. Whole numbers stay whole, unlike those of `convert`."""
+    _, parts = _keys_and_parts(cls)
+    return cls(
+        **{
+            name: _restored(parts[name], value)
+            if isinstance(value, dict)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _check_keys(cls: type, values: Any, where: str) -> None:

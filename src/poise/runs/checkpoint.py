@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,8 +208,13 @@ def save_checkpoint(
     if not folder.parent.is_dir():
         raise RunError(f"{folder.parent} was removed or renamed during training: nothing is saved")
     write_folder(folder / f"{position:010d}", tensors, meta | {"position": position})
-    # Checkpoints with higher numbers are damaged: training went on from an earlier one.
-    older = [path for path in checkpoints(folder) if int(path.name) <= position]
+    # Checkpoints of later positions are damaged: training went on from an earlier one. A folder
+    # without the name of its position is a copy that a user made.
+    older = [
+        path
+        for path in checkpoints(folder)
+        if _position(path) <= position and path.name == f"{_position(path):010d}"
+    ]
     for old in [*folder.glob(".writing-*"), *older[:-KEPT]]:
         remove(old)
 
@@ -217,22 +222,28 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints under `folder`, oldest first.
 
-    Each was complete when it was written, but may be damaged since. A folder with another name, or
-    with the name of another position than its own, is not a checkpoint: it may be a copy.
+    Each was complete when it was written, but may be damaged since. Folders with other names than
+    Poise gives are no checkpoints. A copy under another number has the place of its position.
     """
     named = [path for path in folder.glob("[0-9]*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(filter(_is_named_after_itself, named), key=lambda path: int(path.name))
+    return sorted(named, key=lambda path: (_position(path), path.name == f"{_position(path):010d}"))
 
 
-def _is_named_after_itself(checkpoint: Path) -> bool:
-    """Return whether a folder has the name of its position, or is damaged, or of an old version."""
-    try:
+def _position(checkpoint: Path) -> int:
+    """Return the number of a checkpoint's step: from its manifest, or else from its name.
+
+    Checkpoints from before 2026-11-27 have it in the name only, as have damaged ones.
+    """
+    with suppress(InputError):
         manifest = read_json(checkpoint / MANIFEST, Manifest)
-    except InputError:
-        return True
-    position = manifest.meta.get("position")
-    intact = _sha256(_canonical(manifest.meta)) == manifest.sha256.get("meta")
-    return position is None or not intact or checkpoint.name == f"{position:010d}"
+        position = manifest.meta.get("position")
+        if isinstance(position, int) and _is_intact(manifest):
+            return position
+    return int(checkpoint.name)
+
+
+def _is_intact(manifest: Manifest) -> bool:
+    return _sha256(_canonical(manifest.meta)) == manifest.sha256.get("meta")
 
 
 def newest_intact_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
