@@ -295,7 +295,7 @@ class DescriptionFile:
 
     experiment: Literal[1]
     settings: dict[str, Any]
-    data: dict[str, Any]
+    data: str
     labels: dict[str, dict[str, Any]]
 
 
