@@ -231,9 +231,8 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     Stages with fewer than `FEWEST_POINTS` entries are left out.
     """
     points: dict[int, list[tuple[float, float]]] = {}
-    for entry in read_log(log):
-        if entry.keys() >= {"step", "mse"}:
-            points.setdefault(int(entry["stage"]), []).append((entry["step"], entry["mse"]))
+    for entry in read_log(log, {"stage", "step", "mse"}):
+        points.setdefault(int(entry["stage"]), []).append((entry["step"], entry["mse"]))
     found = {}
     for stage, curve in points.items():
         end = curve[-1][0]

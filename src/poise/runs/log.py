@@ -74,15 +74,17 @@ class Log:
             board.close()
 
 
-def read_log(path: Path) -> list[Entry]:
+def read_log(path: Path, required: set[str] = OF_CURVES) -> list[Entry]:
     """Return the entries of metrics.jsonl, without damaged lines. Without a file there are none.
 
-    Each entry has the values of `OF_CURVES`.
+    Args:
+        path: the file.
+        required: names of the values that an entry must have, "stage" among them.
 
     Raises:
         InputError: the file cannot be read.
     """
-    return _read(path, OF_CURVES)[0]
+    return _read(path, required)[0]
 
 
 def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:
