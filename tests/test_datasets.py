@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -399,6 +400,29 @@ def test_damaged_files_of_arrays_are_refused(tmp_path, ending, content):
         {"cut": path.read_bytes()[:-300], "text": b"no array at all", "nothing": b""}[content]
     )
     assert f"x.{ending} is {'damaged (' if content == 'cut' else 'not an .np'}" in refusal(path)
+
+
+@pytest.mark.parametrize("header", ["(-12, 8, 8)", "(12, 8, -8)", "(12, 8, ", "(1e9, 8, 8)", "[]"])
+def test_a_broken_header_of_an_array_is_refused(tmp_path, header):
+    content = b"{'descr': '|u1', 'fortran_order': False, 'shape': %s}\n" % header.encode()
+    array = b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content + bytes(768)
+    (tmp_path / "x.npy").write_bytes(array)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", array)
+    for name in ("x.npy", "x.npz"):
+        assert f"{name} is damaged (" in refusal(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are POSIX")
+def test_an_array_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.npy")
+    assert "x.npy is not a file" in refusal(tmp_path / "x.npy")
+
+
+def test_an_archive_without_arrays_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", b"no array at all")
+    assert "x.npz (images) is not an array" in refusal(tmp_path / "x.npz")
 
 
 # Folders of images
