@@ -29,6 +29,7 @@ from poise import data as datasets
 from poise.data import Rows, cached, checked_images, encoded, find_images, gather, load, read_images
 from poise.data.arrays import as_images
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
+from poise.data.decoding import read_image
 from poise.data.storage import gather_rows
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.variants import DATA_SETS
@@ -528,6 +529,15 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert load("x", skip_unreadable=True).checksum == dataset.checksum
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are POSIX")
+def test_an_image_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    os.mkfifo(folder / "pipe.png")
+    assert len(read_images(folder)) == 12
+    with pytest.raises(InputError, match="it is a named pipe"):
+        read_image(folder / "pipe.png", "L")
+
+
 def test_a_folder_that_cannot_be_read_is_named_or_skipped(tmp_path, monkeypatch):
     write_images(tmp_path / "x" / "locked", noise(1, 8, 8))
     write_images(tmp_path / "x" / "open", noise(12, 8, 8))
@@ -688,6 +698,9 @@ def test_decoded_images_are_kept_until_a_file_or_an_option_changes(tmp_path, mon
     (kept,) = cache.glob("*.npy")  # the others are deleted
     kept.write_bytes(kept.read_bytes()[:-30])
     assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 4
+    (told,) = cache.glob("*.json")
+    told.write_text(told.read_text().replace('"names": [', '"names": [7, '))
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 5
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     (folder / "003.png").unlink()
     load(folder, cache=cache)
