@@ -186,6 +186,9 @@ def test_an_old_run_without_a_mixture_fits_it_and_stays_as_it_is(run):
         ("data.shape", [1, -8, 8], "is not possible"),
         ("data.pixel_std", "0.3", "data.pixel_std: Expected float, got str"),
         ("data.checksum", 7, "data.checksum: Expected str, got int"),
+        ("data.levels", "255", "data.levels: Expected int | null, got str"),
+        ("data.levels", 0, "is not possible"),
+        ("data.skipped", "x.png", "data.skipped: Expected array, got str"),
         ("data.pixel_std", float("inf"), "cannot be read as JSON"),
     ],
 )

@@ -91,8 +91,9 @@ class Described:
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(*self.shape, self.train) < 1 or self.test < 0 or self.pixel_std < 0:
-            raise ValueError("a shape or number of images is not possible")
+        counts = (*self.shape, self.train, *(() if self.levels is None else (self.levels,)))
+        if min(counts) < 1 or self.test < 0 or self.pixel_std < 0:
+            raise ValueError("a shape, a number of images or a scale is not possible")
 
 
 @dataclass(frozen=True)
