@@ -550,7 +550,7 @@ def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
 def test_the_average_of_weights_follows_its_formula():
     average, current = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = 0.9 * average.weight.detach() + 0.1 * current.weight.detach()
-    training.step.update_averaged_weights(average, current, 0.9)
+    training.step.update_averaged_weights(average, current, 0.1)
     torch.testing.assert_close(average.weight.detach(), expected)
 
 
