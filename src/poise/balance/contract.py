@@ -24,6 +24,7 @@ from poise.balance.inputs import (
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Batch, PerImage
+from poise.support.collectives import sum_over_ranks
 from poise.support.snapshots import in_backward, snapshot
 
 # Faults of training batches that show only in the values. `Balance.doubtful_batches` counts them on
@@ -433,7 +434,7 @@ class Balance(nn.Module, ABC):
             parts = [errors.reshape(-1), counts.reshape(-1), torch.stack([kls, nlls, own])]
             together = torch.cat(parts)
             group = self.process_group or None
-            dist.all_reduce(together, group=group)
+            sum_over_ranks(together, group)
             *split, rest = together.split([errors.numel(), errors.numel(), 3])
             errors, counts = (part.reshape(errors.shape) for part in split)
             kls, nlls, total = rest.unbind()

@@ -4,7 +4,6 @@ The settings are those of a recipe (`poise.recipes`), which has a named switch f
 An experiment can be stopped and resumed.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from poise.studies.comparison.experiment import deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
+from poise.support.progress import say
 from poise.variants import DATA_SETS, available_priors
 
 
@@ -76,10 +76,9 @@ def reproduce(
         )
     experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
-        print(
+        say(
             "poise: note: images keep the order of their file: "
-            "only a folder of files has a listing order",
-            file=sys.stderr,
+            "only a folder of files has a listing order"
         )
     trial = [] if length == 1 else ["length", f"{length:g}"]
     folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
