@@ -743,6 +743,18 @@ def test_columns_of_a_table_are_groups_and_forms_of_num_dims_agree():
 
 
 @pytest.mark.parametrize("make", [ComputedBalance, OptimalBalance])
+def test_a_number_of_dimensions_and_a_tensor_of_it_give_the_same_bits(make):
+    """Also for errors in double precision: the state is rounded once."""
+    balances = make(decay=0.9), make(decay=0.9)
+    for seed in range(20):
+        error = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for balance, dims in zip(balances, (7, torch.full((6,), 7.0)), strict=True):
+            balance.combine(error, torch.zeros(6, dtype=torch.float64), dims)
+    one, other = (balance.state_dict() for balance in balances)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("make", [ComputedBalance, OptimalBalance])
 def test_sums_and_counts_are_averaged_apart(make):
     """Independent truth: gamma2 = (average of sums of errors) / (average of counts)."""
     random, decay = np.random.default_rng(0), 0.8

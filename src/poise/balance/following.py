@@ -77,7 +77,10 @@ class AveragingBalance(FollowingBalance, ABC):
         if not self._from_data:  # the start says nothing about the data
             error = torch.where(known, error, batch.error)
         count = batch.total_dims
-        if not isinstance(count, Tensor):
+        # In the dtype of the state, so that one and several processes round the weights alike.
+        if isinstance(count, Tensor):
+            count = count.to(self.count.dtype)
+        else:
             count = torch.full_like(self.count, count)
         earlier = weight * (torch.where(self.count > 0, self.count, count) / count)
         weight = self.decay * earlier + (1 - self.decay)
