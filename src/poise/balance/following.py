@@ -78,10 +78,11 @@ class AveragingBalance(FollowingBalance, ABC):
             error = torch.where(known, error, batch.error)
         count = batch.total_dims
         # In the dtype of the state, so that one and several processes round the weights alike.
-        if isinstance(count, Tensor):
-            count = count.to(self.count.dtype)
-        else:
-            count = torch.full_like(self.count, count)
+        count = (
+            count.to(self.count.dtype)
+            if isinstance(count, Tensor)
+            else torch.full_like(self.count, count)
+        )
         earlier = weight * (torch.where(self.count > 0, self.count, count) / count)
         weight = self.decay * earlier + (1 - self.decay)
         share = (1 - self.decay) / weight
