@@ -94,7 +94,7 @@ class BatchMeans(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """What a training step used, for its recomputation by gradient checkpointing.
+    """Hold what a training step used, so that gradient checkpointing can recompute it.
 
     Attributes:
         sums: as in `BatchMeans`. A recomputation finds its step by them.

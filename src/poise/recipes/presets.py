@@ -153,8 +153,8 @@ IMAGES = Recipe(
     second=Stage(steps=60_000, batch_size=100, learning_rate=2e-4, halve_every=20_000),
 )
 
-# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU core.
-# Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
+# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU
+# core. Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
 MAPS = Recipe(
     name="maps",
     data=Data("images", flips=True),

@@ -78,7 +78,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
 
 @dataclass(frozen=True)
 class Described:
-    """What config.json says about the data, see `describe`."""
+    """Hold the entries of config.json about the data, as `describe` writes them."""
 
     source: str
     shape: tuple[int, int, int]

@@ -488,8 +488,8 @@ class Run:
             generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the prior needs a second stage that
-                the run does not have.
+            InputError: `count` is less than 1, no such prior, or the run lacks the second stage that
+                the prior needs.
         """
         return torch.cat(
             list(
