@@ -554,6 +554,12 @@ def test_the_average_of_weights_follows_its_formula():
     torch.testing.assert_close(average.weight.detach(), expected)
 
 
+def test_data_of_0_and_1_are_trained_without_a_warning(tmp_path):
+    """Advice to pass a cross-entropy is for loops of one's own."""
+    images = IMAGES // 128 * 255
+    train(images, recipe=replace(TINY, second=None), out=tmp_path / "run", options=QUIET)
+
+
 def test_one_stage_is_enough(tmp_path):
     run = tiny(tmp_path / "run", second=None)
     assert run.finished and run.second is None

@@ -130,6 +130,8 @@ class Balance(nn.Module, ABC):
         nonfinite_batches: number of training batches with a NaN or infinite error or KL. They never
             change the state.
         doubtful_batches: numbers of training batches with the faults that `faults` describes.
+        data_checked: whether `forward` has looked if the data are 0 and 1 only. It does so in its
+            first training batch, unless this is set to True before.
 
     Class attributes, for a diagnosis and for early stopping:
         follows_error: gamma2 follows the reconstruction error, so that it is the training error.
@@ -180,7 +182,7 @@ class Balance(nn.Module, ABC):
         self._starts: dict[str, float | Sequence[float]] = {}
         self._steps: deque[Remembered] = deque(maxlen=REMEMBERED)
         self._reported: set[str] = set()
-        self._data_checked = False
+        self.data_checked = False
         self._buffer("nonfinite_batches", 0)
         self._buffer("doubtful_batches", 0, (len(FAULTS),))
 
@@ -285,7 +287,7 @@ class Balance(nn.Module, ABC):
                 f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree in "
                 f"shape, (n, ...), with {len(target)} rows"
             )
-        if self.training and not self._data_checked and not torch.compiler.is_compiling():
+        if self.training and not self.data_checked and not torch.compiler.is_compiling():
             self._look_at(target)
         return self.combine(error, gaussian_kl(mean, logvar), num_dims, samples=samples)
 
@@ -321,7 +323,7 @@ class Balance(nn.Module, ABC):
     @torch.no_grad()
     def _look_at(self, target: Tensor) -> None:
         """Count a first batch of 0 and 1 only. Only the first, because it reads all values."""
-        self._data_checked = True
+        self.data_checked = True
         binary = ((target == 0) | (target == 1)).all() & (target.amin() < target.amax())
         self.doubtful_batches[list(FAULTS).index("binary")].add_(binary)
 

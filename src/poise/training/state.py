@@ -93,6 +93,7 @@ def new_state(
     network, balance = network.to(device), balance.to(device)
     if has_convolutions(network):
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    balance.data_checked = True  # masks are trained with the error that the recipe says
     shared = share_gradients(network, balance) if ranks() > 1 else None
     parameters = [*network.parameters(), *balance.parameters()]
     on_cuda = device.type == "cuda"  # a recorded step needs the learning rate as a tensor
