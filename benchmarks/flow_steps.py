@@ -1,12 +1,13 @@
 """Measure samples of a flow by the number of evaluations of its network: distance and images/s.
 
-    python benchmarks/flow_steps.py RUN OUT.json [--images 1000] [--extractor auto] [--steps 3 5 7]
+    python benchmarks/flow_steps.py RUN OUT.json [--images 1000] [--extractor auto]
+        [--steps 3 5 7] [--solvers heun euler]
 
 RUN is a finished run whose second stage is a flow (`poise train DATA --recipe maps`). For each
 number of steps, samples are compared with the first test images, by Heun's method (2n - 1
 evaluations for n steps) and by Euler's method with as many evaluations. The other sets of the same
-protocol (REC, GEN-1) stand beside them. `floor` compares as many training images, so no model is
-expected below it. The rates are of one process, so run this on a quiet machine.
+protocol (REC, GEN-1, GEN-mixture) stand beside them. `floor` compares as many training images, so
+no model is expected below it. The rates are of one process, so run this on a quiet machine.
 """
 
 import argparse
@@ -39,7 +40,9 @@ def rate(run: Run, count: int, generation: Generation) -> float:
     return round(count / (time.monotonic() - began), 2)
 
 
-def measured(run: Run, count: int, extractor: str, steps: list[int]) -> dict[str, Any]:
+def measured(
+    run: Run, count: int, extractor: str, steps: list[int], solvers: list[Solver]
+) -> dict[str, Any]:
     """Return distances and rates by name of the set of images."""
     protocol = with_count(find_protocol("default"), count)
     protocol = replace(protocol, generation=run.recipe.generation, reference="test")
@@ -50,9 +53,10 @@ def measured(run: Run, count: int, extractor: str, steps: list[int]) -> dict[str
         "floor": lambda n: chunks_of(head(train, n), n),
         "REC": lambda n: run.reconstruct_chunks(head(real, n)),
         "GEN-1": lambda n: run.sample_chunks(n, prior="normal"),
+        "GEN-mixture": lambda n: run.sample_chunks(n, prior="mixture"),
     }
     rates: dict[str, float] = {}
-    for solver, number in product(get_args(Solver), steps):
+    for solver, number in product(solvers, steps):
         taken = number if solver == "heun" else evaluations(number, "heun")
         chosen = replace(run.recipe.generation, flow_solver=solver, flow_steps=taken)
         name = f"GEN-flow, {solver}, {evaluations(taken, solver)} evaluations"
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--extractor", default="auto")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7, 13, 25])
+    parser.add_argument("--solvers", nargs="+", default=get_args(Solver), choices=get_args(Solver))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     run = load(options.run, device=options.device)
@@ -82,7 +87,8 @@ def main() -> None:
         parser.error(f"{options.run} has no trained flow")
     report = machine(run.device) | {"provenance": provenance(run.device)}
     report |= {"recipe": run.recipe.name, "seed": run.recipe.seed, "data": run.data}
-    report |= measured(run, options.images, options.extractor, options.steps)
+    report["steps"] = [run.recipe.first.steps, run.recipe.second.steps]
+    report |= measured(run, options.images, options.extractor, options.steps, options.solvers)
     write_report(options.out, report)
 
 

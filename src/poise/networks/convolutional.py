@@ -8,9 +8,8 @@ The networks have no BatchNorm. A residual block adds to its input
     conv(SiLU(norm(conv(SiLU(norm(x)))))),
 
 with group normalisation. The last convolution of a block starts at zero, so that a block is the
-identity at the first step. The head of the log variance is a `WideConv2d`, since the KL grows like
-exp(logvar). Resolution changes by `nn.PixelUnshuffle` and `nn.PixelShuffle`, which move pixels into
-channels and back.
+identity at the first step. Resolution changes by `nn.PixelUnshuffle` and `nn.PixelShuffle`, which
+move pixels into channels and back.
 """
 
 import math
@@ -18,7 +17,6 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from poise.networks.layers import WideConv2d
 from poise.shapes import Images, Latents
 
 GROUPS = 8
@@ -57,7 +55,7 @@ class ConvEncoder(nn.Module):
             layers += [ConvBlock(width) for _ in range(number)]
         self.features = nn.Sequential(*layers, group_norm(widths[-1]), nn.SiLU())
         self.mean = nn.Conv2d(widths[-1], latent_shape[0], 3, padding=1)
-        self.logvar = WideConv2d(widths[-1], latent_shape[0], 3, padding=1)
+        self.logvar = nn.Conv2d(widths[-1], latent_shape[0], 3, padding=1)
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor]:
         features = self.features(images - 0.5)
