@@ -1,14 +1,14 @@
 """Measure the KL of the first training steps of each network, to see whether it explodes.
 
-    python benchmarks/first_steps.py DATA [--networks resnet infogan wae] [--seeds 3]
-        [--initialisations pytorch released] [--sides 28 32 64 128] [--device cpu]
+    python benchmarks/first_steps.py DATA [--networks resnet conv] [--seeds 3]
+        [--initialisations pytorch released] [--sides 28 32 64 128 256] [--device cpu]
         [--json results/bench-first-steps.json]
 
 DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other
 data sets are generated: gradients of two colours, dark photographs (faces times 0.1), line drawings
-on white, uniform noise. Each run has 20 steps of the recipe `images` with its balance, learning
-rate and order: batch 64 at 28 and 32 pixels (three seeds), batch 16 at 64 and 128 pixels (one
-seed).
+on white, uniform noise. Each run has 20 steps of the recipe `images`, or `maps` for `conv`, with
+its balance, learning rate and order. Batches have 64 images at 28 and 32 pixels (three seeds), 16
+at more pixels (one seed) and always for `conv`.
 
 A run passes if its KL stays below the larger of 300 nats and 10 times the highest KL of a run with
 learning-rate warm-up: 50 steps from 0, same network, same images. The warm-up run is done only if
@@ -35,7 +35,7 @@ from poise.runs.build import first_stage, stage_balance
 from poise.support.seeds import derive
 from poise.training import ImageBatches, denormals_as_zero, new_state
 from poise.training.batches import global_batches
-from poise.training.loop import set_learning_rate
+from poise.training.loop import count_latents, set_learning_rate
 from poise.training.machine import tuned
 from poise.training.step import training_step
 
@@ -44,7 +44,8 @@ LEAST_BAR, FACTOR = 300.0, 10.0
 CASES: list[tuple[str, int, int, int]] = [  # network, side, batch, seeds
     ("resnet", 28, 64, 3), ("resnet", 32, 64, 3), ("infogan", 28, 64, 3), ("infogan", 32, 64, 3),
     ("resnet", 64, 16, 1), ("infogan", 64, 16, 1), ("wae", 64, 16, 1), ("wae", 32, 64, 3),
-    ("resnet", 128, 16, 1),
+    ("resnet", 128, 16, 1), ("conv", 28, 16, 3), ("conv", 32, 16, 3), ("conv", 64, 16, 1),
+    ("conv", 128, 16, 1), ("conv", 256, 16, 1),
 ]  # fmt: skip
 
 
@@ -99,7 +100,8 @@ def sets(data: Path) -> dict[str, Callable[[int], np.ndarray]]:
 
 
 def settings(network: str, initialisation: str, batch: int, seed: int) -> Recipe:
-    recipe = Changes(network=network, batch_size=batch, seed=seed).apply(RECIPES["images"])  # pyright: ignore[reportArgumentType]
+    base = RECIPES["maps" if network == "conv" else "images"]
+    recipe = Changes(network=network, batch_size=batch, seed=seed).apply(base)  # pyright: ignore[reportArgumentType]
     return given(recipe, network=given(recipe.network, initialisation=initialisation))
 
 
@@ -115,7 +117,6 @@ def kls(
         stage_balance(recipe.first, recipe, list(images.shape[1:])),
     )
     state = new_state(vae, balance, recipe.first, device)
-    state.network.train()
     data, source, stage, size = (
         ImageBatches(images, device),
         torch.Generator(device),
@@ -123,6 +124,8 @@ def kls(
         recipe.first.batch_size,
     )
     order = global_batches(stage, len(images), number=1, seed=recipe.seed, start=0)
+    latents = count_latents(vae, data)
+    state.network.train()
     values: list[float] = []
 
     def draw(columns: int) -> Tensor:
@@ -136,7 +139,7 @@ def kls(
                 state.optimizer,
                 stage.learning_rate * (min(1, (step + 1) / warm_up) if warm_up else 1),
             )
-            training_step(state, batch, draw(recipe.network.latent_dim), stage)
+            training_step(state, batch, draw(latents), stage)
             failed, _, _, kl, *_ = state.verdict.tolist()
             values.append(kl)
             if failed:
@@ -167,8 +170,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--networks", nargs="+", default=["resnet", "infogan", "wae"])
-    parser.add_argument("--sides", nargs="+", type=int, default=[28, 32, 64, 128])
+    parser.add_argument("--networks", nargs="+", default=["resnet", "infogan", "wae", "conv"])
+    parser.add_argument("--sides", nargs="+", type=int, default=[28, 32, 64, 128, 256])
     parser.add_argument("--initialisations", nargs="+", default=["pytorch"])
     parser.add_argument("--seeds", type=int, default=3, help="largest number of seeds per case")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

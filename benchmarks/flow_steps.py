@@ -83,11 +83,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     run = load(options.run, device=options.device)
-    if run.flow is None:
+    second = run.recipe.second
+    if run.flow is None or second is None:
         parser.error(f"{options.run} has no trained flow")
     report = machine(run.device) | {"provenance": provenance(run.device)}
     report |= {"recipe": run.recipe.name, "seed": run.recipe.seed, "data": run.data}
-    report["steps"] = [run.recipe.first.steps, run.recipe.second.steps]
+    report["steps"] = [run.recipe.first.steps, second.steps]
     report |= measured(run, options.images, options.extractor, options.steps, options.solvers)
     write_report(options.out, report)
 

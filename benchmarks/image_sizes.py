@@ -54,15 +54,15 @@ def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any
         )
         for stage in (1, 2)
     }
-    assert run.flow is not None
-    shape = run.first.vae.encoder.latent_shape
+    second = run.recipe.second
+    assert run.flow is not None and second is not None
     return {
         **rates,
         "samples": sampled,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "latent_shape": list(shape),
+        "latent_shape": list(run.flow.latent_shape),
         "parameters": [count(run.first.vae), count(run.flow)],
-        "batch_sizes": [run.recipe.first.batch_size, run.recipe.second.batch_size],
+        "batch_sizes": [run.recipe.first.batch_size, second.batch_size],
     }
 
 
