@@ -127,7 +127,8 @@ def latent_scale(codes: DiagonalGaussian, latent_shape: tuple[int, ...]) -> Late
         codes: (n, L), the posteriors.
         latent_shape: (c, h, w) with L = c h w, or (L,).
 
-    Source: Rombach et al. 2022, arXiv 2112.10752, appendix G, for the scaling factor.
+    Source: Rombach et al. 2022, arXiv 2112.10752, section 4.3.2 and appendix G, for the scaling
+    factor.
 
     Example:
         >>> mean = torch.tensor([[1.0, 5.0], [3.0, 3.0]])
