@@ -1,5 +1,6 @@
 # make demo   train the two-stage VAE on the 8x8 digits and show what it does
 # make test   lint, types, import order, tests
+# make integrations  install other libraries in .venv-integrations and run the balance in them beside their own losses
 # make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
 #
 # All make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-c
 # Each of a hundred processes of the tests would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test claims lint format rules layers types tests clean
+.PHONY: demo test integrations claims lint format rules layers types tests clean
 
 demo: $(VENV)/installed
 	$(BIN)/poise train digits --out runs/digits
@@ -27,6 +28,10 @@ test: format rules layers
 
 tests: $(VENV)/installed-tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+integrations: $(VENV)-integrations/installed
+	$(VENV)-integrations/bin/python -m integrations
+	$(VENV)-integrations/bin/python -m integrations --page
 
 claims: $(VENV)/installed
 	$(PIP) --editable ".[light]"
@@ -48,7 +53,7 @@ types: $(VENV)/installed-tests
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf $(VENV) runs/digits
+	rm -rf $(VENV) $(VENV)-integrations runs/digits
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "poise needs Python 3.11 or newer; set PYTHON=...")'
@@ -57,6 +62,13 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $(TORCH)
 	$(PIP) --editable .
+	touch $@
+
+# A venv of its own: these libraries are large, and nothing else needs them.
+$(VENV)-integrations/installed: integrations/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-integrations
+	$(subst $(BIN),$(VENV)-integrations/bin,$(PIP)) $(TORCH)
+	$(subst $(BIN),$(VENV)-integrations/bin,$(PIP)) --editable . --requirement integrations/requirements.txt
 	touch $@
 
 $(VENV)/installed-tests: pyproject.toml | $(VENV)/bin/python

@@ -568,20 +568,22 @@ def test_constrained_settles_at_its_target(start):
     assert float(terms.mse) == pytest.approx(0.03, rel=1e-3)
 
 
-@pytest.mark.parametrize("target_kl", [4.0, 15.0])
-def test_controlled_settles_at_its_target(target_kl):
-    balance = ControlledBalance(target_kl, kp=0.01, ki=2e-3)
+@pytest.mark.parametrize(
+    ("target", "kl"), [({"target_kl": 4.0}, 4.0), ({"target_bits": 20.0}, 13.862943611)]
+)
+def test_controlled_settles_at_its_target(target, kl):
+    balance = ControlledBalance(**target, kp=0.01, ki=2e-3)
     weight = 0.0
     for _ in range(400):
         terms = feed(balance, 0.1, kl=20 / (1 + 10 * weight))
         weight = weight_in_use(feed(balance.eval(), 0.1, kl=1.0))
         balance.train()
-    assert float(terms.kl) == pytest.approx(target_kl, rel=1e-2)
+    assert float(terms.kl) == pytest.approx(kl, rel=1e-2)
 
 
 @pytest.mark.parametrize(("kl", "bound"), [(1.0, 0.2), (1e4, 0.7)])
 def test_controlled_stays_within_its_bounds_without_wind_up(kl, bound):
-    balance = ControlledBalance(50.0, ki=0.01, least=0.2, most=0.7)
+    balance = ControlledBalance(target_kl=50.0, ki=0.01, least=0.2, most=0.7)
     for _ in range(100):
         feed(balance, 0.1, kl)
     assert weight_in_use(feed(balance.eval(), 0.1, kl)) == pytest.approx(bound, rel=1e-3)
@@ -634,6 +636,7 @@ def test_controlled_stays_within_its_bounds_without_wind_up(kl, bound):
         ),
         ("constrained:target_mse=0.01", ConstrainedBalance, {"target_mse": 0.01}),
         ("controlled:target_kl=20,most=2", ControlledBalance, {"target_kl": 20, "most": 2}),
+        ("controlled:target_bits=1", ControlledBalance, {"target_kl": math.log(2)}),
     ],
 )
 def test_a_text_names_a_balance(text, kind, attributes):
@@ -652,7 +655,9 @@ def test_a_text_names_a_balance(text, kind, attributes):
         ("released:image_size=64", "latent_dim"),
         ("scheduled", "ramp_steps"),
         ("constrained", "target_mse"),
-        ("controlled", "target_kl"),
+        ("controlled", "target_bits=.* not neither"),
+        ("controlled:target_kl=5,target_bits=5", "target_bits=.* not both"),
+        ("controlled:target_bits=0", "target_bits"),
         ("computed:decay=fast", "decay='fast'"),
         ("computed:decay", "decay=''"),
         ("computed:decay=first-batch", "decay='first-batch'"),

@@ -199,10 +199,17 @@ def test_encode_writes_the_posteriors_of_test_images_or_of_ones_own(run_folder, 
     with np.load("codes.npz") as codes:
         np.testing.assert_array_equal(codes["mean"], expected.mean)
         np.testing.assert_array_equal(codes["logvar"], expected.logvar)
+        scaling_factor = float(codes["scaling_factor"])
     np.save("own.npy", RANDOM.integers(0, 256, (3, 8, 8), dtype=np.uint8))
     poise("encode", run_folder, "own.npy", "--out", "own.safetensors")
     assert load_file("own.safetensors")["mean"].shape == (3, 10)
-    assert "3 codes: own.safetensors" in capsys.readouterr().out
+    with safe_open("own.safetensors", "np") as file:
+        saved = {name: json.loads(value) for name, value in file.metadata().items()}
+    scale = json.loads((Path(run_folder) / "latents.json").read_text())
+    assert scale.items() <= saved.items()
+    assert saved["scaling_factor"] == scaling_factor and saved["latent_shape"] == [10]
+    out = capsys.readouterr().out
+    assert "3 codes: own.safetensors" in out and f"scaling_factor {scaling_factor:.4g}" in out
 
 
 def test_every_image_of_a_folder_is_encoded_and_named(run_folder, tmp_path, capsys):

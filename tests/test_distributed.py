@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from poise.balance import ComputedBalance, make_balance
 
@@ -65,6 +66,19 @@ def run_steps(spec: str, rows: slice, ragged: bool = False) -> list[list[Tensor]
     return outcome
 
 
+class Joined(nn.Module):
+    """A model with its balance inside, as docs/your-loop.md advises for `DDP.join`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.balance = ComputedBalance(process_group=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        codes = torch.zeros(len(rows), 1)
+        return self.balance(self.weight * rows, torch.zeros_like(rows), codes, codes).loss
+
+
 def average(value: Tensor) -> Tensor:
     """Return the average over ranks, as DistributedDataParallel computes it."""
     if dist.is_initialized():
@@ -103,6 +117,11 @@ def work(rank: int, specs: list[str], folder: str) -> None:
         balance = ComputedBalance(process_group=group)
         balance.combine(torch.tensor([0.01 if rank == 0 else 1.0]), torch.zeros(1), 1)
         outcome[name] = balance.gamma2
+    joined = DistributedDataParallel(Joined())
+    with joined.join():
+        for _ in range(2 + 3 * rank):
+            joined(torch.full((4, 2), 1.0 + rank)).backward()
+    outcome["joined"] = joined.module.balance.gamma2
     dist.barrier()
     torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -150,3 +169,9 @@ def test_unrelated_models_on_two_ranks_keep_their_own_gamma2(ranks):
     """Former defect: errors of 0.01 and 1.0 gave 0.505 to both."""
     for name, expected in {"all": (0.505, 0.505), "none": (0.01, 1.0), "own": (0.01, 1.0)}.items():
         assert [float(rank[name]) for rank in ranks] == pytest.approx(expected)
+
+
+def test_ranks_with_unequal_numbers_of_batches_end_with_one_gamma2_under_join(ranks):
+    """The errors are 1 on rank 0, which ends first, and 4 on rank 1."""
+    first, second = (float(rank["joined"]) for rank in ranks)
+    assert first == second and 1 < first <= 4

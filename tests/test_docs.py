@@ -81,6 +81,15 @@ def test_the_tables_of_weights_tuned_by_hand_are_those_of_the_results():
     )
 
 
+def test_the_code_of_the_page_on_your_own_loop_runs():
+    lines, inside = [], False
+    for line in (ROOT / "docs" / "your-loop.md").read_text().splitlines():
+        inside = line == "```python" or (inside and line != "```")
+        lines.append(line if inside and line != "```python" else "")  # keep the numbers of lines
+    assert sum(line != "" for line in lines) > 50
+    exec(compile("\n".join(lines), "docs/your-loop.md", "exec"), {"__name__": "page"})
+
+
 @pytest.mark.parametrize(
     "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
 )

@@ -16,7 +16,7 @@ import poise
 from poise import networks, training
 from poise.errors import InputError
 from poise.flow import Flow
-from poise.latent import DiagonalGaussian
+from poise.latent import DiagonalGaussian, latent_scale
 from poise.metrics import encode_all
 from poise.objectives import make_objective
 from poise.priors import FlowPrior, TrainedModel, fit_mixture, make_prior
@@ -112,6 +112,11 @@ def test_codes_are_standardised_per_latent_or_per_channel(shape):
     positions = 6 // shape[0]
     np.testing.assert_allclose(flow.mean, channels.mean((0, 2)).repeat(positions), rtol=1e-5)
     np.testing.assert_allclose(flow.std, std.repeat(positions), rtol=1e-5)
+    scale = latent_scale(codes, shape)
+    np.testing.assert_allclose(scale.latents_mean, channels.mean((0, 2)), rtol=1e-6)
+    np.testing.assert_allclose(scale.latents_std, std, rtol=1e-6)
+    assert scale.shift_factor == pytest.approx(channels.mean())
+    assert scale.scaling_factor == pytest.approx((channels.var() + variances.mean()) ** -0.5)
 
 
 def test_a_small_flow_learns_mean_and_covariance_of_correlated_codes():
@@ -177,6 +182,10 @@ def test_a_run_with_a_flow_keeps_it_and_samples_from_it(run):
     assert run.flow is not None
     expected = run.flow.mean + run.flow.std * torch.zeros(32)
     assert run.prior("flow").latents(torch.zeros(1, 32)).sub(expected).abs().max() < 3
+    scale = json.loads((run.folder / "latents.json").read_text())
+    assert scale["latent_shape"] == [2, 4, 4]
+    np.testing.assert_allclose(scale["latents_mean"], run.flow.mean[::16], rtol=1e-6)
+    np.testing.assert_allclose(scale["latents_std"], run.flow.std[::16], rtol=1e-6)
     entries = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     of_flow = [entry for entry in entries if entry["stage"] == 2]
     assert len(of_flow) == 4 and all(entry["velocity_mse"] > 0 for entry in of_flow)

@@ -26,10 +26,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from poise.latent import DiagonalGaussian, variance_law
+from poise.latent import DiagonalGaussian, channel_moments
 from poise.shapes import Latents, Noise, PerImage
-
-LEAST_VARIANCE = 1e-12  # of the codes, so that constant latents can be standardised
 
 
 @final
@@ -66,14 +64,10 @@ class Flow(nn.Module):
         Args:
             codes: (n, L), the posteriors of the training images.
         """
-        by_channel = (self.latent_shape[0], -1)
-        mean = codes.mean.mean(0, dtype=torch.float64)
-        square = variance_law(codes.mean, codes.logvar) + mean.square()
-        mean, square = (value.view(by_channel).mean(1) for value in (mean, square))
-        std = (square - mean.square()).clamp_min(LEAST_VARIANCE).sqrt()
+        mean, variance = channel_moments(codes, self.latent_shape)
         repeats = len(self.mean) // len(mean)
         self.mean.copy_(mean.repeat_interleave(repeats))
-        self.std.copy_(std.repeat_interleave(repeats))
+        self.std.copy_(variance.sqrt().repeat_interleave(repeats))
 
     def target(self, codes: Latents, noise: Noise) -> tuple[Latents, PerImage, Latents]:
         """Return z_t and t of eq. 1, and the target z - n of eq. 2.

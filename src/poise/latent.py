@@ -24,6 +24,7 @@ In many dimensions the codes of images lie near a sphere about 0, and so does th
 of a straight line is nearer to 0. There the decoder gives average images.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from poise.shapes import Batch, Latents, PerImage, PerLatent
 
 ACTIVE_VARIANCE = 0.01  # a latent is active if Var_x(mu) > 0.01 (Burda et al. 2016, section 5.1)
+LEAST_VARIANCE = 1e-12  # of the codes, so that constant latents can be standardised
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,74 @@ def variance_law(mean: Latents, logvar: Latents, *, released: bool = False) -> P
     mean, logvar = mean.double(), logvar.double()
     noise = (0.5 * logvar).exp().mean(0) if released else logvar.exp().mean(0)
     return mean.var(0, correction=0) + noise
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """Mean and scale of latents, for a model that expects standardised ones.
+
+    The names are those of the config of diffusers' AutoencoderKL.
+
+    Attributes:
+        latent_shape: (c, h, w) of a latent map, or (L,).
+        latents_mean, latents_std: mean and standard deviation per channel of the map, or per
+            latent.
+        shift_factor: mean over all latents.
+        scaling_factor: 1 / (standard deviation over all latents). (z - shift_factor) *
+            scaling_factor has mean 0 and variance 1.
+    """
+
+    latent_shape: tuple[int, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    shift_factor: float
+    scaling_factor: float
+
+
+def latent_scale(codes: DiagonalGaussian, latent_shape: tuple[int, ...]) -> LatentScale:
+    """Return mean and scale of latents that are sampled from the posteriors of a data set.
+
+    Args:
+        codes: (n, L), the posteriors.
+        latent_shape: (c, h, w) with L = c h w, or (L,).
+
+    Source: Rombach et al. 2022, arXiv 2112.10752, section 4.3.2 and appendix G, for the scaling
+    factor.
+
+    Example:
+        >>> mean = torch.tensor([[1.0, 5.0], [3.0, 3.0]])
+        >>> latent_scale(DiagonalGaussian(mean, torch.full((2, 2), -100.0)), (2,))
+        LatentScale(latent_shape=(2,), latents_mean=(2.0, 4.0), latents_std=(1.0, 1.0), \
+shift_factor=3.0, scaling_factor=0.7071067811865475)
+    """
+    mean, variance = channel_moments(codes, latent_shape)
+    whole = float((variance + mean.square()).mean() - mean.mean().square())
+    return LatentScale(
+        latent_shape=latent_shape,
+        latents_mean=tuple(mean.tolist()),
+        latents_std=tuple(variance.sqrt().tolist()),
+        shift_factor=float(mean.mean()),
+        scaling_factor=1 / math.sqrt(max(whole, LEAST_VARIANCE)),
+    )
+
+
+def channel_moments(
+    codes: DiagonalGaussian, latent_shape: tuple[int, ...]
+) -> tuple[PerLatent, PerLatent]:
+    """Return mean and variance of the aggregate posterior, per channel, float64.
+
+    Args:
+        codes: (n, L), the posteriors of a data set.
+        latent_shape: (c, h, w) with L = c h w: all positions of a channel count together. Or (L,).
+
+    Returns:
+        Two tensors (c,) or (L,). The variance is at least 1e-12.
+    """
+    by_channel = (latent_shape[0], -1)
+    mean = codes.mean.mean(0, dtype=torch.float64)
+    square = variance_law(codes.mean, codes.logvar) + mean.square()
+    mean, square = (value.view(by_channel).mean(1) for value in (mean, square))
+    return mean, (square - mean.square()).clamp_min(LEAST_VARIANCE)
 
 
 def spherical_path(start: Tensor, end: Tensor, steps: int) -> Latents:

@@ -44,7 +44,7 @@ BALANCES = {
         "poise.balance.steering:ConstrainedBalance", ("constrained:target_mse=0.01",)
     ),
     "controlled": NamedBalance(
-        "poise.balance.steering:ControlledBalance", ("controlled:target_kl=20",)
+        "poise.balance.steering:ControlledBalance", ("controlled:target_bits=30",)
     ),
 }
 

@@ -3,6 +3,7 @@
 They are the baselines for a gamma2 that follows the error (`poise.balance.following`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -201,14 +202,18 @@ class ControlledBalance(Balance):
         weight    = kp / (1 + exp(e)) + integral,             clipped to [least, most].
 
     Args:
-        target_kl: target KL in nats per image, > 0.
+        target_bits: target KL in bits per image, > 0. One bit is ln 2 = 0.693 nats.
+        target_kl: the same in nats, in place of `target_bits`.
         kp, ki: gains of the proportional and of the integral term, >= 0.
         least, most: bounds of the KL weight, 0 <= least <= most.
         gamma2: decoder variance, > 0.
         power, process_group: see `Balance`.
 
+    Attributes:
+        target_kl: target KL in nats per image.
+
     Raises:
-        InputError: a value is out of range.
+        InputError: there is no target, or there are two, or a value is out of range.
 
     Source: Shao et al. 2020, arXiv 2004.05988, eq. 7 and algorithm 1. Unlike there, clipping the
     integral prevents wind-up.
@@ -221,8 +226,9 @@ class ControlledBalance(Balance):
 
     def __init__(
         self,
-        target_kl: float,
         *,
+        target_bits: float | None = None,
+        target_kl: float | None = None,
         kp: float = 0.01,
         ki: float = 1e-4,
         least: float = 0.0,
@@ -238,7 +244,16 @@ class ControlledBalance(Balance):
             )
         if not (kp >= 0 and ki >= 0):
             raise InputError(f"the gains kp and ki must be >= 0, not {kp}, {ki}")
-        self.target_kl = positive("target_kl", target_kl)
+        if target_bits is not None and target_kl is None:
+            self.target_kl = positive("target_bits", target_bits) * math.log(2)
+        elif target_kl is not None and target_bits is None:
+            self.target_kl = positive("target_kl", target_kl)
+        else:
+            given = "neither" if target_kl is None else "both"
+            raise InputError(
+                f"a controlled balance needs target_bits=... or target_kl=... (nats), not {given}: "
+                'write ControlledBalance(target_bits=30) or "controlled:target_bits=30"'
+            )
         self.kp, self.ki, self.least, self.most = kp, ki, least, most
         self._buffer("gamma2", positive("gamma2", gamma2))
         self._buffer("integral", float(least))

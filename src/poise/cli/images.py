@@ -19,7 +19,7 @@ from poise.cli.options import (
     RunFolder,
 )
 from poise.cli.showing import load_run
-from poise.errors import InputError
+from poise.errors import InputError, RunError
 from poise.recipes.settings import Generation, Renormalise, Solver, given
 from poise.variants import PRIORS
 
@@ -122,7 +122,9 @@ class Encode:
 
     The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). All
     images of a folder are encoded, sorted by path. `names` and `sides` say which image a row is:
-    the path inside the folder, and train, test or val. In a .safetensors file they are metadata.
+    the path inside the folder, and train, test or val. `latents_mean`, `latents_std`,
+    `shift_factor` and `scaling_factor` standardise latents for a diffusion model: per channel, or
+    all alike, of the training images. In a .safetensors file all these are metadata.
     """
 
     run_folder: RunFolder
@@ -134,15 +136,25 @@ class Encode:
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
         from poise.runs.export import check_codes_output, write_codes
-        from poise.support.progress import counted, progress
+        from poise.support.progress import counted, progress, warn
 
         check_codes_output(self.out)
         given = images_for(run, self.images, self.reading)
         number = len(given.images)
         chunks = run.encode_chunks(given.images)
+        try:
+            scale = run.latent_scale if run.has_codes else None
+        except RunError as error:  # the training codes are damaged, the encoder is not
+            warn(f"{error}; the scale of latents is left out")
+            scale = None
         with progress("images", number) as display:
-            write_codes(counted(chunks, display), self.out, number, given.names, given.sides)
+            write_codes(counted(chunks, display), self.out, number, given.names, given.sides, scale)
         print(f"{number} code{'s' * (number != 1)}{_by_side(given.sides)}: {self.out}")
+        if scale:
+            print(
+                f"for a diffusion model: shift_factor {scale.shift_factor:.4g}, scaling_factor "
+                f"{scale.scaling_factor:.4g}, of latents {'x'.join(map(str, scale.latent_shape))}"
+            )
         _print_notes(given.notes)
 
 

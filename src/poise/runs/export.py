@@ -9,8 +9,10 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from poise.data.decoding import grid, save_png, to_bytes, to_png
 from poise.data.encoded import available_cores
 from poise.data.storage import allocate
 from poise.errors import InputError
-from poise.latent import DiagonalGaussian
+from poise.latent import DiagonalGaussian, LatentScale
 from poise.shapes import Images
 from poise.support.files import appearing, sync, write_file
 
@@ -124,6 +126,7 @@ def write_codes(
     number: int,
     names: Sequence[str] = (),
     sides: Sequence[str] = (),
+    scale: LatentScale | None = None,
 ) -> None:
     """Write posteriors as two float32 arrays `mean` and `logvar` of shape (number, latents).
 
@@ -133,6 +136,7 @@ def write_codes(
         number: total number of images.
         names, sides: the name of each image and its side of the split, written beside the arrays:
             as arrays of text, or as JSON in the metadata of a .safetensors file.
+        scale: mean and scale of the training images' latents, written in the same way.
 
     Raises:
         InputError: an unknown suffix.
@@ -142,12 +146,14 @@ def write_codes(
     arrays: dict[str, np.ndarray] = dict(
         zip(("mean", "logvar"), _to_arrays(chunks, number), strict=True)
     )
+    told: dict[str, Any] = {"names": [*names], "sides": [*sides]} if names else {}
+    told |= asdict(scale) if scale else {}
     if out.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        told = {"names": json.dumps([*names]), "sides": json.dumps([*sides])} if names else None
-        return write_file(out, save(arrays, told))
-    arrays |= {"names": np.array(names), "sides": np.array(sides)} if names else {}
+        metadata = {name: json.dumps(value) for name, value in told.items()}
+        return write_file(out, save(arrays, metadata or None))
+    arrays |= {name: np.array(value) for name, value in told.items()}
     with _archive(out) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:

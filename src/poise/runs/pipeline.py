@@ -6,7 +6,7 @@ Interrupted training continues from the newest checkpoint.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -513,8 +513,9 @@ class Mirror(nn.Module):
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:
-    """Write the mixture, the pictures, the training curves and summary.json of a finished run."""
+    """Write what a finished run has: mixture, scale of latents, pictures, curves, summary.json."""
     run.save_mixture()
+    write_json(run.folder / "latents.json", asdict(run.latent_scale))
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))

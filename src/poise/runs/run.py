@@ -3,6 +3,7 @@
 config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
+latents.json           mean and scale of these codes, for a diffusion model
 mixture/               the mixture prior, fitted to these codes
 metrics.jsonl          one line per log entry of both stages
 progress.png           samples and reconstructions at each tenth of training
@@ -13,6 +14,7 @@ diagnosis.json         the last result of `poise diagnose`
 
 import base64
 import io
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +44,7 @@ from poise.evaluation import (
 )
 from poise.features import Extractor
 from poise.flow import Flow
-from poise.latent import DiagonalGaussian, spherical_path
+from poise.latent import DiagonalGaussian, LatentScale, latent_scale, spherical_path
 from poise.metrics import (
     CHUNK,
     encode_all,
@@ -231,6 +233,17 @@ class Run:
                 "continue with `poise train`"
             )
         return read_codes(folder, self.data["train"], self.recipe.network.latent_dim)
+
+    @cached_property
+    def latent_scale(self) -> LatentScale:
+        """Mean and scale of the training images' latents, per channel and over all.
+
+        Raises:
+            RunError: see `codes`.
+        """
+        vectors = tuple(self.codes.mean.shape[1:])
+        shape = tuple(getattr(self.first.vae.decoder, "latent_shape", vectors))
+        return latent_scale(self.codes, shape if math.prod(shape) == vectors[0] else vectors)
 
     def encode(self, images: Any) -> DiagonalGaussian:
         """Return the posterior of each image, (n, latents), on the CPU.
@@ -656,7 +669,7 @@ class Run:
                 vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet
             )
             pages["likelihood"] = asdict(nll)
-        if self._has_codes:
+        if self.has_codes:
             statistics = latent_statistics(self.codes, released=released)
             pages["latents"] = asdict(
                 statistics.without_posterior() if self.deterministic else statistics
@@ -676,7 +689,8 @@ class Run:
         )
 
     @property
-    def _has_codes(self) -> bool:
+    def has_codes(self) -> bool:
+        """Whether the folder holds `codes`, which are there as soon as stage 1 is finished."""
         return (self.folder / "codes").exists()
 
     def _produced(
@@ -697,7 +711,7 @@ class Run:
             name for name in available_priors(self.second_stage) if priors is None or name in priors
         ]
         notes: tuple[str, ...] = ()
-        if not self._has_codes:
+        if not self.has_codes:
             plain = generation.renormalise == "never"
             names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
             notes = ("stage 1 is not finished: whatever needs its codes is left out",)
