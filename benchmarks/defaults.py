@@ -106,7 +106,7 @@ def measure_floor(folder: Path, unit: str, path: Path) -> None:
 def tabulate(results: Path) -> None:
     """Print a row for each set, candidate and budget: mean and spread over seeds."""
     groups: dict[str, list[Result]] = {}
-    for result in read_results(results):
+    for result in read_results([results]):
         if result.experiment == EXPERIMENT:
             groups.setdefault(result.label, []).append(result)
     for label, found in sorted(groups.items()):
