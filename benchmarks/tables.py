@@ -22,6 +22,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from poise import VAEEstimator
 from poise.studies.comparison.statistics import spread
 from poise.studies.comparison.tables import show as mean_and_spread
 
+STEPS = VAEEstimator().steps
 MOST_ROWS, MOST_LATENTS = 2_000, 16
+Model = Callable[[np.ndarray, np.ndarray, int, int], dict[str, float]]
 TABLES = {  # name: package; what kind of table it is
     "iris": "sklearn",
     "wine": "sklearn",
@@ -89,17 +92,16 @@ def _numbers(frame: Any) -> np.ndarray:
     return frame.select_dtypes("number").to_numpy(float)
 
 
-def vae(seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int) -> dict[str, float]:
-    model = VAEEstimator(latents, steps=vae.steps, device="cpu", random_state=seed).fit(seen)
+def vae(
+    seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int, *, steps: int = STEPS
+) -> dict[str, float]:
+    model = VAEEstimator(latents, steps=steps, device="cpu", random_state=seed).fit(seen)
     scores = model.score_details(unseen)
     return {
         "density": float(scores.log_density.mean()),
         "error": _error(unseen, model.inverse_transform(model.transform(unseen))),
         "certain": float(scores.certain.mean()),
     }
-
-
-vae.steps = VAEEstimator().steps
 
 
 def pca(seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int) -> dict[str, float]:
@@ -134,7 +136,7 @@ def kernel_density(
     return {"density": float(search.best_estimator_.score(unseen) / len(unseen))}
 
 
-MODELS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], dict[str, float]]] = {
+MODELS: dict[str, Model] = {
     "VAE": vae,
     "PCA": pca,
     "factor analysis": factor_analysis,
@@ -147,17 +149,17 @@ def _error(rows: np.ndarray, restored: np.ndarray) -> float:
     return float(np.square(rows - restored).mean())
 
 
-def measured(name: str, splits: int, models: list[str]) -> dict[str, Any]:
+def measured(name: str, splits: int, models: dict[str, Model]) -> dict[str, Any]:
     """Return the figures of each model on each split of a table."""
     rows = read(name)
     latents = min(MOST_LATENTS, math.ceil(rows.shape[1] / 4))
     figures: dict[str, Any] = {}
     for seed in range(splits):
         split: list[Any] = train_test_split(rows, test_size=0.2, random_state=seed)
-        for model in models:
+        for model, measure in models.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of convergence
-                found = MODELS[model](*split, latents, seed)
+                found = measure(*split, latents, seed)
             for key, value in found.items():
                 figures.setdefault(model, {}).setdefault(key, []).append(round(value, 4))
     size = {"rows": len(rows), "columns": rows.shape[1], "latents": latents}
@@ -169,17 +171,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--splits", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=vae.steps)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    vae.steps = options.steps
+    models = {name: MODELS[name] for name in options.models}
+    if "VAE" in models:
+        models["VAE"] = partial(vae, steps=options.steps)
     there = options.json and options.json.exists()
     tables: dict[str, Any] = json.loads(options.json.read_text())["tables"] if there else {}
     for name in options.only:
         if name not in tables:
-            tables[name] = measured(name, options.splits, options.models)
+            tables[name] = measured(name, options.splits, models)
             if options.json:
                 report = {"splits": options.splits, "steps": options.steps, "tables": tables}
                 write_report(options.json, machine(torch.device("cpu")) | report)
