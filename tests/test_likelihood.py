@@ -304,25 +304,25 @@ def test_a_posterior_that_misses_a_mode_looks_trustworthy_and_is_wrong_by_log_2(
 
 @pytest.mark.parametrize("wider, shifted", [(0.5, 2.0), (1.5, 0.0)])
 def test_a_refined_proposal_gives_the_exact_density_of_a_linear_model(digits, pca, wider, shifted):
-    """The images are the digits, and digits of 30 times the brightness."""
+    """The rows are the digits, and digits of 30 times the brightness."""
     images = torch.cat([digits[:20], 30 * digits[:20]])
-    vae, exact = pca.vae(wider=wider, shifted=shifted), pca.nll(images)
-    each = nll_per_image(vae, pca.balance, images, samples=200)
-    # Rounding in the float32 decoder changes the density of the bright digits by 1e-6 of its value.
-    assert np.abs(each.nll_nats.numpy() - exact)[:20].max() < 0.005
-    np.testing.assert_allclose(each.nll_nats.numpy(), exact, rtol=1e-5, atol=0.005)
+    vae, exact = pca.vae(wider=wider, shifted=shifted).double(), pca.nll(images)
+    with torch.no_grad():
+        posterior = vae.encode(images.double())
+    each = nll_of_values(vae, pca.balance, images.double(), posterior, samples=200)
+    assert np.abs(each.nll_nats.numpy() - exact).max() < 0.01
     assert float(each.effective_share.min()) > 0.6
     assert float(each.standard_error_nats.max()) < 0.01
-    blind = under_encoder(pca.vae(wider=0.5, shifted=2.0), pca.balance, images, samples=200)
-    assert np.abs(blind.nll_nats.numpy() - exact)[:20].max() > 1
+    narrow = under_encoder(pca.vae(wider=0.5, shifted=2.0), pca.balance, digits[:20], samples=200)
+    assert np.abs(narrow.nll_nats.numpy() - exact[:20]).max() > 1
 
 
-@pytest.mark.parametrize("latents, reach, points", [(1, 40, 100_001), (2, 10, 1_201)])
+@pytest.mark.parametrize("latents, reach, points", [(1, 40, 100_001), (2, 9, 601)])
 def test_refined_proposals_agree_with_quadrature_for_rows_near_and_far(latents, reach, points):
     """The decoder is a network of kinks, whose posteriors are skewed, peaked or have many modes."""
     torch.manual_seed(0)
     decoder = nn.Sequential(nn.Linear(latents, 12), nn.ReLU(), nn.Linear(12, 3)).double()
-    near = decoder(torch.randn(12, latents).double()) + 0.2 * torch.randn(12, 3)
+    near = decoder(torch.randn(9, latents).double()) + 0.2 * torch.randn(9, 3)
     rows = torch.cat([near, 4 * near]).detach()
     axis = torch.linspace(-reach, reach, points, dtype=torch.float64)
     grid = torch.cartesian_prod(*[axis] * latents).view(-1, latents)
@@ -336,7 +336,7 @@ def test_refined_proposals_agree_with_quadrature_for_rows_near_and_far(latents, 
         VAE(nn.Identity(), decoder),
         FixedBalance(gamma2=0.04),
         rows,
-        DiagonalGaussian(torch.zeros(24, latents), torch.zeros(24, latents)),
+        DiagonalGaussian(torch.zeros(18, latents), torch.zeros(18, latents)),
         samples=200,
         most=4_000,
     )
