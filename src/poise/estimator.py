@@ -295,7 +295,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         state, interrupted = self._train_stage(
             1, stage, vae, data, rows[held_out], seed, line.noise_variance
         )
-        if state.step == 0 and len(held_out):  # probabilistic PCA was kept: fit it to all rows
+        if state.step == 0 and _is_elbo(state.balance):  # PCA was kept: fit it to all rows
             line = Line.fitted(rows, self.latent_dim)
             state.vae = line.beside(()).eval().requires_grad_(False)
             state.balance.gamma2.fill_(max(line.noise_variance, state.balance.floor))
@@ -331,7 +331,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         stopping = EarlyStopping(
             state, held_out, steps=stage.total_steps(len(data)), batch=batch, rows=len(data)
         )
-        if noise_variance is not None and isinstance(balance, ComputedBalance):
+        if noise_variance is not None and _is_elbo(balance):
             stopping.keep_line(noise_variance)
         interrupted = False
         with progress(f"stage {number}", stopping.steps, quiet=not self.verbose) as display:
@@ -667,7 +667,8 @@ class EarlyStopping:
         self.next = min(MOST_STEPS, self.epoch)
         self.checked = 0
         self.elbos: list[tuple[int, float]] = []  # step and held-out ELBO
-        self.best, self.best_step = -math.inf, 0
+        self.best, self.best_step = -math.inf, 0  # of the network, whether it is kept or not
+        self.kept_elbo = -math.inf
         self.line: HeldOut | None = None
         self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
@@ -697,10 +698,10 @@ class EarlyStopping:
         state.vae.train()
         elbo = float(found.elbos.mean())
         self.elbos.append((state.step, elbo))
-        if not elbo > self.best:
-            return
-        self.best, self.best_step = elbo, state.step
-        if self.line is None or found.is_better_than(self.line):
+        if elbo > self.best:
+            self.best, self.best_step = elbo, state.step
+        if elbo > self.kept_elbo and (self.line is None or found.is_better_than(self.line)):
+            self.kept_elbo = elbo
             self.kept = (
                 state.step,
                 copy.deepcopy(state.vae.state_dict()),
@@ -747,6 +748,11 @@ class HeldOut(NamedTuple):
         rise = self.elbos - line.elbos
         error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
         return float(rise.mean()) > error and self.mse <= line.mse
+
+
+def _is_elbo(balance: Balance) -> bool:
+    """Return whether training maximises the ELBO, gamma2 included."""
+    return isinstance(balance, ComputedBalance) and balance.kl_weight == 1
 
 
 @torch.no_grad()
