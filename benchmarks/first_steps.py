@@ -115,7 +115,7 @@ def kls(
         stage_balance(recipe.first, recipe, list(images.shape[1:])),
     )
     state = new_state(vae, balance, recipe.first, device)
-    state.vae.train()
+    state.network.train()
     data, source, stage, size = (
         ImageBatches(images, device),
         torch.Generator(device),
@@ -128,7 +128,7 @@ def kls(
     def draw(columns: int) -> Tensor:
         return torch.randn(size, columns, generator=source, device=device)
 
-    with tuned(state.vae, device), denormals_as_zero():
+    with tuned(state.network, device), denormals_as_zero():
         for step, indices in zip(range(steps), order, strict=False):
             source.manual_seed(derive("noise", recipe.seed, 1, step))
             batch = data.place(data.fetch(indices), draw)

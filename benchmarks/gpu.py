@@ -116,7 +116,10 @@ class Bench:
         return replace(stage, batch_size=self.scale.batch_size, precision=word)
 
     def vae(self, number: int) -> VAE:
-        return first_stage(RECIPE, SHAPE) if number == 1 else second_stage(RECIPE)
+        first = first_stage(RECIPE, SHAPE)
+        second = second_stage(RECIPE, first)
+        assert isinstance(second, VAE)
+        return first if number == 1 else second
 
     def data(self, number: int) -> Batches:
         source = np.random.default_rng(0)
@@ -231,7 +234,7 @@ def recorded(bench: Bench, number: int, stage: Stage) -> tuple[CapturedStep, Tra
     latents = RECIPE.network.latent_dim
     noise = torch.randn(stage.batch_size, latents, device=bench.device)
     batch = data.place(data.fetch(torch.arange(stage.batch_size)), lambda columns: noise)
-    with tuned(state.vae, bench.device), kernels(bench.device, tf32=stage.precision != "ieee"):
+    with tuned(state.network, bench.device), kernels(bench.device, tf32=stage.precision != "ieee"):
         for _ in range(EAGER_STEPS + 1):
             step(state, batch, noise, stage)
     return step, state
@@ -370,7 +373,7 @@ def trained(bench: Bench, number: int, engine: Any) -> dict[str, Tensor]:
         watch=Watch(quiet=True, save_seconds=math.inf),
         engine=engine,
     )
-    return state.vae.state_dict() | state.balance.state_dict()
+    return state.network.state_dict() | state.balance.state_dict()
 
 
 def relative(expected: Tensor, given: Tensor) -> float:

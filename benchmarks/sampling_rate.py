@@ -80,8 +80,8 @@ def tasks_of(run: Run, count: int, folder: Path) -> dict[str, Callable[[], Any]]
         "decoder alone": bare_decoder(run, count),
         "sample, normal": sampling(run, count, "normal"),
     }
-    if run.second is not None:
-        tasks["sample, second-stage"] = sampling(run, count, "second-stage")
+    if run.second_stage is not None:
+        tasks[f"sample, {run.default_prior}"] = sampling(run, count, run.default_prior)
     return tasks | {
         "into an .npz": write(folder / "images.npz"),
         "into a folder of PNGs": write(folder / "images"),

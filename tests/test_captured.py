@@ -10,11 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import poise
 from poise.errors import InputError, RunError
+from poise.flow import Flow
+from poise.priors import NormalPrior
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import pipeline
+from poise.runs.growth import ProgressPicture
 from poise.runs.options import Options
 from poise.runs.pipeline import train
 from poise.training import CodeBatches, ImageBatches, Watch, engines, fit, loop, new_state
@@ -93,14 +97,16 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["resnet", "second_stage"])
+@pytest.mark.parametrize("kind", ["resnet", "second_stage", "flow"])
 def test_every_step_is_taken_once_with_its_own_batch_and_noise(kind, precision, stand_in):
     stage = Stage(
         steps=7,
         batch_size=10,
         learning_rate=1e-3,
         halve_every=2,
+        objective="flow" if kind == "flow" else "vae",
         ema_decay=0.9,
+        ema_warmup=kind == "flow",
         precision=precision,
     )
     eager, replayed = (
@@ -159,33 +165,43 @@ def test_auto_is_eager_off_cuda_and_is_written_down(tmp_path):
     assert loop.choose_engine("auto", torch.device("cuda")) == "captured"
 
 
-def trained(engine, kind, stage, halves=(1.0,), device="cuda") -> dict[str, torch.Tensor]:
+def trained(
+    engine, kind, stage, halves=(1.0,), device="cuda", **watched
+) -> dict[str, torch.Tensor]:
     """Return the weights after training that stops and resumes at the shares `halves`."""
     torch.manual_seed(0)
     device = torch.device(device)
-    if kind == "second_stage":
-        vae = poise.VAE(*poise.networks.second_stage(8, 64))
-        data = CodeBatches(torch.randn(300, 8), torch.randn(300, 8), device)
+    if kind in NETWORKS:
+        network, data = poise.VAE(*NETWORKS[kind](16, 3, 8)), ImageBatches(IMAGES.numpy(), device)
     else:
-        vae, data = poise.VAE(*NETWORKS[kind](16, 3, 8)), ImageBatches(IMAGES.numpy(), device)
-    state = new_state(vae, poise.ComputedBalance(), stage, device)
+        shape = (2, 2, 2)
+        network = (
+            Flow(poise.networks.flow(shape, width=16, blocks=3), shape)
+            if kind == "flow"
+            else poise.VAE(*poise.networks.second_stage(8, 64))
+        )
+        data = CodeBatches(torch.randn(300, 8), torch.randn(300, 8), device)
+    state = new_state(network, poise.ComputedBalance(), stage, device)
     for share in halves:
         part = replace(stage, steps=int(share * stage.steps))
-        fit(state, data, part, number=1, seed=0, watch=Watch(quiet=True), engine=engine)
+        watch = Watch(quiet=True, **watched)
+        fit(state, data, part, number=1, seed=0, watch=watch, engine=engine)
     return state.trained.state_dict() | state.balance.state_dict()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["resnet", "infogan", "second_stage"])
+@pytest.mark.parametrize("kind", ["resnet", "infogan", "second_stage", "flow"])
 def test_200_captured_steps_equal_200_eager_ones(kind, precision):
     stage = Stage(
         steps=200,
         batch_size=50,
         learning_rate=1e-3,
         halve_every=60,
+        objective="flow" if kind == "flow" else "vae",
         ema_decay=0.9,
+        ema_warmup=kind == "flow",
         precision=precision,
     )
     eager, captured = trained("eager", kind, stage), trained("captured", kind, stage)
@@ -233,3 +249,19 @@ def test_a_network_that_cannot_be_recorded_trains_as_the_eager_engine_does(tmp_p
         assert json.loads((run.folder / "config.json").read_text())["engine"] == "eager"
     assert "taking them one by one" in capsys.readouterr().err
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_rows_of_the_progress_between_replays_change_no_bit(tmp_path):
+    def show(state, tenth):
+        picture.add(1, tenth, state.trained, NormalPrior(8))
+
+    images = IMAGES[:8].float() / 255
+    picture = ProgressPicture(tmp_path / "p.png", images, seed=0, priors=["N(0, I)"])
+    stage = Stage(steps=60, batch_size=50, learning_rate=1e-3)
+    plain, watched = (trained("captured", "resnet", stage, **more) for more in ({}, {"show": show}))
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    picture.write()
+    with Image.open(tmp_path / "p.png") as file:
+        assert file.height == 24 + 11 * 66

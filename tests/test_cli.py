@@ -1,6 +1,7 @@
 """Test the command with right and wrong input: one line and an exit code for each."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -8,16 +9,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import cast, get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import forking
-from poise import cli, load
+from poise import Run, cli, load
+from poise.cli.images import picture_for
+from poise.data import read_images
+from poise.data.decoding import (
+    center_square_resize,
+    crop_and_resize,
+    jpeg_round_trip,
+    to_bytes,
+)
+from poise.recipes import Data
 from poise.runs import checkpoint, pipeline
 from poise.support import files
 from poise.training import Engine
@@ -33,7 +45,7 @@ def poise(*arguments: str | Path) -> None:
 
 
 def photos(folder: Path, *, of: list[tuple[int, int]]) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number, (width, height) in enumerate(of):
         pixels = RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02d}.jpg")
@@ -113,6 +125,64 @@ def test_reconstruct_shows_test_images_or_ones_own(run_folder, tmp_path, capsys)
     assert "3 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("out", ["walk.png", "walk.gif"])
+def test_interpolate_walks_from_one_picture_to_another(out, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    poise(
+        "interpolate",
+        run_folder,
+        folder / "00.jpg",
+        folder / "01.jpg",
+        "--out",
+        out,
+        "--steps",
+        "5",
+    )
+    assert capsys.readouterr().out.startswith("5 images from ")
+    with Image.open(out) as walk:
+        assert walk.size == ((5 * 66 - 2, 64) if out == "walk.png" else (64, 64))
+        walk.seek(0)
+        shown = np.asarray(walk.convert("L"))[::8, :64:8]
+    run = load(run_folder)
+    first = read_images(folder / "00.jpg", size=8, channels=1)
+    expected = to_bytes(run.reconstruct(first))[0, 0].numpy()
+    assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("source", "jpeg"), [("celeba64", None), ("photos", 75)])
+def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(source, jpeg, tmp_path):
+    path = photos(tmp_path / "own", of=[(178, 218)]) / "00.jpg"
+    recipe = SimpleNamespace(data=Data(source, jpeg_quality=jpeg))
+    run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe))
+    with Image.open(path) as picture:
+        crop = crop_and_resize if source == "celeba64" else center_square_resize
+        expected = torch.from_numpy(np.array(crop(picture, size=64))).permute(2, 0, 1)
+    if jpeg is not None:
+        expected = jpeg_round_trip(expected[None], jpeg)[0]
+    assert torch.equal(picture_for(run, path), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["00.jpg", "01.jpg", "--out", "walk.mp4"], r"walk.mp4: give a .png .* or a .gif"),
+        (["00.jpg", "01.jpg", "--steps", "1"], r"steps must be from 2 to 1000, not 1"),
+        (["00.jpg", "text.jpg"], r"text.jpg cannot be decoded: not an image of a known format"),
+        (["gone.jpg", "01.jpg"], r"gone.jpg does not exist"),
+        (["00.jpg", "small.png"], r"small.png has 9x7 pixels.*8x8: give a larger picture"),
+    ],
+)
+def test_what_interpolate_cannot_do_is_one_line(arguments, expected, run_folder, tmp_path, capsys):
+    folder = photos(tmp_path / "own", of=[(20, 30), (8, 8)])
+    (folder / "text.jpg").write_text("no image")
+    Image.new("L", (9, 7)).save(folder / "small.png")
+    a, b, *options = arguments
+    with pytest.raises(SystemExit) as exit:
+        poise("interpolate", run_folder, folder / a, folder / b, *options)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and len(error.splitlines()) == 1 and re.search(expected, error)
+
+
 def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
     poise("sample", run_folder, "-n", "250", "--out", "whole.npz")
     poise("sample", run_folder, "-n", "130", "--first", "120", "--out", "rest.npz")
@@ -133,6 +203,86 @@ def test_encode_writes_the_posteriors_of_test_images_or_of_ones_own(run_folder, 
     poise("encode", run_folder, "own.npy", "--out", "own.safetensors")
     assert load_file("own.safetensors")["mean"].shape == (3, 10)
     assert "3 codes: own.safetensors" in capsys.readouterr().out
+
+
+def test_every_image_of_a_folder_is_encoded_and_named(run_folder, tmp_path, capsys):
+    for side, number in (("train", 5), ("val", 3), ("test", 4)):
+        photos(tmp_path / "x" / side, of=[(9, 9)] * number)
+    (tmp_path / "x" / "val" / "01.jpg").write_text("no image")
+    poise("encode", run_folder, "x", "--skip-unreadable")
+    out = capsys.readouterr().out
+    assert "11 codes (4 test, 5 train, 2 val): codes.npz" in out
+    assert "note: skipped: x/val/01.jpg cannot be decoded" in out
+    with np.load("codes.npz") as codes:
+        sides, names = codes["sides"].tolist(), codes["names"].tolist()
+        row = names.index("val/02.jpg")
+        assert (sides[row], sides.count("train"), len(codes["mean"])) == ("val", 5, 11)
+        mean = codes["mean"][row]
+    poise("encode", run_folder, "x/val/02.jpg", "--out", "one.safetensors")
+    np.testing.assert_allclose(load_file("one.safetensors")["mean"][0], mean, atol=1e-6)
+    with safe_open("one.safetensors", "np") as file:
+        assert json.loads(file.metadata()["names"]) == ["x/val/02.jpg"]
+    poise("reconstruct", run_folder, "x", "--skip-unreadable", "-n", "20")
+    assert "11 images (4 test, 5 train, 2 val): " in capsys.readouterr().out
+
+
+def test_a_run_encodes_with_the_scale_of_its_training(run_folder, tmp_path):
+    copy = Path(shutil.copytree(run_folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["levels"] = 4095
+    (copy / "config.json").write_text(json.dumps(config))
+    values = RANDOM.integers(0, 200, (3, 8, 8)).astype(np.uint16)
+    (tmp_path / "scope").mkdir()
+    for number, pixels in enumerate(values):
+        Image.fromarray(pixels).save(tmp_path / "scope" / f"{number}.tif")
+    expected = np.floor(values * (255 / 4095) + 0.5).astype(np.uint8)
+    poise("encode", copy, "scope")
+    with np.load("codes.npz") as codes:
+        np.testing.assert_array_equal(codes["mean"], load(copy).encode(expected).mean)
+
+
+def test_a_run_on_dark_images_is_warned_about_and_keeps_its_scale(tmp_path, capsys):
+    (tmp_path / "scope").mkdir()
+    for number, pixels in enumerate(RANDOM.integers(0, 4096, (30, 8, 8)).astype(np.uint16)):
+        Image.fromarray(pixels).save(tmp_path / "scope" / f"{number}.tif")
+    how = ["--network", "mlp", "--latent-dim", "4", "--stages", "1", "--epochs", "1"]
+    how += ["--batch-size", "8", "--device", "cpu", "--threads", "1", "--out", "run"]
+    poise("train", "scope", "--levels", "65535", *how)
+    told = capsys.readouterr()
+    warning = "check the range: the images use only the values from 0 to 16 of 0 to 255"
+    assert f"poise: warning: {warning}" in told.err and f"note: {warning}" in told.out
+    # A run of an earlier version has no such key, and its images had this scale.
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["data"].pop("levels") == 65535
+    config["recipe"]["data"].pop("levels")
+    Path("run/config.json").write_text(json.dumps(config))
+    assert load("run").dataset().checksum == config["data"]["checksum"]
+    poise("train", "scope", *how)
+    assert load("run").levels == 65535
+
+
+def test_sets_are_compared_with_their_notes(tmp_path, capsys):
+    photos(tmp_path / "x" / "test", of=[(9, 9)] * 4)
+    photos(tmp_path / "x" / "train", of=[(9, 9)] * 2)
+    (tmp_path / "x" / "test" / "bad.png").write_text("no image")
+    sets = ["--real", "x", "--generated", "x/test", "--size", "8", "--extractor", "pixels"]
+    with pytest.raises(SystemExit):
+        poise("evaluate", *sets)
+    assert capsys.readouterr().err.rstrip().endswith("or pass --skip-unreadable")
+    poise("evaluate", *sets, "--skip-unreadable")
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes[0] == "real images: x: 4 of 6 images, those for test"
+    assert [note.split(" ")[0:3:2] for note in notes[1:3]] == [
+        ["real", "skipped:"],
+        ["generated", "skipped:"],
+    ]
+
+
+def test_any_name_of_a_file_can_be_printed():
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    cli.print_any_name(stream)
+    print(os.fsdecode(b"caf\xe9.png"), file=stream, flush=True)
+    assert stream.buffer.getvalue() == b"caf\\udce9.png\n"
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
@@ -289,6 +439,7 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         (["runs", "--real", "a", "--generated", "b"], "not both"),
         (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
         (["runs", "--size", "32"], "a run has its own"),
+        (["runs", "--levels", "1"], "the images of a run are read as in its training"),
         (["--real", __file__, "--generated", __file__, "--images", "1"], "at least 2 images"),
         (["runs", "--protocol", "mine"], "no such folder"),
     ],
@@ -365,6 +516,10 @@ WRONG = {
     "three images": (array(FLOATS[:3]), r"3 images are too few"),
     "a size the network cannot take": (array(FLOATS[:, :7, :7]), r"not 7.*resize to 8 or 12"),
     "not a run": (lambda tmp_path: ["sample", tmp_path], r"not a run's folder"),
+    "interpolation without a run": (
+        lambda tmp_path: ["interpolate", tmp_path, "a.png", "b.png"],
+        r"not a run's folder",
+    ),
     "no such run": (lambda tmp_path: ["evaluate", "runs/lost"], r"runs/lost.*no such folder"),
     "unknown option": (
         lambda tmp_path: ["train", "--epoch", "3"],
@@ -390,7 +545,7 @@ WRONG = {
     ),
     "unknown prior": (
         lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
-        r"'gauss'; there are mixture, normal, second-stage, as in --prior mixture \(see",
+        r"'gauss'; there are flow, mixture, normal, second-stage, as in --prior mixture \(see",
     ),
     "unknown priors": (
         lambda tmp_path: ["compare", "--priors", "gauss"],
@@ -510,18 +665,14 @@ def test_a_single_step_and_a_single_image_are_singular(run_folder, capsys):
     assert capsys.readouterr().out.startswith("1 image:")
 
 
-def test_an_image_too_large_to_decode_is_a_sentence_with_one_full_stop_less(
-    tmp_path, capsys, monkeypatch
-):
-    """Pillow's message ends in a full stop of its own."""
+def test_an_image_too_large_to_decode_names_the_limit_and_the_option(tmp_path, capsys, monkeypatch):
     photos(tmp_path / "photos", of=[(40, 40)] * 12)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SystemExit) as exit:
         poise("train", "photos", *QUICK)
     error = capsys.readouterr().err
-    assert (
-        exit.value.code == 2 and "attack; repair or remove it" in error and "attack." not in error
-    )
+    assert exit.value.code == 2 and "over the limit of 0.0002; pass --max-megapixels 1" in error
+    assert "repair" not in error and error.rstrip().endswith("or pass --skip-unreadable")
 
 
 def test_what_comes_next_can_be_pasted_into_a_shell(tmp_path, capsys):

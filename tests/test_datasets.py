@@ -8,8 +8,13 @@ import os
 import pickle
 import struct
 import sys
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from poise import data as datasets
-from poise.data import Rows, gather, load, read_images
+from poise.data import Rows, cached, checked_images, encoded, find_images, gather, load, read_images
 from poise.data.arrays import as_images
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.data.storage import gather_rows
@@ -150,6 +155,9 @@ def test_a_half_precision_tensor_that_numpy_does_not_know_is_taken():
         (np.zeros((12, 8, 8), object), "type object"),
         (np.full((12, 8, 8), 255.0), "values from 255 to 255, allowed are floats in [0, 1]: divide by 255 or save as uint8"),
         (np.full((12, 8, 8), -0.5), "values from -0.5 to -0.5"),
+        (noise(12, 8, 8) / 127.5 - 1, "they look like [-1, 1]; pass (images + 1) / 2"),
+        (np.full((12, 8, 8), 1.002, np.float32), "values from 1.002 to 1.002, allowed are floats in [0, 1]"),
+        (np.full((12, 8, 8), 4095.0), "divide by the value that means white, or pass it with --levels N"),
         (np.array([0.5] * 700 + [np.nan] * 68).reshape(12, 8, 8), "NaN or infinite values, first in image 10"),
         (np.full((12, 8, 8), np.inf), "NaN or infinite values, first in image 0"),
         (noise(12, 8, 6), "images of 6x8, not square: pass --size N"),
@@ -168,10 +176,101 @@ def test_an_array_that_is_not_images_is_refused(array, message):
         ({"size": 0}, "size must be at least 1"),
         ({"channels": 4}, "channels must be 1 (grey) or 3 (RGB)"),
         ({"jpeg_quality": 0}, "1 to 95"),
+        ({"levels": 0}, "levels must be at least 1, not 0"),
+        ({"max_megapixels": 0}, "max_megapixels must be at least 1, not 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     assert message in refusal(noise(12, 8, 8), **options)
+
+
+WHITES = (255, 4095, 65535)
+
+
+@pytest.mark.parametrize("white", WHITES)
+@pytest.mark.parametrize("kind", ["array", "npz", "tif"])
+def test_one_scale_is_chosen_for_all_images_of_sixteen_bits(tmp_path, white, kind):
+    values = np.random.default_rng(0).integers(0, white // 2, (12, 40, 40)).astype(np.uint16)
+    values[5, :20] = white  # the others are darker, and stay darker
+    values[7, 3, 3] = 65535  # a hot pixel: 1 of 1,600
+    source = values
+    if kind == "npz":
+        source = tmp_path / "x.npz"
+        np.savez(source, x_train=values[:4], x_test=values[4:])
+    if kind == "tif":
+        source = write_images(tmp_path / "x", values, "tif")
+    dataset = load(source)
+    expected = np.floor(values.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
+    assert (
+        together(dataset) == sorted(content_hashes(expected[:, None])) and dataset.levels == white
+    )
+    clipped = ", and so did 1 larger value in 1 image" if white < 65535 else ""
+    what = "16-bit files" if kind == "tif" else "16-bit values"
+    assert dataset.notes == (
+        f"{what}: the value {white:,} became white{clipped}; --levels N sets another",
+    )
+    assert load(source, levels=65535).levels == 65535
+
+
+@pytest.mark.parametrize("kind", ["array", "floats", "png", "twice"])
+def test_images_that_use_little_of_their_range_are_named_before_anything_else(tmp_path, kind):
+    mask = (noise(12, 8, 8) > 127).astype(np.uint8)
+    source = {
+        "array": mask,
+        "png": write_images(tmp_path / "x", mask),
+        "floats": mask / 255,
+        "twice": mask.astype(np.float32) / 255,
+    }[kind]
+    first = load(source).notes[0]
+    assert first.startswith("check the range: the images use only the values from 0 to ")
+    if kind in ("array", "png"):
+        assert first.endswith("1 of 0 to 255; if 1 means white, pass --levels 1")
+        white = load(source, levels=1)
+        assert not white.notes and white.checksum == load(mask * np.uint8(255)).checksum
+    else:
+        assert "multiply them by 255" in first
+
+
+def test_masks_are_black_and_white_whatever_their_type():
+    mask = noise(12, 8, 8) > 127
+    expected = load(mask * np.uint8(255)).checksum
+    assert load(mask).checksum == expected
+    for kind in (np.int64, np.uint16, np.int8):
+        assert load(mask.astype(kind), levels=1).checksum == expected
+
+
+def test_floats_that_leave_the_range_by_rounding_are_clipped_and_noted():
+    array = (noise(12, 8, 8) / 255).astype(np.float32)
+    array[0, 0, 0], array[1, 0, 0] = 1.000001, -1e-7
+    dataset = load(array)
+    assert dataset.checksum == load(array.clip(0, 1)).checksum
+    assert "values from -1e-07 to 1.000001 were clipped to [0, 1]" in dataset.notes[0]
+    assert checked_images(array[:, None], (1, 8, 8)).max() == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 1, 8, 8), (3, 8, 8, 1)])
+def test_arrays_for_a_network_have_the_scale_of_its_training(shape):
+    values = np.arange(192, dtype=np.uint16)
+    expected = np.floor(values * (255 / 4095) + 0.5).reshape(3, 1, 8, 8)
+    for images in (values.reshape(shape), torch.from_numpy(values.reshape(shape))):
+        assert np.array_equal(checked_images(images, (1, 8, 8), 4095), expected)
+    mask = values.reshape(shape) > 90
+    assert np.array_equal(checked_images(mask, (1, 8, 8)), 255 * mask.reshape(3, 1, 8, 8))
+
+
+def test_floats_of_another_scale_are_divided_on_request():
+    array = noise(12, 8, 8) * np.float32(16)
+    array[0, 0, 0] = 5000
+    dataset = load(array, levels=4080)
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([dataset.train, dataset.test]), None),
+        np.sort((array / np.float32(4080)).clip(0, 1), None),
+    )
+    assert dataset.notes == (
+        "images: the value 4,080 became white, and so did 1 larger value in 1 image",
+    )
+    unit = load(array / 5000, levels=4080)  # floats in [0, 1] are never scaled
+    assert unit.checksum == load(array / 5000).checksum
 
 
 def test_the_same_pictures_give_the_same_bytes_as_files_and_as_an_array(tmp_path):
@@ -250,6 +349,25 @@ def test_an_npz_file_without_a_split_is_split(tmp_path, key):
     assert load("x.npz").checksum == load(noise(12, 8, 8)).checksum
 
 
+def test_arrays_of_the_usual_names_are_recognised(tmp_path):
+    train, test, val = noise(12, 8, 8), noise(4, 8, 8, seed=1), noise(3, 8, 8, seed=2)
+    np.savez("labelled.npz", train, np.zeros(12))  # arr_0, arr_1
+    assert load("labelled.npz").checksum == load(train).checksum
+    np.savez("val.npz", X_train=train, X_val=val, y_train=np.zeros(12))
+    dataset = load("val.npz")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], val)
+    np.savez("three.npz", train_images=train, val_images=val, test_images=test)
+    dataset = load("three.npz")
+    assert np.array_equal(dataset.test[:, 0], test)
+    assert dataset.notes == ("not used: the array val_images",)
+    everything = find_images("three.npz", side="all")
+    assert everything.sides == ("train",) * 12 + ("test",) * 4 + ("val",) * 3
+    assert np.array_equal(everything.images[:, 0], np.concatenate([train, test, val]))
+    np.save("upper.npy", train)
+    Path("upper.npy").rename("UPPER.NPY")
+    assert load("UPPER.NPY").checksum == load(train).checksum
+
+
 def test_test_images_that_were_trained_on_are_counted(tmp_path):
     images = noise(15, 8, 8)
     np.savez(tmp_path / "x.npz", train=images[:12], test=images[10:])
@@ -259,6 +377,9 @@ def test_test_images_that_were_trained_on_are_counted(tmp_path):
 def test_files_of_arrays_that_cannot_be_used_are_named(tmp_path):
     np.savez("keys.npz", a=noise(12, 8, 8), b=noise(12, 8, 8))
     assert "keys.npz has the arrays a, b: name the images x_train and x_test" in refusal("keys.npz")
+    assert "is a single file: give a folder" in refusal(
+        write_images(tmp_path, noise(1, 8, 8)) / "000.png"
+    )
     np.savez("pair.npz", train=noise(12, 8, 8), test=noise(12, 4, 4))
     assert "do not go together" in refusal("pair.npz")
     np.savez("nan.npz", images=np.full((12, 8, 8), np.nan))
@@ -284,7 +405,7 @@ def test_damaged_files_of_arrays_are_refused(tmp_path, ending, content):
 
 
 @pytest.mark.parametrize(
-    "ending", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff", "ppm"]
+    "ending", ["png", "jpg", "JPEG", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jfif", "jpe"]
 )
 def test_a_folder_of_any_accepted_kind_is_read(tmp_path, ending):
     dataset = load(write_images(tmp_path / "photos", noise(12, 8, 8, 3), ending))
@@ -301,7 +422,7 @@ def test_a_folder_is_searched_below_and_other_files_are_counted(tmp_path):
     (tmp_path / "photos" / "._000.png").write_text("hidden")
     dataset = load(tmp_path / "photos")
     assert dataset.shape == (1, 8, 8) and together(dataset) == together(load(pixels))
-    assert dataset.notes == ("ignored: 1 other file",)
+    assert dataset.notes == ("ignored: 1 .txt",)
 
 
 @pytest.mark.parametrize("name", ["test", "val", "valid", "Validation"])
@@ -313,6 +434,261 @@ def test_a_folder_keeps_its_split(tmp_path, name):
     dataset = load("x")
     assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
     assert dataset.notes == ("ignored: 1 image outside the split's two folders",)
+
+
+LAYOUTS = {
+    "archive": ("archive/train", "archive/test"),
+    "images": ("images/Train/a", "images/val/a"),
+    "two domains": ("trainA", "testA", "trainB", "testB"),
+    "training": ("training", "testing"),
+    "classes": ("cat/train", "cat/test", "dog/train", "dog/test"),
+    "years": ("train2017", "val2017"),
+    "suffix": ("train_images", "test-set"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_usual_layouts_keep_their_split(tmp_path, name):
+    train, test = [], []
+    for seed, folder in enumerate(LAYOUTS[name]):
+        pixels = noise(11, 8, 8, seed=seed)
+        write_images(tmp_path / "x" / folder, pixels)
+        (train if "train" in folder.lower() else test).extend(pixels)
+    dataset = load("x")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+
+
+@pytest.mark.parametrize(
+    ("folders", "note"),
+    [
+        (("train", "rest"), "test is missing beside train"),
+        (("a/val", "a/test"), "train is missing beside a/test, a/val"),
+    ],
+)
+def test_folders_that_look_like_a_split_but_are_none_are_named(tmp_path, folders, note):
+    for seed, folder in enumerate(folders):
+        write_images(tmp_path / "x" / folder, noise(6, 8, 8, seed=seed))
+    (found,) = load("x").notes
+    assert note in found and found.endswith("all images are used together")
+
+
+def test_files_that_look_like_a_split_are_named(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    for k, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{'test' if k > 8 else 'train'}_{path.name}")
+    (note,) = load("x").notes
+    assert "begin with test and train, but are no split" in note
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    train, test = noise(12, 8, 8), noise(4, 8, 8, seed=1)
+    write_images(tmp_path / "store" / "a", test)
+    folder = write_images(tmp_path / "x" / "train", train).parent
+    (folder / "test").symlink_to(tmp_path / "store" / "a")
+    (folder / "train" / "again").symlink_to(folder / "test")
+    (folder / "train" / "up").symlink_to("..")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "all").symlink_to(tmp_path / "store")  # before test in the alphabet
+    os.mkfifo(folder / "train" / "pipe.png")
+    dataset = load("x")
+    assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
+    assert sorted(note.split(":")[0].split(",")[0] for note in dataset.notes) == [
+        "ignored",
+        "x/all/a is not read again",
+        "x/out is not read again",
+        "x/train/again is not read again",
+        "x/train/up is not read again",
+    ]
+    (folder / "train" / "gone.png").symlink_to("nowhere.png")
+    assert "x/train/gone.png does not exist, the target of a link (nowhere.png)" in refusal("x")
+    assert load("x", skip_unreadable=True).checksum == dataset.checksum
+
+
+def test_a_folder_that_cannot_be_read_is_named_or_skipped(tmp_path, monkeypatch):
+    write_images(tmp_path / "x" / "locked", noise(1, 8, 8))
+    write_images(tmp_path / "x" / "open", noise(12, 8, 8))
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refusal("x") == (
+        "x/locked cannot be read: Permission denied; "
+        "change its permissions, or pass --skip-unreadable"
+    )
+    dataset = load("x", skip_unreadable=True)
+    assert len(dataset.train) == 11
+    assert dataset.notes == ("skipped: x/locked cannot be read: Permission denied",)
+
+
+def test_pages_of_tiff_files_are_images_and_frames_are_counted(tmp_path):
+    pixels = noise(12, 8, 8)
+    folder = write_images(tmp_path / "x", pixels[:3])
+    for k, pages in enumerate((pixels[3:10], pixels[10:])):
+        first, *others = map(Image.fromarray, pages)
+        first.save(folder / f"s{k}.tif", save_all=True, append_images=others)
+    dataset = load(folder)
+    assert together(dataset) == together(load(pixels))
+    assert dataset.notes == ("2 TIFF files with 9 pages: each is an image",)
+    assert find_images(folder).names[3:5] == ("s0.tif (page 1)", "s0.tif (page 2)")
+    first, *others = map(Image.fromarray, noise(3, 8, 8, seed=4))
+    first.save(folder / "moving.gif", save_all=True, append_images=others)
+    assert load(folder, channels=1).notes[1:] == (
+        "only the first frame is read of 1 .gif file: 2 other frames",
+    )
+
+
+def test_colours_of_sixteen_bits_are_read_with_eight_and_that_is_noted(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 4, 4, 3) // 16)
+    pixels = (noise(4, 4, 3, seed=1) * 16).astype(">u2")  # 12 bits; Pillow cannot write such files
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        chunk = kind + content
+        file += struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (folder / "deep.png").write_bytes(file)
+    narrow, deep = load("x").notes
+    assert narrow.startswith("check the range") and narrow.endswith("pass --levels 15")
+    assert deep.startswith("1 image of 16-bit colour: read with 8 bits a channel")
+
+
+def test_a_damaged_page_does_not_hide_the_others(tmp_path):
+    pages = [Image.fromarray(pixels) for pixels in noise(12, 32, 32)]
+    file = io.BytesIO()
+    pages[0].save(
+        file, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate"
+    )
+    content = bytearray(file.getvalue())
+    start = content.find(b"\x78\x9c", content.find(b"\x78\x9c") + 2)  # the data of page 2
+    content[start : start + 600] = bytes(600)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "stack.tif").write_bytes(content)
+    assert "stack.tif (page 2) cannot be decoded" in refusal("x")
+    dataset = load("x", skip_unreadable=True)
+    assert len(dataset.train) + len(dataset.test) == 11
+    assert len(dataset.skipped) == 1
+
+
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    (folder / os.fsdecode(b"caf\xe9.png")).write_text("no image")
+    assert r"x/caf\xe9.png cannot be decoded" in refusal("x").encode().decode()
+    assert r"x/caf\xe9.png" in load("x", skip_unreadable=True).notes[0].encode().decode()
+
+
+def test_a_few_of_many_bad_files_are_listed(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    for k in range(9):
+        (folder / f"bad{k}.png").write_text("no image")
+    dataset = load("x", skip_unreadable=True)
+    assert len(dataset.skipped) == 9 and len(dataset.notes) == 6
+    assert dataset.notes[-1].startswith("skipped 4 more files")
+
+
+def test_warnings_about_files_name_them(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8, 3), "jpg")
+    short = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0"
+    Image.fromarray(noise(8, 8, 3)).save(folder / "004.jpg", exif=short)
+    (note,) = load("x").notes
+    assert note.startswith("x/004.jpg: Corrupt EXIF data")
+
+
+def test_a_damaged_exif_is_noted_and_does_not_stop(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 16, 16, 3), "jpg")
+    plain = load("x", size=8)
+    damaged = b"Exif\0\0\xff\xff\xff\xff\0\0\0\x08"
+    Image.fromarray(noise(12, 16, 16, 3)[4]).save(folder / "004.jpg", exif=damaged)
+    dataset = load("x", size=8)
+    assert dataset.checksum == plain.checksum
+    assert dataset.notes == ("x/004.jpg: damaged EXIF data: taken as upright",)
+
+
+def test_an_image_without_an_opaque_pixel_is_named(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8, 3))
+    Image.fromarray(noise(8, 8, 4) * np.array([1, 1, 1, 0], np.uint8)).save(folder / "clear.png")
+    assert load("x").notes == ("x/clear.png: wholly transparent, so that it became white",)
+
+
+def test_a_limit_on_large_files_can_be_raised(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    Image.new("L", (1500, 1000)).save(folder / "large.png")
+    message = refusal("x", size=8, max_megapixels=1)
+    assert "decoded: it has 2 megapixels, over the limit of 1; pass --max-megapixels 2" in message
+    assert "repair" not in message and message.endswith("or pass --skip-unreadable")
+    assert len(load("x", size=8, max_megapixels=2).train) == 12
+
+
+def test_every_image_of_a_split_folder_is_found_with_its_side(tmp_path):
+    parts = {
+        "train": noise(12, 8, 8),
+        "val": noise(3, 8, 8, seed=1),
+        "test": noise(4, 8, 8, seed=2),
+    }
+    for side, pixels in parts.items():
+        write_images(tmp_path / "x" / side, pixels)
+    found = find_images("x", side="all")
+    assert found.side == "given" and len(found.images) == 19
+    for side, pixels in parts.items():
+        rows = [row for row, of in enumerate(found.sides) if of == side]
+        assert [found.names[row] for row in rows] == [
+            f"{side}/{k:03}.png" for k in range(len(pixels))
+        ]
+        assert np.array_equal(found.images[rows][:, 0], pixels)
+    assert find_images("x").notes[0] == "x: 4 of 16 images, those for test"
+
+
+def test_decoded_images_are_kept_until_a_file_or_an_option_changes(tmp_path, monkeypatch):
+    folder, cache = (
+        write_images(tmp_path / "x", noise(12, 8, 8).astype(np.uint16) * 16),
+        tmp_path / "c",
+    )
+    decoding = Mock(wraps=cached.decode_now)
+    monkeypatch.setattr(cached, "decode_now", decoding)
+    monkeypatch.setattr(cached, "WORTH_SECONDS", 0)
+    first = load(folder, cache=cache)
+    again = load(folder, cache=cache, memory_budget=0)
+    assert decoding.call_count == 1 and isinstance(again.train, Rows)
+    assert (again.checksum, again.notes, again.levels) == (
+        first.checksum,
+        first.notes,
+        first.levels,
+    )
+    load(folder, cache=cache, levels=65535)
+    os.utime(folder / "003.png", (1, 1))
+    load(folder, cache=cache)
+    assert decoding.call_count == 3
+    (kept,) = cache.glob("*.npy")  # the others are deleted
+    kept.write_bytes(kept.read_bytes()[:-30])
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 4
+    monkeypatch.setattr(cached.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    (folder / "003.png").unlink()
+    load(folder, cache=cache)
+    assert len([*cache.glob("*.npy")]) == 1
+
+
+def test_decoding_uses_the_cores_of_the_process(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert encoded.available_cores() == 3
+
+
+def test_pictures_that_are_decoded_at_the_same_time_fit_into_the_limit():
+    room, sizes, most = encoded._Room(80), [], []
+
+    def take(width):
+        with room.taken_by(Image.new("L", (width, 1))):
+            sizes.append(width)
+            most.append(sum(sizes))
+            sleep(0.001)
+            sizes.remove(width)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(take, [4, 5, 3, 100, 2, 6, 4, 5] * 4))
+    assert {size for size in most if size > 10} == {100}  # 80 bytes are 10 pixels
 
 
 def test_a_folder_with_one_colour_image_is_colour(tmp_path):
@@ -364,6 +740,7 @@ def test_folders_that_cannot_be_used_say_what_to_do(tmp_path):
     np.save(tmp_path / "texts" / "x.npy", noise(12, 8, 8))
     assert "texts holds 2 files, none an image: accepted are png, jpg" in refusal("texts")
     assert "name the file itself, as texts/x.npy" in refusal("texts")
+    assert "there are 1 .txt, 1 .npy" in refusal("texts")
     assert "3 images are too few" in refusal(write_images(tmp_path / "few", noise(3, 8, 8)))
     tall = write_images(tmp_path / "tall", noise(12, 8, 6))
     assert (
@@ -616,6 +993,24 @@ def test_celeba_has_its_official_cut_and_split(tmp_path):
     assert load("celeba64", size=32, channels=1).shape == (1, 32, 32)
 
 
+def test_celeba_of_kaggle_has_a_table_and_a_folder_in_a_folder(tmp_path):
+    write_celeba(tmp_path / "official")
+    checksum = load("official").checksum
+    folder = tmp_path / "kaggle" / "archive"
+    write_celeba(folder)
+    lines = (folder / "list_eval_partition.txt").read_text().split()
+    pairs = zip(lines[::2], lines[1::2], strict=True)
+    table = ["image_id,partition", *(f"{name},{part}" for name, part in pairs)]
+    (folder / "list_eval_partition.csv").write_text("\n".join(table) + "\n")
+    (folder / "list_eval_partition.txt").unlink()
+    (folder / "img_align_celeba").rename(folder / "inner")
+    (folder / "img_align_celeba").mkdir()
+    (folder / "inner").rename(folder / "img_align_celeba" / "img_align_celeba")
+    assert load("kaggle").checksum == checksum
+    found = find_images("kaggle", side="all")
+    assert Counter(found.sides) == {"train": 12, "val": 3, "test": 5}
+
+
 def test_celeba_split_by_the_order_of_the_listing_is_the_release(tmp_path, monkeypatch):
     faces = write_celeba(tmp_path / "celeba")
     order = np.random.default_rng(0).permutation(20)
@@ -736,6 +1131,24 @@ def test_a_folder_of_images_goes_through_the_hub_library(tmp_path, hub):
     assert np.array_equal(dataset.train[:, 0], train) and np.array_equal(dataset.test[:, 0], test)
     assert (dataset.name, dataset.source) == ("x", "hf:x")
     assert load(f"hf:{tmp_path / 'x'}", size=4, channels=3).shape == (3, 4, 4)
+
+
+def test_a_folder_that_the_library_saved_is_read(tmp_path, hub):
+    folder, test = write_images(tmp_path / "x", noise(12, 8, 8)), noise(4, 8, 8, seed=1)
+    pictures = {"image": [str(path) for path in sorted(folder.iterdir())]}
+    train = hub.Dataset.from_dict(pictures).cast_column("image", hub.Image())
+    train.save_to_disk("one")
+    assert load("hf:one").checksum == load("x").checksum
+    held_out = {
+        "image": [str(path) for path in sorted(write_images(tmp_path / "y", test).iterdir())]
+    }
+    both = {
+        "train": train,
+        "test": hub.Dataset.from_dict(held_out).cast_column("image", hub.Image()),
+    }
+    hub.DatasetDict(both).save_to_disk("both")
+    assert np.array_equal(load("hf:both").test[:, 0], test)
+    assert "for a data set of the Hub's library, give hf:one" in refusal("one")
 
 
 def test_a_parquet_file_without_a_split_and_with_a_damaged_image(tmp_path, hub):

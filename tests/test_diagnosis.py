@@ -369,6 +369,10 @@ def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
     images = images / 255 if images.max() > 1 else images
     assert named(diagnose(run, images * 255))[0] == "data-range"
     assert named(diagnose(run, images, loss=FixedBalance()))[0] == "over-regularised"
+    # 12-bit data that were read as 16-bit: the range is named before anything else.
+    dark = diagnose(run, images / 16)
+    assert named(dark)[0] == "data-range" and len(named(dark)) > 1
+    assert dark.cause and "from 0 to 0.0625 of 0 to 1, which is 6.2%" in dark.cause.sentence
     with pytest.raises(
         InputError, match=r"images must have shape \(n, 1, 8, 8\), as the run .* not \(180, 4, 16\)"
     ):

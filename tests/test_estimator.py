@@ -120,7 +120,7 @@ def test_training_ends_when_rows_held_out_get_less_likely(wine, monkeypatch):
     assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
 
 
-@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture", "flow"])
 def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
     model = VAEEstimator(2, **QUICK, prior=prior, second_steps=30, random_state=0).fit(wine)
     assert (
@@ -128,11 +128,12 @@ def test_samples_come_from_the_prior_that_was_chosen(prior, wine):
         == {
             "normal": "NormalPrior",
             "second-stage": "SecondStagePrior",
+            "flow": "FlowPrior",
             "mixture": "MixturePrior",
         }[prior]
     )
     assert model.sample(3).shape == (3, 13) and {entry["stage"] for entry in model.history_} == (
-        {1, 2} if prior == "second-stage" else {1}
+        {1, 2} if prior in ("second-stage", "flow") else {1}
     )
 
 
@@ -255,7 +256,7 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
         ({"hidden": 16}, "hidden must be .* a tuple of widths"),
         ({"score_prior": "mixture", "prior": "normal"}, "score_prior must be .*, not 'mixture'"),
         ({"score_proposal": "best"}, "score_proposal must be refined or encoder, not 'best'"),
-        ({"prior": "flow"}, "prior must be one of normal, second-stage, mixture, not 'flow'"),
+        ({"prior": "gauss"}, "prior must be one of .*mixture, flow, not 'gauss'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
         ({"balance": None}, "balance must be the name"),
         ({"balance": "computed:power=1"}, "with a squared error, not 'computed:power=1'"),
@@ -375,7 +376,7 @@ def test_ctrl_c_keeps_the_best_weights(wine, monkeypatch):
 
     def interrupted(self):
         check(self)
-        if len(self.elbos) == 20:
+        if len(self.scores) == 20:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(EarlyStopping, "check", interrupted)

@@ -1,6 +1,7 @@
 """Test that pixels survive reading and writing, upright, complete and in the right range."""
 
 import io
+import sys
 import warnings
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_a_grid_is_about_square_and_leaves_large_images_as_they_are():
     )
 
 
+def test_an_animation_shows_each_image_there_and_back():
+    several = torch.rand(4, 1, 8, 8)
+    with Image.open(io.BytesIO(images.to_gif(several))) as gif:
+        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (6, 0, 100)
+        for number, shown in enumerate([0, 1, 2, 3, 2, 1]):
+            gif.seek(number)
+            expected = images.grid(several[shown][None])[:, :, 0]
+            assert np.array_equal(np.asarray(gif.convert("L")), expected)
+
+
 def test_an_empty_grid_is_refused():
     with pytest.raises(InputError, match="at least one image"):
         images.grid(torch.zeros(0, 1, 8, 8))
@@ -101,7 +112,99 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     assert images.read_header(encoded(Image.fromarray(levels), "PNG"), "x") == (16, 16, True)
 
 
-def test_pixels_of_32_bits_are_refused():
+def test_a_transparent_level_of_sixteen_bits_becomes_white():
+    levels = (np.arange(256, dtype=np.uint16) * 16).reshape(16, 16)
+    file = encoded(Image.fromarray(levels), "PNG", transparency=160)
+    picture = np.asarray(images.read_image(file, "L", levels=4080)).ravel()
+    assert picture[10] == 255 and np.array_equal(np.delete(picture, 10), np.delete(range(256), 10))
+
+
+def test_signed_sixteen_bits_are_sixteen_bits():
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 1000
+    signed = {339: (2,)}  # SampleFormat
+    file = encoded(Image.fromarray(values), "TIFF", tiffinfo=signed)
+    expected = np.floor(values * (255 / 15000) + 0.5)
+    assert np.array_equal(images.read_image(file, "L", levels=15000), expected)
+    file = encoded(Image.fromarray(values - 1), "TIFF", tiffinfo=signed)
+    with pytest.raises(InputError, match="signed 16-bit pixels with values below 0"):
+        images.read_image(file, "L", "scan.tif")
+
+
+@pytest.mark.parametrize("levels", [1, 200, 4095, 65535])
+def test_levels_are_rounded_to_the_nearest_byte(levels):
+    values = np.arange(65536, dtype=np.uint16)
+    exact = 255 * values.clip(0, levels).astype(np.float64) / levels
+    assert np.abs(images.to_levels(values, levels) - exact).max() <= 0.5
+    assert np.array_equal(
+        images.to_levels(values, levels), images.to_levels(values.astype(np.float32), levels)
+    )
+
+
+def test_levels_of_masks_make_one_white_and_leave_transparency():
+    mask = np.array([[0, 1], [1, 0]], np.uint8)
+    assert np.array_equal(
+        images.read_image(encoded(Image.fromarray(mask), "PNG"), "L", levels=1), mask * 255
+    )
+    clear = np.dstack([mask, mask, mask, np.array([[255, 255], [0, 0]], np.uint8)])
+    picture = images.read_image(encoded(Image.fromarray(clear), "PNG"), "L", levels=1)
+    assert np.array_equal(picture, [[0, 255], [255, 255]])
+    white = encoded(Image.fromarray(mask * 255), "PNG")  # 4095 is not for bytes
+    assert np.array_equal(images.read_image(white, "L", levels=4095), mask * 255)
+
+
+def test_a_picture_with_damaged_exif_data_is_upright():
+    lying = Image.fromarray(NOISE)
+    damaged = b"Exif\0\0\xff\xff\xff\xff\0\0\0\x08"
+    with Image.open(encoded(lying, "JPEG", exif=damaged)) as picture:
+        square = images.center_square_resize(picture, 20)
+    with Image.open(encoded(lying, "JPEG")) as picture:
+        assert np.array_equal(square, images.center_square_resize(picture, 20))
+
+
+def test_a_file_above_the_limit_names_the_limit_and_the_option(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+    file = encoded(Image.new("L", (1500, 1000)), "PNG")
+    with pytest.raises(
+        InputError, match=r"decoded: it has 2 megapixels, over the limit of 1; pass --max"
+    ):
+        images.read_image(file, "L", "x.png")
+
+
+def test_heic_is_read_by_the_extra_and_named_without_it(monkeypatch):
+    heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    halves = np.full((40, 60, 3), 30, np.uint8)
+    halves[:, 30:] = 220
+    heif.from_bytes("RGB", (60, 40), halves.tobytes()).save(file)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.init()  # registers the other plugins before the lists are replaced
+    for kinds in (Image.OPEN, Image.EXTENSION):
+        monkeypatch.delitem(kinds, "HEIF", raising=False)
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    with pytest.raises(
+        InputError, match=r"IMG.HEIC cannot be decoded: HEIC needs.*pip install .poise\[heic\]"
+    ):
+        images.read_image(file, "RGB", "IMG.HEIC")
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif)
+    picture = np.asarray(images.read_image(file, "RGB", "IMG.HEIC")).astype(int)
+    assert picture.shape == halves.shape and np.abs(picture - halves).mean() < 3
+
+
+def test_avif_is_named_if_pillow_cannot_read_it(monkeypatch):
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    file = encoded(Image.fromarray(NOISE), "AVIF")
+    assert images.read_image(file, "RGB").size == (60, 40)
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "AVIF"])
+    with pytest.raises(InputError, match=r"x.avif cannot be decoded: AVIF needs Pillow 11.3"):
+        images.read_image(file, "RGB", "x.avif")
+
+
+def test_pixels_of_32_bits_are_refused_without_levels():
+    wide = encoded(Image.fromarray(np.array([[0, 1000]], np.int32)), "TIFF")
+    assert np.asarray(images.read_image(wide, "L", levels=1000)).tolist() == [[0, 255]]
     for values in (np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)):
         with pytest.raises(InputError, match=r"^scan.tif cannot be decoded: 32-bit pixels"):
             images.read_image(encoded(Image.fromarray(values), "TIFF"), "L", "scan.tif")

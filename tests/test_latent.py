@@ -1,10 +1,12 @@
 """Compare posterior and code statistics with torch.distributions and closed forms."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.spatial import geometric_slerp
 from torch.distributions import Normal, kl_divergence
 
-from poise.latent import DiagonalGaussian, gaussian_kl, variance_law
+from poise.latent import DiagonalGaussian, gaussian_kl, spherical_path, variance_law
 
 
 @pytest.fixture
@@ -73,3 +75,25 @@ def test_the_released_variance_law_is_too_large_by_the_difference_of_std_and_var
     excess = variance_law(mean, logvar, released=True) - 1
     assert (excess > 0).all()
     torch.testing.assert_close(excess, variance.sqrt() - variance, rtol=1e-10, atol=1e-12)
+
+
+def test_the_path_between_codes_of_equal_norm_is_that_of_scipy_and_stays_on_their_sphere():
+    a, b = torch.nn.functional.normalize(torch.randn(2, 7, dtype=torch.float64)).unbind()
+    path = spherical_path(4 * a, 4 * b, 9)
+    expected = 4 * geometric_slerp(a.numpy(), b.numpy(), np.linspace(0, 1, 9))
+    torch.testing.assert_close(path, torch.from_numpy(expected))
+    torch.testing.assert_close(path.norm(dim=1), torch.full((9,), 4.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("factor", [2.0, 1.0, 0.0, -1.0])
+def test_the_path_between_parallel_codes_is_a_straight_line(factor):
+    a = torch.tensor([1.0, -2.0, 3.0])
+    path = spherical_path(a, factor * a, 5)
+    straight = torch.linspace(1, factor, 5)[:, None] * a
+    torch.testing.assert_close(path, straight, rtol=1e-6, atol=1e-6)
+
+
+def test_the_path_ends_exactly_at_its_codes(posterior):
+    a, b = posterior.mean[:2]
+    path = spherical_path(a, b, 2)
+    assert torch.equal(path, torch.stack([a, b]))

@@ -22,11 +22,13 @@ def test_images_stay_in_channels_last_from_the_first_layer_of_a_network_to_the_l
 
     vae = poise.VAE(*getattr(poise.networks, kind)(16, 3, 4))
     state = new_state(vae, poise.ComputedBalance(), Stage(steps=1), CPU)
-    convolutions = [m for m in state.vae.modules() if isinstance(m, CONVOLUTIONS)]
+    convolutions = [m for m in state.network.modules() if isinstance(m, CONVOLUTIONS)]
     for layer in convolutions:
         layer.register_forward_hook(check)
     images = ImageBatches(torch.rand(5, 3, 16, 16).numpy(), CPU)
-    state.vae(images.place(images.fetch(torch.arange(5)), lambda columns: torch.zeros(5, columns)))
+    state.network(
+        images.place(images.fetch(torch.arange(5)), lambda columns: torch.zeros(5, columns))
+    )
     assert len(convolutions) > 3
 
 
@@ -125,6 +127,7 @@ def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(ru
 
 COMPILED = """
 import math, sys, torch, poise
+from poise.flow import Flow
 from poise.recipes import Stage
 from poise.training import CodeBatches, ImageBatches, Watch, fit, new_state
 
@@ -135,16 +138,25 @@ def trained(engine, kind, steps):
     if kind == "first":
         vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=10, hidden=(64, 64)))
         data = ImageBatches(torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8).numpy(), cpu)
+    elif kind == "maps":
+        vae = poise.VAE(*poise.networks.conv(16, 3, 2, width=16))
+        images = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8).numpy()
+        data = ImageBatches(images, cpu, flips=True)
     else:
         vae = poise.VAE(*poise.networks.second_stage(8, 64))
+        if kind == "flow":
+            vae = Flow(poise.networks.flow((2, 2, 2), width=16, blocks=3), (2, 2, 2))
         data = CodeBatches(torch.randn(300, 8), torch.full((300, 8), -3.0), cpu)
-    stage = Stage(steps=steps, batch_size=50, learning_rate=1e-3, halve_every=60)
+    objective = "flow" if kind == "flow" else "vae"
+    stage = Stage(
+        steps=steps, batch_size=50, learning_rate=1e-3, halve_every=60, objective=objective
+    )
     state = new_state(vae, poise.ComputedBalance(), stage, cpu)
     fit(state, data, stage, number=1, seed=0, watch=Watch(quiet=True), engine=engine)
     return state.trained.state_dict() | state.balance.state_dict()
 """
 TWINS = """
-eager, compiled = trained("eager", sys.argv[1], 200), trained("compiled", sys.argv[1], 200)
+eager, compiled = (trained(e, sys.argv[1], int(sys.argv[2])) for e in ("eager", "compiled"))
 for name, expected in eager.items():
     difference = (compiled[name].double() - expected.double()).norm()
     assert difference <= 1e-5 * expected.double().norm().clamp_min(1e-3), (name, difference)
@@ -185,9 +197,11 @@ with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": Tru
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
 )
-@pytest.mark.parametrize("kind", ["first", "second"])
-def test_200_compiled_steps_equal_200_eager_ones(kind, run_forked):
-    run_forked(COMPILED + TWINS, kind)
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("first", 200), ("second", 200), ("maps", 10), ("flow", 10)]
+)
+def test_compiled_steps_equal_eager_ones(kind, steps, run_forked):
+    run_forked(COMPILED + TWINS, kind, str(steps))
 
 
 def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_forked):

@@ -17,10 +17,21 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from poise import VAE, ComputedBalance
 from poise.errors import InputError
-from poise.networks import Pair, infogan, mlp, resnet, second_stage, wae
+from poise.networks import Pair, conv, flow, infogan, mlp, resnet, second_stage, wae
 from poise.networks.layers import SameConv2d, SameConvTranspose2d, SpectrallyNormalised, WideLinear
 
-LATENTS = 6
+LATENTS = 8
+
+
+def awake(*networks: nn.Module) -> tuple[nn.Module, ...]:
+    """Replace weights that start at zero by small random ones."""
+    for network in networks:
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    return networks
+
+
 SMALL = {  # smallest network of each kind, and the shape of one input
     "resnet": (lambda: resnet(8, 3, LATENTS, scales=2), (3, 8, 8)),
     "released resnet": (
@@ -28,6 +39,7 @@ SMALL = {  # smallest network of each kind, and the shape of one input
         (3, 8, 8),
     ),
     "released wae": (lambda: wae(8, 1, LATENTS, initialisation="released"), (1, 8, 8)),
+    "conv": (lambda: awake(*conv(8, 3, 2, width=16)), (3, 8, 8)),
     "infogan": (lambda: infogan(8, 1, LATENTS), (1, 8, 8)),
     "wae": (lambda: wae(8, 1, LATENTS), (1, 8, 8)),
     "mlp": (lambda: mlp((1, 4, 4), LATENTS, hidden=(16, 8)), (1, 4, 4)),
@@ -82,6 +94,22 @@ def test_images_of_every_allowed_size_come_back_in_shape(make, sizes):
         assert decoder(mean).shape == images.shape
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "side"),
+    [(8, 3, 2), (28, 1, 7), (32, 3, 8), (60, 3, 15), (64, 3, 8), (128, 3, 16), (256, 1, 16)],
+)
+def test_latent_maps_are_vectors_outside(size, channels, side):
+    encoder, decoder = on_meta(conv, size, channels, 5)
+    images = torch.empty(2, channels, size, size, device="meta")
+    mean, logvar = encoder(images)
+    assert encoder.latent_shape == decoder.latent_shape == (5, side, side)
+    assert mean.shape == logvar.shape == (2, 5 * side * side)
+    assert decoder(mean).shape == images.shape
+    velocity = on_meta(flow, encoder.latent_shape)
+    assert velocity.latent_shape == encoder.latent_shape
+    assert velocity(mean, torch.empty(2, device="meta")).shape == mean.shape
+
+
 def test_vectors_and_images_pass_through_dense_networks(network):
     encoder, decoder, inputs = network
     mean, logvar = encoder(inputs)
@@ -99,6 +127,10 @@ def test_vectors_and_images_pass_through_dense_networks(network):
         (resnet, 8, {"scales": 5}),
         (infogan, 30, {}),
         (infogan, 4, {}),
+        (conv, 30, {}),
+        (conv, 4, {}),
+        (conv, 100, {}),
+        (conv, 140, {}),
         (wae, 28, {}),
         (wae, 60, {}),
     ],
@@ -114,6 +146,22 @@ def test_other_sizes_are_refused_with_two_that_work(make, size, options):
 def test_a_resnet_needs_a_scale(scales):
     with pytest.raises(InputError, match="scales"):
         on_meta(resnet, 32, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "options", "words"),
+    [
+        (conv, (32,), {"width": 20}, "multiples of 8, not 20"),
+        (flow, ((4, 8, 8),), {"width": 0}, "multiples of 8, not 0"),
+        (flow, ((4, 8),), {}, r"\(L,\) or \(c, h, w\), not \(4, 8\)"),
+        (flow, ((4, 8, 8),), {"blocks": 4, "attentions": 3}, "0 to 2 for 4 .* not 3"),
+        (flow, ((4, 8, 8),), {"blocks": 2}, "3 blocks or more here, not 2"),
+        (flow, ((4,),), {"blocks": 0}, "1 blocks or more here, not 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(make, args, options, words):
+    with pytest.raises(InputError, match=words):
+        on_meta(make, *args, **options)
 
 
 def test_an_unknown_output_is_refused(unchecked):
@@ -349,6 +397,21 @@ def test_evaluation_does_not_depend_on_the_batch(network):
     rows = [[*encoder(row), decoder(encoder(row)[0])] for row in inputs.split(1)]
     alone = [torch.cat(parts) for parts in zip(*rows, strict=True)]
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2), (1, 3, 3)])
+def test_a_velocity_starts_at_zero_and_depends_on_everything(shape):
+    network = flow(shape, width=24, blocks=4)
+    latents = torch.randn(6, math.prod(shape), requires_grad=True)
+    time = torch.rand(6, requires_grad=True)
+    assert not network(latents, time).any()
+    awake(network)
+    velocity = network(latents, time)
+    torch.testing.assert_close(velocity[:1], network(latents[:1], time[:1]))
+    velocity.square().sum().backward()
+    for name, value in [*network.named_parameters(), ("latents", latents), ("time", time)]:
+        assert value.grad is not None and value.grad.isfinite().all(), name
+        assert value.grad.abs().sum() > 0, name
 
 
 def test_the_second_stage_sees_its_input_at_both_ends():

@@ -118,7 +118,7 @@ def digits() -> torch.Tensor:
 
 def test_a_linear_autoencoder_reaches_the_error_of_pca():
     data = digits()
-    vae = fitted("autoencoder", data, 4, 300, learning_rate=3e-2, halve_every=60).vae
+    vae = fitted("autoencoder", data, 4, 300, learning_rate=3e-2, halve_every=60).network
     pca = PCA(4).fit(data.numpy())
     error = np.square(data.numpy() - pca.inverse_transform(pca.transform(data.numpy()))).mean()
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_a_linear_rae_reaches_the_closed_form_minimum():
     )
     constant = data.shape[1] / 2 * np.log(np.pi)  # constant term of the balance at gamma2 = 1/2
     terms = make_objective(f"rae-l2:latent={a},decoder={b}")(
-        state.vae, state.balance, data, torch.zeros(len(data), 3)
+        state.network, state.balance, data, torch.zeros(len(data), 3)
     )
     assert float(terms.loss.detach()) - constant == pytest.approx(least, rel=1e-3)
 
@@ -259,7 +259,7 @@ def test_with_a_discrepancy_codes_come_to_look_like_the_prior():
     data = 5 * torch.randn(200, 3, dtype=torch.double) + 3
     codes = (
         fitted("wae-mmd:weight=1000", data, 3, 120, learning_rate=1e-1, halve_every=30)
-        .vae.encode(data)
+        .network.encode(data)
         .mean.detach()
     )
     assert float(codes.mean(0).abs().max()) < 0.15
@@ -280,12 +280,14 @@ def test_gradients_reach_every_parameter_but_the_head_of_the_log_variance(name, 
     )
     images, noise = torch.rand(15, 1, 8, 8), torch.randn(15, 3)
     training.step.training_step(state, images, noise, stage)
-    untouched = {name for name, parameter in state.vae.named_parameters() if parameter.grad is None}
+    untouched = {
+        name for name, parameter in state.network.named_parameters() if parameter.grad is None
+    }
     head = {"resnet": "log_std", "mlp": "log_std", "infogan": "raw_std"}[kind]
     assert untouched and all(head in name for name in untouched)
     dead = [
         name
-        for name, p in state.vae.named_parameters()
+        for name, p in state.network.named_parameters()
         if p.grad is not None and not p.grad.isfinite().all()
     ]
     assert not dead and float(state.verdict[0]) == 0
@@ -395,10 +397,10 @@ def test_the_head_that_no_gradient_reaches_has_no_state_of_adam_and_is_restored_
     training.step.training_step(state, torch.rand(15, 1, 8, 8), torch.randn(15, 3), stage)
     restore_state(other, {name: tensor.clone() for name, tensor in state_tensors(state).items()})
     moments = [name for name in state_tensors(other) if name.endswith("exp_avg")]
-    assert len(moments) == len(list(state.vae.parameters())) - 2
+    assert len(moments) == len(list(state.network.parameters())) - 2
     for one in (state, other):
         training.step.training_step(one, torch.full((15, 1, 8, 8), 0.3), torch.zeros(15, 3), stage)
-    assert all(map(torch.equal, state.vae.parameters(), other.vae.parameters()))
+    assert all(map(torch.equal, state.network.parameters(), other.network.parameters()))
 
 
 def test_a_network_of_ones_own_becomes_deterministic_too(tmp_path):
@@ -496,8 +498,8 @@ def test_several_processes_are_refused_where_a_batch_must_be_whole(name, alone, 
         pipeline.check_objective(name)
 
 
-def test_stage_2_is_a_vae():
-    with pytest.raises(InputError, match="stage 2 is a VAE"):
+def test_stage_2_is_a_vae_or_a_flow():
+    with pytest.raises(InputError, match="objective of stage 2 must be one of vae, flow"):
         replace(TINY, second=replace(FIRST, objective="rae-l2"))
 
 

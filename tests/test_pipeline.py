@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import poise
@@ -21,14 +22,17 @@ from poise import training
 from poise.data.decoding import grid, jpeg_round_trip, to_bytes
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.features import make_extractor
+from poise.latent import spherical_path
 from poise.metrics import frechet_distance, structural_similarity
+from poise.priors import NormalPrior
 from poise.protocols import PROTOCOLS, Protocol
 from poise.recipes import Data, Generation, Network, Recipe, Stage
-from poise.runs import checkpoint, pipeline
+from poise.runs import checkpoint, growth, pipeline
 from poise.runs.options import Options
 from poise.runs.pipeline import train
 from poise.runs.run import load
 from poise.support import files
+from poise.support.seeds import drawn
 from poise.vae import VAE
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
@@ -85,7 +89,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def test_a_run_folder_describes_itself(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    pictures = {"samples.png", "reconstructions.png", "training.png"}
+    pictures = {"samples.png", "reconstructions.png", "training.png", "progress.png"}
     assert names == {
         "config.json",
         "metrics.jsonl",
@@ -122,6 +126,107 @@ def test_a_run_killed_before_any_step_ends_bit_identical(step, finished, tmp_pat
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [*range(1, 17), *range(1, 13)]
+    assert (tmp_path / "run" / "progress.png").read_bytes() == (
+        finished / "progress.png"
+    ).read_bytes()
+
+
+def tiles(folder: Path, stage: int, tenth: int) -> list[np.ndarray]:
+    """Return the left and the right half of a row of progress.png: 8 images of 8x8 pixels each."""
+    with Image.open(folder / "progress.png") as file:
+        picture = np.asarray(file)
+    above = {1: 24, 2: 24 + 24 + 12 + 10 * 66}[stage] + 66 * tenth
+    lefts = (48, 48 + 8 * 66 + 12)
+    return [picture[above : above + 64, left : left + 8 * 66 - 2] for left in lefts]
+
+
+def test_the_last_rows_of_the_progress_are_what_the_trained_model_gives(finished):
+    run, data = load(finished, device="cpu"), datasets.load(IMAGES)
+    test = datasets.gather(data.test, drawn(len(data.test), 8))
+    rows = {
+        (1, 0): [np.full((64, 526), 255), grid(test, 8)],
+        (1, 10): [grid(run.sample(8, prior="normal"), 8), grid(run.reconstruct(test), 8)],
+        (2, 10): [grid(part, 8) for part in run.sample(16).split(8)],
+    }
+    for place, expected in rows.items():
+        for shown, wanted in zip(tiles(finished, *place), expected, strict=True):
+            assert np.abs(shown - wanted.reshape(shown.shape).astype(float)).max() <= 1
+    assert (tiles(finished, 1, 5)[1] != tiles(finished, 1, 10)[1]).any()
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_progress_is_shown_once_in_each_tenth_and_changes_no_weight(steps, tmp_path, monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        encoder, decoder = poise.networks.mlp((1, 8, 8), 3, hidden=(16,))
+        front = [nn.Flatten(), nn.Dropout(0.2), nn.BatchNorm1d(64), nn.Unflatten(1, (1, 8, 8))]
+        return VAE(nn.Sequential(*front, encoder), decoder)
+
+    def add(picture, stage, tenth, vae, prior):
+        shown.append((stage, tenth))
+        if drawing:
+            real(picture, stage, tenth, vae, prior)
+
+    real, ended = growth.ProgressPicture.add, []
+    monkeypatch.setattr(growth.ProgressPicture, "add", add)
+    for drawing in (True, False):
+        shown: list[tuple[int, int]] = []
+        out = tmp_path / str(drawing)
+        first, second = (Stage(steps=count, batch_size=20) for count in (steps, 10))
+        recipe = replace(TINY, first=first, second=second)
+        train(
+            IMAGES, recipe=recipe, vae=network(), out=out, options=replace(QUIET, save_seconds=60)
+        )
+        ended.append(weights(out))
+        tenths = {10 * step // steps for step in range(1, steps + 1)} - {0}
+        assert [tenth for stage, tenth in shown if stage == 1] == sorted(tenths)
+        assert [tenth for stage, tenth in shown if stage == 2] == list(range(1, 11))
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+
+
+def test_the_picture_of_progress_grows_and_is_mended(tmp_path, capsys, monkeypatch):
+    vae, seen = VAE(*poise.networks.mlp((1, 8, 8), 3)), torch.rand(9, 1, 8, 8)
+    path, prior = tmp_path / "progress.png", NormalPrior(3)
+    about = {"seed": 0, "priors": ["N(0, I)", "the second stage"]}
+
+    def height():
+        with Image.open(path) as picture:
+            return picture.height
+
+    def draw(picture, *places):
+        for place in places:
+            picture.add(*place, vae.train(), prior)
+            assert all(module.training for module in vae.modules())
+        picture.write()
+        return path.read_bytes()
+
+    whole = draw(growth.ProgressPicture(path, seen, **about), (1, 1), (1, 2), (2, 1))
+    assert height() == 24 + 11 * 66 + 12 + 24 + 66
+    begun = growth.ProgressPicture(path, seen, **about)
+    draw(begun, (1, 1))
+    assert height() == 24 + 2 * 66
+    draw(begun, (1, 2))
+    assert draw(growth.ProgressPicture(path, seen, **about, shown=(1, 1)), (1, 2), (2, 1)) == whole
+    path.write_bytes(whole[:500])  # damaged: the rows until then stay empty
+    draw(growth.ProgressPicture(path, seen, **about, shown=(1, 1)), (1, 2))
+    assert (tiles(tmp_path, 1, 1)[0] == 255).all() and (tiles(tmp_path, 1, 2)[0] < 255).any()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(files, "write_synced", lambda path, content: (_ for _ in ()).throw(full))
+    draw(growth.ProgressPicture(path, seen, **about), (1, 1), (1, 2))
+    assert capsys.readouterr().err.count("No space left") == 1
+    for parameter in vae.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    growth.ProgressPicture(path, seen, **about).add(1, 1, vae, prior)
+
+
+def test_large_images_are_reduced_in_the_picture_of_progress(tmp_path):
+    large = torch.rand(3, 3, 200, 200)
+    picture = growth.ProgressPicture(tmp_path / "p.png", large, seed=0, priors=["N(0, I)"])
+    vae = VAE(*poise.networks.mlp((3, 200, 200), 2, hidden=(4,)))
+    picture.add(1, 1, vae, NormalPrior(2))
+    picture.write()
+    with Image.open(tmp_path / "p.png") as file:
+        assert file.size == (48 + 16 * 130 + 12, 24 + 2 * 130) and file.mode == "RGB"
 
 
 def test_a_run_stopped_by_a_signal_saves_and_goes_on(finished, tmp_path, monkeypatch):
@@ -213,6 +318,28 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(copy):
     (checkpoint.checkpoints(copy / "checkpoints")[0] / "manifest.json").unlink()
     with pytest.raises(RunError, match="every checkpoint is damaged"):
         load(copy, device="cpu")
+
+
+def test_a_walk_goes_from_one_reconstruction_to_the_other_through_decoded_codes(finished):
+    run, images = load(finished, device="cpu"), torch.from_numpy(IMAGES[:2])[:, None]
+    walk = run.interpolate(images[0], IMAGES[1], steps=105)
+    assert walk.shape == (105, 1, 8, 8)
+    torch.testing.assert_close(walk[[0, -1]], run.reconstruct(images), rtol=0, atol=1e-5)
+    path = spherical_path(*run.encode(images).mean, 105)
+    with torch.no_grad():
+        middle = run.first.vae.decode(path[52:53]).clamp(0, 1)
+    torch.testing.assert_close(walk[52:53], middle, rtol=0, atol=1e-5)
+    first = replace(run.recipe.first, objective="autoencoder")
+    run.recipe = replace(run.recipe, first=first)  # codes without a posterior: a straight line
+    with torch.no_grad():
+        middle = run.first.vae.decode(run.encode(images).mean.mean(0, keepdim=True)).clamp(0, 1)
+    straight = run.interpolate(images[0], images[1], 3)
+    torch.testing.assert_close(straight[1:2], middle, rtol=0, atol=1e-5)
+    for steps in (1, 1001):
+        with pytest.raises(InputError, match=rf"steps must be from 2 to 1000, not {steps}"):
+            run.interpolate(images[0], images[1], steps)
+    with pytest.raises(InputError, match=r"images must have shape \(n, 1, 8, 8\), not"):
+        run.interpolate(images[0], images[1, :, :7], 5)
 
 
 def test_a_run_has_its_pictures_at_hand(finished, copy):

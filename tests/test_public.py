@@ -113,7 +113,7 @@ def test_released_recipes_have_the_released_sizes():
     cifar, celeba = RECIPES["cifar10-released"], RECIPES["celeba64-released"]
     assert parameters(first_stage(cifar, [3, 32, 32])) == 5_190_467
     assert parameters(first_stage(celeba, [3, 64, 64])) == 19_321_667
-    assert parameters(second_stage(cifar)) == 17_457_344
+    assert parameters(second_stage(cifar, first_stage(cifar, [3, 32, 32]))) == 17_457_344
     assert (
         cifar.first.total_steps(50_000) == 350_000 and cifar.second.total_steps(50_000) == 700_000
     )

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -18,17 +19,24 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 import poise
 from poise import cli
-from poise.report import curves, models, sections, write_report
+from poise.data import Rows
+from poise.diagnosis.subject import _falls
+from poise.errors import InputError
+from poise.report import copies, curves, models, pictures, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
+from poise.report.curves import training_figures
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
+from poise.report.words import model_sentence
 from poise.studies.comparison import table
 from poise.studies.results import write_result
+from poise.support.seeds import drawn
 
 QUICK = {
     "epochs": 2,
@@ -147,9 +155,10 @@ def test_a_page_has_every_section_and_a_link_to_it(page, compared):
 
 
 def test_every_picture_has_an_alternative_text(page):
-    pictures = re.findall(r"<img [^>]*>", body(page))
-    assert len(pictures) == 6  # real images, three priors, two sheets of pairs
-    assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+    shown = re.findall(r"<img [^>]*>", body(page))
+    # Real images, three priors, two sheets of pairs, two of nearest images, the progress.
+    assert len(shown) == 9
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in shown)
 
 
 def test_numbers_are_those_of_the_summary(page, runs):
@@ -357,6 +366,104 @@ def test_each_original_lies_above_its_reconstruction():
         assert torch.allclose(tile, image, atol=0.6 / 255)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_nearest_training_images_are_those_of_scikit_learn(mapped, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "BLOCK_VALUES", 7 * 3 * 16)  # 7 images at a time
+    training = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
+    queries = torch.rand(9, 3, 4, 4)
+    queries[4] = torch.from_numpy(training[31]) / 255  # a copy
+    flat = training.reshape(50, -1) / 255
+    neighbours = NearestNeighbors(n_neighbors=1).fit(flat)
+    distances, places = neighbours.kneighbors(queries.flatten(1).double().numpy())
+    if mapped:
+        np.save(tmp_path / "training.npy", training)
+        array = np.load(tmp_path / "training.npy", mmap_mode="r")
+        training = Rows(array, np.arange(50))
+    found = copies.nearest(queries, training)
+    expected = torch.from_numpy(flat[places[:, 0]]).reshape(9, 3, 4, 4).float()
+    torch.testing.assert_close(found.images, expected)
+    torch.testing.assert_close(found.distances, torch.from_numpy(distances[:, 0] / 48**0.5).float())
+    assert found.distances[4] == 0
+
+
+def test_mirror_images_are_searched_if_they_were_trained_on():
+    training = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
+    queries = torch.from_numpy(training[[3, 5]]) / 255
+    queries[1] = queries[1].flip(2)  # without the batch: left to right
+    assert copies.nearest(queries, training).distances[1] > 0.1
+    found = copies.nearest(queries, training, mirrored=True)
+    assert (found.distances == 0).all() and torch.equal(found.images, queries)
+
+
+def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
+    log, config = changed / "metrics.jsonl", json.loads((changed / "config.json").read_text())
+    config["recipe"]["second"]["objective"] = "flow"
+    (changed / "config.json").write_text(json.dumps(config))
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    for entry in entries:
+        if entry["stage"] == 2:
+            entry["velocity_mse"] = entry.pop("mse")
+            del entry["kl_nats"], entry["reconstruction_nats"]
+    log.write_text("\n".join(map(json.dumps, entries)))
+    record = read_record(changed)
+    titles = [figure["title"] for figure in training_figures([record])[1] if figure["stage"] == 2]
+    assert titles == ["MSE of the velocity, per latent", "γ², decoder variance"]
+    assert model_sentence(record).startswith("A VAE with a flow as stage 2 (an MLP, ")
+    assert set(_falls(log)) <= {1}  # the diagnosis of a stage that was still improving
+
+
+def test_a_large_picture_of_progress_is_reduced_and_a_damaged_one_is_said(tmp_path):
+    path = tmp_path / "progress.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 1600, 3), np.uint8)).save(path)
+    assert path.stat().st_size > pictures.LARGEST_PNG
+    kind, _, content = pictures.picture_uri(path).partition(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
+        assert (kind, shown.format, shown.size) == ("data:image/jpeg", "JPEG", (1200, 300))
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(1000))
+    with pytest.raises(InputError, match=r"progress\.png cannot be decoded"):
+        pictures.picture_uri(path)
+
+
+def test_of_a_very_large_data_set_a_fixed_part_is_searched(monkeypatch):
+    monkeypatch.setattr(copies, "MOST_VALUES", 10 * 16)
+    training = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
+    assert copies.most_searched(training) == 10 and copies.most_searched(training[:7]) == 7
+    found = copies.nearest(torch.from_numpy(training) / 255, training)
+    assert int((found.distances == 0).sum()) == 10
+
+
+def test_distances_from_training_images_stand_beside_those_of_held_out_images(page, runs):
+    data = poise.load(runs / "computed-0").dataset()
+    test = data.test[drawn(len(data.test), models.TILES)].reshape(-1, 64) / 255
+    neighbours = NearestNeighbors(n_neighbors=1).fit(data.train.reshape(-1, 64) / 255)
+    distances = neighbours.kneighbors(test)[0][:, 0] / 8
+    expected = [f"{np.median(distances):.4f}", f"{distances.min():.4f}"]
+    rows = cells(page)
+    assert rows["held-out test images"] == expected
+    assert all(f"samples, {label}" in rows for label in ("GEN-1", "GEN-2", "GEN-mixture"))
+    assert f"All {len(data.train):,} training images were searched." in words(page)
+
+
+def test_latent_maps_are_the_mean_codes_channel_by_channel(tmp_path):
+    vae = poise.VAE(*poise.networks.conv(8, 1, 2, width=8))
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    run = poise.train(images, vae=vae, out=tmp_path / "run", **QUICK)
+    shown, test = Exhibit(read_record(tmp_path / "run")), torch.rand(3, 1, 8, 8)
+    models._show_maps(shown, run, test)
+    assert shown.maps is not None and "2 channels of 2×2 latents" in shown.about_maps
+    content = base64.b64decode(shown.maps.partition(",")[2])
+    pixels = np.asarray(Image.open(io.BytesIO(content))).astype(float)
+    maps = run.encode(test).mean.unflatten(1, vae.decoder.latent_shape)
+    for image in range(3):
+        for channel in range(2):
+            top, left = 66 * (channel + 1), 66 * image
+            drawn_map = pixels[top : top + 64 : 32, left : left + 64 : 32]
+            expected = (255 * (0.5 + maps[image, channel] / 6)).clamp(0, 255).numpy()
+            assert np.abs(drawn_map - expected).max() <= 0.51
+
+
 def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
     """The data set begins with dark images, like a folder sorted by name or date."""
     values = np.linspace(0, 255, 400).astype(np.uint8)[:, None, None] + np.zeros(
@@ -367,7 +474,7 @@ def test_pictures_of_a_sorted_data_set_show_every_part_of_it(tmp_path):
     dataset = run.dataset()
     dataset = replace(dataset, test=dataset.train[:300])
     shown = Exhibit(read_record(run.folder))
-    models._show_data(shown, run, dataset)
+    models._show_data(shown, run, dataset, {})
     for uris in ([shown.real], shown.pairs):
         sheets = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
         tones = np.concatenate([np.array(sheet).ravel() for sheet in sheets])
@@ -493,6 +600,13 @@ def test_the_command_takes_several_folders_and_writes_where_it_says(
 def test_a_name_that_a_template_lacks_is_an_error():
     with pytest.raises(UndefinedError, match="'title' is undefined"):
         page_module._templates().get_template("page.html").render()
+
+
+def test_a_name_that_is_not_utf8_is_escaped(monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module, "read_records", lambda paths: [])
+    monkeypatch.setattr(page_module, "page", lambda *parts: os.fsdecode(b"runs/caf\xe9"))
+    write_report([tmp_path], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_bytes() == b"runs/caf\\udce9"
 
 
 def test_every_section_has_a_template_and_every_template_is_of_a_section():

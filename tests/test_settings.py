@@ -35,7 +35,11 @@ VALUES: dict[str, Any] = {
     "size": 16,
     "channels": 3,
     "skip_unreadable": True,
+    "flips": True,
+    "levels": 4095,
+    "max_megapixels": 200,
     "latent_dim": 7,
+    "latent_channels": 7,
     "batch_size": 11,
     "learning_rate": 0.003,
     "balance": "learned",
@@ -45,12 +49,15 @@ VALUES: dict[str, Any] = {
     "seed": 5,
     "minutes": 2.5,
     "network": "wae",
+    "second": "flow",
     "second_balance": "optimal",
     "stages": 1,
     "epochs": 13,
     "second_epochs": 17,
 }
 """One value of each setting that no recipe has."""
+NEEDED = {"latent_channels": {"network": "conv"}}
+"""Other changes that a setting needs."""
 
 
 def flag(name: str) -> str:
@@ -147,16 +154,18 @@ def test_every_setting_is_an_option_of_the_commands_that_can_use_it():
     assert option_names("compare") >= CHANGES.keys() - OF_ONE_RUN
     assert not option_names("compare") & (OF_ONE_RUN - {"second_balance"})
     for name in CHANGES.keys() - OF_ONE_RUN:
-        comparing.base_recipe("digits", None, {name: VALUES[name]})
+        comparing.base_recipe("digits", None, {name: VALUES[name], **NEEDED.get(name, {})})
 
 
 @pytest.mark.parametrize("recipe", ["digits", "cifar10-released", "images"])
 @pytest.mark.parametrize("name", VALUES)
 def test_the_command_and_python_make_the_same_recipe(name, recipe):
     value = VALUES[name]
+    needed = NEEDED.get(name, {})
     words = [flag(name)] if value is True else [flag(name), str(value)]
+    words += [word for other in needed for word in (flag(other), needed[other])]
     told = cli.parse(["train", "--recipe", recipe, *words]).settings()
-    changed = Changes(**{name: value}).apply(RECIPES[recipe])
+    changed = Changes(**{name: value}, **needed).apply(RECIPES[recipe])
     assert told == changed and changed != RECIPES[recipe]
     assert Changes(**{name: None}).apply(RECIPES[recipe]) == RECIPES[recipe]
 
@@ -165,7 +174,9 @@ def test_a_changed_recipe_has_the_value_where_it_is_declared():
     """A changed setting reaches every part of the recipe whose class declares it."""
     for declared in (Data, Network, Stage, Recipe):
         for name, option in options_of(declared).items():
-            changed = Changes(**{name: VALUES[name]}).apply(RECIPES["mnist"])
+            changed = Changes(**{name: VALUES[name]}, **NEEDED.get(name, {})).apply(
+                RECIPES["mnist"]
+            )
             parts = [changed, changed.data, changed.network, changed.first, changed.second]
             found = [getattr(part, name) for part in parts if isinstance(part, declared)]
             others = found[1:] if option.first_only else []
@@ -194,13 +205,13 @@ def test_settings_around_a_run_reach_its_options():
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_shows_the_values_of_the_recipe_of_the_data(command, name, help_of):
     recipe = RECIPES[name]
-    chosen = ["--recipe", name] if name == "images" else [name]
+    chosen = ["--recipe", name] if name in ("images", "maps") else [name]
     text = help_of(command, *chosen)
     assert recipe.second is not None
     rates = dict.fromkeys([str(recipe.first.learning_rate), str(recipe.second.learning_rate)])
     for option, default in {
-        "latent-dim INT": recipe.network.latent_dim,
-        "network {resnet,infogan,wae,mlp}": recipe.network.kind,
+        "latent-dim INT": "that of the latent map" if name == "maps" else recipe.network.latent_dim,
+        "network {resnet,infogan,wae,mlp,conv}": recipe.network.kind,
         "epochs INT": recipe.first.epochs or f"{recipe.first.steps:,} steps",
         "second-epochs INT": recipe.second.epochs or f"{recipe.second.steps:,} steps",
         "learning-rate FLOAT": " and ".join(rates),
@@ -224,7 +235,9 @@ def test_help_has_groups(help_of):
     boxes = zip(groups[1::2], groups[2::2], strict=True)
     listed = {name: set(re.findall(r"│ --([a-z-]+)", box)) for name, box in boxes}
     assert set(listed) == {"data", "model", "training", "run"}
-    assert listed["data"] == {"size", "channels", "skip-unreadable"}
+    assert listed["data"] == {
+        "size", "channels", "flips", "skip-unreadable", "levels", "max-megapixels"
+    }  # fmt: skip
     assert {"balance", "latent-dim", "network"} < listed["model"]
     assert {"batch-size", "epochs", "minutes", "seed"} < listed["training"]
     assert listed["run"] == {"device", "engine", "save-seconds", "tensorboard", "threads"}
@@ -234,7 +247,7 @@ def test_help_has_groups(help_of):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_has_plain_names_of_values_and_fits(command, columns, help_of):
     text = help_of(command, columns=columns, raw=True)
-    assert "{None}" not in text and "None," not in text and "STR" not in text
+    assert "{None}" not in text and "None," not in text and not re.search(r"\bSTR\b", text)
     boxes = [line for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
     assert boxes and max(map(len, boxes)) <= columns
 

@@ -26,10 +26,13 @@ import forking
 import poise
 from poise import training
 from poise.errors import InputError, RunError
+from poise.flow import Flow
+from poise.latent import DiagonalGaussian
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs import checkpoint
 from poise.runs.options import Options
 from poise.runs.pipeline import train
+from poise.training import CodeBatches
 from poise.training.distributed import GlobalBatchNorm
 
 WORLD = 2
@@ -53,8 +56,8 @@ class Double(nn.Module):
         super().__init__()
         self.network = network.double()
 
-    def forward(self, values):
-        return self.network(values.double())
+    def forward(self, *values):
+        return self.network(*(value.double() for value in values))
 
 
 class Exploding(nn.Module):
@@ -134,6 +137,21 @@ def norm_outcome(layer: nn.Module, rows: slice) -> list[torch.Tensor]:
     return [*outcome, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()]
 
 
+def flow_outcome() -> dict[str, torch.Tensor]:
+    """Return the averaged weights of a flow of latent maps after some steps."""
+    torch.manual_seed(0)
+    shape = (2, 2, 2)
+    flow = Flow(Double(poise.networks.flow(shape, width=8, blocks=3)), shape)
+    codes = CodeBatches(
+        torch.randn(30, 8), torch.randn(30, 8), torch.device("cpu"),
+        mirrored=DiagonalGaussian(torch.randn(30, 8), torch.randn(30, 8)),
+    )  # fmt: skip
+    stage = Stage(steps=5, batch_size=7, learning_rate=1e-2, objective="flow", ema_decay=0.5)
+    state = training.new_state(flow, poise.ComputedBalance(), stage, torch.device("cpu"))
+    training.fit(state, codes, stage, number=2, seed=0, watch=training.Watch(quiet=True))
+    return state.trained.state_dict()
+
+
 LAYERS = {
     "plain": lambda: nn.BatchNorm1d(3),
     "images": lambda: nn.BatchNorm2d(3, momentum=None, affine=False),
@@ -172,6 +190,7 @@ def work(rank: int, port: int, folder: str) -> None:
         start = sum(NORM_SHARES[:rank])
         rows = slice(start, start + NORM_SHARES[rank])
         seen["norms"] = {name: norm_outcome(make(), rows) for name, make in LAYERS.items()}
+        seen["flow"] = flow_outcome()
     if rank == 1:
         torch.save(seen, runs / "1.pt")
         at_step(3, lambda: os._exit(0))
@@ -217,6 +236,12 @@ def test_two_processes_equal_one(folder, tmp_path):
         )
     codes = poise.load(folder / "whole", vae=network(), device="cpu").codes
     torch.testing.assert_close(codes.mean, one.codes.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_flow_is_the_same_in_two_processes_and_in_one(seen):
+    one = flow_outcome()
+    for rank in seen:
+        torch.testing.assert_close(rank["flow"], one, rtol=1e-6, atol=1e-7)
 
 
 def test_processes_stop_together_whichever_was_asked_and_go_on_bit_identically(folder, seen):

@@ -35,7 +35,8 @@ HALF_A_MINUTE = Timing((Pace(3.0, 0.5), Pace(1.0, 0.25)), 2.0)
 
 
 def final_rates(recipe: Recipe, num_images: int) -> list[float]:
-    stages = timing.stages_of(recipe)
+    """Return the rates of the last steps, without a linear fall, which ends at 1 / length."""
+    stages = [replace(stage, decay=0.0) for stage in timing.stages_of(recipe)]
     return [
         stage.learning_rate_at(stage.total_steps(num_images) - 1, num_images) for stage in stages
     ]

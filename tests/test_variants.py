@@ -133,7 +133,9 @@ def test_a_prior(monkeypatch, run, shown_help):
     monkeypatch.setitem(
         PRIORS, "wide", NamedPrior(f"{__name__}:WidePrior", "GEN-wide", "a wide Gaussian")
     )
-    with pytest.raises(poise.InputError, match=r"there are normal, second-stage, mixture, wide"):
+    with pytest.raises(
+        poise.InputError, match=r"there are normal, second-stage, mixture, flow, wide"
+    ):
         run.sample(1, prior="narrow")
     entry = 'PRIORS["wide"] = NamedPrior("x:y", "GEN-wide", "a wide Gaussian")'
     assert "wide (GEN-wide)" in shown_help("sample", entry)

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from poise import networks
 from poise.balance import Balance, ComputedBalance, make_balance, negative_log_likelihood
 from poise.errors import InputError, RunError
+from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
 from poise.metrics.encoding import encoded
@@ -65,8 +66,9 @@ from poise.training import (
     new_state,
 )
 from poise.training.machine import choose_device
+from poise.training.state import Network
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, find_prior
+from poise.variants import PRIORS, PriorName, SecondStage, find_prior
 
 MOST_STEPS = 50  # maximum number of steps between evaluations of the held-out rows
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
@@ -78,6 +80,8 @@ LARGEST_ROW = 1e30  # bound of scaled values in float32, whose products must be 
 MOST = 1e140  # bound of scaled values in float64, whose squares must be finite
 ROW_VALUES = 2**21  # latents of importance samples held in memory
 LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
+FLOW_AVERAGE = 0.99  # decay of the averaged weights of a flow
+DRAWS = 1_000  # minimum number of noise rows for the held-out error of a flow
 DTYPES: Any = [np.float64, np.float32]
 
 
@@ -91,7 +95,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             values of the table, rounded down to a power of two, from 16 to 256.
         balance: balance of stage 1, see `poise.balance.make_balance`. "computed" needs no tuning.
         prior: prior of the latents for `sample`, a key of `poise.variants.PRIORS`. Priors are
-            fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance.
+            fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance,
+            "flow" a flow (`poise.flow`).
         steps: maximum number of training steps (batches), >= 1.
         second_steps: maximum number of training steps of the second stage, if any, >= 1.
         batch_size: rows per step, >= 2.
@@ -123,7 +128,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         prior_: prior of the latents, for `sample`.
         stretch_: factor on each latent in `inverse_transform`, (latents,).
         history_: training log of both stages, a list of entries with loss, reconstruction_nats,
-            kl_nats, mse and gamma2.
+            kl_nats, mse and gamma2. Those of a flow have loss, velocity_mse and gamma2.
         n_features_in_, feature_names_in_: as in any scikit-learn estimator.
 
     Source: Asperti & Trentin 2020, arXiv 2002.07514 (the computed balance).
@@ -293,29 +298,29 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         )
         data = VectorBatches(rows[kept], choose_device(self.device))
         state, interrupted = self._train_stage(
-            1, stage, vae, data, rows[held_out], seed, line.noise_variance
+            1, stage, vae, data, ElboOf(rows[held_out]), seed, line.noise_variance
         )
         if state.step == 0 and _is_elbo(state.balance):  # PCA was kept: fit it to all rows
             line = Line.fitted(rows, self.latent_dim)
-            state.vae = line.beside(()).eval().requires_grad_(False)
+            state.network = line.beside(()).eval().requires_grad_(False)
             state.balance.gamma2.fill_(max(line.noise_variance, state.balance.floor))
-        self.stretch_ = _stretch(state.vae, rows).double().numpy()
+        self.stretch_ = _stretch(state.network, rows).double().numpy()
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
         self.balance_, self.n_iter_, self.n_latents_ = state.balance, state.step, self.latent_dim
-        self.prior_ = self._fit_prior(state.vae, rows, (held_out, kept), seed)
-        self.vae_ = state.vae
+        self.prior_ = self._fit_prior(state.network, rows, (held_out, kept), seed)
+        self.vae_ = state.network
         return interrupted
 
     def _train_stage(
         self,
         number: int,
         stage: Stage,
-        vae: VAE,
+        network: Network,
         data: Batches,
-        held_out: Tensor,
+        score: "ElboOf | VelocityErrorOf",
         seed: int,
         noise_variance: float | None = None,
-    ) -> tuple[TrainingState, bool]:
+    ) -> tuple[TrainingState[Network], bool]:
         """Train one stage.
 
         Args:
@@ -323,13 +328,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 balance is computed, that model is kept unless the network is better.
 
         Returns:
-            The best state on the held-out rows, on the CPU, and whether Ctrl-C ended the training.
+            The state with the best score, on the CPU, and whether Ctrl-C ended the training.
         """
         balance = self._new_balance(stage.balance)
-        state = new_state(vae, balance, stage, choose_device(self.device))
+        state = new_state(network, balance, stage, choose_device(self.device))
         batch = min(stage.batch_size, len(data))
         stopping = EarlyStopping(
-            state, held_out, steps=stage.total_steps(len(data)), batch=batch, rows=len(data)
+            state, score, steps=stage.total_steps(len(data)), batch=batch, rows=len(data)
         )
         if noise_variance is not None and _is_elbo(balance):
             stopping.keep_line(noise_variance)
@@ -339,9 +344,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             def log(entry: dict[str, float]) -> None:
                 entry = {key.replace("images", "rows"): value for key, value in entry.items()}
                 self.history_.append(entry)
-                shown = {"MSE": f"{entry['mse']:.5f}", "KL": f"{entry['kl_nats']:.1f}"}
-                shown["rows/s"] = f"{entry['rows_per_second']:.0f}"
-                display.update(state.step, shown)
+                rate = f"{entry['rows_per_second']:.0f}"
+                display.update(state.step, {"loss": f"{entry['loss']:.3f}", "rows/s": rate})
 
             watch = Watch(log=log, stop=stopping.should_stop, quiet=True)
             try:
@@ -356,19 +360,19 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                     "(StandardScaler)"
                 ) from None
         stopping.restore()
-        for module in (state.vae, state.balance):
+        for module in (state.network, state.balance):
             module.cpu().eval().requires_grad_(False)
         return state, interrupted
 
     def _fit_prior(self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int) -> Prior:
         codes = cache(lambda: encode_all(vae, rows))
         second = None
-        if find_prior(self.prior).needs == "second stage":
-            second = self._second_stage(codes(), split, seed)
+        if kind := find_prior(self.prior).second_stage:
+            second = self._second_stage(kind, codes(), split, seed)
         model = TrainedModel(
             self.latent_dim,
             codes,
-            second=second and second.vae,
+            second=second and second.network,
             gamma2=second and second.balance.gamma2,
             components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
             seed=seed,
@@ -376,18 +380,29 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return make_prior(self.prior, model)
 
     def _second_stage(
-        self, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
-    ) -> TrainingState:
+        self, kind: SecondStage, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
+    ) -> TrainingState[Any]:
         held_out, kept = split
-        with seeded(derive("weights", seed, 2)):
-            second = VAE(*networks.second_stage(self.latent_dim, max(self.hidden_, default=256)))
         stage = Stage(
-            steps=self.second_steps, batch_size=self.batch_size, learning_rate=self.learning_rate
+            steps=self.second_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            objective=kind,
+            ema_decay=FLOW_AVERAGE if kind == "flow" else None,
         )
+        width, shape = max(self.hidden_, default=256), (self.latent_dim,)
+        with seeded(derive("weights", seed, 2)):
+            if kind == "flow":
+                second = Flow(networks.flow(shape, width=8 * math.ceil(width / 8)), shape)
+            else:
+                second = VAE(*networks.second_stage(self.latent_dim, width))
         data = CodeBatches(codes.mean[kept], codes.logvar[kept], choose_device(self.device))
         noise = noise_per_image(len(codes.mean), self.latent_dim, derive("codes", seed))
-        held_out = codes.sample(noise)[held_out]
-        return self._train_stage(2, stage, second, data, held_out, seed)[0]
+        others = codes.sample(noise)[held_out]
+        if not isinstance(second, Flow):
+            return self._train_stage(2, stage, second, data, ElboOf(others), seed)[0]
+        second.set_statistics(DiagonalGaussian(codes.mean[kept], codes.logvar[kept]))
+        return self._train_stage(2, stage, second, data, VelocityErrorOf(others, seed), seed)[0]
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the posterior means of rows, (rows, latent_dim), in the precision of `X`.
@@ -643,90 +658,137 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-class EarlyStopping:
-    """Stop training when the held-out ELBO stops rising, and keep the best weights.
+class ElboOf:
+    """Score of a VAE: the ELBO of held-out rows (n, features), in nats per row."""
 
-    Held-out rows are evaluated every epoch at first, later after each twentieth of the steps so
+    rising: ClassVar[str] = "the ELBO of held-out rows rose by {:.2f} nats"
+
+    def __init__(self, held_out: Tensor) -> None:
+        self.held_out = held_out
+
+    def __call__(self, state: TrainingState[VAE]) -> "HeldOut":
+        return _evaluate(state.network, state.balance, self.held_out)
+
+
+class VelocityErrorOf:
+    """Score of a flow: minus the mean squared error of the velocity, for held-out codes (n, L).
+
+    The noise is the same at each call. Codes are repeated, so that it has at least `DRAWS` rows.
+    """
+
+    rising: ClassVar[None] = None
+
+    def __init__(self, held_out: Tensor, seed: int) -> None:
+        self.held_out = held_out.repeat(max(1, DRAWS // max(1, len(held_out))), 1)
+        self.noise = torch.randn(
+            len(self.held_out), held_out.shape[1] + 1, generator=generator("held-out noise", seed)
+        )
+
+    @torch.no_grad()
+    def __call__(self, state: TrainingState[Flow]) -> "HeldOut":
+        flow = state.trained.eval()
+        between, time, target = flow.target(
+            self.held_out.to(flow.mean.device), self.noise.to(flow.mean.device)
+        )
+        error = (flow(between, time) - target).square()
+        return HeldOut(-error.flatten(1).mean(1).double(), float(error.mean()))
+
+
+class EarlyStopping:
+    """Stop training when the score of held-out rows stops rising, and keep the best weights.
+
+    Held-out rows are scored every epoch at first, later after each twentieth of the steps so
     far, and at least every `MOST_STEPS` steps, whatever the length of training.
 
     Args:
         state: the state that is trained.
-        held_out: (n, features), rows that are not trained on. If there are none, training does not
-            stop early and keeps the last weights.
+        score: score of the state, higher is better. If no rows are held out, training does not stop
+            early and keeps the last weights.
         steps: length of training, in steps.
         batch: rows per step.
         rows: number of training rows.
     """
 
     def __init__(
-        self, state: TrainingState, held_out: Tensor, *, steps: int, batch: int, rows: int
+        self,
+        state: TrainingState[Any],
+        score: ElboOf | VelocityErrorOf,
+        *,
+        steps: int,
+        batch: int,
+        rows: int,
     ) -> None:
-        self.state, self.held_out, self.steps = state, held_out, steps
+        self.state, self.score, self.steps = state, score, steps
         self.epoch = math.ceil(rows / batch)
         self.patience = math.ceil(PATIENCE_ROWS / batch)
         self.next = min(MOST_STEPS, self.epoch)
         self.checked = 0
-        self.elbos: list[tuple[int, float]] = []  # step and held-out ELBO
+        self.scores: list[tuple[int, float]] = []  # step and score
         self.best, self.best_step = -math.inf, 0  # of the network, whether it is kept or not
-        self.kept_elbo = -math.inf
+        self.kept_score = -math.inf
         self.line: HeldOut | None = None
         self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
 
     def keep_line(self, noise_variance: float) -> None:
         """Keep the weights before training, with a gamma2, unless later ones are better."""
-        if not len(self.held_out):
+        if not len(self.score.held_out):
             return
         balance = copy.deepcopy(self.state.balance)
         balance.gamma2.fill_(max(noise_variance, balance.floor))
-        self.line = _evaluate(self.state.vae, balance, self.held_out)
-        self.kept = (0, copy.deepcopy(self.state.vae.state_dict()), balance.state_dict())
+        network = self.state.network
+        self.line = _evaluate(network, balance, self.score.held_out)
+        self.kept = (0, copy.deepcopy(network.state_dict()), balance.state_dict())
 
     def should_stop(self) -> bool:
-        """Return whether the ELBO has not risen for long. Call it after every step."""
+        """Return whether the score has not risen for long. Call it after every step."""
         step = self.state.step
         if step >= self.next and step > self.checked:  # may be called twice in one step
             self.check()
             self.next = step + min(MOST_STEPS, max(self.epoch, step // 20))
-        return bool(len(self.held_out)) and step - self.best_step > self.patience
+        return bool(len(self.score.held_out)) and step - self.best_step > self.patience
 
     def check(self) -> None:
-        """Compute the held-out ELBO, and keep a copy of the weights if they are the best so far."""
+        """Compute the score, and keep a copy of the weights if they are the best so far."""
         state, self.checked = self.state, self.state.step
-        if not len(self.held_out):
+        if not len(self.score.held_out):
             return
-        found = _evaluate(state.vae, state.balance, self.held_out)
-        state.vae.train()
-        elbo = float(found.elbos.mean())
-        self.elbos.append((state.step, elbo))
-        if elbo > self.best:
-            self.best, self.best_step = elbo, state.step
-        if elbo > self.kept_elbo and (self.line is None or found.is_better_than(self.line)):
-            self.kept_elbo = elbo
+        found = self.score(state)
+        state.network.train()
+        score = float(found.scores.mean())
+        self.scores.append((state.step, score))
+        if score > self.best:
+            self.best, self.best_step = score, state.step
+        if score > self.kept_score and (self.line is None or found.is_better_than(self.line)):
+            self.kept_score = score
             self.kept = (
                 state.step,
-                copy.deepcopy(state.vae.state_dict()),
+                copy.deepcopy(state.trained.state_dict()),
                 copy.deepcopy(state.balance.state_dict()),
             )
 
     def restore(self) -> None:
-        """Restore the best weights, and warn if the ELBO was still rising at the last step."""
+        """Restore the best weights, and warn if the ELBO was still rising at the last step.
+
+        Without held-out rows, the weights are the last ones, averaged if the stage keeps averages.
+        """
         if self.state.step > self.checked:
             self.check()
         self._warn_if_rising()
+        weights = self.state.trained.state_dict()
         if self.kept is not None:
             self.state.step, weights, balance = self.kept
-            self.state.vae.load_state_dict(weights)
             self.state.balance.load_state_dict(balance)
+        self.state.network.load_state_dict(weights)
 
     def _warn_if_rising(self) -> None:
         late = 0.8 * self.steps
-        before = [elbo for step, elbo in self.elbos if step <= late]
-        after = [elbo for step, elbo in self.elbos if step > late]
-        if self.state.step != self.steps or not (before and after):
+        before = [score for step, score in self.scores if step <= late]
+        after = [score for step, score in self.scores if step > late]
+        if not (self.score.rising and self.state.step == self.steps and before and after):
             return
         if (rise := max(after) - max(before)) > RISING_NATS:
             text = (
-                f"the ELBO of held-out rows rose by {rise:.2f} nats in the last fifth of "
+                f"{self.score.rising.format(rise)} in the last fifth of "
                 f"{self.steps} steps: train for more steps"
             )
             warnings.warn(text, ConvergenceWarning, stacklevel=6)  # at the caller of `fit`
@@ -736,16 +798,17 @@ class HeldOut(NamedTuple):
     """Figures of held-out rows.
 
     Attributes:
-        elbos: ELBO of each row, in nats, (n,), with one posterior sample.
-        mse: mean squared error of the reconstructions of `inverse_transform`.
+        scores: of each row, higher is better, (n,): the ELBO in nats, with one posterior sample.
+        mse: mean squared error of the reconstructions of `inverse_transform`; of the velocity for a
+            flow.
     """
 
-    elbos: Tensor
+    scores: Tensor
     mse: float
 
     def is_better_than(self, line: "HeldOut") -> bool:
-        """Return whether the ELBO is higher beyond its noise, with no larger error."""
-        rise = self.elbos - line.elbos
+        """Return whether the score is higher beyond its noise, with no larger error."""
+        rise = self.scores - line.scores
         error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
         return float(rise.mean()) > error and self.mse <= line.mse
 

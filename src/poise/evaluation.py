@@ -152,6 +152,9 @@ def evaluate(
     infinity: bool = False,
     device: str = "auto",
     quiet: bool = True,
+    skip_unreadable: bool = False,
+    levels: int | None = None,
+    max_megapixels: int | None = None,
 ) -> Evaluation:
     """Compare two sets of images.
 
@@ -169,6 +172,7 @@ def evaluate(
         infinity: also extrapolate the Frechet distance to infinitely many images.
         device: where the extractor runs.
         quiet: show no progress.
+        skip_unreadable, levels, max_megapixels: how to read the images; see `poise.data.load`.
 
     Returns:
         Every distance between the sets, with its protocol, and notes.
@@ -188,9 +192,23 @@ def evaluate(
             )
     wanted = with_count(find_protocol(protocol), count)
     split: Literal["train", "test"] = "train" if wanted.reference == "train" else "test"
-    (originals, side), (others, _) = (
-        find_images(source, size=size, side=split) for source in (real, generated)
+    originals, others = (
+        find_images(
+            source,
+            size=size,
+            side=split,
+            skip_unreadable=skip_unreadable,
+            levels=levels,
+            max_megapixels=max_megapixels,
+        )
+        for source in (real, generated)
     )
+    side = originals.side
+    reading_notes = (
+        *(f"real images: {note}" for note in originals.notes),
+        *(f"generated images: {note}" for note in others.notes),
+    )
+    originals, others = originals.images, others.images
     conditions, network, notes = choose_extractor(wanted, extractor, choose_device(device))
     if network is None:
         raise InputError(
@@ -209,7 +227,9 @@ def evaluate(
     check_sides(originals, others)
     measured = compare(originals, [produced], conditions, network, infinity=infinity, quiet=quiet)
     return Evaluation(
-        tuple(measured), {}, (*notes, *oddities(originals, others), *remarks(measured, infinity))
+        tuple(measured),
+        {},
+        (*reading_notes, *notes, *oddities(originals, others), *remarks(measured, infinity)),
     )
 
 

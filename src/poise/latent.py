@@ -14,6 +14,14 @@ each latent,
 An active latent carries information: Var_x(mu) is large and E_x[s^2] is small. An inactive latent
 has Var_x(mu) near 0 and E_x[s^2] near 1. The released code averages s instead of s^2. To reproduce
 it, use `variance_law(..., released=True)`.
+
+Path between two codes a and b, for t from 0 to 1, where w is the angle between them (White 2016,
+arXiv 1609.04468):
+
+    z(t) = [sin((1 - t) w) a + sin(t w) b] / sin w.
+
+In many dimensions the codes of images lie near a sphere about 0, and so does this arc. The middle
+of a straight line is nearer to 0. There the decoder gives average images.
 """
 
 from dataclasses import dataclass
@@ -86,3 +94,31 @@ def variance_law(mean: Latents, logvar: Latents, *, released: bool = False) -> P
     mean, logvar = mean.double(), logvar.double()
     noise = (0.5 * logvar).exp().mean(0) if released else logvar.exp().mean(0)
     return mean.var(0, correction=0) + noise
+
+
+def spherical_path(start: Tensor, end: Tensor, steps: int) -> Latents:
+    """Return points on the arc between two codes, (steps, latents), equally spaced in angle.
+
+    The ends are exact. If the codes point in the same or in opposite directions, or one of them is
+    0, the path is a straight line.
+
+    Args:
+        start, end: (latents,) each.
+        steps: number of points, at least 2.
+
+    Source: White 2016, arXiv 1609.04468, section 2.1.
+
+    Example:
+        >>> spherical_path(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0]), 3)[1]
+        tensor([2.1213, 2.1213])
+    """
+    a, b = start.double(), end.double()
+    t = torch.linspace(0, 1, steps, dtype=torch.float64, device=a.device)[:, None]
+    cosine = a @ b / (a.norm() * b.norm()).clamp_min(torch.finfo(torch.float64).tiny)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle.sin() < 1e-6 or not (a.any() and b.any()):
+        path = (1 - t) * a + t * b
+    else:
+        path = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+    path[0], path[-1] = a, b
+    return path.to(start.dtype)

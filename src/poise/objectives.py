@@ -1,4 +1,4 @@
-"""Objectives of stage 1: the VAE loss, and deterministic autoencoders of equal capacity.
+"""Objectives: the VAE loss, deterministic autoencoders of equal capacity, and flow matching.
 
 An objective has two terms, each one value per image, summed over its dimensions. A balance weighs
 and averages them:
@@ -25,6 +25,9 @@ the autoencoders. Any other balance may be used. A computed balance keeps the pe
 to the error, as it does with the KL. The plain autoencoder has nothing to balance: there a balance
 only scales the loss.
 
+Flow matching (`poise.flow`) is for stage 2 only. Its error is that of the velocity, and it has no
+penalty. A balance only scales its loss.
+
 `LossTerms.kl` is the penalty. Errors, penalties and sums are float32 also under autocast.
 """
 
@@ -41,7 +44,9 @@ from torch import Tensor, nn
 from poise.balance import Balance, LossTerms
 from poise.balance.contract import at_least_float32
 from poise.errors import InputError
-from poise.shapes import Latents, PerImage, Scalar, Values
+from poise.flow import Flow
+from poise.recipes.settings import FLOW_OBJECTIVE
+from poise.shapes import Latents, Noise, PerImage, Scalar, Values
 from poise.support.specs import make_named
 from poise.vae import VAE, as_posterior
 
@@ -52,7 +57,7 @@ IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 @runtime_checkable
 class Objective(Protocol):
-    """Interface of the objectives: return the loss of a VAE under a balance.
+    """Interface of the objectives: return the loss of a network under a balance.
 
     Attributes:
         deterministic: whether the encoder is deterministic. It then has no posterior, no KL and no
@@ -63,8 +68,11 @@ class Objective(Protocol):
     deterministic: ClassVar[bool]
     alone: ClassVar[bool]
 
-    def __call__(self, vae: VAE, balance: Balance, batch: Values, noise: Latents) -> LossTerms:
-        """Return the loss of a batch (n, ...), with standard normal noise (n, latents)."""
+    def __call__(self, network: Any, balance: Balance, batch: Values, noise: Noise, /) -> LossTerms:
+        """Return the loss of a batch (n, ...), with standard normal noise (n, noise).
+
+        The network is a `VAE` or, for flow matching, a `Flow`.
+        """
         ...
 
 
@@ -72,8 +80,9 @@ def make_objective(spec: str) -> Objective:
     """Return the objective described by a short text.
 
     Args:
-        spec: "vae", "autoencoder", "rae-l2", "rae-gp" or "wae-mmd". The last three take options,
-            written as in `poise.balance.make_balance`: "rae-l2:latent=0.01,decoder=0".
+        spec: "vae", "autoencoder", "rae-l2", "rae-gp" or "wae-mmd", or "flow" for stage 2. Those
+            with "-" take options, written as in `poise.balance.make_balance`:
+            "rae-l2:latent=0.01,decoder=0".
 
     Raises:
         InputError: the name or an option is unknown, or a value is not a finite number >= 0.
@@ -87,7 +96,7 @@ def make_objective(spec: str) -> Objective:
 
 @cache  # called at every training step
 def _make(spec: str) -> Objective:
-    return make_named("objective", OBJECTIVES, spec)
+    return FlowMatching() if spec == FLOW_OBJECTIVE else make_named("objective", OBJECTIVES, spec)
 
 
 def is_deterministic(spec: str) -> bool:
@@ -237,6 +246,21 @@ class MaximumMeanDiscrepancy:
             codes = at_least_float32(latents)
             penalty = self.weight * squared_mmd(codes, noise.to(codes.dtype))
             return _combine(balance, reconstruction, batch, penalty.expand(len(batch)))
+
+
+@final
+@dataclass(frozen=True)
+class FlowMatching:
+    """Compute the loss of flow matching: the error of the velocity (eq. 2 of `poise.flow`)."""
+
+    deterministic: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+
+    def __call__(self, flow: Flow, balance: Balance, batch: Latents, noise: Noise) -> LossTerms:
+        between, time, target = flow.target(batch, noise)
+        velocity = flow(between, time)
+        with full_precision(batch):
+            return _combine(balance, velocity, target, velocity.new_zeros(len(batch)))
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {

@@ -12,6 +12,7 @@ from typing import Literal
 from poise.errors import InputError
 
 PriorName = str  # a key of PRIORS
+SecondStage = Literal["vae", "flow"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,18 @@ class NamedPrior:
         label: name of its samples in tables. It begins with "GEN-".
         words: name of the prior in sentences, for "latents are drawn from ...".
         needs: trained part that it is made from: the posteriors of the training images ("codes"),
-            the second stage, or nothing.
+            a second stage of this kind ("vae" or "flow"), or nothing.
     """
 
     home: str
     label: str
     words: str
-    needs: Literal["nothing", "codes", "second stage"] = "codes"
+    needs: Literal["nothing", "codes", SecondStage] = "codes"
+
+    @property
+    def second_stage(self) -> SecondStage | None:
+        """The kind of second stage that the prior is made from, or None."""
+        return self.needs if self.needs in ("vae", "flow") else None
 
 
 PRIORS = {
@@ -73,13 +79,14 @@ PRIORS = {
         "poise.priors.second_stage:SecondStagePrior",
         "GEN-2",
         "the second stage",
-        needs="second stage",
+        needs="vae",
     ),
     "mixture": NamedPrior(
         "poise.priors.mixture:MixturePrior",
         "GEN-mixture",
         "a mixture of Gaussians fitted to the training codes",
     ),
+    "flow": NamedPrior("poise.priors.flow_prior:FlowPrior", "GEN-flow", "the flow", needs="flow"),
 }
 
 
@@ -97,22 +104,26 @@ def find_prior(name: str) -> NamedPrior:
     return PRIORS[name]
 
 
-def available_priors(*, second_stage: bool) -> tuple[PriorName, ...]:
+def available_priors(second_stage: SecondStage | None) -> tuple[PriorName, ...]:
     """Return the names of the priors that can be made from a model.
 
     Args:
-        second_stage: whether the model has a second stage.
+        second_stage: kind of the model's trained second stage. None: it has none.
     """
-    return tuple(n for n, prior in PRIORS.items() if second_stage or prior.needs != "second stage")
+    return tuple(
+        name for name, prior in PRIORS.items() if prior.second_stage in (None, second_stage)
+    )
 
 
-def default_prior(*, second_stage: bool) -> PriorName:
-    """Return the name of the default prior for samples.
+def default_prior(second_stage: SecondStage | None) -> PriorName:
+    """Return the name of the default prior for samples: that of the second stage, or "normal".
 
     Args:
-        second_stage: whether the model has a second stage.
+        second_stage: kind of the model's trained second stage. None: it has none.
     """
-    return "second-stage" if second_stage else "normal"
+    if second_stage is None:
+        return "normal"
+    return next(name for name, prior in PRIORS.items() if prior.second_stage == second_stage)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from poise.cli.images import Encode, Reconstruct, Sample
+from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
 from poise.cli.study import Compare, Report, Reproduce
@@ -39,6 +39,7 @@ COMMANDS = {
     "sample": Sample,
     "encode": Encode,
     "reconstruct": Reconstruct,
+    "interpolate": Interpolate,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
     "compare": Compare,
@@ -67,6 +68,7 @@ def main() -> None:
     # On SIGTERM, exit normally, so that temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     let_threads_sleep()
+    print_any_name(sys.stdout)
     out, err = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -74,6 +76,12 @@ def main() -> None:
         finally:
             out.flush()
             err.flush()
+
+
+def print_any_name(stream: Any) -> None:
+    """Let a stream print names of files that its encoding lacks, with escapes, as stderr does."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def let_threads_sleep() -> None:

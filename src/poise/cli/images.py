@@ -1,22 +1,34 @@
-"""`poise sample`, `encode` and `reconstruct`: write images and codes of a run to files."""
+"""`poise sample`, `encode`, `reconstruct` and `interpolate`: write images and codes to files."""
 
 import shlex
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
-from poise.cli.options import RECIPES_OWN, Device, Images, PriorChoice, RunFolder
+from poise.cli.options import (
+    RECIPES_OWN,
+    Device,
+    Images,
+    PriorChoice,
+    ReadingGroup,
+    ReadingOptions,
+    RunFolder,
+)
 from poise.cli.showing import load_run
 from poise.errors import InputError
-from poise.recipes.settings import Generation, Renormalise, given
+from poise.recipes.settings import Generation, Renormalise, Solver, given
 from poise.variants import PRIORS
 
 if TYPE_CHECKING:
+    from poise.data import Given
     from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
+ALIGNED = (178, 218)  # pixels of CelebA's aligned faces, which have a crop of their own
 
 
 def of_recipe(text: str) -> Any:
@@ -40,13 +52,18 @@ class Sample:
         PriorChoice | None,
         arg(
             help=", ".join(f"{name} ({prior.label})" for name, prior in PRIORS.items()),
-            help_behavior_hint="(default: second-stage if trained)",
+            help_behavior_hint="(default: second-stage or flow if trained, else normal)",
         ),
     ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in several calls")] = 0
     noise: Annotated[
         Switch | None, of_recipe("add stage 2's decoder noise to the latents it generates")
+    ] = None
+    flow_steps: Annotated[int | None, of_recipe("number of steps of the flow's solver")] = None
+    flow_solver: Annotated[
+        Solver | None,
+        of_recipe("n steps of heun evaluate the flow 2n - 1 times, n steps of euler n times"),
     ] = None
     renormalise: Annotated[Renormalise | None, of_recipe("scale latents to the variance law")] = (
         None
@@ -65,6 +82,8 @@ class Sample:
         generation: Generation = given(
             run.recipe.generation,
             second_stage_noise=self.noise and self.noise == "on",
+            flow_solver=self.flow_solver,
+            flow_steps=self.flow_steps,
             renormalise=self.renormalise,
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
@@ -101,14 +120,16 @@ class Sample:
 class Encode:
     """Write the posterior of each image to a file.
 
-    The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). Rows
-    are in the order of the images. Images of a folder are sorted by path.
+    The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). All
+    images of a folder are encoded, sorted by path. `names` and `sides` say which image a row is:
+    the path inside the folder, and train, test or val. In a .safetensors file they are metadata.
     """
 
     run_folder: RunFolder
     images: Images = None
     out: Annotated[Path, arg(help="an .npz or a .safetensors file")] = Path("codes.npz")
     device: Device = "auto"
+    reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
@@ -116,11 +137,13 @@ class Encode:
         from poise.support.progress import counted, progress
 
         check_codes_output(self.out)
-        images = images_for(run, self.images)
-        chunks = run.encode_chunks(images)
-        with progress("images", len(images)) as display:
-            write_codes(counted(chunks, display), self.out, len(images))
-        print(f"{len(images)} code{'s' * (len(images) != 1)}: {self.out}")
+        given = images_for(run, self.images, self.reading)
+        number = len(given.images)
+        chunks = run.encode_chunks(given.images)
+        with progress("images", number) as display:
+            write_codes(counted(chunks, display), self.out, number, given.names, given.sides)
+        print(f"{number} code{'s' * (number != 1)}{_by_side(given.sides)}: {self.out}")
+        _print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,7 @@ class Reconstruct:
         ),
     ] = Path("reconstructions.png")
     device: Device = "auto"
+    reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
         run = load_run(self.run_folder, self.device)
@@ -153,27 +177,114 @@ class Reconstruct:
         check_output(self.out)
         if self.count < 1:
             raise InputError(f"the number of images must be at least 1, not {self.count}")
-        source = images_for(run, self.images)
-        originals = gather(source, drawn(len(source), self.count))
+        given = images_for(run, self.images, self.reading)
+        rows = drawn(len(given.images), self.count)
+        originals = gather(given.images, rows)
         restored = run.reconstruct(originals)
         shown = interleave(originals, restored) if self.out.suffix == ".png" else restored
         write_images([shown], self.out, len(shown), columns=8)
         error = float((originals - restored).square().mean())
-        print(f"{_images(len(originals))}: {self.out}, MSE {error:.5f}")
+        sides = _by_side([given.sides[row] for row in rows] if given.sides else [])
+        print(f"{_images(len(originals))}{sides}: {self.out}, MSE {error:.5f}")
+        _print_notes(given.notes)
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Interpolate between two pictures in the latent space of a run.
+
+    The pictures are cropped and resized as the run's images were, and encoded. The points between
+    their codes, on an arc about 0, are decoded.
+    """
+
+    run_folder: RunFolder
+    start: Annotated[Positional[Path], arg(metavar="A", help="an image file: the first picture")]
+    end: Annotated[Positional[Path], arg(metavar="B", help="an image file: the last picture")]
+    steps: Annotated[int, arg(help="number of images, from the first picture to the last")] = 16
+    out: Annotated[
+        Path, arg(help="a .png (all images in a row) or a .gif (an animation, there and back)")
+    ] = Path("interpolation.png")
+    device: Device = "auto"
+
+    def run(self) -> None:
+        if self.out.suffix not in (".png", ".gif"):
+            raise InputError(f"{self.out}: give a .png (a row of images) or a .gif (an animation)")
+        run = load_run(self.run_folder, self.device)
+        from poise.data.decoding import grid, save_png, to_gif
+        from poise.support.files import write_file
+
+        a, b = (picture_for(run, path) for path in (self.start, self.end))
+        images = run.interpolate(a, b, self.steps)
+        if self.out.suffix == ".gif":
+            write_file(self.out, to_gif(images))
+        else:
+            save_png(self.out, grid(images, columns=len(images)))
+        print(f"{_images(self.steps)} from {self.start} to {self.end}: {self.out}")
+
+
+def picture_for(run: "Run", path: Path) -> Any:
+    """Return the picture of a file, (channels, size, size), prepared as the run's images were.
+
+    Raises:
+        InputError: the file cannot be read, or has fewer pixels than the run's images.
+    """
+    import numpy as np
+    import torch
+
+    from poise.data.decoding import (
+        center_square_resize,
+        crop_and_resize,
+        jpeg_round_trip,
+        read_header,
+        read_image,
+    )
+
+    channels, size, _ = run.data["shape"]
+    width, height, _ = read_header(path)
+    if min(width, height) < size:
+        raise InputError(
+            f"{path} has {width}x{height} pixels, and the run's images have {size}x{size}: "
+            "give a larger picture"
+        )
+    picture = read_image(path, "L" if channels == 1 else "RGB")
+    aligned = run.recipe.data.source == "celeba64" and picture.size == ALIGNED
+    picture = (crop_and_resize if aligned else center_square_resize)(picture, size=size)
+    pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
+    quality = run.recipe.data.jpeg_quality
+    image = pixels.permute(0, 3, 1, 2)
+    return (image if quality is None else jpeg_round_trip(image, quality))[0]
 
 
 def _images(count: int) -> str:
     return f"{count} image{'s' * (count != 1)}"
 
 
-def images_for(run: "Run", source: str | None) -> Any:
-    """Return the images of a source in the run's size and channels. None: its test images."""
-    from poise.data import read_images
+def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Given":
+    """Return all images of a source in the run's size, channels and levels.
 
+    None: the run's test images, without names.
+    """
+    from poise.data import Given, find_images
+
+    if source is None:
+        return Given(run.test_images(), "test", (), (), ())
     channels, size, _ = run.data["shape"]
-    return (
-        run.test_images() if source is None else read_images(source, size=size, channels=channels)
-    )
+    reading = replace(reading, levels=reading.levels or run.levels)
+    return find_images(source, size=size, channels=channels, side="all", **asdict(reading))
+
+
+def _by_side(sides: Sequence[str]) -> str:
+    """Return the number of images of each side; an empty text if there are no sides."""
+    numbers = Counter(sides)
+    if not any(numbers):
+        return ""
+    listed = ", ".join(f"{number:,} {side or 'other'}" for side, number in numbers.items())
+    return f" ({listed})"
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def interleave(left: Any, right: Any) -> Any:

@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from poise.cli.options import ANY_IMAGES, Device, RunFolder
+from poise.cli.options import ANY_IMAGES, Device, ReadingGroup, ReadingOptions, RunFolder
 from poise.cli.showing import load_run, show_cells, show_table
 from poise.errors import InputError
 from poise.protocols import PROTOCOLS, table
@@ -91,6 +91,7 @@ class Evaluate:
     seed: Annotated[int, arg(help="seed of the generated images")] = 0
     json: Annotated[bool, arg(help="print JSON even on a terminal")] = False
     device: Device = "auto"
+    reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
         if self.run_folder is not None and (self.real or self.generated):
@@ -119,12 +120,18 @@ class Evaluate:
             infinity=self.infinity,
             device=self.device,
             quiet=False,
+            **asdict(self.reading),
         )
         self._show(evaluation, f"{self.generated} against {self.real}")
 
     def _measure(self, folder: Path) -> None:
         if self.size is not None:
             raise InputError("--size is for --real and --generated: a run has its own size")
+        if self.reading != ReadingOptions():
+            raise InputError(
+                "--skip-unreadable, --levels and --max-megapixels are for --real and --generated: "
+                "the images of a run are read as in its training"
+            )
         from poise.support.files import write_json
 
         run = load_run(folder, self.device)
@@ -144,6 +151,8 @@ class Evaluate:
                 evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images"
             )
             if self._for_people:
+                for note in run.data.get("notes", []):
+                    print(f"note: {note}")
                 self._show_published(run)
 
     @property

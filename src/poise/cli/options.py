@@ -75,6 +75,29 @@ Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
 
 
 @dataclass(frozen=True)
+class ReadingOptions:
+    """How to read images that are not the run's own."""
+
+    skip_unreadable: Annotated[
+        bool, arg(help="skip image files that cannot be decoded, and list them")
+    ] = False
+    levels: Annotated[
+        int | None,
+        arg(
+            help="the value that becomes white, such as 4095 for 12 bits, or 1 for masks",
+            help_behavior_hint="(default: the run's, or as in poise train)",
+        ),
+    ] = None
+    max_megapixels: Annotated[
+        int | None,
+        arg(help="refuse image files of more megapixels", help_behavior_hint="(default: 179)"),
+    ] = None
+
+
+ReadingGroup = Annotated[ReadingOptions, OmitArgPrefixes, arg(name="reading")]
+
+
+@dataclass(frozen=True)
 class TrainingCommand:
     """A command that trains. Its options are the settings of a recipe and of `Options`.
 
@@ -166,6 +189,7 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
     values: dict[str, list[Any]] = {
         "network": [recipe.network.kind],
         "stages": [len(stages)],
+        "second": [recipe.second_stage or "none"],
         "epochs": lengths[:1],
         "second_epochs": lengths[1:],
         "second_balance": [stage.balance for stage in stages[1:]],
@@ -174,4 +198,6 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
         for name, mark in options_of(type(part)).items():
             if not (mark.first_only and part is recipe.second):
                 values.setdefault(name, []).append(getattr(part, name))
+    if recipe.network.kind == "conv":
+        values["latent_dim"] = ["that of the latent map"]
     return {name: " and ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}

@@ -22,7 +22,7 @@ def load_run(folder: Path, device: str) -> "Run":
     for line in run.warnings:
         print(f"poise: warning: {line}; using the one before", file=sys.stderr)
     if not run.finished:
-        untrained = run.recipe.second is not None and run.second is None
+        untrained = run.recipe.second is not None and run.second_stage is None
         without = (
             ", and stage 2 has not begun: the prior is normal unless you choose"
             if untrained

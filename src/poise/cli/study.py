@@ -70,8 +70,8 @@ class Compare(TrainingCommand):
         arg(
             metavar="NAME [NAME ...]",
             help=f"priors whose samples are compared: {', '.join(get_args(PriorChoice))}. "
-            "Without second-stage, no stage 2 is trained",
-            help_behavior_hint="(default: all)",
+            "Without second-stage and flow, no stage 2 is trained",
+            help_behavior_hint="(default: all of the recipe)",
         ),
     ] = None
     seeds: Annotated[int, arg(help="number of seeds; they are 0, 1, ...")] = 3

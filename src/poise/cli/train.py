@@ -14,7 +14,7 @@ from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Recipe
 from poise.variants import DATA_SETS
 
-DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name != "images"]
+DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name not in ("images", "maps")]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Train(TrainingCommand):
         )
         for note in [*run.data["notes"], *summary.get("notes", [])]:
             print(f"note: {note}")
-        print(f"pictures: {run.folder}/samples.png, reconstructions.png, training.png")
+        names = ("samples.png", "reconstructions.png", "training.png", "progress.png")
+        pictures = [name for name in names if (run.folder / name).exists()]
+        print(f"pictures: {run.folder}/{', '.join(pictures)}")
         folder = shlex.quote(str(run.folder))
         print(f"next: poise sample {folder} -n 64 --out grid.png; poise evaluate {folder}")

@@ -4,11 +4,14 @@ The two sides never share an image. A data set has a checksum of its images.
 
 In reading order:
 
+    opening    open image files: errors, warnings and plugins
     decoding   convert, read and resize images
     storage    arrays that may be larger than memory
     dataset    the data set and the split rule
     arrays     arrays, .npy and .npz files
     encoded    image files, decoded in threads
+    cached     decoded images, kept in a file
+    listing    files of a folder, and the sides of its split
     folders    folders of image files
     layouts    torchvision's folders of MNIST, CIFAR-10 and CelebA
     hub        the Hugging Face Hub
@@ -17,11 +20,12 @@ In reading order:
 """
 
 from poise.data.dataset import Dataset
-from poise.data.loading import checked_images, find_images, load, read_images
+from poise.data.loading import Given, checked_images, find_images, load, read_images
 from poise.data.storage import Rows, gather, head
 
 __all__ = [
     "Dataset",
+    "Given",
     "Rows",
     "checked_images",
     "find_images",

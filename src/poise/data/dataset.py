@@ -6,10 +6,11 @@ order, and the two sides never overlap.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ FileOrder = Literal["sorted", "listing"]
 FEWEST_IMAGES = 10
 MOST_TEST_IMAGES = 10_000
 HASH_BYTES = 16
+MOST_LISTED = 5  # notes of one kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,9 @@ class Dataset:
             of a memory-mapped file.
         source: where the images came from.
         notes: what the loader skipped, ignored or changed, one short sentence each.
+        levels: the value of the source that became white, if its format leaves that open. None: the
+            format says it, as for 8-bit files.
+        skipped: the reason for each skipped file. The notes hold the first `MOST_LISTED`.
     """
 
     name: str
@@ -40,6 +45,8 @@ class Dataset:
     test: Pixels
     source: str
     notes: tuple[str, ...] = ()
+    levels: int | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,16 +70,23 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Reading:
-    """The validated options of `load`: how to read images."""
+    """The validated options of `load`: how to read images.
+
+    With `whole`, a reader of files returns the images of all sides as one set, with the side of
+    each image.
+    """
 
     size: int | None = None
     channels: int | None = None
     skip_unreadable: bool = False
     jpeg_quality: int | None = None
     file_order: FileOrder = "sorted"
+    levels: int | None = None
+    max_megapixels: int | None = None
     memory_budget: int | None = None
     cache: Path | None = None
     celeba_crop: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -85,29 +99,78 @@ class Reading:
             )
         if self.file_order not in ("sorted", "listing"):
             raise InputError(f'file_order must be "sorted" or "listing", not {self.file_order!r}')
+        for name in ("levels", "max_megapixels"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return an empty array, in memory or in a file; see `storage.allocate`."""
         return allocate(shape, dtype, self.memory_budget, self.cache)
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """The images of a source, before the split rule.
+class Split(NamedTuple):
+    """The images that a reader has found, before the split rule.
 
     Attributes:
-        name, source, notes: see `Dataset`.
         train: all images, or the training side of the official split.
         test: the test side of the official split. None: the source has no official split.
+        notes, levels, skipped: see `Dataset`.
+        names: the name of each training image; of all images with `Reading.whole`.
+        sides: with `Reading.whole`, the side of each image: train, test, val, or an empty text.
+    """
+
+    train: np.ndarray
+    test: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    levels: int | None = None
+    skipped: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A source and its images, before the split rule.
+
+    Attributes:
+        name, source: see `Dataset`.
+        split: the images.
+        notes: notes about the source, in addition to those in `split`.
         file_order: the file order that the reader used.
     """
 
     name: str
-    train: np.ndarray
-    test: np.ndarray | None
+    split: Split
     source: str
     notes: tuple[str, ...] = ()
     file_order: FileOrder = "sorted"
+
+
+def shortened(lines: Sequence[str], what: str, noun: str) -> Iterator[str]:
+    """Yield the first `MOST_LISTED` lines, and one that counts the others."""
+    yield from lines[:MOST_LISTED]
+    if len(lines) > MOST_LISTED:
+        yield f"{what} {counted(len(lines) - MOST_LISTED, f'more {noun}')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural if necessary."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def levels_note(what: str, levels: int, *, clipped: int, images: int, chosen: bool) -> str:
+    """Return the note that says which value became white.
+
+    Args:
+        what: the things that were scaled.
+        levels: that value.
+        clipped, images: number of larger values, and of the images that have some.
+        chosen: whether the value was chosen by the images.
+    """
+    note = f"{what}: the value {levels:,} became white"
+    if clipped:
+        note += f", and so did {counted(clipped, 'larger value')} in {counted(images, 'image')}"
+    return note + ("; --levels N sets another" if chosen else "")
 
 
 def check_enough(count: int) -> None:

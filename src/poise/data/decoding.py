@@ -7,28 +7,26 @@ that is converted to float and back does not change.
 
 import io
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from poise.errors import InputError, MissingInputError
+from poise.data.opening import Picture, opened, remark
+from poise.errors import InputError
 from poise.shapes import ByteImages, Images, Values
 from poise.support.files import write_file
-
-if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from PIL.Image import Image as Picture
-else:
-    Picture = Any  # the functions that need Pillow import it
 
 Mode = Literal["L", "RGB"]  # Pillow's names of grey and RGB
 
 TILE_PIXELS = 64  # a grid enlarges smaller images to about this side
 SEPARATOR_PIXELS = 2
+DEEP = 65535  # the largest value of 16 bits
+WHITES = (255, 1023, 4095, 16383, DEEP)  # the largest values of 8, 10, 12, 14 and 16 bits
+HOT_SHARE = 0.001  # of the values of an image may exceed white: hot pixels do not decide the scale
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -128,6 +126,26 @@ def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
     return file.getvalue()
 
 
+def to_gif(images: Images, *, seconds_per_image: float = 0.1) -> bytes:
+    """Encode images as an animated GIF that runs there and back, for ever.
+
+    Small images are enlarged as in a `grid`. A GIF has 256 colours for each image.
+
+    Args:
+        images: (n, channels, height, width), n >= 2; float in [0, 1], or uint8.
+        seconds_per_image: duration of each image, in steps of 0.01 s.
+
+    Returns:
+        The content of the file.
+    """
+    there = [to_picture(grid(image[None])) for image in images]
+    first, *others = there + there[-2:0:-1]
+    file = io.BytesIO()
+    duration = round(1000 * seconds_per_image)
+    first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
+    return file.getvalue()
+
+
 def to_picture(pixels: np.ndarray) -> Picture:
     """Convert an array (height, width, channels), such as a `grid`, to a PIL image."""
     from PIL import Image
@@ -151,67 +169,212 @@ def read_header(file: Path | io.BytesIO, label: str | None = None) -> Header:
     Raises:
         InputError: see `read_image`.
     """
-    from PIL import Image
-
-    with _decoding(label or str(file)), Image.open(file) as image:
-        palette = (image.getpalette("RGB") or [0]) if image.mode == "P" else []
-        grey_palette = bool(palette) and palette[0::3] == palette[1::3] == palette[2::3]
-        return Header(*image.size, grey=image.mode in _GREY_MODES or grey_palette)
+    with opened(file, label or str(file)) as image:
+        return header_of(image)
 
 
-def read_image(file: Path | io.BytesIO, mode: Mode, label: str | None = None) -> Picture:
+def header_of(image: Picture) -> Header:
+    """Return the size and colour of the current page of an opened image file."""
+    palette = (image.getpalette("RGB") or [0]) if image.mode == "P" else []
+    grey_palette = bool(palette) and palette[0::3] == palette[1::3] == palette[2::3]
+    return Header(*image.size, grey=image.mode in _GREY_MODES or grey_palette)
+
+
+def read_image(
+    file: Path | io.BytesIO, mode: Mode, label: str | None = None, *, levels: int | None = None
+) -> Picture:
     """Decode an image file to 8-bit grey ("L") or RGB, rotated by its EXIF orientation.
 
-    16-bit grey is scaled to 8 bits (65535 becomes 255). Transparent pixels are blended with white.
-    Of an animation only the first frame is read.
+    Transparent pixels are blended with white. Of a file with several pages or frames the first one
+    is read.
 
     Args:
         file: path, or the content of a file.
         mode: "L" or "RGB".
         label: the name of the file in error messages; None: its path.
+        levels: the value that becomes white; see `decoded`.
 
     Raises:
         MissingInputError: the file does not exist.
-        InputError: the file is no image, is damaged or truncated, or has 32-bit pixels.
+        InputError: the file is no image, is damaged, truncated or too large, or has 32-bit pixels.
     """
-    from PIL import Image, ImageOps
+    with opened(file, label or str(file)) as image:
+        picture = decoded(image, mode, levels).picture.copy()
+    picture.info.clear()  # the orientation has been applied
+    return picture
 
-    with _decoding(label or str(file)), Image.open(file) as image:
-        sixteen_bit = image.mode.startswith("I;16") or (
-            image.mode == "I" and image.format in ("PNG", "PPM")
+
+class Page(NamedTuple):
+    """A decoded page: 8-bit grey or RGB, upright, without meaning in its metadata.
+
+    Attributes:
+        picture: the opened file itself if nothing had to change.
+        clipped: number of values above the one that became white.
+    """
+
+    picture: Picture
+    clipped: int
+
+
+def decoded(image: Picture, mode: Mode, levels: int | None = None) -> Page:
+    """Decode the current page of an opened file to 8-bit grey ("L") or RGB, upright.
+
+    Transparent pixels are blended with white.
+
+    Args:
+        image: an opened image file.
+        mode: "L" or "RGB".
+        levels: the value that becomes white; larger values become white, too. Pages whose type
+            cannot hold the value are not scaled: 4095 is for 16-bit pages. None: the largest value
+            of the type.
+
+    Raises:
+        ValueError: 32-bit pixels without `levels`, or negative pixels.
+    """
+    from PIL import Image
+
+    deep = deep_pixels(image, levels)
+    if deep is not None:
+        white = levels or DEEP
+        clipped = int(np.count_nonzero(deep.visible > white))
+        return Page(Image.fromarray(deep.to_bytes(white)).convert(mode), clipped)
+    picture, clipped = upright(image), 0
+    transparent = picture.has_transparency_data
+    if levels is not None and levels < 255 and picture.mode != "1":
+        grey = picture.mode == "L" and not transparent
+        picture = picture.convert("RGBA" if transparent else "L" if grey else "RGB")
+        colours = len(picture.getbands()) - transparent
+        histogram = np.reshape(picture.histogram(), (-1, 256))[:colours]
+        clipped = int(histogram[:, levels + 1 :].sum())
+        table = scaling(levels)[:256].tolist()
+        picture = picture.point(table * colours + [*range(256)] * transparent)
+    if transparent:
+        white, clear = Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
+        if clear.getchannel("A").getextrema() == (0, 0):
+            remark("wholly transparent, so that it became white")
+        picture = Image.alpha_composite(white, clear)
+    return Page(picture if picture.mode == mode else picture.convert(mode), clipped)
+
+
+class DeepPixels(NamedTuple):
+    """A grey page of more than 8 bits, upright.
+
+    Attributes:
+        values: (height, width), at least 0.
+        transparent: which pixels are transparent; None: no pixel is.
+    """
+
+    values: np.ndarray
+    transparent: np.ndarray | None
+
+    def to_bytes(self, levels: int) -> np.ndarray:
+        """Return bytes: floor(255 v / levels + 1/2), at most 255; transparent pixels are white."""
+        scaled = to_levels(self.values, levels)
+        if self.transparent is not None:
+            scaled[self.transparent] = 255
+        return scaled
+
+    @property
+    def visible(self) -> np.ndarray:
+        """The values of the pixels that are not transparent."""
+        return self.values if self.transparent is None else self.values[~self.transparent]
+
+
+def deep_pixels(image: Picture, levels: int | None = None) -> DeepPixels | None:
+    """Return the pixels of a page of more than 8 bits; None: it has 8 bits, or fewer.
+
+    Args:
+        image: an opened image file.
+        levels: if given, pages of 32 bits are read, too.
+
+    Raises:
+        ValueError: see `decoded`.
+    """
+    signed = image.format == "TIFF" and _sample_format(image) == ("signed", 16)
+    sixteen_bit = (
+        image.mode.startswith("I;16")
+        or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        or signed
+    )
+    if not sixteen_bit and image.mode not in ("I", "F"):
+        return None
+    if not sixteen_bit and levels is None:
+        raise ValueError(
+            "32-bit pixels, whose range is not known; pass --levels N with the value that means "
+            "white, or save as 8 or 16 bit"
         )
-        if image.mode in ("I", "F") and not sixteen_bit:
-            raise ValueError(
-                "32-bit pixels, whose range is not known; save as 8 or 16 bit, or give an array"
-            )
-        image.load()  # decodes every pixel: a truncated file fails here
-        upright = ImageOps.exif_transpose(image)
-        if sixteen_bit:
-            levels = np.asarray(upright).astype(np.uint32)
-            upright = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257
-        if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        return upright.convert(mode)
+    level = image.info.get("transparency")
+    values = np.asarray(upright(image))
+    if values.min(initial=0) < 0 or not np.isfinite(values).all():
+        kind = "signed 16-bit pixels" if signed else "32-bit pixels"
+        raise ValueError(f"{kind} with values below 0 or NaN, whose range is not known")
+    return DeepPixels(values, values == level if isinstance(level, int) else None)
 
 
-@contextmanager
-def _decoding(label: str) -> Iterator[None]:
+def has_deep_colour(image: Picture) -> bool:
+    """Return whether a page that is not decoded yet has colours of 16 bits.
+
+    Pillow reads the upper 8 of them.
+    """
+    layouts = (str(tile[3]) for tile in getattr(image, "tile", ()))
+    return not image.mode.startswith("I") and any(";16" in layout for layout in layouts)
+
+
+def _sample_format(image: Any) -> tuple[str, int]:
+    kinds, bits = image.tag_v2.get(339, (1,)), image.tag_v2.get(258, (1,))
+    return ("signed" if kinds == (2,) else "other"), bits[0] if len(bits) == 1 else 0
+
+
+def common_white(counts: Sequence[tuple[int, ...]]) -> int:
+    """Return the smallest of `WHITES` that holds 99.9 % of the values of every image.
+
+    Args:
+        counts: of each image: how many values it has, and how many exceed each of `WHITES`.
+    """
+    if not counts:
+        return DEEP
+    table = np.array(counts)
+    held = (table[:, 1:] <= HOT_SHARE * table[:, :1]).all(0)
+    return WHITES[int(held.argmax())]
+
+
+def counts_above(values: np.ndarray) -> tuple[int, ...]:
+    """Return how many values there are, and how many exceed each of `WHITES`."""
+    return values.size, *(int(np.count_nonzero(values > white)) for white in WHITES)
+
+
+def to_levels(values: np.ndarray, levels: int) -> np.ndarray:
+    """Return bytes: floor(255 v / levels + 1/2), with v clipped to [0, levels]."""
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        return scaling(levels)[values]
+    clipped = values.clip(0, levels).astype(np.float64)
+    return np.floor(clipped * 255 / levels + 0.5).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def scaling(levels: int) -> np.ndarray:
+    """Return the byte of each 16-bit value, (65536,); see `to_levels`."""
+    values = np.arange(DEEP + 1).clip(0, levels)
+    return ((510 * values + levels) // (2 * levels)).astype(np.uint8)
+
+
+def upright(image: Picture) -> Picture:
+    """Return a picture rotated by its EXIF orientation; `image` itself if it is upright.
+
+    A picture whose EXIF data are damaged counts as upright.
+    """
+    from PIL import ExifTags, Image, ImageOps
+
+    image.load()  # decodes every pixel: a truncated file fails here
     try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{label} does not exist") from error
-    except Exception as error:  # a decoder can raise anything on a damaged file
-        raise InputError(f"{label} cannot be decoded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split()).rstrip(".")  # callers append text
+        exif = image.getexif()
+        if exif.get(ExifTags.Base.Orientation, 1) in range(2, 9):
+            return ImageOps.exif_transpose(image)
+        if not exif and image.info.get("exif"):  # damaged data may count as empty
+            Image.Exif().load(image.info["exif"])
+    except Exception:  # the parser can raise anything on damaged data
+        remark("damaged EXIF data: taken as upright")
+    return image
 
 
 def center_square_resize(image: Picture, size: int) -> Picture:
@@ -223,12 +386,19 @@ def center_square_resize(image: Picture, size: int) -> Picture:
     The resize is Pillow's BICUBIC, which has antialiasing: its support grows with the reduction.
     Parmar et al. 2022 recommend this for the FID.
     """
-    from PIL import Image, ImageOps
+    return square_resize(upright(image), size)
 
-    upright = ImageOps.exif_transpose(image)
-    side = min(upright.size)
-    left, top = (upright.width - side) // 2, (upright.height - side) // 2
-    square = upright.crop((left, top, left + side, top + side))
+
+def square_resize(image: Picture, size: int) -> Picture:
+    """Return the result of `center_square_resize` for a picture that is upright."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # A large picture is not copied if the crop would change nothing.
+    square = (
+        image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
+    )
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 

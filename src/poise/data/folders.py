@@ -1,98 +1,111 @@
 """Read a folder of image files, at any depth, with an optional split into train/ and test/."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from poise.data.dataset import Found, Reading
-from poise.data.encoded import Encoded, decode
+from poise.data.cached import decode
+from poise.data.dataset import Found, Reading, Split, counted
+from poise.data.encoded import Encoded
+from poise.data.listing import (
+    IMAGE_ENDINGS,
+    by_ending,
+    check_readable,
+    is_image,
+    list_files,
+    official_split,
+)
+from poise.data.opening import shown
 from poise.errors import InputError
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-Split = tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]  # train, test, notes
-
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 def read_folder(folder: Path, reading: Reading) -> Found:
     """Return all images in a folder and its subfolders, sorted by path.
 
-    The split is train/ and test/ (or val/, valid/, validation/), if the folder has both sides.
-    Files and folders whose names begin with a dot are skipped. The notes count other files.
+    The split is that of `listing.official_split`. Links are followed. Files and folders whose names
+    begin with a dot are skipped. The notes count other files by their ending.
 
     Raises:
-        InputError: the folder holds no files or no images; see also `encoded.decode`.
+        InputError: the folder holds no files or no images, or has a subfolder that cannot be read;
+            see also `encoded.decode`.
     """
-    files = _visible_files(folder)
-    images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    listing = list_files(folder)
+    notes = [*check_readable(listing.unreadable, skip=reading.skip_unreadable), *listing.notes]
+    images = [path for path in listing.files if is_image(path)]
+    others = [path for path in listing.files if not is_image(path)]
     if not images:
-        raise _no_images(folder, files)
-    notes = (
-        [f"ignored: {_count(len(files) - len(images), 'other file')}"]
-        if len(images) < len(files)
-        else []
-    )
-    train, test = _official_split(folder, images)
-    if test and len(train) + len(test) < len(images):
-        notes.append(
-            f"ignored: {_count(len(images) - len(train) - len(test), 'image')} "
-            "outside the split's two folders"
-        )
-    found = read_files(train, test, reading)
-    return Found(folder.resolve().name, *found[:2], str(folder), (*notes, *found[2]))
+        raise _no_images(folder, listing.files)
+    if others:
+        notes.append(f"ignored: {by_ending(others)}")
+    found = official_split(folder, images)
+    if reading.whole:
+        split = read_files(images, [], reading, [found.sides[path] for path in images])
+    else:
+        notes += found.notes
+        split = read_files(found.train, found.test, reading)
+    inside = f"{shown(folder)}/"
+    split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
+    return Found(shown(folder.resolve().name), split, shown(folder), tuple(notes))
 
 
-def read_files(train: Sequence[Path], test: Sequence[Path], reading: Reading) -> Split:
-    """Return the train images, the test images (None if `test` is empty) and the notes."""
-    return decode_split(
-        [_encoded(path) for path in train], [_encoded(path) for path in test], reading
-    )
+def read_files(
+    train: Sequence[Path],
+    test: Sequence[Path],
+    reading: Reading,
+    sides: Sequence[str] | None = None,
+) -> Split:
+    """Decode the files of a split.
 
-
-def decode_split(train: Sequence[Encoded], test: Sequence[Encoded], reading: Reading) -> Split:
-    """Decode the files of a split; returns the same as `read_files`.
-
-    Both sides are decoded together, so that they have one size and one number of channels.
+    Args:
+        train, test: the files of both sides.
+        reading: how to read them.
+        sides: the side of each training file; None: train.
     """
-    images, positions, notes = decode([*train, *test], reading)
-    count = int((positions < len(train)).sum())
-    return images[:count], images[count:] if test else None, notes
+    return decode_split(
+        [_encoded(path) for path in train], [_encoded(path) for path in test], reading, sides
+    )
+
+
+def decode_split(
+    train: Sequence[Encoded],
+    test: Sequence[Encoded],
+    reading: Reading,
+    sides: Sequence[str] | None = None,
+) -> Split:
+    """Decode the files of a split; see `read_files`.
+
+    Both sides are decoded together, so that they have one size and one number of channels. Without
+    files in `test`, the source has no split.
+    """
+    files = [*train, *test]
+    found = decode(files, reading)
+    count = int((found.positions < len(train)).sum())
+    shared = found.notes, found.levels, found.skipped, found.names
+    if reading.whole:
+        if sides is None:
+            sides = ["train"] * len(train) + ["test"] * len(test) if test else [""] * len(train)
+        of_images = tuple(sides[int(position)] for position in found.positions)
+        return Split(found.images, None, *shared, of_images)
+    shared = *shared[:3], found.names[:count]
+    return Split(found.images[:count], found.images[count:] if test else None, *shared)
 
 
 def _encoded(path: Path) -> Encoded:
-    return Encoded(str(path), partial(Path, path))
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _official_split(folder: Path, images: list[Path]) -> tuple[list[Path], list[Path]]:
-    below: dict[str, list[Path]] = {}
-    for path in images:
-        inner = path.relative_to(folder).parts
-        below.setdefault(inner[0].lower() if len(inner) > 1 else "", []).append(path)
-    test = next((name for name in _TEST_FOLDERS if name in below), None)
-    return (below["train"], below[test]) if test and "train" in below else (images, [])
+    return Encoded(shown(path), partial(Path, path), path)
 
 
 def _no_images(folder: Path, files: list[Path]) -> InputError:
     endings = ", ".join(ending[1:] for ending in IMAGE_ENDINGS)
-    arrays = [path.name for path in files if path.suffix in (".npy", ".npz")]
-    hint = f"; for an array, name the file itself, as {folder / arrays[0]}" if arrays else ""
     if not files:
-        return InputError(f"{folder} is empty: put images there ({endings})")
+        return InputError(f"{shown(folder)} is empty: put images there ({endings})")
+    arrays = [path for path in files if path.suffix.lower() in (".npy", ".npz")]
+    tables = [path for path in files if path.suffix.lower() in (".arrow", ".parquet")]
+    hint = ""
+    if arrays:
+        hint = f"; for an array, name the file itself, as {shown(arrays[0])}"
+    elif tables:
+        hint = f"; for a data set of the Hub's library, give hf:{shown(folder)}"
     return InputError(
-        f"{folder} holds {_count(len(files), 'file')}, none an image: accepted are {endings}{hint}"
+        f"{shown(folder)} holds {counted(len(files), 'file')}, none an image: "
+        f"accepted are {endings}; there are {by_ending(files)}{hint}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)

@@ -19,7 +19,8 @@ _TEST_SPLITS = ("test", "validation", "valid", "val")
 def read_hub(name: str, reading: Reading) -> Found:
     """Return the images of the Hub's `owner/name`, or of a local folder that `datasets` can read.
 
-    The images are in the first column of type Image. The split is train and test, or train and
+    The folder may also be one that `save_to_disk` of `datasets` wrote. The images are in the first
+    column of type Image. The split is train and test, or train and
     validation. Without a test split the result has all images of train, or of the only split.
 
     Raises:
@@ -37,11 +38,12 @@ def read_hub(name: str, reading: Reading) -> Found:
         _files(f"hf:{name} {split}", splits[split], columns[0]) if split else []
         for split in (train, test)
     ]
-    images, test_images, notes = decode_split(sides[0], sides[1], reading)
-    chosen = (f"image column {columns[0]}, of {', '.join(columns)}",) if len(columns) > 1 else ()
-    return Found(
-        name.rstrip("/").split("/")[-1], images, test_images, f"hf:{name}", (*chosen, *notes)
-    )
+    used = [split for split in (train, test) if split]
+    notes = [f"not used: the split {split}" for split in splits if split not in used]
+    if len(columns) > 1:
+        notes.insert(0, f"image column {columns[0]}, of {', '.join(columns)}")
+    found = decode_split(sides[0], sides[1], reading)
+    return Found(name.rstrip("/").split("/")[-1], found, f"hf:{name}", tuple(notes))
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -52,12 +54,19 @@ def _load(name: str) -> dict[str, Any]:
     local = Path(name).expanduser()
     try:
         with _progress_bars(datasets):
-            splits = datasets.load_dataset(str(local) if local.is_dir() else name)
+            splits: Any
+            if (local / "dataset_dict.json").is_file():
+                splits = datasets.load_from_disk(local)
+            elif (local / "state.json").is_file():
+                splits = {"train": datasets.load_from_disk(local)}
+            else:
+                splits = datasets.load_dataset(str(local) if local.is_dir() else name)
     except Exception as error:  # the library and the network raise dozens of types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MissingInputError(
-            f"hf:{name} cannot be loaded ({reason}): check the name and the network"
-        ) from error
+        remedy = (
+            "check what the folder holds" if local.is_dir() else "check the name and the network"
+        )
+        raise MissingInputError(f"hf:{name} cannot be loaded ({reason}): {remedy}") from error
     return {str(split): images for split, images in splits.items()}
 
 

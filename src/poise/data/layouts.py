@@ -15,16 +15,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from poise.data.arrays import as_images
+from poise.data.arrays import as_split
 from poise.data.dataset import Found, Reading
 from poise.data.folders import read_files
+from poise.data.opening import shown
 from poise.errors import InputError, MissingInputError
 
 Reader = Callable[[Path, Reading], Found]
 
 CELEBA_SIZE = 64
 _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
-_TRAIN, _TEST = "0", "2"  # in CelebA's partition file; "1" is its validation set
+_PARTS = {"0": "train", "1": "val", "2": "test"}  # CelebA's partition file
+_TRAIN, _TEST = "0", "2"
 
 
 def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
@@ -39,7 +41,7 @@ def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
     for inner in ("", "cifar-10-batches-py"):
         if (folder / inner / "data_batch_1").is_file():
             found.append((read_cifar10, folder / inner))
-    for inner in ("", "celeba"):
+    for inner in ("", "celeba", "archive"):
         if (folder / inner / "img_align_celeba").is_dir():
             found.append((read_celeba, folder / inner))
     return found
@@ -54,12 +56,12 @@ def read_mnist(folder: Path, reading: Reading) -> Found:
         MissingInputError: a file is missing.
         InputError: a file is damaged.
     """
-    train, test = (
-        as_images(_read_idx(folder, part), str(folder), reading)
+    arrays = {
+        f"{shown(folder)} ({part})": _read_idx(folder, part)
         for part in ("train-images", "t10k-images")
-    )
+    }
     name = folder.resolve().parent.name if folder.name == "raw" else folder.resolve().name
-    return Found(name, train, test, str(folder))
+    return Found(shown(name), as_split(arrays, reading, ("train", "test")), shown(folder))
 
 
 def _read_idx(folder: Path, part: str) -> np.ndarray:
@@ -92,13 +94,11 @@ def read_cifar10(folder: Path, reading: Reading) -> Found:
         InputError: a file is damaged, or names a function that `ArrayUnpickler` refuses.
     """
     batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
-    train = as_images(np.concatenate(batches), str(folder), reading)
-    return Found(
-        "cifar10",
-        train,
-        as_images(_read_batch(folder / "test_batch"), str(folder), reading),
-        str(folder),
-    )
+    arrays = {
+        f"{shown(folder)} (train)": np.concatenate(batches),
+        f"{shown(folder)} (test)": _read_batch(folder / "test_batch"),
+    }
+    return Found("cifar10", as_split(arrays, reading, ("train", "test")), shown(folder))
 
 
 def _read_batch(path: Path) -> np.ndarray:
@@ -150,16 +150,19 @@ class ArrayUnpickler(pickle.Unpickler):
 def read_celeba(folder: Path, reading: Reading) -> Found:
     """Return CelebA: img_align_celeba/*.jpg, cropped to rows 45:173 and columns 25:153.
 
-    list_eval_partition.txt gives the official split: train is 0, test is 2. With `file_order`
-    "listing" the split is that of the released code, in the order in which the file system lists
-    the files: the first 162,770 train, the last 19,962 test (the counts of the partition file).
+    list_eval_partition.txt, or the .csv of Kaggle's copy, gives the official split: train is 0,
+    validation 1 and test 2. With `file_order` "listing" the split is that of the released code, in
+    the order in which the file system lists the files: the first 162,770 train, the last 19,962
+    test (the counts of the partition file).
 
     Raises:
         MissingInputError: files are missing.
         InputError: a file cannot be decoded, or is not 178x218.
     """
-    partition = _read_partition(folder / "list_eval_partition.txt")
+    partition = _read_partition(folder)
     images = folder / "img_align_celeba"
+    if (images / "img_align_celeba").is_dir():  # Kaggle's copy
+        images /= "img_align_celeba"
     listed = [path.name for path in images.iterdir() if path.name in partition]
     absent = sorted(set(partition) - set(listed))
     if absent:
@@ -176,8 +179,15 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
         counts = Counter(partition.values())
         train, test = listed[: counts[_TRAIN]], listed[len(listed) - counts[_TEST] :]
     reading = celeba_reading(reading)
-    found = read_files([images / name for name in train], [images / name for name in test], reading)
-    return Found("celeba64", *found[:2], str(folder), found[2], reading.file_order)
+    if reading.whole:
+        everything = sorted(partition)
+        sides = [_PARTS[partition[name]] for name in everything]
+        split = read_files([images / name for name in everything], [], reading, sides)
+    else:
+        split = read_files(
+            [images / name for name in train], [images / name for name in test], reading
+        )
+    return Found("celeba64", split, shown(folder), file_order=reading.file_order)
 
 
 def celeba_reading(reading: Reading) -> Reading:
@@ -187,14 +197,18 @@ def celeba_reading(reading: Reading) -> Reading:
     )
 
 
-def _read_partition(path: Path) -> dict[str, str]:
-    if not path.is_file():
+def _read_partition(folder: Path) -> dict[str, str]:
+    names = ("list_eval_partition.txt", "list_eval_partition.csv")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
         raise MissingInputError(
-            f"{path} is missing: it holds CelebA's official split, and comes with the images"
+            f"{folder / names[0]} is missing: it holds CelebA's official split, "
+            "and comes with the images"
         )
-    fields = [
-        line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()
-    ]
-    if any(len(field) != 2 or field[1] not in ("0", "1", "2") for field in fields):
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    if path.suffix == ".csv":
+        lines = [line.replace(",", " ") for line in lines[1:]]  # the first names the columns
+    fields = [line.split() for line in lines]
+    if any(len(field) != 2 or field[1] not in _PARTS for field in fields):
         raise InputError(f"{path} is damaged: each line must be a file name and 0, 1 or 2")
     return dict(fields)

@@ -1,16 +1,16 @@
 """Load images from any source, with `load` (split into train and test) or `read_images`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from poise.data.arrays import as_images, read_npy, read_npz
+from poise.data.arrays import ROUNDING, as_split, read_npy, read_npz
 from poise.data.dataset import (
     Dataset,
     FileOrder,
@@ -21,15 +21,20 @@ from poise.data.dataset import (
     split_by_content,
 )
 from poise.data.decoding import jpeg_round_trip
-from poise.data.folders import IMAGE_ENDINGS, read_files, read_folder
+from poise.data.folders import read_files, read_folder
 from poise.data.hub import read_hub
 from poise.data.layouts import find_layouts
+from poise.data.listing import is_image
 from poise.data.names import read_named
+from poise.data.opening import shown
 from poise.data.storage import Pixels, Rows, blocks, take
 from poise.errors import InputError, MissingInputError
 from poise.variants import DATA_SETS
 
 HUB_PREFIX = "hf:"
+NARROW = 0.1  # images that use less of the range look black, or like fog
+WIDE = ("uint16", "bool")  # types of arrays that become bytes
+CHECK_RANGE = "check the range"  # the beginning of such a note
 
 
 def load(
@@ -41,6 +46,8 @@ def load(
     skip_unreadable: bool = False,
     jpeg_quality: int | None = None,
     file_order: FileOrder = "sorted",
+    levels: int | None = None,
+    max_megapixels: int | None = None,
     memory_budget: int | None = None,
     cache: Path | None = None,
 ) -> Dataset:
@@ -56,7 +63,8 @@ def load(
             - a folder of images, or torchvision's folder of MNIST, CIFAR-10 or CelebA;
             - an .npz or .npy file;
             - "hf:owner/name" or "hf:folder";
-            - an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or floats in [0, 1].
+            - an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w): bytes, booleans, 16-bit
+              integers, or floats in [0, 1].
         size: crop each image to its central square and resize it to this side, in pixels, at least
             1. None: images must already be square and of one size.
         channels: 1 (grey) or 3 (RGB). None: keep the channels; files are grey if all of them are.
@@ -67,10 +75,16 @@ def load(
             the released CIFAR-10 loader does (75). None: do not.
         file_order: of CelebA's split: "sorted" (official), or "listing", the order of the file
             system, as in the released code.
+        levels: the value that becomes white, such as 4095 for 12 bits, or 1 for masks of 0 and 1.
+            Larger values become white, too. Files and arrays whose type cannot hold the value are
+            not scaled, nor are floats in [0, 1]. None: 255 for bytes. For 16 bits the smallest of
+            255, 1023, 4095, 16383 and 65535 that holds 99.9 % of the values of every image.
+        max_megapixels: refuse larger image files, in megapixels, at least 1. None: 179.
         memory_budget: bytes of decoded images above which they go to a temporary file. None: half
             of the free memory.
-        cache: folder for that file, which is deleted with the images. None: the system's folder for
-            temporary files.
+        cache: folder for that file, which is deleted with the images, and for the decoded images of
+            a folder that takes seconds to decode, which are kept for the next call. None: the
+            system's folder for temporary files, and nothing is kept.
 
     Raises:
         MissingInputError: the source does not exist, or a named data set is not available.
@@ -83,7 +97,15 @@ def load(
         (1, 8, 8)
     """
     reading = Reading(
-        size, channels, skip_unreadable, jpeg_quality, file_order, memory_budget, cache
+        size=size,
+        channels=channels,
+        skip_unreadable=skip_unreadable,
+        jpeg_quality=jpeg_quality,
+        file_order=file_order,
+        levels=levels,
+        max_megapixels=max_megapixels,
+        memory_budget=memory_budget,
+        cache=cache,
     )
     found = _find(source, data_dir, reading)
     if found.file_order != file_order:
@@ -92,9 +114,9 @@ def load(
             f"which {found.source} is not: leave file_order out"
         )
     train, test = _split(found)
-    notes = list(found.notes)
+    notes = [*range_notes(train, test), *found.notes, *found.split.notes]
     if (
-        found.test is not None
+        found.split.test is not None
         and found.name not in DATA_SETS
         and (shared := count_shared(train, test))
     ):
@@ -106,7 +128,35 @@ def load(
         notes.append(
             "split by the order in which the file system lists the files, not the official one"
         )
-    return Dataset(found.name, train, test, found.source, tuple(notes))
+    return Dataset(
+        found.name,
+        train,
+        test,
+        found.source,
+        tuple(notes),
+        found.split.levels,
+        found.split.skipped,
+    )
+
+
+def range_notes(*parts: Pixels) -> Iterator[str]:
+    """Yield a note if images use less than `NARROW` of the range of their values."""
+    whole = 255 if parts[0].dtype == np.uint8 else 1
+    low, high = np.inf, -np.inf
+    for block in (part[rows] for part in parts for rows in blocks(part)):
+        low, high = min(low, float(block.min())), max(high, float(block.max()))
+        if high - low >= NARROW * whole:
+            return
+    if high < low:  # no images
+        return
+    span = f"{low:.4g} to {high:.4g} of 0 to {whole}"
+    if whole == 1:
+        remedy = "if they were divided by 255 twice, multiply them by 255"
+    else:
+        remedy = (
+            f"if {high:.0f} means white, pass --levels {high:.0f}" if high else "they are black"
+        )
+    yield f"{CHECK_RANGE}: the images use only the values from {span}; {remedy}"
 
 
 def read_images(
@@ -131,7 +181,26 @@ def read_images(
     Raises:
         InputError: see `load`.
     """
-    return find_images(source, size=size, channels=channels, side=side)[0]
+    return find_images(source, size=size, channels=channels, side=side).images
+
+
+class Given(NamedTuple):
+    """Images for uses other than training.
+
+    Attributes:
+        images: (n, channels, side, side).
+        side: the side of the official split that they are; "given": all images of the source.
+        notes: what the reader skipped, ignored or changed.
+        names: of each image: its path inside the folder, or its array and row. Empty for a test
+            side alone.
+        sides: of each image: train, test or val, or an empty text without an official split.
+    """
+
+    images: Pixels
+    side: Literal["train", "test", "given"]
+    notes: tuple[str, ...]
+    names: tuple[str, ...]
+    sides: tuple[str, ...]
 
 
 def find_images(
@@ -139,23 +208,44 @@ def find_images(
     *,
     size: int | None = None,
     channels: int | None = None,
-    side: Literal["train", "test"] = "test",
-) -> tuple[Pixels, Literal["train", "test", "given"]]:
-    """Return the images of `read_images`, and the side of the official split that they are.
+    side: Literal["train", "test", "all"] = "test",
+    skip_unreadable: bool = False,
+    levels: int | None = None,
+    max_megapixels: int | None = None,
+) -> Given:
+    """Return the images of `read_images`, with their names and what the user has to know.
 
-    Without an official split the side is "given": all images of the source.
+    Args:
+        source, size, channels: see `read_images`.
+        side: the side of an official split to return, or "all": the images of all sides.
+        skip_unreadable, levels, max_megapixels: see `load`.
+
+    Raises:
+        InputError: see `load`.
     """
-    reading = Reading(size=size, channels=channels)
-    if (
-        isinstance(source, (str, Path))
-        and Path(source).is_file()
-        and Path(source).suffix.lower() in IMAGE_ENDINGS
-    ):
-        return read_files([Path(source)], [], reading)[0], "given"
+    reading = Reading(
+        size=size,
+        channels=channels,
+        skip_unreadable=skip_unreadable,
+        levels=levels,
+        max_megapixels=max_megapixels,
+        whole=side == "all",
+    )
+    if isinstance(source, (str, Path)) and Path(source).is_file() and is_image(Path(source)):
+        split = read_files([Path(source)], [], reading)
+        notes = (*range_notes(split.train), *split.notes)
+        return Given(split.train, "given", notes, split.names, ("",) * len(split.train))
     found = _find(source, None, reading)
-    if found.test is None:
-        return found.train, "given"
-    return (found.train if side == "train" else found.test), side
+    split, notes = found.split, [*found.notes, *found.split.notes]
+    if side == "all" or split.test is None:
+        sides = split.sides or ("",) * len(split.train)
+        notes = (*range_notes(split.train), *notes)
+        return Given(split.train, "given", notes, split.names, sides)
+    images = split.train if side == "train" else split.test
+    total = len(split.train) + len(split.test)
+    part = f"{found.source}: {len(images)} of {total} images, those for {side}"
+    names = split.names if side == "train" else ()
+    return Given(images, side, (*range_notes(images), part, *notes), names, (side,) * len(images))
 
 
 def _find(
@@ -163,7 +253,7 @@ def _find(
 ) -> Found:
     if isinstance(source, (np.ndarray, Tensor)):
         array = source if isinstance(source, np.ndarray) else _to_numpy(source)
-        return Found("array", as_images(array, "the array", reading), None, "array")
+        return Found("array", as_split({"the array": array}, reading), "array")
     if isinstance(source, Path):
         return _read_path(source.expanduser(), reading)
     if not isinstance(source, str):
@@ -188,12 +278,12 @@ def _read_path(path: Path, reading: Reading) -> Found:
         return _read_folder(path, reading)
     if not path.exists():
         return _read_nothing(str(path))
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy" and path.is_file():
         return read_npy(path, reading)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz" and path.is_file():
         return read_npz(path, reading)
     raise InputError(
-        f"{path} is a single file: "
+        f"{shown(path)} is a single file: "
         "give a folder of images, or an .npy or .npz file (unpack archives first)"
     )
 
@@ -216,17 +306,17 @@ def _read_nothing(source: str) -> Found:
 
 
 def _split(found: Found) -> tuple[Pixels, Pixels]:
-    count = len(found.train) + (0 if found.test is None else len(found.test))
-    check_enough(count)
-    if found.test is None:
-        train, test = split_by_content(found.train)
-        return take(found.train, train), take(found.train, test)
-    if not len(found.train) or not len(found.test) or found.train.shape[1:] != found.test.shape[1:]:
-        shapes = f"training images {found.train.shape} and test images {found.test.shape}"
+    train, test = found.split.train, found.split.test
+    check_enough(len(train) + (0 if test is None else len(test)))
+    if test is None:
+        rows, test_rows = split_by_content(train)
+        return take(train, rows), take(train, test_rows)
+    if not len(train) or not len(test) or train.shape[1:] != test.shape[1:]:
+        shapes = f"training images {train.shape} and test images {test.shape}"
         raise InputError(
             f"{found.source}: {shapes} do not go together: both need images, of one shape"
         )
-    return found.train, found.test
+    return train, test
 
 
 def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
@@ -243,13 +333,15 @@ def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:
     return stored
 
 
-def checked_images(images: Any, shape: Sequence[int]) -> Any:
+def checked_images(images: Any, shape: Sequence[int], levels: int | None = None) -> Any:
     """Check images for a network that takes images of `shape`, and return them as NCHW.
 
     Args:
         images: an array or tensor (n, channels, height, width), (n, height, width) or (n, height,
             width, channels), uint8 or floats in [0, 1]; or `Rows`, which are returned as they are.
+            Booleans and 16-bit integers are converted to bytes.
         shape: channels, height, width of the images that the network takes.
+        levels: the value of 16-bit integers that becomes white; see `load`.
 
     Raises:
         InputError: the shape or the type differs, a float is outside [0, 1], or there are no
@@ -259,15 +351,19 @@ def checked_images(images: Any, shape: Sequence[int]) -> Any:
         _check_shape(images, shape)
         return images
     images = images if isinstance(images, Tensor) else np.asarray(images)
-    if len(images.shape) in (3, 4) and list(images.shape[1:]) != list(shape):
-        with suppress(InputError):
-            images = read_images(images)
+    wide = images.dtype in (torch.uint16, torch.bool) or getattr(images.dtype, "name", "") in WIDE
+    if wide or (len(images.shape) in (3, 4) and list(images.shape[1:]) != list(shape)):
+        with suppress(InputError):  # the checks below name what is wrong
+            # Bytes and floats have the network's scale.
+            images = find_images(images, levels=levels if wide else None).images
     _check_shape(images, shape)
     if images.dtype not in (torch.uint8, np.uint8):
         least, most = float(images.min()), float(images.max())
-        if not ("float" in str(images.dtype) and least >= 0 and most <= 1):
-            given = f"{images.dtype} from {least:g} to {most:g}"
+        if not ("float" in str(images.dtype) and least >= -ROUNDING and most <= 1 + ROUNDING):
+            given = f"{images.dtype} from {least:.9g} to {most:.9g}"
             raise InputError(f"images must be bytes or floats in [0, 1], not {given}")
+        if least < 0 or most > 1:
+            return images.clip(0, 1)
     return images
 
 

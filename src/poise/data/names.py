@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 
 import numpy as np
 
-from poise.data.arrays import as_images, read_npz
+from poise.data.arrays import as_split, read_npz
 from poise.data.dataset import Found, Reading
 from poise.data.hub import read_hub
 from poise.data.layouts import find_layouts
@@ -48,7 +48,8 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
 def read_digits(reading: Reading) -> Found:
     """Return scikit-learn's 1,797 handwritten digits of 8x8 pixels; 17 levels become 0 to 255."""
     pixels = np.floor(_digits_levels() * 255 / 16 + 0.5).astype(np.uint8)
-    return Found("digits", as_images(pixels, "digits", reading), None, "scikit-learn's load_digits")
+    split = as_split({"digits": pixels}, reading)
+    return Found("digits", split, "scikit-learn's load_digits")
 
 
 def _digits_levels() -> np.ndarray:

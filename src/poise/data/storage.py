@@ -182,9 +182,7 @@ def allocate(
         RunError: too little space on the disk.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if size <= (
-        _free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget
-    ):
+    if fits(size, memory_budget):
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if cache is None else cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +193,13 @@ def allocate(
             f"free: free some space, or choose a smaller --size"
         )
     return _mapped_file(folder, shape, dtype)
+
+
+def fits(size: int, memory_budget: int | None) -> bool:
+    """Return whether so many bytes fit into memory; see `allocate`."""
+    return size <= (
+        _free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget
+    )
 
 
 def _processes_here() -> int:

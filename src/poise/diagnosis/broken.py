@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance
+from poise.data.loading import NARROW
 from poise.diagnosis.outputs import Layer
 from poise.diagnosis.subject import Seen, device_of
 from poise.diagnosis.verdict import (
@@ -109,6 +110,24 @@ def _overflow_remedy(images: Tensor, largest_logvar: float, where: str) -> str:
         f"Check the {network}'s forward method for a division by 0, "
         "or a logarithm or root of a negative number."
     )
+
+
+def narrow_range(images: Tensor) -> Finding | None:
+    """Find images that use little of the range 0 to 1, such as 12-bit data read as 16-bit."""
+    least, most = (float(value) for value in images.aminmax())
+    if not most - least < NARROW:
+        return None
+    sentence = (
+        f"The images use only the values from {least:.3g} to {most:.3g} of 0 to 1, "
+        f"which is {most - least:.1%} of the range: they look "
+        f"{'black' if most < 0.5 else 'like fog'}."
+    )
+    figures = {"images_least": least, "images_most": most}
+    remedy = (
+        "Train again with --levels N, where N is the value in the files that means white "
+        "(masks: 1; 12 bits: 4095), or rescale the array."
+    )
+    return Finding("data-range", sentence, figures, remedy)
 
 
 def other_range(images: Tensor, train: Tensor) -> Finding | None:

@@ -383,8 +383,9 @@ def _use_prior(name: str, *, is_run: bool) -> str:
 
 
 def _used_prior(found: Comparison) -> str:
-    has_second = any(find_prior(name).needs == "second stage" for name in found.priors)
-    return default_prior(second_stage=has_second)
+    return default_prior(
+        next((kind for name in found.priors if (kind := find_prior(name).second_stage)), None)
+    )
 
 
 def lost_variance(facts: Facts) -> Finding | None:

@@ -80,6 +80,19 @@ def _examine(case: Case, seed: int, display: Progress) -> Diagnosis:
         else chosen(case.vae, case.train_images, "train_images", seed)
     )
     figures = _sizes(case, images)
+    narrow = broken.narrow_range(images) if case.in_unit_range else None
+    rest = _examine_model(case, images, train, figures, seed, display)
+    return rest if narrow is None else replace(rest, findings=(narrow, *rest.findings))
+
+
+def _examine_model(
+    case: Case,
+    images: Tensor,
+    train: Tensor | None,
+    figures: dict[str, Any],
+    seed: int,
+    display: Progress,
+) -> Diagnosis:
     unusable = _unusable(case.vae, images, train, figures, seed)
     if unusable:
         return Diagnosis(unusable, figures)

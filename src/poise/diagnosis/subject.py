@@ -144,6 +144,11 @@ class Case:
     is_run: bool = False
     falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def in_unit_range(self) -> bool:
+        """Whether 1 means white, as in runs and for bytes."""
+        return self.is_run or self.images.dtype in (torch.uint8, np.uint8)
+
 
 def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
     """Check the arguments of `diagnose` and return them as a case.
@@ -210,8 +215,8 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
     )
     of_second = {
         name: run.prior(name)
-        for name in available_priors(second_stage=run.second is not None)
-        if PRIORS[name].needs == "second stage"
+        for name in available_priors(run.second_stage)
+        if PRIORS[name].second_stage is not None
     }
     balance = run.first.balance if loss is None else loss
     return Case(
@@ -234,7 +239,8 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         with suppress(ValueError, KeyError):  # an incomplete last line
             entry = json.loads(line)
-            points.setdefault(entry["stage"], []).append((entry["step"], entry["mse"]))
+            point = entry["step"], entry["mse"]  # a flow has no MSE
+            points.setdefault(entry["stage"], []).append(point)
     found = {}
     for stage, curve in points.items():
         end = curve[-1][0]

@@ -44,7 +44,8 @@ def white(most: float) -> float:
 
 Name = Literal[
     "not-finite",  # NaN or infinite values in images, weights, outputs or KL
-    "data-range",  # values that the decoder cannot produce, or another range than in training
+    "data-range",  # values that the decoder cannot produce, that use little of the range, or that
+    # have another range than in training
     "no-gradient",  # the loss does not depend on the reconstruction, or on anything
     "diverged",  # numbers are finite, but far too large
     "hardly-trained",  # worse than a decoder that returns the mean image

@@ -37,7 +37,9 @@ from poise.networks.architectures import (
     WAEDecoder,
     WAEEncoder,
 )
+from poise.networks.convolutional import ConvDecoder, ConvEncoder
 from poise.networks.layers import WideLinear, normalise_spectrally
+from poise.networks.velocity import MapVelocity, VectorVelocity
 
 Initialisation = Literal["pytorch", "released"]
 Pair = tuple[nn.Module, nn.Module]
@@ -191,6 +193,87 @@ def second_stage(latent_dim: int = 64, hidden: int = 2048, layers: int = 3) -> P
     return _initialise(SecondStageEncoder(latent_dim, hidden, layers)), _initialise(
         SecondStageDecoder(latent_dim, hidden, layers)
     )
+
+
+def conv(
+    image_size: int, channels: int = 3, latent_channels: int = 4, *, width: int | None = None
+) -> Pair:
+    """Return a convolutional encoder and decoder with a latent map.
+
+    The side of the latent map is that of the image divided by 4 below 64 pixels, by 8 up to 128
+    pixels, and by 16 above. Latents are vectors (n, L), L = c h w. Both modules hold
+    `latent_shape`, (c, h, w). Meant for images from 28 to 256 pixels.
+
+    Args:
+        image_size: side in pixels, at least 8, a multiple of the divisor above.
+        channels: number of channels, >= 1; usually 1 or 3.
+        latent_channels: number of channels c of the latent map, >= 1.
+        width: channels of the hidden layers at the resolution of the latent map, a multiple of 8.
+            Each larger resolution has half as many. Default: 128.
+
+    Raises:
+        InputError: `image_size` or `width` does not fit this network.
+    """
+    factor = 4 if image_size < 64 else 8 if image_size <= 128 else 16
+    _check_size("conv", image_size, factor)
+    width = 128 if width is None else width
+    _check_width("conv", width)
+    levels = 2 if factor == 4 else 3
+    widths = tuple(max(8, width >> k) for k in reversed(range(levels)))
+    shape = (latent_channels, image_size // factor, image_size // factor)
+    patch = factor >> (levels - 1)
+    return (
+        ConvEncoder(channels, shape, patch, widths, (1,) * levels),
+        ConvDecoder(channels, shape, patch, widths, (1,) * (levels - 1) + (2,)),
+    )
+
+
+def flow(
+    latent_shape: tuple[int, ...],
+    *,
+    width: int | None = None,
+    blocks: int | None = None,
+    attentions: int | None = None,
+) -> nn.Module:
+    """Return the velocity network of the flow prior: latents (n, L) and times (n,) to (n, L).
+
+    Args:
+        latent_shape: (c, h, w) of a latent map, for a convolutional network; or (L,), for a
+            network of dense layers.
+        width: channels or width of the hidden layers, a multiple of 8. Default: 96 for maps, 512
+            for vectors. The convolutional network has twice as many at half resolution.
+        blocks: number of residual blocks, >= 3 for maps, >= 1 for vectors. Default: 7 for maps, of
+            which 3 at half resolution; 6 for vectors.
+        attentions: number of self-attention layers of the convolutional network, from 0 to the
+            number of blocks at half resolution. Default: one after each of these.
+
+    Raises:
+        InputError: a setting does not fit this network.
+    """
+    if len(latent_shape) not in (1, 3):
+        raise InputError(f"latent_shape must be (L,) or (c, h, w), not {latent_shape}")
+    maps = len(latent_shape) == 3
+    width = (96 if maps else 512) if width is None else width
+    blocks = (7 if maps else 6) if blocks is None else blocks
+    _check_width("flow", width)
+    if blocks < (least := 3 if maps else 1):
+        raise InputError(f"network flow takes {least} blocks or more here, not {blocks}")
+    if not maps:
+        return VectorVelocity(latent_shape[0], width, blocks)
+    outer = blocks // 3
+    inside = blocks - 2 * outer
+    attentions = inside if attentions is None else attentions
+    if not 0 <= attentions <= inside:
+        raise InputError(
+            f"attentions must be 0 to {inside} for {blocks} blocks "
+            f"({inside} at half resolution), not {attentions}"
+        )
+    return MapVelocity(latent_shape, width, (outer, inside, outer), attentions)
+
+
+def _check_width(name: str, width: int) -> None:
+    if width < 8 or width % 8:
+        raise InputError(f"network {name} takes widths that are multiples of 8, not {width}")
 
 
 def _check_size(name: str, image_size: int, multiple: int) -> None:

@@ -70,6 +70,14 @@ class WideLinear(nn.Linear):
         return F.linear(input / math.sqrt(self.in_features), self.weight, self.bias)
 
 
+class WideConv2d(nn.Conv2d):
+    """Apply a convolution for a large number of inputs, as `WideLinear` does for a dense layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        inputs = self.weight[0].numel()
+        return super().forward(input / math.sqrt(inputs))
+
+
 class SpectrallyNormalised(nn.Module):
     """Divide the weight W of a dense layer or convolution by its spectral norm sigma.
 

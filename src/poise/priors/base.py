@@ -7,13 +7,13 @@ deviation t of the variance law of the codes (`poise.latent`):
     z <- z t / (mean over dimensions of the standard deviation of z).
 
 For GEN-1 this is z <- z t. The released code measures the standard deviation over each generated
-batch. Here it is measured over a reference draw of 10,000 latents, so that image i does not depend
+batch. Here it is measured over a reference draw of 10,000 latents (1,000 of a flow), so that image i does not depend
 on the number of images.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import final
 
@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from poise.errors import InputError
+from poise.flow import Flow
 from poise.latent import DiagonalGaussian, variance_law
+from poise.recipes.settings import Generation
 from poise.shapes import Latents, Noise, Scalar
 from poise.support.seeds import REFERENCE_SEED, noise_per_image
 from poise.vae import VAE
-from poise.variants import find_prior
+from poise.variants import SecondStage, find_prior
 
 REFERENCE_DRAWS = 10_000
 # The released rule renormalises if stage 2 lost more variance than this share of its MSE.
@@ -40,10 +42,12 @@ class Prior(nn.Module, ABC):
     Attributes:
         noise_dims: number of columns of the noise.
         std: standard deviation of the latents. None: measured over a reference draw.
+        reference_draws: number of latents of the reference draw.
     """
 
     noise_dims: int
     std: float | None = None
+    reference_draws: int = REFERENCE_DRAWS
 
     @abstractmethod
     def latents(self, noise: Noise) -> Latents:
@@ -57,8 +61,9 @@ class TrainedModel:
     Attributes:
         latent_dim: number of latents, >= 1.
         codes: function that returns the posteriors of the training images, (n, latents).
-        second: the VAE of stage 2, or None.
-        gamma2: decoder variance of stage 2, for noise added to its output. None: no noise.
+        second: stage 2, a VAE or a flow, or None.
+        gamma2: decoder variance of a VAE as stage 2, for noise added to its output. None: no noise.
+        generation: its solver of the flow is used.
         components: maximum number of mixture components, >= 1.
         seed: seed of all randomness in fitting.
         device: device on which a prior is fitted.
@@ -66,11 +71,17 @@ class TrainedModel:
 
     latent_dim: int
     codes: Callable[[], DiagonalGaussian]
-    second: VAE | None = None
+    second: VAE | Flow | None = None
     gamma2: Scalar | None = None
+    generation: Generation = field(default_factory=Generation)
     components: int = 10
     seed: int = 0
     device: str | torch.device = "cpu"
+
+    @property
+    def second_stage(self) -> SecondStage | None:
+        """Kind of the second stage, or None."""
+        return None if self.second is None else "flow" if isinstance(self.second, Flow) else "vae"
 
 
 def make_prior(name: str, model: TrainedModel) -> Prior:
@@ -81,11 +92,15 @@ def make_prior(name: str, model: TrainedModel) -> Prior:
         model: the trained model.
 
     Raises:
-        InputError: the name is unknown, or the prior needs a second stage and the model has none.
+        InputError: the name is unknown, or the prior needs a second stage of another kind than the
+            model has.
     """
     named = find_prior(name)
-    if named.needs == "second stage" and model.second is None:
-        raise InputError(f"the prior {name} needs a second stage, and this model has none")
+    if named.second_stage not in (None, model.second_stage):
+        raise InputError(
+            f"the prior {name} needs a trained {named.second_stage} as second stage, "
+            f"and this model has {'none' if model.second is None else 'another kind'}"
+        )
     return resolve_name(named.home).fitted(model)
 
 
@@ -146,6 +161,6 @@ def renormalisation_factor(
     target = variance_law(codes.mean, codes.logvar, released=released).mean().sqrt()
     if prior.std is not None:
         return float(target) / prior.std
-    noise = noise_per_image(REFERENCE_DRAWS, prior.noise_dims, seed=REFERENCE_SEED)
+    noise = noise_per_image(prior.reference_draws, prior.noise_dims, seed=REFERENCE_SEED)
     produced = prior.latents(noise.to(device)).cpu().double().std(0, correction=0).mean()
     return float(target / produced)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.priors.base import Prior, TrainedModel
 from poise.shapes import Latents, Noise, PerImage
@@ -15,6 +16,7 @@ from poise.support.seeds import derive, generator
 # The defaults of scikit-learn's max_iter, tol (nats) and reg_covar.
 MOST_ITERATIONS, LEAST_GAIN, LEAST_VARIANCE = (100, 1e-3, 1e-6)
 MOST_CODES = 20_000  # maximum number of codes that a mixture is fitted to
+MOST_LATENTS = 512  # the time of a fit grows with their square
 
 
 @final
@@ -82,7 +84,15 @@ def fit_mixture(
 
     Returns:
         The mixture, on the CPU.
+
+    Raises:
+        InputError: there are more than 512 latents.
     """
+    if codes.mean.shape[1] > MOST_LATENTS:
+        raise InputError(
+            f"a mixture with full covariances takes at most {MOST_LATENTS} latents, not "
+            f"{codes.mean.shape[1]}: use a flow (--second flow)"
+        )
     source = generator("mixture", seed)
     codes = DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu())
     latents = codes.sample(torch.randn(codes.mean.shape, generator=source))

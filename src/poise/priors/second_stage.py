@@ -30,7 +30,7 @@ class SecondStagePrior(Prior):
 
     @classmethod
     def fitted(cls, model: TrainedModel) -> "SecondStagePrior":
-        assert model.second is not None
+        assert isinstance(model.second, VAE)
         return cls(model.second, model.latent_dim, model.gamma2)
 
     @torch.no_grad()

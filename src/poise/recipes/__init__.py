@@ -13,6 +13,7 @@ from poise.recipes.presets import (
     FASHION_MNIST,
     FASHION_MNIST_PUBLISHED,
     IMAGES,
+    MAPS,
     MNIST,
     MNIST_PUBLISHED,
 )
@@ -40,7 +41,9 @@ _OF_DATA_SETS = (
     CELEBA64,
     CELEBA64_RELEASED,
 )
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES, MAPS)
+}
 EXPERIMENTS = tuple(recipe.name for recipe in _OF_DATA_SETS)
 """Recipes of published experiments, and shorter recipes on the same data."""
 

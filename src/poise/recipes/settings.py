@@ -14,15 +14,17 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
+from poise.variants import SecondStage
 
 Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
-BuiltNetwork = Literal["resnet", "infogan", "wae", "mlp"]
+BuiltNetwork = Literal["resnet", "infogan", "wae", "mlp", "conv"]
 NetworkKind = Literal[BuiltNetwork, "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+Solver = Literal["heun", "euler"]
 Precision = Literal["float32", "ieee", "bfloat16"]
 INITIALISED = ("resnet", "wae")  # networks whose initialisation is a setting
-VAE_OBJECTIVE = "vae"
+VAE_OBJECTIVE, FLOW_OBJECTIVE = "vae", "flow"
 # With gamma2 = 0.5, squared error / (2 gamma2) is the squared error, as the rivals were published.
 RIVALS_BALANCE = "fixed:gamma2=0.5"
 
@@ -103,7 +105,13 @@ class Data:
             released CIFAR-10 loader does so at 75. None: no JPEG.
         file_order: order of CelebA's files, which decides the split: "sorted" (the official split),
             or "listing" (the order of the file system, as in the released code).
+        flips: also train on mirror images. Each image of a batch is mirrored left to right with
+            probability 1/2.
         skip_unreadable: skip image files that cannot be decoded, and list them.
+        levels: the value that becomes white, such as 4095 for 12 bits, or 1 for masks of 0 and 1.
+            None: 255 for bytes; for 16 bits the smallest of 255, 1023, 4095, 16383 and 65535 that
+            holds 99.9 % of the values of every image.
+        max_megapixels: refuse image files of more megapixels. None: 179.
     """
 
     source: str
@@ -112,6 +120,9 @@ class Data:
     jpeg_quality: int | None = None
     file_order: Literal["sorted", "listing"] = "sorted"
     skip_unreadable: Annotated[bool, Option("data")] = False
+    flips: Annotated[bool, Option("data")] = False
+    levels: Annotated[int | None, Option("data")] = None
+    max_megapixels: Annotated[int | None, Option("data")] = None
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -123,11 +134,18 @@ class Network:
 
     Attributes:
         kind: architecture (see `poise.networks`). "custom": modules passed to `poise.train`.
-        latent_dim: number of latent dimensions.
+        latent_dim: number of latent dimensions. The network "conv" sets it: channels, height and
+            width of its latent map multiplied.
+        latent_channels: number of channels of the latent map ("conv" only). More channels give
+            better reconstructions, and the flow learns fewer channels more easily.
+        conv_width: channels of "conv" at the resolution of the latent map. None: its default.
+        flow_width: width of the hidden layers of a flow. None: the default for maps or vectors.
+        flow_blocks: number of residual blocks of a flow. None: the default.
         hidden: widths of the hidden layers ("mlp" only).
         norm_decay: decay of BatchNorm's running averages. The released 0.999 needs thousands of
             steps to settle.
-        second_hidden: width of the three hidden layers of stage 2's encoder and of its decoder.
+        second_hidden: width of the three hidden layers of the encoder and of the decoder of a VAE
+            as stage 2.
         initialisation: initial weights of "resnet" and "wae": "pytorch", or "released" (Glorot).
             With "released" the first steps may explode at 64 pixels and more (see
             `poise.networks.factories`). Other networks have one initialisation each. The default is
@@ -140,6 +158,10 @@ class Network:
     norm_decay: float = 0.99
     second_hidden: int = 1024
     initialisation: Literal["pytorch", "released"] = "released"
+    latent_channels: Annotated[int, Option("model")] = 4
+    conv_width: int | None = None
+    flow_width: int | None = None
+    flow_blocks: int | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -150,6 +172,8 @@ class Network:
             )
         if self.latent_dim < 1:
             raise InputError(f"latent_dim must be at least 1, not {self.latent_dim}")
+        if self.latent_channels < 1:
+            raise InputError(f"latent_channels must be at least 1, not {self.latent_channels}")
 
 
 @dataclass(frozen=True)
@@ -163,10 +187,15 @@ class Stage:
         learning_rate: initial learning rate of Adam.
         halve_every: halve the learning rate every so many epochs, or steps if the length is in
             steps. May be fractional. None: never.
+        warmup: share of the stage, at its start, in which the learning rate rises linearly from 0.
+        decay: share of the stage, at its end, in which the learning rate falls linearly to 0.
         balance: balance of reconstruction and KL (see `poise.balance.make_balance`).
-        objective: training objective (see `poise.objectives.make_objective`).
+        objective: training objective (see `poise.objectives.make_objective`). That of stage 2 is
+            "vae", for a second VAE, or "flow", for a flow.
         ema_decay: decay of a running average of the weights. The average replaces the weights after
             training. None: no average.
+        ema_warmup: use a smaller decay, (1 + step) / (10 + step), in the first steps, so that the
+            average forgets the initial weights.
         precision: arithmetic of the networks. float32: TF32 is allowed on a GPU. ieee: float32
             without TF32. bfloat16: products and convolutions under autocast. Weights, balance and
             sums are always float32.
@@ -177,9 +206,12 @@ class Stage:
     batch_size: Annotated[int, Option("training")] = 100
     learning_rate: Annotated[float, Option("training")] = 1e-4
     halve_every: float | None = None
+    warmup: float = 0.0
+    decay: float = 0.0
     balance: Annotated[str, Option("model", first_only=True)] = "computed"
     objective: Annotated[str, Option("model", first_only=True)] = VAE_OBJECTIVE
     ema_decay: Annotated[float | None, Option("training")] = None
+    ema_warmup: bool = False
     precision: Annotated[Precision, Option("training")] = "float32"
 
     def __post_init__(self) -> None:
@@ -195,6 +227,9 @@ class Stage:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be greater than 0, not {value}")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
@@ -215,10 +250,20 @@ class Stage:
 
     def learning_rate_at(self, step: int, num_images: int) -> float:
         """Return the learning rate of a step."""
-        if self.halve_every is None:
-            return self.learning_rate
-        passed = step if self.steps is not None else step / self.steps_per_epoch(num_images)
-        return self.learning_rate * 0.5 ** (passed // self.halve_every)
+        rate, total = self.learning_rate, self.total_steps(num_images)
+        if self.halve_every is not None:
+            passed = step if self.steps is not None else step / self.steps_per_epoch(num_images)
+            rate *= 0.5 ** (passed // self.halve_every)
+        if self.warmup:
+            rate *= min(1.0, (step + 1) / (self.warmup * total))
+        if self.decay:
+            rate *= min(1.0, (total - step) / (self.decay * total))
+        return rate
+
+    def ema_decay_at(self, step: int) -> float:
+        """Return the decay of the averaged weights in a step."""
+        decay = self.ema_decay or 0.0
+        return min(decay, (1 + step) / (10 + step)) if self.ema_warmup else decay
 
     def lasting(self, *, epochs: int | None = None, steps: int | None = None) -> "Stage":
         """Return this stage with another length, and `halve_every` scaled in proportion.
@@ -249,6 +294,9 @@ class Generation:
         adjust_reconstructions: scale reconstructions likewise, before their MSE and FID. The
             released code does.
         reconstruct_from: "mean" of the posterior, or a "sample" from it (the released code).
+        flow_solver: solver of the flow's differential equation (see `poise.priors.flow_prior`).
+        flow_steps: number of steps of this solver. n steps of "heun" evaluate the flow 2n - 1
+            times, n steps of "euler" n times.
     """
 
     second_stage_noise: bool = True
@@ -257,9 +305,13 @@ class Generation:
     adjust_variance: bool = False
     adjust_reconstructions: bool = False
     reconstruct_from: Literal["mean", "sample"] = "mean"
+    flow_solver: Solver = "heun"
+    flow_steps: int = 12
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.flow_steps < 1:
+            raise InputError(f"flow_steps must be at least 1, not {self.flow_steps}")
 
 
 @dataclass(frozen=True)
@@ -293,10 +345,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
-        if self.second is not None and self.second.objective != VAE_OBJECTIVE:
-            raise InputError(
-                f"stage 2 is a VAE: its objective is {VAE_OBJECTIVE}, not {self.second.objective!r}"
-            )
+        if self.first.objective == FLOW_OBJECTIVE:
+            raise InputError("a flow can only be the second stage: --second flow (second=)")
+        if self.second is not None:
+            check_value("the objective of stage 2", SecondStage, self.second.objective)
+
+    @property
+    def second_stage(self) -> SecondStage | None:
+        """Kind of the second stage, or None."""
+        if self.second is None:
+            return None
+        return "flow" if self.second.objective == FLOW_OBJECTIVE else "vae"
 
 
 class Overall:
@@ -304,7 +363,10 @@ class Overall:
 
     Attributes:
         network: architecture of stage 1. Images/s on two CPU cores at 32 and at 64 pixels: resnet
-            220 and 40, infogan 450 and 120, wae 27 and 9, mlp 4,000 and 1,600.
+            220 and 40, infogan 450 and 120, wae 27 and 9, mlp 4,000 and 1,600. The latents of conv
+            are a small image (a latent map), those of the others a vector.
+        second: kind of stage 2, which learns the latents of stage 1. vae: a second VAE, with a
+            dense network. flow: a flow, trained by flow matching. Latent maps need a flow.
         second_balance: balance of stage 2. The names are those of stage 1.
         stages: number of stages. 1: no second stage.
         epochs: length of stage 1 in passes over the training images. Stage 2 and the learning-rate
@@ -313,6 +375,7 @@ class Overall:
     """
 
     network: Annotated[BuiltNetwork, Option("model")]
+    second: Annotated[SecondStage, Option("model")]
     second_balance: Annotated[str, Option("model")]
     stages: Annotated[Literal[1, 2], Option("training")]
     epochs: Annotated[int, Option("training")]
@@ -358,10 +421,10 @@ class Changes:
         self.values = {name: value for name, value in values.items() if value is not None}
         for name, value in self.values.items():
             check_value(name, CHANGES[name], value)
-        of_second = self.values.keys() & {"second_epochs", "second_balance"}
+        of_second = self.values.keys() & {"second", "second_epochs", "second_balance"}
         if self.values.get("stages") == 1 and of_second:
             raise InputError(
-                "a length or balance of the second stage makes no sense with one stage: "
+                "a kind, length or balance of the second stage makes no sense with one stage: "
                 "leave out one of the two"
             )
         if "minutes" in self.values and self.values.keys() & {"epochs", "second_epochs"}:
@@ -378,7 +441,11 @@ class Changes:
             first = replace(first, balance=RIVALS_BALANCE)
         if second is not None:
             second = self._put(second, first=False)
-            second = given(second, balance=self.values.get("second_balance"))
+            second = given(
+                second,
+                balance=self.values.get("second_balance"),
+                objective=self.values.get("second"),
+            )
         changed = replace(
             recipe,
             data=self._put(recipe.data),
@@ -426,6 +493,10 @@ class Changes:
 
     def _kind(self, network: Network) -> Network:
         kind = self.values.get("network", network.kind)
+        other = "latent_dim" if kind == "conv" else "latent_channels"
+        if other in self.values:
+            own = "latent_channels" if kind == "conv" else "latent_dim"
+            raise InputError(f"network {kind} has no setting {other}: give {own} instead")
         if kind == network.kind:
             return network
         initialisation = "pytorch" if kind in INITIALISED else "released"

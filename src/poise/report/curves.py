@@ -79,6 +79,13 @@ QUANTITIES = (
         "log",
     ),
     Quantity(
+        "velocity",
+        "MSE of the velocity, per latent",
+        lambda e: e["velocity_mse"],
+        "Mean squared error of the flow's velocity. It cannot reach 0: the target is random.",
+        "log",
+    ),
+    Quantity(
         "reconstruction",
         "Reconstruction, nats",
         lambda e: e["reconstruction_nats"],
@@ -185,7 +192,7 @@ def thinned(values: Sequence[float] | np.ndarray) -> list[float | None]:
 
 def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[str, Any]:
     colours = styles_of(labels_of(records))
-    lacking = stage == 1 and quantity.needs_kl  # stage 2 is a VAE, whatever stage 1 is
+    lacking = stage == 1 and quantity.needs_kl  # a VAE as stage 2 has one, whatever stage 1 is
     shown = [r for r in records if stage_entries(r, stage) and (r.has_kl or not lacking)]
     traces = [
         _trace(record, stage, quantity, colours[record.label], thin=len(records) > 1)

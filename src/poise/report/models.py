@@ -1,4 +1,8 @@
-"""Parts of a report that need the trained model: samples, reconstructions, codes, diagnosis."""
+"""Parts of a report that need the trained model: samples, reconstructions, codes, diagnosis.
+
+Samples are shown beside their nearest training images (`copies`), codes as maps if they have a
+`latent_shape`.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -6,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from poise.data import Dataset, gather
 from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
-from poise.report.pictures import contact_sheet, data_uri, paired_sheet
+from poise.report.copies import most_searched, nearest
+from poise.report.pictures import contact_sheet, data_uri, paired_sheet, picture_uri
 from poise.report.records import Record
-from poise.runs.run import PriorName, Run, load
+from poise.runs.run import Run, load
+from poise.shapes import Images
 from poise.support.seeds import drawn
 from poise.variants import PRIORS as NAMED
 
@@ -21,7 +28,12 @@ TILES = 36
 COLUMNS = 6
 PAIRS = 32
 PAIRS_OF_A_SHEET = 16
-MOST_PNG = 1_500_000  # bytes; larger pictures in a run's folder are not embedded
+NEIGHBOURS_IN_A_ROW = 9
+NEIGHBOURS_OF_A_SHEET = 18
+MAPPED = 8  # images whose latent maps are shown
+MOST_CHANNELS = 16
+LARGEST_CODE = 3  # standard deviations of N(0, 1) that are drawn white
+MOST_PNG = 1_500_000  # bytes; larger pictures from the end of training are not embedded
 PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
 
 
@@ -35,6 +47,14 @@ class Exhibit:
         kept_pairs, kept_samples: data URIs of the pictures that training wrote at its end, used if
             the model or the data cannot be loaded.
         samples: data URI of the samples from each prior, by "GEN-1", ...
+        progress: data URI of progress.png.
+        neighbours: data URIs of samples from the default prior above their nearest training images.
+        about_neighbours: their caption.
+        distances: rows of the table of distances from the nearest training image; the first row is
+            the head.
+        searched: which training images were searched, in words.
+        maps: data URI of latent maps of test images.
+        about_maps: their caption.
         latents: latent statistics by "latents" and "second_stage", as in summary.json.
         diagnosis: diagnosis of the model; None: `undiagnosed` says why.
         missing: a sentence for each thing that cannot be shown.
@@ -46,6 +66,13 @@ class Exhibit:
     kept_pairs: str | None = None
     kept_samples: str | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    progress: str | None = None
+    neighbours: list[str] = field(default_factory=list)
+    about_neighbours: str = ""
+    distances: list[tuple[str, str, str]] = field(default_factory=list)
+    searched: str = ""
+    maps: str | None = None
+    about_maps: str = ""
     latents: dict[str, dict[str, Any]] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
     undiagnosed: str = "No diagnosis: the model cannot be loaded."
@@ -83,6 +110,8 @@ def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Ex
         )
         shown.undiagnosed = "No diagnosis: only the result of this run is here, without its model."
         return shown
+    if (record.folder / "progress.png").exists():
+        _attempt(shown, "No progress", lambda: _show_progress(shown))
     try:
         run = load(record.folder, device=device)
     except (InputError, RunError) as error:
@@ -91,17 +120,23 @@ def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Ex
         )
         _take_kept_pictures(shown, samples=True)
         return shown
-    _show_samples(shown, run)
-    _show_data(shown, run, data_sets.dataset(run))
+    samples = _show_samples(shown, run)
+    _show_data(shown, run, data_sets.dataset(run), samples)
     _add_codes(shown, run)
     return shown
 
 
-def _show_samples(shown: Exhibit, run: Run) -> None:
+def _show_progress(shown: Exhibit) -> None:
+    shown.progress = picture_uri(shown.record.folder / "progress.png")
+
+
+def _show_samples(shown: Exhibit, run: Run) -> dict[str, Images]:
+    """Show samples from each prior, and return them by "GEN-1", ..."""
+    drawn_images: dict[str, Images] = {}
     for prior, named in NAMED.items():
         label = named.label
-        if named.needs == "second stage" and run.second is None:
-            if run.recipe.second is not None:
+        if named.second_stage not in (None, run.second_stage):
+            if named.second_stage == run.recipe.second_stage:
                 shown.missing.append(
                     f"Stage 2 has not begun, so there are no samples from {named.words} ({label})."
                 )
@@ -109,14 +144,12 @@ def _show_samples(shown: Exhibit, run: Run) -> None:
         _attempt(
             shown,
             f"No {label} samples",
-            lambda label=label, prior=prior: _show_prior(shown, run, label, prior),
+            lambda label=label, prior=prior: drawn_images.update(
+                {label: run.sample(TILES, prior=prior, seed=run.recipe.seed)}
+            ),
         )
-
-
-def _show_prior(shown: Exhibit, run: Run, label: str, prior: PriorName) -> None:
-    shown.samples[label] = contact_sheet(
-        run.sample(TILES, prior=prior, seed=run.recipe.seed), COLUMNS
-    )
+    shown.samples = {label: contact_sheet(of, COLUMNS) for label, of in drawn_images.items()}
+    return drawn_images
 
 
 def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
@@ -127,7 +160,9 @@ def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:
         shown.missing.append(f"{what}: {_sentence(error)}.")
 
 
-def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
+def _show_data(
+    shown: Exhibit, run: Run, dataset: Dataset | str, samples: dict[str, Images]
+) -> None:
     if isinstance(dataset, str):
         shown.missing.append(
             f"No real images are shown, because the data cannot be read again: {dataset}."
@@ -138,6 +173,12 @@ def _show_data(shown: Exhibit, run: Run, dataset: Dataset | str) -> None:
     test = gather(dataset.test, drawn(len(dataset.test), TILES))
     shown.real = contact_sheet(test, COLUMNS)
     _attempt(shown, "No reconstructions", lambda: _show_pairs(shown, run, test))
+    _attempt(shown, "No latent maps", lambda: _show_maps(shown, run, test))
+    _attempt(
+        shown,
+        "No nearest training images",
+        lambda: _show_neighbours(shown, run, dataset.train, test, samples),
+    )
     _show_diagnosis(shown, run, dataset)
 
 
@@ -146,6 +187,57 @@ def _show_pairs(shown: Exhibit, run: Run, originals: torch.Tensor) -> None:
     restored = run.reconstruct(originals)
     both = zip(originals.split(PAIRS_OF_A_SHEET), restored.split(PAIRS_OF_A_SHEET), strict=True)
     shown.pairs = [paired_sheet(*part) for part in both]
+
+
+def _show_maps(shown: Exhibit, run: Run, images: Images) -> None:
+    """Show the mean codes of some images, one row per channel, if the network has latent maps."""
+    shape = getattr(run.first.vae.decoder, "latent_shape", ())
+    if len(shape) != 3:
+        return
+    images = images[:MAPPED]
+    maps = run.encode(images).mean.unflatten(1, shape)[:, :MOST_CHANNELS]
+    grey = (0.5 + maps / (2 * LARGEST_CODE)).clamp(0, 1)
+    large = F.interpolate(grey, images.shape[2:], mode="nearest")  # (images, channels, h, w)
+    rows = [images, *(one[:, None].expand_as(images) for one in large.unbind(1))]
+    shown.maps = contact_sheet(torch.cat(rows), len(images))
+    channels, height, width = shape
+    of = f"the first {MOST_CHANNELS} of {channels}" if channels > MOST_CHANNELS else str(channels)
+    shown.about_maps = (
+        f"Test images and their mean codes, one row for each channel ({of} channels of "
+        f"{height}×{width} latents). Black is −{LARGEST_CODE}, white is {LARGEST_CODE}."
+    )
+
+
+def _show_neighbours(
+    shown: Exhibit, run: Run, training: Any, test: Images, samples: dict[str, Images]
+) -> None:
+    """Show samples above their nearest training images, and the distances beside held-out ones."""
+    if not samples:
+        return
+    sets = {f"samples, {label}": of for label, of in samples.items()}
+    sets |= {"held-out test images": test, "their reconstructions": run.reconstruct(test)}
+    flips = run.recipe.data.flips
+    found = nearest(torch.cat(list(sets.values())), training, run.device, mirrored=flips)
+    counts = [len(of) for of in sets.values()]
+    distances = dict(zip(sets, found.distances.split(counts), strict=True))
+    label = NAMED[run.default_prior].label
+    if label in samples:
+        position = list(samples).index(label)
+        sheets = zip(
+            samples[label].split(NEIGHBOURS_OF_A_SHEET),
+            found.images.split(counts)[position].split(NEIGHBOURS_OF_A_SHEET),
+            strict=True,
+        )
+        shown.about_neighbours = f"Samples ({label}), each above its nearest training image"
+        shown.neighbours = [paired_sheet(*sheet, columns=NEIGHBOURS_IN_A_ROW) for sheet in sheets]
+    rows = [(name, f"{of.quantile(0.5):.4f}", f"{of.min():.4f}") for name, of in distances.items()]
+    shown.distances = [("nearest training image of", "median distance", "smallest"), *rows]
+    total, searched = len(training), most_searched(training)
+    shown.searched = (
+        f"All {total:,} training images were searched."
+        if searched == total
+        else f"{searched:,} of {total:,} training images were searched, drawn with a fixed seed."
+    ) + (" Their mirror images were searched, too." if flips else "")
 
 
 def _show_diagnosis(shown: Exhibit, run: Run, dataset: Dataset) -> None:

@@ -49,7 +49,9 @@ def write_report(
         raise InputError(f"the report must be an .html file, not {out}")
     records = read_records(paths)
     exhibits = _exhibits(first_of_each(records), device, quiet)
-    write_file(out, page(records, exhibits, title_of(paths, records)).encode())
+    text = page(records, exhibits, title_of(paths, records))
+    # The name of a folder may hold bytes that are not UTF-8.
+    write_file(out, text.encode(errors="backslashreplace"))
     return out
 
 

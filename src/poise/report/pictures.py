@@ -1,18 +1,37 @@
-"""Encode grids of images as data URIs of PNGs, so that the page needs no other file."""
+"""Encode images as data URIs, so that the page needs no other file."""
 
 import base64
+import io
+from pathlib import Path
 
 import torch
 
-from poise.data.decoding import grid, to_png
+from poise.data.decoding import grid, read_image, to_png
 from poise.shapes import ByteImages, Images
 
 PAIRS_IN_A_ROW = 8
+LARGEST_PNG = 500_000  # bytes of a file that is embedded as it is
+WIDEST = 1_200  # pixels of a picture that is reduced
+JPEG_QUALITY = 90
 
 
-def data_uri(png: bytes) -> str:
-    """Return a PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """Return the content of an image file as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_uri(path: Path) -> str:
+    """Return a PNG file as a data URI. A large one is reduced and becomes a JPEG.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if path.exists() and path.stat().st_size < LARGEST_PNG:
+        return data_uri(path.read_bytes())
+    picture, file = read_image(path, "RGB"), io.BytesIO()
+    picture.thumbnail((WIDEST, picture.height))
+    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    return data_uri(file.getvalue(), "jpeg")
 
 
 def contact_sheet(images: Images | ByteImages, columns: int) -> str:

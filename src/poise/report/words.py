@@ -17,6 +17,7 @@ NETWORKS = {
     "resnet": "a ResNet",
     "infogan": "an InfoGAN-type network",
     "wae": "a WAE-type network",
+    "conv": "a convolutional network with latent maps",
 }
 
 
@@ -64,7 +65,10 @@ def model_sentence(record: Record) -> str:
     recipe, data = record.recipe, record.data
     network = recipe["network"]
     kind = NETWORKS.get(network["kind"], "a custom network")
-    what = "A two-stage model" if recipe.get("second") else "A one-stage model"
+    second = recipe.get("second")
+    what = "A two-stage model" if second else "A one-stage model"
+    if second and second.get("objective") == "flow":
+        what = "A model with a flow as stage 2"
     if record.has_kl:
         what = what.replace("model", "VAE")
     images = (

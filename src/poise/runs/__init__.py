@@ -10,6 +10,7 @@ In reading order:
 - `log`: metrics.jsonl and TensorBoard.
 - `checkpoint`: checkpoints on disk.
 - `plots`: training curves.
+- `growth`: progress.png, drawn during training.
 - `run`: `load`, and the trained model with all its methods.
 - `export`: samples and codes as files.
 """

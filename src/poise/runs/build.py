@@ -3,6 +3,7 @@
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.errors import InputError
+from poise.flow import Flow
 from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
@@ -54,14 +55,28 @@ def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
             )
         case "mlp":
             return networks.mlp(shape, network.latent_dim, hidden=network.hidden)
+        case "conv":
+            return networks.conv(size, channels, network.latent_channels, width=network.conv_width)
         case "custom":
             raise InputError("this run has a network of your own: pass it as vae=...")
 
 
-def second_stage(recipe: Recipe) -> VAE:
-    """Return stage 2's network, with initial weights that depend on the recipe's seed only."""
+def second_stage(recipe: Recipe, first: VAE) -> VAE | Flow:
+    """Return stage 2's network, with initial weights that depend on the recipe's seed only.
+
+    Args:
+        recipe: its network, kind of stage 2 and seed are used.
+        first: stage 1's network. If its decoder has an attribute `latent_shape`, its latents are a
+            map of this shape.
+    """
+    network = recipe.network
     with seeded(derive("weights", recipe.seed, 2)):
-        return VAE(*networks.second_stage(recipe.network.latent_dim, recipe.network.second_hidden))
+        if recipe.second_stage == "flow":
+            shape = getattr(first.decoder, "latent_shape", (network.latent_dim,))
+            return Flow(
+                networks.flow(shape, width=network.flow_width, blocks=network.flow_blocks), shape
+            )
+        return VAE(*networks.second_stage(network.latent_dim, network.second_hidden))
 
 
 def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:

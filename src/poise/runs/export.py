@@ -4,9 +4,9 @@ Each file is written atomically. Arrays in an .npz are not compressed, because c
 longer than decoding the images.
 """
 
-import os
+import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poise.data.decoding import grid, save_png, to_bytes, to_png
+from poise.data.encoded import available_cores
 from poise.data.storage import allocate
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
@@ -109,7 +110,7 @@ def _write_folder(chunks: Iterator[np.ndarray], out: Path, first: int) -> None:
             writing.write_bytes(to_png(pixels, effort=QUICK))
 
     pending: Iterator[None] = iter(())
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(available_cores()) as threads:
         for pixels in chunks:
             list(pending)  # wait for the previous chunk, and raise its errors
             pending = threads.map(write, range(first, first + len(pixels)), pixels)
@@ -117,13 +118,21 @@ def _write_folder(chunks: Iterator[np.ndarray], out: Path, first: int) -> None:
         list(pending)
 
 
-def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> None:
+def write_codes(
+    chunks: Iterable[DiagonalGaussian],
+    out: Path,
+    number: int,
+    names: Sequence[str] = (),
+    sides: Sequence[str] = (),
+) -> None:
     """Write posteriors as two float32 arrays `mean` and `logvar` of shape (number, latents).
 
     Args:
         chunks: posteriors of consecutive images.
         out: output path, .npz or .safetensors.
         number: total number of images.
+        names, sides: the name of each image and its side of the split, written beside the arrays:
+            as arrays of text, or as JSON in the metadata of a .safetensors file.
 
     Raises:
         InputError: an unknown suffix.
@@ -136,7 +145,9 @@ def write_codes(chunks: Iterable[DiagonalGaussian], out: Path, number: int) -> N
     if out.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        return write_file(out, save(arrays))
+        told = {"names": json.dumps([*names]), "sides": json.dumps([*sides])} if names else None
+        return write_file(out, save(arrays, told))
+    arrays |= {"names": np.array(names), "sides": np.array(sides)} if names else {}
     with _archive(out) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from poise.data import Dataset
 from poise.data import load as load_data
+from poise.data.decoding import DEEP
 from poise.errors import InputError, MissingInputError
 from poise.metrics import pixel_std
 from poise.recipes.settings import Data, Recipe, from_json, to_json
@@ -106,7 +108,7 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
     Args:
         settings: source and preparation.
         images: used instead of `settings.source` if given.
-        cache: folder for prepared images.
+        cache: folder for decoded images, see `poise.data.load`.
     """
     return load_data(
         settings.source if images is None else images,
@@ -115,6 +117,8 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
         jpeg_quality=settings.jpeg_quality,
         file_order=settings.file_order,
         skip_unreadable=settings.skip_unreadable,
+        levels=settings.levels,
+        max_megapixels=settings.max_megapixels,
         cache=cache,
     )
 
@@ -140,8 +144,30 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "test": len(dataset.test),
         "checksum": dataset.checksum,
         "pixel_std": pixel_std(dataset.train),
+        "levels": dataset.levels,
         "notes": list(dataset.notes),
+        "skipped": list(dataset.skipped),
     }
+
+
+def data_settings(recipe: Recipe, data: dict[str, Any]) -> Data:
+    """Return the settings that read a run's images with the scale of its training.
+
+    Args:
+        recipe: the run's recipe.
+        data: what its config.json says about the data. Without "levels" the run is from a version
+            that took the full range of 16 bits for every file.
+    """
+    if "levels" in data or recipe.data.levels is not None:
+        return recipe.data
+    return replace(recipe.data, levels=DEEP)
+
+
+def settings_to_read(recipe: Recipe, folder: Path) -> Data:
+    """Return the settings to read images for training in a folder, which may hold a run."""
+    if (folder / "config.json").exists() and checkpoints(folder / "checkpoints"):
+        return data_settings(recipe, read_config(folder)["data"])
+    return recipe.data
 
 
 def differing_settings(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.balance import Balance
 from poise.data import Dataset, gather
 from poise.data.decoding import grid, save_png
+from poise.data.loading import CHECK_RANGE
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
+from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
 from poise.objectives import make_objective
+from poise.priors import TrainedModel, make_prior
 from poise.recipes import find_recipe
 from poise.recipes.settings import Changes, Recipe, Stage, to_json
 from poise.runs import plots
@@ -32,11 +35,19 @@ from poise.runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from poise.runs.folder import config_to_write, open_folder, read_config, read_data
+from poise.runs.folder import (
+    config_to_write,
+    open_folder,
+    read_config,
+    read_data,
+    settings_to_read,
+)
+from poise.runs.growth import COLUMNS, FLOW_STEPS, ProgressPicture
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
-from poise.runs.timing import earlier_plan, make_plan
+from poise.runs.timing import PICTURES, earlier_plan, make_plan
+from poise.shapes import Images
 from poise.support.files import write_file, write_json
 from poise.support.guards import locked, stop_signals
 from poise.support.seeds import drawn
@@ -60,9 +71,8 @@ from poise.training import (
 )
 from poise.training.machine import choose_device
 from poise.vae import VAE
-from poise.variants import DATA_SETS
+from poise.variants import DATA_SETS, default_prior, find_prior
 
-PICTURES = 64
 PAIRS = 32
 
 
@@ -162,10 +172,14 @@ def prepare(
         began: start time of this call of `train`, from `time.monotonic`.
     """
     dataset = (
-        given if isinstance(given, Dataset) else read_data(recipe.data, given, folder / "cache")
+        given
+        if isinstance(given, Dataset)
+        else read_data(settings_to_read(recipe, folder), given, folder / "cache")
     )
-    if vae is not None:
-        num_latents = count_latents(vae, ImageBatches(dataset.train, next(vae.parameters()).device))
+    if vae is not None or recipe.network.kind == "conv":
+        built = vae or first_stage(recipe, list(dataset.shape))
+        data = ImageBatches(dataset.train, next(built.parameters()).device)
+        num_latents = count_latents(built, data)
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
     shape = list(dataset.shape)
     stages = networks_and_balances(recipe, shape, vae)
@@ -181,6 +195,9 @@ def prepare(
     )
     if verbose:
         print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+        for note in dataset.notes:
+            if note.startswith(CHECK_RANGE):
+                print(f"poise: warning: {note}", file=sys.stderr)
     if plan is None:
         plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
@@ -196,7 +213,7 @@ def prepare(
 
 def networks_and_balances(
     recipe: Recipe, shape: list[int], vae: VAE | None
-) -> list[tuple[VAE, Balance]]:
+) -> list[tuple[VAE | Flow, Balance]]:
     """Return network and balance of each stage.
 
     Args:
@@ -204,12 +221,12 @@ def networks_and_balances(
         shape: channels, height, width of the images.
         vae: a network of your own for stage 1, or None.
     """
-    first = first_stage(recipe, shape, vae), stage_balance(recipe.first, recipe, shape)
-    return (
-        [first]
-        if recipe.second is None
-        else [first, (second_stage(recipe), stage_balance(recipe.second, recipe, shape))]
-    )
+    first = first_stage(recipe, shape, vae)
+    stages: list[tuple[VAE | Flow, Balance]] = [(first, stage_balance(recipe.first, recipe, shape))]
+    if recipe.second is not None:
+        second = second_stage(recipe, first)
+        stages.append((second, stage_balance(recipe.second, recipe, shape)))
+    return stages
 
 
 def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
@@ -286,7 +303,7 @@ class Job:
         recipe: Recipe,
         config: dict[str, Any],
         dataset: Dataset,
-        stages: list[tuple[VAE, Balance]],
+        stages: list[tuple[VAE | Flow, Balance]],
         options: Options,
         saved: Saved | None,
         threads: int | None,
@@ -301,6 +318,8 @@ class Job:
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
         self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
+        self._states: list[TrainingState[Any]] = []
+        self._picture: ProgressPicture | None = None
 
     def run_stages(self, stop: Callable[[], bool]) -> None:
         """Train the rest of stage 1 and stage 2.
@@ -321,16 +340,23 @@ class Job:
                 )
                 self._write_log = files.enter_context(closing(log)).write
                 self._use_engine(self.config["engine"])
-            first = self._stage(1, ImageBatches(self.dataset.train, self.device), stop)
-            codes = self._codes(first)
+                self._picture = self._begin_picture()
+            images = ImageBatches(self.dataset.train, self.device, flips=self.recipe.data.flips)
+            first = self._stage(1, images, stop)
+            codes, mirrored = self._codes(first)
             if self.recipe.second is not None:
-                second = self._stage(2, CodeBatches(codes.mean, codes.logvar, self.device), stop)
+                network = self.stages[1][0]
+                if isinstance(network, Flow):
+                    network.set_statistics(codes)
+                data = CodeBatches(codes.mean, codes.logvar, self.device, mirrored=mirrored)
+                second = self._stage(2, data, stop)
                 self._keep(2, second, over=True)
                 self._write(stage=2, step=second.step, finished=True)
 
-    def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState:
-        stage, (vae, balance) = self._settings(number), self.stages[number - 1]
-        state = new_state(vae, balance, stage, self.device)
+    def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState[Any]:
+        stage, (network, balance) = self._settings(number), self.stages[number - 1]
+        state: TrainingState[Any] = new_state(network, balance, stage, self.device)
+        self._states.append(state)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
             restore_state(state, mine)
@@ -344,6 +370,7 @@ class Job:
             fell_back,
             self.options.save_seconds,
             self.options.quiet,
+            lambda s, tenth: self._show(number, s, tenth),
         )
         how: dict[str, Any] = {
             "number": number,
@@ -358,6 +385,35 @@ class Job:
                 "run the same command to go on"
             )
         return state
+
+    def _begin_picture(self) -> ProgressPicture:
+        number, step = self.meta["stage"], self.meta["step"]
+        steps = self._settings(number).total_steps(len(self.dataset.train))
+        names = [default_prior(kind) for kind in (None, self.recipe.second_stage)]
+        return ProgressPicture(
+            self.folder / "progress.png",
+            gather(self.dataset.test, drawn(len(self.dataset.test), COLUMNS)),
+            seed=self.recipe.seed,
+            priors=[find_prior(name).words for name in names[: len(self.stages)]],
+            shown=(number, 10 * step // steps) if self.tensors else None,
+        )
+
+    def _show(self, number: int, state: TrainingState[Any], tenth: int) -> None:
+        """Add a row to the picture: samples from the prior of this stage."""
+        if self._picture is None:  # of rank 0 only
+            return
+        kind = self.recipe.second_stage if number == 2 else None
+        first, generation = self._states[0].trained, self.recipe.generation
+        model = TrainedModel(
+            self.recipe.network.latent_dim,
+            lambda: encode_all(first, self.dataset.train),
+            second=state.trained if kind else None,
+            gamma2=state.balance.gamma2 if generation.second_stage_noise else None,
+            generation=replace(generation, flow_steps=min(generation.flow_steps, FLOW_STEPS)),
+            device=self.device,
+        )
+        prior = make_prior(default_prior(kind), model)
+        self._picture.add(number, tenth, first, prior)
 
     def _use_eager_steps(self, reason: str) -> None:
         print(
@@ -379,37 +435,41 @@ class Job:
         assert stage is not None
         return stage
 
-    def _codes(self, first: TrainingState) -> DiagonalGaussian:
+    def _codes(self, first: TrainingState[VAE]) -> tuple[DiagonalGaussian, DiagonalGaussian | None]:
         """Return the posteriors of the training images, and mark stage 1 as finished.
 
-        The posteriors are read from the folder if they are there.
+        The posteriors are read from the folder if they are there. The second value are those of the
+        mirrored images, if the run trains on them.
         """
-        mean, logvar = distributed.on_first(
+        codes = distributed.on_first(
             lambda: self._read_codes() or self._compute_codes(first.trained)
         )
         if self.meta["stage"] == 1:
             self._keep(1, first, over=True)
             self._write(stage=2, step=0, finished=self.recipe.second is None)
-        return DiagonalGaussian(mean, logvar)
+        plain = DiagonalGaussian(codes["mean"], codes["logvar"])
+        if not self.recipe.data.flips:
+            return plain, None
+        return plain, DiagonalGaussian(codes["mirrored_mean"], codes["mirrored_logvar"])
 
-    def _read_codes(self) -> tuple[Tensor, Tensor] | None:
+    def _read_codes(self) -> dict[str, Tensor] | None:
         if self.meta["stage"] == 1:
             return None
         try:
-            tensors = read_folder(self.folder / "codes").tensors
-            return tensors["mean"], tensors["logvar"]
+            return read_folder(self.folder / "codes").tensors
         except RunError as error:
             print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
             return None
 
-    def _compute_codes(self, vae: VAE) -> tuple[Tensor, Tensor]:
+    def _compute_codes(self, vae: VAE) -> dict[str, Tensor]:
         codes = encode_all(vae, self.dataset.train)
-        write_folder(
-            self.folder / "codes",
-            {"mean": codes.mean, "logvar": codes.logvar},
-            {"images": len(codes.mean)},
-        )
-        return codes.mean, codes.logvar
+        tensors = {"mean": codes.mean, "logvar": codes.logvar}
+        if self.recipe.data.flips:
+            encoder = nn.Sequential(Mirror(), vae.encoder)
+            codes = encode_all(VAE(encoder, vae.decoder), self.dataset.train)
+            tensors |= {"mirrored_mean": codes.mean, "mirrored_logvar": codes.logvar}
+        write_folder(self.folder / "codes", tensors, {"images": len(codes.mean)})
+        return tensors
 
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
         """Replace the kept tensors of a stage by its present state.
@@ -436,8 +496,17 @@ class Job:
         seconds = self.seconds + time.monotonic() - self._began
         self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
+        if self._picture is not None:
+            self._picture.write()  # a checkpoint has all rows up to its step
         if distributed.rank() == 0:
             save_checkpoint(self.folder / "checkpoints", before + step, self.tensors, self.meta)
+
+
+class Mirror(nn.Module):
+    """Mirror images left to right."""
+
+    def forward(self, images: Images) -> Images:
+        return images.flip(3)
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:

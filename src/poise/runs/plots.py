@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+COLUMNS = 3
+# The log of a deterministic autoencoder has a penalty in place of the KL, that of a flow neither.
 CURVES = (
     ("mse", "MSE", "log"),
+    ("velocity_mse", "MSE of the velocity", "log"),
     ("kl_nats", "KL (nats per image)", "linear"),
+    ("penalty", "penalty", "linear"),
     ("gamma2", "gamma2", "log"),
 )
-PENALTY = ("penalty", "penalty", "linear")  # shown in place of the KL if the model has none
 
 
 def training_curves(log: Path) -> bytes:
@@ -26,11 +29,14 @@ def training_curves(log: Path) -> bytes:
     stages = sorted({entry["stage"] for entry in entries})
     figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
+    axes = figure.subplots(len(stages), COLUMNS, squeeze=False)
     for row, stage in zip(axes, stages, strict=True):
         of_stage = [entry for entry in entries if entry["stage"] == stage]
-        for axis, curve in zip(row, CURVES, strict=True):
-            _curve(axis, of_stage, stage, *(curve if curve[0] in of_stage[0] else PENALTY))
+        curves = [curve for curve in CURVES if curve[0] in of_stage[0]]
+        for axis, curve in zip(row, curves, strict=False):
+            _curve(axis, of_stage, stage, *curve)
+        for axis in row[len(curves) :]:
+            axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

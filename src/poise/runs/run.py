@@ -4,6 +4,7 @@ config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
 metrics.jsonl          one line per log entry of both stages
+progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        the last output of `poise evaluate`
 diagnosis.json         the last result of `poise diagnose`
@@ -18,13 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
+import numpy as np
 import torch
 
 from poise.balance import Balance
 from poise.data import Dataset, checked_images, head
-from poise.data.decoding import grid, to_picture
+from poise.data.decoding import DEEP, grid, to_picture
 from poise.errors import InputError, RunError
 from poise.evaluation import (
     AUTO,
@@ -39,7 +41,8 @@ from poise.evaluation import (
     through_jpeg,
 )
 from poise.features import Extractor
-from poise.latent import DiagonalGaussian
+from poise.flow import Flow
+from poise.latent import DiagonalGaussian, spherical_path
 from poise.metrics import (
     CHUNK,
     encode_all,
@@ -62,7 +65,7 @@ from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import Saved, checkpoints, newest_intact_checkpoint, read_folder
-from poise.runs.folder import read_config, read_data
+from poise.runs.folder import data_settings, read_config, read_data
 from poise.runs.plots import training_curves
 from poise.sampling import (
     ADJUSTMENT_DRAWS,
@@ -76,12 +79,21 @@ from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, available_priors, default_prior, find_prior
+from poise.variants import (
+    PRIORS,
+    PriorName,
+    SecondStage,
+    available_priors,
+    default_prior,
+    find_prior,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
+MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 NO_POSTERIOR = (
     "a deterministic autoencoder: its codes are points, "
@@ -106,7 +118,8 @@ class Run:
         recipe: its settings.
         data: the training data: source, shape, number of images, checksum.
         first: stage 1.
-        second: stage 2, or None.
+        second: stage 2, if it is a VAE, or None.
+        flow: stage 2, if it is a flow, or None.
         finished: whether training is complete.
         warnings: messages about damaged checkpoints that were skipped.
     """
@@ -128,27 +141,45 @@ class Run:
         self.warnings = warnings
         self._dataset: Dataset | None = None
         self._fitted_priors: dict[PriorName, Prior] = {}
-        self.first = self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        self.first = Trained(
+            *self._stage(1, saved, first_stage(self.recipe, self.data["shape"], vae))
+        )
         has_second = (
             self.recipe.second is not None and saved.meta["stage"] == 2 and saved.meta["step"] > 0
         )
-        self.second = self._stage(2, saved, second_stage(self.recipe)) if has_second else None
+        self.second: Trained | None = None
+        self.flow: Flow | None = None
+        if has_second:
+            network = second_stage(self.recipe, self.first.vae)
+            if isinstance(network, Flow):
+                self.flow, _ = self._stage(2, saved, network)
+            else:
+                self.second = Trained(*self._stage(2, saved, network))
 
-    def _stage(self, number: int, saved: Saved, vae: VAE) -> Trained:
+    def _stage(
+        self, number: int, saved: Saved, network: TrainedNetwork
+    ) -> tuple[TrainedNetwork, Balance]:
         settings = self.recipe.first if number == 1 else self.recipe.second
         assert settings is not None
         balance = stage_balance(settings, self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
-        vae.load_state_dict(under("average", tensors) or under("vae", tensors))
+        network.load_state_dict(under("average", tensors) or under("vae", tensors))
         balance.load_state_dict(under("balance", tensors))
-        return Trained(vae.eval(), balance.eval())
+        return network.eval(), balance.eval()
 
     def to(self, device: str | torch.device) -> "Run":
         """Move the networks and balances to a device, and return this run."""
         for stage in filter(None, (self.first, self.second)):
             stage.vae.to(device)
             stage.balance.to(device)
+        if self.flow is not None:
+            self.flow.to(device)
         return self
+
+    @property
+    def levels(self) -> int | None:
+        """The value that became white in training. None: the files said it."""
+        return self.data.get("levels", DEEP)
 
     @property
     def deterministic(self) -> bool:
@@ -185,7 +216,7 @@ class Run:
         Raises:
             InputError: another shape, or values out of range.
         """
-        return encode_all(self.first.vae, checked_images(images, self.data["shape"]))
+        return encode_all(self.first.vae, checked_images(images, self.data["shape"], self.levels))
 
     def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
         """Return the posteriors of `encode` as an iterator of chunks that fit into memory.
@@ -198,7 +229,9 @@ class Run:
         Raises:
             InputError: see `encode`.
         """
-        return encode_chunks(self.first.vae, checked_images(images, self.data["shape"]))
+        return encode_chunks(
+            self.first.vae, checked_images(images, self.data["shape"], self.levels)
+        )
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Return the reconstruction of each image, float in [0, 1], on the CPU.
@@ -231,13 +264,45 @@ class Run:
             self._reconstruction_adjustment(source) if generation.adjust_reconstructions else None
         )
         for _, posterior, noise in encoded(
-            self.first.vae, checked_images(images, self.data["shape"]), self.recipe.seed
+            self.first.vae,
+            checked_images(images, self.data["shape"], self.levels),
+            self.recipe.seed,
         ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
             with torch.no_grad():
                 # A network of your own may leave [0, 1].
                 restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)
             yield adjust(restored) if adjust else restored
+
+    def interpolate(self, a: Any, b: Any, steps: int = 16) -> Images:
+        """Return images on the path between the codes of two images, on the CPU.
+
+        The codes are posterior means. Their path is an arc about 0 (`latent.spherical_path`),
+        because codes are nearly N(0, I). Codes of a deterministic autoencoder have no such law:
+        their path is a straight line.
+
+        Args:
+            a, b: one image each, (channels, height, width), bytes or float in [0, 1].
+            steps: number of images, from 2 to 1,000. The first and the last are reconstructions.
+
+        Returns:
+            (steps, channels, height, width), float in [0, 1].
+
+        Raises:
+            InputError: wrong `steps`, another shape, or values out of range.
+        """
+        if not 2 <= steps <= MOST_STEPS:
+            raise InputError(f"steps must be from 2 to {MOST_STEPS}, not {steps}")
+        ends = [image if isinstance(image, torch.Tensor) else np.asarray(image) for image in (a, b)]
+        start, end = (self.encode(image[None]).mean[0] for image in ends)
+        path = (
+            torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+            if self.deterministic
+            else spherical_path(start, end, steps)
+        )
+        with torch.no_grad():
+            parts = [self.first.vae.decode(z.to(self.device)).cpu() for z in path.split(CHUNK)]
+        return torch.cat(parts).float().clamp(0, 1)
 
     @torch.no_grad()
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
@@ -257,9 +322,14 @@ class Run:
         return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
 
     @property
+    def second_stage(self) -> SecondStage | None:
+        """Kind of the trained stage 2, or None."""
+        return "vae" if self.second else "flow" if self.flow else None
+
+    @property
     def default_prior(self) -> PriorName:
-        """The prior that `sample` uses if none is given."""
-        return default_prior(second_stage=self.second is not None)
+        """The prior that `sample` uses if none is given: that of stage 2, else normal."""
+        return default_prior(self.second_stage)
 
     def prior_distances(self) -> dict[str, float]:
         """Return the distance between images and samples of each prior, smallest first.
@@ -287,11 +357,11 @@ class Run:
         """Return a prior of the latents, with the noise and renormalisation of `generation`.
 
         Args:
-            name: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else normal.
+            name: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             generation: None: the recipe's.
 
         Raises:
-            InputError: no such prior, or it needs a second stage and the run has none.
+            InputError: no such prior, or it needs a second stage that the run does not have.
         """
         generation = generation or self.recipe.generation
         prior = self._plain_prior(name or self.default_prior, generation)
@@ -304,24 +374,24 @@ class Run:
         return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
-        second, of_second = self.second, find_prior(name).needs == "second stage"
-        if of_second and second is None:
-            others = [f"--prior {other}" for other in available_priors(second_stage=False)]
-            raise InputError(
-                f"{self.folder} has no trained second stage: use {' or '.join(others)}"
-            )
+        second, needed = self.second, find_prior(name).second_stage
+        if needed not in (None, self.second_stage):
+            others = [f"--prior {other}" for other in available_priors(self.second_stage)]
+            what = "second stage" if needed == "vae" else "flow"
+            raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
         model = TrainedModel(
             self.recipe.network.latent_dim,
             lambda: self.codes,
-            second=second and second.vae,
+            second=second.vae if second else self.flow,
             gamma2=second.balance.gamma2 if second and generation.second_stage_noise else None,
+            generation=generation,
             seed=self.recipe.seed,
             device=self.device,
         )
         prior = make_prior(name, model)
-        if not of_second:  # the noise of stage 2 differs between generations
+        if needed is None:  # the noise of stage 2 and the solver differ between generations
             self._fitted_priors[name] = prior
         return prior.to(self.device)
 
@@ -354,15 +424,14 @@ class Run:
 
         Args:
             count: number of images, at least 1.
-            prior: a key of `poise.variants.PRIORS`. None: second-stage if there is one, else
-                normal.
+            prior: a key of `poise.variants.PRIORS`. None: that of stage 2, else normal.
             seed: image i of a seed does not depend on `count`.
             first: number of the first image.
             generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the prior needs a second stage and
-                the run has none.
+            InputError: `count` is less than 1, no such prior, or the prior needs a second stage that
+                the run does not have.
         """
         return torch.cat(
             list(
@@ -488,7 +557,10 @@ class Run:
         """
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
         if own not in (None, protocol.jpeg):  # JPEG loses detail, so read the source again
-            dataset = read_data(replace(self.recipe.data, jpeg_quality=protocol.jpeg))
+            settings = data_settings(self.recipe, self.data)
+            dataset = read_data(
+                replace(settings, jpeg_quality=protocol.jpeg), cache=self.folder / "cache"
+            )
         images = head(
             dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY
         )
@@ -499,7 +571,9 @@ class Run:
         )
 
     def _given(self, images: Any, protocol: Protocol) -> Any:
-        images = head(checked_images(images, self.data["shape"]), protocol.real or MANY)
+        images = head(
+            checked_images(images, self.data["shape"], self.levels), protocol.real or MANY
+        )
         return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
     def _model_figures(
@@ -562,24 +636,23 @@ class Run:
             self.recipe.seed,
         )
         names = [
-            name
-            for name in available_priors(second_stage=self.second is not None)
-            if priors is None or name in priors
+            name for name in available_priors(self.second_stage) if priors is None or name in priors
         ]
         notes: tuple[str, ...] = ()
         if not self._has_codes:
             plain = generation.renormalise == "never"
             names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
             notes = ("stage 1 is not finished: whatever needs its codes is left out",)
-        drawn = [
-            Produced(
-                PRIORS[name].label,
-                partial(self.sample_chunks, prior=name, seed=seed, generation=generation),
-                seed=seed,
-            )
-            for name in names
-        ]
-        return [restored, *drawn], notes
+        produced = [restored]
+        for name in names:
+            try:
+                self._plain_prior(name, generation)
+            except InputError as error:  # too many latents for a mixture
+                notes += (f"no {PRIORS[name].label}: {error}",)
+                continue
+            draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
+            produced.append(Produced(PRIORS[name].label, draw, seed=seed))
+        return produced, notes
 
     def test_images(self) -> Any:
         """Return the test images of the run's data, read again.
@@ -607,11 +680,16 @@ class Run:
             raise InputError(
                 f"{self.folder} was trained on an array, which is not stored: pass the images"
             )
-        dataset = read_data(self.recipe.data)
+        dataset = read_data(data_settings(self.recipe, self.data), cache=self.folder / "cache")
         if dataset.checksum != self.data["checksum"]:
+            rules = (
+                ""
+                if "levels" in self.data
+                else ", or this version reads links, pages or layouts that the earlier one did not"
+            )
             raise InputError(
                 f"{self.recipe.data.source} is not the data that {self.folder} was trained on: "
-                "its checksum has changed"
+                f"its checksum has changed{rules}"
             )
         return dataset
 

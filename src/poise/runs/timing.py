@@ -28,6 +28,8 @@ from torch import Tensor
 from poise.balance import Balance
 from poise.data import Dataset
 from poise.errors import InputError
+from poise.flow import Flow
+from poise.priors.flow_prior import FlowPrior, evaluations
 from poise.recipes.settings import Recipe, Stage, from_json, to_json
 from poise.runs.checkpoint import write_folder
 from poise.runs.folder import read_config
@@ -60,6 +62,7 @@ LARGEST_TIME_RATIO = 0.75
 LEAST_SECOND_SHARE = 0.1
 # Importing Matplotlib, drawing, writing, and other work that does not depend on the run.
 PICTURES_SECONDS = 6.0
+PICTURES = 64  # samples that a finished run shows
 # Passes of encoder and decoder over the images after stage 1 (`Run.evaluate`).
 PASSES = {"train": (1, 0), "test": (2, 3)}
 SECOND_PASSES = (2, 2)  # passes of stage 2's encoder and decoder over the training codes
@@ -104,7 +107,7 @@ def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
 
 def make_plan(
     recipe: Recipe,
-    stages: list[tuple[VAE, Balance]],
+    stages: Sequence[tuple[VAE | Flow, Balance]],
     dataset: Dataset,
     folder: Path,
     device: torch.device,
@@ -300,7 +303,11 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
 
 
 def choose_threads(
-    candidates: Sequence[int], vae: VAE, balance: Balance, recipe: Recipe, data: Batches
+    candidates: Sequence[int],
+    network: VAE | Flow,
+    balance: Balance,
+    recipe: Recipe,
+    data: Batches,
 ) -> int:
     """Return the number of CPU threads with the fastest steps of stage 1.
 
@@ -308,11 +315,11 @@ def choose_threads(
 
     Args:
         candidates: numbers of threads to try.
-        vae, balance, recipe, data: network, balance, settings and images of stage 1.
+        network, balance, recipe, data: of stage 1.
     """
     chosen, least = candidates[0], float("inf")
     for count in sorted(candidates):
-        state = throwaway(vae, balance, recipe.first, data, torch.device("cpu"))
+        state = throwaway(network, balance, recipe.first, data, torch.device("cpu"))
         pace = measure_pace(state, data, recipe.first, 1, recipe.seed, "eager", count, SECONDS / 4)
         if pace.step < LARGEST_TIME_RATIO * least:
             chosen, least = count, pace.step
@@ -321,7 +328,7 @@ def choose_threads(
 
 def measure(
     recipe: Recipe,
-    stages: Sequence[tuple[VAE, Balance]],
+    stages: Sequence[tuple[VAE | Flow, Balance]],
     dataset: Dataset,
     folder: Path,
     *,
@@ -339,15 +346,15 @@ def measure(
     """
     seconds = max(SECONDS, 60 * SHARE_OF_BUDGET * (recipe.minutes or 0))
     paces, rest = [], PICTURES_SECONDS
-    for number, ((vae, balance), stage) in enumerate(
+    for number, ((network, balance), stage) in enumerate(
         zip(stages, stages_of(recipe), strict=True), 1
     ):
         data = (
-            ImageBatches(dataset.train, device)
+            ImageBatches(dataset.train, device, flips=recipe.data.flips)
             if number == 1
             else blank_codes(len(dataset.train), recipe, device)
         )
-        state = throwaway(vae, balance, stage, data, device)
+        state = throwaway(network, balance, stage, data, device)
         pace = measure_pace(
             state,
             data,
@@ -360,7 +367,10 @@ def measure(
         )
         saving = checkpoint_seconds(state, folder)
         paces.append(Pace(pace.start, pace.step * (1 + saving / (save_seconds + saving))))
-        encode, decode = inference_seconds(state.vae, data, count)
+        if isinstance(state.network, Flow):
+            rest += sampling_seconds(state.network, recipe, count)
+            continue
+        encode, decode = inference_seconds(state.network, data, count)
         if number == 1:
             for side, (encoded, decoded) in PASSES.items():
                 rest += len(getattr(dataset, side)) * (encoded * encode + decoded * decode)
@@ -379,10 +389,10 @@ def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatche
 
 
 def throwaway(
-    vae: VAE, balance: Balance, stage: Stage, data: Batches, device: torch.device
-) -> TrainingState:
+    network: VAE | Flow, balance: Balance, stage: Stage, data: Batches, device: torch.device
+) -> TrainingState[Any]:
     """Return a training state of copied networks. Trial steps then leave the originals alone."""
-    return new_state(copy.deepcopy(vae), copy.deepcopy(balance), stage, device)
+    return new_state(copy.deepcopy(network), copy.deepcopy(balance), stage, device)
 
 
 def measure_pace(
@@ -485,3 +495,16 @@ def inference_seconds(vae: VAE, data: Batches, count: int | None) -> tuple[float
         between = now(latents)
         ended = now(vae.decode(latents))
     return (between - began) / number, (ended - between) / number
+
+
+def sampling_seconds(flow: Flow, recipe: Recipe, count: int | None) -> float:
+    """Return the seconds that a flow takes to draw the latents of a finished run's pictures."""
+    some = max(1, PICTURES // 8)
+    prior = FlowPrior(flow, steps=1)
+    noise = torch.randn(some, prior.noise_dims, device=flow.mean.device)
+    with threads(count or usual_threads(flow)):
+        prior.latents(noise)
+        began = now(noise)
+        ended = now(prior.latents(noise))
+    steps, solver = recipe.generation.flow_steps, recipe.generation.flow_solver
+    return (ended - began) * PICTURES / some * evaluations(steps, solver)

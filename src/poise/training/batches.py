@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poise.data.storage import Rows, blocks, gather_rows, scale
+from poise.latent import DiagonalGaussian
 from poise.recipes.settings import Stage
 from poise.shapes import Features, Latents, Values
 from poise.support.seeds import generator
@@ -54,11 +55,13 @@ class ImageBatches:
         images: uint8 (or float32 in [0, 1]) array (n, channels, height, width), in memory or
             memory-mapped.
         device: of the batches.
+        flips: mirror each image left to right with probability 1/2.
     """
 
-    def __init__(self, images: Any, device: torch.device) -> None:
+    def __init__(self, images: Any, device: torch.device, *, flips: bool = False) -> None:
         self.images = images
         self.device = device
+        self.flips = flips
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,9 +84,10 @@ class ImageBatches:
 
     def place(self, fetched: Tensor, draw: Draw) -> Values:
         moved = fetched.to(self.device, non_blocking=True)
-        return scale(moved if self.resident is None else self.resident[moved]).contiguous(
-            memory_format=torch.channels_last
-        )
+        batch = scale(moved if self.resident is None else self.resident[moved])
+        if self.flips:
+            batch = torch.where(draw(1)[:, :, None, None] > 0, batch.flip(3), batch)
+        return batch.contiguous(memory_format=torch.channels_last)
 
 
 def fits(images: Any, device: torch.device) -> bool:
@@ -109,14 +113,28 @@ class CodeBatches:
     Args:
         mean, logvar: (n, latents), of the posteriors of stage 1.
         device: of the batches.
+        mirrored: posteriors of the mirrored images in the same order. Each of them replaces that of
+            its image with probability 1/2. None: none.
     """
 
-    def __init__(self, mean: Latents, logvar: Latents, device: torch.device) -> None:
+    def __init__(
+        self,
+        mean: Latents,
+        logvar: Latents,
+        device: torch.device,
+        *,
+        mirrored: DiagonalGaussian | None = None,
+    ) -> None:
+        self.number, self.flips = len(mean), mirrored is not None
+        if mirrored is not None:
+            mean, logvar = (
+                torch.cat(pair) for pair in ((mean, mirrored.mean), (logvar, mirrored.logvar))
+            )
         self.mean = mean.to(device)
         self.std = (0.5 * logvar).exp().to(device)
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return self.number
 
     @property
     def ahead(self) -> int:
@@ -127,6 +145,8 @@ class CodeBatches:
 
     def place(self, fetched: Tensor, draw: Draw) -> Latents:
         chosen = fetched.to(self.mean.device, non_blocking=True)
+        if self.flips:
+            chosen = torch.where(draw(1)[:, 0] > 0, chosen + self.number, chosen)
         return self.mean[chosen] + self.std[chosen] * draw(self.mean.shape[1])
 
 

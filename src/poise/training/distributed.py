@@ -32,13 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from poise.balance import Balance, LossTerms
 from poise.errors import InputError, RunError
-from poise.vae import VAE
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
-Loss = Callable[[VAE, Balance, Tensor, Tensor], LossTerms]  # called like an `Objective`
+Loss = Callable[[Any, Balance, Tensor, Tensor], LossTerms]  # called like an `Objective`
 
 
 @contextmanager
@@ -175,7 +174,7 @@ def wait() -> None:
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would occupy the GPU
 
 
-def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
+def share_gradients(network: nn.Module, balance: Balance) -> nn.Module:
     """Prepare a network and a balance for several ranks.
 
     All ranks get the weights of rank 0, and BatchNorm uses the statistics of the global batch.
@@ -184,8 +183,8 @@ def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
         A module that maps (objective, batch, noise) to `LossTerms`. Its backward averages gradients
         over ranks while it computes further gradients.
     """
-    use_global_batch_norm(vae)
-    copy_from_first(vae)
+    use_global_batch_norm(network)
+    copy_from_first(network)
     copy_from_first(balance)
     # Do not copy buffers from rank 0 at each step: all ranks compute them from the global batch.
     # torch 2.13 renamed this argument.
@@ -193,7 +192,7 @@ def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
     copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     own_buffers: dict[str, Any] = {copies: False}
     return DistributedDataParallel(
-        SharedLoss(vae, balance),
+        SharedLoss(network, balance),
         init_sync=False,
         static_graph=True,
         gradient_as_bucket_view=True,
@@ -203,14 +202,14 @@ def share_gradients(vae: VAE, balance: Balance) -> nn.Module:
 
 @final
 class SharedLoss(nn.Module):
-    """Encoder, decoder and balance as one module, as DistributedDataParallel needs them."""
+    """Network and balance as one module, as DistributedDataParallel needs them."""
 
-    def __init__(self, vae: VAE, balance: Balance) -> None:
+    def __init__(self, network: nn.Module, balance: Balance) -> None:
         super().__init__()
-        self.vae, self.balance = vae, balance
+        self.network, self.balance = network, balance
 
     def forward(self, objective: Loss, batch: Tensor, noise: Tensor) -> LossTerms:
-        return objective(self.vae, self.balance, batch, noise)
+        return objective(self.network, self.balance, batch, noise)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ A recorded step gives the same numbers as an eager step. A compiled step differs
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from poise.training import distributed
 from poise.training.distributed import Loss
 from poise.training.state import TrainingState
 from poise.training.step import Step, training_step
-from poise.vae import VAE
 
 EAGER_STEPS = 3  # before the recorded step
 
@@ -161,8 +160,8 @@ def with_code_of_its_own(objective: Loss) -> Loss:
     that in one process.
     """
 
-    def loss(vae: VAE, balance: Balance, batch: Tensor, noise: Tensor) -> LossTerms:
-        return objective(vae, balance, batch, noise)
+    def loss(network: Any, balance: Balance, batch: Tensor, noise: Tensor) -> LossTerms:
+        return objective(network, balance, batch, noise)
 
     loss.__code__ = loss.__code__.replace()
     return loss

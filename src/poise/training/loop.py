@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from poise.errors import InputError, RunError
+from poise.flow import Flow
 from poise.objectives import is_deterministic
-from poise.recipes.settings import Stage
+from poise.recipes.settings import FLOW_OBJECTIVE, Stage
 from poise.support.kernels import LOCK, generators_kept, kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
@@ -35,7 +36,7 @@ STEPS_BETWEEN_READS = {"cpu": 1, "otherwise": 50}  # of the verdict; a read wait
 
 @dataclass
 class Watch:
-    """Callbacks of the loop: logging, checkpoints, stopping.
+    """Callbacks of the loop: logging, pictures, checkpoints, stopping.
 
     Attributes:
         log: receives one dictionary per log entry.
@@ -45,6 +46,8 @@ class Watch:
             steps. None: raise an error instead.
         save_seconds: time between checkpoints.
         quiet: no progress display.
+        show: called at each tenth of the stage with the state and the tenth, 1 to 10. It must not
+            change the state.
     """
 
     log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
@@ -53,6 +56,7 @@ class Watch:
     fell_back: Callable[[str], None] | None = None
     save_seconds: float = 60.0
     quiet: bool = False
+    show: Callable[[TrainingState, int], None] = field(default=lambda state, tenth: None)
 
 
 def fit(
@@ -74,7 +78,8 @@ def fit(
         stage: gives the length, the batch size, the learning rate, the objective and the precision.
         number: of the stage, 1 or 2; shown, logged, and part of every seed.
         seed: of the order of images and of the noise.
-        watch: logging, checkpoints, stopping. If one process is asked to stop, all stop together.
+        watch: logging, pictures, checkpoints, stopping. If one process is asked to stop, all stop
+            together.
         engine: "compiled" is a `CompiledStep`, "captured" a `CapturedStep` (CUDA, one process),
             "compiled-captured" a recorded `CompiledStep`; "auto": see `choose_engine`.
         threads: number of CPU threads; None: see `usual_threads`.
@@ -98,11 +103,11 @@ def fit(
     log_every = max(1, total // LOGS_PER_STAGE)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
-    num_latents = count_latents(state.vae, data)
+    columns = count_noise(state.network, data)
     if state.shared is not None:
-        noise = torch.zeros(1, num_latents, device=device)
+        noise = torch.zeros(1, columns, device=device)
         fix_order_of_sums(state, first_item(data, device), noise, stage)
-    state.vae.train()
+    state.network.train()
     state.balance.train()
     state.verdict.zero_()
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
@@ -116,7 +121,7 @@ def fit(
         return torch.randn(size, columns, generator=source, device=device)[share]
 
     with (
-        tuned(state.vae, device, threads),
+        tuned(state.network, device, threads),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         generators_kept(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
@@ -125,8 +130,10 @@ def fit(
         for fetched in fetched_batches:
             source.manual_seed(derive("noise", seed, number, state.step))
             batch = data.place(fetched, draw)
-            noise = draw(num_latents)
+            noise = draw(columns)
             set_learning_rate(state.optimizer, stage.learning_rate_at(state.step, len(data)))
+            if stage.ema_warmup:
+                state.ema_share.fill_(1 - stage.ema_decay_at(state.step))
             if not alone and watch.stop():
                 state.asked.fill_(1)
             try:
@@ -139,7 +146,9 @@ def fit(
                 ) from error
             state.step += 1
             logs = state.step % log_every == 0 or state.step == total
-            if not (logs or state.step % read_every == 0 or (alone and watch.stop())):
+            tenth = 10 * state.step // total
+            shows = tenth > 10 * (state.step - 1) // total
+            if not (logs or shows or state.step % read_every == 0 or (alone and watch.stop())):
                 continue
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
@@ -157,6 +166,8 @@ def fit(
                 logged_at, logged = now, state.step
                 watch.log(entry)
                 latest = figures(entry)
+            if shows:
+                watch.show(state, tenth)
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
                 display.update(state.step, latest)
                 shown_at = time.monotonic()
@@ -176,6 +187,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def count_noise(network: VAE | Flow, data: Batches) -> int:
+    """Return the number of columns of noise that the objective of a network needs."""
+    return network.noise_dims if isinstance(network, Flow) else count_latents(network, data)
 
 
 @torch.no_grad()
@@ -214,18 +230,23 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
+    if stage.objective == FLOW_OBJECTIVE:  # no reconstruction and no KL
+        entry["velocity_mse"] = entry.pop("mse")
+        del entry["reconstruction_nats"], entry["kl_nats"]
     return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """Return the part of a log entry that the progress bar shows."""
-    penalty = (
-        {"penalty": f"{entry['penalty']:.3f}"}
-        if "penalty" in entry
-        else {"KL": f"{entry['kl_nats']:.1f}"}
-    )
-    shown = {"MSE": f"{entry['mse']:.5f}", **penalty, "gamma2": f"{entry['gamma2']:.5f}"}
-    return shown | {"img/s": f"{entry['images_per_second']:.0f}"}
+    formats = {
+        "mse": ("MSE", ".5f"),
+        "velocity_mse": ("MSE of the velocity", ".5f"),
+        "penalty": ("penalty", ".3f"),
+        "kl_nats": ("KL", ".1f"),
+        "gamma2": ("gamma2", ".5f"),
+        "images_per_second": ("img/s", ".0f"),
+    }
+    return {name: f"{entry[key]:{style}}" for key, (name, style) in formats.items() if key in entry}
 
 
 def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:

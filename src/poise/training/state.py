@@ -2,17 +2,19 @@
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
+from poise.flow import Flow
 from poise.recipes.settings import Stage
 from poise.training.distributed import ranks, share_gradients
 from poise.training.machine import has_convolutions
 from poise.vae import VAE
 
+Network = TypeVar("Network", bound=VAE | Flow)
 TERMS = ("loss", "reconstruction_nats", "kl_nats", "mse", "gamma2")
 
 
@@ -38,57 +40,65 @@ class Verdict(NamedTuple):
 
 
 @dataclass
-class TrainingState:
+class TrainingState(Generic[Network]):
     """The state that a training step changes.
 
     Attributes:
-        vae, balance, optimizer: of this stage.
+        network: the VAE or the flow that is trained.
+        balance, optimizer: of this stage.
         average: exponential moving average of the weights, if the stage keeps one.
         sums: sums of the values in `TERMS` since the last log entry, and the number of steps.
         verdict: the values of a `Verdict`.
         asked: 1 if this process was asked to stop, else 0. With several processes, each step
             averages it.
         shared: averages gradients over several processes. None: there is only one process.
+        ema_share: share of the new weights in the averaged weights, 1 - decay, of the next step.
         step: number of steps taken.
     """
 
-    vae: VAE
+    network: Network
     balance: Balance
     optimizer: torch.optim.Optimizer
-    average: VAE | None
+    average: Network | None
     sums: Tensor
     verdict: Tensor
     asked: Tensor
     shared: nn.Module | None
+    ema_share: Tensor
     step: int = 0
 
     @property
-    def trained(self) -> VAE:
+    def trained(self) -> Network:
         """The network to use after training: with averaged weights, if the stage keeps them."""
-        return self.vae if self.average is None else self.average
+        return self.network if self.average is None else self.average
 
 
-def new_state(vae: VAE, balance: Balance, stage: Stage, device: torch.device) -> TrainingState:
+def new_state(
+    network: Network, balance: Balance, stage: Stage, device: torch.device
+) -> TrainingState[Network]:
     """Return the state before the first step.
 
     Weights of convolutions are in `torch.channels_last`, as are the batches of `ImageBatches`. All
     processes start with the weights of rank 0.
     """
-    vae, balance = vae.to(device), balance.to(device)
-    if has_convolutions(vae):
-        vae = vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    shared = share_gradients(vae, balance) if ranks() > 1 else None
-    parameters = [*vae.parameters(), *balance.parameters()]
+    network, balance = network.to(device), balance.to(device)
+    if has_convolutions(network):
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    shared = share_gradients(network, balance) if ranks() > 1 else None
+    parameters = [*network.parameters(), *balance.parameters()]
     on_cuda = device.type == "cuda"  # a recorded step needs the learning rate as a tensor
     rate = torch.tensor(stage.learning_rate, device=device) if on_cuda else stage.learning_rate
     optimizer = torch.optim.Adam(
         parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_cuda
     )
-    average = copy.deepcopy(vae).requires_grad_(False) if stage.ema_decay is not None else None
+    average = copy.deepcopy(network).requires_grad_(False) if stage.ema_decay is not None else None
     sums = torch.zeros(len(TERMS) + 1, device=device)
     verdict = torch.zeros(len(Verdict._fields), device=device)
     asked = torch.zeros((), device=device)
-    return TrainingState(vae, balance, optimizer, average, sums, verdict, asked, shared)
+    ema_share = torch.zeros((), device=device)  # a tensor, which a recorded step reads
+    return TrainingState(
+        network, balance, optimizer, average, sums, verdict, asked, shared, ema_share
+    )
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -97,8 +107,11 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Return all tensors of the checkpoint of a stage in progress, by name."""
-    tensors = {f"vae.{name}": tensor for name, tensor in state.vae.state_dict().items()}
+    """Return all tensors of the checkpoint of a stage in progress, by name.
+
+    The names of the network's tensors begin with "vae", also those of a flow.
+    """
+    tensors = {f"vae.{name}": tensor for name, tensor in state.network.state_dict().items()}
     tensors |= {f"balance.{name}": tensor for name, tensor in state.balance.state_dict().items()}
     if state.average is not None:
         tensors |= {
@@ -111,7 +124,7 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     """Restore, in place, the tensors that `state_tensors` returned."""
-    state.vae.load_state_dict(under("vae", tensors))
+    state.network.load_state_dict(under("vae", tensors))
     state.balance.load_state_dict(under("balance", tensors))
     if state.average is not None:
         state.average.load_state_dict(under("average", tensors))

@@ -49,7 +49,8 @@ def training_step(
     state.optimizer.found_inf = failed(state)  # pyright: ignore[reportAttributeAccessIssue]
     state.optimizer.step()
     if state.average is not None and stage.ema_decay is not None:
-        update_averaged_weights(state.average, state.vae, stage.ema_decay)
+        share = state.ema_share if stage.ema_warmup else 1 - stage.ema_decay
+        update_averaged_weights(state.average, state.network, share)
     values = (loss, terms.reconstruction, terms.kl, terms.mse, state.balance.gamma2)
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
 
@@ -66,7 +67,7 @@ def loss_terms(
     mixed = stage.precision == "bfloat16"
     with torch.autocast(batch.device.type, torch.bfloat16) if mixed else nullcontext():
         if state.shared is None:
-            return objective(state.vae, state.balance, batch, noise)
+            return objective(state.network, state.balance, batch, noise)
         loss, *others = state.shared(objective, batch, noise)
     return LossTerms(loss, *(value.detach() for value in others))
 
@@ -78,7 +79,7 @@ def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage
     backward passes. If these passes were steps, a resumed run would sum gradients in another order
     than an uninterrupted run. So both passes happen here, in evaluation mode, and change no state.
     """
-    state.vae.eval()
+    state.network.eval()
     state.balance.eval()
     for _ in range(2):
         loss_terms(state, batch, noise, stage).loss.backward()
@@ -101,9 +102,9 @@ def failed(state: TrainingState) -> Scalar:
 
 
 @torch.no_grad()
-def update_averaged_weights(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """Set parameters to decay * average + (1 - decay) * current; copy buffers (of BatchNorm)."""
+def update_averaged_weights(average: nn.Module, current: nn.Module, share: float | Tensor) -> None:
+    """Set parameters to (1 - share) * average + share * current; copy buffers (of BatchNorm)."""
     for kept, new in zip(average.parameters(), current.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+        kept.lerp_(new, share)
     for kept, new in zip(average.buffers(), current.buffers(), strict=True):
         kept.copy_(new)

@@ -19,7 +19,7 @@ from poise.studies.comparison.experiment import Comparison, Experiment, conduct,
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import appearing, write_file
-from poise.variants import PriorName, available_priors, find_prior
+from poise.variants import PriorName, SecondStage, available_priors, find_prior
 
 BALANCES = ("computed", "learned", "optimal", "fixed")
 
@@ -54,7 +54,7 @@ def compare(
             reference. None: computed, learned, optimal and fixed, or computed alone beside models.
         models: objectives to compare: see `poise.objectives.make_objective`.
         priors: names of the priors whose samples are compared: see `poise.variants.PRIORS`. Without
-            "second-stage" no stage 2 is trained. None: all priors.
+            "second-stage" and "flow" no stage 2 is trained. None: all priors of the recipe.
         seeds: number of seeds, at least 1: the seeds are 0, 1, ...
         recipe: see `poise.train`.
         second_balance: balance of stage 2 for all labels; "same": each label's own; None: the
@@ -88,11 +88,10 @@ def compare(
         models,
         second_balance,
     )
-    one_stage = isinstance(recipe, Recipe) and recipe.second is None
-    chosen = choose_priors(priors, 1 if one_stage else changes.get("stages"))
-    base = base_recipe(
-        data, recipe, changes if _need_second_stage(chosen) else {**changes, "stages": 1}
-    )
+    base = base_recipe(data, recipe, changes)
+    chosen = choose_priors(priors, base.second_stage)
+    if not any(find_prior(name).second_stage for name in chosen):
+        base = base_recipe(data, recipe, {**changes, "stages": 1})
     name = f"compare-{_name(data, base)}"
     folder = Path(out or Path("runs") / name)
     wanted = replace(find_protocol(protocol), **({} if images is None else {"real": images}))
@@ -105,24 +104,32 @@ def compare(
     return comparison
 
 
-def choose_priors(priors: Sequence[PriorName] | None, stages: int | None) -> tuple[PriorName, ...]:
+def choose_priors(
+    priors: Sequence[PriorName] | None, second_stage: SecondStage | None
+) -> tuple[PriorName, ...]:
     """Return the priors to measure, in the order of `PRIORS`. None: all available priors.
 
+    Args:
+        priors: names of priors, or None.
+        second_stage: kind of stage 2, or None.
+
     Raises:
-        InputError: a prior needs a second stage, and there is none.
+        InputError: a prior needs another second stage.
     """
+    there = available_priors(second_stage)
     for name in priors or ():
-        if find_prior(name).needs == "second stage" and stages == 1:
+        needed = find_prior(name).second_stage
+        if name not in there and second_stage is None:
             raise InputError(
                 f"the prior {name} needs a second stage: leave it out of the priors, "
                 "or allow both stages"
             )
-    there = available_priors(second_stage=stages != 1)
+        if name not in there:
+            raise InputError(
+                f"the prior {name} needs a {needed} as second stage, and this recipe trains a "
+                f"{second_stage}: leave it out of the priors, or give --second {needed}"
+            )
     return tuple(name for name in there if priors is None or name in priors)
-
-
-def _need_second_stage(priors: Sequence[PriorName]) -> bool:
-    return any(find_prior(name).needs == "second stage" for name in priors)
 
 
 def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, Any]) -> Recipe:

@@ -259,7 +259,8 @@ def conditions(results: Iterable[Result]) -> list[str]:
     """
     of: dict[str, dict[str, None]] = {}
     for result in results:
-        for line in [*_protocols(result), *result.evaluation["notes"], made_by(result)]:
+        notes = [*result.data.get("notes", []), *result.evaluation["notes"]]
+        for line in [*_protocols(result), *notes, made_by(result)]:
             of.setdefault(line, {})[result.label] = None
     everyone = max((len(labels) for labels in of.values()), default=0)
     return [

@@ -1,0 +1,100 @@
+"""Keep the decoded images of a folder in a file, so that they are decoded once.
+
+The file belongs to the names, sizes and times of the image files, and to the options of reading.
+If any of them changes, the images are decoded again.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from poise.data.dataset import Reading
+from poise.data.encoded import Decoded, Encoded
+from poise.data.encoded import decode as decode_now
+from poise.data.storage import fits
+from poise.errors import RunError
+from poise.support.files import appearing, write_json
+
+RULES = 1  # increased if a change of this package changes the decoded images
+WORTH_SECONDS = 3.0  # a set that is decoded faster is not kept
+_NAME = "decoded-"
+
+
+def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
+    """Return the images of `encoded.decode`, from the folder `reading.cache` if they are there.
+
+    Images are kept if decoding them takes `WORTH_SECONDS` or more, and the disk has room for three
+    times their size.
+    """
+    key = _key(files, reading) if reading.cache else None
+    if key is None or reading.cache is None:
+        return decode_now(files, reading)
+    kept = _read(reading.cache / f"{_NAME}{key}", reading)
+    if kept is not None:
+        return kept
+    began = time.monotonic()
+    found = decode_now(files, reading)
+    if time.monotonic() - began >= WORTH_SECONDS:
+        with suppress(OSError, RunError):  # a full or read-only disk costs time, and no more
+            _write(found, reading.cache, key)
+    return found
+
+
+def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
+    """Return the checksum of all that the decoded images depend on; None: not all are files."""
+    import PIL
+
+    options = asdict(reading) | {"cache": None, "memory_budget": None, "jpeg_quality": None}
+    digest = hashlib.sha256(f"{RULES} {PIL.__version__} {sorted(options.items())}\n".encode())
+    for file in files:
+        try:
+            if file.path is None:
+                return None
+            found = file.path.stat()
+        except OSError:
+            return None
+        line = f"{file.label}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(place: Path, reading: Reading) -> Decoded | None:
+    """Return the kept images; None: there are none, or they are damaged."""
+    try:
+        told = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+        pixels = place.with_suffix(".npy")
+        in_memory = fits(pixels.stat().st_size, reading.memory_budget)
+        # "c" lets the array be written without changing the file.
+        images = np.load(pixels, mmap_mode=None if in_memory else "c", allow_pickle=False)
+        if list(images.shape) != told["shape"]:
+            return None
+        names, notes, skipped = (tuple(told[key]) for key in ("names", "notes", "skipped"))
+        positions = np.array(told["positions"], int)
+        return Decoded(images, positions, names, notes, told["levels"], skipped)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+
+
+def _write(found: Decoded, folder: Path, key: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < 3 * found.images.nbytes:
+        return
+    for old in folder.glob(f"{_NAME}*"):
+        with suppress(OSError):
+            old.unlink()
+    with appearing(folder / f"{_NAME}{key}.npy") as writing, open(writing, "wb") as file:
+        np.save(file, found.images, allow_pickle=False)
+    # Written last: without it the images do not count.
+    told = found._asdict() | {
+        "images": None,
+        "shape": list(found.images.shape),
+        "positions": found.positions.tolist(),
+    }
+    write_json(folder / f"{_NAME}{key}.json", told)
