@@ -218,12 +218,14 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
     )
 
 
-def test_too_few_steps_are_said(wine):
+def test_too_few_steps_are_said():
     with pytest.warns(
         ConvergenceWarning,
         match=r"rose by .* nats in the last fifth of 100 steps: train for more steps",
     ):
-        VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)
+        VAEEstimator(16, hidden=(64,), steps=100, device="cpu", random_state=0).fit(
+            load_digits().data[:600]
+        )
 
 
 def test_a_fit_that_fails_leaves_no_model(wine):
@@ -384,6 +386,12 @@ def test_ctrl_c_keeps_the_best_weights(wine, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.fit(wine)
     assert model.n_iter_ < 20 * MOST_STEPS and np.isfinite(model.score(wine))
+
+
+def test_an_uncertain_density_is_said(wine):
+    model = VAEEstimator(2, **QUICK, importance_samples=1, random_state=0).fit(wine)
+    with pytest.warns(ConvergenceWarning, match="the density of .* of 178 rows has a standard err"):
+        model.score(wine)
 
 
 def test_two_rows_are_trained_on_however_many_are_held_out(wine):

@@ -470,7 +470,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X: (rows, features), finite numbers.
 
         Warns:
-            UserWarning: more than a tenth of the rows is not certain, see `score_details`.
+            ConvergenceWarning: more than a tenth of the rows is not certain, see `score_details`.
         """
         scores = self.score_details(X)
         uncertain = int((~scores.certain).sum())
@@ -480,7 +480,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 f"above {CERTAIN_NATS} nats: use more importance_samples than "
                 f"{self.importance_samples}, or fewer latents"
             )
-            warnings.warn(text, UserWarning, stacklevel=2)
+            warnings.warn(text, ConvergenceWarning, stacklevel=2)
         return scores.log_density
 
     def score_details(self, X: Any) -> "Scores":
