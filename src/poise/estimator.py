@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self,
         latent_dim: int = 16,
         *,
-        hidden: Sequence[int] | str = "auto",
+        hidden: Sequence[int] | Literal["auto"] = "auto",
         balance: str = "computed",
         prior: PriorName = "mixture",
         steps: int = 5_000,
@@ -599,16 +599,23 @@ class Line(NamedTuple):
         variances[:number] = pca.explained_variance_.clip(noise)
         weight = np.zeros((table.shape[1], latents))
         weight[:, :number] = (pca.components_.T) * np.sqrt(variances[:number] - noise)
-        return cls(*map(torch.from_numpy, (weight, pca.mean_, variances)), noise)
+        of_weight, of_mean = torch.from_numpy(weight), torch.from_numpy(pca.mean_)
+        return cls(of_weight, of_mean, torch.from_numpy(variances), noise)
 
     def beside(self, hidden: Sequence[int]) -> VAE:
         """Return a VAE of this model plus networks that return zeros, or without hidden layers."""
         features, latents = self.weight.shape
-        networks_of = networks.mlp(features, latents, hidden=hidden, output="linear")
-        encoder, decoder = networks_of if hidden else (None, None)
-        for head in (encoder.mean, encoder.log_std, decoder.layers[-3]) if hidden else ():
-            nn.init.zeros_(head.weight)
+        encoder = decoder = None
+        if hidden:
+            encoder, decoder = networks.mlp(features, latents, hidden=hidden, output="linear")
+            # The heads of the encoder, and the output layer of the decoder.
+            for layer in [*_dense(encoder)[-2:], _dense(decoder)[-1]]:
+                nn.init.zeros_(layer.weight)
         return VAE(LineEncoder(self, encoder), LineDecoder(self, decoder))
+
+
+def _dense(network: nn.Module) -> list[nn.Linear]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
 class LineEncoder(nn.Module):
