@@ -156,10 +156,11 @@ def measured(name: str, splits: int, models: dict[str, Model]) -> dict[str, Any]
     figures: dict[str, Any] = {}
     for seed in range(splits):
         split: list[Any] = train_test_split(rows, test_size=0.2, random_state=seed)
+        seen, unseen = split
         for model, measure in models.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of convergence
-                found = measure(*split, latents, seed)
+                found = measure(seen, unseen, latents, seed)
             for key, value in found.items():
                 figures.setdefault(model, {}).setdefault(key, []).append(round(value, 4))
     size = {"rows": len(rows), "columns": rows.shape[1], "latents": latents}

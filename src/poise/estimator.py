@@ -171,7 +171,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.validation_fraction = validation_fraction
         self.importance_samples = importance_samples
         self.score_prior = score_prior
-        self.score_proposal = score_proposal
+        self.score_proposal: Proposal = score_proposal
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -204,7 +204,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         counts = _counts(table, sample_weight)
         repeated = np.repeat(table, counts, 0)
         self.mean_, self.scale_ = repeated.mean(0, dtype=np.float64), _scale(repeated)
-        self.hidden_ = _widths(repeated.shape) if self.hidden == "auto" else tuple(self.hidden)
+        hidden: Any = self.hidden
+        self.hidden_: tuple[int, ...] = (
+            _widths(repeated.shape) if hidden == "auto" else tuple(hidden)
+        )
         self.history_: list[dict[str, float]] = []
         seed = _seed(self.random_state)
         with denormals_as_zero():
@@ -598,7 +601,8 @@ class Line(NamedTuple):
         variances = np.full(latents, noise)
         variances[:number] = pca.explained_variance_.clip(noise)
         weight = np.zeros((table.shape[1], latents))
-        weight[:, :number] = (pca.components_.T) * np.sqrt(variances[:number] - noise)
+        axes: Any = pca.components_
+        weight[:, :number] = axes.T * np.sqrt(variances[:number] - noise)
         of_weight, of_mean = torch.from_numpy(weight), torch.from_numpy(pca.mean_)
         return cls(of_weight, of_mean, torch.from_numpy(variances), noise)
 
@@ -658,7 +662,7 @@ class LineDecoder(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    layer: Any = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
