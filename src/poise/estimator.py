@@ -15,8 +15,8 @@ probabilistic PCA, in closed form, and the networks start at zero.
 Early stopping. Tables are small, and a network overfits them. gamma2 then follows the error of the
 training rows, and other rows get a very low likelihood. So some rows are held out, and the weights
 with the highest ELBO on these rows are kept. With a computed balance, probabilistic PCA is kept
-instead unless the network has a higher ELBO on these rows, by one standard error of the difference,
-and no larger reconstruction error. PCA is then fitted to all rows. A scheduled, constrained or
+instead unless the network has a higher ELBO on these rows, by two standard errors of the
+difference, and no larger reconstruction error. PCA is then fitted to all rows. A scheduled, constrained or
 controlled balance trains for all steps: its ELBO may be higher on the way than at its target.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
@@ -73,6 +73,7 @@ from poise.variants import PRIORS, PriorName, SecondStage, find_prior
 MOST_STEPS = 50  # maximum number of steps between evaluations of the held-out rows
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
 PATIENCE_ROWS = 100_000  # rows trained on without a higher ELBO after which training stops
+LEAST_PATIENCE = 200  # the same in steps, for large batches
 RISING_NATS = 0.1  # rise of the ELBO in the last steps that causes a ConvergenceWarning
 WIDTHS = (16, 256)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
@@ -731,7 +732,7 @@ class EarlyStopping:
     ) -> None:
         self.state, self.score, self.steps = state, score, steps
         self.epoch = math.ceil(rows / batch)
-        self.patience = math.ceil(PATIENCE_ROWS / batch)
+        self.patience = max(LEAST_PATIENCE, math.ceil(PATIENCE_ROWS / batch))
         self.next = min(MOST_STEPS, self.epoch)
         self.checked = 0
         self.scores: list[tuple[int, float]] = []  # step and score
@@ -821,7 +822,7 @@ class HeldOut(NamedTuple):
         """Return whether the score is higher beyond its noise, with no larger error."""
         rise = self.scores - line.scores
         error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-        return float(rise.mean()) > error and self.mse <= line.mse
+        return float(rise.mean()) > 2 * error and self.mse <= line.mse
 
 
 def _is_elbo(balance: Balance) -> bool:
