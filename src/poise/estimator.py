@@ -122,7 +122,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         mean_: m of eq. 1, (features,).
         scale_: s of eq. 1.
         noise_variance_: s^2 gamma2 of eq. 1, the maximum likelihood estimate. scikit-learn's `PCA`
-            divides by n - 1: its value is n / (n - 1) times that of a model without hidden layers.
+            divides by n - 1: its value is n / (n - 1) times that of a trained model without hidden
+            layers. If PCA was kept, it is PCA's value.
         vae_, balance_: the trained VAE and balance, for rows (x - m) / s.
         n_iter_: training step of the weights that were kept. 0: probabilistic PCA was kept.
         n_latents_: the `latent_dim` of the fit.
