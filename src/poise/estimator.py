@@ -49,7 +49,12 @@ from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
 from poise.metrics.encoding import encoded
-from poise.metrics.likelihood import CERTAIN_NATS, Proposal, nll_of_values
+from poise.metrics.likelihood import (
+    ADAPTATION_SAMPLES,
+    CERTAIN_NATS,
+    Proposal,
+    nll_of_values,
+)
 from poise.priors import MixturePrior, Prior, TrainedModel, make_prior
 from poise.recipes.settings import Stage
 from poise.sampling import sample
@@ -501,7 +506,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         vae = copy.deepcopy(self.vae_).double()
         mixture = self.prior_ if self.score_prior == "mixture" else None
         log_prior = mixture.log_density if isinstance(mixture, MixturePrior) else None
-        many = max(1, ROW_VALUES // (self.importance_samples * self.n_latents_))
+        many = max(
+            1, ROW_VALUES // (max(self.importance_samples, ADAPTATION_SAMPLES) * self.n_latents_)
+        )
         found = []
         for part in np.array_split(table, math.ceil(len(table) / many)):
             rows = torch.from_numpy((part - self.mean_) / self.scale_).clamp(-MOST, MOST)
@@ -593,7 +600,7 @@ class Line(NamedTuple):
         """Fit the model to rows. Latents beyond their rank have columns of zeros in W."""
         table = rows.double().numpy()
         number = min(latents, table.shape[1] - 1, len(table) - 2)
-        if number < 1:
+        if number < 1 or table.var(0).max() < 1e-20:  # PCA divides by the variance
             noise = max(float(table.var(0).mean()), 1e-12)
             zeros = torch.zeros(table.shape[1], latents, dtype=torch.float64)
             mean, ones = torch.from_numpy(table.mean(0)), torch.ones(latents, dtype=torch.float64)
