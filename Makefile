@@ -9,7 +9,8 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Compiling every module of every package takes half of the installation, and few are imported.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
 # Each of a hundred processes of the tests would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE

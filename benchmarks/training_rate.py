@@ -2,6 +2,8 @@
 
     POISE_DATA=... python benchmarks/training_rate.py [--only digits pythae-mlp ...] [--rounds 10]
         [--seconds 3] [--loops "poise, eager" bare ...] [--other OTHER_CHECKOUT/src]
+    python benchmarks/training_rate.py --balance [--other OTHER_CHECKOUT/src]
+        [--json results/bench-balance.json]
 
 Each loop runs in the main thread of its own process, on its own copy of the network. The processes
 take turns, round by round. Printed are each loop's median images per second, the spread over
@@ -14,6 +16,9 @@ rounds, and the ratio of Poise's loop to each other loop, round by round.
 - "pythae": pythae's trainer on pythae's own networks, in batches of 64, its default:
   `BaseTrainer.train_step`, one epoch of as many images as the other loops see in a turn. Without
   pythae (`pip install pythae`) its networks are left out, with a note.
+- `--balance` measures the loss alone, without a network: microseconds of the computed balance's
+  forward and backward on batches of 100 rows of 100 values, without groups, with a mask and with a
+  group per column, beside the balance of another checkout.
 - "matrix": large float32 matrix products. The share of the matrix rate is the step's FLOPs (counted
   by torch, a multiply-add as two) times steps per second, over the products' FLOPs per second.
 """
@@ -58,6 +63,14 @@ from poise.runs.build import first_stage
 from poise.training import Engine, ImageBatches, Watch, fit, new_state
 from poise.vae import VAE
 
+# Loops of `--balance`: options of `ComputedBalance`, and whether there is a mask.
+BALANCES: dict[str, tuple[dict[str, Any], bool]] = {
+    "balance": ({}, False),
+    "balance, mask": ({}, True),
+    "balance, 100 groups": ({"groups": 100, "per": "channel"}, False),
+    "balance, 100 groups, mask": ({"groups": 100, "per": "channel"}, True),
+    "balance, other": ({}, False),
+}
 Steps = Callable[[int], None]  # trains for the given number of steps
 LEARNING_RATE = 1e-4
 PYTHAE_LATENTS = 16
@@ -113,6 +126,11 @@ def work(name: str, loop: str, device: torch.device, turn_seconds: float) -> Non
         serve(lambda amount: products, device)
         return
     torch.manual_seed(0)
+    if loop in BALANCES:
+        send({})
+        run = balance_steps(*BALANCES[loop], device)
+        serve(lambda steps: lambda: run(steps), device)
+        return
     subject = SUBJECTS[name]
     data, size = datasets.load(subject.data), subject.batch_size
     if loop == "pythae":
@@ -137,6 +155,20 @@ def work(name: str, loop: str, device: torch.device, turn_seconds: float) -> Non
         return
     engine: Any = loop.split(", ")[1]
     train(vae, data, size, device, engine)
+
+
+def balance_steps(options: dict[str, Any], masked: bool, device: torch.device) -> Steps:
+    balance = ComputedBalance(**options).to(device)
+    target = torch.rand(100, 100, device=device)
+    reconstruction = (target + 0.1 * torch.randn_like(target)).requires_grad_()
+    mean, logvar = (torch.randn(100, 16, device=device, requires_grad=True) for _ in range(2))
+    mask = {"mask": torch.rand(100, 100, device=device) < 0.8} if masked else {}
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            balance(reconstruction, target, mean, logvar, **mask).loss.backward()
+
+    return run
 
 
 def network(name: str, shape: tuple[int, ...]) -> VAE:
@@ -313,6 +345,27 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def measure_balance(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure microseconds per step of the balance alone, in turns."""
+    chosen = [loop for loop in BALANCES if "other" not in loop or options.other is not None]
+    workers = {loop: worker("digits", loop, options) for loop in chosen}
+    trial = workers["balance"].turn(100) and workers["balance"].turn(100) / 100
+    steps = max(10, round(options.seconds / trial))
+    times = take_turns(workers, dict.fromkeys(chosen, steps), options.rounds)
+    base = "balance, other" if options.other else "balance"
+    for process in workers.values():
+        process.end()
+    return {
+        "steps_of_each": steps * options.rounds,
+        "microseconds": {
+            loop: summary([1e6 * second / steps for second in times[loop]], 1) for loop in chosen
+        },
+        f"over_{base.replace(', ', '_')}": {
+            loop: over(times[loop], times[base]) for loop in chosen if loop != base
+        },
+    }
+
+
 def chosen_loops(name: str, options: argparse.Namespace) -> list[str]:
     return [
         loop
@@ -324,7 +377,7 @@ def chosen_loops(name: str, options: argparse.Namespace) -> list[str]:
 
 def worker(name: str, loop: str, options: argparse.Namespace) -> Worker:
     command = [__file__, "--work", loop, "--only", name, "--device", options.device]
-    path = [str(options.other.resolve())] if loop.startswith("other") else []
+    path = [str(options.other.resolve())] if "other" in loop else []
     path += filter(None, [os.environ.get("PYTHONPATH")])
     return Worker(
         [*command, "--seconds", str(options.seconds)], {"PYTHONPATH": os.pathsep.join(path)}
@@ -371,12 +424,19 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("results/bench-training-rate.json"))
-    parser.add_argument("--work", choices=LOOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--balance", action="store_true", help="measure the balance alone")
+    parser.add_argument("--work", choices=[*LOOPS, *BALANCES], help=argparse.SUPPRESS)
     options = parser.parse_args()
     device, chosen = torch.device(options.device), options.only
     if options.work:
         with contextlib.redirect_stdout(sys.stderr):
             work(chosen[0], options.work, device, options.seconds)
+        return
+    if options.balance:
+        figures = measure_balance(options)
+        write_report(options.json, {**machine(device), "rounds": options.rounds, **figures})
+        rows = [list(row) for row in figures["microseconds"].items()]
+        show([["loop", "microseconds per step"], *rows])
         return
     if find_spec("pythae") is None:
         chosen = [name for name in chosen if SUBJECTS[name].recipe]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import forking
 
@@ -140,3 +141,24 @@ def test_a_start_that_is_debiased_is_compared_on_the_claims_own_runs():
         for (_, recipe), (_, other_recipe) in zip(one.planned(), other.planned(), strict=True):
             assert recipe.first.balance == "computed:start=first-batch"
             assert other_recipe.first == replace(recipe.first, balance="computed")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_computed_balance_is_compared_with_weights_tuned_by_hand(monkeypatch):
+    from benchmarks import groups
+
+    task = replace(groups.table(seed=0), steps=1)
+    vae = groups.network(task)
+    for parameter in vae.parameters():
+        torch.nn.init.zeros_(parameter)
+    # The decoder returns 0 and the posterior is the prior: rows are independent normal columns.
+    normal = torch.distributions.Normal(0.0, task.rows.square().mean(0).sqrt())
+    density = float(normal.log_prob(task.test).mean())
+    assert groups.held_out(task, vae, task.test, task.test_observed)["elbo"] == pytest.approx(
+        density, abs=1e-4
+    )
+
+    monkeypatch.setattr(groups, "CHECKED", 1)
+    found = groups.measured(task, seed=0)
+    assert [len(grid) for grid in found.values()] == [7, 7]
+    assert groups.OF_COMPUTED in groups.tables({"tasks": {"table": [found, found]}})

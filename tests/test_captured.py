@@ -81,7 +81,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(engines, "training_step", taken_or_recorded)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = SimpleNamespace(
-        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext()
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+        stream=lambda stream: nullcontext(),
     )
     cuda.CUDAGraph, cuda.graph = Graph, recording
     monkeypatch.setattr(engines.distributed, "launched", lambda: False)

@@ -355,7 +355,7 @@ def test_a_result_measured_with_other_images_than_the_design_says_does_not_belon
 
 def test_a_result_does_not_say_where_its_images_lay(tmp_path, monkeypatch):
     images = np.zeros((40, 28, 28), np.uint8)
-    images[::2, ::2] = 255
+    images[::2, ::2], images[1::2, 1::2] = 255, 100
     monkeypatch.setenv("POISE_DATA", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "mnist.npz", x_train=images, x_test=images[:20])

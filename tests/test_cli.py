@@ -545,11 +545,11 @@ WRONG = {
     ),
     "unknown prior": (
         lambda tmp_path: ["sample", tmp_path, "--prior", "gauss"],
-        r"'gauss'; there are flow, mixture, normal, second-stage, as in --prior mixture \(see",
+        r"'gauss'; there are flow, mixture, normal, second-stage, as in --prior flow \(see",
     ),
     "unknown priors": (
         lambda tmp_path: ["compare", "--priors", "gauss"],
-        r"as in --priors mixture",
+        r"as in --priors flow",
     ),
     "no steps": (lambda tmp_path: ["train", "--epochs", "0"], r"epochs must be greater than 0"),
     "no such device": (

@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from poise import data as datasets
 from poise.data import Rows, cached, checked_images, encoded, find_images, gather, load, read_images
 from poise.data.arrays import as_images
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
+from poise.data.decoding import read_image
 from poise.data.storage import gather_rows
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.variants import DATA_SETS
@@ -401,6 +403,29 @@ def test_damaged_files_of_arrays_are_refused(tmp_path, ending, content):
     assert f"x.{ending} is {'damaged (' if content == 'cut' else 'not an .np'}" in refusal(path)
 
 
+@pytest.mark.parametrize("header", ["(-12, 8, 8)", "(12, 8, -8)", "(12, 8, ", "(1e9, 8, 8)", "[]"])
+def test_a_broken_header_of_an_array_is_refused(tmp_path, header):
+    content = b"{'descr': '|u1', 'fortran_order': False, 'shape': %s}\n" % header.encode()
+    array = b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content + bytes(768)
+    (tmp_path / "x.npy").write_bytes(array)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", array)
+    for name in ("x.npy", "x.npz"):
+        assert f"{name} is damaged (" in refusal(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are POSIX")
+def test_an_array_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.npy")
+    assert "x.npy is not a file" in refusal(tmp_path / "x.npy")
+
+
+def test_an_archive_without_arrays_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", b"no array at all")
+    assert "x.npz (images) is not an array" in refusal(tmp_path / "x.npz")
+
+
 # Folders of images
 
 
@@ -502,6 +527,15 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     (folder / "train" / "gone.png").symlink_to("nowhere.png")
     assert "x/train/gone.png does not exist, the target of a link (nowhere.png)" in refusal("x")
     assert load("x", skip_unreadable=True).checksum == dataset.checksum
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are POSIX")
+def test_an_image_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    os.mkfifo(folder / "pipe.png")
+    assert len(read_images(folder)) == 12
+    with pytest.raises(InputError, match="it is a named pipe"):
+        read_image(folder / "pipe.png", "L")
 
 
 def test_a_folder_that_cannot_be_read_is_named_or_skipped(tmp_path, monkeypatch):
@@ -664,6 +698,9 @@ def test_decoded_images_are_kept_until_a_file_or_an_option_changes(tmp_path, mon
     (kept,) = cache.glob("*.npy")  # the others are deleted
     kept.write_bytes(kept.read_bytes()[:-30])
     assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 4
+    (told,) = cache.glob("*.json")
+    told.write_text(told.read_text().replace('"names": [', '"names": [7, '))
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 5
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     (folder / "003.png").unlink()
     load(folder, cache=cache)

@@ -604,6 +604,7 @@ def test_nobody_who_uses_the_computed_balance_is_told_to_use_it(balance):
     for gamma2 in (1.0, 1e-4):
         balance.gamma2.fill_(gamma2)
         balance.weight.fill_(1.0)
+        balance.reference.fill_(1.0)
         found = diagnose(vae, test, train_images=train, loss=balance).findings
         assert found[0].name == ("over-regularised" if gamma2 == 1 else "under-regularised")
         assert not any("ComputedBalance" in finding.remedy for finding in found), found

@@ -6,20 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from poise.balance import make_balance
+from poise.balance import ComputedBalance, make_balance
 
-WORLD, STEPS, BATCH = 2, 3, 16
-SHARDS = {"even": (8, 8), "uneven": (5, 11)}
+WORLD, STEPS, BATCH, WIDTH = 2, 3, 16, 12
+SHARDS = {"even": (8, 8), "uneven": (5, 11), "ragged": (5, 11)}
+GROUPED = f"computed:groups={WIDTH},per=channel"
 
 
-def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
+def run_steps(spec: str, rows: slice, ragged: bool = False) -> list[list[Tensor]]:
     """Return each step's loss, other terms, gradients and state on these rows of the batch.
 
     The gradients are those of the inputs and of the parameters.
+
+    Args:
+        spec: the balance.
+        rows: rows of the batch that this process has.
+        ragged: row i has 1 to 12 values. The others are masked, and are cut off where no row of
+            this process has them, unless each column is a group.
     """
     balance = make_balance(spec)
+    if ragged:  # LearnedBalance's gradient is a small difference, which float32 rounds to 1e-6
+        balance = balance.double()
+    lengths = torch.arange(BATCH).mul(WIDTH - 1).div(BATCH - 1, rounding_mode="floor") + 1
+    mask = (torch.arange(WIDTH) < lengths[:, None])[rows] if ragged else None
+    width = int(lengths[rows].max()) if ragged and spec != GROUPED else WIDTH
     generator = torch.Generator().manual_seed(0)
     outcome = []
     for step in range(STEPS):
@@ -30,9 +43,11 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
         # Shards differ in their errors.
         scale = torch.linspace(0.1, 1.0, BATCH).unsqueeze(1) / (1 + step)
         inputs = [
-            value[rows].requires_grad_() for value in (target + scale * noise, mean, scale * logvar)
+            value[rows].requires_grad_()
+            for value in ((target + scale * noise)[:, :width], mean, scale * logvar)
         ]
-        terms = balance(inputs[0], target[rows], *inputs[1:])
+        options = {} if mask is None else {"mask": mask[:, :width]}
+        terms = balance(inputs[0], target[rows, :width], *inputs[1:], **options)
         terms.loss.backward()
         loss = average(terms.loss.detach())
         parameters = []
@@ -42,7 +57,9 @@ def run_steps(spec: str, rows: slice) -> list[list[Tensor]]:
             parameter.grad = None
         state = [value.double() for value in balance.state_dict().values()]
         grads = [
-            value.grad / (dist.get_world_size() if dist.is_initialized() else 1) for value in inputs
+            F.pad(value.grad, (0, WIDTH - value.shape[1]))
+            / (dist.get_world_size() if dist.is_initialized() else 1)
+            for value in inputs
         ]
         outcome.append([loss, *terms[1:], balance.gamma2, *parameters, *state, *grads])
     return outcome
@@ -70,8 +87,9 @@ def work(rank: int, specs: list[str], folder: str) -> None:
     outcome = {}
     for name, sizes in SHARDS.items():
         start = sum(sizes[:rank])
-        for spec in specs:
-            outcome[name, spec] = run_steps(spec, slice(start, start + sizes[rank]))
+        for spec in [*specs, GROUPED]:
+            own = slice(start, start + sizes[rank])
+            outcome[name, spec] = run_steps(spec, own, ragged=name == "ragged")
     for spec in specs:
         balance = make_balance(spec).eval()
         # If rank 0 alone communicated here, it would disturb the sum below or hit the timeout.
@@ -80,6 +98,11 @@ def work(rank: int, specs: list[str], folder: str) -> None:
         together = torch.ones(7)
         dist.all_reduce(together)
         outcome["silent", spec] = bool(together.eq(WORLD).all())
+    alone = [dist.new_group([each]) for each in range(WORLD)][rank]
+    for name, group in (("all", None), ("none", False), ("own", alone)):
+        balance = ComputedBalance(process_group=group)
+        balance.combine(torch.tensor([0.01 if rank == 0 else 1.0]), torch.zeros(1), 1)
+        outcome[name] = balance.gamma2
     dist.barrier()
     torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -97,7 +120,16 @@ def ranks(tmp_path_factory, all_specs) -> list[dict]:
 
 @pytest.mark.parametrize("shards", SHARDS)
 def test_ranks_on_shards_equal_one_process_on_their_union(spec, shards, ranks):
-    whole = run_steps(spec, slice(0, BATCH))
+    check(spec, shards, ranks)
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_ranks_share_the_gamma2_of_each_group(shards, ranks):
+    check(GROUPED, shards, ranks)
+
+
+def check(spec: str, shards: str, ranks: list[dict]) -> None:
+    whole = run_steps(spec, slice(0, BATCH), ragged=shards == "ragged")
     for step, expected in enumerate(whole):
         first, second = (rank[shards, spec][step] for rank in ranks)
         shared = len(expected) - 3
@@ -112,3 +144,9 @@ def test_ranks_on_shards_equal_one_process_on_their_union(spec, shards, ranks):
 
 def test_evaluation_mode_does_not_communicate(spec, ranks):
     assert [rank["silent", spec] for rank in ranks] == [True, True]
+
+
+def test_unrelated_models_on_two_ranks_keep_their_own_gamma2(ranks):
+    """Former defect: errors of 0.01 and 1.0 gave 0.505 to both."""
+    for name, expected in {"all": (0.505, 0.505), "none": (0.01, 1.0), "own": (0.01, 1.0)}.items():
+        assert [float(rank[name]) for rank in ranks] == pytest.approx(expected)

@@ -74,6 +74,13 @@ def test_the_table_of_what_each_choice_moves_is_that_of_the_results():
     )
 
 
+def test_the_tables_of_weights_tuned_by_hand_are_those_of_the_results():
+    report = json.loads((ROOT / "results" / "bench-groups.json").read_text())
+    assert rows(script("groups").tables(report)) == rows(
+        section("docs/balances.md", "## Several errors without weights")
+    )
+
+
 @pytest.mark.parametrize(
     "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
 )

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 import forking
-from poise.features import Extractor, cached_features, default_cache, make_extractor
+from poise.features import Extractor, cache, cached_features, default_cache, make_extractor
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
 
@@ -94,6 +95,27 @@ def test_a_damaged_file_is_said_and_computed_again(counting, tmp_path, capsys, d
     assert torch.equal(counting(tmp_path), first)
     assert capsys.readouterr().err.count("computing them again\n") == 1
     assert torch.equal(counting(tmp_path), first) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda features: features[:3].clone(),
+        lambda features: features.reshape(-1),
+        lambda features: features * torch.nan,
+        lambda features: features.double(),
+        lambda features: features[:, :0].clone(),
+    ],
+)
+def test_features_of_another_kind_are_computed_again_even_with_a_right_hash(
+    counting, tmp_path, capsys, other
+):
+    first = counting(tmp_path)
+    (path,) = tmp_path.iterdir()
+    features = other(first)
+    path.write_bytes(save({"features": features, "sha256": cache._digest(path, features)}))
+    assert torch.equal(counting(tmp_path), first)
+    assert capsys.readouterr().err.count("computing them again\n") == 1
 
 
 def test_a_file_under_anothers_name_is_not_believed(counting, tmp_path, capsys):

@@ -27,6 +27,7 @@ from poise.runs import checkpoint
 from poise.runs.options import Options
 from poise.support.seeds import generator
 from poise.training import CodeBatches, ImageBatches, Watch, fit, new_state
+from poise.training.loop import may_draw
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 COVARIANCE = torch.tensor(
@@ -192,21 +193,51 @@ def test_a_flow_is_averaged_with_a_warm_start(run):
     assert [TINY.second.ema_decay_at(k) for k in (0, 8, 1000)] == [0.1, 0.5, 0.9]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_run_with_a_flow_that_is_killed_ends_bit_identical(step, run, tmp_path, monkeypatch):
+@pytest.fixture
+def killed_after(tmp_path, monkeypatch):
+    """Train until a number of steps, and return the folder."""
+
     class Killed(BaseException):
         pass
 
-    left, real = iter(range(step)), training.engines.training_step
+    def train(step: int) -> Path:
+        left, real = iter(range(step)), training.engines.training_step
 
-    def mortal(*arguments):
-        if next(left, None) is None:
-            raise Killed
-        return real(*arguments)
+        def mortal(*arguments):
+            if next(left, None) is None:
+                raise Killed
+            return real(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training.engines, "training_step", mortal)
-        poise.train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(training.engines, "training_step", mortal)
+            poise.train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET)
+        return tmp_path / "run"
+
+    return train
+
+
+@pytest.mark.parametrize("damage", [None, torch.nan, "absent"])
+def test_damaged_codes_of_mirror_images_are_computed_again(damage, run, killed_after, capsys):
+    folder = killed_after(5)
+    saved = checkpoint.read_folder(folder / "codes")
+    if damage == "absent":
+        del saved.tensors["mirrored_logvar"]
+    elif damage is not None:
+        saved.tensors["mirrored_mean"][3, 1] = damage
+    checkpoint.write_folder(folder / "codes", *saved)
+    poise.train(IMAGES, recipe=TINY, out=folder, options=QUIET)
+    assert ("computing the codes again" in capsys.readouterr().err) == (damage is not None)
+    again, undisturbed = weights(folder), weights(run.folder)
+    assert all(torch.equal(again[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_a_flow_draws_nothing_from_the_global_generator(run):
+    assert not may_draw(run.flow)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_run_with_a_flow_that_is_killed_ends_bit_identical(step, run, tmp_path, killed_after):
+    killed_after(step)
     poise.train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET)
     again, undisturbed = weights(tmp_path / "run"), weights(run.folder)
     assert again.keys() == undisturbed.keys()

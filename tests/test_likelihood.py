@@ -12,7 +12,7 @@ from scipy.stats import laplace, multivariate_normal, norm
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from poise.balance import Balance, FixedBalance
+from poise.balance import Balance, ComputedBalance, FixedBalance
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics import encoding, likelihood, reconstruction
@@ -247,21 +247,24 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("proposal, samples", [("encoder", 20_000), ("refined", 2_000)])
-@pytest.mark.parametrize("power", [1, 2])
-def test_any_decoder_and_error_agree_with_quadrature(power, proposal, samples):
-    values, gamma2 = torch.tensor([[0.3, 0.1], [-0.6, 0.9], [0.9, 0.2]]), 0.2
-    noise = laplace(scale=gamma2) if power == 1 else norm(scale=math.sqrt(gamma2))
+@pytest.mark.parametrize("power, gamma2", [(1, 0.2), (2, 0.2), (1, [0.2, 0.3]), (2, [0.2, 0.05])])
+def test_any_decoder_and_error_agree_with_quadrature(power, gamma2, proposal, samples):
+    """With two groups each of the two values has a gamma2 of its own."""
+    values = torch.tensor([[0.3, 0.1], [-0.6, 0.9], [0.9, 0.2]])
+    groups = {"groups": 2, "per": "channel"} if isinstance(gamma2, list) else {}
+    balance = ComputedBalance(power=power, **groups)
+    balance.gamma2.copy_(torch.tensor(gamma2))
+    of_a, of_b = (
+        laplace(scale=g) if power == 1 else norm(scale=math.sqrt(g))
+        for g in balance.gamma2.expand(2).tolist()
+    )
     likelihood = nll_per_image(
-        VAE(Constant(0.2, 1.2), Bent()),
-        FixedBalance(gamma2=gamma2, power=power),
-        values,
-        samples=samples,
-        proposal=proposal,
+        VAE(Constant(0.2, 1.2), Bent()), balance, values, samples=samples, proposal=proposal
     )
     for (a, b), nll in zip(values.tolist(), likelihood.nll_nats.tolist(), strict=True):
 
         def density(z, a=a, b=b):
-            return norm.pdf(z) * noise.pdf(a - math.sin(z)) * noise.pdf(b - z * z / 2)
+            return norm.pdf(z) * of_a.pdf(a - math.sin(z)) * of_b.pdf(b - z * z / 2)
 
         exact, _ = quad(
             density, -6, 6, limit=200, points=[math.asin(a), math.sqrt(2 * b), -math.sqrt(2 * b)]

@@ -21,7 +21,7 @@ from poise.studies.comparison.plan import Share
 from poise.studies.comparison.worker import Ended, is_held
 from poise.studies.reproduction import experiment_of, protocols_for, reproduce, shortened, text
 from poise.studies.results import read_results
-from poise.variants import PRIORS
+from poise.variants import available_priors
 
 QUIET = Options(device="cpu", quiet=True)
 
@@ -115,9 +115,8 @@ def test_a_piece_of_the_work_is_kept_although_its_run_is_not_measured_whole(smal
     kept[-1].unlink()
     asked = []
     monkeypatch.setattr(poise.Run, "evaluate", spy(poise.Run.evaluate, asked))
-    how = measuring_for(
-        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", PRIORS, run.device
-    )
+    protocols, priors = protocols_for(RECIPES["mnist"]), available_priors("vae")
+    how = measuring_for(run.dataset(), protocols, "pixels", priors, run.device)
     evaluation = measured(run, how, 0)
     assert len(kept) == 3 and len(asked) == 1
     del evaluation["seconds"]
@@ -138,9 +137,8 @@ def test_what_another_extractor_measured_of_the_same_weights_stays_in_the_result
         {"metric": "FD-stale", "of": "REC", "protocol": "0", "value": 0.0}
     ]
     (folder / "measured" / "default-stale.json").write_text(json.dumps(part))
-    how = measuring_for(
-        run.dataset(), protocols_for(RECIPES["mnist"]), "pixels", PRIORS, run.device
-    )
+    protocols, priors = protocols_for(RECIPES["mnist"]), available_priors("vae")
+    how = measuring_for(run.dataset(), protocols, "pixels", priors, run.device)
     found = {m["metric"] for m in measured(run, how, 0)["measurements"]}
     assert {"FD-pixels", "FD-another"} <= found and "FD-stale" not in found
 

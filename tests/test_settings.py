@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -286,6 +287,14 @@ def test_an_unknown_setting_is_refused_with_those_that_there_are():
         (lambda: Stage(steps=1.5), "steps must be a whole number, not 1.5"),
         (lambda: Stage(steps=1, balance=3), "balance must be text, not 3"),
         (lambda: Stage(steps=1, learning_rate=None), "learning_rate must be a number, not None"),
+        (
+            lambda: Stage(steps=1, learning_rate=math.inf),
+            "learning_rate must be finite, not inf",
+        ),
+        (
+            lambda: Stage(steps=1, learning_rate=math.nan),
+            "learning_rate must be greater than 0, not nan",
+        ),
         (lambda: Data("x", skip_unreadable=1), "skip_unreadable must be True or False, not 1"),
         (lambda: poise.Options(engine="steam"), "engine must be one of auto, eager"),
         (lambda: poise.Options(threads="two"), "threads must be a whole number"),

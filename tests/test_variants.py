@@ -92,7 +92,7 @@ class HalvedBalance(Balance):
     def _factors(self, batch):
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch):
+    def _next_state(self, batch, gamma2):
         return {}
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.shapes import Latents, PerImage, PerLatent
+from poise.shapes import Batch, Latents, PerImage, PerLatent
 
 ACTIVE_VARIANCE = 0.01  # a latent is active if Var_x(mu) > 0.01 (Burda et al. 2016, section 5.1)
 
@@ -39,8 +39,8 @@ class DiagonalGaussian:
     """Represent Gaussians with diagonal covariance, one per image.
 
     Args:
-        mean: (n, latents).
-        logvar: (n, latents), the log *variance* (not the log standard deviation).
+        mean: (n, latents), or (n, ...) for latent maps.
+        logvar: like mean, the log *variance* (not the log standard deviation).
     """
 
     mean: Tensor
@@ -50,15 +50,15 @@ class DiagonalGaussian:
         return len(self.mean)
 
     @property
-    def std(self) -> Latents:
-        """Return the standard deviation of each latent, (n, latents)."""
+    def std(self) -> Batch:
+        """Return the standard deviation of each latent, like `mean`."""
         return (0.5 * self.logvar).exp()
 
-    def sample(self, noise: Latents) -> Latents:
-        """Return latents mean + std * noise, (n, latents).
+    def sample(self, noise: Batch) -> Batch:
+        """Return latents mean + std * noise, like `mean`.
 
         Args:
-            noise: (n, latents), standard normal.
+            noise: like `mean`, standard normal.
         """
         return self.mean + self.std * noise
 
@@ -67,13 +67,13 @@ class DiagonalGaussian:
         return gaussian_kl(self.mean, self.logvar)
 
 
-def gaussian_kl(mean: Latents, logvar: Latents) -> PerImage:
+def gaussian_kl(mean: Batch, logvar: Batch) -> PerImage:
     """Return KL(N(mean, exp(logvar)) || N(0, I)) of each image, summed over latents, in nats.
 
     Computed in float32 or better.
 
     Args:
-        mean, logvar: (n, latents). logvar is the log *variance*.
+        mean, logvar: (n, ...). logvar is the log *variance*.
 
     Source: Kingma & Welling 2014, appendix B.
     """

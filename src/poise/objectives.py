@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance, LossTerms
-from poise.balance.contract import at_least_float32
+from poise.balance.inputs import at_least_float32
 from poise.errors import InputError
 from poise.flow import Flow
 from poise.recipes.settings import FLOW_OBJECTIVE
@@ -292,9 +292,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 def _combine(
     balance: Balance, reconstruction: Values, batch: Values, penalty: PerImage
 ) -> LossTerms:
-    return balance.combine(
-        balance.error_per_image(reconstruction, batch), penalty, num_dims=batch[0].numel()
-    )
+    error, num_dims = balance.errors(reconstruction, batch)
+    return balance.combine(error, penalty, num_dims)
 
 
 def half_square(latents: Latents) -> PerImage:

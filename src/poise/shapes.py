@@ -20,6 +20,8 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     ByteImages = UInt8[Tensor, "batch channels height width"]
     # Images, vectors, sequences: anything with a batch dimension first.
     Values = Float[Tensor, "batch *dims"]
+    # As `Values`, but arguments of one call may differ in all dimensions but the first.
+    Batch = Float[Tensor, "batch ..."]
     Latents = Float[Tensor, "batch latents"]
     Noise = Float[Tensor, "batch noise"]
     PerImage = Float[Tensor, " batch"]
@@ -28,6 +30,5 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     # The number of features is the same for all arguments of a call; the number of samples is not.
     Features = Float[Tensor, "_ features"]
 else:
-    Images = ByteImages = Values = Latents = Noise = PerImage = PerLatent = Scalar = Features = (
-        Tensor
-    )
+    Images = ByteImages = Values = Batch = Latents = Noise = Tensor
+    PerImage = PerLatent = Scalar = Features = Tensor

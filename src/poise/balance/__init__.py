@@ -43,15 +43,40 @@ computes m = E|x - x^|^p, and (1) becomes
 For p = 2 this is (1). For p = 1 it is the Laplace distribution. In the code, `gamma2` is m for
 any p.
 
+Groups. The dimensions may fall into groups g of different noise: channels of an image, columns of a
+table, kinds of error. Let E_ig be the error of image i in group g and D_ig the number of its
+observed dimensions. Then (1) is a sum over groups,
+
+    -log p(x_i|z) = sum over g of [ E_ig / (2 gamma_g^2) + D_ig/2 log(2 pi gamma_g^2) ],
+
+and the optimal gamma_g^2 is (sum of E_ig) / (sum of D_ig). Sums and counts are averaged apart, so
+that batches, ranks and images weigh by what was observed of them:
+
+    gamma_g^2 = sum_{k=1..t} decay^(t-k) E_kg / sum_{k=1..t} decay^(t-k) D_kg                   (6)
+
+for the sums E_kg, D_kg of batch k. With equal counts, (6) is (4). A batch without observed
+dimensions of a group is left out of its sums.
+
+Nats. A likelihood without a scale (cross-entropy, Poisson, negative binomial) is in nats already.
+There is nothing to compute: it is added to the loss as `nll`. Passed as an error, it would be
+divided by its own average.
+
+Limits. The error of a batch counts at most 100 times gamma^2 in (6), so that one outlier does not
+replace the average. gamma^2 is at least 1e-12 times the first error of its group.
+
 Reduction. Every loss term is one value per image, summed over its dimensions, in nats.
 `Balance.combine` averages over the batch, and nothing else does.
 
 Distributed training. If a torch.distributed process group is initialised, training reduces sums
-and counts over its ranks. Every rank then uses the same gamma2, and N ranks on shards equal one
-process on their union. Evaluation mode never communicates.
+and counts over its ranks, or those of `process_group`. Every rank then uses the same gamma2, and N
+ranks on shards equal one process on their union. Evaluation mode never communicates.
 
-Reading order: `contract` (base class of all balances), `following` (gamma2 follows the error),
-`steering` (the balance is constant, scheduled or controlled), `named` (balances by name).
+Gradient checkpointing runs a forward twice. The second run, inside backward, finds the state that
+the first one used, and changes nothing.
+
+Reading order: `contract` (base class of all balances), `inputs` (its checks and sums of errors),
+`following` (gamma2 follows the error), `steering` (the balance is constant, scheduled or
+controlled), `named` (balances by name).
 """
 
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood

@@ -3,13 +3,22 @@
 They are the baselines for a gamma2 that follows the error (`poise.balance.following`).
 """
 
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from poise.balance.contract import FLOOR, Balance, BatchMeans, checked_decay, positive, whole
+from poise.balance.contract import (
+    LARGEST_ERROR,
+    Balance,
+    BatchMeans,
+)
+from poise.balance.inputs import checked_decay, positive, whole
 from poise.errors import InputError
+
+# A constrained gamma2 stays within this factor of its target error, on both sides.
+WIDEST = 1e-8
 
 
 @final
@@ -17,11 +26,12 @@ class FixedBalance(Balance):
     """Keep a constant decoder variance, or the constant beta of a beta-VAE.
 
     Args:
-        gamma2: decoder variance, > 0, with KL weight 1. Default: 1, if beta is not given either.
+        gamma2: decoder variance, > 0, with KL weight 1. Default: 1, if beta is not given either. A
+            sequence has one variance per group, for errors (n, groups).
         beta: KL weight of a beta-VAE, >= 0, at gamma2 = 1. The loss is SE/2 + beta KL, both
             *summed* over dimensions. Its gradient equals that of gamma2 = beta, times beta. A beta
             quoted for errors averaged over D pixels is D times larger here.
-        power: see `Balance`.
+        power, process_group: see `Balance`.
 
     Raises:
         InputError: both gamma2 and beta are given, or a value is out of range.
@@ -30,19 +40,31 @@ class FixedBalance(Balance):
     """
 
     def __init__(
-        self, *, gamma2: float | None = None, beta: float | None = None, power: float = 2
+        self,
+        *,
+        gamma2: float | Sequence[float] | None = None,
+        beta: float | None = None,
+        power: float = 2,
+        process_group: Any = None,
     ) -> None:
         if gamma2 is not None and beta is not None:
             raise InputError("FixedBalance takes gamma2=... or beta=..., not both")
-        super().__init__(kl_weight=1.0 if beta is None else beta, power=power)
-        self.register_buffer(
-            "gamma2", torch.tensor(1.0 if gamma2 is None else positive("gamma2", gamma2))
+        groups = len(gamma2) if isinstance(gamma2, Sequence) else None
+        super().__init__(
+            kl_weight=1.0 if beta is None else beta,
+            power=power,
+            groups=groups,
+            process_group=process_group,
         )
+        if isinstance(gamma2, Sequence):
+            self._buffer("gamma2", [positive("gamma2", value) for value in gamma2])
+        else:
+            self._buffer("gamma2", 1.0 if gamma2 is None else positive("gamma2", gamma2))
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         return {}
 
 
@@ -58,7 +80,7 @@ class ScheduledBalance(Balance):
         start: KL weight at the beginning of a ramp, >= 0.
         gamma2: decoder variance, > 0.
         kl_weight: KL weight at the end of a ramp, >= 0.
-        power: see `Balance`.
+        power, process_group: see `Balance`.
 
     Raises:
         InputError: a value is out of range.
@@ -79,8 +101,9 @@ class ScheduledBalance(Balance):
         gamma2: float = 1.0,
         kl_weight: float = 1.0,
         power: float = 2,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(kl_weight=kl_weight, power=power)
+        super().__init__(kl_weight=kl_weight, power=power, process_group=process_group)
         self.ramp_steps = whole("ramp_steps", ramp_steps)
         self.period_steps = None if period_steps is None else whole("period_steps", period_steps)
         if period_steps is not None and period_steps < ramp_steps:
@@ -90,15 +113,15 @@ class ScheduledBalance(Balance):
         if not start >= 0:
             raise InputError(f"start must be >= 0, not {start}")
         self.start = start
-        self.register_buffer("gamma2", torch.tensor(positive("gamma2", gamma2)))
-        self.register_buffer("step", torch.tensor(0))
+        self._buffer("gamma2", positive("gamma2", gamma2))
+        self._buffer("step", 0)
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
         phase = self.step if self.period_steps is None else self.step % self.period_steps
         fraction = (phase / self.ramp_steps).clamp(max=1.0)
         return self.gamma2, self.start + (self.kl_weight - self.start) * fraction
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         return {"step": self.step + 1}
 
 
@@ -110,14 +133,16 @@ class ConstrainedBalance(Balance):
     error is 1 / (2 gamma2), so the update changes gamma2. With c = (running average of the MSE) /
     target_mse - 1, clipped to [-1, 1],
 
-        gamma2 <- gamma2 * exp(-rate * c),        clipped to [floor, 1 / floor].
+        gamma2 <- gamma2 * exp(-rate * c),        clipped to [floor, ceiling].
 
     Args:
         target_mse: target error, mean over images and dimensions, > 0.
         rate: largest relative change of gamma2 per batch, > 0.
         decay: decay of the running average of the error, in [0, 1).
         start: initial gamma2, > 0.
-        kl_weight, power, floor: see `Balance`.
+        floor: minimum of gamma2, > 0; the ceiling is 1 / floor. None: from 1e-8 to 1e8 times
+            target_mse.
+        kl_weight, power, process_group: see `Balance`.
 
     Raises:
         InputError: a value is out of range.
@@ -127,8 +152,9 @@ class ConstrainedBalance(Balance):
     """
 
     early_stopping = False
+    needs_error = True
 
-    started: Tensor
+    started: Tensor  # 1 once there was a batch, else 0
     error_average: Tensor
 
     def __init__(
@@ -140,25 +166,29 @@ class ConstrainedBalance(Balance):
         start: float = 1.0,
         kl_weight: float = 1.0,
         power: float = 2,
-        floor: float = FLOOR,
+        floor: float | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(kl_weight=kl_weight, power=power, floor=floor)
+        super().__init__(kl_weight=kl_weight, power=power, floor=floor, process_group=process_group)
         self.target_mse = positive("target_mse", target_mse)
         self.rate = positive("rate", rate)
         self.decay = checked_decay(decay)
-        self.register_buffer("gamma2", torch.tensor(positive("start", start)))
-        self.register_buffer("error_average", torch.tensor(0.0))
-        self.register_buffer("started", torch.tensor(False))
+        self._least = WIDEST * self.target_mse if self.floor is None else self.floor
+        self._most = self.target_mse / WIDEST if self.floor is None else 1 / self.floor
+        self._buffer("gamma2", positive("start", start))
+        self._buffer("error_average", 0.0)
+        self._buffer("started", 0.0)
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
-        previous = torch.where(self.started, self.error_average, batch.error)
-        average = self._average(self.decay, previous, batch.error)
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
+        previous = torch.where(self.started > 0, self.error_average, batch.error)
+        error = torch.minimum(batch.error, LARGEST_ERROR * previous)
+        average = (self.decay * previous + (1 - self.decay) * error).clamp_min(self._least)
         constraint = (average / self.target_mse - 1).clamp(-1, 1)
-        gamma2 = (self.gamma2 * (-self.rate * constraint).exp()).clamp(self.floor, 1 / self.floor)
-        return {"gamma2": gamma2, "error_average": average, "started": True}
+        gamma2 = (gamma2 * (-self.rate * constraint).exp()).clamp(self._least, self._most)
+        return {"gamma2": gamma2, "error_average": average, "started": torch.ones_like(average)}
 
 
 @final
@@ -175,7 +205,7 @@ class ControlledBalance(Balance):
         kp, ki: gains of the proportional and of the integral term, >= 0.
         least, most: bounds of the KL weight, 0 <= least <= most.
         gamma2: decoder variance, > 0.
-        power: see `Balance`.
+        power, process_group: see `Balance`.
 
     Raises:
         InputError: a value is out of range.
@@ -199,8 +229,9 @@ class ControlledBalance(Balance):
         most: float = 1.0,
         gamma2: float = 1.0,
         power: float = 2,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(power=power)
+        super().__init__(power=power, process_group=process_group)
         if not 0 <= least <= most:
             raise InputError(
                 f"the bounds of the KL weight must obey 0 <= least <= most, not {least}, {most}"
@@ -209,14 +240,14 @@ class ControlledBalance(Balance):
             raise InputError(f"the gains kp and ki must be >= 0, not {kp}, {ki}")
         self.target_kl = positive("target_kl", target_kl)
         self.kp, self.ki, self.least, self.most = kp, ki, least, most
-        self.register_buffer("gamma2", torch.tensor(positive("gamma2", gamma2)))
-        self.register_buffer("integral", torch.tensor(float(least)))
-        self.register_buffer("weight", torch.tensor(float(least)))
+        self._buffer("gamma2", positive("gamma2", gamma2))
+        self._buffer("integral", float(least))
+        self._buffer("weight", float(least))
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, Tensor]:
         return self.gamma2, self.weight
 
-    def _next_state(self, batch: BatchMeans) -> dict[str, Tensor | float]:
+    def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         missing = self.target_kl - batch.kl
         integral = (self.integral - self.ki * missing).clamp(self.least, self.most)
         weight = self.kp * torch.sigmoid(-missing) + integral

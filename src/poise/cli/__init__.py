@@ -8,6 +8,7 @@ In reading order: `options` (options of several commands), `showing` (tables and
 commands: `train`, `images`, `measure`, `study`.
 """
 
+import atexit
 import contextlib
 import difflib
 import io
@@ -30,6 +31,8 @@ from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
 from poise.recipes import Recipe, find_recipe
+from poise.support.guards import any_asked
+from poise.support.progress import SafeStream
 from poise.support.version import __version__
 
 DESCRIPTION = "Variational autoencoders whose balance of reconstruction and KL is computed."
@@ -65,17 +68,64 @@ def name_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
-    # On SIGTERM, exit normally, so that temporary files are deleted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    occupy_standard_streams()
+    handle_signals()
     let_threads_sleep()
     print_any_name(sys.stdout)
-    out, err = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
+    out, err = SafeStream(sys.stdout, only_pipes=True), SafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             _run()
         finally:
-            out.flush()
-            err.flush()
+            out.finish()
+            err.finish()
+
+
+def occupy_standard_streams() -> None:
+    """Open the null device for each standard stream that is closed.
+
+    Otherwise the next file that is opened takes its number, and libraries write messages into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def handle_signals() -> None:
+    """Choose what the signals do outside the blocks of `stop_signals`.
+
+    SIGTERM and SIGHUP exit normally, so that temporary files are deleted. SIGHUP stays ignored
+    under nohup. The first Ctrl-C raises KeyboardInterrupt.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hangup = getattr(signal, "SIGHUP", None)  # absent on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, lambda *_: sys.exit(129))
+    signal.signal(signal.SIGINT, interrupt)
+    if hasattr(signal, "pthread_sigmask"):  # absent on Windows
+        # Python gives up its handlers before its last work; a Ctrl-C then would kill it.
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """Raise KeyboardInterrupt at the first Ctrl-C, and end the process at the second.
+
+    An exception at the second Ctrl-C could surface anywhere, even while Python exits, as a
+    traceback. Files are written atomically, so the last checkpoint is intact.
+    """
+    signal.signal(signal.SIGINT, end_at_once)
+    if any_asked():
+        end_at_once()
+    raise KeyboardInterrupt
+
+
+def end_at_once(*signalled: Any) -> NoReturn:
+    """End the process with exit code 130, after one line on stderr."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"poise: interrupted again: what is not saved is lost\n")
+    os._exit(130)
 
 
 def print_any_name(stream: Any) -> None:
@@ -94,35 +144,6 @@ def let_threads_sleep() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(*SPIN_COUNT)
-
-
-class PipeSafeStream:
-    """A stream that drops its output once the reader has ended.
-
-    Training then continues without showing progress.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._ignoring_broken_pipe():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._ignoring_broken_pipe():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _ignoring_broken_pipe(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:  # Python flushes the stream again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _run() -> None:

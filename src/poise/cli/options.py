@@ -76,7 +76,7 @@ Device = Annotated[str, arg(help="auto, cpu, cuda, cuda:1 or mps")]
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How to read images that are not the run's own."""
+    """Options for reading images that are not the run's own."""
 
     skip_unreadable: Annotated[
         bool, arg(help="skip image files that cannot be decoded, and list them")

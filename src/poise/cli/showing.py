@@ -1,8 +1,9 @@
 """Show tables on stdout, and the warnings of a run on stderr."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from poise.support.progress import warn
 
 if TYPE_CHECKING:
     from poise.runs.run import Run
@@ -20,7 +21,7 @@ def load_run(folder: Path, device: str) -> "Run":
 
     run = load(folder, device=device)
     for line in run.warnings:
-        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
+        warn(f"{line}; using the one before")
     if not run.finished:
         untrained = run.recipe.second is not None and run.second_stage is None
         without = (
@@ -28,7 +29,7 @@ def load_run(folder: Path, device: str) -> "Run":
             if untrained
             else ""
         )
-        print(f"poise: warning: {folder} is not finished{without}", file=sys.stderr)
+        warn(f"{folder} is not finished{without}")
     return run
 
 

@@ -1,10 +1,9 @@
 """`poise train`: train a run."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -51,6 +50,7 @@ class Train(TrainingCommand):
         from poise.metrics.listed import figures_table
         from poise.objectives import make_objective
         from poise.runs.pipeline import train
+        from poise.support.files import read_json
         from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):
@@ -60,7 +60,7 @@ class Train(TrainingCommand):
         run = train(self.data, recipe=recipe, out=self.out, options=self.options())
         if distributed.rank() > 0:
             return
-        summary = json.loads((run.folder / "summary.json").read_text())
+        summary = read_json(run.folder / "summary.json", dict[str, Any])
         show_table(
             f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images",
             figures_table(summary),

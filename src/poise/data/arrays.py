@@ -4,8 +4,6 @@ Images have the layout (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 chan
 bytes, 16-bit integers, or floats in [0, 1]. An .npy file is memory-mapped and read in blocks.
 """
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ WHOLE_KEYS = ("images", *TRAIN_KEYS)
 ROUNDING = 1e-3  # floats may leave [0, 1] by so much: computing with float32 does that
 BYTES_AS_FLOATS = (2.0, 255 * (1 + ROUNDING))  # maxima that look like bytes
 _STARTS = {".npy": b"\x93NUMPY", ".npz": b"PK"}
-_DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npy(path: Path, reading: Reading) -> Found:
@@ -41,7 +38,7 @@ def read_npy(path: Path, reading: Reading) -> Found:
     _check_start(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _DAMAGED as error:
+    except Exception as error:  # numpy can raise anything on a damaged file
         raise _unreadable(path, error) from error
     return Found(shown(path.stem), as_split({shown(path): array}, reading), shown(path))
 
@@ -65,8 +62,13 @@ def read_npz(path: Path, reading: Reading) -> Found:
             arrays = {key: archive[key] for key in sides}
     except InputError:
         raise
-    except _DAMAGED as error:
+    except Exception as error:  # numpy and zipfile can raise anything on a damaged file
         raise _unreadable(path, error) from error
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(
+                f"{shown(path)} ({key}) is not an array of numpy: save the images again"
+            )
     labelled = {f"{shown(path)} ({key})": array for key, array in arrays.items()}
     split = as_split(labelled, reading, [*sides.values()])
     notes = tuple(f"not used: the array {key}" for key in unused)
@@ -99,7 +101,7 @@ def _image_keys(path: Path, archive: Any, *, whole: bool) -> tuple[dict[str, str
     for name in WHOLE_KEYS:
         if name in lower:
             return {lower[name]: ""}, [key for key in (held_out,) if key]
-    images = keys if len(keys) == 1 else [key for key in keys if archive[key].ndim in (3, 4)]
+    images = keys if len(keys) == 1 else [key for key in keys if np.ndim(archive[key]) in (3, 4)]
     if len(images) == 1:
         return {images[0]: ""}, []
     raise InputError(
@@ -110,6 +112,8 @@ def _image_keys(path: Path, archive: Any, *, whole: bool) -> tuple[dict[str, str
 
 def _check_start(path: Path) -> None:
     ending = path.suffix.lower()
+    if not path.is_file():  # reading a named pipe would wait for its writer
+        raise InputError(f"{shown(path)} is not a file: give an {ending} file of numpy")
     start = _STARTS[ending]
     with path.open("rb") as file:
         if file.read(len(start)) != start:

@@ -5,12 +5,11 @@ If any of them changes, the images are decoded again.
 """
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,23 @@ from poise.data.encoded import Decoded, Encoded
 from poise.data.encoded import decode as decode_now
 from poise.data.storage import fits
 from poise.errors import RunError
-from poise.support.files import appearing, write_json
+from poise.support.files import appearing, read_json, write_json
 
 RULES = 1  # increased if a change of this package changes the decoded images
 WORTH_SECONDS = 3.0  # a set that is decoded faster is not kept
 _NAME = "decoded-"
+
+
+@dataclass(frozen=True)
+class Told:
+    """Contents of the JSON file beside the images; see `Decoded`."""
+
+    shape: tuple[int, ...]
+    positions: list[int]
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+    levels: int | None
+    skipped: tuple[str, ...]
 
 
 def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
@@ -68,18 +79,18 @@ def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
 def _read(place: Path, reading: Reading) -> Decoded | None:
     """Return the kept images; None: there are none, or they are damaged."""
     try:
-        told = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+        told = read_json(place.with_suffix(".json"), Told)
         pixels = place.with_suffix(".npy")
         in_memory = fits(pixels.stat().st_size, reading.memory_budget)
         # "c" lets the array be written without changing the file.
         images = np.load(pixels, mmap_mode=None if in_memory else "c", allow_pickle=False)
-        if list(images.shape) != told["shape"]:
-            return None
-        names, notes, skipped = (tuple(told[key]) for key in ("names", "notes", "skipped"))
-        positions = np.array(told["positions"], int)
-        return Decoded(images, positions, names, notes, told["levels"], skipped)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except Exception:  # numpy can raise anything on a damaged file
         return None
+    counts = {len(images), len(told.positions), len(told.names)}
+    if images.shape != told.shape or images.dtype != np.uint8 or len(counts) > 1:
+        return None
+    positions = np.array(told.positions, int)
+    return Decoded(images, positions, told.names, told.notes, told.levels, told.skipped)
 
 
 def _write(found: Decoded, folder: Path, key: str) -> None:

@@ -38,7 +38,7 @@ from poise.data.opening import (
     remark,
 )
 from poise.errors import InputError
-from poise.support.progress import progress
+from poise.support.progress import SafeStream, progress
 
 # Files per call of the thread pool: limits the pending results, and the delay of an interrupt.
 _FILES_AT_ONCE = 512
@@ -347,7 +347,7 @@ def _each_page(
             return error
         return first_error
 
-    quiet = not sys.stderr.isatty()
+    quiet = not SafeStream(sys.stderr).isatty()
     with (
         progress(title, len(positions), quiet=quiet) as bar,
         ThreadPoolExecutor(available_cores()) as threads,

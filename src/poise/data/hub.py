@@ -12,6 +12,7 @@ from poise.data.dataset import Found, Reading
 from poise.data.encoded import Encoded
 from poise.data.folders import decode_split
 from poise.errors import InputError, MissingExtraError, MissingInputError
+from poise.support.progress import SafeStream
 
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 
@@ -73,7 +74,7 @@ def _load(name: str) -> dict[str, Any]:
 @contextmanager
 def _progress_bars(datasets: Any) -> Iterator[None]:
     """Show the progress bars of `datasets` inside the block only if stderr is a terminal."""
-    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    silence = not SafeStream(sys.stderr).isatty() and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()
     try:

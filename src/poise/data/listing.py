@@ -137,7 +137,7 @@ def by_ending(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """How a folder is split.
+    """Hold the files of a folder by side: training, test and validation.
 
     Attributes:
         train, test: the images of both sides; without an official split all images, and none.

@@ -278,9 +278,9 @@ def _read_path(path: Path, reading: Reading) -> Found:
         return _read_folder(path, reading)
     if not path.exists():
         return _read_nothing(str(path))
-    if path.suffix.lower() == ".npy" and path.is_file():
+    if path.suffix.lower() == ".npy":
         return read_npy(path, reading)
-    if path.suffix.lower() == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz":
         return read_npz(path, reading)
     raise InputError(
         f"{shown(path)} is a single file: "

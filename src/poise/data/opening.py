@@ -98,6 +98,8 @@ def named(label: str, remarks: dict[str, str] | None = None) -> Iterator[None]:
 def _open(file: Path | io.BytesIO, label: str) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(file, Path) and file.is_fifo():  # opening it would wait for its writer
+        raise InputError(f"{label} cannot be decoded: it is a named pipe")
     try:
         return Image.open(file)
     except UnidentifiedImageError:

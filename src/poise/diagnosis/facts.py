@@ -67,9 +67,10 @@ class Facts:
     def followed(self) -> float | None:
         """Training error read from the balance's gamma2.
 
-        None if the balance does not follow the error, or if gamma2 is not below the images' error.
+        None if the balance does not follow the error, if it has a gamma2 per group, or if gamma2 is
+        not below the images' error.
         """
-        if self.balance is None or not self.balance.follows_error:
+        if self.balance is None or not self.balance.follows_error or self.balance.groups:
             return None
         gamma2 = float(self.balance.gamma2)
         return gamma2 if gamma2 < float(self.seen.error(self.balance.power).mean()) else None
@@ -193,6 +194,7 @@ def notes_on(case: Case, facts: Facts) -> list[str]:
     return [
         *_on_images(case, facts),
         *_on_loss(facts),
+        *([] if facts.balance is None else facts.balance.faults().values()),
         *_on_cross_entropy(facts),
         *_disagreement(facts),
     ]

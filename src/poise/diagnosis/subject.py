@@ -3,10 +3,9 @@
 The model is not changed.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
 from poise.objectives import Deterministic
 from poise.priors import Prior
+from poise.runs.log import read_log
 from poise.runs.run import Run
 from poise.shapes import PerImage, Values
 from poise.support.seeds import derive, noise_per_image
@@ -236,11 +236,8 @@ def _falls(log: Path) -> dict[int, tuple[float, float]]:
     Stages with fewer than `FEWEST_POINTS` entries are left out.
     """
     points: dict[int, list[tuple[float, float]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        with suppress(ValueError, KeyError):  # an incomplete last line
-            entry = json.loads(line)
-            point = entry["step"], entry["mse"]  # a flow has no MSE
-            points.setdefault(entry["stage"], []).append(point)
+    for entry in read_log(log, {"stage", "step", "mse"}):  # a flow has no MSE
+        points.setdefault(int(entry["stage"]), []).append((entry["step"], entry["mse"]))
     found = {}
     for stage, curve in points.items():
         end = curve[-1][0]

@@ -11,7 +11,6 @@ may be killed at any moment. The folder may be deleted at any time.
 import hashlib
 import json
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,8 @@ from poise.errors import RunError
 from poise.features.extractor import Extractor, extract
 from poise.features.weights import first_line
 from poise.shapes import Features
-from poise.support.files import write_file
+from poise.support.files import read_regular, write_file
+from poise.support.progress import warn
 
 CACHE_VARIABLE = "POISE_CACHE"
 FORMAT = 1  # part of the key; raise it when the same key would mean other numbers
@@ -63,7 +63,8 @@ def cached_features(
     if folder is None:
         return extract(extractor, images, total=total, title=title, quiet=quiet)
     path = folder / f"{_key(extractor, images, content)}.safetensors"
-    features = _read(path)
+    count = len(images) if hasattr(images, "shape") else total
+    features = _read(path, count)
     if features is None:
         features = extract(extractor, images, total=total, title=title, quiet=quiet)
         _write(path, features)
@@ -95,18 +96,31 @@ def _key(extractor: Extractor, images: Any, content: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _read(path: Path) -> Features | None:
-    """Return the features in a file, or None if the file is missing or damaged."""
+def _read(path: Path, count: int | None) -> Features | None:
+    """Return the features in a file, or None if the file is missing or damaged.
+
+    Args:
+        path: the file.
+        count: number of images. None: unknown.
+    """
     try:
-        tensors = load(path.read_bytes())  # one read: another run may replace the file
-        if torch.equal(tensors["sha256"], _digest(path, tensors["features"])):
-            return tensors["features"]
-        reason = "its hash does not match"
+        tensors = load(read_regular(path))  # one read: another run may replace the file
+        features, digest = tensors["features"], tensors["sha256"]
+        if not torch.equal(digest, _digest(path, features)):
+            reason = "its hash does not match"
+        elif (
+            features.ndim != 2 or features.shape[1] < 1 or len(features) != (count or len(features))
+        ):
+            reason = f"they have shape {tuple(features.shape)}, for {count or 'some'} images"
+        elif features.dtype != torch.float32 or not features.isfinite().all():
+            reason = f"they are not finite numbers of type float32, but {features.dtype}"
+        else:
+            return features
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
         reason = first_line(error)
-    _warn(f"the features in {path} cannot be used ({reason}); computing them again")
+    warn(f"the features in {path} cannot be used ({reason}); computing them again")
     return None
 
 
@@ -126,7 +140,7 @@ def _write(path: Path, features: Features) -> None:
         write_file(path, save({"features": features, "sha256": _digest(path, features)}))
         _sweep(path.parent)
     except (RunError, OSError) as error:
-        _warn(f"features are not kept for the next time: {error}")
+        warn(f"features are not kept for the next time: {error}")
 
 
 def _sweep(folder: Path) -> None:
@@ -135,7 +149,3 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):  # renamed or deleted by its process or another, or not ours
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 leftover.unlink()
-
-
-def _warn(line: str) -> None:
-    print(f"poise: warning: {line}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from poise.features.fingerprint import is_inception
 from poise.features.prepared import Prepared
 from poise.features.resize import resize_like_tensorflow1
 from poise.features.weights import NOT_LOADABLE, first_line, load_tensors, load_torchscript, sha256
+from poise.support.progress import SafeStream, say
 
 WEIGHTS_VARIABLE = "POISE_INCEPTION"
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -82,11 +83,11 @@ def inception(weights: Path | None = None, device: str | torch.device = "cpu") -
 def _download() -> Path:
     path = _downloaded()
     digits = path.stem.rpartition("-")[2]
-    print(f"downloading {WEIGHTS_ADDRESS}", file=sys.stderr)
+    say(f"downloading {WEIGHTS_ADDRESS}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            WEIGHTS_ADDRESS, str(path), hash_prefix=digits, progress=sys.stderr.isatty()
+            WEIGHTS_ADDRESS, str(path), hash_prefix=digits, progress=SafeStream(sys.stderr).isatty()
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: the checksum differs
         raise MissingInputError(

@@ -50,6 +50,8 @@ def light(device: str | torch.device = "cpu") -> Extractor:
     """
     path = _weights()
     checksum, tensors = sha256(path), load_tensors(path)
+    if "_fc.weight" not in tensors:
+        raise _not_lite0()
     network = Prepared(lite0(tensors), _resize, shift=127.0, divisor=128.0)
     placed = network.to(device=torch.device(device)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     resize = f"bilinear with antialiasing to {SIDE}"
@@ -84,10 +86,12 @@ def lite0(tensors: dict[str, Tensor]) -> nn.Sequential:
         for convolution in convolutions:
             _load_folded(convolution, *(next(values) for _ in range(5)))
     except (StopIteration, RuntimeError) as error:
-        raise InputError(
-            "these are not EfficientNet-lite0's weights: install the package again"
-        ) from error
+        raise _not_lite0() from error
     return network
+
+
+def _not_lite0() -> InputError:
+    return InputError("these are not EfficientNet-lite0's weights: install the package again")
 
 
 def _layers() -> Iterator[nn.Module]:

@@ -9,13 +9,14 @@ import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from poise.errors import InputError, MissingInputError
 
 NOT_LOADABLE = (
+    OSError,
     RuntimeError,
     LookupError,
     TypeError,
@@ -33,6 +34,7 @@ def sha256(path: Path) -> str:
         MissingInputError: the file does not exist.
         InputError: the file cannot be read, or its name holds the digits of another checksum.
     """
+    _refuse_pipe(path)
     try:
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -49,7 +51,7 @@ def sha256(path: Path) -> str:
     return checksum
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a state dict that torch.save wrote.
 
     Refuses to unpickle anything else, so that no code in the file can run.
@@ -57,13 +59,30 @@ def load_tensors(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file does not hold a state dict.
     """
+    _refuse_pipe(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # torch's own text recommends weights_only=False, which would run code in the file.
+        raise InputError(
+            f"{path}: not a file of weights (it is damaged, or holds other objects than tensors, "
+            "which are never loaded)"
+        ) from error
     except NOT_LOADABLE as error:
         raise InputError(f"{path}: not a file of weights ({first_line(error)})") from error
     if not isinstance(tensors, dict):
         raise InputError(f"{path}: not a file of weights (it holds a {type(tensors).__name__})")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{path}: not a file of weights (its {name!r} is a {type(value).__name__})"
+            )
     return tensors
+
+
+def _refuse_pipe(path: Path) -> None:
+    if path.is_fifo():  # reading it would wait for its writer
+        raise InputError(f"{path} cannot be read: it is a named pipe")
 
 
 def load_torchscript(path: Path) -> torch.nn.Module | None:
@@ -73,7 +92,7 @@ def load_torchscript(path: Path) -> torch.nn.Module | None:
             # torch.jit.load is deprecated, but these files exist in no other format.
             warnings.filterwarnings("ignore", r"`torch\.jit\.load` is")
             return torch.jit.load(str(path), map_location="cpu").eval()
-    except RuntimeError:
+    except NOT_LOADABLE:
         return None
 
 

@@ -45,7 +45,7 @@ from poise.balance import Balance, negative_log_likelihood
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
-from poise.metrics.reconstruction import bits_per_dim, in_float64, summed_error
+from poise.metrics.reconstruction import bits_per_dim, grouped_error, in_float64
 from poise.shapes import Values
 from poise.support.progress import progress
 from poise.support.seeds import derive, generator
@@ -286,6 +286,9 @@ class Target:
         # Apple's GPUs have no float64.
         self.place = torch.device("cpu") if values.device.type == "mps" else values.device
         self.gamma2 = in_float64(balance.gamma2).to(self.place)
+        self.num_dims = values[0].numel() // self.gamma2.numel()  # of each group
+        # gamma2 of each dimension: groups are channels, the first dimension of an image.
+        self.variances = self.gamma2.reshape(-1).repeat_interleave(self.num_dims)
 
     def rows(self, rows: Tensor) -> "Target":
         """Return the target of some of the values."""
@@ -303,13 +306,16 @@ class Target:
 
     def log_joint(self, latents: Tensor) -> Tensor:
         """Return log p(x, z) for latents (n, S, L), (n, S); -inf where it is NaN."""
-        count, power, size = latents.shape[1], self.balance.power, self.values[0].numel()
+        count = latents.shape[1]
         errors = [
-            summed_error(self._values(numbers, count) - self._decode(part), power)
+            grouped_error(self._values(numbers, count) - self._decode(part), self.balance)
             for part, numbers in self._in_parts(latents)
         ]
-        error = torch.cat(errors).view(len(latents), count).to(self.place)
-        density = -negative_log_likelihood(error, self.gamma2, size, power=power)
+        error = torch.cat(errors).unflatten(0, (len(latents), count)).to(self.place)
+        density = -negative_log_likelihood(
+            error, self.gamma2, self.num_dims, power=self.balance.power
+        )
+        density = density if self.balance.groups is None else density.sum(-1)
         return (density + self._log_prior(latents)).nan_to_num(-math.inf, -math.inf, -math.inf)
 
     def _log_prior(self, latents: Tensor) -> Tensor:
@@ -452,8 +458,8 @@ def _mode(target: Target, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shifted = torch.cat([torch.zeros_like(shifted[:1]), shifted])
         residuals = part.residuals(z[:, None] + shifted)
         residual, jacobian = residuals[:, 0], (residuals[:, :1] - residuals[:, 1:]) / step
-        size = residual.abs().clamp_min(0.1 * float(target.gamma2) ** (1 / power))
-        weighted = size.pow(power - 2) / target.gamma2
+        size = torch.maximum(residual.abs(), 0.1 * target.variances.pow(1 / power))
+        weighted = size.pow(power - 2) / target.variances
         gradient = (jacobian @ (weighted * residual)[..., None])[..., 0] - z
         root = jacobian * weighted.sqrt()[:, None]
         values, vectors = torch.linalg.eigh((root @ root.mT).nan_to_num(0.0, 1e30, -1e30))

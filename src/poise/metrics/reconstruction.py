@@ -24,8 +24,9 @@ from torch import Tensor
 
 from poise.balance import Balance, negative_log_likelihood
 from poise.data.decoding import PixelMoments
+from poise.errors import InputError
 from poise.metrics.encoding import encoded
-from poise.shapes import Images, PerImage, Values
+from poise.shapes import Batch, Images, PerImage, Values
 from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
@@ -51,7 +52,7 @@ class Reconstruction:
             one posterior sample.
         bits_per_dim: -ELBO in bits per dimension, see `bits_per_dim`; None if the data are not
             images.
-        gamma2: the decoder variance used.
+        gamma2: the decoder variance used; with groups, their mean.
         quadratic_share: quadratic term of the loss over D/power, its value at balance. It is 1 if
             gamma2 equals the error.
         variance_lost: variance of images minus variance of sampled reconstructions, mean per
@@ -96,15 +97,13 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         >>> figures.mse < figures.mse_sampled + 1
         True
     """
-    real, produced, batches = PixelMoments(), PixelMoments(), []
+    real, produced, batches, errors = PixelMoments(), PixelMoments(), [], []
     for batch, posterior, noise in encoded(vae, images, seed):
         restored, sampled = (
             vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
         )
-        batches.append(
-            {"kl": posterior.kl().cpu().double()}
-            | _per_image(batch, restored, sampled, balance.power)
-        )
+        batches.append({"kl": posterior.kl().cpu().double()} | _per_image(batch, restored, sampled))
+        errors.append(grouped_error(sampled - batch, balance).cpu())
         real.add(batch)
         produced.add(sampled)
     mean = {
@@ -113,10 +112,9 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
 
     num_dims = math.prod(images.shape[1:])
     gamma2 = balance.gamma2.cpu().double()
-    error = torch.tensor(mean["error"], dtype=torch.float64)
-    elbo = (
-        -float(negative_log_likelihood(error, gamma2, num_dims, power=balance.power)) - mean["kl"]
-    )
+    error, dims_of_group = torch.cat(errors).mean(0), num_dims // gamma2.numel()
+    nats = negative_log_likelihood(error, gamma2, dims_of_group, power=balance.power)
+    elbo = -float(nats.sum()) - mean["kl"]
     mse_sampled = mean["squared_sampled"] / num_dims
     variance_lost = float((real.variance() - produced.variance()).mean())
     return Reconstruction(
@@ -127,20 +125,17 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         kl_nats=mean["kl"],
         elbo_nats=elbo,
         bits_per_dim=bits_per_dim(-elbo, num_dims) if "ssim" in mean else None,
-        gamma2=float(gamma2),
-        quadratic_share=mean["error"] / (num_dims * float(gamma2)),
+        gamma2=float(gamma2.mean()),
+        quadratic_share=float((error / (dims_of_group * gamma2)).mean()),
         variance_lost=variance_lost,
         variance_lost_share=variance_lost / mse_sampled if mse_sampled else None,
     )
 
 
-def _per_image(
-    batch: Values, restored: Values, sampled: Values, power: float
-) -> dict[str, PerImage]:
+def _per_image(batch: Values, restored: Values, sampled: Values) -> dict[str, PerImage]:
     errors = {
         "squared": summed_error(restored - batch, 2).cpu(),
         "squared_sampled": summed_error(sampled - batch, 2).cpu(),
-        "error": summed_error(sampled - batch, power).cpu(),
     }
     if batch.dim() != 4:  # vectors, as in stage 2
         return errors
@@ -156,6 +151,23 @@ def summed_error(difference: Values, power: float) -> PerImage:
     The result is on the device of `difference`, or on the CPU if that device has no float64.
     """
     return in_float64(difference).abs().pow(power).flatten(1).sum(1)
+
+
+def grouped_error(difference: Batch, balance: Balance) -> Batch:
+    """Return the error of each image under a balance, (n,), or with groups (n, groups).
+
+    Raises:
+        InputError: the balance has groups other than channels.
+    """
+    if balance.groups is None:
+        return summed_error(difference, balance.power)
+    if balance.per is None:
+        raise InputError(
+            f"the figures need to know the dimensions of the {balance.groups} groups of the "
+            'balance: construct it with per="channel", or leave groups out'
+        )
+    channels = difference.reshape(len(difference) * balance.groups, -1)
+    return summed_error(channels, balance.power).reshape(-1, balance.groups)
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Encoders and decoders, and the velocity network of the flow prior.
 
-Each factory except `flow` returns `(encoder, decoder)`. The encoder maps images to `(mean, logvar)`, the
-decoder maps latents to images. `second_stage` returns a pair for the latents of stage 1. Any other
-pair of `nn.Module`s may be used in their place (see `poise.VAE`).
+Each factory except `flow` returns `(encoder, decoder)`. The encoder maps images to
+`(mean, logvar)`, the decoder maps latents to images. `second_stage` returns a pair for the latents
+of stage 1. Any other pair of `nn.Module`s may be used in their place (see `poise.VAE`).
 
-The latents of `conv` are a small image, a latent map. It reconstructs more details than networks
-with latent vectors and has no BatchNorm. `flow` returns the velocity network of the flow prior, for
-latent maps and for vectors.
+The latents of `conv` are a small image, a latent map. It has no BatchNorm. `flow` returns the
+velocity network of the flow prior, for latent maps and for vectors.
 
 Sources. `resnet` and `second_stage` are the networks of the code released with Asperti & Trentin
 2020. `infogan` and `wae` are those of Dai & Wipf 2019 (after Chen et al. 2016 and Tolstikhin et al.

@@ -109,7 +109,7 @@ class ConvBlock(nn.Module):
 
 
 def group_norm(width: int) -> nn.GroupNorm:
-    """Return a group normalisation with `GROUPS` groups, or fewer if these do not divide `width`."""
+    """Return a group normalisation of `GROUPS` groups, or of fewer that divide `width`."""
     return nn.GroupNorm(math.gcd(GROUPS, width), width)
 
 

@@ -7,8 +7,8 @@ deviation t of the variance law of the codes (`poise.latent`):
     z <- z t / (mean over dimensions of the standard deviation of z).
 
 For GEN-1 this is z <- z t. The released code measures the standard deviation over each generated
-batch. Here it is measured over a reference draw of 10,000 latents (1,000 of a flow), so that image i does not depend
-on the number of images.
+batch. Here it is measured over a reference draw of 10,000 latents (1,000 of a flow), so that image
+i does not depend on the number of images.
 """
 
 from abc import ABC, abstractmethod

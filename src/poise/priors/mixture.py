@@ -47,6 +47,30 @@ class MixturePrior(Prior):
             model.codes(), components=model.components, seed=model.seed, device=model.device
         )
 
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], latents: int) -> "MixturePrior":
+        """Return the mixture of a state dict.
+
+        Args:
+            tensors: weights, means and factors by name.
+            latents: number of latents, which the means must have.
+
+        Raises:
+            InputError: the tensors are not those of such a mixture.
+        """
+        count = len(tensors.get("weights", torch.empty(0)))
+        shapes = {"weights": (count,), "means": (count, latents)}
+        shapes["factors"] = (count, latents, latents)
+        fits = tensors.keys() == shapes.keys() and all(
+            tensors[name].shape == shape
+            and tensors[name].is_floating_point()
+            and tensors[name].isfinite().all()
+            for name, shape in shapes.items()
+        )
+        if not count or not fits or not (tensors["weights"] >= 0).all():
+            raise InputError(f"the saved mixture is not one of {latents} latents")
+        return cls(**tensors)
+
     def latents(self, noise: Noise) -> Latents:
         uniform = torch.special.ndtr(noise[:, 0])
         bounds = self.weights.cumsum(0)[:-1]
@@ -86,8 +110,10 @@ def fit_mixture(
         The mixture, on the CPU.
 
     Raises:
-        InputError: there are more than 512 latents.
+        InputError: there are no codes, or more than 512 latents.
     """
+    if len(codes) == 0:
+        raise InputError("there are no codes to fit a mixture to: give at least one")
     if codes.mean.shape[1] > MOST_LATENTS:
         raise InputError(
             f"a mixture with full covariances takes at most {MOST_LATENTS} latents, not "

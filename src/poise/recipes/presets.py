@@ -10,7 +10,7 @@ poise train cifar10-released  # every departure of the released code, each a nam
 poise train celeba64          # rows 45:173, columns 25:153, resized to 64x64; sorted official split
 poise train celeba64-released # every departure of the released code, among them a KL weight of 4
 poise train photos/ --size 64 # images: any folder or array, the released network at their size
-poise train photos/ --recipe maps --size 64   # latent maps and a flow: sharper images
+poise train photos/ --recipe maps --size 64   # latent maps and a flow
 
 CIFAR-10 and CelebA are the experiments of Asperti & Trentin 2020. They use the released networks:
 5.2 and 19.3 million parameters in stage 1, 17.5 and 68.5 million in stage 2. They also use the
@@ -153,8 +153,8 @@ IMAGES = Recipe(
     second=Stage(steps=60_000, batch_size=100, learning_rate=2e-4, halve_every=20_000),
 )
 
-# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU core.
-# Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
+# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU
+# core. Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
 MAPS = Recipe(
     name="maps",
     data=Data("images", flips=True),

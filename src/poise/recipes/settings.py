@@ -9,11 +9,14 @@ This module imports no torch, because the command reads it for its help.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from math import inf
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise.errors import InputError
+from poise.support.files import convert
 from poise.variants import SecondStage
 
 Engine = Literal["auto", "eager", "compiled", "captured", "compiled-captured"]
@@ -52,13 +55,17 @@ def options_of(declared: type) -> dict[str, Option]:
     }
 
 
+hints_of = cache(get_type_hints)
+"""Return the types of the fields of a class. Cached, because Python evaluates them slowly."""
+
+
 def check_values(settings: Any) -> None:
     """Check the fields of a dataclass against their types.
 
     Raises:
         InputError: a value has the wrong type, or is not one of the allowed values.
     """
-    for name, hint in get_type_hints(type(settings)).items():
+    for name, hint in hints_of(type(settings)).items():
         check_value(name, hint, getattr(settings, name))
 
 
@@ -227,6 +234,8 @@ class Stage:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be greater than 0, not {value}")
+            if value == inf:
+                raise InputError(f"{name} must be finite, not {value}")
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
@@ -345,6 +354,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
+        if self.minutes == inf:
+            raise InputError("minutes must be finite, not inf")
         if self.first.objective == FLOW_OBJECTIVE:
             raise InputError("a flow can only be the second stage: --second flow (second=)")
         if self.second is not None:
@@ -528,26 +539,45 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config") -> Any:
         where: name of `values` in error messages.
 
     Raises:
-        InputError: an unknown key, or a missing one.
+        InputError: an unknown key, a missing one, or a value of another type or out of range.
     """
-    known = {f.name: f for f in fields(cls)}
-    unknown = set(values) - set(known)
-    if unknown:
+    _check_keys(cls, values, where)
+    convert(values, cls, where)
+    return _restored(cls, values)
+
+
+def _restored(cls: type, values: dict[str, Any]) -> Any:
+    """Return settings from checked values. Whole numbers stay whole, unlike those of `convert`."""
+    _, parts = _keys_and_parts(cls)
+    return cls(
+        **{
+            name: _restored(parts[name], value)
+            if isinstance(value, dict)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _check_keys(cls: type, values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        return
+    known, parts = _keys_and_parts(cls)
+    if unknown := values.keys() - known:
         raise InputError(f"{where} has unknown keys {sorted(unknown)}; known keys: {sorted(known)}")
-    try:
-        return cls(
-            **{
-                key: _restore(get_type_hints(cls)[key], value, f"{where}.{key}")
-                for key, value in values.items()
-            }
-        )
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from None
+    for name, part in parts.items():
+        _check_keys(part, values.get(name), f"{where}.{name}")
 
 
-def _restore(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        inner = next(t for t in (hint, *get_args(hint)) if is_dataclass(t))
-        assert isinstance(inner, type)
-        return from_json(inner, value, where)
-    return tuple(value) if isinstance(value, list) else value
+@cache
+def _keys_and_parts(cls: type) -> tuple[set[str], dict[str, type]]:
+    """Return the names of the fields of a dataclass, and those that are dataclasses themselves."""
+    parts = {
+        name: part
+        for name, hint in hints_of(cls).items()
+        for part in (hint, *get_args(hint))
+        if isinstance(part, type) and is_dataclass(part)
+    }
+    return {f.name for f in fields(cls)}, parts

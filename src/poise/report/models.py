@@ -209,7 +209,7 @@ def _show_maps(shown: Exhibit, run: Run, images: Images) -> None:
 
 
 def _show_neighbours(
-    shown: Exhibit, run: Run, training: Any, test: Images, samples: dict[str, Images]
+    shown: Exhibit, run: Run, training: Any, test: Images, samples: dict[str, torch.Tensor]
 ) -> None:
     """Show samples above their nearest training images, and the distances beside held-out ones."""
     if not samples:

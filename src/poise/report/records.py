@@ -1,22 +1,33 @@
 """Read the files of each run, and say what is missing in a sentence each."""
 
-import json
 import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError, MissingInputError
 from poise.objectives import is_deterministic
 from poise.runs.folder import read_config
+from poise.runs.log import read_log
 from poise.studies.comparison.experiment import DESCRIPTION
-from poise.studies.results import Result, read_results, safe_name
+from poise.studies.results import Result, check_pages, read_results, safe_name
+from poise.support.files import read_json
+from poise.support.progress import warn
 
 REFERENCE = "computed"  # label that others are compared with, if it is among the runs
+
+
+@dataclass(frozen=True)
+class Description:
+    """The part of an experiment's description that a report reads."""
+
+    name: str
+    labels: dict[str, Any] = field(default_factory=dict)
+    results: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,53 +89,65 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     Args:
         paths: folders of runs, folders with runs in them, results, or folders of results.
 
+    A damaged run or result is left out with a warning, if there are others.
+
     Raises:
-        InputError: `paths` is empty, or a path has neither runs nor results.
+        InputError: `paths` is empty, a path has neither runs nor results, or all are damaged.
     """
+    complaints: list[InputError] = []
     if not paths:
         raise InputError("give the folder of a run or of a comparison, or results")
-    results = [found for path in paths for found in _results_in(path)]
+    results = [found for path in paths for found in _results_in(path, complaints.append)]
     folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
     of = dict(results)
-    found = [read_record(folder, of.get(folder)) for folder in folders]
+    found: list[Record] = []
+    for folder in folders:
+        try:
+            found.append(read_record(folder, of.get(folder)))
+        except InputError as error:
+            complaints.append(error)
     for folder, result in results:
         if folder not in folders and all(record.result != result for record in found):
             found.append(record_of(result, folder))
     if not found:
-        raise InputError(f"{paths[0]} holds no run yet")
+        raise complaints[0] if complaints else InputError(f"{paths[0]} holds no run yet")
+    for error in complaints:
+        warn(f"{error}; left out")
     return sorted(
         _with_distinct_labels(found),
         key=lambda record: (record.label != REFERENCE, record.label, record.seed),
     )
 
 
-def _results_in(path: Path) -> list[tuple[Path, Result]]:
+def _results_in(path: Path, damaged: Callable[[InputError], None]) -> list[tuple[Path, Result]]:
     """Return the results in a folder with the folders of their runs.
 
     The folder of a comparison or a reproduction names the place of its results.
     """
     own, described = path / "results", path / DESCRIPTION
     if not (run_folders(path) or described.exists()):
-        alone = _only_results(path)
+        alone = _only_results(path, damaged)
         return [(path.resolve() / r.experiment / safe_name(r.label, r.seed), r) for r in alone]
-    said = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     try:
-        written = read_results([own if own.is_dir() else Path(said.get("results", own))])
+        said = read_json(described, Description) if described.exists() else None
+        place = own if own.is_dir() or said is None or said.results is None else Path(said.results)
+        written = read_results([place], damaged)
     except MissingInputError:  # no run has a result yet
         return []
+    except InputError as error:  # the runs may be intact
+        damaged(error)
+        return []
     mine = [
-        r
-        for r in written
-        if not said or (r.experiment == said["name"] and r.label in said["labels"])
+        r for r in written if said is None or (r.experiment == said.name and r.label in said.labels)
     ]
     return [(path.resolve() / safe_name(result.label, result.seed), result) for result in mine]
 
 
-def _only_results(path: Path) -> list[Result]:
+def _only_results(path: Path, damaged: Callable[[InputError], None]) -> list[Result]:
     if path.is_dir() and not any([*path.glob("*.json"), *path.glob("results/*.json")]):
         runs = "no run (no config.json, in it or one folder below): give what `poise train` wrote"
         raise InputError(f"{path} holds {runs}, or results of `poise compare`")
-    return read_results([path])
+    return read_results([path], damaged)
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -152,7 +175,7 @@ def read_record(folder: Path, result: Result | None = None) -> Record:
     seed = config["recipe"]["seed"]
     summary, evaluation = _optional(folder / "summary.json"), _optional(folder / "evaluation.json")
     evaluation = evaluation or (result and result.evaluation)
-    entries = tuple(_entries(folder / "metrics.jsonl"))
+    entries = tuple(read_log(folder / "metrics.jsonl"))
     missing = tuple(_missing(folder, config, entries, summary, evaluation))
     label = result.label if result else _label(folder.name, seed)
     return Record(label, seed, folder, config, entries, summary, evaluation, missing, result)
@@ -201,21 +224,13 @@ def _label(name: str, seed: int) -> str:
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
+    """Return the figures in a JSON file, or None if it is missing or damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path, dict[str, Any])
+        check_pages(values, str(path))
+    except InputError:
         return None
-    return values if isinstance(values, dict) else None
-
-
-def _entries(path: Path) -> Iterable[dict[str, float]]:
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    ):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return  # incomplete after a kill, or still being written
+    return values
 
 
 def _missing(

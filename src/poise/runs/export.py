@@ -93,7 +93,7 @@ def _write_array(chunks: Iterator[np.ndarray], out: Path, number: int) -> None:
 
 @contextmanager
 def _archive(out: Path) -> Iterator[zipfile.ZipFile]:
-    with appearing(out) as writing, open(writing, "wb") as file:
+    with appearing(out) as writing, open(writing, "xb") as file:
         with zipfile.ZipFile(file, "w") as archive:
             yield archive
         sync(file)

@@ -1,9 +1,8 @@
 """The folder of a run: config.json, and whether a run can continue there."""
 
 import json
-import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from poise.runs.checkpoint import (
     checkpoints,
     newest_intact_checkpoint,
 )
+from poise.support.files import convert, read_json, remove
+from poise.support.progress import warn
 from poise.support.version import __version__
 from poise.training import (
     Engine,
@@ -42,7 +43,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     """
     settings, data = config["recipe"], config["data"]
     for leftover in folder.glob(".writing-*"):  # left by a killed process
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove(leftover)
     is_run = (folder / "config.json").exists()
     if not is_run and any(
         path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
@@ -51,9 +52,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     if not is_run or not checkpoints(folder / "checkpoints"):  # no earlier run to protect
         if (folder / "summary.json").exists():
             gone = f"{folder} was finished, and its checkpoints are gone"
-            print(
-                f"poise: warning: {gone}: it is trained again from the beginning", file=sys.stderr
-            )
+            warn(f"{gone}: it is trained again from the beginning")
             for name in ("summary.json", "evaluation.json", "diagnosis.json"):
                 (folder / name).unlink(missing_ok=True)
         return None
@@ -73,32 +72,62 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
         )
     saved, complaints = newest_intact_checkpoint(folder / "checkpoints")
     for line in complaints:
-        print(f"poise: warning: {line}; using the one before", file=sys.stderr)
+        warn(f"{line}; using the one before")
     return saved
 
 
+@dataclass(frozen=True)
+class Described:
+    """Hold the entries of config.json about the data, as `describe` writes them."""
+
+    source: str
+    shape: tuple[int, int, int]
+    train: int
+    test: int
+    checksum: str
+    pixel_std: float
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = (*self.shape, self.train, *(() if self.levels is None else (self.levels,)))
+        if min(counts) < 1 or self.test < 0 or self.pixel_std < 0:
+            raise ValueError("a shape, a number of images or a scale is not possible")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Contents of config.json."""
+
+    poise: int
+    recipe: dict[str, Any]
+    data: Described
+    engine: Engine = "eager"
+    threads: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a run.
+    """Return config.json of a run, after a check of the types of all values.
 
     Raises:
         InputError: the folder is not that of a run, or config.json is damaged.
     """
+    path = folder / "config.json"
     if not folder.is_dir():
         raise MissingInputError(f"{folder}: no such folder; give the one that `poise train` wrote")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        missing = {"poise", "recipe", "data"} - set(config)
-    except FileNotFoundError:
+        config = read_json(path, dict[str, Any])
+    except MissingInputError:
         raise InputError(
             f"{folder} is not a run's folder: it has no config.json; "
             "give the one that `poise train` wrote"
         ) from None
-    except (ValueError, TypeError):
-        raise InputError(f"{folder / 'config.json'} is damaged: not JSON") from None
-    if missing:
-        raise InputError(
-            f"{folder / 'config.json'} is not a run's config: it lacks {', '.join(sorted(missing))}"
-        )
+    if missing := {"poise", "recipe", "data"} - set(config):
+        raise InputError(f"{path} is not a run's config: it lacks {', '.join(sorted(missing))}")
+    convert(config, Config, str(path))
+    from_json(Recipe, config["recipe"], f"{path}: recipe")
     return config
 
 

@@ -7,7 +7,6 @@ The picture is its own record. A resumed run reads it, keeps the rows up to its 
 the others again. So it ends with the same picture as a run without interruption.
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from poise.priors import Prior
 from poise.shapes import Images
 from poise.support.files import write_file
 from poise.support.kernels import kernels
+from poise.support.progress import warn
 from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
@@ -129,7 +129,7 @@ class ProgressPicture:
             self._changed = False
         except RunError as error:
             if not self._warned:
-                print(f"poise: warning: {error}; training goes on", file=sys.stderr)
+                warn(f"{error}; training goes on")
             self._warned = True
         self._written = time.monotonic()
         self._writing_seconds = self._written - began

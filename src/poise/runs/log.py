@@ -1,17 +1,26 @@
 """The training log: metrics.jsonl of a run, and TensorBoard files."""
 
 import json
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from poise.support.files import write_failure, write_file
+from poise.errors import InputError, RunError
+from poise.support.files import decode_json, read_regular, write_failure, write_file
+from poise.support.progress import warn
+
+Entry = dict[str, int | float]
+OF_CURVES = {"stage", "images_seen", "images_per_second"}
+OF_EVERY_ENTRY = OF_CURVES | {"step"}
 
 
 class Log:
     """Writes metrics.jsonl and, if asked, TensorBoard files.
 
-    When training resumes from a checkpoint, entries after that position are deleted.
+    When training resumes from a checkpoint, entries after that position and damaged lines are
+    deleted.
 
     Args:
         folder: folder of the run.
@@ -20,8 +29,11 @@ class Log:
     """
 
     def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
-        path = folder / "metrics.jsonl"
-        kept = [line for line in _entries(path) if (line["stage"], line["step"]) <= (stage, step)]
+        self._path = path = folder / "metrics.jsonl"
+        entries, damaged = _read(path, OF_EVERY_ENTRY)
+        if damaged:
+            warn(f"{path} has {damaged} damaged line{'s' * (damaged > 1)}, left out")
+        kept = [entry for entry in entries if (entry["stage"], entry["step"]) <= (stage, step)]
         write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self._file = open(path, "a", encoding="utf-8")
         self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
@@ -30,8 +42,16 @@ class Log:
         """Append an entry.
 
         Raises:
-            RunError: the disk is full or not writable.
+            RunError: the disk is full or not writable, or the run's folder was removed.
         """
+        if not self._in_place():
+            self._file.close()
+            if not (self._path.parent / "config.json").exists():
+                raise RunError(
+                    f"{self._path.parent} was removed or renamed during training: "
+                    "training stops, and what is not saved is lost"
+                )
+            self._file = open(self._path, "a", encoding="utf-8")
         try:
             print(json.dumps(entry), file=self._file, flush=True)
         except OSError as error:
@@ -40,6 +60,13 @@ class Log:
             for name in set(entry) - {"stage", "step"}:
                 self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
 
+    def _in_place(self) -> bool:
+        """Return whether the open file is still the one in the folder."""
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         with suppress(OSError):  # a full disk was reported when the entry was written
             self._file.close()
@@ -47,14 +74,40 @@ class Log:
             board.close()
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break  # a line cut off by a kill; steps after the checkpoint are logged again
-    return entries
+def read_log(path: Path, required: set[str] = OF_CURVES) -> list[Entry]:
+    """Return the entries of metrics.jsonl, without damaged lines. Without a file there are none.
+
+    Args:
+        path: the file.
+        required: names of the values that an entry must have, "stage" among them.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return _read(path, required)[0]
+
+
+def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:
+    """Return the entries, and the number of damaged lines.
+
+    A last line without its end does not count: the process was killed while it wrote the line.
+    """
+    try:
+        *lines, unfinished = read_regular(path).split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    entries = list(_parsed(lines, required))
+    return [*entries, *_parsed([unfinished], required)], len(lines) - len(entries)
+
+
+def _parsed(lines: list[bytes], required: set[str]) -> Iterator[Entry]:
+    for line in lines:
+        with suppress(InputError):
+            entry = decode_json(line, Entry, "")
+            if entry.keys() >= required and entry["stage"] in (1, 2):
+                yield entry
 
 
 def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:

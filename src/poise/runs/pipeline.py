@@ -3,7 +3,6 @@
 Interrupted training continues from the newest checkpoint.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -31,7 +30,8 @@ from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     Saved,
-    read_folder,
+    fitting,
+    read_code_tensors,
     save_checkpoint,
     write_folder,
 )
@@ -50,6 +50,7 @@ from poise.runs.timing import PICTURES, earlier_plan, make_plan
 from poise.shapes import Images
 from poise.support.files import write_file, write_json
 from poise.support.guards import locked, stop_signals
+from poise.support.progress import say, warn
 from poise.support.seeds import drawn
 from poise.training import (
     Batches,
@@ -194,15 +195,15 @@ def prepare(
         saved and saved.meta["finished"]
     )
     if verbose:
-        print(announce(recipe, len(dataset.train), device, options.device), file=sys.stderr)
+        say(announce(recipe, len(dataset.train), device, options.device))
         for note in dataset.notes:
             if note.startswith(CHECK_RANGE):
-                print(f"poise: warning: {note}", file=sys.stderr)
+                warn(note)
     if plan is None:
         plan = make_plan(recipe, stages, dataset, folder, device, options, began, verbose)
     count = options.threads or plan.threads
     if verbose and count is not None:
-        print(f"{count} CPU thread{'s' * (count > 1)} (--threads)", file=sys.stderr)
+        say(f"{count} CPU thread{'s' * (count > 1)} (--threads)")
     config |= {"recipe": to_json(plan.recipe), "threads": count}
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
@@ -359,7 +360,8 @@ class Job:
         self._states.append(state)
         mine = under(f"stage{number}", self.tensors)
         if "step" in mine:
-            restore_state(state, mine)
+            with fitting(self.folder, number):
+                restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
         fell_back = self._use_eager_steps if self.options.engine == "auto" else None
@@ -416,11 +418,7 @@ class Job:
         self._picture.add(number, tenth, first, prior)
 
     def _use_eager_steps(self, reason: str) -> None:
-        print(
-            f"poise: warning: steps cannot be recorded as a CUDA graph ({reason}); "
-            "taking them one by one",
-            file=sys.stderr,
-        )
+        warn(f"steps cannot be recorded as a CUDA graph ({reason}); taking them one by one")
         self._use_engine("eager")
 
     def _use_engine(self, engine: Engine) -> None:
@@ -456,9 +454,14 @@ class Job:
         if self.meta["stage"] == 1:
             return None
         try:
-            return read_folder(self.folder / "codes").tensors
+            return read_code_tensors(
+                self.folder / "codes",
+                len(self.dataset.train),
+                self.recipe.network.latent_dim,
+                mirrored=self.recipe.data.flips,
+            )
         except RunError as error:
-            print(f"poise: warning: {error}; computing the codes again", file=sys.stderr)
+            warn(f"{error}; computing the codes again")
             return None
 
     def _compute_codes(self, vae: VAE) -> dict[str, Tensor]:
@@ -510,14 +513,18 @@ class Mirror(nn.Module):
 
 
 def finish(run: Run, dataset: Dataset, seconds: float) -> None:
-    """Write the pictures, the training curves and summary.json of a finished run."""
+    """Write the mixture, the pictures, the training curves and summary.json of a finished run."""
+    run.save_mixture()
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
     pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
     save_png(
         run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8)
     )
-    write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    try:
+        write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    except InputError as error:  # the log is lost, the model is not
+        warn(f"{error}; training.png is left out")
     figures = {
         "train_images": len(dataset.train),
         "seconds": round(seconds, 1),

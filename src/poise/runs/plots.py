@@ -1,9 +1,12 @@
 """Plot the training curves: error, KL and decoder variance against images seen."""
 
 import io
-import json
+import math
 from pathlib import Path
 from typing import Any
+
+from poise.errors import InputError
+from poise.runs.log import read_log
 
 COLUMNS = 3
 # The log of a deterministic autoencoder has a penalty in place of the KL, that of a flow neither.
@@ -21,18 +24,23 @@ def training_curves(log: Path) -> bytes:
 
     Args:
         log: metrics.jsonl of a run.
+
+    Raises:
+        InputError: the log has no entries.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    stages = sorted({entry["stage"] for entry in entries})
+    entries = read_log(log)
+    stages = sorted({int(entry["stage"]) for entry in entries})
+    if not stages:
+        raise InputError(f"{log} has no entries: there is nothing to plot")
     figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(stages), COLUMNS, squeeze=False)
     for row, stage in zip(axes, stages, strict=True):
         of_stage = [entry for entry in entries if entry["stage"] == stage]
-        curves = [curve for curve in CURVES if curve[0] in of_stage[0]]
+        curves = [curve for curve in CURVES if any(curve[0] in entry for entry in of_stage)]
         for axis, curve in zip(row, curves, strict=False):
             _curve(axis, of_stage, stage, *curve)
         for axis in row[len(curves) :]:
@@ -47,7 +55,7 @@ def _curve(
 ) -> None:
     axis.plot(
         [e["images_seen"] / 1000 for e in entries],
-        [e[key] for e in entries],
+        [e.get(key, math.nan) for e in entries],
         linewidth=1.3,
         color="#1f5fa8",
     )

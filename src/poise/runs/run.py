@@ -3,6 +3,7 @@
 config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
+mixture/               the mixture prior, fitted to these codes
 metrics.jsonl          one line per log entry of both stages
 progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
@@ -12,7 +13,6 @@ diagnosis.json         the last result of `poise diagnose`
 
 import base64
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,6 +55,7 @@ from poise.metrics import (
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
+    MixturePrior,
     Prior,
     RenormalisedPrior,
     TrainedModel,
@@ -64,8 +65,21 @@ from poise.priors import (
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs.build import first_stage, second_stage, stage_balance
-from poise.runs.checkpoint import Saved, checkpoints, newest_intact_checkpoint, read_folder
+from poise.runs.checkpoint import (
+    MANIFEST,
+    TENSORS,
+    Manifest,
+    Saved,
+    checkpoints,
+    fitting,
+    load_weights,
+    newest_intact_checkpoint,
+    read_codes,
+    read_folder,
+    write_folder,
+)
 from poise.runs.folder import data_settings, read_config, read_data
+from poise.runs.log import read_log
 from poise.runs.plots import training_curves
 from poise.sampling import (
     ADJUSTMENT_DRAWS,
@@ -75,6 +89,8 @@ from poise.sampling import (
     sample_chunks,
 )
 from poise.shapes import Images, Latents
+from poise.support.files import read_json
+from poise.support.progress import warn
 from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
@@ -95,6 +111,7 @@ TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
+MIXTURE: PriorName = "mixture"  # also the folder's name
 NO_POSTERIOR = (
     "a deterministic autoencoder: its codes are points, "
     "and it has no KL, ELBO, likelihood or variance law"
@@ -107,6 +124,14 @@ class Trained:
 
     vae: VAE
     balance: Balance
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """The part of diagnosis.json that a run reads."""
+
+    checkpoint: str
+    figures: dict[str, Any]
 
 
 @final
@@ -163,8 +188,9 @@ class Run:
         assert settings is not None
         balance = stage_balance(settings, self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
-        network.load_state_dict(under("average", tensors) or under("vae", tensors))
-        balance.load_state_dict(under("balance", tensors))
+        with fitting(self.folder, number):
+            load_weights(network, under("average", tensors) or under("vae", tensors))
+            load_weights(balance, under("balance", tensors))
         return network.eval(), balance.eval()
 
     def to(self, device: str | torch.device) -> "Run":
@@ -204,8 +230,7 @@ class Run:
                 f"{self.folder} has no codes yet: stage 1 is not finished; "
                 "continue with `poise train`"
             )
-        tensors = read_folder(folder).tensors
-        return DiagonalGaussian(tensors["mean"], tensors["logvar"])
+        return read_codes(folder, self.data["train"], self.recipe.network.latent_dim)
 
     def encode(self, images: Any) -> DiagonalGaussian:
         """Return the posterior of each image, (n, latents), on the CPU.
@@ -339,12 +364,12 @@ class Run:
         distance in pixels, as a fraction of the images' variance.
         """
         try:
-            found = json.loads((self.folder / DIAGNOSIS).read_text(encoding="utf-8"))
-            if found["checkpoint"] != self.position:
-                return {}
-            distances = {name: found["figures"].get(f"distance_{name}") for name in PRIORS}
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(self.folder / DIAGNOSIS, Diagnosed)
+        except InputError:
             return {}
+        if found.checkpoint != self.position:
+            return {}
+        distances = {name: found.figures.get(f"distance_{name}") for name in PRIORS}
         known = {name: d for name, d in distances.items() if isinstance(d, float)}
         return dict(sorted(known.items(), key=lambda item: item[1]))
 
@@ -390,10 +415,43 @@ class Run:
             seed=self.recipe.seed,
             device=self.device,
         )
-        prior = make_prior(name, model)
+        prior = (self._saved_mixture() if name == MIXTURE else None) or make_prior(name, model)
         if needed is None:  # the noise of stage 2 and the solver differ between generations
             self._fitted_priors[name] = prior
         return prior.to(self.device)
+
+    def save_mixture(self) -> None:
+        """Save the mixture prior, so that image i of a seed is the same on all machines.
+
+        Fits of two machines, or of a CPU and a GPU, differ by more than rounding. If no mixture can
+        be fitted to the codes, nothing is saved.
+        """
+        try:
+            mixture = self._plain_prior(MIXTURE, self.recipe.generation)
+        except (InputError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+            return
+        meta = {"codes": self._hash_of_codes(), "seed": self.recipe.seed}
+        write_folder(self.folder / MIXTURE, mixture.state_dict(), meta)
+
+    def _saved_mixture(self) -> MixturePrior | None:
+        """Return the saved mixture, or None if the run has none for its present codes.
+
+        Runs that were finished before 2026-11-27 have none.
+        """
+        folder = self.folder / MIXTURE
+        if not folder.exists():
+            return None
+        try:
+            saved = read_folder(folder)
+            if saved.meta.get("codes") != self._hash_of_codes():
+                return None
+            return MixturePrior.restored(saved.tensors, self.recipe.network.latent_dim)
+        except (InputError, RunError) as error:
+            warn(f"{error}; fitting the mixture again")
+            return None
+
+    def _hash_of_codes(self) -> str:
+        return read_json(self.folder / "codes" / MANIFEST, Manifest).sha256.get(TENSORS, "")
 
     @cached_property
     def _lost_much(self) -> bool:
@@ -430,8 +488,8 @@ class Run:
             generation: noise, renormalisation, adjustment. None: the recipe's.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the prior needs a second stage that
-                the run does not have.
+            InputError: `count` is less than 1, no such prior, or the run lacks the second stage that
+                the prior needs.
         """
         return torch.cat(
             list(
@@ -712,7 +770,7 @@ class Run:
         from PIL import Image
 
         log = self.folder / "metrics.jsonl"
-        if not log.exists() or not log.read_text(encoding="utf-8").strip():
+        if not read_log(log):
             raise InputError(
                 f"{self.folder} has no log yet (metrics.jsonl): there is nothing to plot"
             )

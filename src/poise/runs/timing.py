@@ -14,7 +14,6 @@ least a tenth. At 64 pixels on two cores, the recipe's 3 % would be only some hu
 
 import copy
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,12 +28,15 @@ from poise.balance import Balance
 from poise.data import Dataset
 from poise.errors import InputError
 from poise.flow import Flow
+from poise.latent import DiagonalGaussian
 from poise.priors.flow_prior import FlowPrior, evaluations
+from poise.priors.mixture import MOST_CODES, fit_mixture
 from poise.recipes.settings import Recipe, Stage, from_json, to_json
 from poise.runs.checkpoint import write_folder
 from poise.runs.folder import read_config
 from poise.runs.options import Options
-from poise.support.progress import hours_minutes
+from poise.support.progress import hours_minutes, say
+from poise.support.seeds import generator
 from poise.training import (
     Batches,
     CodeBatches,
@@ -67,6 +69,7 @@ PICTURES = 64  # samples that a finished run shows
 PASSES = {"train": (1, 0), "test": (2, 3)}
 SECOND_PASSES = (2, 2)  # passes of stage 2's encoder and decoder over the training codes
 LEAST_STEPS = 10
+FEW_CODES = 500  # that a mixture is fitted to, to estimate the time of the whole fit
 SHARE_OF_AVERAGE = 0.1  # share of stage 1 that BatchNorm's running averages cover
 MARGIN = 0.02  # share of the budget for starting the interpreter and other unmeasured work
 
@@ -150,7 +153,7 @@ def make_plan(
             lambda: lengths_within_budget(recipe, measured, num_images, left)
         )
     if verbose:
-        print(estimate(recipe, measured, num_images), file=sys.stderr)
+        say(estimate(recipe, measured, num_images))
     return Plan(recipe, count)
 
 
@@ -345,7 +348,8 @@ def measure(
         count: number of CPU threads. None: the usual number.
     """
     seconds = max(SECONDS, 60 * SHARE_OF_BUDGET * (recipe.minutes or 0))
-    paces, rest = [], PICTURES_SECONDS
+    latents = recipe.network.latent_dim
+    paces, rest = [], PICTURES_SECONDS + mixture_seconds(len(dataset.train), latents, device)
     for number, ((network, balance), stage) in enumerate(
         zip(stages, stages_of(recipe), strict=True), 1
     ):
@@ -377,6 +381,26 @@ def measure(
         else:
             rest += len(dataset.train) * (SECOND_PASSES[0] * encode + SECOND_PASSES[1] * decode)
     return Timing(tuple(paces), rest)
+
+
+def mixture_seconds(number: int, latents: int, device: torch.device) -> float:
+    """Return about the seconds that it takes to fit the mixture, from a fit to few random codes.
+
+    Args:
+        number: number of training images.
+        latents: number of latents.
+        device: device of the fit.
+    """
+    from sklearn.cluster import KMeans  # noqa: F401  # so that its import is not timed
+
+    few = min(FEW_CODES, number)
+    blank = DiagonalGaussian(
+        torch.randn(few, latents, generator=generator("timing")), torch.zeros(few, latents)
+    )
+    began = time.monotonic()
+    with suppress(InputError):  # no mixture is fitted to so many latents
+        fit_mixture(blank, device=device)
+    return (time.monotonic() - began) * min(MOST_CODES, number) / few
 
 
 def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatches:

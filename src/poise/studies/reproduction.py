@@ -4,7 +4,6 @@ The settings are those of a recipe (`poise.recipes`), which has a named switch f
 An experiment can be stopped and resumed.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from poise.studies.comparison.experiment import deadline
 from poise.studies.comparison.plan import variants
 from poise.studies.results import safe_name
 from poise.support.files import write_file
-from poise.variants import DATA_SETS, PRIORS
+from poise.support.progress import say
+from poise.variants import DATA_SETS, available_priors
 
 
 def reproduce(
@@ -76,10 +76,9 @@ def reproduce(
         )
     experiment = experiment_of(name, data, balances, seeds, length, extractor, second_balance)
     if not options.quiet and experiment.base.data.file_order != RECIPES[name].data.file_order:
-        print(
+        say(
             "poise: note: images keep the order of their file: "
-            "only a folder of files has a listing order",
-            file=sys.stderr,
+            "only a folder of files has a listing order"
         )
     trial = [] if length == 1 else ["length", f"{length:g}"]
     folder = Path(out or Path("runs") / safe_name("reproduce", name, *trial))
@@ -107,7 +106,8 @@ def experiment_of(
     trial += "" if second_balance is None else f" (stage 2 {second_balance})"
     labels = variants(balances or [recipe.first.balance], (), second_balance)
     named = {label + trial: changes for label, changes in labels.items()}
-    return Experiment(name, base, named, seeds, protocols_for(recipe), tuple(PRIORS), extractor)
+    priors = available_priors(base.second_stage)
+    return Experiment(name, base, named, seeds, protocols_for(recipe), priors, extractor)
 
 
 def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:

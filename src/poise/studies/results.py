@@ -12,20 +12,27 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 
 from poise.errors import InputError, MissingInputError
+from poise.metrics.latents import LatentStatistics
+from poise.metrics.likelihood import ImportanceWeightedNLL
 from poise.metrics.listed import is_frechet
-from poise.recipes.settings import to_json
-from poise.support.files import write_json
+from poise.metrics.reconstruction import Reconstruction
+from poise.protocols import Protocol
+from poise.recipes.settings import Recipe, from_json, to_json
+from poise.runs.folder import Described
+from poise.runs.log import Entry, read_log
+from poise.support.files import convert, read_json, write_json
 from poise.support.version import __version__
 from poise.variants import DATA_SETS
 
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from poise.evaluation import Evaluation
     from poise.runs.run import Run
 
+Page = dict[str, Any]
 FORMAT = 1
 POINTS = 100  # at most, per curve
 # Objectives without KL log "penalty" in place of "kl_nats".
@@ -196,7 +204,11 @@ def result_of(
 
 def _training_seconds(folder: Path) -> dict[str, float]:
     summary = folder / "summary.json"
-    return {"training": json.loads(summary.read_text())["seconds"]} if summary.exists() else {}
+    if not summary.exists():
+        return {}
+    return {
+        "training": convert(read_json(summary, Page).get("seconds"), float, f"{summary}: seconds")
+    }
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -264,17 +276,17 @@ def curves(log: Path) -> dict[str, dict[str, list[float]]]:
     Args:
         log: metrics.jsonl of a run.
     """
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    stages = sorted({entry["stage"] for entry in entries})
+    entries = read_log(log)
+    stages = sorted({int(entry["stage"]) for entry in entries})
     return {
         str(stage): _curve([entry for entry in entries if entry["stage"] == stage])
         for stage in stages
     }
 
 
-def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
+def _curve(entries: list[Entry]) -> dict[str, list[float]]:
     # Images since the previous entry.
-    images = np.diff([entry["images_seen"] for entry in entries], prepend=0)
+    images = np.diff([entry["images_seen"] for entry in entries], prepend=0).clip(1)
     elapsed: list[float] = np.cumsum(
         images / np.maximum([entry["images_per_second"] for entry in entries], 1e-9)
     ).tolist()
@@ -284,8 +296,8 @@ def _curve(entries: list[dict[str, float]]) -> dict[str, list[float]]:
         "images_seen": [entries[end]["images_seen"] for end in ends],
         "seconds": [_short(elapsed[end]) for end in ends],
     }
-    for name in [name for name in CURVES if name in entries[0]]:
-        values = np.array([entry[name] for entry in entries])
+    for name in [name for name in CURVES if any(name in entry for entry in entries)]:
+        values = np.array([entry.get(name, math.nan) for entry in entries])
         curve[name] = [_short(np.average(values[group], weights=images[group])) for group in groups]
     return curve
 
@@ -306,46 +318,147 @@ def write_result(result: Result, folder: Path) -> Path:
     return path
 
 
-def read_results(paths: Iterable[str | Path]) -> list[Result]:
+@dataclass(frozen=True)
+class Measured:
+    """A measurement in a result's file, see `poise.protocols.Measurement`."""
+
+    metric: str
+    of: str
+    value: float | None
+    protocol: str
+    spread: float | None = None
+    unit: str = ""
+    data: str = ""
+    seed: int = 0
+    device: str = ""
+    version: str = ""
+
+
+def page_of(*figures: type) -> Any:
+    """Return the type of a page in a file: figures of dataclasses by name, each optional or null.
+
+    A page may hold other keys, too: those of other versions.
+    """
+    hints = {name: hint for cls in figures for name, hint in get_type_hints(cls).items()}
+    make: Any = TypedDict
+    return make("Page", {name: _or_null(hint) for name, hint in hints.items()}, total=False)
+
+
+def _or_null(hint: Any) -> Any:
+    optional = get_origin(hint) is UnionType
+    plain = next(part for part in get_args(hint) if part is not NoneType) if optional else hint
+    if isinstance(plain, type) and is_dataclass(plain):
+        return page_of(plain) | None
+    return (list[float | None] if get_origin(plain) is tuple else plain) | None
+
+
+@dataclass(frozen=True)
+class AsShown:
+    """The figures that `Run.evaluate` adds to its page of reconstructions."""
+
+    mse_as_shown: float
+    images: int
+
+
+PAGES: dict[str, Any] = {
+    "reconstruction": page_of(Reconstruction, AsShown),
+    "latents": page_of(LatentStatistics),
+    "second_stage": page_of(Reconstruction, LatentStatistics),
+    "likelihood": page_of(ImportanceWeightedNLL),
+}
+
+
+def check_pages(values: Page, where: str) -> None:
+    """Check the types of a model's figures, as an evaluation and summary.json hold them.
+
+    Raises:
+        InputError: a figure has another type. `where` names the file in the message.
+    """
+    for name, kind in PAGES.items():
+        convert(values.get(name), kind | None, f"{where}: {name}")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The part of an evaluation in a result's file that all evaluations have."""
+
+    protocols: dict[str, Page]
+    measurements: list[Measured]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for code, settings in self.protocols.items():
+            from_json(Protocol, settings, f"protocol {code}")
+        if unknown := {m.protocol for m in self.measurements} - set(self.protocols):
+            raise ValueError(f"the protocols {', '.join(sorted(unknown))} are missing")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Contents of a result's file, see `Result`."""
+
+    result: Literal[1]
+    experiment: str
+    label: str
+    seed: int
+    settings: Page
+    data: Described
+    provenance: Page
+    seconds: dict[str, float]
+    curves: dict[Literal["1", "2"], dict[str, list[float | None]]]
+    evaluation: Evaluated
+
+    def __post_init__(self) -> None:
+        from_json(Recipe, self.settings, "settings")
+        for stage, curves in self.curves.items():
+            missing = {"images_seen", "seconds"} - set(curves)
+            if missing or len(set(map(len, curves.values()))) != 1:
+                raise ValueError(f"the curves of stage {stage} have no points or unequal lengths")
+
+
+def read_results(
+    paths: Iterable[str | Path], damaged: Callable[[InputError], None] | None = None
+) -> list[Result]:
     """Return the results in files and folders, in the given order, and by name within a folder.
 
     Args:
         paths: files of `write_result`; folders of them (other JSON there is ignored); or folders of
             a comparison, whose results are in `results/`.
+        damaged: called with the error of each damaged result, which is then left out. None: raise
+            the first of these errors.
 
     Raises:
         InputError: a path does not exist, a file is not a result, or a folder has no results.
     """
-    return [result for path in paths for result in _read(Path(path))]
+    return [result for path in paths for result in _read(Path(path), damaged)]
 
 
-def _read(path: Path) -> list[Result]:
+def _read(path: Path, damaged: Callable[[InputError], None] | None) -> list[Result]:
     if path.is_file():
-        return [_restore(path, _values(path))]
+        return [_restore(path, read_json(path, Any))]
     if not path.is_dir():
         raise MissingInputError(
             f"{path}: no such file or folder; give results, or the folder of a comparison"
         )
     folder = path / "results" if (path / "results").is_dir() else path
-    values = {file: _values(file) for file in sorted(folder.glob("*.json"))}
-    found = [
-        _restore(file, value)
-        for file, value in values.items()
-        if isinstance(value, dict) and "result" in value
-    ]
-    if not found:
+    found: list[Result] = []
+    complaints = 0
+    for file in sorted(folder.glob("*.json")):
+        try:
+            values = read_json(file, Any)
+            if isinstance(values, dict) and "result" in values:
+                found.append(_restore(file, values))
+        except InputError as error:
+            if damaged is None:
+                raise
+            damaged(error)
+            complaints += 1
+    if not found and not complaints:
         raise MissingInputError(
             f"{path} holds no results: give files that poise compare or poise reproduce wrote, "
             "or their folder"
         )
     return found
-
-
-def _values(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def _restore(path: Path, values: Any) -> Result:
@@ -359,4 +472,14 @@ def _restore(path: Path, values: Any) -> Result:
             f"{path} is not a result of poise (format {FORMAT}): "
             "give files that poise compare or reproduce wrote"
         )
-    return Result(**{name: values[name] for name in names})
+    convert(values, ResultFile, str(path))
+    check_pages(values["evaluation"], str(path))
+    known = {name: values[name] for name in names}
+    known["curves"] = {
+        stage: {
+            name: [math.nan if value is None else value for value in curve]
+            for name, curve in curves.items()
+        }
+        for stage, curves in values["curves"].items()
+    }
+    return Result(**known)

@@ -1,15 +1,28 @@
-"""Write files atomically: a file appears complete or not at all, even if a process is killed."""
+"""Write files atomically, and read JSON files with a check of their types.
+
+A file appears complete or not at all, even if a process is killed. It is written under a temporary
+name that nobody can predict, and never through a symbolic link.
+
+msgspec reads JSON: it checks a value against a type annotation and names the wrong place. It has no
+dependencies and takes 0.7 MB. pydantic takes ten times as much, and cattrs converts plain values
+instead of checking them.
+"""
 
 import errno
 import json
 import math
 import os
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from poise.errors import InputError, RunError
+from poise.errors import InputError, MissingInputError, RunError
+
+Read = TypeVar("Read")  # `type[Read] | Any`: at run time dict[str, int] is not a type
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -29,7 +42,7 @@ def appearing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or cannot be written. An earlier file of that name is intact.
     """
-    writing = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    writing = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield writing
@@ -40,6 +53,20 @@ def appearing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and not isinstance(error, InputError):
             raise write_failure(path, error) from error
         raise
+
+
+def temporary(path: Path) -> Path:
+    """Return a path beside `path` that nobody can predict, to write to before a rename."""
+    return path.with_name(f".writing-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder or a symbolic link (not its target), if that is allowed."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -69,7 +96,7 @@ def write_failure(path: Path, error: OSError) -> RunError:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until its content is on the disk."""
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:  # "x" does not follow a symbolic link
         file.write(content)
         sync(file)
 
@@ -78,3 +105,79 @@ def sync(file: IO[bytes]) -> None:
     """Flush a file and wait until its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file. Do not wait for a writer of a named pipe.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def read_json(path: Path, kind: type[Read] | Any) -> Read:
+    """Return the content of a JSON file as a type.
+
+    Args:
+        path: the file.
+        kind: any type: a dataclass, `dict[str, float]`, a union. Numbers must be finite, as JSON
+            has no NaN and no infinity.
+
+    Raises:
+        MissingInputError: there is no such file.
+        InputError: the file cannot be read, is not JSON, or has another type.
+
+    Example:
+        >>> read_json(Path("summary.json"), dict[str, int])              # doctest: +SKIP
+    """
+    try:
+        return decode_json(read_regular(path), kind, str(path))
+    except FileNotFoundError:
+        raise MissingInputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def decode_json(content: bytes, kind: type[Read] | Any, where: str) -> Read:
+    """Return JSON text as a type; see `read_json`.
+
+    Raises:
+        InputError: the text is not JSON, or has another type. `where` names it in the message.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where} is damaged: {in_words(error)}") from None
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} cannot be read as JSON: {in_words(error)}") from None
+
+
+def convert(values: Any, kind: type[Read] | Any, where: str) -> Read:
+    """Return plain values, as JSON has them, as a type; see `read_json`.
+
+    Raises:
+        InputError: the values have another type. `where` names them in the message.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(values, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InputError(f"{where}: {in_words(error)}") from None
+
+
+def in_words(error: Exception) -> str:
+    """Return the reason of an error of msgspec without code marks, with the place first."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    reason, _, place = str(error).replace("`", "").partition(" - at $")
+    return f"{place.lstrip('.')}: {reason}" if place else reason

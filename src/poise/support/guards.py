@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 from poise.errors import InputError
 
 _signal_times: list[list[float]] = []  # one list for each open block of the main thread
+_any_asked = threading.Event()
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # absent on Windows
+STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None]
 # torchrun, srun and terminals each forward a signal: one request can arrive several times.
 ECHO_SECONDS = 1.0
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -37,23 +40,27 @@ def stopping_when(reason: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C or SIGTERM has arrived inside the block.
+    """Yield a function that returns whether a signal to stop has arrived inside the block.
 
-    The first signal only makes this function return true. A signal more than a second later acts as
-    usual. Python delivers signals to the main thread. In another thread, the function returns
-    whether a block of the main thread received a signal.
+    The signals are Ctrl-C, SIGTERM, and SIGHUP (its terminal was closed) unless it is ignored, as
+    under nohup. The first signal only makes this function return true. A signal more than a second
+    later acts as usual. Python delivers signals to the main thread. In another thread, the function
+    returns whether a block of the main thread received a signal.
     """
     asked: list[float] = []
     other_reason = _other_reason.get()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: any(_signal_times) or other_reason()
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
+    if HANGUP is not None and before.get(HANGUP) == signal.SIG_IGN:
+        del before[HANGUP]
 
     def handle(number: int, frame: Any) -> None:
         asked.append(time.monotonic())
+        _any_asked.set()
         if asked[-1] - asked[0] > ECHO_SECONDS:
-            signal.signal(number, before[signal.Signals(number)])
+            signal.signal(number, before[number])
             signal.raise_signal(number)
 
     for known in before:
@@ -67,6 +74,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def any_asked() -> bool:
+    """Return whether any block of `stop_signals` of this process has received a signal."""
+    return _any_asked.is_set()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock the folder against other processes; make it first if it does not exist.
@@ -75,9 +87,9 @@ def locked(folder: Path) -> Iterator[None]:
     removed. Two blocks of one process refuse each other too.
 
     Raises:
-        InputError: another process has locked the folder, the folder cannot be written to, or its
-            file system has no locks. No marker file replaces a lock, because it would outlive a
-            killed job and block its restart on another machine.
+        InputError: another process has locked the folder, the folder cannot be written to, its
+            .lock is a symbolic link, or its file system has no locks. No marker file replaces a
+            lock, because it would outlive a killed job and block its restart on another machine.
     """
     path = folder / ".lock"
     lock = FileLock(path, timeout=0, fallback_to_soft=False)
@@ -102,5 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _refusal(folder: Path, error: OSError) -> str:
     if error.errno in WITHOUT_LOCKS:
         return "its file system has no file locks; give --out (out=) a folder on another one"
+    if error.errno == errno.ELOOP:
+        return "its .lock is a symbolic link; delete the link"
     reason = "it is a file" if folder.is_file() else error.strerror or error
     return f"{reason}; give --out (out=) a folder that can be written to"

@@ -1,11 +1,16 @@
-"""Show progress on stderr: a bar on a terminal, otherwise a plain line every 15 seconds."""
+"""Show progress on stderr: a bar on a terminal, otherwise a plain line every 15 seconds.
 
+Work goes on if stderr is closed, its reader has ended or its disk is full.
+"""
+
+import io
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar, final
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 if TYPE_CHECKING:
     import rich.progress
@@ -16,20 +21,83 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_OF_SPEED = 600.0  # window of the speed that gives the time left
 
 
+@final
+class SafeStream:
+    """A stream that drops what cannot be written.
+
+    Args:
+        stream: the stream. None: Python was started without it.
+        only_pipes: drop output only if its reader has ended, and raise other errors.
+    """
+
+    def __init__(self, stream: Any, *, only_pipes: bool = False) -> None:
+        self._stream = io.StringIO() if stream is None else stream
+        # A closed stream raises ValueError.
+        self._dropped = (BrokenPipeError,) if only_pipes else (OSError, ValueError)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except self._dropped as error:
+            self._discard_after(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except self._dropped as error:
+            self._discard_after(error)
+
+    def finish(self) -> None:
+        """Flush, and discard what cannot be written: Python flushes again at exit, and fails."""
+        try:
+            self._stream.flush()
+        except self._dropped:
+            self._discard()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except ValueError:
+            return False
+
+    def _discard_after(self, error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):  # a full disk may have room later
+            self._discard()
+
+    def _discard(self) -> None:
+        with suppress(OSError, ValueError):  # no file, or a closed one
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, if it can be written."""
+    print(line, file=SafeStream(sys.stderr), flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, if it can be written."""
+    say(f"poise: warning: {text}")
+
+
 @contextmanager
 def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Progress"]:
     """Yield a progress display for `total` units of work, of which `done` are already finished."""
     import rich.console
     import rich.progress
 
-    terminal = sys.stderr.isatty()
+    stream: Any = SafeStream(sys.stderr)
+    terminal = stream.isatty()
     bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=24),
         rich.progress.TaskProgressColumn(),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.fields[figures]}"),
-        console=rich.console.Console(stderr=True),
+        console=rich.console.Console(file=stream),
         speed_estimate_period=SECONDS_OF_SPEED,
         disable=quiet or not terminal,  # a disabled bar still counts
     )
@@ -59,8 +127,7 @@ class Progress:
         if self._lines and (self._task.finished or now - self._last >= SECONDS_BETWEEN_LINES):
             self._last, left = now, self._task.time_remaining
             known = "" if left is None else f", {hours_minutes(left)} left"
-            line = f"{self._task.description} {done}/{self._task.total}{known}  {text}"
-            print(line, file=sys.stderr, flush=True)
+            say(f"{self._task.description} {done}/{self._task.total}{known}  {text}")
 
 
 def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:

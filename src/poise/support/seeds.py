@@ -1,7 +1,9 @@
 """Derive seeds and random generators: every draw is f(seed, purpose, position).
 
-So a stopped run resumes with exactly the same draws. Only modules draw from torch's global
-generator, for their initial weights and for layers such as dropout; the package seeds it first.
+So a stopped run resumes with exactly the same draws. torch's global generator serves modules only,
+for their initial weights and for layers such as dropout, and the objective rae-gp. The package
+seeds it for them and restores it, while other threads that need it wait. Calling a `VAE` without
+noise also draws from it, as the user's own call.
 """
 
 import hashlib

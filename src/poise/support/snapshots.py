@@ -1,4 +1,4 @@
-"""Copy a module's state so that the copy stays correct under torch.compile."""
+"""Keep a module's state correct under torch.compile and gradient checkpointing."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,12 @@ def _opaque_copy(tensor: Tensor) -> Tensor:
 @_opaque_copy.register_fake
 def _opaque_copy_of_fake(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor)
+
+
+def in_backward() -> bool:
+    """Return whether autograd is computing gradients in this thread.
+
+    A module whose forward runs there is recomputed by gradient checkpointing. Compiled code cannot
+    ask, and returns False.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -18,6 +18,7 @@ double precision, and
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,8 @@ from poise.balance import Balance, LossTerms
 from poise.errors import InputError, RunError
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+# gloo raises RuntimeError, with a place in its source: [.../gloo/transport/tcp/pair.cc:553]
+OF_GLOO = re.compile(r"\bgloo(/\w+)+\.(cc|cpp|h):\d+")
 PATIENCE = timedelta(hours=1)  # timeout for a rank that hangs; a dead rank is detected at once
 
 Result = TypeVar("Result")
@@ -60,8 +63,10 @@ def processes(device: torch.device) -> Iterator[None]:
     atexit.unregister(leave)
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not OF_GLOO.search(str(error)):
             raise
         raise RunError(
             "lost contact with another process of this run: read its own error message"

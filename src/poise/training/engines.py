@@ -78,7 +78,7 @@ class CapturedStep:
         Raises:
             RunError: the step cannot be recorded, and `fell_back` is None.
         """
-        self.stream = self.stream or torch.cuda.Stream()
+        self.stream = self.stream or torch.cuda.Stream(batch.device)
         if self.graph is None and self.recordable and self.taken >= EAGER_STEPS:
             self._record(state, batch, noise, stage)
         if self.graph is None:
@@ -114,7 +114,7 @@ class CapturedStep:
             self.graph = graph
 
     def _take(self, state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
-        now = torch.cuda.current_stream()
+        now = torch.cuda.current_stream(batch.device)
         assert self.stream is not None
         self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream):

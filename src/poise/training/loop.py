@@ -7,17 +7,18 @@ any step and resumed from its checkpoint ends with bit-identical weights on the 
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.objectives import is_deterministic
-from poise.recipes.settings import FLOW_OBJECTIVE, Stage
+from poise.recipes.settings import FLOW_OBJECTIVE, VAE_OBJECTIVE, Stage
 from poise.support.kernels import LOCK, generators_kept, kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
@@ -104,12 +105,16 @@ def fit(
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
     columns = count_noise(state.network, data)
+    draws = may_draw(state.network) or stage.objective not in (VAE_OBJECTIVE, FLOW_OBJECTIVE)
+    random_layers = partial(seeded_layers, device) if draws else nothing
     if state.shared is not None:
         noise = torch.zeros(1, columns, device=device)
-        fix_order_of_sums(state, first_item(data, device), noise, stage)
+        with random_layers("order of sums", seed, number):
+            fix_order_of_sums(state, first_item(data, device), noise, stage)
     state.network.train()
     state.balance.train()
     state.verdict.zero_()
+    statistics = Statistics(state)
     wanted = global_batches(stage, len(data), number=number, seed=seed, start=state.step)
     source, began = torch.Generator(device), state.step
     logged = began  # for the rate only: restored sums may include earlier steps
@@ -123,7 +128,6 @@ def fit(
     with (
         tuned(state.network, device, threads),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-        generators_kept(device),
         progress(f"stage {number}", total, state.step, quiet=watch.quiet) as display,
         fetched_ahead(data, wanted, share) as fetched_batches,
     ):
@@ -137,8 +141,10 @@ def fit(
             if not alone and watch.stop():
                 state.asked.fill_(1)
             try:
-                with kernels(device, tf32=stage.precision != "ieee"):
-                    seed_random_layers(device, "modules", seed, number, state.step)
+                with (
+                    kernels(device, tf32=stage.precision != "ieee"),
+                    random_layers("modules", seed, number, state.step),
+                ):
                     take_step(state, batch, noise, stage)
             except torch.OutOfMemoryError as error:
                 raise RunError(
@@ -152,11 +158,13 @@ def fit(
                 continue
             verdict = Verdict(*state.verdict.tolist())
             if verdict.failed:
+                statistics.restore()
                 step = began + int(verdict.steps) - 1
                 indices = next(
                     global_batches(stage, len(data), number=number, seed=seed, start=step)
                 )
                 raise nonfinite(stage, number, step, verdict, indices)
+            statistics.keep()
             if logs:
                 now = time.monotonic()
                 entry = log_entry(state, stage, number, len(data))
@@ -207,16 +215,78 @@ def first_item(data: Batches, device: torch.device) -> Tensor:
     return data.place(fetched, lambda columns: torch.zeros(1, columns, device=device))
 
 
-def seed_random_layers(device: torch.device, *place: int | str) -> None:
-    """Seed torch's global generators for random layers such as dropout.
+class Statistics:
+    """Copies of the buffers of a network, such as BatchNorm's running averages.
 
-    Each process gets another seed. torch.manual_seed would queue a call for every absent device.
+    The forward pass of a failed step changes them. On a CPU they are restored to the step before.
+    On a GPU, where the verdict is read every 50 steps, they are restored to the last read.
+
+    Args:
+        state: its network and the average of its weights have the buffers.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self._buffers = [*state.network.buffers()]
+        if state.average is not None:
+            self._buffers += state.average.buffers()
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
+
+
+# These layers draw random numbers in training.
+RANDOM_LAYERS = (
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
+
+
+def may_draw(network: nn.Module) -> bool:
+    """Return whether a network may draw from torch's global generators in training.
+
+    True for layers such as dropout, for classes of others than torch and this package, and for
+    modules with hooks, which may do anything.
+    """
+    return any(
+        isinstance(module, RANDOM_LAYERS)
+        or not type(module).__module__.startswith(("torch.nn.", "poise."))
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        for module in network.modules()
+    )
+
+
+@contextmanager
+def seeded_layers(device: torch.device, *place: int | str) -> Iterator[None]:
+    """Seed torch's global generators inside the block, and restore them after it.
+
+    Layers such as dropout have no generator of their own. Other threads that train wait, so that
+    each thread draws the numbers that it would draw alone. Each process gets another seed.
     """
     seed = derive(*place) if distributed.rank() == 0 else derive(*place, distributed.rank())
-    with LOCK:  # not while another thread draws the weights of a network
+    with LOCK, generators_kept(device):
+        # torch.manual_seed would queue a call for every absent device.
         torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def nothing(*place: int | str) -> AbstractContextManager[None]:
+    """Return an empty block, in place of `seeded_layers`, for a network that draws nothing."""
+    return nullcontext()
 
 
 def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
+from poise.errors import InputError
 from poise.flow import Flow
 from poise.recipes.settings import Stage
 from poise.training.distributed import ranks, share_gradients
@@ -80,10 +81,19 @@ def new_state(
 
     Weights of convolutions are in `torch.channels_last`, as are the batches of `ImageBatches`. All
     processes start with the weights of rank 0.
+
+    Raises:
+        InputError: the balance has groups.
     """
+    if balance.groups is not None:
+        raise InputError(
+            f"training logs one gamma2, but this balance has groups={balance.groups}: leave groups "
+            "out, or use the balance in a loop of your own"
+        )
     network, balance = network.to(device), balance.to(device)
     if has_convolutions(network):
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    balance.data_checked = True  # masks are trained with the error that the recipe says
     shared = share_gradients(network, balance) if ranks() > 1 else None
     parameters = [*network.parameters(), *balance.parameters()]
     on_cuda = device.type == "cuda"  # a recorded step needs the learning rate as a tensor

@@ -4,10 +4,8 @@ By default joblib starts one process per task that runs at the same time. `jobli
 selects another backend, such as Dask or Ray. Its workers must see the experiment's folder.
 """
 
-import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +18,13 @@ from filelock import FileLock
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
-from poise.errors import Interrupted
+from poise.errors import InputError, Interrupted
+from poise.runs.log import OF_EVERY_ENTRY, Entry
 from poise.studies.comparison.plan import Crew, Share, Task
 from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, leased, work
+from poise.support.files import decode_json
 from poise.support.guards import stop_signals
-from poise.support.progress import progress
+from poise.support.progress import progress, say
 
 IDLE_SECONDS = 10.0  # until an idle worker ends; loky adds 30 if this process was killed
 SHOWN = 4  # tasks in the progress display
@@ -188,8 +188,7 @@ class Study:
         processes: dict[str, Any] = {
             "inner_max_num_threads": threads,
             "idle_worker_timeout": IDLE_SECONDS,
-            "initializer": signal.signal,  # ignore Ctrl-C: a terminal sends it to all processes
-            "initargs": (signal.SIGINT, signal.SIG_IGN),
+            "initializer": ignore_signals_of_terminals,
         }
         with parallel_config("loky", **processes):
             return Parallel(n_jobs=self._crew.processes, **how)
@@ -235,7 +234,7 @@ class Following:
         entry = last_entry(task.folder / "metrics.jsonl")
         if entry is None:
             return 0
-        return entry["step"] + (task.first_steps if entry["stage"] == 2 else 0)
+        return int(entry["step"]) + (task.first_steps if entry["stage"] == 2 else 0)
 
     def figures(self, busy: Sequence[Task]) -> Mapping[str, str]:
         """Return the state of the first few tasks in flight, by name."""
@@ -256,7 +255,7 @@ class Following:
             entry = last_entry(task.folder / "metrics.jsonl")
             if entry is None or entry["stage"] in self._said or not entry["images_per_second"]:
                 continue
-            stage, step = int(entry["stage"]), entry["step"]
+            stage, step = int(entry["stage"]), int(entry["step"])
             if self._first_seen.setdefault(stage, step) == step:
                 continue  # the first steps of a process are slow
             self._said.add(stage)
@@ -269,7 +268,7 @@ class Following:
                 f"{duration(left * seconds / min(jobs, len(self.tasks)))} "
                 "for the rest of this stage in all runs"
             )
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def _left(self, task: Task, stage: int) -> int:
         """Return the remaining steps of a stage."""
@@ -277,7 +276,17 @@ class Following:
         return max(first - steps, 0) if stage == 1 else task.total_steps - max(steps, first)
 
 
-def last_entry(log: Path) -> dict[str, Any] | None:
+def ignore_signals_of_terminals() -> None:
+    """Ignore Ctrl-C and hang-ups in a worker: a terminal sends them to all processes.
+
+    The main process then ends the lease, and workers save their runs.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def last_entry(log: Path) -> Entry | None:
     """Return the last complete line of a metrics.jsonl, or None if it has none yet."""
     try:
         with open(log, "rb") as file:
@@ -286,9 +295,9 @@ def last_entry(log: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     for line in reversed(lines):
-        with suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
+        with suppress(InputError):
+            entry = decode_json(line, Entry, str(log))
+            if entry.keys() >= OF_EVERY_ENTRY:
                 return entry
     return None
 

@@ -6,15 +6,13 @@ LABEL-SEED/         runs
 results/            one JSON per finished run, unless another folder is named
 """
 
-import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from poise.data import Dataset
 from poise.errors import InputError
@@ -36,8 +34,9 @@ from poise.studies.comparison.plan import (
 )
 from poise.studies.comparison.tables import page, table
 from poise.studies.results import Result, safe_name
-from poise.support.files import write_json
+from poise.support.files import read_json, write_json
 from poise.support.guards import locked
+from poise.support.progress import say
 from poise.training.machine import choose_device
 
 FORMAT = 1
@@ -210,7 +209,7 @@ def conduct_all(
         if not options.quiet:
             for folder, experiment in experiments.items():
                 line = announce(experiment, planned[folder], undone, crew)
-                print(line, file=sys.stderr, flush=True)
+                say(line)
         if not undone or (until is not None and time.monotonic() > until):
             outcome = Outcome(late=bool(undone))
         else:
@@ -290,18 +289,28 @@ def open_folder(folder: Path, experiment: Experiment, dataset: Dataset, results:
     )
 
 
+@dataclass(frozen=True)
+class DescriptionFile:
+    """Contents of experiment.json that another experiment in the folder must agree with."""
+
+    experiment: Literal[1]
+    settings: dict[str, Any]
+    data: str
+    labels: dict[str, dict[str, Any]]
+
+
 def _expected(path: Path) -> bool:
     return path.name in ("cache", "results") or path.name.startswith((".", "images-"))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["experiment"] == FORMAT:
-            return {name: values[name] for name in ("settings", "data", "labels")}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path} is damaged, or of another version of poise: choose another --out")
+        values = read_json(path, DescriptionFile)
+    except InputError as error:
+        raise InputError(
+            f"{error}; or it is of another version of poise: choose another --out"
+        ) from None
+    return {"settings": values.settings, "data": values.data, "labels": values.labels}
 
 
 def announce(

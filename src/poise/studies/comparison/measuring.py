@@ -1,6 +1,5 @@
 """Evaluation of a run under several protocols. Each part is saved as soon as it is finished."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,15 +10,15 @@ from typing import Any, Literal
 import torch
 
 from poise.data import Dataset, head
-from poise.errors import Interrupted
+from poise.errors import InputError, Interrupted
 from poise.evaluation import AUTO, Evaluation, Produced, choose_extractor, compare, complete
 from poise.features import Extractor, make_extractor
 from poise.protocols import DEFAULT, NO_EXTRACTOR, Measurement, Protocol, model_protocol
 from poise.recipes.settings import Generation, from_json
-from poise.runs.checkpoint import MANIFEST, checkpoints
+from poise.runs.checkpoint import MANIFEST, Manifest, checkpoints
 from poise.runs.run import Run
-from poise.studies.results import Result
-from poise.support.files import strict, write_json
+from poise.studies.results import Evaluated, Result
+from poise.support.files import convert, read_json, strict, write_json
 from poise.variants import PRIORS, PriorName
 
 SMALL_SIDE = 16  # largest side of images compared by pixels: `pixels` keeps every pixel of them
@@ -315,11 +314,32 @@ def _earlier(folder: Path, parts: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 def _weights(folder: Path) -> dict[str, str]:
     """Return the hashes of the newest checkpoint's files."""
-    return json.loads((checkpoints(folder / "checkpoints")[-1] / MANIFEST).read_text())["sha256"]
+    return read_json(checkpoints(folder / "checkpoints")[-1] / MANIFEST, Manifest).sha256
+
+
+@dataclass(frozen=True)
+class Request:
+    """The part of a saved measurement's request that is compared."""
+
+    protocol: dict[str, Any]
+    weights: dict[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contents of a file of saved measurements, see `_part`."""
+
+    request: Request
+    seconds: float
+    evaluation: Evaluated
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
+    """Return saved measurements, or None if there are none or the file is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path, dict[str, Any])
+        convert(values, Part, str(path))
+    except InputError:
         return None
+    return values
