@@ -62,10 +62,12 @@ FEW_LATENTS, STARTS = 4, 256  # with so few latents, so many draws of the prior 
 # A refined proposal needs a decoder's Jacobian and a matrix of L x L values for each image.
 MOST_LATENTS = 256
 NEWTON_STEPS, CONVERGED_NATS = 12, 1e-3
-DAMPING = (0.0, 0.01, 0.1, 1.0)  # of the Gauss-Newton step, relative to the largest curvature
-SHORTER = (0.5, 0.2, 0.05, 0.01)  # lengths of undamped steps that are tried too
+# Where a Gauss-Newton step gains little, it is damped, relative to the largest curvature, or made
+# shorter.
+DAMPING, SHORTER = (0.01, 0.1, 1.0), (0.5, 0.2, 0.05, 0.01)
 ADAPTATIONS, ADAPTATION_SAMPLES = 6, 256
-ENOUGH = 0.6  # effective share that ends the adaptation
+ENOUGH = 0.6  # effective share that needs no adaptation
+FEWEST_TO_TELL = 50  # with fewer samples, proposals are adapted whatever the effective share
 SHARES = (0.75, 0.2, 0.05)  # weights of eq. 2
 CERTAIN_NATS = 0.05  # largest standard error of a value that counts as certain
 
@@ -155,6 +157,11 @@ class NLLPerImage(NamedTuple):
     effective_share: Tensor
     standard_error_nats: Tensor
 
+    def put(self, rows: Tensor, others: "NLLPerImage") -> None:
+        """Replace the values of some images by those of `others`."""
+        for values, new in zip(self, others, strict=True):
+            values[rows] = new
+
 
 @torch.no_grad()
 def nll_per_image(
@@ -234,7 +241,7 @@ def nll_of_values(
         values: (n, ...), float32 or float64, the precision in which the decoder runs.
         posterior: of the encoder, (n, L), finite.
         samples: K, at least 1.
-        most: with a refined proposal, K doubles up to this number for values that are not certain.
+        most: with a refined proposal, K grows up to this number for values that are not certain.
         seed: seed of the samples.
         proposal: see `importance_weighted_nll`.
         numbers: number of each value, which is part of the seed of its noise. None: all values have
@@ -257,8 +264,15 @@ def nll_of_values(
     if proposal == "encoder" or code.mean.shape[1] > MOST_LATENTS:
         return _estimate(_log_weights_of_encoder(target, code, samples, seed, numbers), None)
     shift = _shifts(code.mean, seed, numbers)
-    mixture = _adapted(target, _laplace(target, code.mean, seed), shift, seed)
+    mixture = _laplace(target, code.mean, seed)
     found = _estimate(*_log_weights(target, mixture, samples, shift, seed))
+    low = (found.effective_share < ENOUGH) | (samples < FEWEST_TO_TELL)
+    if len(poor := low.nonzero()[:, 0]):
+        rows = poor.to(target.place)
+        fitted = _adapted(target.rows(rows), mixture.rows(rows), shift[rows], seed)
+        mixture.put(rows, fitted)
+        again = _log_weights(target.rows(rows), fitted, samples, shift[rows], seed)
+        found.put(poor, _estimate(*again))
     # With few latents a narrow mode can be missed by samples whose weights hardly differ.
     enough = CERTAIN_NATS / (5 if code.mean.shape[1] <= FEW_LATENTS else 2)
     while most is not None and samples < most:
@@ -267,8 +281,7 @@ def nll_of_values(
             break
         samples, rows = min(4 * samples, most), poor.to(target.place)
         more = _log_weights(target.rows(rows), mixture.rows(rows), samples, shift[rows], seed)
-        for values_of_all, values_of_poor in zip(found, _estimate(*more), strict=True):
-            values_of_all[poor] = values_of_poor
+        found.put(poor, _estimate(*more))
     return found
 
 
@@ -295,6 +308,16 @@ class Target:
         values = self.values[rows.to(self.values.device)]
         return Target(self.vae, self.balance, values, self.log_prior)
 
+    def log_joint_of_shared(self, latents: Tensor) -> Tensor:
+        """Return log p(x, z) of all values for the same latents (S, L), (n, S)."""
+        decoded, prior = self._decode(latents), self._log_prior(latents[None])
+        size = max(1, VALUES_AT_ONCE["cpu"] // decoded.numel())
+        errors = [
+            grouped_error((part[:, None] - decoded).flatten(0, 1), self.balance)
+            for part in self.values.split(size)
+        ]
+        return self._density(torch.cat(errors), len(latents)) + prior
+
     def residuals(self, latents: Tensor) -> Tensor:
         """Return x - f(z) for latents (n, S, L), float64 (n, S, D)."""
         count = latents.shape[1]
@@ -311,12 +334,14 @@ class Target:
             grouped_error(self._values(numbers, count) - self._decode(part), self.balance)
             for part, numbers in self._in_parts(latents)
         ]
-        error = torch.cat(errors).unflatten(0, (len(latents), count)).to(self.place)
-        density = -negative_log_likelihood(
-            error, self.gamma2, self.num_dims, power=self.balance.power
-        )
-        density = density if self.balance.groups is None else density.sum(-1)
-        return (density + self._log_prior(latents)).nan_to_num(-math.inf, -math.inf, -math.inf)
+        density = self._density(torch.cat(errors), count) + self._log_prior(latents)
+        return density.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def _density(self, error: Tensor, count: int) -> Tensor:
+        """Return log p(x|z) for errors (n S, ...) of S latents per value, (n, S)."""
+        error = error.unflatten(0, (-1, count)).to(self.place)
+        nats = negative_log_likelihood(error, self.gamma2, self.num_dims, power=self.balance.power)
+        return -nats if self.balance.groups is None else -nats.sum(-1)
 
     def _log_prior(self, latents: Tensor) -> Tensor:
         if self.log_prior is not None:
@@ -363,7 +388,18 @@ class Mixture:
 
     def rows(self, rows: Tensor) -> "Mixture":
         """Return the proposals of some of the values."""
-        return Mixture(self.weights[rows], self.means[rows], self.axes[rows], self.stds[rows])
+        return Mixture(*(value[rows] for value in self._tensors()))
+
+    def clone(self) -> "Mixture":
+        return Mixture(*(value.clone() for value in self._tensors()))
+
+    def put(self, rows: Tensor, others: "Mixture") -> None:
+        """Replace the proposals of some of the values by those of `others`."""
+        for values, new in zip(self._tensors(), others._tensors(), strict=True):
+            values[rows] = new
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.weights, self.means, self.axes, self.stds
 
     def shares(self) -> Tensor:
         """Return the weights of all 2 M + 1 components of eq. 2, (n, 2 M + 1)."""
@@ -371,12 +407,11 @@ class Mixture:
         last = torch.full_like(self.weights[:, :1], prior)
         return torch.cat([narrow * self.weights, wide * self.weights, last], 1)
 
-    def latents(self, uniform: Tensor) -> Tensor:
-        """Return latents of uniform noise (n, K, 1 + L), whose first column chooses a component."""
-        pairs = self.weights.shape[1]
+    def latents(self, noise: "MixtureNoise") -> Tensor:
+        """Return the latents of some noise, (n, K, L)."""
+        pairs, latents = self.weights.shape[1], noise.normal
         bounds = self.shares().cumsum(1)[:, :-1].contiguous()
-        component = torch.searchsorted(bounds, uniform[..., 0].contiguous())
-        latents = torch.special.ndtri(uniform[..., 1:])
+        component = torch.searchsorted(bounds, noise.choice.contiguous())
         spread = torch.where(component >= pairs, self.wider, 1.0)[..., None] * latents
         for pair in range(pairs):
             moved = (spread * self.stds[:, pair, None]) @ self.axes[:, pair].mT
@@ -431,7 +466,7 @@ def _starts(target: Target, start: Tensor, seed: int) -> Tensor:
     if start.shape[1] > FEW_LATENTS:
         return first[:, None]
     draws = 1.5 * torch.special.ndtri(_sobol(start.shape[1], seed, STARTS, 0)).to(start)
-    heights = target.log_joint(draws.expand(len(start), -1, -1))
+    heights = target.log_joint_of_shared(draws).nan_to_num(-math.inf)
     second = draws[heights.argmax(1)]
     near = torch.cdist(second, draws) < 1
     third = draws[heights.masked_fill(near, -math.inf).argmax(1)]
@@ -465,16 +500,27 @@ def _mode(target: Target, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh((root @ root.mT).nan_to_num(0.0, 1e30, -1e30))
         values = 1 + values.clamp_min(0)
         axes[active], curvature[active] = vectors, values
-        along = (vectors.mT @ gradient[..., None])[..., 0]
-        divisors = [values + damping * values.amax(1, keepdim=True) for damping in DAMPING]
-        divisors += [values / length for length in SHORTER]
-        steps = torch.stack([(vectors @ (along / d)[..., None])[..., 0] for d in divisors], 1)
-        candidates = z[:, None] + steps.nan_to_num(0.0)
-        heights, best = part.log_joint(candidates).max(1)
-        gain = heights - height[active]
+        along = (vectors.mT @ gradient[..., None])[..., 0].nan_to_num(0.0)
+        moved = z + (vectors @ (along / values)[..., None])[..., 0]
+        gain = part.log_joint(moved[:, None])[:, 0] - height[active]
+        # A quadratic function gains half of gradient times step.
+        poor = (gain < 0.25 * (along.square() / values).sum(1)).nonzero()[:, 0]
+        if len(poor):
+            values, along = values[poor], along[poor]
+            divisors = [values + damping * values.amax(1, keepdim=True) for damping in DAMPING]
+            divisors += [values / length for length in SHORTER]
+            steps = torch.stack(
+                [(vectors[poor] @ (along / d)[..., None])[..., 0] for d in divisors]
+            )
+            candidates = z[poor, None] + steps.transpose(0, 1)
+            heights, best = part.rows(poor).log_joint(candidates).max(1)
+            better = heights - height[active[poor]] > gain[poor]
+            chosen = candidates[torch.arange(len(poor), device=best.device), best]
+            moved[poor[better]] = chosen[better]
+            gain[poor[better]] = (heights - height[active[poor]])[better]
         higher = gain > 0
-        mode[active[higher]] = candidates[torch.arange(len(active)), best][higher]
-        height[active[higher]] = heights[higher]
+        mode[active[higher]] = moved[higher]
+        height[active[higher]] += gain[higher]
         active = active[gain > CONVERGED_NATS]
     return mode, axes, curvature
 
@@ -497,23 +543,18 @@ def _widths(target: Target, mode: Tensor, axes: Tensor, stds: Tensor) -> tuple[T
 
 def _adapted(target: Target, mixture: Mixture, shift: Tensor, seed: int) -> Mixture:
     """Fit the proposals with a low effective share to their own weighted samples, some times."""
-    uniform = _noise(mixture.means.shape[-1], seed, 0, ADAPTATION_SAMPLES, shift)
-    kept = [mixture.weights, mixture.means, mixture.axes, mixture.stds]
-    kept = [value.clone() for value in kept]
+    noise, kept = _noise(seed, 0, ADAPTATION_SAMPLES, shift), mixture.clone()
     best = torch.full_like(shift[:, 0], -1.0)
     active, trial = torch.arange(len(shift), device=shift.device), mixture
     for _ in range(1 + ADAPTATIONS):
-        latents = trial.latents(uniform[active])
+        latents = trial.latents(noise.rows(active))
         densities = trial.log_densities(latents) + trial.shares().log()[:, None]
         log_q = densities.logsumexp(-1)
         log_weights = target.rows(active).log_joint(latents) - log_q
         share = _effective_share(log_weights)
         better = share > best[active]
         best[active[better]] = share[better]
-        for all_rows, of_trial in zip(
-            kept, (trial.weights, trial.means, trial.axes, trial.stds), strict=True
-        ):
-            all_rows[active[better]] = of_trial[better]
+        kept.put(active[better], trial.rows(better))
         go_on = (share < ENOUGH) & log_weights.isfinite().any(1)
         if not go_on.any():
             break
@@ -521,7 +562,7 @@ def _adapted(target: Target, mixture: Mixture, shift: Tensor, seed: int) -> Mixt
         log_q, log_weights = log_q[go_on], log_weights[go_on]
         responsibility = (densities[go_on] - log_q[..., None]).exp()
         trial = _fitted(trial, latents[go_on], log_weights, responsibility)
-    return Mixture(*kept)
+    return kept
 
 
 def _fitted(
@@ -561,8 +602,7 @@ def _log_weights(
     target: Target, mixture: Mixture, samples: int, shift: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return log w of each sample, (n, K), and the control variates q_c / q - 1, (n, K, 2 M)."""
-    uniform = _noise(mixture.means.shape[-1], seed, ADAPTATION_SAMPLES, samples, shift)
-    latents = mixture.latents(uniform)
+    latents = mixture.latents(_noise(seed, ADAPTATION_SAMPLES, samples, shift))
     densities = mixture.log_densities(latents)
     log_q = (densities + mixture.shares().log()[:, None]).logsumexp(-1)
     ratios = (densities[..., :-1] - log_q[..., None]).exp() - 1
@@ -604,10 +644,24 @@ def _shifts(like: Tensor, seed: int, numbers: range | None) -> Tensor:
     return torch.stack(shifts).to(like)
 
 
-def _noise(latents: int, seed: int, first: int, count: int, shift: Tensor) -> Tensor:
-    """Return `count` points of a Sobol sequence from the number `first`, shifted, (n, count, D)."""
-    points = _sobol(latents + 1, seed, count, first).to(shift)
-    return ((points + shift[:, None]) % 1).clamp(1e-12, 1 - 1e-12)
+class MixtureNoise(NamedTuple):
+    """Noise of samples of a mixture: uniform numbers (n, K), normal ones (n, K, L)."""
+
+    choice: Tensor
+    normal: Tensor
+
+    def rows(self, rows: Tensor) -> "MixtureNoise":
+        return MixtureNoise(self.choice[rows], self.normal[rows])
+
+
+def _noise(seed: int, first: int, count: int, shift: Tensor) -> MixtureNoise:
+    """Return the noise of `count` points of a Sobol sequence from the number `first`, shifted."""
+    points = _sobol(shift.shape[1], seed, count, first).to(shift)
+    # All values have the same noise if none is shifted. It is then transformed only once.
+    shifts = shift if shift.any() else shift[:1]
+    uniform = ((points + shifts[:, None]) % 1).clamp(1e-12, 1 - 1e-12)
+    normal = torch.special.ndtri(uniform[..., 1:])
+    return MixtureNoise(uniform[..., 0].expand(len(shift), -1), normal.expand(len(shift), -1, -1))
 
 
 def _sobol(dims: int, seed: int, count: int, first: int) -> Tensor:
