@@ -1,6 +1,7 @@
 """Test the estimator: scikit-learn's checks, probabilistic PCA, and use on tables."""
 
 import copy
+import json
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from joblib import parallel_config
 from scipy import sparse
+from scipy.stats import sem, ttest_1samp
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA
@@ -21,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import poise
 from poise import VAEEstimator
-from poise.estimator import MOST_STEPS, EarlyStopping
+from poise.estimator import MOST_STEPS, EarlyStopping, HeldOut
 
 QUICK = {"hidden": (16,), "steps": 60, "device": "cpu"}
 DRAWS = np.random.default_rng(0)
@@ -288,9 +289,8 @@ def test_latents_of_another_number_and_no_samples_are_refused(wine):
     )
     with pytest.raises(poise.InputError, match="n_samples must be at least 1"):
         model.sample(0)
-    with pytest.raises(TypeError, match="Sparse data was passed") as refusal:
+    with pytest.raises(TypeError, match="Sparse data was passed"):
         model.inverse_transform(sparse.eye(3, 2).tocsr())
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,22 @@ def test_it_is_never_worse_than_pca_on_collinear_columns(latents):
     assert error(model) < 1.01 * error(pca)
 
 
+def test_a_network_has_to_beat_pca_beyond_chance():
+    """The ELBO by scipy's one-sided t-test, the error by one standard error."""
+    draws = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for rows in (2, 5, 50):
+        for gain in (0.0, 0.5, 1.0):
+            rise, fall = draws.normal(gain, 1, rows), draws.normal(gain, 1, rows)
+            zeros = torch.zeros(rows, dtype=torch.float64)
+            network = HeldOut(torch.from_numpy(rise), torch.from_numpy(-fall))
+            better = network.is_better_than(HeldOut(zeros, zeros))
+            chance = ttest_1samp(rise, 0, alternative="greater").pvalue
+            assert better == bool(chance < 0.01 and fall.mean() > sem(fall))
+            found[better] += 1
+    assert min(found.values()) > 0
+
+
 def test_ctrl_c_keeps_the_best_weights(wine, monkeypatch):
     check = EarlyStopping.check
 
@@ -426,17 +442,34 @@ def test_a_weight_is_a_number_of_equal_rows(wine):
 def test_threads_give_the_models_that_one_thread_gives(wine):
     models = [VAEEstimator(2, **QUICK | {"steps": 20}, random_state=seed) for seed in range(3)]
     alone = [clone(model).fit(wine).transform(wine) for model in models]
+    before = torch.get_rng_state()
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(lambda model: model.fit(wine).transform(wine), models))
     np.testing.assert_array_equal(together, alone)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator"
 
 
-def test_a_search_in_threads_has_the_numbers_of_one_after_another(wine):
-    model = VAEEstimator(2, **QUICK | {"steps": 20}, random_state=0)
-    search = GridSearchCV(model, {"hidden": [(), (8,)]}, cv=2, refit=False)
-    alone = search.fit(wine).cv_results_["mean_test_score"]
-    with parallel_config("threading", n_jobs=2):
-        np.testing.assert_array_equal(search.fit(wine).cv_results_["mean_test_score"], alone)
+SEARCH = """
+from joblib import parallel_config
+from sklearn.datasets import load_wine
+from sklearn.model_selection import GridSearchCV
+from poise import VAEEstimator
+
+def search(backend):
+    how = {"steps": 20, "validation_fraction": 0, "device": "cpu", "random_state": 0}
+    grid = GridSearchCV(VAEEstimator(2, **how), {"hidden": [(), (8,)]}, cv=2, refit=False)
+    with parallel_config(backend, n_jobs=2):
+        table = load_wine().data[::3]
+        return grid.fit(table).cv_results_["mean_test_score"].tolist()
+"""
+
+
+def test_a_search_in_threads_or_processes_has_the_numbers_of_one_after_another(run_forked):
+    searched = {}
+    exec(SEARCH, searched)
+    alone = searched["search"]("sequential")
+    assert searched["search"]("threading") == alone
+    assert json.loads(run_forked(SEARCH + "print(search('multiprocessing'))")) == alone
 
 
 def test_more_latents_than_rows_and_bad_tables(wine):
@@ -447,3 +480,10 @@ def test_more_latents_than_rows_and_bad_tables(wine):
     for table, message in ((bad, "infinity"), (wine[:1], "minimum of 2 is required")):
         with pytest.raises(ValueError, match=message):
             VAEEstimator(2, **QUICK).fit(table)
+    for use in (few.transform, few.score):
+        with pytest.raises(ValueError, match="infinity"):
+            use(bad)
+    for use in (few.fit, few.transform, few.score):
+        with pytest.raises(TypeError, match="Sparse data was passed") as refusal:
+            use(sparse.csr_matrix(wine))
+        assert "\n" not in str(refusal.value)

@@ -14,10 +14,13 @@ probabilistic PCA, in closed form, and the networks start at zero.
 
 Early stopping. Tables are small, and a network overfits them. gamma2 then follows the error of the
 training rows, and other rows get a very low likelihood. So some rows are held out, and the weights
-with the highest ELBO on these rows are kept. With a computed balance, probabilistic PCA is kept
-instead unless the network has a higher ELBO on these rows, by two standard errors of the
-difference, and no larger reconstruction error. PCA is then fitted to all rows. A scheduled, constrained or
-controlled balance trains for all steps: its ELBO may be higher on the way than at its target.
+with the highest ELBO on these rows are kept. A scheduled, constrained or controlled balance trains
+for all steps: its ELBO may be higher on the way than at its target.
+
+Kept line. With a computed balance, the network has to beat probabilistic PCA on the held-out rows.
+Its ELBO must be higher by a paired t-test at `LEVEL`, since the best of many checks is compared,
+and its reconstruction error lower by one standard error of the difference. Otherwise PCA is kept
+and fitted to all rows. A table with two or three held-out rows hardly ever passes this test.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
 posterior variance of a latent. `inverse_transform` divides by it if this reconstructs the rows of
@@ -35,6 +38,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -79,8 +83,9 @@ MOST_STEPS = 50  # maximum number of steps between evaluations of the held-out r
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
 PATIENCE_ROWS = 100_000  # rows trained on without a higher ELBO after which training stops
 LEAST_PATIENCE = 200  # the same in steps, for large batches
+LEVEL = 0.01  # of the one-sided test that a network is better than PCA
 RISING_NATS = 0.1  # rise of the ELBO in the last steps that causes a ConvergenceWarning
-WIDTHS = (16, 256)  # smallest and largest width of hidden="auto"
+WIDTHS = (16, 128)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
 LARGEST_ROW = 1e30  # bound of scaled values in float32, whose products must be finite
 MOST = 1e140  # bound of scaled values in float64, whose squares must be finite
@@ -98,7 +103,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         latent_dim: number of latents, >= 1: the number of columns of `transform`.
         hidden: widths of the encoder's hidden layers, >= 1 each. The decoder has them in reverse
             order. Empty: a linear VAE. "auto": two layers whose width is the root of the number of
-            values of the table, rounded down to a power of two, from 16 to 256.
+            values of the table, rounded down to a power of two, from 16 to 128.
         balance: balance of stage 1, see `poise.balance.make_balance`. "computed" needs no tuning.
         prior: prior of the latents for `sample`, a key of `poise.variants.PRIORS`. Priors are
             fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance,
@@ -502,8 +507,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Source: importance sampling, see `poise.metrics.likelihood`.
         """
         table = self._checked(X)
-        # A float32 decoder loses several nats for rows far from all others.
-        vae = copy.deepcopy(self.vae_).double()
+        # A float32 decoder loses several nats for rows far from all others. The encoder's posterior
+        # loses more for them.
+        refined = self.score_proposal == "refined"
+        kind, most = (torch.float64, MOST) if refined else (torch.float32, LARGEST_ROW)
+        vae = copy.deepcopy(self.vae_).to(kind)
         mixture = self.prior_ if self.score_prior == "mixture" else None
         log_prior = mixture.log_density if isinstance(mixture, MixturePrior) else None
         many = max(
@@ -511,7 +519,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         )
         found = []
         for part in np.array_split(table, math.ceil(len(table) / many)):
-            rows = torch.from_numpy((part - self.mean_) / self.scale_).clamp(-MOST, MOST)
+            rows = torch.from_numpy((part - self.mean_) / self.scale_).clamp(-most, most).to(kind)
             with torch.no_grad():
                 posterior = vae.encode(rows)
             found.append(
@@ -531,7 +539,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return Scores(density, share, error, error <= CERTAIN_NATS)
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Return the mean log-likelihood of rows, in nats per row.
+        """Return the mean log-likelihood of rows, in nats per row, under the prior `score_prior`.
 
         It is comparable with `PCA.score` and `GaussianMixture.score` on the same rows.
 
@@ -711,7 +719,8 @@ class VelocityErrorOf:
             self.held_out.to(flow.mean.device), self.noise.to(flow.mean.device)
         )
         error = (flow(between, time) - target).square()
-        return HeldOut(-error.flatten(1).mean(1).double(), float(error.mean()))
+        error = error.flatten(1).mean(1).double()
+        return HeldOut(-error, error)
 
 
 class EarlyStopping:
@@ -819,18 +828,26 @@ class HeldOut(NamedTuple):
 
     Attributes:
         scores: of each row, higher is better, (n,): the ELBO in nats, with one posterior sample.
-        mse: mean squared error of the reconstructions of `inverse_transform`; of the velocity for a
-            flow.
+        errors: squared error of the reconstructions of `inverse_transform`; of the velocity for a
+            flow, (n,).
     """
 
     scores: Tensor
-    mse: float
+    errors: Tensor
 
     def is_better_than(self, line: "HeldOut") -> bool:
-        """Return whether the score is higher beyond its noise, with no larger error."""
-        rise = self.scores - line.scores
-        error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-        return float(rise.mean()) > 2 * error and self.mse <= line.mse
+        """Return whether the score is higher and the error lower, both beyond their noise."""
+        quantile = float(student.ppf(1 - LEVEL, len(self.scores) - 1))
+        return (
+            _standardised(self.scores - line.scores) > quantile
+            and _standardised(line.errors - self.errors) > 1
+        )
+
+
+def _standardised(differences: Tensor) -> float:
+    """Return the mean over its standard error, for two values or more."""
+    error = float(differences.std()) / math.sqrt(len(differences))
+    return float(differences.mean()) / max(error, 1e-300)
 
 
 def _is_elbo(balance: Balance) -> bool:
@@ -846,7 +863,7 @@ def _evaluate(vae: VAE, balance: Balance, rows: Tensor) -> HeldOut:
         nll = negative_log_likelihood(error, balance.gamma2.double(), rows.shape[1])
         elbos.append((-nll - posterior.kl().double()).cpu())
     stretch = _stretch(vae, rows)
-    return HeldOut(torch.cat(elbos), _error(vae, rows, encode_all(vae, rows).mean * stretch))
+    return HeldOut(torch.cat(elbos), _errors(vae, rows, encode_all(vae, rows).mean * stretch))
 
 
 def _stretch(vae: VAE, rows: Tensor) -> Tensor:
@@ -854,15 +871,16 @@ def _stretch(vae: VAE, rows: Tensor) -> Tensor:
     codes = encode_all(vae, rows)
     variance = codes.logvar.exp().mean(0)
     factors = torch.where(variance < 0.99, 1 / (1 - variance), 1.0)
-    better = _error(vae, rows, codes.mean * factors) < _error(vae, rows, codes.mean)
+    better = _errors(vae, rows, codes.mean * factors).mean() < _errors(vae, rows, codes.mean).mean()
     return factors if better else torch.ones_like(factors)
 
 
 @torch.no_grad()
-def _error(vae: VAE, rows: Tensor, latents: Tensor) -> float:
+def _errors(vae: VAE, rows: Tensor, latents: Tensor) -> Tensor:
+    """Return the squared error of each decoded row, (n,)."""
     device = next(vae.parameters()).device
     decoded = torch.cat([vae.decode(part.to(device)).cpu() for part in latents.split(CHUNK)])
-    return float((decoded - rows).double().square().mean())
+    return (decoded - rows).double().square().sum(1)
 
 
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
