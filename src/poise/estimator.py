@@ -318,7 +318,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if state.step == 0 and _is_elbo(state.balance):  # PCA was kept: fit it to all rows
             line = Line.fitted(rows, self.latent_dim)
             state.network = line.beside(()).eval().requires_grad_(False)
-            state.balance.gamma2.fill_(max(line.noise_variance, state.balance.floor))
+            state.balance.gamma2.fill_(max(line.noise_variance, state.balance.floor or 0.0))
         self.stretch_ = _stretch(state.network, rows).double().numpy()
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
         self.balance_, self.n_iter_, self.n_latents_ = state.balance, state.step, self.latent_dim
@@ -763,7 +763,7 @@ class EarlyStopping:
         if not len(self.score.held_out):
             return
         balance = copy.deepcopy(self.state.balance)
-        balance.gamma2.fill_(max(noise_variance, balance.floor))
+        balance.gamma2.fill_(max(noise_variance, balance.floor or 0.0))
         network = self.state.network
         self.line = _evaluate(network, balance, self.score.held_out)
         self.kept = (0, copy.deepcopy(network.state_dict()), balance.state_dict())
