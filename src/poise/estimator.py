@@ -17,10 +17,10 @@ training rows, and other rows get a very low likelihood. So some rows are held o
 with the highest ELBO on these rows are kept. A scheduled, constrained or controlled balance trains
 for all steps: its ELBO may be higher on the way than at its target.
 
-Kept line. With a computed balance, the network has to beat probabilistic PCA on the held-out rows.
-Its ELBO must be higher by a paired t-test at `LEVEL`, since the best of many checks is compared,
-and its reconstruction error lower by one standard error of the difference. Otherwise PCA is kept
-and fitted to all rows. A table with two or three held-out rows hardly ever passes this test.
+Kept line. With a computed balance, these weights have to beat probabilistic PCA on the held-out
+rows: a higher density (see `score`) by a paired t-test at `LEVEL`, and a reconstruction error that
+is lower by one standard error of the difference. Otherwise PCA is kept and fitted to all rows. The
+ELBO does not compare them: it equals the density for PCA only.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
 posterior variance of a latent. `inverse_transform` divides by it if this reconstructs the rows of
@@ -56,6 +56,8 @@ from poise.metrics.encoding import encoded
 from poise.metrics.likelihood import (
     ADAPTATION_SAMPLES,
     CERTAIN_NATS,
+    LogPrior,
+    NLLPerImage,
     Proposal,
     nll_of_values,
 )
@@ -83,7 +85,8 @@ MOST_STEPS = 50  # maximum number of steps between evaluations of the held-out r
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
 PATIENCE_ROWS = 100_000  # rows trained on without a higher ELBO after which training stops
 LEAST_PATIENCE = 200  # the same in steps, for large batches
-LEVEL = 0.01  # of the one-sided test that a network is better than PCA
+LEVEL = 0.05  # of the one-sided test that a network is better than PCA
+MOST_COMPARED = 1_000  # rows of this test
 RISING_NATS = 0.1  # rise of the ELBO in the last steps that causes a ConvergenceWarning
 WIDTHS = (16, 128)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
@@ -312,13 +315,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             balance=self.balance,
         )
         data = VectorBatches(rows[kept], choose_device(self.device))
-        state, interrupted = self._train_stage(
-            1, stage, vae, data, ElboOf(rows[held_out]), seed, line.noise_variance
-        )
-        if state.step == 0 and _is_elbo(state.balance):  # PCA was kept: fit it to all rows
-            line = Line.fitted(rows, self.latent_dim)
-            state.network = line.beside(()).eval().requires_grad_(False)
-            state.balance.gamma2.fill_(max(line.noise_variance, state.balance.floor or 0.0))
+        unseen = rows[held_out]
+        state, interrupted = self._train_stage(1, stage, vae, data, ElboOf(unseen), seed)
+        if len(unseen) and _is_elbo(state.balance):
+            trained = HeldOut.of(state.network, state.balance, unseen)
+            if not trained.is_better_than(HeldOut.of(*line.model(state.balance), unseen)):
+                line = Line.fitted(rows, self.latent_dim)
+                state.step, (state.network, state.balance) = 0, line.model(state.balance)
         self.stretch_ = _stretch(state.network, rows).double().numpy()
         self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
         self.balance_, self.n_iter_, self.n_latents_ = state.balance, state.step, self.latent_dim
@@ -334,25 +337,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         data: Batches,
         score: "ElboOf | VelocityErrorOf",
         seed: int,
-        noise_variance: float | None = None,
     ) -> tuple[TrainingState[Network], bool]:
-        """Train one stage.
-
-        Args:
-            noise_variance: of the linear model at which the VAE starts. If it is given and the
-                balance is computed, that model is kept unless the network is better.
-
-        Returns:
-            The state with the best score, on the CPU, and whether Ctrl-C ended the training.
-        """
+        """Return the state with the best score, on the CPU, and whether Ctrl-C ended training."""
         balance = self._new_balance(stage.balance)
         state = new_state(network, balance, stage, choose_device(self.device))
         batch = min(stage.batch_size, len(data))
         stopping = EarlyStopping(
             state, score, steps=stage.total_steps(len(data)), batch=batch, rows=len(data)
         )
-        if noise_variance is not None and _is_elbo(balance):
-            stopping.keep_line(noise_variance)
         interrupted = False
         with progress(f"stage {number}", stopping.steps, quiet=not self.verbose) as display:
 
@@ -507,34 +499,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Source: importance sampling, see `poise.metrics.likelihood`.
         """
         table = self._checked(X)
-        # A float32 decoder loses several nats for rows far from all others. The encoder's posterior
-        # loses more for them.
-        refined = self.score_proposal == "refined"
-        kind, most = (torch.float64, MOST) if refined else (torch.float32, LARGEST_ROW)
-        vae = copy.deepcopy(self.vae_).to(kind)
         mixture = self.prior_ if self.score_prior == "mixture" else None
-        log_prior = mixture.log_density if isinstance(mixture, MixturePrior) else None
-        many = max(
-            1, ROW_VALUES // (max(self.importance_samples, ADAPTATION_SAMPLES) * self.n_latents_)
+        found = _nll(
+            self.vae_,
+            self.balance_,
+            torch.from_numpy((table - self.mean_) / self.scale_),
+            samples=self.importance_samples,
+            most=10 * self.importance_samples,
+            proposal=self.score_proposal,
+            log_prior=mixture.log_density if isinstance(mixture, MixturePrior) else None,
         )
-        found = []
-        for part in np.array_split(table, math.ceil(len(table) / many)):
-            rows = torch.from_numpy((part - self.mean_) / self.scale_).clamp(-most, most).to(kind)
-            with torch.no_grad():
-                posterior = vae.encode(rows)
-            found.append(
-                nll_of_values(
-                    vae,
-                    self.balance_,
-                    rows,
-                    posterior,
-                    samples=self.importance_samples,
-                    most=10 * self.importance_samples,
-                    proposal=self.score_proposal,
-                    log_prior=log_prior,
-                )
-            )
-        nll, share, error = (torch.cat(values).numpy() for values in zip(*found, strict=True))
+        nll, share, error = (values.numpy() for values in found)
         density = -nll - table.shape[1] * math.log(self.scale_)
         return Scores(density, share, error, error <= CERTAIN_NATS)
 
@@ -634,6 +609,12 @@ class Line(NamedTuple):
                 nn.init.zeros_(layer.weight)
         return VAE(LineEncoder(self, encoder), LineDecoder(self, decoder))
 
+    def model(self, balance: Balance) -> tuple[VAE, Balance]:
+        """Return this model as a VAE and a copy of a balance."""
+        balance = copy.deepcopy(balance)
+        balance.gamma2.fill_(max(self.noise_variance, balance.floor or 0.0))
+        return self.beside(()).eval().requires_grad_(False), balance
+
 
 def _dense(network: nn.Module) -> list[nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -694,8 +675,8 @@ class ElboOf:
     def __init__(self, held_out: Tensor) -> None:
         self.held_out = held_out
 
-    def __call__(self, state: TrainingState[VAE]) -> "HeldOut":
-        return _evaluate(state.network, state.balance, self.held_out)
+    def __call__(self, state: TrainingState[VAE]) -> float:
+        return _elbo(state.network, state.balance, self.held_out)
 
 
 class VelocityErrorOf:
@@ -713,14 +694,12 @@ class VelocityErrorOf:
         )
 
     @torch.no_grad()
-    def __call__(self, state: TrainingState[Flow]) -> "HeldOut":
+    def __call__(self, state: TrainingState[Flow]) -> float:
         flow = state.trained.eval()
         between, time, target = flow.target(
             self.held_out.to(flow.mean.device), self.noise.to(flow.mean.device)
         )
-        error = (flow(between, time) - target).square()
-        error = error.flatten(1).mean(1).double()
-        return HeldOut(-error, error)
+        return -float((flow(between, time) - target).square().mean())
 
 
 class EarlyStopping:
@@ -753,20 +732,8 @@ class EarlyStopping:
         self.next = min(MOST_STEPS, self.epoch)
         self.checked = 0
         self.scores: list[tuple[int, float]] = []  # step and score
-        self.best, self.best_step = -math.inf, 0  # of the network, whether it is kept or not
-        self.kept_score = -math.inf
-        self.line: HeldOut | None = None
-        self.kept: tuple[int, dict[str, Any], dict[str, Any]] | None = None
-
-    def keep_line(self, noise_variance: float) -> None:
-        """Keep the weights before training, with a gamma2, unless later ones are better."""
-        if not len(self.score.held_out):
-            return
-        balance = copy.deepcopy(self.state.balance)
-        balance.gamma2.fill_(max(noise_variance, balance.floor or 0.0))
-        network = self.state.network
-        self.line = _evaluate(network, balance, self.score.held_out)
-        self.kept = (0, copy.deepcopy(network.state_dict()), balance.state_dict())
+        self.best, self.best_step = -math.inf, 0
+        self.kept: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     def should_stop(self) -> bool:
         """Return whether the score has not risen for long. Call it after every step."""
@@ -781,16 +748,12 @@ class EarlyStopping:
         state, self.checked = self.state, self.state.step
         if not len(self.score.held_out):
             return
-        found = self.score(state)
+        score = self.score(state)
         state.network.train()
-        score = float(found.scores.mean())
         self.scores.append((state.step, score))
         if score > self.best:
             self.best, self.best_step = score, state.step
-        if score > self.kept_score and (self.line is None or found.is_better_than(self.line)):
-            self.kept_score = score
             self.kept = (
-                state.step,
                 copy.deepcopy(state.trained.state_dict()),
                 copy.deepcopy(state.balance.state_dict()),
             )
@@ -805,7 +768,8 @@ class EarlyStopping:
         self._warn_if_rising()
         weights = self.state.trained.state_dict()
         if self.kept is not None:
-            self.state.step, weights, balance = self.kept
+            self.state.step = self.best_step
+            weights, balance = self.kept
             self.state.balance.load_state_dict(balance)
         self.state.network.load_state_dict(weights)
 
@@ -824,22 +788,24 @@ class EarlyStopping:
 
 
 class HeldOut(NamedTuple):
-    """Figures of held-out rows.
+    """Figures of held-out rows, (n,): log densities in nats, and squared reconstruction errors."""
 
-    Attributes:
-        scores: of each row, higher is better, (n,): the ELBO in nats, with one posterior sample.
-        errors: squared error of the reconstructions of `inverse_transform`; of the velocity for a
-            flow, (n,).
-    """
-
-    scores: Tensor
+    densities: Tensor
     errors: Tensor
 
+    @classmethod
+    def of(cls, vae: VAE, balance: Balance, rows: Tensor) -> "HeldOut":
+        """Compute the figures of at most `MOST_COMPARED` rows."""
+        rows = rows[:MOST_COMPARED]
+        density = -_nll(vae, balance, rows.double(), samples=100, most=1_000).nll_nats
+        latents = encode_all(vae, rows).mean * _stretch(vae, rows)
+        return cls(density, _errors(vae, rows, latents))
+
     def is_better_than(self, line: "HeldOut") -> bool:
-        """Return whether the score is higher and the error lower, both beyond their noise."""
-        quantile = float(student.ppf(1 - LEVEL, len(self.scores) - 1))
+        """Return whether the density is higher and the error lower, both beyond their noise."""
+        quantile = float(student.ppf(1 - LEVEL, len(self.densities) - 1))
         return (
-            _standardised(self.scores - line.scores) > quantile
+            _standardised(self.densities - line.densities) > quantile
             and _standardised(line.errors - self.errors) > 1
         )
 
@@ -856,14 +822,49 @@ def _is_elbo(balance: Balance) -> bool:
 
 
 @torch.no_grad()
-def _evaluate(vae: VAE, balance: Balance, rows: Tensor) -> HeldOut:
+def _nll(
+    vae: VAE,
+    balance: Balance,
+    rows: Tensor,
+    *,
+    samples: int,
+    most: int,
+    proposal: Proposal = "refined",
+    log_prior: LogPrior | None = None,
+) -> NLLPerImage:
+    """Return -log p(x) of scaled rows, float64; see `poise.metrics.likelihood.nll_of_values`."""
+    # A float32 decoder loses several nats for rows far from all others. The encoder's posterior
+    # loses more for them.
+    refined = proposal == "refined"
+    kind, bound = (torch.float64, MOST) if refined else (torch.float32, LARGEST_ROW)
+    vae, rows = copy.deepcopy(vae).to(kind), rows.clamp(-bound, bound).to(kind)
+    latents = vae.encode(rows[:1]).mean.shape[1]
+    many = max(1, ROW_VALUES // (max(samples, ADAPTATION_SAMPLES) * latents))
+    found = [
+        nll_of_values(
+            vae,
+            balance,
+            part,
+            vae.encode(part),
+            samples=samples,
+            most=most,
+            proposal=proposal,
+            log_prior=log_prior,
+        )
+        for part in rows.split(many)
+    ]
+    return NLLPerImage(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def _elbo(vae: VAE, balance: Balance, rows: Tensor) -> float:
+    """Return the mean ELBO of rows in nats, with one posterior sample each."""
     elbos = []
     for batch, posterior, noise in encoded(vae, rows, 0):
         error = (vae.decode(posterior.sample(noise)) - batch).double().square().sum(1)
         nll = negative_log_likelihood(error, balance.gamma2.double(), rows.shape[1])
-        elbos.append((-nll - posterior.kl().double()).cpu())
-    stretch = _stretch(vae, rows)
-    return HeldOut(torch.cat(elbos), _errors(vae, rows, encode_all(vae, rows).mean * stretch))
+        elbos.append(-nll - posterior.kl().double())
+    return float(torch.cat(elbos).mean())
 
 
 def _stretch(vae: VAE, rows: Tensor) -> Tensor:

@@ -265,23 +265,32 @@ def nll_of_values(
         return _estimate(_log_weights_of_encoder(target, code, samples, seed, numbers), None)
     shift = _shifts(code.mean, seed, numbers)
     mixture = _laplace(target, code.mean, seed)
-    found = _estimate(*_log_weights(target, mixture, samples, shift, seed))
+    drawn = _log_weights(target, mixture, range(samples), shift, seed)
+    found = _estimate(*drawn)
     low = (found.effective_share < ENOUGH) | (samples < FEWEST_TO_TELL)
-    if len(poor := low.nonzero()[:, 0]):
-        rows = poor.to(target.place)
-        fitted = _adapted(target.rows(rows), mixture.rows(rows), shift[rows], seed)
-        mixture.put(rows, fitted)
-        again = _log_weights(target.rows(rows), fitted, samples, shift[rows], seed)
-        found.put(poor, _estimate(*again))
+    if low.any():
+        rows = low.to(target.place)
+        mixture.put(rows, _adapted(target.rows(rows), mixture.rows(rows), shift[rows], seed))
+        again = _log_weights(
+            target.rows(rows), mixture.rows(rows), range(samples), shift[rows], seed
+        )
+        for values, new in zip(drawn, again, strict=True):
+            values[rows] = new
+        found.put(low, _estimate(*again))
     # With few latents a narrow mode can be missed by samples whose weights hardly differ.
     enough = CERTAIN_NATS / (5 if code.mean.shape[1] <= FEW_LATENTS else 2)
+    active = torch.arange(len(shift))
     while most is not None and samples < most:
-        poor = (found.standard_error_nats > enough).nonzero()[:, 0]
-        if not len(poor):
+        poor = found.standard_error_nats[active] > enough
+        if not poor.any():
             break
-        samples, rows = min(4 * samples, most), poor.to(target.place)
-        more = _log_weights(target.rows(rows), mixture.rows(rows), samples, shift[rows], seed)
-        found.put(poor, _estimate(*more))
+        active, samples, before = active[poor], min(4 * samples, most), samples
+        rows, still = active.to(target.place), poor.to(target.place)
+        more = _log_weights(
+            target.rows(rows), mixture.rows(rows), range(before, samples), shift[rows], seed
+        )
+        drawn = tuple(torch.cat([old[still], new], 1) for old, new in zip(drawn, more, strict=True))
+        found.put(active, _estimate(*drawn))
     return found
 
 
@@ -599,10 +608,11 @@ def _fitted(
 
 
 def _log_weights(
-    target: Target, mixture: Mixture, samples: int, shift: Tensor, seed: int
+    target: Target, mixture: Mixture, numbers: range, shift: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return log w of each sample, (n, K), and the control variates q_c / q - 1, (n, K, 2 M)."""
-    latents = mixture.latents(_noise(seed, ADAPTATION_SAMPLES, samples, shift))
+    """Return log w of some samples, (n, K), and the control variates q_c / q - 1, (n, K, 2 M)."""
+    first = ADAPTATION_SAMPLES + numbers.start
+    latents = mixture.latents(_noise(seed, first, len(numbers), shift))
     densities = mixture.log_densities(latents)
     log_q = (densities + mixture.shares().log()[:, None]).logsumexp(-1)
     ratios = (densities[..., :-1] - log_q[..., None]).exp() - 1
