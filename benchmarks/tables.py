@@ -215,7 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     models = {name: MODELS[name] for name in options.models}
     if "VAE" in models:
-        models[options.vae_as] = partial(models.pop("VAE"), steps=options.steps)
+        del models["VAE"]
+        models[options.vae_as] = partial(vae, steps=options.steps)
     report: dict[str, Any] = {"splits": options.splits, "steps": options.steps, "tables": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
