@@ -19,8 +19,9 @@ for all steps: its ELBO may be higher on the way than at its target.
 
 Kept line. With a computed balance, these weights have to beat probabilistic PCA on the held-out
 rows: a higher density (see `score`) by a paired t-test at `LEVEL`, and a reconstruction error that
-is lower by one standard error of the difference. Otherwise PCA is kept and fitted to all rows. The
-ELBO does not compare them: it equals the density for PCA only.
+is lower by one standard error of the difference. Otherwise PCA is kept and fitted to all rows, as
+always with fewer than ten held-out rows. The ELBO does not compare them: it equals the density for
+PCA only.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
 posterior variance of a latent. `inverse_transform` divides by it if this reconstructs the rows of
@@ -86,7 +87,8 @@ FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held 
 PATIENCE_ROWS = 100_000  # rows trained on without a higher ELBO after which training stops
 LEAST_PATIENCE = 200  # the same in steps, for large batches
 LEVEL = 0.05  # of the one-sided test that a network is better than PCA
-MOST_COMPARED = 1_000  # rows of this test
+# Rows of this test. Of fewer rows a t-test says nothing if the densities have heavy tails.
+FEWEST_COMPARED, MOST_COMPARED = 10, 1_000
 RISING_NATS = 0.1  # rise of the ELBO in the last steps that causes a ConvergenceWarning
 WIDTHS = (16, 128)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
@@ -803,6 +805,8 @@ class HeldOut(NamedTuple):
 
     def is_better_than(self, line: "HeldOut") -> bool:
         """Return whether the density is higher and the error lower, both beyond their noise."""
+        if len(self.densities) < FEWEST_COMPARED:
+            return False
         quantile = float(student.ppf(1 - LEVEL, len(self.densities) - 1))
         return (
             _standardised(self.densities - line.densities) > quantile
