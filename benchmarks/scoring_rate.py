@@ -10,6 +10,7 @@ Bars on two cores: a fit in seconds, 2 s with the encoder's proposal, 20 s with 
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def main() -> None:
     figures = {name: getattr(options, name) for name in ("rows", "latents", "steps")}
     figures |= {"fit_of_500_rows_seconds": round(fit, 2)}
     figures |= {"hidden": list(model.hidden_), "n_iter": model.n_iter_}
-    shown = [["proposal", "seconds", "nats a row", "certain"]]
+    shown: list[list[Any]] = [["proposal", "seconds", "nats a row", "certain"]]
     for proposal in ("encoder", "refined"):
         model.set_params(score_proposal=proposal)
         scores = model.score_details(rows)
