@@ -90,6 +90,14 @@ def test_the_code_of_the_page_on_your_own_loop_runs():
     exec(compile("\n".join(lines), "docs/your-loop.md", "exec"), {"__name__": "page"})
 
 
+def test_the_tables_of_densities_are_those_of_the_results():
+    report = json.loads((ROOT / "results" / "bench-tables.json").read_text())
+    assert list(report["tables"]) == list(script("tables").TABLES)
+    assert rows(script("tables").tables(report)) == rows(
+        section("docs/tables.md", "## Twenty tables")
+    )
+
+
 @pytest.mark.parametrize(
     "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
 )

@@ -1,24 +1,30 @@
 """Test the estimator: scikit-learn's checks, probabilistic PCA, and use on tables."""
 
+import copy
+import json
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from scipy import sparse
+from scipy.stats import sem, ttest_1samp
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
-from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.model_selection import GridSearchCV, KFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import poise
 from poise import VAEEstimator
-from poise.estimator import CHECKS, PATIENCE
+from poise.estimator import MOST_STEPS, EarlyStopping, HeldOut
 
-QUICK = {"hidden": (16,), "steps": 60, "device": "cpu", "importance_samples": 5}
+QUICK = {"hidden": (16,), "steps": 60, "device": "cpu"}
 DRAWS = np.random.default_rng(0)
 AXES = np.linalg.qr(DRAWS.normal(size=(6, 6)))[0][:2] * [[3.0], [1.5]]
 # Samples of probabilistic PCA with two latents.
@@ -46,9 +52,7 @@ def wine() -> np.ndarray:
     return StandardScaler().fit_transform(load_wine().data)
 
 
-@parametrize_with_checks(
-    [VAEEstimator(2, hidden=(8,), steps=10, importance_samples=2, device="cpu")]
-)
+@parametrize_with_checks([VAEEstimator(2, hidden=(8,), steps=10, device="cpu")])
 def test_scikit_learns_checks_pass(estimator, check, unchecked):
     check(estimator)
 
@@ -98,12 +102,14 @@ def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
     assert model.fit(seen).score(unseen) > PCA(16).fit(seen).score(unseen) + 5
 
 
-def test_training_ends_when_rows_held_out_get_less_likely(wine):
-    model = VAEEstimator(
-        2, hidden=(64,), steps=1_000, learning_rate=5e-3, device="cpu", random_state=0
-    ).fit(wine)
-    last = max(entry["step"] for entry in model.history_)
-    assert last < 1_000 and last == model.n_iter_ + PATIENCE * 1_000 // CHECKS
+def test_training_ends_when_rows_held_out_get_less_likely(wine, monkeypatch):
+    how = {"hidden": (64,), "learning_rate": 5e-3, "device": "cpu", "random_state": 0}
+    monkeypatch.setattr(poise.estimator, "PATIENCE_ROWS", 20_000)
+    model = VAEEstimator(2, steps=1_000, **how).fit(wine)
+    assert max(entry["step"] for entry in model.history_) < 1_000
+    longer = clone(model).set_params(steps=50_000).fit(wine)
+    assert longer.n_iter_ == model.n_iter_, "patience does not grow with the number of steps"
+    np.testing.assert_array_equal(longer.transform(wine), model.transform(wine))
     whole = clone(model).set_params(validation_fraction=0).fit(wine)
     assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
 
@@ -151,7 +157,9 @@ def test_it_works_in_pipelines_and_searches():
     ).shape == (178, 13)
     assert list(line.get_feature_names_out()) == ["vaeestimator0", "vaeestimator1"]
     search = GridSearchCV(
-        line, {"vaeestimator__balance": ["computed", "fixed:gamma2=1"]}, cv=2
+        line,
+        {"vaeestimator__balance": ["computed", "fixed:gamma2=1"]},
+        cv=KFold(2, shuffle=True, random_state=0),  # the wines are sorted by kind
     ).fit(table)
     assert search.best_params_["vaeestimator__balance"] == "computed"
 
@@ -206,17 +214,19 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
     )
 
 
-def test_too_few_steps_are_said(wine):
+def test_too_few_steps_are_said():
     with pytest.warns(
         ConvergenceWarning,
         match=r"rose by .* nats in the last fifth of 100 steps: train for more steps",
     ):
-        VAEEstimator(2, hidden=(), steps=100, device="cpu", random_state=0).fit(wine)
+        VAEEstimator(16, hidden=(64,), steps=100, device="cpu", random_state=0).fit(
+            load_digits().data[:600]
+        )
 
 
 def test_a_fit_that_fails_leaves_no_model(wine):
     model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
-    with pytest.raises(poise.RunError, match="lower learning rate"):
+    with pytest.raises(poise.RunError, match=r"lower learning rate, such as learning_rate=1e\+08"):
         model.set_params(learning_rate=1e9).fit(wine * 50 + 1000)
     with pytest.raises(NotFittedError):
         model.transform(wine)
@@ -240,7 +250,10 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
     [
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
         ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
-        ({"hidden": 16}, "hidden must be a tuple of widths"),
+        ({"latent_dim": True}, "latent_dim must be a whole number of at least 1, not True"),
+        ({"hidden": 16}, "hidden must be .* a tuple of widths"),
+        ({"score_prior": "mixture", "prior": "normal"}, "score_prior must be .*, not 'mixture'"),
+        ({"score_proposal": "best"}, "score_proposal must be refined or encoder, not 'best'"),
         ({"prior": "gauss"}, "prior must be one of .*mixture, flow, not 'gauss'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
         ({"balance": None}, "balance must be the name"),
@@ -251,6 +264,7 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
         ({"second_steps": 0}, "second_steps must be a whole number of at least 1"),
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
         ({"learning_rate": 0}, "learning_rate must be greater than 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be greater than 0 and finite, not inf"),
         ({"device": "abacus"}, "device 'abacus' is not available"),
     ],
 )
@@ -275,3 +289,201 @@ def test_latents_of_another_number_and_no_samples_are_refused(wine):
     )
     with pytest.raises(poise.InputError, match="n_samples must be at least 1"):
         model.sample(0)
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        model.inverse_transform(sparse.eye(3, 2).tocsr())
+
+
+@pytest.fixture(scope="module")
+def bent() -> tuple[np.ndarray, VAEEstimator]:
+    """Return rows near a parabola, and a model with one latent."""
+    draws = np.random.default_rng(0)
+    line = draws.normal(size=500)
+    table = np.c_[line, line**2] + 0.1 * draws.normal(size=(500, 2))
+    how = {"learning_rate": 5e-3, "validation_fraction": 0, "device": "cpu", "random_state": 0}
+    return table, VAEEstimator(1, hidden=(32,), steps=500, **how).fit(table)
+
+
+def test_the_density_of_rows_near_and_far_is_that_of_quadrature(bent):
+    table, model = bent
+    rows = np.r_[table[:9], [[10, 0], [2, 0], [0, -3], [-8, 3], [0, 30], [30, -30]]]
+    vae, gamma2 = copy.deepcopy(model.vae_).double(), float(model.balance_.gamma2)
+    latents = torch.linspace(-60, 60, 100_001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        means = model.mean_ + model.scale_ * vae.decode(latents).numpy()
+    variance = model.scale_**2 * gamma2
+    log_joint = -np.square(rows[:, None] - means).sum(-1) / (2 * variance)
+    log_joint = torch.from_numpy(log_joint - latents.square().numpy()[:, 0] / 2)
+    exact = log_joint.logsumexp(1) + math.log(120 / 100_000) - 1.5 * math.log(2 * math.pi)
+    scores = model.score_details(rows)
+    assert np.abs(scores.log_density - (exact.numpy() - math.log(variance))).max() < 0.05
+    assert scores.certain.all() and scores.effective_share.min() > 0.2
+    narrow = clone(model).set_params(score_proposal="encoder")
+    narrow.__dict__.update({k: v for k, v in vars(model).items() if k.endswith("_")})
+    assert np.abs(narrow.score_samples(rows) - scores.log_density).max() > 0.05
+
+
+def test_a_score_does_not_hang_on_rounding_or_on_other_rows(bent):
+    table, model = bent
+    scores = model.score_samples(table[:50])
+    assert np.abs(model.score_samples(table[:50] * (1 + 1e-7)) - scores).max() < 1e-3
+    assert np.abs(model.score_samples(table[:50].astype(np.float32)) - scores).max() < 1e-3
+    spoilt = table[:50].copy()
+    spoilt[7] = 1e39
+    with_extreme = model.score_samples(spoilt)
+    np.testing.assert_allclose(np.delete(with_extreme, 7), np.delete(scores, 7), rtol=1e-6)
+    assert with_extreme[7] < -1e70
+    assert np.isfinite(model.inverse_transform(model.transform(spoilt))).all()
+
+
+def test_a_score_under_the_fitted_mixture_is_that_of_its_samples():
+    """Codes in two clusters: N(0, I) has most of its mass between them."""
+    draws = np.random.default_rng(0)
+    clusters = np.where(draws.random((200, 1)) < 0.5, -3, 3)
+    table = clusters * [[1.0, 1.0]] + 0.3 * draws.normal(size=(200, 2))
+    how = {"hidden": (), "steps": 50, "device": "cpu", "random_state": 0}
+    normal = VAEEstimator(1, **how).fit(table)
+    mixture = VAEEstimator(1, score_prior="mixture", **how).fit(table)
+    assert mixture.score(table) > normal.score(table) + 0.3
+    latents = torch.linspace(-8, 8, 8_001, dtype=torch.float64)[:, None]
+    density = mixture.prior_.log_density(latents)
+    assert float(density.logsumexp(0)) + math.log(16 / 8_000) == pytest.approx(0, abs=1e-3)
+    rows = mixture.sample(400, random_state=1)  # their entropy is below that of a Gaussian
+    assert -mixture.score(rows) < 0.5 * np.linalg.slogdet(2 * math.pi * math.e * np.cov(rows.T))[1]
+
+
+@pytest.mark.parametrize("latents", [2, 3, 9])
+def test_it_is_never_worse_than_pca_on_collinear_columns(latents):
+    """Two hundred rows of seven columns of rank three, plus a little noise."""
+    draws = np.random.default_rng(0)
+    table = draws.normal(size=(200, 3)) @ draws.normal(size=(3, 7))
+    table += 1e-2 * draws.normal(size=table.shape)
+    seen, unseen = table[:150], table[150:]
+    model = VAEEstimator(latents, steps=100, device="cpu", random_state=0).fit(seen)
+    pca = PCA(min(latents, 6)).fit(seen)
+    assert model.score(unseen) > pca.score(unseen) - 0.05
+
+    def error(model):
+        return np.square(model.inverse_transform(model.transform(unseen)) - unseen).mean()
+
+    assert error(model) < 1.01 * error(pca)
+
+
+def test_a_network_has_to_beat_pca_beyond_chance():
+    """The density by scipy's one-sided t-test, the error by one standard error, of ten rows."""
+    draws = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for rows in (2, 9, 10, 50):
+        for gain in (0.0, 0.5, 1.0):
+            rise, fall = draws.normal(gain, 1, rows), draws.normal(gain, 1, rows)
+            zeros = torch.zeros(rows, dtype=torch.float64)
+            network = HeldOut(torch.from_numpy(rise), torch.from_numpy(-fall))
+            better = network.is_better_than(HeldOut(zeros, zeros))
+            chance = ttest_1samp(rise, 0, alternative="greater").pvalue
+            assert better == bool(rows >= 10 and chance < 0.05 and fall.mean() > sem(fall))
+            found[better] += 1
+    assert min(found.values()) > 0
+
+
+def test_ctrl_c_keeps_the_best_weights(wine, monkeypatch):
+    check = EarlyStopping.check
+
+    def interrupted(self):
+        check(self)
+        if len(self.scores) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EarlyStopping, "check", interrupted)
+    model = VAEEstimator(2, **QUICK | {"steps": 2_000}, random_state=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(wine)
+    assert model.n_iter_ < 20 * MOST_STEPS and np.isfinite(model.score(wine))
+
+
+def test_an_uncertain_density_is_said(wine):
+    model = VAEEstimator(2, **QUICK, importance_samples=1, random_state=0).fit(wine)
+    with pytest.warns(ConvergenceWarning, match="the density of .* of 20 rows has a standard err"):
+        model.score(wine[:20])
+
+
+def test_two_rows_are_trained_on_however_many_are_held_out(wine):
+    assert VAEEstimator(2, **QUICK, validation_fraction=0.9).fit(wine[:5]).score(wine) < 0
+
+
+def test_progress_and_history_speak_of_rows(wine, capsys):
+    model = VAEEstimator(2, **QUICK, verbose=True, random_state=0).fit(wine)
+    assert {"rows_seen", "rows_per_second"} < set(model.history_[0])
+    shown = capsys.readouterr().err
+    assert "stage 1" in shown and "rows/s" in shown and "im" not in shown
+
+
+def test_latents_in_reverse_order_are_decoded(wine):
+    model = VAEEstimator(2, **QUICK, random_state=0).fit(wine)
+    latents = model.transform(wine)
+    np.testing.assert_array_equal(
+        model.inverse_transform(latents[::-1]), model.inverse_transform(latents[::-1].copy())
+    )
+
+
+def test_a_weight_is_a_number_of_equal_rows(wine):
+    weights = np.arange(178) % 3
+    how = {**QUICK, "validation_fraction": 0, "random_state": 0}
+    weighted = VAEEstimator(2, **how).fit(wine, sample_weight=weights)
+    repeated = VAEEstimator(2, **how).fit(np.repeat(wine, weights, 0))
+    np.testing.assert_allclose(weighted.mean_, np.average(wine, 0, weights))
+    np.testing.assert_allclose(weighted.scale_, repeated.scale_)
+    np.testing.assert_allclose(weighted.transform(wine), repeated.transform(wine), atol=0.3)
+    same = VAEEstimator(2, **how).fit(wine, sample_weight=np.full(178, 0.5))
+    np.testing.assert_array_equal(same.transform(wine), VAEEstimator(2, **how).fit_transform(wine))
+    for bad in (-weights, np.eye(178)[0]):
+        with pytest.raises(poise.InputError, match="sample_weight must"):
+            VAEEstimator(2, **how).fit(wine, sample_weight=bad)
+
+
+def test_threads_give_the_models_that_one_thread_gives(wine):
+    models = [VAEEstimator(2, **QUICK | {"steps": 20}, random_state=seed) for seed in range(3)]
+    alone = [clone(model).fit(wine).transform(wine) for model in models]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda model: model.fit(wine).transform(wine), models))
+    np.testing.assert_array_equal(together, alone)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator"
+
+
+SEARCH = """
+from joblib import parallel_config
+from sklearn.datasets import load_wine
+from sklearn.model_selection import GridSearchCV
+from poise import VAEEstimator
+
+def search(backend):
+    how = {"steps": 20, "validation_fraction": 0, "device": "cpu", "random_state": 0}
+    grid = GridSearchCV(VAEEstimator(2, **how), {"hidden": [(), (8,)]}, cv=2, refit=False)
+    with parallel_config(backend, n_jobs=2):
+        table = load_wine().data[::3]
+        return grid.fit(table).cv_results_["mean_test_score"].tolist()
+"""
+
+
+def test_a_search_in_threads_or_processes_has_the_numbers_of_one_after_another(run_forked):
+    searched = {}
+    exec(SEARCH, searched)
+    alone = searched["search"]("sequential")
+    assert searched["search"]("threading") == alone
+    assert json.loads(run_forked(SEARCH + "print(search('multiprocessing'))")) == alone
+
+
+def test_more_latents_than_rows_and_bad_tables(wine):
+    few = VAEEstimator(8, **QUICK, random_state=0).fit(wine[:6])
+    assert few.transform(wine).shape == (178, 8) and np.isfinite(few.score(wine))
+    bad = wine.copy()
+    bad[0, 0] = math.inf
+    for table, message in ((bad, "infinity"), (wine[:1], "minimum of 2 is required")):
+        with pytest.raises(ValueError, match=message):
+            VAEEstimator(2, **QUICK).fit(table)
+    for use in (few.transform, few.score):
+        with pytest.raises(ValueError, match="infinity"):
+            use(bad)
+    for use in (VAEEstimator(2, **QUICK).fit, few.transform, few.score):
+        with pytest.raises(TypeError, match="Sparse data was passed") as refusal:
+            use(sparse.csr_matrix(wine))
+        assert "\n" not in str(refusal.value)

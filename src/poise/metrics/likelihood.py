@@ -1,32 +1,42 @@
 """Held-out negative log-likelihood, -log p(x), estimated by importance sampling.
 
-The proposal is the posterior q(z|x). With z_1 ... z_K drawn from it,
+With z_1 ... z_K drawn from a proposal q,
 
-    -log p(x)  ~  -log 1/K sum_k w_k,        w_k = p(x|z_k) p(z_k) / q(z_k|x).                (1)
+    -log p(x)  ~  -log 1/K sum_k w_k,        w_k = p(x|z_k) p(z_k) / q(z_k).                  (1)
 
-(Burda et al. 2016, arXiv 1509.00519, eq. 8.) For K = 1 its expectation is the negative ELBO. The
-expectation falls as K grows and converges to -log p(x) from above.
+(Burda et al. 2016, arXiv 1509.00519, eq. 8.) The expectation falls as K grows and converges to
+-log p(x) from above. K must be of the order of exp(KL(p(z|x) || q)) (Chatterjee & Diaconis 2018,
+arXiv 1511.01437).
 
-How many samples. If q(z|x) is the true posterior, every w_k is p(x) and K = 1 is enough. Otherwise
-K must be of the order of exp(KL(p(z|x) || q(z|x))) (Chatterjee & Diaconis 2018, arXiv 1511.01437).
-A KL of ten nats, usual for large images, needs tens of thousands of samples.
+**The encoder's posterior** q(z|x) as a proposal is too narrow for images that were not trained on,
+so that more samples hardly help. For K = 1 the expectation of (1) is the negative ELBO.
+
+**The refined proposal** is fitted to p(z|x) of each image. Gauss-Newton steps from the mean of the
+encoder's posterior find the mode. The curvature there gives axes. Along each axis the standard
+deviation is set so that log p(x, z) is 1/2 lower one standard deviation from the mode, on average
+of both sides. If the effective sample size is low, mean and covariance are set to those of the
+weighted samples, up to `ADAPTATIONS` times. With at most `FEW_LATENTS` latents the best of many
+draws from the prior are starts too, so that several modes are found. The proposal is the mixture
+
+    q = 0.75 N(m, S) + 0.2 N(m, a^2 S) + 0.05 N(0, I),        a = 1 + 2 / sqrt(L),            (2)
+
+with several m, S if there are several modes. Noise is a scrambled Sobol sequence. Each component
+q_c of (2) has E_q[q_c / q] = 1, so these ratios are control variates of w (Owen & Zhou 2000). For a
+linear decoder the estimate is then exact.
 
 When to trust the estimate. The effective sample size is (sum w)^2 / sum w^2. Divided by K it is 1
 if all samples have equal weight, and 1/K if one sample outweighs all others. In the second case (1)
-is still an upper bound, but its value means little. A share near 1 is no proof. All samples can
-miss a part of the true posterior, such as a second mode, or tails wider than those of q. They then
-agree with each other. As a check, double the samples: the estimate must not change. This check can
-also fail to detect a missed part.
+is still an upper bound, but its value means little. The standard error of log p(x) follows from the
+spread of w. Neither is proof. All samples can miss a part of the true posterior, such as a mode.
 
 p(x|z) is the likelihood of `poise.balance`, with its gamma2 and power; p(z) is N(0, I). Weights and
 sums are float64; decoders run in their own precision.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,15 +46,30 @@ from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
 from poise.metrics.reconstruction import bits_per_dim, grouped_error, in_float64
-from poise.shapes import Noise, PerImage
+from poise.shapes import Values
 from poise.support.progress import progress
-from poise.support.seeds import generator
+from poise.support.seeds import derive, generator
 from poise.vae import VAE
+
+Proposal = Literal["refined", "encoder"]
+LogPrior = Callable[[Tensor], Tensor]  # latents (n, L), float64 -> log p(z), (n,)
 
 # Samples of one image whose noise is drawn together. Another size gives other noise.
 BLOCK = 100
-BLOCKS_AT_ONCE = {"cpu": 1, "mps": 1}  # blocks decoded together, by type of device
-BLOCKS_AT_ONCE_ELSEWHERE = 20
+VALUES_AT_ONCE = {"cpu": 2**18, "mps": 2**18}  # decoded together, by type of device
+VALUES_AT_ONCE_ELSEWHERE = 2**23
+FEW_LATENTS, STARTS = 4, 256  # with so few latents, so many draws of the prior are tried as starts
+# A refined proposal needs a decoder's Jacobian and a matrix of L x L values for each image.
+MOST_LATENTS = 256
+NEWTON_STEPS, CONVERGED_NATS = 12, 1e-3
+# Where a Gauss-Newton step gains little, it is damped, relative to the largest curvature, or made
+# shorter.
+DAMPING, SHORTER = (0.01, 0.1, 1.0), (0.5, 0.2, 0.05, 0.01)
+ADAPTATIONS, ADAPTATION_SAMPLES = 6, 256
+ENOUGH = 0.6  # effective share that needs no adaptation
+FEWEST_TO_TELL = 50  # with fewer samples, proposals are adapted whatever the effective share
+SHARES = (0.75, 0.2, 0.05)  # weights of eq. 2
+CERTAIN_NATS = 0.05  # largest standard error of a value that counts as certain
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,8 @@ class ImportanceWeightedNLL:
             not images.
         samples: K, the number of samples per image.
         effective_share: effective sample size over K, between 1/K and 1, mean over images.
+        certain_share: share of the images whose own estimate has a standard error of at most
+            `CERTAIN_NATS`. If it is low, use more samples.
     """
 
     mean_nats: float
@@ -66,6 +93,7 @@ class ImportanceWeightedNLL:
     bits_per_dim: float | None
     samples: int
     effective_share: float
+    certain_share: float
 
 
 def importance_weighted_nll(
@@ -76,16 +104,17 @@ def importance_weighted_nll(
     samples: int = 1000,
     seed: int = 0,
     quiet: bool = True,
+    proposal: Proposal = "refined",
 ) -> ImportanceWeightedNLL:
     """Return the mean of -log p(x) over images, estimated with importance weights (eq. 1).
 
     Args:
         vae, balance: used in evaluation mode.
         images: (n, channels, height, width), uint8 or float in [0, 1], or (n, features); n >= 2.
-        samples: K, at least 1. Each image is encoded once, and K of its latents are decoded,
-            `BLOCK` at a time.
+        samples: K, at least 1.
         seed: seed of the samples; see `nll_per_image`.
         quiet: show no progress.
+        proposal: "refined" (eq. 2) or "encoder", the posterior of the encoder.
 
     Raises:
         InputError: fewer than two images, samples < 1, or codes that are not finite.
@@ -99,7 +128,10 @@ def importance_weighted_nll(
     """
     if len(images) < 2:
         raise InputError(f"a mean with a standard error needs at least 2 images, not {len(images)}")
-    nll, share = nll_per_image(vae, balance, images, samples=samples, seed=seed, quiet=quiet)
+    each = nll_per_image(
+        vae, balance, images, samples=samples, seed=seed, quiet=quiet, proposal=proposal
+    )
+    nll = each.nll_nats
     return ImportanceWeightedNLL(
         mean_nats=float(nll.mean()),
         standard_error_nats=float(nll.std() / math.sqrt(len(nll))),
@@ -107,7 +139,8 @@ def importance_weighted_nll(
         if len(images.shape) == 4
         else None,
         samples=samples,
-        effective_share=float(share.mean()),
+        effective_share=float(each.effective_share.mean()),
+        certain_share=float((each.standard_error_nats <= CERTAIN_NATS).double().mean()),
     )
 
 
@@ -115,12 +148,19 @@ class NLLPerImage(NamedTuple):
     """Importance-weighted estimate of each image, float64 on the CPU.
 
     Attributes:
-        nll_nats: the estimate of -log p(x), in nats.
+        nll_nats: the estimate of -log p(x), in nats. Infinite if p(x|z) is 0 for all samples.
         effective_share: effective sample size over K, between 1/K and 1.
+        standard_error_nats: standard error of `nll_nats`, from the spread of the weights.
     """
 
     nll_nats: Tensor
     effective_share: Tensor
+    standard_error_nats: Tensor
+
+    def put(self, rows: Tensor, others: "NLLPerImage") -> None:
+        """Replace the values of some images by those of `others`."""
+        for values, new in zip(self, others, strict=True):
+            values[rows] = new
 
 
 @torch.no_grad()
@@ -132,84 +172,544 @@ def nll_per_image(
     samples: int = 1000,
     seed: int = 0,
     quiet: bool = True,
+    proposal: Proposal = "refined",
 ) -> NLLPerImage:
     """Return -log p(x) of each image, estimated with importance weights (eq. 1).
 
     The noise of image i depends on (seed, i) only. A larger K keeps the samples of a smaller K and
     adds more. So the value of an image does not depend on the other images or their number. The
-    memory needed depends neither on the number of images nor on K.
+    memory needed does not depend on the number of images.
 
     Args:
-        vae, balance, images, samples, seed, quiet: as for `importance_weighted_nll`, but n >= 1.
+        vae, balance, images, samples, seed, quiet, proposal: as for `importance_weighted_nll`, but
+            n >= 1.
 
     Raises:
         InputError: no images, samples < 1, or codes that are not finite.
     """
-    if samples < 1:
-        raise InputError(f"the number of samples must be at least 1, not {samples}")
-    sums, device = [], next(vae.parameters()).device
-    at_once = BLOCKS_AT_ONCE.get(device.type, BLOCKS_AT_ONCE_ELSEWHERE)
-    place = device if at_once > 1 else torch.device("cpu")  # where the float64 weights are computed
+    found, first = [], 0
     with progress("likelihood", len(images), quiet=quiet) as bar:
         for batch, posterior in posteriors(vae, images):
-            codes = DiagonalGaussian(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
-            if not (codes.mean.isfinite().all() and codes.logvar.isfinite().all()):
+            if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
                 raise InputError(
                     "the codes must be finite; "
                     "the encoder gives NaN or infinite values for some image"
                 )
-            for image, mean, logvar in zip(batch, codes.mean, codes.logvar, strict=True):
-                noise = _noise_in_blocks(samples, len(mean), seed, len(sums))
-                code = DiagonalGaussian(mean[None].to(place), logvar[None].to(place))
-                together = (torch.cat(blocks).to(place) for blocks in _grouped(noise, at_once))
-                sums.append(
-                    _log_sums(_log_weights(vae, balance, image, code, draws) for draws in together)
+            for part in _parts(batch, posterior.mean.shape[1], samples):
+                found.append(
+                    nll_of_values(
+                        vae,
+                        balance,
+                        batch[part],
+                        DiagonalGaussian(posterior.mean[part], posterior.logvar[part]),
+                        samples=samples,
+                        seed=seed,
+                        proposal=proposal,
+                        numbers=range(first + part.start, first + part.stop),
+                    )
                 )
-                bar.update(len(sums), {})
-    log_sum, log_sum_of_squares = torch.stack(sums).cpu().unbind(1)
-    return NLLPerImage(
-        math.log(samples) - log_sum, (2 * log_sum - log_sum_of_squares).exp() / samples
+                bar.update(first + part.stop, {})
+            first += len(batch)
+    return NLLPerImage(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _parts(batch: Tensor, latents: int, samples: int) -> list[slice]:
+    """Return slices of a batch such that Jacobians and samples fit into memory."""
+    values = max(latents * batch[0].numel(), samples * latents, 1)
+    size = max(1, min(len(batch), 2**22 // values))
+    return [slice(k, min(k + size, len(batch))) for k in range(0, len(batch), size)]
+
+
+@torch.no_grad()
+def nll_of_values(
+    vae: VAE,
+    balance: Balance,
+    values: Values,
+    posterior: DiagonalGaussian,
+    *,
+    samples: int,
+    most: int | None = None,
+    seed: int = 0,
+    proposal: Proposal = "refined",
+    numbers: range | None = None,
+    log_prior: LogPrior | None = None,
+) -> NLLPerImage:
+    """Return -log p(x) of values whose posterior is known; see `nll_per_image`.
+
+    Args:
+        vae, balance: in evaluation mode.
+        values: (n, ...), float32 or float64, the precision in which the decoder runs.
+        posterior: of the encoder, (n, L), finite.
+        samples: K, at least 1.
+        most: with a refined proposal, K grows up to this number for values that are not certain.
+        seed: seed of the samples.
+        proposal: see `importance_weighted_nll`.
+        numbers: number of each value, which is part of the seed of its noise. None: all values have
+            the same noise, and equal values have equal estimates.
+        log_prior: log p(z). None: that of N(0, I).
+
+    Raises:
+        InputError: samples < 1, or an unknown proposal.
+    """
+    if samples < 1:
+        raise InputError(f"the number of samples must be at least 1, not {samples}")
+    if proposal not in get_args(Proposal):
+        raise InputError(
+            f"the proposal must be {' or '.join(get_args(Proposal))}, not {proposal!r}"
+        )
+    target = Target(vae, balance, values, log_prior)
+    code = DiagonalGaussian(
+        posterior.mean.to(target.place).double(), posterior.logvar.to(target.place).double()
+    )
+    if proposal == "encoder" or code.mean.shape[1] > MOST_LATENTS:
+        return _estimate(_log_weights_of_encoder(target, code, samples, seed, numbers), None)
+    shift = _shifts(code.mean, seed, numbers)
+    mixture = _laplace(target, code.mean, seed)
+    drawn = _log_weights(target, mixture, range(samples), shift, seed)
+    found = _estimate(*drawn)
+    low = (found.effective_share < ENOUGH) | (samples < FEWEST_TO_TELL)
+    if low.any():
+        rows = low.to(target.place)
+        mixture.put(rows, _adapted(target.rows(rows), mixture.rows(rows), shift[rows], seed))
+        again = _log_weights(
+            target.rows(rows), mixture.rows(rows), range(samples), shift[rows], seed
+        )
+        for values, new in zip(drawn, again, strict=True):
+            values[rows] = new
+        found.put(low, _estimate(*again))
+    # With few latents a narrow mode can be missed by samples whose weights hardly differ.
+    enough = CERTAIN_NATS / (5 if code.mean.shape[1] <= FEW_LATENTS else 2)
+    active = torch.arange(len(shift))
+    while most is not None and samples < most:
+        poor = found.standard_error_nats[active] > enough
+        if not poor.any():
+            break
+        active, samples, before = active[poor], min(4 * samples, most), samples
+        rows, still = active.to(target.place), poor.to(target.place)
+        more = _log_weights(
+            target.rows(rows), mixture.rows(rows), range(before, samples), shift[rows], seed
+        )
+        drawn = tuple(torch.cat([old[still], new], 1) for old, new in zip(drawn, more, strict=True))
+        found.put(active, _estimate(*drawn))
+    return found
+
+
+class Target:
+    """The density p(x, z) of some values x, as a function of the latents z.
+
+    Args:
+        vae, balance, values, log_prior: see `nll_of_values`.
+    """
+
+    def __init__(
+        self, vae: VAE, balance: Balance, values: Values, log_prior: LogPrior | None
+    ) -> None:
+        self.vae, self.balance, self.values, self.log_prior = vae, balance, values, log_prior
+        # Apple's GPUs have no float64.
+        self.place = torch.device("cpu") if values.device.type == "mps" else values.device
+        self.gamma2 = in_float64(balance.gamma2).to(self.place)
+        self.num_dims = values[0].numel() // self.gamma2.numel()  # of each group
+        # gamma2 of each dimension: groups are channels, the first dimension of an image.
+        self.variances = self.gamma2.reshape(-1).repeat_interleave(self.num_dims)
+
+    def rows(self, rows: Tensor) -> "Target":
+        """Return the target of some of the values."""
+        values = self.values[rows.to(self.values.device)]
+        return Target(self.vae, self.balance, values, self.log_prior)
+
+    def log_joint_of_shared(self, latents: Tensor) -> Tensor:
+        """Return log p(x, z) of all values for the same latents (S, L), (n, S)."""
+        decoded, prior = self._decode(latents), self._log_prior(latents[None])
+        size = max(1, VALUES_AT_ONCE["cpu"] // decoded.numel())
+        errors = [
+            grouped_error((part[:, None] - decoded).flatten(0, 1), self.balance)
+            for part in self.values.split(size)
+        ]
+        return self._density(torch.cat(errors), len(latents)) + prior
+
+    def residuals(self, latents: Tensor) -> Tensor:
+        """Return x - f(z) for latents (n, S, L), float64 (n, S, D)."""
+        count = latents.shape[1]
+        parts = [
+            in_float64(self._values(numbers, count) - self._decode(part)).flatten(1)
+            for part, numbers in self._in_parts(latents)
+        ]
+        return torch.cat(parts).view(len(latents), count, -1).to(self.place)
+
+    def log_joint(self, latents: Tensor) -> Tensor:
+        """Return log p(x, z) for latents (n, S, L), (n, S); -inf where it is NaN."""
+        count = latents.shape[1]
+        errors = [
+            grouped_error(self._values(numbers, count) - self._decode(part), self.balance)
+            for part, numbers in self._in_parts(latents)
+        ]
+        density = self._density(torch.cat(errors), count) + self._log_prior(latents)
+        return density.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def _density(self, error: Tensor, count: int) -> Tensor:
+        """Return log p(x|z) for errors (n S, ...) of S latents per value, (n, S)."""
+        error = error.unflatten(0, (-1, count)).to(self.place)
+        nats = negative_log_likelihood(error, self.gamma2, self.num_dims, power=self.balance.power)
+        return -nats if self.balance.groups is None else -nats.sum(-1)
+
+    def _log_prior(self, latents: Tensor) -> Tensor:
+        if self.log_prior is not None:
+            return self.log_prior(latents.flatten(0, 1)).view(latents.shape[:2])
+        return -0.5 * latents.square().sum(-1) - latents.shape[-1] / 2 * math.log(2 * math.pi)
+
+    def _in_parts(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return parts of all latents, and the number of each latent."""
+        flat = latents.flatten(0, 1)
+        kind = self.values.device.type
+        most = VALUES_AT_ONCE.get(kind, VALUES_AT_ONCE_ELSEWHERE) // self.values[0].numel()
+        size = max(BLOCK, most)
+        numbers = torch.arange(len(flat), device=self.values.device)
+        return list(zip(flat.split(size), numbers.split(size), strict=True))
+
+    def _values(self, numbers: Tensor, count: int) -> Tensor:
+        return self.values[numbers // count]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decoded = self.vae.decode(latents.to(self.values.device, self.values.dtype))
+        return decoded.to(self.values.dtype)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The proposal of eq. 2 for each of n values, with M pairs m, S.
+
+    Args:
+        weights: (n, M), with sum 1.
+        means: (n, M, L).
+        axes: (n, M, L, L), orthonormal columns: the eigenvectors of S.
+        stds: (n, M, L), the roots of the eigenvalues of S.
+    """
+
+    weights: Tensor
+    means: Tensor
+    axes: Tensor
+    stds: Tensor
+
+    @property
+    def wider(self) -> float:
+        """Return a of eq. 2."""
+        return 1 + 2 / math.sqrt(self.means.shape[-1])
+
+    def rows(self, rows: Tensor) -> "Mixture":
+        """Return the proposals of some of the values."""
+        return Mixture(*(value[rows] for value in self._tensors()))
+
+    def clone(self) -> "Mixture":
+        return Mixture(*(value.clone() for value in self._tensors()))
+
+    def put(self, rows: Tensor, others: "Mixture") -> None:
+        """Replace the proposals of some of the values by those of `others`."""
+        for values, new in zip(self._tensors(), others._tensors(), strict=True):
+            values[rows] = new
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.weights, self.means, self.axes, self.stds
+
+    def shares(self) -> Tensor:
+        """Return the weights of all 2 M + 1 components of eq. 2, (n, 2 M + 1)."""
+        narrow, wide, prior = SHARES
+        last = torch.full_like(self.weights[:, :1], prior)
+        return torch.cat([narrow * self.weights, wide * self.weights, last], 1)
+
+    def latents(self, noise: "MixtureNoise") -> Tensor:
+        """Return the latents of some noise, (n, K, L)."""
+        pairs, latents = self.weights.shape[1], noise.normal
+        bounds = self.shares().cumsum(1)[:, :-1].contiguous()
+        component = torch.searchsorted(bounds, noise.choice.contiguous())
+        spread = torch.where(component >= pairs, self.wider, 1.0)[..., None] * latents
+        for pair in range(pairs):
+            moved = (spread * self.stds[:, pair, None]) @ self.axes[:, pair].mT
+            chosen = (component == pair) | (component == pair + pairs)
+            latents = torch.where(chosen[..., None], self.means[:, pair, None] + moved, latents)
+        return latents
+
+    def log_densities(self, latents: Tensor) -> Tensor:
+        """Return the log density of each component at latents (n, K, L), (n, K, 2 M + 1)."""
+        size, narrow = latents.shape[-1], []
+        for pair in range(self.weights.shape[1]):
+            apart = (latents - self.means[:, pair, None]) @ self.axes[:, pair]
+            narrow.append((apart / self.stds[:, pair, None]).square().sum(-1) / -2)
+        squares = torch.stack(narrow, -1)
+        volume = self.stds.log().sum(-1)[:, None]
+        wide = squares / self.wider**2 - volume - size * math.log(self.wider)
+        prior = latents.square().sum(-1, keepdim=True) / -2
+        return torch.cat([squares - volume, wide, prior], -1) - size / 2 * math.log(2 * math.pi)
+
+
+def _laplace(target: Target, start: Tensor, seed: int) -> Mixture:
+    """Return proposals at the modes of log p(x, z), with widths along the axes of the curvature."""
+    starts = _starts(target, start, seed)
+    means, axes, stds, heights = [], [], [], []
+    for first in starts.unbind(1):
+        mode, directions, curvature = _mode(target, first)
+        std, height = _widths(target, mode, directions, curvature.rsqrt())
+        means.append(mode)
+        axes.append(directions)
+        stds.append(std)
+        heights.append(height + std.log().sum(-1))
+    mass = torch.stack(heights, 1)
+    weights = (mass - mass.amax(1, keepdim=True)).nan_to_num(nan=0.0).exp()
+    weights = weights / weights.sum(1, keepdim=True) + 0.05
+    return Mixture(
+        weights / weights.sum(1, keepdim=True),
+        torch.stack(means, 1),
+        torch.stack(axes, 1),
+        torch.stack(stds, 1),
     )
 
 
-def _noise_in_blocks(samples: int, latents: int, seed: int, image: int) -> Iterator[Noise]:
-    for block, start in enumerate(range(0, samples, BLOCK)):
-        source = generator("likelihood", seed, image, block)
-        # Draw a full block and cut it: torch draws other values if asked for fewer.
-        yield torch.randn(BLOCK, latents, generator=source)[: samples - start]
+def _starts(target: Target, start: Tensor, seed: int) -> Tensor:
+    """Return starts of the search for modes, (n, M, L).
+
+    The first is `start` or 0, whichever is better. Of at most `FEW_LATENTS` latents, two more are
+    the best draw of the prior, and the best draw that is at least 1 away from it.
+    """
+    candidates = torch.stack([start, torch.zeros_like(start)], 1)
+    best = target.log_joint(candidates).argmax(1)
+    first = candidates[torch.arange(len(start)), best]
+    if start.shape[1] > FEW_LATENTS:
+        return first[:, None]
+    draws = 1.5 * torch.special.ndtri(_sobol(start.shape[1], seed, STARTS, 0)).to(start)
+    heights = target.log_joint_of_shared(draws).nan_to_num(-math.inf)
+    second = draws[heights.argmax(1)]
+    near = torch.cdist(second, draws) < 1
+    third = draws[heights.masked_fill(near, -math.inf).argmax(1)]
+    return torch.stack([first, second, third], 1)
 
 
-def _grouped(blocks: Iterator[Noise], size: int) -> Iterator[list[Noise]]:
-    while group := list(islice(blocks, size)):
-        yield group
+def _mode(target: Target, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mode of log p(x, z), and axes and curvatures of its Gauss-Newton Hessian.
+
+    With residuals r and Jacobian J of the decoder, and weights w that make |r|^p / (p gamma2) a sum
+    of squares, the gradient is J^T w r - z and the Hessian -(I + J^T w J).
+    """
+    mode, power, latents = start.clone(), target.balance.power, start.shape[1]
+    height = target.log_joint(mode[:, None])[:, 0]
+    axes = torch.eye(latents, dtype=mode.dtype, device=mode.device).repeat(len(mode), 1, 1)
+    curvature = torch.ones_like(mode)
+    step = 1e-5 if target.values.dtype == torch.float64 else 1e-3
+    active = height.isfinite().nonzero()[:, 0]
+    for _ in range(NEWTON_STEPS):
+        if not len(active):
+            break
+        part, z = target.rows(active), mode[active]
+        shifted = step * torch.eye(latents, dtype=z.dtype, device=z.device)
+        shifted = torch.cat([torch.zeros_like(shifted[:1]), shifted])
+        residuals = part.residuals(z[:, None] + shifted)
+        residual, jacobian = residuals[:, 0], (residuals[:, :1] - residuals[:, 1:]) / step
+        size = torch.maximum(residual.abs(), 0.1 * target.variances.pow(1 / power))
+        weighted = size.pow(power - 2) / target.variances
+        gradient = (jacobian @ (weighted * residual)[..., None])[..., 0] - z
+        root = jacobian * weighted.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh((root @ root.mT).nan_to_num(0.0, 1e30, -1e30))
+        values = 1 + values.clamp_min(0)
+        axes[active], curvature[active] = vectors, values
+        along = (vectors.mT @ gradient[..., None])[..., 0].nan_to_num(0.0)
+        moved = z + (vectors @ (along / values)[..., None])[..., 0]
+        gain = part.log_joint(moved[:, None])[:, 0] - height[active]
+        # A quadratic function gains half of gradient times step.
+        poor = (gain < 0.25 * (along.square() / values).sum(1)).nonzero()[:, 0]
+        if len(poor):
+            values, along = values[poor], along[poor]
+            divisors = [values + damping * values.amax(1, keepdim=True) for damping in DAMPING]
+            divisors += [values / length for length in SHORTER]
+            steps = torch.stack(
+                [(vectors[poor] @ (along / d)[..., None])[..., 0] for d in divisors]
+            )
+            candidates = z[poor, None] + steps.transpose(0, 1)
+            heights, best = part.rows(poor).log_joint(candidates).max(1)
+            better = heights - height[active[poor]] > gain[poor]
+            chosen = candidates[torch.arange(len(poor), device=best.device), best]
+            moved[poor[better]] = chosen[better]
+            gain[poor[better]] = (heights - height[active[poor]])[better]
+        higher = gain > 0
+        mode[active[higher]] = moved[higher]
+        height[active[higher]] += gain[higher]
+        active = active[gain > CONVERGED_NATS]
+    return mode, axes, curvature
 
 
-def _log_sums(log_weights: Iterable[Tensor]) -> Tensor:
-    """Return log sum w and log sum w^2 over all blocks, (2,)."""
-    sums = None
-    for block in log_weights:
-        of_block = torch.stack([block, 2 * block]).logsumexp(1)
-        sums = of_block if sums is None else sums.logaddexp(of_block)
-    assert sums is not None
-    return sums
+def _widths(target: Target, mode: Tensor, axes: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
+    """Return stds at which log p(x, z) is 1/2 below the mode, and its value at the mode, (n,)."""
+    stds, height = stds.clone(), target.log_joint(mode[:, None])[:, 0]
+    active = height.isfinite().nonzero()[:, 0]
+    for _ in range(4):
+        if not len(active):
+            break
+        apart = (axes[active] * stds[active][:, None]).mT
+        around = torch.cat([mode[active][:, None] + apart, mode[active][:, None] - apart], 1)
+        fall = (height[active][:, None] - target.rows(active).log_joint(around)).clamp(-1e8, 1e8)
+        fall = fall.unflatten(1, (2, -1)).mean(1).clamp_min(0.125)
+        stds[active] = stds[active] / (2 * fall).sqrt()
+        active = active[((fall < 0.3) | (fall > 0.8)).any(1)]
+    return stds, height
+
+
+def _adapted(target: Target, mixture: Mixture, shift: Tensor, seed: int) -> Mixture:
+    """Fit the proposals with a low effective share to their own weighted samples, some times."""
+    noise, kept = _noise(seed, 0, ADAPTATION_SAMPLES, shift), mixture.clone()
+    best = torch.full_like(shift[:, 0], -1.0)
+    active, trial = torch.arange(len(shift), device=shift.device), mixture
+    for _ in range(1 + ADAPTATIONS):
+        latents = trial.latents(noise.rows(active))
+        densities = trial.log_densities(latents) + trial.shares().log()[:, None]
+        log_q = densities.logsumexp(-1)
+        log_weights = target.rows(active).log_joint(latents) - log_q
+        share = _effective_share(log_weights)
+        better = share > best[active]
+        best[active[better]] = share[better]
+        kept.put(active[better], trial.rows(better))
+        go_on = (share < ENOUGH) & log_weights.isfinite().any(1)
+        if not go_on.any():
+            break
+        active, trial = active[go_on], trial.rows(go_on)
+        log_q, log_weights = log_q[go_on], log_weights[go_on]
+        responsibility = (densities[go_on] - log_q[..., None]).exp()
+        trial = _fitted(trial, latents[go_on], log_weights, responsibility)
+    return kept
+
+
+def _fitted(
+    mixture: Mixture, latents: Tensor, log_weights: Tensor, responsibility: Tensor
+) -> Mixture:
+    """Return a mixture with the moments of weighted samples.
+
+    Weights are flattened until they have an effective size of three samples per latent, so that
+    the covariance is not that of one sample.
+    """
+    pairs, size = mixture.weights.shape[1], latents.shape[-1]
+    enough = min(3 * (size + 1), latents.shape[1] / 4) / latents.shape[1]
+    power = torch.ones_like(log_weights[:, :1])
+    for _ in range(6):
+        low = _effective_share(power * log_weights)[:, None] < enough
+        power = torch.where(low, power / 2, power)
+    share = (power * log_weights).softmax(1)
+    share = share[..., None] * (
+        responsibility[..., :pairs] + responsibility[..., pairs : 2 * pairs]
+    )
+    total = share.sum(1) + 1e-12
+    means = torch.einsum("nkm,nkl->nml", share, latents) / total[..., None]
+    found = total[..., None] > 1e-6
+    means = torch.where(found, means, mixture.means)
+    apart = latents[:, :, None] - means[:, None]
+    covariance = torch.einsum("nkm,nkmi,nkmj->nmij", share, apart, apart)
+    covariance = covariance / total[..., None, None]
+    before = (mixture.axes * mixture.stds.square()[:, :, None]) @ mixture.axes.mT
+    covariance = torch.where(found[..., None], 0.98 * covariance + 0.02 * before, before)
+    values, axes = torch.linalg.eigh(covariance.nan_to_num(0.0))
+    stds = values.clamp_min(1e-24).sqrt()
+    weights = total / total.sum(1, keepdim=True) + 0.02
+    return Mixture(weights / weights.sum(1, keepdim=True), means, axes, stds)
 
 
 def _log_weights(
-    vae: VAE, balance: Balance, image: Tensor, code: DiagonalGaussian, noise: Noise
-) -> PerImage:
-    """Return log p(x|z) + log p(z) - log q(z|x) of each sample.
+    target: Target, mixture: Mixture, numbers: range, shift: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return log w of some samples, (n, K), and the control variates q_c / q - 1, (n, K, 2 M)."""
+    first = ADAPTATION_SAMPLES + numbers.start
+    latents = mixture.latents(_noise(seed, first, len(numbers), shift))
+    densities = mixture.log_densities(latents)
+    log_q = (densities + mixture.shares().log()[:, None]).logsumexp(-1)
+    ratios = (densities[..., :-1] - log_q[..., None]).exp() - 1
+    return target.log_joint(latents) - log_q, ratios
 
-    The terms L/2 log 2 pi of the last two cancel.
+
+def _log_weights_of_encoder(
+    target: Target, code: DiagonalGaussian, samples: int, seed: int, numbers: range | None
+) -> Tensor:
+    """Return log w of each sample of the encoder's posterior, (n, K)."""
+    size = code.mean.shape[1]
+    noise = torch.stack([_normal_noise(samples, size, seed, number) for number in numbers or [0]])
+    noise = noise.to(code.mean)
+    latents = code.mean[:, None] + code.std[:, None] * noise
+    log_q = -0.5 * (noise.square() + code.logvar[:, None]).sum(-1) - size / 2 * math.log(
+        2 * math.pi
+    )
+    return target.log_joint(latents) - log_q
+
+
+def _normal_noise(samples: int, latents: int, seed: int, number: int) -> Tensor:
+    """Return the noise of one value, (K, L), in blocks so that more samples only add to it."""
+    blocks = [
+        # Draw a full block and cut it: torch draws other values if asked for fewer.
+        torch.randn(BLOCK, latents, generator=generator("likelihood", seed, number, block))
+        for block in range(math.ceil(samples / BLOCK))
+    ]
+    return torch.cat(blocks)[:samples]
+
+
+def _shifts(like: Tensor, seed: int, numbers: range | None) -> Tensor:
+    """Return the random shift of the Sobol points of each value, (n, 1 + L); 0 without numbers."""
+    if numbers is None:
+        return like.new_zeros(len(like), like.shape[1] + 1)
+    shifts = [
+        torch.rand(like.shape[1] + 1, generator=generator("likelihood", seed, number))
+        for number in numbers
+    ]
+    return torch.stack(shifts).to(like)
+
+
+class MixtureNoise(NamedTuple):
+    """Noise of samples of a mixture: uniform numbers (n, K), normal ones (n, K, L)."""
+
+    choice: Tensor
+    normal: Tensor
+
+    def rows(self, rows: Tensor) -> "MixtureNoise":
+        return MixtureNoise(self.choice[rows], self.normal[rows])
+
+
+def _noise(seed: int, first: int, count: int, shift: Tensor) -> MixtureNoise:
+    """Return the noise of `count` points of a Sobol sequence from the number `first`, shifted."""
+    points = _sobol(shift.shape[1], seed, count, first).to(shift)
+    # All values have the same noise if none is shifted. It is then transformed only once.
+    shifts = shift if shift.any() else shift[:1]
+    uniform = ((points + shifts[:, None]) % 1).clamp(1e-12, 1 - 1e-12)
+    normal = torch.special.ndtri(uniform[..., 1:])
+    return MixtureNoise(uniform[..., 0].expand(len(shift), -1), normal.expand(len(shift), -1, -1))
+
+
+def _sobol(dims: int, seed: int, count: int, first: int) -> Tensor:
+    source = torch.quasirandom.SobolEngine(dims, scramble=True, seed=derive("sobol", seed))
+    source.fast_forward(first)
+    return source.draw(count, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+
+
+def _effective_share(log_weights: Tensor) -> Tensor:
+    """Return (sum w)^2 / sum w^2 / K of each row, (n,); 0 if no weight is positive."""
+    share = (2 * log_weights.logsumexp(1) - (2 * log_weights).logsumexp(1)).exp()
+    return share.nan_to_num(0.0) / log_weights.shape[1]
+
+
+def _estimate(log_weights: Tensor, ratios: Tensor | None) -> NLLPerImage:
+    """Return the estimate of -log p(x) from log weights (n, K) and their control variates.
+
+    The mean of w is corrected by the regression of w on the ratios, whose mean is known to be 0. If
+    samples are few, or if the corrected mean is far from the mean of w, it is not corrected.
     """
-    latents = code.sample(noise)
-    difference = vae.decode(latents.to(image.device)).float() - image
-    error = grouped_error(difference, balance).to(latents.device)
-    gamma2 = in_float64(balance.gamma2).to(latents.device)
-    num_dims = image.numel() // gamma2.numel()
-    log_likelihood = -negative_log_likelihood(error, gamma2, num_dims, power=balance.power)
-    if balance.groups is not None:
-        log_likelihood = log_likelihood.sum(1)
-    log_ratio = 0.5 * (
-        noise.double().square() + code.logvar.double() - latents.double().square()
-    ).sum(1)
-    return log_likelihood + log_ratio
+    number = log_weights.shape[1]
+    top = log_weights.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    weights = (log_weights - top).exp()
+    mean, residual = weights.mean(1), weights - weights.mean(1, keepdim=True)
+    if ratios is not None and number >= 20 * ratios.shape[-1]:
+        centred = ratios - ratios.mean(1, keepdim=True)
+        gram = centred.mT @ centred
+        ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).sum(1) + 1e-12
+        gram = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
+        slopes = torch.linalg.solve(gram, centred.mT @ residual[..., None])
+        corrected = mean - (ratios.mean(1, keepdim=True) @ slopes)[:, 0, 0]
+        sound = (corrected > 0.5 * mean) & (corrected < 2 * mean)
+        mean = torch.where(sound, corrected, mean)
+        residual = torch.where(sound[:, None], residual - (centred @ slopes)[..., 0], residual)
+    # One sample says nothing about its error.
+    error = residual.square().mean(1).sqrt() / mean / math.sqrt(max(1, number - 1))
+    error = error if number > 1 else torch.full_like(error, math.inf)
+    error = error.nan_to_num(nan=math.inf)
+    return NLLPerImage(
+        -(mean.log() + top[:, 0]).cpu(), _effective_share(log_weights).cpu(), error.cpu()
+    )

@@ -257,6 +257,7 @@ FIGURES = [
     Figure("bits per dimension (8-bit values)", "reconstruction.bits_per_dim", ".3f"),
     Figure("NLL, {likelihood[samples]} samples (nats per image)", "likelihood.mean_nats", ".1f"),
     Figure("   effective share of the samples", "likelihood.effective_share", ".4f"),
+    Figure("   share of images that are certain", "likelihood.certain_share", ".3f"),
     Figure("gamma2 (decoder variance)", "reconstruction.gamma2", ".5f", "gamma2"),
     Figure(
         "quadratic term over D/2",

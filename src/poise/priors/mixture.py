@@ -10,7 +10,7 @@ from torch import Tensor
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.priors.base import Prior, TrainedModel
-from poise.shapes import Latents, Noise
+from poise.shapes import Latents, Noise, PerImage
 from poise.support.seeds import derive, generator
 
 # The defaults of scikit-learn's max_iter, tol (nats) and reg_covar.
@@ -77,6 +77,14 @@ class MixturePrior(Prior):
         component = torch.searchsorted(bounds, uniform)
         spread = torch.einsum("nij,nj->ni", self.factors[component], noise[:, 1:])
         return self.means[component] + spread
+
+    def log_density(self, latents: Latents) -> PerImage:
+        """Return log p(z) of each latent vector, in nats, (n,), in the precision of `latents`."""
+        parts = [
+            _log_density(latents, *(value.to(latents) for value in part))
+            for part in zip(self.weights, self.means, self.factors, strict=True)
+        ]
+        return torch.stack(parts, 1).logsumexp(1)
 
 
 def fit_mixture(
