@@ -381,6 +381,22 @@ def test_large_values_of_a_table_are_to_be_standardised_by_column():
     assert "ivide" not in cause.remedy.replace("divide by its standard deviation", "")
 
 
+def test_the_remedy_for_a_gap_can_be_followed_with_latent_maps():
+    model, n = LikeAutoencoderKL(), 3
+    shifted = LikeAutoencoderKL()
+    shifted.to_pixels.weight.data *= 3  # the decoder expects codes three times as narrow
+    shifted.moments = lambda x: (model.moments(x)[0] / 3, model.moments(x)[1])
+    finding = verdict_on(shifted, images()).findings[-1]
+    assert finding.name == "prior-gap", finding
+    code = re.search(r"prior = (.+?), then decode (.+?)\.$", finding.remedy)
+    assert code is not None
+    with torch.no_grad():
+        mean, logvar = (part.view(-1, *MAP) for part in shifted.moments(images()))
+        names = {"poise": poise, "torch": torch, "mean": mean, "logvar": logvar, "n": n}
+        names["prior"] = eval(code[1], names)
+        assert shifted.decode(eval(code[2], names)).sample.shape == (n, *IMAGE)
+
+
 def curve(*levels: float) -> Tensor:
     noise = 1 + 0.1 * torch.randn(100 * len(levels), generator=torch.Generator().manual_seed(0))
     return torch.tensor(levels).repeat_interleave(100) * noise

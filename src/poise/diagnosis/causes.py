@@ -400,7 +400,7 @@ def prior_gap(facts: Facts) -> Finding | None:
         "best": rivals[best],
         "closed": closed,
     }
-    return Finding("prior-gap", sentence, figures, _use_prior(best, is_run=facts.is_run))
+    return Finding("prior-gap", sentence, figures, _use_prior(best, facts))
 
 
 def _following(facts: Facts) -> str:
@@ -415,9 +415,17 @@ def _latents(prior: str) -> str:
     return f"latents from {find_prior(prior).words}"
 
 
-def _use_prior(name: str, *, is_run: bool) -> str:
-    if is_run:
+def _use_prior(name: str, facts: Facts) -> str:
+    if facts.is_run:
         return f'Sample {_latents(name)}: run.sample(n, prior="{name}").'
+    if facts.latent_shape is not None:
+        return (
+            f"Draw {_latents(name)}, under torch.no_grad(), with mean and logvar of the training "
+            f'images: prior = poise.priors.fit_prior("{name}", '
+            "poise.DiagonalGaussian(mean.flatten(1), logvar.flatten(1))), then decode "
+            "prior.latents(torch.randn(n, prior.noise_dims))"
+            f".unflatten(1, {facts.latent_shape})."
+        )
     return (
         f"Draw {_latents(name)}, under torch.no_grad(): "
         f'prior = poise.priors.fit_prior("{name}", vae.encode(train_images)), '

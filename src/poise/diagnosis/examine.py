@@ -140,7 +140,8 @@ def _examine_model(
     if fatal:
         return Diagnosis(fatal, figures)
     facts = _facts(case, vaes, seen, trained, weights, seed, display)
-    facts = replace(facts, logits=logits)
+    shape = vae.latent_shape if isinstance(vae, Adapted) else None
+    facts = replace(facts, logits=logits, latent_shape=shape)
     figures |= _figures(facts)
     return Diagnosis(tuple(causes.find_causes(facts)), figures, tuple(notes_on(case, facts)))
 

@@ -40,6 +40,7 @@ class Facts:
         largest_variance: largest variance of the images in any direction.
         comparison: distances of samples from images; None: too few images.
         is_run: whether the model is a run of Poise.
+        latent_shape: shape of the latents of a model of another library; None: a VAE of Poise.
         logits: whether the decoder returns logits, so that the figures are those after a sigmoid.
         linear_mse: MSE of the best linear VAE with as many latents; None: too few images to tell.
         falls: MSE of each stage at about 70 % of training and in the last tenth, if known.
@@ -55,6 +56,7 @@ class Facts:
     largest_variance: float = 0.0
     comparison: Comparison | None = None
     is_run: bool = False
+    latent_shape: tuple[int, ...] | None = None
     logits: bool = False
     linear_mse: float | None = None
     falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
