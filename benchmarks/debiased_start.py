@@ -163,7 +163,7 @@ def thirty_steps() -> dict[str, list[dict[str, float]]]:
                 optimizer.step()
                 last = {
                     "gamma2": float(balance.gamma2),
-                    "mse": float(terms.mse),
+                    "mse": float(terms.error),
                     "kl": float(terms.kl),
                 }
             found[label].append(last)

@@ -28,7 +28,7 @@ for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 30):
         optimizer.zero_grad()
         terms.loss.backward()  # 3
         optimizer.step()
-        # To log: terms.reconstruction, terms.kl (nats per image) and terms.mse (per dimension).
+        # To log: terms.reconstruction, terms.kl (nats per image) and terms.error (per dimension).
     print(f"epoch {epoch + 1}: gamma2 {balance.gamma2:.4f}")
 
 # Save balance.state_dict() with that of your model: it holds the running average, as in BatchNorm.

@@ -64,7 +64,7 @@ class Balanced(Autoencoder):
         (images,) = batch
         restored, mean, logvar = self(images)
         terms = self.balance(restored, images, mean, logvar)  # poise
-        self.log("mse", terms.mse)  # poise
+        self.log("error", terms.error)  # poise
         self.log("kl", terms.kl)  # poise
         self.log("gamma2", self.balance.gamma2.clone())  # poise
         return terms.loss  # poise

@@ -43,7 +43,7 @@ class BalancedIWAE(IWAE):  # poise
         weight = (-squared / (2 * self.balance.gamma2) - ratio).softmax(1).detach()  # poise
         error, kl = (weight * squared).sum(1), (weight * ratio).sum(1)  # poise
         terms = self.balance.combine(error, kl, num_dims=x[0].numel())  # poise
-        return terms.loss, terms.mse, terms.kl  # poise
+        return terms.loss, terms.error, terms.kl  # poise
 
 
 def train(seed: int, steps: int, kind: type[IWAE]) -> Figures:

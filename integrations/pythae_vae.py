@@ -26,7 +26,7 @@ class BalancedVAE(VAE):  # poise
 
     def loss_function(self, recon_x, x, mu, log_var, z):  # poise
         terms = self.balance(recon_x.view_as(x), x, mu, log_var)  # poise
-        return terms.loss, terms.mse, terms.kl  # poise
+        return terms.loss, terms.error, terms.kl  # poise
 
 
 def train(seed: int, steps: int, kind: type[VAE]) -> Figures:

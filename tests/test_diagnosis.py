@@ -1019,8 +1019,8 @@ def test_what_cannot_be_diagnosed_is_refused_in_one_line(unchecked, tmp_path: Pa
             r"not Linear: poise.diagnose\(poise.VAE\(encoder, decoder\)",
         ),
         (
-            lambda: diagnose((vae.encoder, vae.decoder), images),
-            r"not two networks: poise.diagnose\(poise.VAE\(encoder",
+            lambda: diagnose((vae.encoder, vae.decoder, vae), images),
+            r"not tuple: .* for functions poise.diagnose\(\(encode, decode\), images\)",
         ),
         (lambda: diagnose(None, images), "a run or a VAE, not None"),
         (
@@ -1028,6 +1028,7 @@ def test_what_cannot_be_diagnosed_is_refused_in_one_line(unchecked, tmp_path: Pa
             r"not a name: poise.diagnose\(poise.load\('runs/digits'\)\)",
         ),
         (lambda: diagnose(vae, list(images)), "not a list: torch.stack or np.stack"),
+        (lambda: diagnose(vae, tuple(images)), r"at least two images, not of shape \(1, 8, 8\)"),
         (lambda: diagnose(vae, np.array(["a", "b"])), "must be numbers"),
         (
             lambda: diagnose(VAE(nn.Flatten(), vae.decoder), images),

@@ -24,7 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 import poise
 from poise import cli
 from poise.data import Rows
-from poise.diagnosis.subject import _falls
+from poise.diagnosis.course import read_courses
 from poise.errors import InputError
 from poise.report import copies, curves, models, pictures, sections, write_report
 from poise.report import page as page_module
@@ -409,7 +409,7 @@ def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
     titles = [figure["title"] for figure in training_figures([record])[1] if figure["stage"] == 2]
     assert titles == ["MSE of the velocity, per latent", "γ², decoder variance"]
     assert model_sentence(record).startswith("A VAE with a flow as stage 2 (an MLP, ")
-    assert set(_falls(log)) <= {1}  # the diagnosis of a stage that was still improving
+    assert set(read_courses(log)) <= {1}  # the diagnosis of a stage that was still improving
 
 
 def test_a_large_picture_of_progress_is_reduced_and_a_damaged_one_is_said(tmp_path):

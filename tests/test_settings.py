@@ -44,6 +44,7 @@ VALUES: dict[str, Any] = {
     "batch_size": 11,
     "learning_rate": 0.003,
     "balance": "learned",
+    "error": "absolute",
     "objective": "rae-l2",
     "ema_decay": 0.9,
     "precision": "ieee",

@@ -75,12 +75,14 @@ Gradient checkpointing runs a forward twice. The second run, inside backward, fi
 the first one used, and changes nothing.
 
 Reading order: `contract` (base class of all balances), `inputs` (its checks and sums of errors),
+`kinds` (which error: squared, absolute, of features),
 `following` (gamma2 follows the error), `steering` (the balance is constant, scheduled or
 controlled), `named` (balances by name).
 """
 
 from poise.balance.contract import Balance, LossTerms, negative_log_likelihood
 from poise.balance.following import ComputedBalance, LearnedBalance, OptimalBalance
+from poise.balance.kinds import FeatureError, PowerError
 from poise.balance.named import make_balance
 from poise.balance.steering import (
     ConstrainedBalance,
@@ -94,10 +96,12 @@ __all__ = [
     "ComputedBalance",
     "ConstrainedBalance",
     "ControlledBalance",
+    "FeatureError",
     "FixedBalance",
     "LearnedBalance",
     "LossTerms",
     "OptimalBalance",
+    "PowerError",
     "ScheduledBalance",
     "make_balance",
     "negative_log_likelihood",

@@ -18,9 +18,9 @@ from poise.balance.inputs import (
     checked_dims,
     checked_terms,
     positive,
-    summed_errors,
     whole,
 )
+from poise.balance.kinds import Error, FeatureError, PowerError
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Batch, PerImage
@@ -54,20 +54,30 @@ class LossTerms(NamedTuple):
         reconstruction: -log p(x|z), eq. 1 (eq. 5 for power p) summed over groups, plus `nll`, in
             nats per image, detached.
         kl: KL(q(z|x) || p(z)), unweighted, in nats per image, detached.
-        mse: mean over images *and* observed dimensions of the error, detached. The error is squared
-            for power=2, absolute for power=1. NaN if nothing was observed.
+        error: mean over images *and* observed dimensions of the balance's error, detached: the MSE
+            for the squared error, the mean absolute error for power=1. NaN if nothing was observed.
         group_reconstruction: (groups,), -log p(x|z) of each group, in nats per image, without
             `nll`, detached. Without groups: a scalar.
-        group_mse: (groups,), `mse` of each group. NaN for a group that was not observed. Without
-            groups: a scalar.
+        group_error: (groups,), `error` of each group. NaN for a group that was not observed.
+            Without groups: a scalar.
+
+    Deprecated: `mse` and `group_mse` are the old names of `error` and `group_error`.
     """
 
     loss: Tensor
     reconstruction: Tensor
     kl: Tensor
-    mse: Tensor
+    error: Tensor
     group_reconstruction: Tensor
-    group_mse: Tensor
+    group_error: Tensor
+
+    @property
+    def mse(self) -> Tensor:
+        return self.error
+
+    @property
+    def group_mse(self) -> Tensor:
+        return self.group_error
 
 
 class BatchMeans(NamedTuple):
@@ -125,6 +135,7 @@ class Balance(nn.Module, ABC):
             False: each rank has a state of its own.
 
     Attributes:
+        error: the error that gamma2 weighs, |x - x^|^power unless `measuring` has set another.
         gamma2: decoder variance (for power p, the mean of |x - x^|^p), (groups,) or a scalar.
             float32, also under autocast and after `.half()`.
         nonfinite_batches: number of training batches with a NaN or infinite error or KL. They never
@@ -175,6 +186,7 @@ class Balance(nn.Module, ABC):
             )
         self.kl_weight = kl_weight
         self.power = positive("power", power)
+        self.error: Error = PowerError(self.power)
         self.floor = None if floor is None else positive("floor", floor)
         self.groups = None if groups is None else whole("groups", groups)
         self.per = per
@@ -201,6 +213,31 @@ class Balance(nn.Module, ABC):
         for name, start in self._starts.items():
             getattr(self, name).copy_(torch.tensor(start))
         self._steps.clear()
+        if isinstance(self.error, FeatureError):
+            self.error.reset_parameters()
+
+    def measuring(self, error: Error) -> "Balance":
+        """Measure another error from now on, and return this balance.
+
+        Args:
+            error: an error of `poise.balance.kinds`. Its groups must be those of the balance.
+
+        Raises:
+            InputError: the balance has other groups, or a power that is not the error's.
+        """
+        if error.groups is not None and (self.groups != error.groups or self.per is not None):
+            raise InputError(
+                f"the error {error.name} has {error.groups} groups, but the balance has "
+                f"{self.groups or 1}: construct a balance that takes groups={error.groups}, "
+                "such as computed"
+            )
+        if self.power not in (2, error.power):
+            raise InputError(
+                f"the balance has power={self.power:g}, but the error {error.name} has power "
+                f"{error.power:g}: leave out one of the two"
+            )
+        self.error, self.power = error, error.power
+        return self
 
     def remedy(self, *, over_regularised: bool) -> str | None:
         """Return advice if the KL weighs too much or too little under this balance.
@@ -299,7 +336,7 @@ class Balance(nn.Module, ABC):
         mask: Tensor | None = None,
         samples: int | None = None,
     ) -> tuple[Batch, int | Tensor]:
-        """Return the error |x - x^|^power of each image and the number of its dimensions.
+        """Return the error of each image and the number of its dimensions.
 
         They are the first and third argument of `combine`. Computed in float32 or better.
 
@@ -314,10 +351,10 @@ class Balance(nn.Module, ABC):
         Raises:
             InputError: see `forward`.
         """
-        check_data(reconstruction, target, samples, self.groups, self.per)
-        per_group = self.per is not None
-        return summed_errors(
-            reconstruction, target, self.power, per_group=per_group, mask=mask, samples=samples
+        own_groups = self.error.groups is not None
+        check_data(reconstruction, target, samples, None if own_groups else self.groups, self.per)
+        return self.error(
+            reconstruction, target, per_group=self.per is not None, mask=mask, samples=samples
         )
 
     @torch.no_grad()

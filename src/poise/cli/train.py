@@ -46,16 +46,16 @@ class Train(TrainingCommand):
 
     def run(self) -> None:
         recipe = self.settings()
-        from poise.balance import make_balance
         from poise.metrics.listed import figures_table
         from poise.objectives import make_objective
+        from poise.runs.build import stage_balance
         from poise.runs.pipeline import train
         from poise.support.files import read_json
         from poise.training import distributed
 
         for stage in filter(None, (recipe.first, recipe.second)):
             # Report a wrong balance before the data are read.
-            make_balance(stage.balance, image_size=1, latent_dim=1)
+            stage_balance(stage, recipe, [1, 1, 1])
         make_objective(recipe.first.objective)
         run = train(self.data, recipe=recipe, out=self.out, options=self.options())
         if distributed.rank() > 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poise.balance import Balance
 from poise.data.loading import NARROW
+from poise.diagnosis.foreign import at, shown_name
 from poise.diagnosis.outputs import Layer
 from poise.diagnosis.subject import Seen, device_of
 from poise.diagnosis.verdict import (
@@ -55,10 +56,12 @@ def not_finite(vae: VAE, images: Values, name: str = "images") -> Finding | None
     for name, value in (*vae.named_parameters(), *vae.named_buffers()):
         if not value.isfinite().all():
             share = float((~value.isfinite()).float().mean())
-            sentence = f"{share:.0%} of {name} is NaN or infinite: training has diverged."
+            sentence = (
+                f"{share:.0%} of {shown_name(name)} is NaN or infinite: training has diverged."
+            )
             return Finding("not-finite", sentence, {"share": share}, _divergence_remedy(images))
     for start in range(0, len(images), CHUNK):
-        found = _overflow(vae, images[start : start + CHUNK].to(device_of(vae)))
+        found = _overflow(at(vae, start), images[start : start + CHUNK].to(device_of(vae)))
         if found is not None:
             return found
     return None
@@ -67,11 +70,18 @@ def not_finite(vae: VAE, images: Values, name: str = "images") -> Finding | None
 def _divergence_remedy(images: Values) -> str:
     most = float(images.abs().max())
     if most > LARGE_VALUES:
-        return (
-            f"Divide the images by {white(most):.4g}: "
-            "with such large values an encoder's logvar overflows at once."
-        )
+        return f"{_rescale(images)}: with such large values an encoder's logvar overflows at once."
     return "Train again at a tenth of the learning rate."
+
+
+def _rescale(images: Values) -> str:
+    """Return the remedy for values that are too large."""
+    if images.dim() == 2:
+        return (
+            "Standardise each column: subtract its mean and divide by its standard deviation, "
+            "both of the training rows"
+        )
+    return f"Divide the images by {white(float(images.abs().max())):.4g}"
 
 
 def _overflow(vae: VAE, images: Tensor) -> Finding | None:
@@ -195,18 +205,19 @@ def diverged(seen: Seen) -> Finding | None:
         "scale": max(1.0, square),
         "largest_logvar": logvar,
     }
-    return Finding("diverged", sentence, figures, _exploded_remedy(seen.images))
+    return Finding("diverged", sentence, figures, _exploded_remedy(seen.images, logvar))
 
 
-def _exploded_remedy(images: Values) -> str:
+def _exploded_remedy(images: Values, logvar: float) -> str:
     most = float(images.abs().max())
+    # Not if it is bounded already.
     bound = "bound logvar in the encoder, as with logvar.clamp(-20, 20)"
+    steps = [bound] if logvar > LARGE_LOGVAR else []
     if most > LARGE_VALUES:
-        return f"Divide the images by {white(most):.4g}, {bound}, and train again."
-    return (
-        f"{bound[0].upper()}{bound[1:]}, and train again at a tenth of the learning rate, "
-        "on images with exactly these values."
-    )
+        return f"{', '.join([_rescale(images), *steps])}, and train again."
+    steps += ["train again at a tenth of the learning rate, on images with exactly these values."]
+    words = ", and ".join(steps)
+    return f"{words[0].upper()}{words[1:]}"
 
 
 def hardly_trained(seen: Seen, *, surely_trained_on: bool) -> Finding | None:
@@ -225,11 +236,7 @@ def hardly_trained(seen: Seen, *, surely_trained_on: bool) -> Finding | None:
         "times the images' variance. A decoder that always returns the mean image does better."
     )
     most = float(seen.images.abs().max())
-    divide = (
-        f"Divide the images by {white(most):.4g}, in training and here. "
-        if most > LARGE_VALUES
-        else ""
-    )
+    divide = f"{_rescale(seen.images)}, in training and here. " if most > LARGE_VALUES else ""
     remedy = f"{divide}Train longer. If the MSE does not fall, use another learning rate."
     if not surely_trained_on:
         sentence += (
@@ -242,19 +249,24 @@ def hardly_trained(seen: Seen, *, surely_trained_on: bool) -> Finding | None:
     )
 
 
-def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) -> Finding | None:
+def out_of_range(
+    images: Values, reach: tuple[float, float], mse: float | None, *, logits: bool = False
+) -> Finding | None:
     """Find images with values that the decoder cannot produce.
 
     Args:
         images: (n, ...), finite.
         reach: smallest and largest value that the decoder can produce.
         mse: MSE of reconstructions; None: they are not finite, and the images' variance is used.
+        logits: whether the loss applies a sigmoid to the decoder's outputs.
     """
     (least, most), (low, high) = (float(value) for value in images.aminmax()), reach
     missed = float((images - images.clamp(low, high)).double().square().mean())
     variance = float(images.double().var(0, correction=0).mean())
     share = min(1.0, missed / max(variance if mse is None else mse, 1e-30))
-    if share < OUT_OF_REACH:
+    # A sigmoid of a sigmoid goes from 0.5 to 0.73.
+    twice = logits and (round(low, 2), round(high, 2)) == (0.5, 0.73)
+    if share < OUT_OF_REACH and not twice:
         return None
     bounds = f"between {low:.3g} and {high:.3g}"
     if math.isinf(low) or math.isinf(high):
@@ -264,9 +276,9 @@ def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) 
         if mse is None
         else f"{share:.0%} of the squared error comes from values that it cannot produce"
     )
+    outputs = "a sigmoid of the decoder's outputs stays" if logits else "the decoder's outputs stay"
     sentence = (
-        f"The images' values go from {least:.3g} to {most:.3g}, "
-        f"but the decoder's outputs stay {bounds}: {outcome}."
+        f"The images' values go from {least:.3g} to {most:.3g}, but {outputs} {bounds}: {outcome}."
     )
     figures = {
         "images_least": least,
@@ -275,7 +287,15 @@ def out_of_range(images: Values, reach: tuple[float, float], mse: float | None) 
         "decoder_most": high,
         "share_of_error": share,
     }
-    return Finding("data-range", sentence, figures, _range_remedy(least, most, low, high))
+    remedy = _range_remedy(least, most, low, high)
+    if images.dim() == 2 and max(-least, most) > LARGE_VALUES:
+        remedy = f"{_rescale(images)}, and end the decoder with a linear layer."
+    if twice:
+        remedy = (
+            "The loss already applies a sigmoid: remove the decoder's last activation, "
+            "or use binary_cross_entropy without logits."
+        )
+    return Finding("data-range", sentence, figures, remedy)
 
 
 def _range_remedy(least: float, most: float, low: float, high: float) -> str:
@@ -321,7 +341,7 @@ def _dead_layer(layer: Layer | None) -> tuple[str, str]:
             "no single layer is the cause",
             "Find the place in its forward method where the latents are lost.",
         )
-    name = f"layer {layer.name} ({layer.kind})"
+    name = f"layer {shown_name(layer.name)} ({layer.kind})"
     if not layer.hears:
         return (
             f"the input of its {name} is already the same",
@@ -329,7 +349,7 @@ def _dead_layer(layer: Layer | None) -> tuple[str, str]:
         )
     if layer.zero_weight:
         remedy = (
-            f"Initialise the weights of decoder layer {layer.name} again "
+            f"Initialise the weights of decoder layer {shown_name(layer.name)} again "
             "(torch.nn.init.xavier_uniform_), and train again."
         )
         return f"all weights of its {name} are 0", remedy
@@ -350,8 +370,11 @@ def _dead_layer(layer: Layer | None) -> tuple[str, str]:
     )
 
 
-def unsettled_norm(seen: Seen, batch_mse: float) -> Finding | None:
-    """Find BatchNorm layers whose running averages do not match the images."""
+def unsettled_norm(seen: Seen, batch_mse: float, momentum: float) -> Finding | None:
+    """Find BatchNorm layers whose running averages do not match the images.
+
+    `momentum` is the smallest of the layers.
+    """
     if seen.mse < UNSETTLED * batch_mse:
         return None
     return Finding(
@@ -359,7 +382,7 @@ def unsettled_norm(seen: Seen, batch_mse: float) -> Finding | None:
         f"The MSE is {seen.mse:.4g} in evaluation mode, but {batch_mse:.4g} with batch statistics: "
         "BatchNorm's running averages do not match these images.",
         {"mse": seen.mse, "mse_batch_statistics": batch_mse},
-        "Train longer, use a larger BatchNorm momentum (0.1), "
+        f"Train longer, {'use a larger BatchNorm momentum (0.1), ' if momentum < 0.1 else ''}"
         "or run a few hundred training batches in training mode.",
     )
 

@@ -3,6 +3,7 @@
 import math
 
 from poise.diagnosis.facts import Facts, Weighing, is_binary
+from poise.diagnosis.groups import dominating_error, learned_by_heart, unbalanced_group
 from poise.diagnosis.outputs import Comparison
 from poise.diagnosis.verdict import (
     CLOSED,
@@ -45,6 +46,21 @@ USE_COMPUTED = (
     "Use poise.ComputedBalance() as the loss, or poise train --balance computed. It sums both "
     "parts, and its gamma2 follows the error."
 )
+USE_COMPUTED_ABSOLUTE = (
+    "Use poise.ComputedBalance(power=1) as the loss. It sums both parts, and its gamma2 follows "
+    "the absolute error."
+)
+USE_NATS = (
+    "Sum cross-entropy and KL over their dimensions and add them without weights, as "
+    "poise.ComputedBalance().combine(None, kl, nll=cross_entropy) does."
+)
+NATS_AS_THEY_ARE = (
+    "Pass the cross-entropy to combine as nll=, summed over its dimensions, and leave the KL as it "
+    "is."
+)
+RETURN_ITS_LOSS = (
+    "Return the balance's terms.loss as it is: the function around it changes its weights."
+)
 FOLLOW_SOONER = (
     "Train longer, or use poise.ComputedBalance(): its gamma2 reaches the error within a few "
     "hundred batches."
@@ -57,6 +73,8 @@ def find_causes(facts: Facts) -> list[Finding]:
     Reports lost variance only if it finds no prior gap.
     """
     found = [imbalance(facts), collapse(facts), overfitting(facts)]
+    found += [None if found[2] else learned_by_heart(facts)]
+    found += [dominating_error(facts) or unbalanced_group(facts), late_spike(facts)]
     # Any of these explains a large or falling error.
     wrong = any(finding is not None for finding in found)
     found += [None if wrong else underfitting(facts)]
@@ -120,7 +138,7 @@ def _by_loss(facts: Facts, weighing: Weighing) -> tuple[str, bool]:
     reasons = []
     if not _near(loss.kl_weight, 1, IMBALANCED - 1):
         reasons.append(f"the loss multiplies the KL by {loss.kl_weight:.3g}")
-    if loss.error == "cross-entropy" and not _near(gamma2, 1, IMBALANCED - 1):
+    if loss.cross_entropy and not _near(gamma2, 1, IMBALANCED - 1):
         reasons.append(f"the loss multiplies the cross-entropy by {loss.error_weight:.3g}")
     elif not _near(gamma2, weighing.right, IMBALANCED - 1) or not reasons:
         reasons.append(
@@ -134,6 +152,7 @@ _ERRORS = {
     "squared": "squared error",
     "absolute": "absolute error",
     "cross-entropy": "cross-entropy",
+    "logits": "cross-entropy",
 }
 
 
@@ -191,9 +210,15 @@ def _unlike(facts: Facts) -> list[str]:
 
 
 def _balance_remedy(facts: Facts) -> str:
-    balance, weighing = facts.balance, facts.weighing
+    balance, weighing, loss = facts.balance, facts.weighing, facts.loss
+    if loss is not None and loss.cross_entropy:
+        return USE_NATS if balance is None else NATS_AS_THEY_ARE
     if balance is None:
-        return USE_COMPUTED
+        return USE_COMPUTED if loss is None or loss.error != "absolute" else USE_COMPUTED_ABSOLUTE
+    if facts.wrapped and loss is not None and loss.known and balance.groups is None:
+        own = float(balance.gamma2) * balance.kl_weight
+        if not _near(loss.gamma2, own, IMBALANCED - 1):
+            return RETURN_ITS_LOSS
     if balance.follows_error and not _near(balance.kl_weight, 1, IMBALANCED - 1):
         return "Leave out kl_weight: its default 1 gives the evidence lower bound."
     over = weighing is not None and weighing.side == "over"
@@ -324,7 +349,25 @@ def still_falling(facts: Facts, stage: int) -> Finding | None:
     )
     option = "--epochs" if stage == 1 else "--second-epochs"
     figures = {"before": before, "after": after}
-    return Finding("still-falling", sentence, figures, f"Train it longer: {option}.")
+    remedy = f"Train it longer: {option}." if facts.is_run else "Train it longer."
+    return Finding("still-falling", sentence, figures, remedy)
+
+
+def late_spike(facts: Facts) -> Finding | None:
+    """Find a sudden rise of the training error that training did not recover from."""
+    if facts.spike is None:
+        return None
+    step, before, after = facts.spike
+    sentence = (
+        f"Training went well until step {step:,.0f}: the MSE was {before:.3g}, rose suddenly, and "
+        f"was {after:.3g} at the end."
+    )
+    remedy = (
+        "Train again from a checkpoint before that step, at half the learning rate, and look at "
+        "the batches of that step: one of them may hold damaged values."
+    )
+    figures = {"step": step, "before": before, "after": after}
+    return Finding("late-spike", sentence, figures, remedy)
 
 
 def prior_gap(facts: Facts) -> Finding | None:
@@ -357,7 +400,7 @@ def prior_gap(facts: Facts) -> Finding | None:
         "best": rivals[best],
         "closed": closed,
     }
-    return Finding("prior-gap", sentence, figures, _use_prior(best, is_run=facts.is_run))
+    return Finding("prior-gap", sentence, figures, _use_prior(best, facts))
 
 
 def _following(facts: Facts) -> str:
@@ -372,9 +415,17 @@ def _latents(prior: str) -> str:
     return f"latents from {find_prior(prior).words}"
 
 
-def _use_prior(name: str, *, is_run: bool) -> str:
-    if is_run:
+def _use_prior(name: str, facts: Facts) -> str:
+    if facts.is_run:
         return f'Sample {_latents(name)}: run.sample(n, prior="{name}").'
+    if facts.latent_shape is not None:
+        return (
+            f"Draw {_latents(name)}, under torch.no_grad(), with mean and logvar of the training "
+            f'images: prior = poise.priors.fit_prior("{name}", '
+            "poise.DiagonalGaussian(mean.flatten(1), logvar.flatten(1))), then decode "
+            "prior.latents(torch.randn(n, prior.noise_dims))"
+            f".unflatten(1, {facts.latent_shape})."
+        )
     return (
         f"Draw {_latents(name)}, under torch.no_grad(): "
         f'prior = poise.priors.fit_prior("{name}", vae.encode(train_images)), '

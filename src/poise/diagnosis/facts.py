@@ -9,15 +9,19 @@ from typing import Literal
 from torch import Tensor
 
 from poise.balance import Balance
+from poise.diagnosis.course import relative_fall
 from poise.diagnosis.outputs import FEWEST_IMAGES, Comparison
 from poise.diagnosis.subject import Case, Seen
-from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, SURE
+from poise.diagnosis.verdict import IMBALANCED, INFERRED_IMBALANCED, STILL_FALLING, SURE
 from poise.diagnosis.weight import InferredWeight, LossWeights
 from poise.latent import variance_law
 from poise.variants import PRIORS
 
 # Inferred weight of a cross-entropy minus 1. Models trained with it: 0.00 to 0.02.
 CROSS_ENTROPY_CLOSE = 0.1
+# Late fall of the MSE as a share of itself. Runs of two minutes on faces: 0.13 and 0.18 (recipe
+# maps); of half an hour: 0.10 to 0.11.
+SHORT = 0.12
 BINARY = 0.95  # share of values within 0.1 of 0 or 1; 8x8 digits have 0.65, binary images 1
 
 
@@ -28,15 +32,19 @@ class Facts:
     Attributes:
         seen, train: reconstructions of the images, and of the training images if these are known.
         num_train: number of all training images; 0: not known.
-        balance: the loss, if it is a balance of Poise.
+        balance: the loss, or the balance that the loss function uses.
+        wrapped: whether the balance is used inside a function.
         loss: weights read from the loss; None: no loss was given.
         inferred: weights inferred from the model; None: every latent has collapsed, or training has
             not converged.
         largest_variance: largest variance of the images in any direction.
         comparison: distances of samples from images; None: too few images.
         is_run: whether the model is a run of Poise.
+        latent_shape: shape of the latents of a model of another library; None: a VAE of Poise.
+        logits: whether the decoder returns logits, so that the figures are those after a sigmoid.
         linear_mse: MSE of the best linear VAE with as many latents; None: too few images to tell.
-        falls: MSE of each stage of a run at about 70 % of training and in the last tenth.
+        falls: MSE of each stage at about 70 % of training and in the last tenth, if known.
+        spike: step of a late spike of the error, the error before it, and at the end.
     """
 
     seen: Seen
@@ -48,8 +56,12 @@ class Facts:
     largest_variance: float = 0.0
     comparison: Comparison | None = None
     is_run: bool = False
+    latent_shape: tuple[int, ...] | None = None
+    logits: bool = False
     linear_mse: float | None = None
     falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    spike: tuple[float, float, float] | None = None
+    wrapped: bool = False
 
     @property
     def trained_on(self) -> Seen:
@@ -74,6 +86,14 @@ class Facts:
             return None
         gamma2 = float(self.balance.gamma2)
         return gamma2 if gamma2 < float(self.seen.error(self.balance.power).mean()) else None
+
+    @cached_property
+    def followed_groups(self) -> Tensor | None:
+        """Training MSE of each channel or column, read from gamma2; None: it is not known."""
+        balance = self.balance
+        if balance is None or not balance.follows_error or balance.per is None:
+            return None
+        return balance.gamma2 if balance.power == 2 else None
 
     @cached_property
     def train_mse(self) -> float | None:
@@ -114,11 +134,17 @@ class Facts:
         before, after = self.falls[stage]
         return (before - after) / (self.trained_on.variance if stage == 1 else self.codes_variance)
 
+    @property
+    def short(self) -> bool:
+        """Whether the error of stage 1 was still falling, too little to be a fault."""
+        falling = 1 in self.falls and relative_fall(self.falls[1]) > SHORT
+        return falling and not self.fell(1) > STILL_FALLING
+
     @cached_property
     def by_cross_entropy(self) -> bool:
         """Whether the loss is a cross-entropy; if no loss was given, judged by the model."""
         if self.loss is not None:
-            return self.loss.error == "cross-entropy"
+            return self.loss.cross_entropy
         return (
             self.inferred is not None and abs(self.inferred.cross_entropy - 1) < CROSS_ENTROPY_CLOSE
         )
@@ -132,6 +158,8 @@ class Facts:
             return Weighing("loss", self.loss.gamma2, right, new, IMBALANCED)
         if self.inferred is None or (self.loss is None and self.by_cross_entropy):
             return None
+        if self.balance is not None and not self.balance.error.is_likelihood:
+            return None  # the error of features adds to the weight of the pixels
         doubt = 1 + SURE * self.inferred.relative_error
         train_mse = self.train_mse or self.seen.mse
         return Weighing(
@@ -194,9 +222,11 @@ def notes_on(case: Case, facts: Facts) -> list[str]:
     return [
         *_on_images(case, facts),
         *_on_loss(facts),
+        *_on_logits(facts),
         *([] if facts.balance is None else facts.balance.faults().values()),
         *_on_cross_entropy(facts),
         *_disagreement(facts),
+        *_on_length(facts),
     ]
 
 
@@ -226,6 +256,17 @@ def _on_images(case: Case, facts: Facts) -> list[str]:
     return notes
 
 
+def _on_length(facts: Facts) -> list[str]:
+    if not facts.short:
+        return []
+    before, after = facts.falls[1]
+    return [
+        f"Training was short: the MSE still fell by {relative_fall(facts.falls[1]):.0%} in its "
+        f"last third, from {before:.3g} to {after:.3g}. A longer training gives sharper "
+        "reconstructions."
+    ]
+
+
 def _on_loss(facts: Facts) -> list[str]:
     if facts.loss is None or facts.loss.known:
         return []
@@ -240,11 +281,26 @@ def _on_loss(facts: Facts) -> list[str]:
     ]
 
 
+def _on_logits(facts: Facts) -> list[str]:
+    if facts.loss is not None and facts.loss.error == "logits":
+        return [
+            "The loss is a cross-entropy of logits: its gradient is sigmoid(r) - x. All figures "
+            "are those of sigmoid(decoder(z))."
+        ]
+    if facts.logits:
+        return [
+            "The decoder looks as if it returned logits: its outputs leave the range 0 to 1, and a "
+            "sigmoid brings them near the images. All figures are those of sigmoid(decoder(z)). "
+            "Pass loss= to be sure."
+        ]
+    return []
+
+
 def _on_cross_entropy(facts: Facts) -> list[str]:
     if is_binary(facts.seen.images):
         return []
     likeness = "which has no scale to balance. It suits images of 0 and 1 only, but these are grey."
-    if facts.loss is not None and facts.loss.error == "cross-entropy":
+    if facts.loss is not None and facts.loss.cross_entropy:
         return [f"The loss is a cross-entropy, {likeness}"]
     if facts.by_cross_entropy:
         return [f"The model looks trained with a cross-entropy, {likeness}"]

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import ParametrizationList
 
+from poise.diagnosis.foreign import at
 from poise.diagnosis.subject import Seen, device_of, small
 from poise.latent import DiagonalGaussian
 from poise.metrics import frechet_distance
 from poise.priors import Prior, RenormalisedPrior, fit_prior, renormalisation_factor
-from poise.sampling import sample
+from poise.sampling import CHUNK, sample
 from poise.shapes import Latents
 from poise.support.seeds import derive, generator
 from poise.vae import VAE
@@ -245,7 +246,12 @@ def compare(
         return frechet_distance(images, small(produced)) / variance
 
     def sampled(prior: Prior) -> float:
-        return distance(sample(vae, prior, len(images), seed=derive("diagnosis", seed)))
+        source = derive("diagnosis", seed)
+        parts = [
+            sample(at(vae, start), prior, min(CHUNK, len(images) - start), seed=source, first=start)
+            for start in range(0, len(images), CHUNK)
+        ]
+        return distance(torch.cat(parts))
 
     fitted = {
         name: prior.to(device)
@@ -276,6 +282,12 @@ def _fitted(name: str, codes: DiagonalGaussian) -> Prior | None:
             return fit_prior(name, codes)
         except (ValueError, RuntimeError):  # covariances of very large codes are singular
             return None
+
+
+def detail(images: Tensor) -> float:
+    """Return the mean square difference of neighbouring pixels of images (n, c, h, w)."""
+    values = images.double()
+    return float(sum(values.diff(dim=side).square().mean() for side in (2, 3)))
 
 
 def largest_variance(images: Tensor) -> float:

@@ -3,13 +3,13 @@
 The model is not changed.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from poise.balance import Balance
 from poise.data import Rows, gather
+from poise.diagnosis.course import Course, as_course, read_courses
+from poise.diagnosis.foreign import Adapted, Function, at, modules_of, parts_of, posterior_of
 from poise.errors import InputError
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
 from poise.objectives import Deterministic
 from poise.priors import Prior
-from poise.runs.log import read_log
 from poise.runs.run import Run
 from poise.shapes import PerImage, Values
 from poise.support.seeds import derive, noise_per_image
@@ -100,11 +101,12 @@ def look(vae: VAE, images: Values, seed: int) -> Seen:
     """Return posteriors and reconstructions. The noise of image i depends on (seed, i) only."""
     parts, device = [], device_of(vae)
     for start in range(0, len(images), CHUNK):
-        posterior = vae.encode(images[start : start + CHUNK].to(device))
+        chunk = at(vae, start)
+        posterior = chunk.encode(images[start : start + CHUNK].to(device))
         noise = noise_per_image(len(posterior.mean), posterior.mean.shape[1], seed, start).to(
             device
         )
-        restored = vae.decode(posterior.sample(noise))
+        restored = chunk.decode(posterior.sample(noise))
         parts.append([part.float().cpu() for part in (posterior.mean, posterior.logvar, restored)])
     mean, logvar, restored = (torch.cat(part) for part in zip(*parts, strict=True))
     return Seen(images, DiagonalGaussian(mean, logvar), restored)
@@ -125,7 +127,6 @@ def first_line(error: Exception) -> str:
 
 Loss = Balance | Callable[..., Any]
 MOST_IMAGES = 2_000  # enough for an accuracy of some percent; a small network takes seconds
-FEWEST_POINTS = 20  # entries of a log
 MOST_VALUES = 2**26  # values of all images together, 256 MiB: it limits the number of large images
 
 
@@ -133,16 +134,32 @@ MOST_VALUES = 2**26  # values of all images together, 256 MiB: it limits the num
 class Case:
     """Inputs of a diagnosis: model, images (n, ...), training images, loss, second-stage priors.
 
-    `falls` is for runs only: how far the error of each stage fell at the end, see `Facts`.
+    Attributes:
+        model: a `VAE` or another model that `foreign.parts_of` knows.
+        conditions, train_conditions: further arguments of the model for each image, (n, ...).
+        courses: training error of each stage at its steps, if known.
     """
 
-    vae: VAE
+    model: Any
     images: Any
     train_images: Any
     loss: Loss | None
+    conditions: tuple[Any, ...] = ()
+    train_conditions: tuple[Any, ...] = ()
     priors: Mapping[str, Prior] = field(default_factory=dict)
     is_run: bool = False
-    falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    courses: Mapping[int, Course] = field(default_factory=dict)
+
+    @cached_property
+    def balance(self) -> Balance | None:
+        return balance_of(self.loss)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules of model and loss, to be set to evaluation mode."""
+        parts = parts_of(self.model) or ()
+        found = [module for part in (self.model, *parts, self.loss) for module in modules_of(part)]
+        return found if self.balance is None else [*found, self.balance]
 
     @property
     def in_unit_range(self) -> bool:
@@ -150,12 +167,33 @@ class Case:
         return self.is_run or self.images.dtype in (torch.uint8, np.uint8)
 
 
-def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Case:
+def balance_of(loss: Any) -> Balance | None:
+    """Return the balance that is the loss, or the only one that the loss function refers to."""
+    function = getattr(loss, "func", loss)  # of a functools.partial
+    owners = [loss, getattr(function, "__self__", None), *getattr(loss, "__dict__", {}).values()]
+    try:
+        named = inspect.getclosurevars(function)
+        owners += [*named.nonlocals.values(), *named.globals.values()]
+    except TypeError:  # not a function written in Python
+        pass
+    found = {
+        id(part): part
+        for owner in owners
+        if isinstance(owner, nn.Module)
+        for part in owner.modules()
+        if isinstance(part, Balance)
+    }
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def as_case(
+    model: Any, images: Any, train_images: Any, loss: Loss | None, history: Any = None
+) -> Case:
     """Check the arguments of `diagnose` and return them as a case.
 
     Raises:
         InputError: neither a run nor a VAE, a model without a posterior, no images, images that are
-            not an array, or a loss that cannot be called.
+            not an array, a loss that cannot be called, or a history that is not errors.
     """
     if loss is not None and not callable(loss):
         raise InputError(
@@ -169,14 +207,24 @@ def as_case(model: Any, images: Any, train_images: Any, loss: Loss | None) -> Ca
         )
     if isinstance(model, Run):
         return _case_of_run(model, images, train_images, loss)
-    if not isinstance(model, VAE):
+    if parts_of(model) is None:
         raise InputError(_not_a_model(model))
     if images is None:
         raise InputError(
             "images are needed to diagnose a VAE: diagnose(vae, images), "
             "with the same values as in training"
         )
-    return Case(model, images, train_images, loss)
+    (images, *conditions), (train_images, *train_conditions) = (
+        given if isinstance(given, tuple) and given else (given,)
+        for given in (images, train_images)
+    )
+    if train_images is not None and len(conditions) != len(train_conditions):
+        raise InputError(
+            f"images come with {len(conditions)} conditions and train_images with "
+            f"{len(train_conditions)}: pass both as (images, condition)"
+        )
+    given = images, train_images, loss, tuple(conditions), tuple(train_conditions)
+    return Case(model, *given, courses={} if history is None else {1: as_course(history)})
 
 
 def _not_a_model(model: Any) -> str:
@@ -184,18 +232,10 @@ def _not_a_model(model: Any) -> str:
         return (
             f"model must be a run or a VAE, not a name: poise.diagnose(poise.load({str(model)!r}))"
         )
-    if (
-        isinstance(model, (tuple, list))
-        and len(model) == 2
-        and all(isinstance(part, nn.Module) for part in model)
-    ):
-        return (
-            "model must be a run or a VAE, not two networks: "
-            "poise.diagnose(poise.VAE(encoder, decoder), images)"
-        )
     return (
         f"model must be a run or a VAE, not {_kind(model)}: "
-        "poise.diagnose(poise.VAE(encoder, decoder), images)"
+        "poise.diagnose(poise.VAE(encoder, decoder), images), or for functions "
+        "poise.diagnose((encode, decode), images)"
     )
 
 
@@ -224,28 +264,10 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
         images,
         train_images,
         balance,
-        of_second,
+        priors=of_second,
         is_run=True,
-        falls=_falls(run.folder / "metrics.jsonl"),
+        courses=read_courses(run.folder / "metrics.jsonl"),
     )
-
-
-def _falls(log: Path) -> dict[int, tuple[float, float]]:
-    """Read from a log the MSE of each stage at 65 to 75 % of training and in the last tenth.
-
-    Stages with fewer than `FEWEST_POINTS` entries are left out.
-    """
-    points: dict[int, list[tuple[float, float]]] = {}
-    for entry in read_log(log, {"stage", "step", "mse"}):  # a flow has no MSE
-        points.setdefault(int(entry["stage"]), []).append((entry["step"], entry["mse"]))
-    found = {}
-    for stage, curve in points.items():
-        end = curve[-1][0]
-        before = [mse for step, mse in curve if 0.65 * end < step <= 0.75 * end]
-        after = [mse for step, mse in curve if 0.9 * end < step]
-        if len(curve) >= FEWEST_POINTS and before:
-            found[stage] = (fmean(before), fmean(after))
-    return found
 
 
 def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
@@ -282,18 +304,41 @@ def _check_array(images: Any, name: str) -> None:
         raise InputError(f"{name} must be bytes or floats, not of type {images.dtype}")
 
 
-def chosen(vae: VAE, images: Any, name: str, seed: int) -> Values:
-    """Return the images to diagnose, a random subset if there are many, checked against the VAE.
+def chosen(
+    model: Any, images: Any, conditions: tuple[Any, ...], name: str, seed: int
+) -> tuple[VAE, Values]:
+    """Return the model as a VAE with flat latents, and the images to diagnose, checked against it.
+
+    Of many images, these are a random subset.
 
     Raises:
         InputError: not an array of at least two images, images that do not fit the VAE, or images
             that are all the same.
     """
+    total = len(images) if hasattr(images, "__len__") else 0
     images = some_images(images, name, seed)
-    check_fit(vae, images, name)
+    for condition in conditions:
+        _check_array(condition, f"a condition of {name}")
+        if len(condition) != total:
+            raise InputError(
+                f"a condition of {name} has {len(condition)} rows, but there are {total} {name}"
+            )
+    rows = tuple(_some_rows(condition, total, len(images), seed) for condition in conditions)
+    vae = fitted(model, images, rows, name)
     if bool((images == images[:1]).all()):
         raise InputError(f"all {len(images)} {name} are the same: there is nothing to learn")
-    return images
+    return vae, images
+
+
+def _some_rows(condition: Any, total: int, count: int, seed: int) -> Tensor:
+    """Return the rows of a condition for the images of `some_images`, in their order."""
+    rows = _order(total, seed)[:count]
+    return torch.as_tensor(condition)[torch.from_numpy(rows)].detach().cpu()
+
+
+def _order(total: int, seed: int) -> np.ndarray:
+    """Return a random order, because data sets are often sorted by class."""
+    return np.random.default_rng(derive("diagnosis", seed)).permutation(total)
 
 
 def some_images(images: Any, name: str, seed: int) -> Values:
@@ -309,10 +354,8 @@ def some_images(images: Any, name: str, seed: int) -> Values:
     if len(shape) < 2 or 0 in shape or len(images) < 2:
         raise InputError(f"{name} must be (n, ...) with at least two images, not of shape {shape}")
     count = max(2, min(len(images), MOST_IMAGES, MOST_VALUES // math.prod(shape[1:])))
-    order = np.random.default_rng(derive("diagnosis", seed)).permutation(len(images))
     try:
-        # In random order, because data sets are often sorted by class.
-        return gather(images, order[:count]).detach().cpu()
+        return gather(images, _order(len(images), seed)[:count]).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:  # numpy has types that torch lacks
         raise InputError(
             f"{name} of type {images.dtype} cannot be read: {first_line(error)}"
@@ -320,35 +363,59 @@ def some_images(images: Any, name: str, seed: int) -> Values:
 
 
 @torch.no_grad()
-def check_fit(vae: VAE, images: Values, name: str) -> None:
-    """Check that the VAE accepts such images and reconstructs them in the same shape.
+def fitted(model: Any, images: Values, conditions: tuple[Tensor, ...], name: str) -> VAE:
+    """Return the model as a VAE with flat latents.
+
+    A `VAE` whose latents are flat is returned as it is.
 
     Raises:
-        InputError: it does not, its codes are not (n, latents), or its weights are not float32.
+        InputError: the model does not accept such images, or does not reconstruct them in the same
+            shape, or its weights are not float32.
     """
-    _check_precision(vae)
+    parts = parts_of(model)
+    assert parts is not None
+    _check_precision(model, *parts)
     given = f"{name} of shape ({', '.join(map(str, images.shape[1:]))})"
+    some = images[:CHUNK]
     try:
-        mean = vae.encode(images[:CHUNK].to(device_of(vae))).mean
+        vae = Adapted(*parts, _latent_shape(parts[0], some, conditions), conditions)
+        mean = vae.encode(some.to(device_of(vae))).mean
         produced = tuple(vae.decode(mean).shape)
     except Exception as error:  # a user's network can raise anything
         raise InputError(f"the VAE does not take {given}: {first_line(error)}") from error
-    if mean.dim() != 2 or len(mean) != len(images[:CHUNK]) or not mean.shape[1]:
+    if len(mean) != len(some) or not mean.shape[1]:
         raise InputError(
-            f"the encoder gives codes of shape {tuple(mean.shape)}; "
-            "a diagnosis needs (n, latents): flatten them"
+            f"the encoder gives codes of shape {(len(mean), *vae.latent_shape)} for {len(some)} "
+            f"{name}; a diagnosis needs (n, ...)"
         )
     if produced[1:] != tuple(images.shape[1:]) or produced[0] != len(mean):
         raise InputError(
             f"the decoder gives images of shape {produced[1:]} for {given}: they must be the same"
         )
+    flat = isinstance(model, VAE) and len(vae.latent_shape) == 1 and not conditions
+    return model if flat else vae
 
 
-def _check_precision(vae: VAE) -> None:
-    for name, parameter in vae.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{name} is {kind}, and a diagnosis computes in float32: "
-                "diagnose(copy.deepcopy(vae).float(), ...)"
-            )
+def _latent_shape(
+    encode: Function, images: Values, conditions: tuple[Tensor, ...]
+) -> tuple[int, ...]:
+    device = next((device_of(module) for module in modules_of(encode)), torch.device("cpu"))
+    rows = [condition[: len(images)].to(device) for condition in conditions]
+    mean = posterior_of(encode(images.to(device), *rows)).mean
+    if mean.dim() < 2:
+        raise TypeError(
+            f"the encoder must return (mean, logvar), (n, ...) each, not of shape "
+            f"{tuple(mean.shape)}"
+        )
+    return tuple(mean.shape[1:])
+
+
+def _check_precision(*parts: Any) -> None:
+    for module in (module for part in parts for module in modules_of(part)):
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"{name} is {kind}, and a diagnosis computes in float32: "
+                    "diagnose(copy.deepcopy(vae).float(), ...)"
+                )

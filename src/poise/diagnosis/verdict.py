@@ -60,6 +60,9 @@ Name = Literal[
     "too-few-images",  # overfitting because of too few training images
     "overfitting",  # new images are reconstructed much worse than training images
     "underfitted",  # worse than the best linear VAE with as many latents
+    "dominating-error",  # one column or channel makes nearly the whole error of the loss
+    "learned-by-heart",  # one column or channel is overfitted, though the mean error is not
+    "late-spike",  # the training error rose suddenly and did not recover
     "still-falling",  # the error of a stage was still falling when training ended
     "prior-gap",  # samples are much worse than reconstructions, and another prior helps
     "variance-lost",  # samples vary too little, and renormalising the latents helps
@@ -139,7 +142,8 @@ class Diagnosis:
 
 def _verdict(figures: Mapping[str, Any]) -> str:
     if figures.get("loss_known", True):
-        return "Healthy: nothing wrong was found."
+        short = ", but training was short (see the note)" if figures.get("short") else ""
+        return f"Healthy: nothing wrong was found{short}."
     return "Nothing wrong was found in the model; the loss could not be read, see the note."
 
 
@@ -166,6 +170,11 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "linear_mse": "the MSE is {mse_share:.0%} of the images' variance ({linear_share:.0%} for "
         f"the best linear VAE with as many latents); {UNDERFITTED:g} times the latter is "
         "underfitting",
+        "detail": "reconstructions have {detail:.0%} of the images' differences between "
+        "neighbouring pixels; less than that of a sharp image is blur, which longer training or "
+        "more latents reduce",
+        "mse_fell_1": "the MSE went from {mse_before_1:.3g} to {mse_after_1:.3g} in the last third "
+        f"of training; a fall by {STILL_FALLING:.0%} of the images' variance is too much",
         "mse_fell_2": "the second stage's MSE went from {mse_before_2:.3g} to {mse_after_2:.3g} in "
         f"the last third of its training; a fall by {STILL_FALLING:.0%} of the codes' variance is "
         "too much",

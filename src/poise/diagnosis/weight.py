@@ -4,7 +4,7 @@ The equations are in `poise.diagnosis`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poise.diagnosis.foreign import at
 from poise.diagnosis.subject import Seen, device_of, first_line
 from poise.errors import InputError
 from poise.metrics import CHUNK
-from poise.shapes import Latents, Values
+from poise.shapes import Batch, Latents, Values
 from poise.support.seeds import generator
 from poise.vae import VAE
 
-Error = Literal["squared", "absolute", "cross-entropy"]
+# "logits": the cross-entropy of a decoder that returns logits.
+Error = Literal["squared", "absolute", "cross-entropy", "logits"]
 KLFormula = Literal["exact", "log-std", "reversed", "other", "absent"]
 
 # Cosine of two gradients. Squared and absolute errors have at most 0.8; rounding keeps 1 - 1e-6.
@@ -29,6 +31,7 @@ PROPORTIONAL = 0.99
 BATCH = 128
 # Relative to the loss. For an error that is divided by itself, only rounding of 1e-7 remains.
 NO_SLOPE = 1e-5
+MOST_GROUPS = 1_000  # columns of a table
 FEW_IMAGES = 256  # 512 antithetic draws: the inferred weight is accurate to about 2 %
 PAIRS = 2
 
@@ -41,13 +44,19 @@ class LossWeights:
 
     Attributes:
         error: kind of error in the loss; None: none of these.
-        error_weight, kl_weight: weights per image, for a batch of 128.
+        error_weight, kl_weight: weights per image. If only one of the two is summed over the
+            batch, for a batch of 128.
+        weights: error weight of each channel or column, if these differ, else empty. `error_weight`
+            is then their mean, weighted by the errors.
         kl_formula: "exact" for the KL of N(mean, exp(logvar)), "log-std" for the KL of
             N(mean, exp(2 logvar)), "reversed" for the wrong sign.
         batch_mismatch: whether one of the two is summed over the batch and the other averaged.
+        batch_summed: whether the whole loss is summed over the batch.
         error_averaged: whether the error is averaged over the values of an image; None: the loss
             accepts images of one size only.
         kl_averaged: whether the KL is averaged over latents; None as for `error_averaged`.
+        group_errors: mean error of each group, if the loss returns the terms of a balance with
+            groups, else empty.
         finite: whether the loss and its gradients are finite.
         flat: whether the loss does not change with the reconstruction, up to rounding.
     """
@@ -61,6 +70,13 @@ class LossWeights:
     kl_averaged: bool | None
     finite: bool = True
     flat: bool = False
+    batch_summed: bool = False
+    weights: tuple[float, ...] = ()
+    group_errors: tuple[float, ...] = ()
+
+    @property
+    def cross_entropy(self) -> bool:
+        return self.error in ("cross-entropy", "logits")
 
     @property
     def known(self) -> bool:
@@ -81,13 +97,17 @@ class LossWeights:
 
         A cross-entropy is a likelihood without a scale.
         """
-        if self.error == "cross-entropy":
+        if self.cross_entropy:
             return 1.0
         return float(seen.error(1 if self.error == "absolute" else 2).mean())
 
 
 def loss_weights(
-    loss: Callable[..., Any], seen: Seen, device: torch.device, seed: int
+    loss: Callable[..., Any],
+    seen: Seen,
+    device: torch.device,
+    seed: int,
+    latent_shape: Sequence[int] | None = None,
 ) -> LossWeights:
     """Read the weights of error and KL from the gradients of a loss.
 
@@ -99,12 +119,13 @@ def loss_weights(
         seen: images and their reconstructions.
         device: device of the loss.
         seed: seed of the random means and logvars.
+        latent_shape: shape of mean and logvar of one image. None: that of the codes.
 
     Raises:
         InputError: the loss raises an error, or does not return a scalar.
     """
-    count = seen.codes.mean.shape[1]
-    drawn = torch.randn(2, BATCH, count, generator=generator("loss", seed))
+    shape = seen.codes.mean.shape[1:] if latent_shape is None else latent_shape
+    drawn = torch.randn(2, BATCH, *shape, generator=generator("loss", seed))
     rows = torch.arange(BATCH) % len(seen.images)
     # The loss can be read even if the model has diverged.
     restored = seen.restored[rows].nan_to_num(0.0, 0.0, 0.0)
@@ -122,16 +143,25 @@ def loss_weights(
 
 def _compared(whole: "_Gradients", half: "_Gradients", wide: "_Gradients | None") -> LossWeights:
     """Compare the weights with those of half the batch, and of twice the values and latents."""
-    (error, error_slope), (formula, kl_slope) = _error(whole), _kl(whole)
+    (error, error_slope, weights), (formula, kl_slope) = _error(whole), _kl(whole)
     kind = error or "squared"
+    # The factor of all groups together; 0 if it is rounding.
+    slope = whole.error_slope(kind) if error_slope else 0.0
+    error_mean = _doubles(slope, half.error_slope(kind))
+    kl_mean = _doubles(kl_slope, half.kl_slope())
+    # A part that is 0 is neither a sum nor a mean.
+    summed = not (error_mean or kl_mean) and bool(error_slope or kl_slope)
+    batch = 1 if summed else BATCH
     return LossWeights(
         error=error,
-        error_weight=error_slope * BATCH,
-        kl_weight=kl_slope * BATCH,
+        error_weight=error_slope * batch,
+        kl_weight=kl_slope * batch,
+        weights=tuple(weight * batch for weight in weights),
+        group_errors=whole.group_errors,
         kl_formula=formula,
-        batch_mismatch=_doubles(error_slope, half.error_slope(kind))
-        != _doubles(kl_slope, half.kl_slope()),
-        error_averaged=None if wide is None else _doubles(error_slope, wide.error_slope(kind)),
+        batch_mismatch=error_mean != kl_mean,
+        batch_summed=summed,
+        error_averaged=None if wide is None else _doubles(slope, wide.error_slope(kind)),
         kl_averaged=None if wide is None else _doubles(kl_slope, wide.kl_slope()),
         flat=error is not None and not error_slope,
     )
@@ -152,6 +182,7 @@ class _Gradients:
     error: Tensor
     kl: Tensor
     value: float
+    group_errors: tuple[float, ...]
 
     @property
     def finite(self) -> bool:
@@ -166,6 +197,7 @@ class _Gradients:
         kinds: dict[Error, Tensor] = {"squared": 2 * difference, "absolute": difference.sign()}
         if float(self.reconstruction.min()) >= 0 and float(self.reconstruction.max()) <= 1:
             kinds["cross-entropy"] = difference / variance
+        kinds["logits"] = self.reconstruction.sigmoid() - self.images
         return kinds
 
     def kls(self) -> dict[KLFormula, Tensor]:
@@ -183,12 +215,13 @@ class _Gradients:
 
 
 def _gradients(
-    loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Latents, logvar: Latents
+    loss: Callable[..., Any], reconstruction: Values, images: Values, mean: Batch, logvar: Batch
 ) -> _Gradients:
     at = [point.detach().clone().requires_grad_() for point in (reconstruction, mean, logvar)]
     try:
         # A loss may change its inputs in place, so it gets copies.
-        value = _scalar(loss(*(point.clone() for point in (at[0], images, at[1], at[2]))))
+        returned = loss(*(point.clone() for point in (at[0], images, at[1], at[2])))
+        value = _scalar(returned)
         slopes = (
             torch.autograd.grad(value, at, materialize_grads=True)
             if value.requires_grad
@@ -201,9 +234,15 @@ def _gradients(
             f"loss(reconstruction, images, mean, logvar) failed: {first_line(error)}"
         ) from error
     by_error, by_mean, by_logvar = (slope.detach().cpu().double() for slope in slopes)
+    errors = getattr(returned, "group_error", None)
+    of_groups = errors.tolist() if isinstance(errors, Tensor) and errors.dim() == 1 else []
     values = (tensor.detach().cpu().double() for tensor in (reconstruction, images, mean, logvar))
     return _Gradients(
-        *values, error=by_error, kl=torch.cat([by_mean, by_logvar]), value=float(value.detach())
+        *values,
+        error=by_error,
+        kl=torch.cat([by_mean, by_logvar]),
+        value=float(value.detach()),
+        group_errors=tuple(of_groups),
     )
 
 
@@ -222,15 +261,48 @@ def _scalar(returned: Any) -> Tensor:
     return value.reshape(())
 
 
-def _error(found: _Gradients) -> tuple[Error | None, float]:
-    """Return the error whose gradient is proportional to that of the loss, and the factor."""
-    for kind, gradient in found.errors().items():
-        if _cosine(found.error, gradient) > PROPORTIONAL:
-            return kind, _slope(found.error, gradient)
+def _error(found: _Gradients) -> tuple[Error | None, float, tuple[float, ...]]:
+    """Return the error whose gradient is proportional to that of the loss, and the factor.
+
+    The third value has the factor of each channel or column, if they differ.
+    """
+    kinds = found.errors()
+    kind = max(kinds, key=lambda kind: _cosine(found.error, kinds[kind]))
+    if _cosine(found.error, kinds[kind]) > PROPORTIONAL:
+        return kind, _slope(found.error, kinds[kind]), ()
     flat = found.error.norm() * (found.reconstruction - found.images).norm() < NO_SLOPE * abs(
         found.value
     )
-    return ("squared" if flat or not found.error.any() else None), 0.0
+    if flat or not found.error.any():
+        return "squared", 0.0, ()
+    return _error_of_groups(found)
+
+
+def _error_of_groups(found: _Gradients) -> tuple[Error | None, float, tuple[float, ...]]:
+    """Return the error of a loss that weighs each channel or column, as `_error` does."""
+    if not groups_of(found.images):
+        return None, 0.0, ()
+    kinds: tuple[Error, ...] = ("squared", "absolute")
+    for kind in kinds:
+        power = 2 if kind == "squared" else 1
+        errors = (found.reconstruction - found.images).abs().pow(power).transpose(0, 1)
+        slopes = []
+        for given, expected in zip(
+            found.error.transpose(0, 1), found.errors()[kind].transpose(0, 1), strict=True
+        ):
+            if given.any() and _cosine(given, expected) < PROPORTIONAL:
+                break
+            slopes.append(_slope(given, expected))
+        else:
+            share = errors.flatten(1).sum(1)
+            mean = float((torch.tensor(slopes, dtype=share.dtype) * share).sum() / share.sum())
+            return kind, mean, tuple(slopes)
+    return None, 0.0, ()
+
+
+def groups_of(images: Values) -> int:
+    """Return the number of groups of an error: columns of a table, or channels; 0: one group."""
+    return images.shape[1] if images.dim() in (2, 4) and 1 < images.shape[1] <= MOST_GROUPS else 0
 
 
 def _kl(found: _Gradients) -> tuple[KLFormula, float]:
@@ -301,7 +373,7 @@ def inferred_weight(vae: VAE, seen: Seen, seed: int) -> InferredWeight | None:
             noise = torch.randn(mean.shape, generator=source).to(device)
             # Antithetic draws: the part of the error that is linear in the noise cancels.
             for signed in (noise, -noise):
-                numerators[:, rows] += _error_slopes(vae, images, mean, std * signed)[
+                numerators[:, rows] += _error_slopes(at(vae, start), images, mean, std * signed)[
                     :, :, seen.active
                 ].sum(2) / (2 * PAIRS)
     denominator = (1 - seen.codes.logvar[:count].double().exp())[:, seen.active].sum(1)

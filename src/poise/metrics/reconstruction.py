@@ -49,10 +49,11 @@ class Reconstruction:
         kl_nats: KL(q(z|x) || N(0, I)) per image. None if the model has no posterior, as are
             `elbo_nats` and `bits_per_dim`.
         elbo_nats: evidence lower bound per image: log density of values in [0, 1], KL weight 1,
-            one posterior sample.
+            one posterior sample. None if the error is no likelihood.
         bits_per_dim: -ELBO in bits per dimension, see `bits_per_dim`; None if the data are not
             images.
-        gamma2: the decoder variance used; with groups, their mean.
+        gamma2: the decoder variance used; with groups, their mean; that of the pixels if the error
+            is one of features.
         quadratic_share: quadratic term of the loss over D/power, its value at balance. It is 1 if
             gamma2 equals the error.
         variance_lost: variance of images minus variance of sampled reconstructions, mean per
@@ -98,12 +99,15 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         True
     """
     real, produced, batches, errors = PixelMoments(), PixelMoments(), [], []
+    likelihood = balance.error.is_likelihood
     for batch, posterior, noise in encoded(vae, images, seed):
         restored, sampled = (
             vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
         )
         batches.append({"kl": posterior.kl().cpu().double()} | _per_image(batch, restored, sampled))
-        errors.append(grouped_error(sampled - batch, balance).cpu())
+        difference = sampled - batch
+        error = grouped_error(difference, balance) if likelihood else summed_error(difference, 2)
+        errors.append(error.cpu())
         real.add(batch)
         produced.add(sampled)
     mean = {
@@ -112,9 +116,10 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
 
     num_dims = math.prod(images.shape[1:])
     gamma2 = balance.gamma2.cpu().double()
+    gamma2 = gamma2 if likelihood else gamma2[0]  # the pixels'
     error, dims_of_group = torch.cat(errors).mean(0), num_dims // gamma2.numel()
     nats = negative_log_likelihood(error, gamma2, dims_of_group, power=balance.power)
-    elbo = -float(nats.sum()) - mean["kl"]
+    elbo = -float(nats.sum()) - mean["kl"] if likelihood else None
     mse_sampled = mean["squared_sampled"] / num_dims
     variance_lost = float((real.variance() - produced.variance()).mean())
     return Reconstruction(
@@ -124,7 +129,7 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
         ssim=mean.get("ssim"),
         kl_nats=mean["kl"],
         elbo_nats=elbo,
-        bits_per_dim=bits_per_dim(-elbo, num_dims) if "ssim" in mean else None,
+        bits_per_dim=None if elbo is None or "ssim" not in mean else bits_per_dim(-elbo, num_dims),
         gamma2=float(gamma2.mean()),
         quadratic_share=float((error / (dims_of_group * gamma2)).mean()),
         variance_lost=variance_lost,
@@ -157,8 +162,13 @@ def grouped_error(difference: Batch, balance: Balance) -> Batch:
     """Return the error of each image under a balance, (n,), or with groups (n, groups).
 
     Raises:
-        InputError: the balance has groups other than channels.
+        InputError: the balance has groups other than channels, or an error that is no likelihood.
     """
+    if not balance.error.is_likelihood:
+        raise InputError(
+            f"the error {balance.error.name} is no likelihood of the images, so there is no ELBO "
+            "and no NLL: train with the error squared or absolute"
+        )
     if balance.groups is None:
         return summed_error(difference, balance.power)
     if balance.per is None:

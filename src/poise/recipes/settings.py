@@ -26,6 +26,7 @@ VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
 Solver = Literal["heun", "euler"]
 Precision = Literal["float32", "ieee", "bfloat16"]
+ErrorName = Literal["squared", "absolute", "features"]
 INITIALISED = ("resnet", "wae")  # networks whose initialisation is a setting
 VAE_OBJECTIVE, FLOW_OBJECTIVE = "vae", "flow"
 # With gamma2 = 0.5, squared error / (2 gamma2) is the squared error, as the rivals were published.
@@ -197,6 +198,9 @@ class Stage:
         warmup: share of the stage, at its start, in which the learning rate rises linearly from 0.
         decay: share of the stage, at its end, in which the learning rate falls linearly to 0.
         balance: balance of reconstruction and KL (see `poise.balance.make_balance`).
+        error: error of reconstructions. squared: Gaussian. absolute: Laplace. features: the squared
+            error, and that of the features of a random network, each with a gamma2 of its own. The
+            last has no ELBO.
         objective: training objective (see `poise.objectives.make_objective`). That of stage 2 is
             "vae", for a second VAE, or "flow", for a flow.
         ema_decay: decay of a running average of the weights. The average replaces the weights after
@@ -216,6 +220,7 @@ class Stage:
     warmup: float = 0.0
     decay: float = 0.0
     balance: Annotated[str, Option("model", first_only=True)] = "computed"
+    error: Annotated[ErrorName, Option("model", first_only=True)] = "squared"
     objective: Annotated[str, Option("model", first_only=True)] = VAE_OBJECTIVE
     ema_decay: Annotated[float | None, Option("training")] = None
     ema_warmup: bool = False

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from poise.report.records import Record, labels_of
+from poise.runs.log import mean_error
 
 POINTS = 200  # maximum number of points in a curve; a screen shows no more
 WIDE = 5.0  # a quantity that varies by more than this factor is drawn on a logarithmic axis
@@ -67,7 +68,7 @@ def kl_weight(entry: Entry) -> float:
 
 def equivalent_beta(entry: Entry) -> float:
     """Return the equivalent beta, k gamma2 / MSE."""
-    return kl_weight(entry) * entry["gamma2"] / entry["mse"]
+    return kl_weight(entry) * entry["gamma2"] / mean_error(entry)
 
 
 QUANTITIES = (
@@ -76,6 +77,13 @@ QUANTITIES = (
         "MSE per dimension",
         lambda e: e["mse"],
         "Mean squared error of reconstructions from posterior samples.",
+        "log",
+    ),
+    Quantity(
+        "mae",
+        "Mean absolute error per dimension",
+        lambda e: e["mae"],
+        "Mean absolute error of reconstructions from posterior samples.",
         "log",
     ),
     Quantity(
@@ -109,7 +117,7 @@ QUANTITIES = (
     Quantity(
         "share",
         "Quadratic term over D/2",
-        lambda e: e["mse"] / e["gamma2"],
+        lambda e: mean_error(e) / e["gamma2"],
         "SE/(2γ²) over D/2, which is MSE/γ². It is 1 at balance, for any error.",
         "log",
         1.0,

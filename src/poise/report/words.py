@@ -9,6 +9,7 @@ from poise.diagnosis import Diagnosis
 from poise.metrics.listed import is_frechet
 from poise.report.curves import stage_entries
 from poise.report.records import Record, labels_of
+from poise.runs.log import mean_error
 from poise.studies.comparison.statistics import spread as spread_of
 from poise.studies.comparison.tables import show
 
@@ -138,7 +139,7 @@ def _balance(record: Record) -> str:
     """Say how balanced the last tenth of the log of stage 1 is."""
     entries = stage_entries(record, 1)
     shares = [
-        entry["mse"] / entry["gamma2"]
+        mean_error(entry) / entry["gamma2"]
         for entry in entries[-max(1, len(entries) // 10) :]
         if entry.get("gamma2")
     ]

@@ -2,6 +2,7 @@
 
 from poise import networks
 from poise.balance import Balance, make_balance
+from poise.balance.kinds import make_error
 from poise.errors import InputError
 from poise.flow import Flow
 from poise.objectives import Deterministic, is_deterministic
@@ -83,5 +84,13 @@ def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
     """Return the balance that a stage names.
 
     The balance "released" depends on the image size and the number of latents.
+
+    Raises:
+        InputError: the balance cannot weigh the stage's error.
     """
-    return make_balance(stage.balance, image_size=shape[1], latent_dim=recipe.network.latent_dim)
+    known = {"image_size": shape[1], "latent_dim": recipe.network.latent_dim}
+    if stage.error == "squared":  # or the power that the balance's text has
+        return make_balance(stage.balance, **known)
+    error = make_error(stage.error, shape[0])
+    known |= {} if error.groups is None else {"groups": error.groups}
+    return make_balance(stage.balance, **known).measuring(error)

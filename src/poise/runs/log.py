@@ -87,6 +87,11 @@ def read_log(path: Path, required: set[str] = OF_CURVES) -> list[Entry]:
     return _read(path, required)[0]
 
 
+def mean_error(entry: Entry) -> float:
+    """Return the error of an entry that gamma2 follows: "mse", or "mae" of an absolute error."""
+    return entry["mse"] if "mse" in entry else entry["mae"]
+
+
 def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:
     """Return the entries, and the number of damaged lines.
 

@@ -25,7 +25,14 @@ from poise.metrics import encode_all
 from poise.objectives import make_objective
 from poise.priors import TrainedModel, make_prior
 from poise.recipes import find_recipe
-from poise.recipes.settings import Changes, Recipe, Stage, to_json
+from poise.recipes.settings import (
+    RIVALS_BALANCE,
+    VAE_OBJECTIVE,
+    Changes,
+    Recipe,
+    Stage,
+    to_json,
+)
 from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
@@ -196,6 +203,11 @@ def prepare(
     )
     if verbose:
         say(announce(recipe, len(dataset.train), device, options.device))
+        if recipe.first.objective != VAE_OBJECTIVE and recipe.first.balance == RIVALS_BALANCE:
+            say(
+                f"objective {recipe.first.objective}: balance {RIVALS_BALANCE}, the squared error "
+                "as published (--balance, balance=: another)"
+            )
         for note in dataset.notes:
             if note.startswith(CHECK_RANGE):
                 warn(note)
@@ -410,7 +422,7 @@ class Job:
             self.recipe.network.latent_dim,
             lambda: encode_all(first, self.dataset.train),
             second=state.trained if kind else None,
-            gamma2=state.balance.gamma2 if generation.second_stage_noise else None,
+            gamma2=state.balance.gamma2 if kind and generation.second_stage_noise else None,
             generation=replace(generation, flow_steps=min(generation.flow_steps, FLOW_STEPS)),
             device=self.device,
         )

@@ -12,6 +12,7 @@ COLUMNS = 3
 # The log of a deterministic autoencoder has a penalty in place of the KL, that of a flow neither.
 CURVES = (
     ("mse", "MSE", "log"),
+    ("mae", "mean absolute error", "log"),
     ("velocity_mse", "MSE of the velocity", "log"),
     ("kl_nats", "KL (nats per image)", "linear"),
     ("penalty", "penalty", "linear"),

@@ -119,6 +119,10 @@ NO_POSTERIOR = (
     "and it has no KL, ELBO, likelihood or variance law"
 )
 
+NO_LIKELIHOOD = (
+    "the error of features is no likelihood of the images, so there is no ELBO and no NLL"
+)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -586,6 +590,8 @@ class Run:
                 f"objective {self.recipe.first.objective} has no likelihood to estimate: "
                 "leave nll_samples out"
             )
+        if nll_samples and not self.first.balance.error.is_likelihood:
+            raise InputError(f"{NO_LIKELIHOOD}: leave nll_samples out")
         conditions, network, notes = choose_extractor(
             self._completed(with_count(find_protocol(protocol), count), images),
             extractor,
@@ -601,6 +607,7 @@ class Run:
             )
             notes += left_out
         notes += (NO_POSTERIOR,) if self.deterministic else ()
+        notes += () if self.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
 
     def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:

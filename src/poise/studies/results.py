@@ -44,7 +44,7 @@ Page = dict[str, Any]
 FORMAT = 1
 POINTS = 100  # at most, per curve
 # Objectives without KL log "penalty" in place of "kl_nats".
-CURVES = ("mse", "velocity_mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")
+CURVES = ("mse", "mae", "velocity_mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,8 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry["images_seen"] = state.step * batch_size
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
+    if stage.error == "absolute":
+        entry["mae"] = entry.pop("mse")
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
     if stage.objective == FLOW_OBJECTIVE:  # no reconstruction and no KL
@@ -310,6 +312,7 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
     """Return the part of a log entry that the progress bar shows."""
     formats = {
         "mse": ("MSE", ".5f"),
+        "mae": ("MAE", ".5f"),
         "velocity_mse": ("MSE of the velocity", ".5f"),
         "penalty": ("penalty", ".3f"),
         "kl_nats": ("KL", ".1f"),
@@ -322,6 +325,8 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
 def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
     """Return the error for a non-finite loss or gradient, with the non-finite terms first."""
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
+    if stage.error == "absolute":
+        numbers["mae"] = numbers.pop("mse")
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"

@@ -83,9 +83,9 @@ def new_state(
     processes start with the weights of rank 0.
 
     Raises:
-        InputError: the balance has groups.
+        InputError: the balance has groups that are not those of its error.
     """
-    if balance.groups is not None:
+    if balance.groups is not None and balance.error.groups is None:
         raise InputError(
             f"training logs one gamma2, but this balance has groups={balance.groups}: leave groups "
             "out, or use the balance in a loop of your own"

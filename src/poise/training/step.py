@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from poise.balance import LossTerms
+from poise.balance import Balance, LossTerms
 from poise.objectives import make_objective
 from poise.recipes.settings import Stage
 from poise.shapes import Latents, Scalar, Values
@@ -51,7 +51,8 @@ def training_step(
     if state.average is not None and stage.ema_decay is not None:
         share = state.ema_share if stage.ema_warmup else 1 - stage.ema_decay
         update_averaged_weights(state.average, state.network, share)
-    values = (loss, terms.reconstruction, terms.kl, terms.mse, state.balance.gamma2)
+    error, gamma2 = logged_error(state.balance, terms)
+    values = (loss, terms.reconstruction, terms.kl, error, gamma2)
     state.sums += torch.stack([*values, torch.ones_like(terms.kl)])
 
 
@@ -70,6 +71,13 @@ def loss_terms(
             return objective(state.network, state.balance, batch, noise)
         loss, *others = state.shared(objective, batch, noise)
     return LossTerms(loss, *(value.detach() for value in others))
+
+
+def logged_error(balance: Balance, terms: LossTerms) -> tuple[Tensor, Tensor]:
+    """Return the error and gamma2 for the log. Of several groups, it is the first: the pixels."""
+    if balance.error.groups is None:
+        return terms.error, balance.gamma2
+    return terms.group_error[0], balance.gamma2[0]
 
 
 def fix_order_of_sums(state: TrainingState, batch: Values, noise: Latents, stage: Stage) -> None:
@@ -92,7 +100,7 @@ def note(
     """Update the verdict. After a failed step it no longer changes and describes that step."""
     fails = ~torch.isfinite(loss + gradient)
     steps = state.verdict[Verdict._fields.index("steps")] + 1
-    now = Verdict(fails, asked, steps, terms.kl, terms.mse, terms.reconstruction, gradient)  # pyright: ignore[reportArgumentType]
+    now = Verdict(fails, asked, steps, terms.kl, terms.error, terms.reconstruction, gradient)  # pyright: ignore[reportArgumentType]
     state.verdict.copy_(torch.where(failed(state) > 0, state.verdict, torch.stack(now)))  # pyright: ignore[reportArgumentType]
 
 

@@ -13,12 +13,11 @@ import torch
 from joblib import effective_n_jobs
 from joblib.parallel import LokyBackend, get_active_backend
 
-from poise.balance import make_balance
 from poise.data import Dataset
 from poise.errors import InputError
 from poise.objectives import make_objective
 from poise.recipes.settings import Changes, Recipe, from_json, to_json
-from poise.runs.build import first_stage
+from poise.runs.build import first_stage, stage_balance
 from poise.runs.options import Options
 from poise.studies.comparison.measuring import Measuring
 from poise.studies.results import Result, read_results, safe_name
@@ -160,7 +159,7 @@ def check_specs(recipe: Recipe) -> None:
         InputError: one of them cannot.
     """
     for stage in filter(None, (recipe.first, recipe.second)):
-        make_balance(stage.balance, image_size=1, latent_dim=1)
+        stage_balance(stage, recipe, [1, 1, 1])
         make_objective(stage.objective)
 
 

@@ -141,7 +141,7 @@ def threshold(reference: Iterable[Result]) -> float | None:
     It is 1.1 times the training MSE of the last hundredth of stage 1, averaged over the reference's
     runs.
     """
-    last = [result.curves["1"]["mse"][-1] for result in reference]
+    last = [_errors(result)[-1] for result in reference]
     return NEAR * statistics.fmean(last) if last else None
 
 
@@ -159,5 +159,10 @@ def reached(result: Result, mse: float) -> Reached | None:
     A point is the mean over a hundredth of stage 1, which limits the resolution.
     """
     curve = result.curves["1"]
-    place = next((k for k, value in enumerate(curve["mse"]) if value <= mse), None)
+    place = next((k for k, value in enumerate(_errors(result)) if value <= mse), None)
     return None if place is None else Reached(curve["images_seen"][place], curve["seconds"][place])
+
+
+def _errors(result: Result) -> list[float]:
+    curve = result.curves["1"]
+    return curve["mse"] if "mse" in curve else curve["mae"]
