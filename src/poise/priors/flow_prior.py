@@ -51,7 +51,9 @@ class FlowPrior(Prior):
     @torch.no_grad()
     def latents(self, noise: Noise) -> Latents:
         self.flow.eval()
-        ends = torch.cat([self._carry(part) for part in noise.split(ROWS)])
+        # An exported graph takes any number of rows at once.
+        parts = [noise] if torch.compiler.is_exporting() else noise.split(ROWS)
+        ends = torch.cat([self._carry(part) for part in parts])
         return self.flow.mean + self.flow.std * ends
 
     def _carry(self, y: Tensor) -> Tensor:
