@@ -1,6 +1,7 @@
 """Test the ONNX files of every network and prior in onnxruntime, if the extra is installed."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from poise.errors import InputError, MissingExtraError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.priors import FlowPrior, Prior, RenormalisedPrior, SecondStagePrior, fit_prior
+from poise.recipes.settings import Solver
 from poise.runs import onnx_files
 from poise.runs.onnx_files import OPSET, Part, compare, to_onnx
 from poise.runs.parts import Decoder, Encoder, Sampler
-from test_explore import lively, pairs
-from test_sharing import IMAGES, OPTIONS, QUICK
+from test_explore import PAIRS, lively
 
 has_extra = True
 try:
@@ -30,25 +31,30 @@ except ImportError:
 needs_extra = pytest.mark.skipif(not has_extra, reason='no onnx: pip install "poise[export]"')
 
 
-def priors() -> dict[str, Prior]:
-    codes = DiagonalGaussian(torch.randn(300, 4), torch.full((300, 4), -2.0))
-    second = poise.VAE(*map(lively, networks.second_stage(4, 8)))
-    vectors = Flow(lively(networks.flow((6,), width=8)), (6,))
-    maps = Flow(lively(networks.flow((2, 3, 3), width=8)), (2, 3, 3))
-    return {
-        "mixture": fit_prior("mixture", codes),
-        "second-stage": SecondStagePrior(second, 4, torch.tensor(0.3)),
-        "renormalised": RenormalisedPrior(SecondStagePrior(second, 4, None), 1.7),
-        "flow of vectors": FlowPrior(vectors, steps=3),
-        "flow of maps": FlowPrior(maps, steps=2, solver="euler"),
-    }
+def second_stage(gamma2: float | None) -> SecondStagePrior:
+    vae = poise.VAE(*map(lively, networks.second_stage(4, 8)))
+    return SecondStagePrior(vae, 4, None if gamma2 is None else torch.tensor(gamma2))
+
+
+def flow(*shape: int, steps: int, solver: Solver) -> FlowPrior:
+    made = Flow(lively(networks.flow(shape, width=8, blocks=3)), shape)
+    return FlowPrior(made, steps=steps, solver=solver)
+
+
+CODES = DiagonalGaussian(torch.randn(300, 4), torch.full((300, 4), -2.0))
+PRIORS: dict[str, Callable[[], Prior]] = {
+    "mixture": lambda: fit_prior("mixture", CODES),
+    "second-stage": lambda: second_stage(0.3),
+    "renormalised": lambda: RenormalisedPrior(second_stage(None), 1.7),
+    "flow of vectors": lambda: flow(6, steps=3, solver="heun"),
+    "flow of maps": lambda: flow(2, 3, 3, steps=2, solver="euler"),
+}
 
 
 @needs_extra
-@pytest.mark.parametrize("name", pairs())
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_network_agrees_with_pytorch(name, unchecked):
-    encoder, decoder = map(lively, pairs()[name])
-    vae = poise.VAE(encoder, decoder)
+    vae = poise.VAE(*map(lively, PAIRS[name]()))
     latents = torch.randn(3, {"conv": 36, "mlp": 3}.get(name, 4))
     images = vae.decode(latents).detach()
     for part in (
@@ -62,28 +68,28 @@ def test_a_network_agrees_with_pytorch(name, unchecked):
 
 
 @needs_extra
-@pytest.mark.parametrize("name", priors())
+@pytest.mark.parametrize("name", PRIORS)
 def test_a_prior_agrees_with_pytorch(name, unchecked):
-    prior = priors()[name]
+    prior = PRIORS[name]()
     part = Part(name, Sampler(prior), torch.randn(3, prior.noise_dims), "noise", ("latents",), {})
     compare(part, to_onnx(part))
 
 
 @needs_extra
-def test_the_command_writes_the_networks_of_a_run(tmp_path, monkeypatch, capsys, unchecked):
-    poise.train(
-        IMAGES, out=tmp_path / "run", options=OPTIONS, stages=1, **QUICK | {"second_epochs": None}
-    )
+def test_the_command_writes_the_networks_of_a_run(
+    small_run, tmp_path, monkeypatch, capsys, unchecked
+):
     out = tmp_path / "files"
-    Export(tmp_path / "run", out=out).run()
+    Export(small_run.folder, out=out).run()
     names = ["decoder.onnx", "encoder.onnx", "prior-mixture.onnx", "prior-normal.onnx"]
+    names += ["prior-second-stage.onnx"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(name in capsys.readouterr().out for name in ["encoder.onnx"])
     facts = {e.key: e.value for e in onnx.load(out / "prior-mixture.onnx").metadata_props}
     assert facts["noise"] == "4" and facts["image_shape"] == "1 8 8"
     monkeypatch.setattr(onnx_files, "TOLERANCE", -1.0)
     with pytest.raises(RunError, match=r"mean of encoder.onnx differs from PyTorch by"):
-        Export(tmp_path / "run", out=out).run()
+        Export(small_run.folder, out=out).run()
 
 
 class Branching(nn.Module):

@@ -48,9 +48,9 @@ class Export:
 
 @dataclass(frozen=True)
 class Explore:
-    """Write an HTML page that runs the networks in a browser, without a server or a network.
+    """Write an HTML page that runs the model in a browser.
 
-    It has sliders along directions of latent space, samples of each prior by seed, the path between
+    The page needs no server and no network access. It has sliders along directions of latent space, samples of each prior by seed, the path between
     two images, the reconstruction of an image of your own, and a map of the codes.
     """
 
