@@ -50,8 +50,9 @@ class Export:
 class Explore:
     """Write an HTML page that runs the model in a browser.
 
-    The page needs no server and no network access. It has sliders along directions of latent space, samples of each prior by seed, the path between
-    two images, the reconstruction of an image of your own, and a map of the codes.
+    The page needs no server and no network access. It has sliders along directions of latent space,
+    samples of each prior by seed, the path between two images, the reconstruction of an image of
+    your own, and a map of the codes.
     """
 
     run_folder: RunFolder

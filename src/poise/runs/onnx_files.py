@@ -9,8 +9,10 @@ solver are unrolled, so that a runtime needs no loop. Each file holds its weight
 its inputs, the versions and the recipe as metadata. The number n of images is free.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,8 +142,7 @@ def to_onnx(part: Part) -> "ModelProto":
     if size > MOST_BYTES:
         raise InputError(f"{part.name} has {size / 1e9:.1f} GB, and an ONNX file at most 2 GB")
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter, about its own inside
+        with _silence(), torch.no_grad():
             program = torch.onnx.export(
                 part.module.eval(),
                 (part.example,),
@@ -164,6 +165,20 @@ def to_onnx(part: Part) -> "ModelProto":
     model = program.model_proto
     set_model_props(model, {name: str(value) for name, value in part.facts.items()})
     return model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Suppress the exporter's warnings about its own inside, and about missing torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def compare(part: Part, model: "ModelProto") -> float:

@@ -114,6 +114,7 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         place=place,
         recipe=run.recipe,
         data=config["data"],
+        source=_public(config["data"]["source"]),
         custom=run.recipe.network.kind == "custom",
         figures=figures_table(summary) if summary else [],
         measurements=evaluation.get("measurements", []),
@@ -133,6 +134,11 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         version=__version__,
         shown=_shown,
     )
+
+
+def _public(source: str) -> str:
+    """Return the name of the data without the folders of this machine."""
+    return source if source.startswith(HUB_PREFIX) else source.rstrip("/\\").split("/")[-1]
 
 
 def _read(path: Path) -> dict[str, Any]:
