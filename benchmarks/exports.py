@@ -26,7 +26,7 @@ from poise.explore.graphs import graph_of
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.priors import FlowPrior, SecondStagePrior, fit_prior
-from poise.runs.onnx_files import Part, compare, to_onnx
+from poise.runs.onnx_files import MEAN_AND_LOGVAR, Part, compare, to_onnx
 from poise.runs.parts import Decoder, Encoder, Sampler
 from poise.vae import VAE
 
@@ -84,7 +84,7 @@ def parts(only: list[str] | None) -> list[Part]:
             vae = VAE(*map(lively, pair()))
             images, codes = torch.rand(3, *shape), torch.randn(3, latents)
             made += [
-                Part(f"{name} encoder", Encoder(vae), images, "images", ("mean", "logvar"), {}),
+                Part(f"{name} encoder", Encoder(vae), images, "images", MEAN_AND_LOGVAR, {}),
                 Part(f"{name} decoder", Decoder(vae), codes, "latents", ("images",), {}),
             ]
     for name, prior in PRIORS.items():

@@ -17,7 +17,7 @@ from poise.latent import DiagonalGaussian
 from poise.priors import FlowPrior, Prior, RenormalisedPrior, SecondStagePrior, fit_prior
 from poise.recipes.settings import Solver
 from poise.runs import onnx_files
-from poise.runs.onnx_files import OPSET, Part, compare, to_onnx
+from poise.runs.onnx_files import MEAN_AND_LOGVAR, OPSET, Part, compare, to_onnx
 from poise.runs.parts import Decoder, Encoder, Sampler
 from test_explore import PAIRS, lively
 
@@ -58,7 +58,7 @@ def test_a_network_agrees_with_pytorch(name, unchecked):
     latents = torch.randn(3, {"conv": 36, "mlp": 3}.get(name, 4))
     images = vae.decode(latents).detach()
     for part in (
-        Part("encoder", Encoder(vae), images, "images", ("mean", "logvar"), {}),
+        Part("encoder", Encoder(vae), images, "images", MEAN_AND_LOGVAR, {}),
         Part("decoder", Decoder(vae), latents, "latents", ("images",), {"of": name}),
     ):
         model = to_onnx(part)
@@ -88,7 +88,7 @@ def test_the_command_writes_the_networks_of_a_run(
     facts = {e.key: e.value for e in onnx.load(out / "prior-mixture.onnx").metadata_props}
     assert facts["noise"] == "4" and facts["image_shape"] == "1 8 8"
     monkeypatch.setattr(onnx_files, "TOLERANCE", -1.0)
-    with pytest.raises(RunError, match=r"mean of encoder.onnx differs from PyTorch by"):
+    with pytest.raises(RunError, match=r"latent_mean of encoder.onnx differs from PyTorch by"):
         Export(small_run.folder, out=out).run()
 
 

@@ -60,7 +60,7 @@ class FlowPrior(Prior):
         """Return y(1) for y(0)."""
         h = 1 / self.steps
         for step in range(self.steps):
-            time = y.new_full((len(y),), step * h)
+            time = y.new_full(y.shape[:1], step * h)  # len(y) would fix the size of an export
             v = self.flow(y, time)
             if self.solver == "heun" and step < self.steps - 1:
                 v = (v + self.flow(y + h * v, time + h)) / 2

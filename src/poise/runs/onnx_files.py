@@ -1,6 +1,7 @@
 """Write the networks of a run as ONNX files, and compare them with PyTorch.
 
-encoder.onnx      images (n, channels, height, width), in [0, 1] -> mean, logvar (n, latents)
+encoder.onnx      images (n, channels, height, width), in [0, 1]
+                  -> latent_mean, latent_logvar (n, latents)
 decoder.onnx      latents (n, latents) -> images, in [0, 1]
 prior-NAME.onnx   noise (n, noise), standard normal -> latents
 
@@ -36,6 +37,8 @@ TOLERANCE = 1e-4  # of a value of size 1 or less; in proportion to larger values
 MOST_BYTES = 2**31 - 2**20  # of one protobuf message
 EXAMPLES = 3  # a batch of one would be taken for a fixed size
 COMPARED = 5  # images of a comparison
+# The exporter names values inside a graph after operations: an output "mean" could clash.
+MEAN_AND_LOGVAR = ("latent_mean", "latent_logvar")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _parts(run: Run, names: Sequence[PriorName] | None, notes: list[str]) -> Ite
     images = torch.rand(EXAMPLES, *run.data["shape"], generator=generator("onnx")).to(device)
     codes = noise_per_image(EXAMPLES, network.latent_dim, seed=0).to(device)
     vae = run.first.vae
-    yield Part("encoder", Encoder(vae), images, "images", ("mean", "logvar"), common)
+    yield Part("encoder", Encoder(vae), images, "images", MEAN_AND_LOGVAR, common)
     yield Part("decoder", Decoder(vae), codes, "latents", ("images",), common)
     for name, prior in priors_of(run, names, notes):
         noise = noise_per_image(EXAMPLES, prior.noise_dims, seed=0).to(device)
@@ -185,20 +188,27 @@ def compare(part: Part, model: "ModelProto") -> float:
     """Return the largest difference between onnxruntime and PyTorch, for batches of 1 and 5.
 
     Raises:
-        RunError: it is larger than `TOLERANCE`.
+        RunError: it is larger than `TOLERANCE`, or onnxruntime refuses the model.
     """
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
     many = torch.cat([part.example, part.example.flip(0).roll(1, -1)])[:COMPARED]
     difference = 0.0
     for batch in (many, many[:1]):
         with torch.no_grad():
             expected = part.module(batch)
-        found = session.run(None, {part.given: batch.cpu().numpy()})
         expected = expected if isinstance(expected, tuple) else (expected,)
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            found = session.run(None, {part.given: batch.cpu().numpy()})
+        except Exception as error:  # onnxruntime has a type for each kind
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"{part.name}.onnx fails in onnxruntime for {len(batch)} images ({reason}): "
+                "the file is not written"
+            ) from error
         for name, theirs, ours in zip(part.results, found, expected, strict=True):
             ours = ours.cpu()
             off = ((torch.from_numpy(theirs) - ours).abs() / ours.abs().clamp_min(1)).max().item()
