@@ -47,7 +47,7 @@
 
   // -- Latents ---------------------------------------------------------------------------------
   const sliders = [];
-  let base = arrays.centre, origin = "", kind = "active", waiting = false, milliseconds = 0;
+  let base = arrays.centre, origin = "", kind = "active", waiting = false, milliseconds = 0, shown = 0;
 
   function latents() {
     const z = Float32Array.from(base);
@@ -65,8 +65,9 @@
       const before = performance.now();
       draw(byId("picture"), decode(latents()));
       const now = performance.now() - before;
-      milliseconds = milliseconds ? 0.8 * milliseconds + 0.2 * now : now;
-      byId("speed").textContent = `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms an image`;
+      // The first image includes the reading of the weights.
+      milliseconds = shown < 2 ? now : 0.8 * milliseconds + 0.2 * now;
+      if (shown++ > 0) byId("speed").textContent = `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms an image`;
     });
   }
   function startAt(code, words, scroll = true) {
