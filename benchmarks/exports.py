@@ -25,7 +25,7 @@ from poise.explore import explorer, graphs
 from poise.explore.graphs import graph_of
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
-from poise.priors import FlowPrior, SecondStagePrior, fit_prior
+from poise.priors import FlowPrior, Prior, SecondStagePrior, fit_prior
 from poise.runs.onnx_files import MEAN_AND_LOGVAR, Part, compare, to_onnx
 from poise.runs.parts import Decoder, Encoder, Sampler
 from poise.vae import VAE
@@ -42,23 +42,23 @@ PAIRS: dict[str, tuple[Callable[[], networks.Pair], tuple[int, int, int], int]] 
 }
 
 
-def second_stage() -> tuple[nn.Module, int]:
+def second_stage() -> tuple[Prior, int]:
     vae = VAE(*networks.second_stage(64, 2048))
     return SecondStagePrior(vae, 64, torch.tensor(0.1)), 128
 
 
-def mixture() -> tuple[nn.Module, int]:
+def mixture() -> tuple[Prior, int]:
     return fit_prior(
         "mixture", DiagonalGaussian(torch.randn(2_000, 64), torch.zeros(2_000, 64))
     ), 65
 
 
-def flow(*shape: int) -> tuple[nn.Module, int]:
+def flow(*shape: int) -> tuple[Prior, int]:
     made = Flow(lively(networks.flow(shape)), shape)
     return FlowPrior(made, steps=12), len(made.mean)
 
 
-PRIORS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+PRIORS: dict[str, Callable[[], tuple[Prior, int]]] = {
     "second-stage, 64 latents, 2048 wide": second_stage,
     "mixture, 64 latents": mixture,
     "flow, 64 latents, 12 steps": lambda: flow(64),
@@ -165,7 +165,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks and priors")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()

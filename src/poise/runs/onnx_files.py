@@ -30,7 +30,7 @@ from poise.support.version import __version__
 from poise.variants import PRIORS, PriorName
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto  # pyright: ignore[reportMissingImports]
 
 OPSET = 18
 TOLERANCE = 1e-4  # of a value of size 1 or less; in proportion to larger values
