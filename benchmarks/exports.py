@@ -35,10 +35,10 @@ PAIRS: dict[str, tuple[Callable[[], networks.Pair], tuple[int, int, int], int]] 
     "mlp-8": (lambda: networks.mlp((1, 8, 8), 10, hidden=(256, 256)), (1, 8, 8), 10),
     "infogan-28": (lambda: networks.infogan(28), (1, 28, 28), 64),
     "resnet-32": (lambda: networks.resnet(32), (3, 32, 32), 64),
-    "resnet-64": (lambda: networks.resnet(64), (3, 64, 64), 64),
-    "wae-64": (lambda: networks.wae(64), (3, 64, 64), 64),
     "conv-32": (lambda: networks.conv(32), (3, 32, 32), 256),
     "conv-64": (lambda: networks.conv(64), (3, 64, 64), 256),
+    "resnet-64": (lambda: networks.resnet(64), (3, 64, 64), 64),
+    "wae-64": (lambda: networks.wae(64), (3, 64, 64), 64),
 }
 
 
@@ -79,6 +79,12 @@ def lively(module: nn.Module) -> nn.Module:
 
 def parts(only: list[str] | None) -> list[Part]:
     made = []
+    for name, prior in PRIORS.items():
+        if only is None or name in only:
+            module, size = prior()
+            made.append(
+                Part(name, Sampler(module), torch.randn(3, size), "noise", ("latents",), {})
+            )
     for name, (pair, shape, latents) in PAIRS.items():
         if only is None or name in only:
             vae = VAE(*map(lively, pair()))
@@ -87,12 +93,6 @@ def parts(only: list[str] | None) -> list[Part]:
                 Part(f"{name} encoder", Encoder(vae), images, "images", MEAN_AND_LOGVAR, {}),
                 Part(f"{name} decoder", Decoder(vae), codes, "latents", ("images",), {}),
             ]
-    for name, prior in PRIORS.items():
-        if only is None or name in only:
-            module, size = prior()
-            made.append(
-                Part(name, Sampler(module), torch.randn(3, size), "noise", ("latents",), {})
-            )
     return made
 
 
