@@ -352,7 +352,10 @@ def _batch_norm(
 def _norm(
     graph: Graph, x: Value, rows: int, eps: float, weight: Any, bias: Any, channels: int, each: int
 ) -> Value:
-    """Normalise each of `rows` parts of x; then weight and bias of channel (i / each) % channels."""
+    """Normalise each of `rows` parts of x; apply weight and bias of channel (i / each) % channels.
+
+    i is the place of an element in x.
+    """
     weight = torch.ones(channels) if weight is None else weight
     bias = torch.zeros(channels) if bias is None else bias
     return graph.step(
