@@ -196,12 +196,14 @@ def test_a_page_decodes_encodes_and_samples_as_the_run_does(page, small_run):
         (async () => {
           const samples = [];
           for (const prior of model.scene.priors) {
-            for (const image of [0, 1, 120]) samples.push([...model.decode(await model.latentsOf(prior, 5, image))]);
+            for (const image of [0, 1, 120]) {
+              samples.push([...model.decode(await model.latentsOf(prior, 5, image))]);
+            }
           }
           const codes = [0, 1].map((k) => model.row("codes", k));
           const halfway = model.between(...codes, 0.5);
-          const again = model.encode(model.decode(halfway));
-          console.log(JSON.stringify({ samples, halfway: [...model.decode(halfway)], again: [...again] }));
+          const image = model.decode(halfway), again = model.encode(image);
+          console.log(JSON.stringify({ samples, halfway: [...image], again: [...again] }));
         })();
         """,
         parts(page),
@@ -222,7 +224,8 @@ def test_a_page_decodes_encodes_and_samples_as_the_run_does(page, small_run):
 
 
 READY = """(async () => {
-  const until = async (holds) => { while (!holds()) await new Promise((turn) => setTimeout(turn, 20)); };
+  const pause = () => new Promise((turn) => setTimeout(turn, 20));
+  const until = async (holds) => { while (!holds()) await pause(); };
   await until(() => document.documentElement.dataset.ready === "yes");
   await until(() => document.getElementById("drawn").textContent.startsWith("Images 0 to 11"));
 })()"""
