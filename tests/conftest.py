@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 import jaxtyping
@@ -211,3 +212,18 @@ def run_python():
 def run_forked(tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs code in a fork of a process without hooks."""
     return lambda code, *args: forking.run(code, ["-c", *args], tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a finished and evaluated run of two stages on 60 grey images. Tests do not change it."""
+    import poise
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    images = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    options = poise.Options(device="cpu", quiet=True, threads=1)
+    settings = {"recipe": "digits", "latent_dim": 3, "epochs": 1, "second_epochs": 1}
+    run = poise.train(images, out=folder, options=options, batch_size=20, **settings)
+    evaluation = run.evaluate(extractor="pixels", nll_samples=2)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json()))
+    return run

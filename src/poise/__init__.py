@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from poise.support.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from poise import balance, features, metrics, networks, priors, protocols, recipes, report
+    from poise import (
+        balance,
+        explore,
+        features,
+        metrics,
+        networks,
+        priors,
+        protocols,
+        recipes,
+        report,
+    )
     from poise.balance import (
         Balance,
         ComputedBalance,
@@ -69,6 +79,7 @@ __all__ = [
     "compare",
     "diagnose",
     "evaluate",
+    "explore",
     "features",
     "load",
     "metrics",

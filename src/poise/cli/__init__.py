@@ -1,11 +1,11 @@
-"""The command `poise` and its subcommands, from `poise train` to `poise report`.
+"""The command `poise` and its subcommands, from `poise train` to `poise export`.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: success. 2: wrong input. 1: the
 work failed. If the reader of either stream ends, as `head` does, the command finishes its work
 without printing. torch is imported after the arguments are parsed, so that help is fast.
 
 In reading order: `options` (options of several commands), `showing` (tables and warnings), then the
-commands: `train`, `images`, `measure`, `study`.
+commands: `train`, `images`, `measure`, `study`, `share`.
 """
 
 import atexit
@@ -27,6 +27,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
+from poise.cli.share import Explore, Export
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
 from poise.errors import InputError, Interrupted, RunError
@@ -48,6 +49,8 @@ COMMANDS = {
     "compare": Compare,
     "reproduce": Reproduce,
     "report": Report,
+    "explore": Explore,
+    "export": Export,
 }
 TYPES = ConstructorRegistry()
 

@@ -145,7 +145,7 @@ class Evaluate:
             quiet=False,
         )
         try:
-            write_json(folder / "evaluation.json", evaluation.to_json())
+            write_json(run.folder / "evaluation.json", evaluation.to_json())
         finally:  # show the results even if the disk is full
             self._show(
                 evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images"

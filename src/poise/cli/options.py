@@ -31,7 +31,8 @@ else:
     PriorChoice = Literal[tuple(PRIORS)]
 
 RunFolder = Annotated[
-    Positional[Path], arg(metavar="RUN", help="the folder that `poise train` wrote")
+    Positional[Path],
+    arg(metavar="RUN", help="the folder that `poise train` wrote, or hf:OWNER/NAME"),
 ]
 Images = Annotated[
     Positional[str | None],

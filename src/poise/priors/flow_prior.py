@@ -51,14 +51,16 @@ class FlowPrior(Prior):
     @torch.no_grad()
     def latents(self, noise: Noise) -> Latents:
         self.flow.eval()
-        ends = torch.cat([self._carry(part) for part in noise.split(ROWS)])
+        # An exported graph takes any number of rows at once.
+        parts = [noise] if torch.compiler.is_exporting() else noise.split(ROWS)
+        ends = torch.cat([self._carry(part) for part in parts])
         return self.flow.mean + self.flow.std * ends
 
     def _carry(self, y: Tensor) -> Tensor:
         """Return y(1) for y(0)."""
         h = 1 / self.steps
         for step in range(self.steps):
-            time = y.new_full((len(y),), step * h)
+            time = y.new_full(y.shape[:1], step * h)  # len(y) would fix the size of an export
             v = self.flow(y, time)
             if self.solver == "heun" and step < self.steps - 1:
                 v = (v + self.flow(y + h * v, time + h)) / 2

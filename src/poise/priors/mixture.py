@@ -74,7 +74,7 @@ class MixturePrior(Prior):
     def latents(self, noise: Noise) -> Latents:
         uniform = torch.special.ndtr(noise[:, 0])
         bounds = self.weights.cumsum(0)[:-1]
-        component = torch.searchsorted(bounds, uniform)
+        component = (bounds < uniform[:, None]).sum(1)  # ONNX has no search
         spread = torch.einsum("nij,nj->ni", self.factors[component], noise[:, 1:])
         return self.means[component] + spread
 

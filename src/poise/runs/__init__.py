@@ -13,4 +13,6 @@ In reading order:
 - `growth`: progress.png, drawn during training.
 - `run`: `load`, and the trained model with all its methods.
 - `export`: samples and codes as files.
+- `sharing`: runs on the Hugging Face Hub.
+- `parts`, `onnx_files`: networks as ONNX files.
 """

@@ -66,6 +66,7 @@ from poise.priors import (
 )
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
+from poise.runs import sharing
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     MANIFEST,
@@ -199,6 +200,55 @@ class Run:
             load_weights(balance, under("balance", tensors))
         return network.eval(), balance.eval()
 
+    def save_pretrained(
+        self, folder: str | Path, *, license: str | None = None, codes: bool = True
+    ) -> Path:
+        """Write this run to a folder for others, with a model card, and return the folder.
+
+        The folder is a run's folder without the state of the optimizer. `poise.load` and all
+        commands take it. It holds safetensors, JSON, text and PNG files.
+
+        Args:
+            folder: a new or empty folder.
+            license: name of the license for the model card. None: the card says that it is missing.
+            codes: include the posteriors of the training images. The decoder turns them into images
+                like those of the training set. Without them, renormalised priors, `run.codes` and
+                `poise explore` are not available.
+
+        Raises:
+            InputError: the run is not finished, or the folder is not empty.
+            RunError: the checkpoint or the codes are damaged, or the folder cannot be written.
+        """
+        return sharing.save_pretrained(self, folder, license=license, codes=codes)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = True,
+        license: str | None = None,
+        codes: bool = True,
+        token: str | None = None,
+    ) -> str:
+        """Upload this run to the Hugging Face Hub, and return its address.
+
+        `poise.load("hf:OWNER/NAME")` loads it.
+
+        Args:
+            name: "OWNER/NAME".
+            private: make a new repository private. An existing one keeps its setting.
+            license, codes: see `save_pretrained`.
+            token: access token. None: that of `hf auth login`.
+
+        Raises:
+            InputError: a wrong name, or the run is not finished.
+            MissingExtraError: huggingface_hub is not installed.
+            RunError: the upload fails.
+        """
+        return sharing.push_to_hub(
+            self, name, private=private, license=license, codes=codes, token=token
+        )
+
     def to(self, device: str | torch.device) -> "Run":
         """Move the networks and balances to a device, and return this run."""
         for stage in filter(None, (self.first, self.second)):
@@ -231,6 +281,11 @@ class Run:
             RunError: stage 1 is not finished, or the folder is damaged.
         """
         folder = self.folder / "codes"
+        if not folder.exists() and self.finished:
+            raise RunError(
+                f"{self.folder} has no codes: it was shared without those of its training images, "
+                "which renormalisation, the variance law and `poise explore` need"
+            )
         if not folder.exists():
             raise RunError(
                 f"{self.folder} has no codes yet: stage 1 is not finished; "
@@ -460,7 +515,7 @@ class Run:
             return None
         try:
             saved = read_folder(folder)
-            if saved.meta.get("codes") != self._hash_of_codes():
+            if self._has_codes and saved.meta.get("codes") != self._hash_of_codes():
                 return None
             return MixturePrior.restored(saved.tensors, self.recipe.network.latent_dim)
         except (InputError, RunError) as error:
@@ -816,20 +871,24 @@ class Run:
 
 
 def load(folder: str | Path, *, device: str = "auto", vae: VAE | None = None) -> Run:
-    """Return the run in a folder.
+    """Return the run in a folder, in evaluation mode.
 
     The folder is enough to load it, except for a network of your own.
 
     Args:
-        folder: the folder that `poise train --out` or `poise.train(out=...)` wrote.
+        folder: the folder that `poise train --out` or `poise.train(out=...)` wrote, or
+            "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION" for a run that `push_to_hub` shared.
         device: "auto", "cpu", "cuda", ...
         vae: the same modules as in `poise.train(vae=...)`. Their weights are overwritten.
 
     Raises:
-        InputError: the folder is not that of a run, or `vae` is missing or not wanted.
+        InputError: the folder is not that of a run, or `vae` is missing or not wanted. The Hub's
+            model card is damaged.
+        MissingInputError: there is no such folder, or it cannot be downloaded.
         RunError: every checkpoint is damaged, or there is none yet.
     """
-    folder = Path(folder)
+    shared = str(folder).startswith(sharing.HUB_PREFIX)
+    folder = sharing.fetched(str(folder)) if shared else Path(folder)
     config = read_config(folder)
     if (config["recipe"]["network"]["kind"] == "custom") != (vae is not None):
         needed = (

@@ -1,0 +1,194 @@
+"""What the page shows of a run: directions in latent space, pictures, codes, priors, networks."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.data import gather
+from poise.data.decoding import to_bytes, to_picture
+from poise.errors import InputError
+from poise.explore.graphs import Graph, graph_of
+from poise.latent import ACTIVE_VARIANCE, variance_law
+from poise.priors import FlowPrior, MixturePrior, NormalPrior, Prior, RenormalisedPrior
+from poise.runs.parts import Decoder, Encoder, Sampler, priors_of
+from poise.runs.run import Run
+from poise.shapes import Images, Latents
+from poise.support.seeds import drawn
+from poise.variants import PRIORS
+
+SLIDERS = 8
+LARGEST_TILE = 48  # pixels of a picture's side on the page
+LARGEST_PNG = 400_000  # bytes; larger sheets of pictures become JPEG
+JPEG_QUALITY = 88
+
+
+@dataclass
+class Scene:
+    """All values of a page.
+
+    Attributes:
+        values: plain values for JSON.
+        arrays: float32 arrays by name.
+        networks: graphs by name: "decoder", "encoder", and those of priors.
+        notes: what the page lacks, in sentences.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    networks: dict[str, Graph] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
+    """Return all values of the page of a run.
+
+    Args:
+        run: the run. Its codes are needed.
+        priors: names of the priors to sample from. None: all that the run has.
+        pictures: largest number of pictures.
+
+    Raises:
+        InputError: the decoder cannot run in a page, or the run lacks a given prior.
+        RunError: stage 1 is not finished.
+    """
+    codes, latents = run.codes, run.recipe.network.latent_dim
+    scene, shape = Scene(), run.data["shape"]
+    device = run.device
+    scene.networks["decoder"] = graph_of(
+        Decoder(run.first.vae), [torch.zeros(1, latents, device=device)], "the decoder"
+    )
+    try:
+        scene.networks["encoder"] = graph_of(
+            Encoder(run.first.vae), [torch.zeros(1, *shape, device=device)], "the encoder"
+        )
+    except InputError as error:
+        scene.notes.append(f"Images of your own cannot be encoded: {error}.")
+    scene.values = {
+        "shape": shape,
+        "latents": latents,
+        "straight": run.deterministic,
+        "directions": _directions(scene, codes.mean, variance_law(codes.mean, codes.logvar)),
+        "pictures": _pictures(scene, run, pictures),
+        "priors": [
+            _prior(scene, name, prior, default=name == run.default_prior)
+            for name, prior in priors_of(run, priors, scene.notes)
+        ],
+    }
+    if run.recipe.generation.adjust_variance:
+        scene.notes.append("Samples are shown without the adjustment of their variance.")
+    return scene
+
+
+def _directions(scene: Scene, means: Latents, total: Tensor) -> dict[str, list[str]]:
+    """Set the centre of the codes and the directions of the sliders, and return their names.
+
+    A step of 1 along a direction is one standard deviation of the codes.
+    """
+    means = means.double()
+    variances = means.var(0, correction=0)
+    active = variances.argsort(descending=True)[:SLIDERS]
+    eigenvalues, vectors = torch.linalg.eigh(
+        torch.cov(means.T, correction=0).reshape(len(variances), len(variances))
+    )
+    eigenvalues, vectors = eigenvalues.flip(0)[:SLIDERS].clamp_min(0), vectors.flip(1)[:, :SLIDERS]
+    scene.arrays["centre"] = means.mean(0)
+    scene.arrays["active"] = torch.diag(total.sqrt())[active]
+    scene.arrays["principal"] = (vectors * eigenvalues.sqrt()).T
+    scene.arrays["plane"] = vectors[:, :2].T
+    share = eigenvalues / variances.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return {
+        "active": [
+            f"Latent {k + 1}, Var(μ) {v:.2f}{'' if v > ACTIVE_VARIANCE else ', inactive'}"
+            for k, v in zip(active.tolist(), variances[active].tolist(), strict=True)
+        ],
+        "principal": [
+            f"Direction {k}, {part:.0%} of the variance" for k, part in enumerate(share.tolist(), 1)
+        ],
+    }
+
+
+def _pictures(scene: Scene, run: Run, most: int) -> dict[str, Any]:
+    """Set the codes of some test images, and return a sheet of the images.
+
+    If the data cannot be read again, the pictures are decoded codes of training images.
+    """
+    try:
+        images = run.test_images()
+        if not len(images):
+            raise InputError("the data have no test images")
+        shown = gather(images, drawn(len(images), most))
+        codes, kind = run.encode(shown).mean, "test images"
+    except InputError as error:
+        scene.notes.append(f"The pictures are reconstructions of training images, since {error}.")
+        codes, kind = run.codes.mean[drawn(len(run.codes), most)], "training images, reconstructed"
+        with torch.no_grad():
+            parts = [Decoder(run.first.vae)(part.to(run.device)).cpu() for part in codes.split(100)]
+        shown = torch.cat(parts)
+    scene.arrays["codes"] = codes
+    sheet, columns, tile = _sheet(shown)
+    return {"count": len(shown), "columns": columns, "tile": tile, "sheet": sheet, "kind": kind}
+
+
+def _sheet(images: Images) -> tuple[str, int, int]:
+    """Return one picture of all images as a data URI, its columns, and the side of a tile."""
+    side = min(images.shape[-1], LARGEST_TILE)
+    if side < images.shape[-1]:
+        images = torch.nn.functional.interpolate(images, (side, side), mode="area")
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    tiles = images.new_zeros(rows * columns, *images.shape[1:])
+    tiles[: len(images)] = images
+    placed = to_bytes(tiles).unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    pixels = np.ascontiguousarray(placed.flatten(0, 1).flatten(1, 2))
+    picture, file = to_picture(pixels), io.BytesIO()
+    kind = "png" if pixels.nbytes < LARGEST_PNG else "jpeg"
+    picture.save(file, kind, **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", columns, side
+
+
+def _prior(scene: Scene, name: str, prior: Prior, *, default: bool) -> dict[str, Any]:
+    """Return the values of a prior, and set its arrays and its network."""
+    factor = 1.0
+    if isinstance(prior, RenormalisedPrior):
+        prior, factor = prior.prior, prior.factor
+    return _sampler(scene, prior, name) | {
+        "name": name,
+        "words": PRIORS[name].words,
+        "noise": prior.noise_dims,
+        "factor": factor,
+        "default": default,
+    }
+
+
+def _sampler(scene: Scene, prior: Prior, name: str) -> dict[str, Any]:
+    match prior:
+        case NormalPrior():
+            return {"kind": "normal"}
+        case MixturePrior():
+            scene.arrays |= {
+                "bounds": prior.weights.cumsum(0)[:-1],
+                "means": prior.means,
+                "factors": prior.factors,
+            }
+            return {"kind": "mixture"}
+        case FlowPrior():
+            flow = prior.flow
+            device = flow.mean.device
+            inputs = [
+                torch.zeros(1, prior.noise_dims, device=device),
+                torch.zeros(1, device=device),
+            ]
+            scene.networks[name] = graph_of(flow, inputs, "the flow")
+            scene.arrays |= {"flow mean": flow.mean, "flow std": flow.std}
+            return {"kind": "flow", "steps": prior.steps, "solver": prior.solver}
+    device = next((p.device for p in prior.parameters()), torch.device("cpu"))
+    noise = torch.zeros(1, prior.noise_dims, device=device)
+    scene.networks[name] = graph_of(Sampler(prior), [noise], f"the prior {name}")
+    return {"kind": "traced"}

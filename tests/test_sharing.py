@@ -1,0 +1,149 @@
+"""Test sharing: a folder that loads as the run it is of, a model card, and the Hub as a folder."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import poise
+from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
+from poise.runs import sharing
+from poise.variants import available_priors
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace the Hub by a folder, and return it."""
+    root = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            self.token = token
+
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
+            (root / name).mkdir(parents=True, exist_ok=exist_ok)
+            (root / "private").write_text(str(private))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        if not (root / name).is_dir() or revision not in (None, "main"):
+            raise OSError(f"404: no\n{name}")
+        return str(root / name)
+
+    monkeypatch.setattr(
+        sharing, "_library", lambda: SimpleNamespace(HfApi=Api, snapshot_download=download)
+    )
+    return root
+
+
+def test_a_run_that_was_pushed_loads_as_the_same_run(small_run, hub):
+    assert small_run.push_to_hub("owner/tiny", license="mit", token="t") == "https://hub/owner/tiny"
+    assert (hub / "private").read_text() == "True"
+    loaded = poise.load("hf:owner/tiny", device="cpu")
+    assert not any(module.training for module in loaded.first.vae.modules())
+    for prior in available_priors("vae"):
+        assert torch.equal(loaded.sample(3, prior=prior), small_run.sample(3, prior=prior))
+    assert torch.equal(loaded.codes.mean, small_run.codes.mean)
+    assert (loaded.folder / "metrics.jsonl").exists()
+    card = (hub / "owner" / "tiny" / "README.md").read_text()
+    assert "license: mit\n" in card and 'poise.load("hf:owner/tiny")' in card
+
+
+def test_a_shared_folder_holds_weights_and_no_optimizer(small_run, tmp_path):
+    folder = small_run.save_pretrained(tmp_path / "shared")
+    (tensors,) = (folder / "checkpoints").rglob("*.safetensors")
+    with safe_open(tensors, "pt") as file:
+        assert {name.split(".")[1] for name in file.keys()} == {"vae", "balance"}  # noqa: SIM118
+    endings = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert endings == {".json", ".jsonl", ".safetensors", ".png", ".md"}
+
+
+def test_the_model_card_has_the_data_the_numbers_and_a_place_for_the_licence(small_run, tmp_path):
+    card = (small_run.save_pretrained(tmp_path / "shared") / "README.md").read_text()
+    evaluation = json.loads((small_run.folder / "evaluation.json").read_text())
+    for m in evaluation["measurements"]:
+        assert f"| {m['metric']} | {m['of']} | {m['value']:.5g}" in card
+        assert m["protocol"] in card and (m["spread"] is None or f"± {m['spread']:.2g}" in card)
+    assert small_run.data["checksum"] in card and "![" in card and "license:" not in card
+    assert "To be filled in" in card and card.startswith("---\nlibrary_name: poise\n")
+
+
+def test_a_run_without_codes_samples_but_is_not_renormalised(small_run, tmp_path):
+    small_run.save_pretrained(tmp_path / "shared", codes=False)
+    loaded = poise.load(tmp_path / "shared", device="cpu")
+    for prior in available_priors("vae"):
+        assert torch.equal(loaded.sample(3, prior=prior), small_run.sample(3, prior=prior))
+    with pytest.raises(RunError, match="shared without"):
+        _ = loaded.codes
+
+
+def test_a_network_of_your_own_is_given_to_load(tmp_path):
+    def own() -> poise.VAE:
+        return poise.VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(5,)))
+
+    options = poise.Options(device="cpu", quiet=True, threads=1)
+    settings = {"epochs": 1, "stages": 1, "batch_size": 20, "latent_dim": 3}
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    run = poise.train(images, out=tmp_path / "run", vae=own(), options=options, **settings)
+    folder = run.save_pretrained(tmp_path / "shared")
+    assert "vae=vae" in (folder / "README.md").read_text()
+    with pytest.raises(InputError, match=r"a network of your own: .*poise.load\(..., vae=...\)"):
+        poise.load(f"hf:{folder}")
+    loaded = poise.load(f"hf:{folder}", vae=own(), device="cpu")
+    assert torch.equal(loaded.sample(2), run.sample(2))
+
+
+def damaged(text: bytes):
+    def damage(run: poise.Run, folder: Path) -> None:
+        run.save_pretrained(folder)
+        (folder / "README.md").write_bytes(text)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run, folder: folder.mkdir(), "is not a run's folder: it has no config.json"),
+        (damaged(b"\xff\xfe"), "README.md is damaged .*download it again"),
+        (damaged(b"# no values"), "README.md is damaged: it names no library_name"),
+        (damaged(b"---\nlibrary_name: diffusers\n---\n"), "README.md is of a model of diffusers"),
+    ],
+    ids=["no run", "bytes", "no values", "another library"],
+)
+def test_what_is_no_shared_run_is_one_line(damage, message, small_run, tmp_path):
+    damage(small_run, tmp_path / "shared")
+    with pytest.raises(InputError, match=message) as raised:
+        poise.load(f"hf:{tmp_path / 'shared'}")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_what_the_hub_refuses_is_one_line(small_run, hub, monkeypatch, tmp_path):
+    with pytest.raises(MissingInputError, match=r"cannot be downloaded \(404: no owner/gone\)"):
+        poise.load("hf:owner/gone")
+    with pytest.raises(MissingInputError, match="cannot be downloaded"):
+        poise.load("hf:owner/gone@branch")
+    with pytest.raises(InputError, match="neither hf:OWNER/NAME nor"):
+        poise.load("hf:nonsense here")
+    with pytest.raises(InputError, match="must be OWNER/NAME, not 'tiny'"):
+        small_run.push_to_hub("tiny")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="not an empty folder"):
+        small_run.save_pretrained(tmp_path / "full")
+    hub.mkdir()
+    (hub / "owner").touch()  # creating the repository fails
+    with pytest.raises(RunError, match="owner/tiny cannot be uploaded"):
+        small_run.push_to_hub("owner/tiny")
+    monkeypatch.undo()
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"poise\[hub\]"):
+        poise.load("hf:owner/tiny")
