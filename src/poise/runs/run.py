@@ -515,7 +515,7 @@ class Run:
             return None
         try:
             saved = read_folder(folder)
-            if self._has_codes and saved.meta.get("codes") != self._hash_of_codes():
+            if self.has_codes and saved.meta.get("codes") != self._hash_of_codes():
                 return None
             return MixturePrior.restored(saved.tensors, self.recipe.network.latent_dim)
         except (InputError, RunError) as error:
