@@ -2,15 +2,19 @@
 
     python benchmarks/flow_steps.py RUN OUT.json [--images 1000] [--extractor auto]
         [--steps 3 5 7] [--solvers heun euler]
+    python benchmarks/flow_steps.py --table results/bench-flow-faces-*.json
 
 RUN is a finished run whose second stage is a flow (`poise train DATA --recipe maps`). For each
 number of steps, samples are compared with the first test images, by Heun's method (2n - 1
 evaluations for n steps) and by Euler's method with as many evaluations. The other sets of the same
 protocol (REC, GEN-1, GEN-mixture) stand beside them. `floor` compares as many training images, so
 no model is expected below it. The rates are of one process, so run this on a quiet machine.
+`--table` prints the means and standard deviations of several seeds.
 """
 
 import argparse
+import json
+import statistics
 import time
 from dataclasses import asdict, replace
 from itertools import product
@@ -26,6 +30,7 @@ from poise.protocols import find_protocol, with_count
 from poise.recipes import Generation
 from poise.recipes.settings import Solver
 from poise.runs.run import Run, load
+from poise.studies.comparison.tables import markdown
 from poise.studies.results import provenance
 
 SHOWN = ("FID", "KID", "FD-light", "KID-light", "FD-pixels", "KID-pixels")
@@ -72,16 +77,42 @@ def measured(
     return {"protocol": asdict(protocol), "sets": found}
 
 
+def tables(reports: list[dict[str, Any]]) -> str:
+    """Return a table with a row for each set of images, over seeds."""
+    rows = [["images", "seeds", "FID", "KID", "samples/s"]]
+    for name in reports[0]["sets"]:
+        found = [report["sets"][name] for report in reports if name in report["sets"]]
+        cells = [
+            spread([figures[figure] for figures in found if figure in figures], digits)
+            for figure, digits in (("FID", 1), ("KID", 4), ("images_per_second", 0))
+        ]
+        rows.append([name, str(len(found)), *cells])
+    return markdown(rows)
+
+
+def spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("run", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--extractor", default="auto")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 7, 13, 25])
     parser.add_argument("--solvers", nargs="+", default=get_args(Solver), choices=get_args(Solver))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.table:
+        print(tables([json.loads(path.read_text()) for path in options.table]))
+        return
+    if options.run is None or options.out is None:
+        parser.error("give RUN and OUT.json, or --table")
     run = load(options.run, device=options.device)
     second = run.recipe.second
     if run.flow is None or second is None:

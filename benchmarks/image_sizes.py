@@ -4,7 +4,8 @@
         [--images 200] [--rounds 3] [--json results/bench-image-sizes.json]
 
 Each measurement is a process of its own, which trains both stages on gradients of two colours with
-`poise.train` and then draws `--images` samples from the flow. The rates of training are medians of
+`poise.train` and then draws `--images` samples from the flow. A second run with `second="vae"`
+draws them from a second VAE. The rates of training are medians of
 the run's log without its first entries, so that they include reading, checking and logging. Memory is
 the peak of the whole process in MiB, of which the interpreter and PyTorch take about 250. Times
 are seconds on a clock, so run this on a quiet machine.
@@ -27,6 +28,7 @@ from measuring import machine, show, summary, write_report
 
 import poise
 from poise.runs.options import Options
+from poise.runs.run import Run
 from poise.studies.results import provenance
 
 TRAINING_IMAGES = 160
@@ -43,11 +45,12 @@ def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any
         )  # fmt: skip
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line) for line in lines]
-        next(iter(run.sample_chunks(1)))
-        began = time.monotonic()
-        for _ in run.sample_chunks(images):
-            pass
-        sampled = images / (time.monotonic() - began)
+        flow_samples = sampled(run, images)
+        with_vae = poise.train(
+            data, recipe="maps", second="vae", out=Path(folder, "vae"), epochs=1, second_epochs=1,
+            options=options,
+        )  # fmt: skip
+        vae_samples = sampled(with_vae, images)
     rates = {
         f"stage_{stage}": statistics.median(
             [entry["images_per_second"] for entry in logged if entry["stage"] == stage][1:]
@@ -58,12 +61,22 @@ def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any
     assert run.flow is not None and second is not None
     return {
         **rates,
-        "samples": sampled,
+        "samples": flow_samples,
+        "samples_of_vae": vae_samples,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "latent_shape": list(run.flow.latent_shape),
         "parameters": [count(run.first.vae), count(run.flow)],
         "batch_sizes": [run.recipe.first.batch_size, second.batch_size],
     }
+
+
+def sampled(run: Run, images: int) -> float:
+    """Return samples per second from the second stage."""
+    next(iter(run.sample_chunks(1)))
+    began = time.monotonic()
+    for _ in run.sample_chunks(images):
+        pass
+    return images / (time.monotonic() - began)
 
 
 def count(network: torch.nn.Module) -> int:
@@ -92,14 +105,14 @@ def main() -> None:
         for side, found in runs.items():
             output = subprocess.check_output([*map(str, command), str(side)], text=True)
             found.append(json.loads(output.splitlines()[-1]))
-    figures = ("stage_1", "stage_2", "samples", "peak_mib")
+    figures = ("stage_1", "stage_2", "samples", "samples_of_vae", "peak_mib")
     sides = {
         str(side): {name: summary([run[name] for run in found], 1) for name in figures}
         | {name: value for name, value in found[0].items() if name not in figures}
         for side, found in runs.items()
     }
     heads = ["side", "latents", "parameters", "stage 1, images/s", "stage 2, codes/s"]
-    rows: list[list[Any]] = [[*heads, "samples/s", "peak MiB"]]
+    rows: list[list[Any]] = [[*heads, "samples/s", "second VAE, samples/s", "peak MiB"]]
     for side, row in sides.items():
         rows.append([side, row["latent_shape"], row["parameters"], *(row[f] for f in figures)])
     show(rows)
