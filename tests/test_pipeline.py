@@ -684,6 +684,9 @@ def test_evaluation_covers_both_stages(finished):
     assert evaluation.value("MSE", "REC") == pages["reconstruction"]["mse"]
     assert evaluation.value("NLL (30 samples)", "model") < -evaluation.value("ELBO", "model")
     assert all(m.protocol.real == 20 for m in evaluation.measurements)
+    assert any("standard error above 0.05 nats" in note for note in evaluation.notes)
+    enough = run.evaluate(IMAGES[:20, None], extractor="none", nll_samples=1000)
+    assert not any("standard error" in note for note in enough.notes)
     with pytest.raises(InputError, match="pass the images"):
         run.evaluate()
 

@@ -54,6 +54,7 @@ from poise.metrics import (
     latent_statistics,
     reconstruction,
 )
+from poise.metrics.likelihood import CERTAIN_NATS
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
@@ -120,6 +121,7 @@ NO_POSTERIOR = (
     "and it has no KL, ELBO, likelihood or variance law"
 )
 
+ENOUGH_CERTAIN = 0.9  # share of the images; below it a note says that the likelihood is uncertain
 NO_LIKELIHOOD = (
     "the error of features is no likelihood of the images, so there is no ELBO and no NLL"
 )
@@ -663,6 +665,12 @@ class Run:
             notes += left_out
         notes += (NO_POSTERIOR,) if self.deterministic else ()
         notes += () if self.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
+        certain = pages["likelihood"]["certain_share"] if nll_samples else 1.0
+        if certain < ENOUGH_CERTAIN:
+            notes += (
+                f"the log likelihood of {1 - certain:.0%} of the images has a standard error above "
+                f"{CERTAIN_NATS} nats: use more nll_samples than {nll_samples}",
+            )
         return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
 
     def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
