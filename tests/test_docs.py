@@ -81,6 +81,13 @@ def test_the_tables_of_weights_tuned_by_hand_are_those_of_the_results():
     )
 
 
+def test_the_table_of_flows_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    paths = sorted((ROOT / "results").glob("bench-flow-faces-*.json"))
+    table = script("flow_steps").tables([json.loads(path.read_text()) for path in paths])
+    assert rows(table) == rows(section("docs/training.md", "### How many steps"))
+
+
 def test_the_code_of_the_page_on_your_own_loop_runs():
     lines, inside = [], False
     for line in (ROOT / "docs" / "your-loop.md").read_text().splitlines():
