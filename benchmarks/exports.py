@@ -2,7 +2,8 @@
 
     python benchmarks/exports.py [--only resnet-32 ...] [--json results/bench-exports.json]
 
-Needs the extra `export`, and node for the kernels. Weights are random, and no layer is zero.
+Needs the extra `export`, and node for the kernels. Weights are random, such that outputs depend on
+inputs. "Spread" is the standard deviation over inputs of the outputs, mean over outputs.
 Differences are the largest over five inputs (onnxruntime) or one (a page), absolute up to values of
 1, relative above. A time is the fastest of ten runs for one input, in one thread.
 """
@@ -67,12 +68,19 @@ PRIORS: dict[str, Callable[[], tuple[Prior, int]]] = {
 
 
 def lively(module: nn.Module) -> nn.Module:
-    """Give a module random statistics and no zero weights, and return it in evaluation mode."""
+    """Give a module random weights that keep the size of its input, and no zero weights.
+
+    With PyTorch's initial weights, deep networks return almost the same for every input.
+    """
     for tensor in module.parameters():
-        if not tensor.any():
-            tensor.data.normal_(std=0.02)
+        if tensor.dim() > 1:
+            tensor.data.normal_(std=(2 / tensor[0].numel()) ** 0.5)
+        elif not tensor.any():
+            tensor.data.normal_(std=0.1)
     for name, tensor in module.named_buffers():
-        if "running" in name:
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        elif name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
     return module.eval()
 
@@ -94,6 +102,13 @@ def parts(only: list[str] | None) -> list[Part]:
                 Part(f"{name} decoder", Decoder(vae), codes, "latents", ("images",), {}),
             ]
     return made
+
+
+@torch.no_grad()
+def spread(part: Part) -> float:
+    outputs = part.module(part.example)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return round(min(output.std(0).mean().item() for output in outputs), 4)
 
 
 def in_onnx(part: Part) -> dict[str, float]:
@@ -152,13 +167,15 @@ def off(theirs: Tensor, ours: Tensor) -> float:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| network or prior | ONNX, MB | ONNX, difference | page, difference | page, ms |",
-        "|---|--:|--:|--:|--:|",
+        "| network or prior | spread | ONNX, MB | ONNX, difference | page, difference | page, ms |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         onnx, page = row["onnx"], row.get("page")
         kernels = f"{page['difference']:.1e} | {page['ms']:.1f}" if page else " | "
-        lines.append(f"| {name} | {onnx['mb']:.2f} | {onnx['difference']:.1e} | {kernels} |")
+        lines.append(
+            f"| {name} | {row['spread']:.2f} | {onnx['mb']:.2f} | {onnx['difference']:.1e} | {kernels} |"
+        )
     return "\n".join(lines)
 
 
@@ -171,7 +188,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
     for part in parts(options.only):
-        rows[part.name] = {"onnx": in_onnx(part)}
+        rows[part.name] = {"spread": spread(part), "onnx": in_onnx(part)}
         # A page draws from a mixture by a function of its own (templates/model.js).
         own = isinstance(part.module, Sampler) and isinstance(part.module.prior, MixturePrior)
         if shutil.which("node") and not own:

@@ -99,12 +99,19 @@ PAIRS: dict[str, Callable[[], networks.Pair]] = {
 
 
 def lively(module: nn.Module) -> nn.Module:
-    """Give a module random statistics and no zero weights, and return it in evaluation mode."""
+    """Give a module random weights that keep the size of its input, and no zero weights.
+
+    With PyTorch's initial weights, deep networks return almost the same for every input.
+    """
     for tensor in module.parameters():
-        if not tensor.any():
-            tensor.data.normal_(std=0.05)
+        if tensor.dim() > 1:
+            tensor.data.normal_(std=(2 / tensor[0].numel()) ** 0.5)
+        elif not tensor.any():
+            tensor.data.normal_(std=0.1)
     for name, tensor in module.named_buffers():
-        if "running" in name:
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        elif name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
     return module.eval()
 
@@ -136,6 +143,7 @@ def test_kernels_agree_with_pytorch_for_every_network(unchecked):
         assert len(graph.outputs) == len(expected)
         for outputs in found:
             for theirs, ours in zip(outputs, expected, strict=True):
+                assert ours.std() > 1e-3, name
                 torch.testing.assert_close(
                     torch.tensor(theirs), ours.flatten(), atol=1e-5, rtol=1e-4, msg=name
                 )
