@@ -60,11 +60,11 @@ def stored(path: Path, side: int) -> np.ndarray:
     return sized.round().clamp(0, 255).byte().numpy()
 
 
-def gradients(side: int) -> np.ndarray:
+def gradients(side: int, number: int = NUMBER) -> np.ndarray:
     random = np.random.default_rng(0)
     angle, colours = (
-        random.uniform(0, 2 * np.pi, NUMBER),
-        random.integers(0, 256, (NUMBER, 2, 3, 1, 1)),
+        random.uniform(0, 2 * np.pi, number),
+        random.integers(0, 256, (number, 2, 3, 1, 1)),
     )
     rows, columns = np.mgrid[:side, :side] / (side - 1) - 0.5
     along = np.cos(angle)[:, None, None] * rows + np.sin(angle)[:, None, None] * columns

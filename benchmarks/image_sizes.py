@@ -24,19 +24,21 @@ from typing import Any
 
 import torch
 from first_steps import gradients
-from measuring import machine, show, summary, write_report
+from measuring import machine, summary, write_report
 
 import poise
 from poise.runs.options import Options
 from poise.runs.run import Run
+from poise.studies.comparison.tables import markdown
 from poise.studies.results import provenance
 
 TRAINING_IMAGES = 160
+FIGURES = ("stage_1", "stage_2", "samples", "samples_of_vae", "peak_mib")
 
 
 def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any]:
     """Return the rates and the peak memory of one run in this process."""
-    data = gradients(side)[:TRAINING_IMAGES].transpose(0, 2, 3, 1)
+    data = gradients(side, TRAINING_IMAGES).transpose(0, 2, 3, 1)
     options = Options(device="cpu", threads=threads, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         run = poise.train(
@@ -83,6 +85,16 @@ def count(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def tables(report: dict[str, Any]) -> str:
+    heads = ["side", "latent map", "stage 1, images/s", "stage 2, codes/s", "flow, samples/s"]
+    rows = [[*heads, "second VAE, samples/s", "peak MiB"]]
+    for side, row in report["sides"].items():
+        values = (row[figure]["median"] for figure in FIGURES)
+        cells = (f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values)
+        rows.append([side, "x".join(map(str, row["latent_shape"])), *cells])
+    return markdown(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sides", nargs="+", type=int, default=[32, 64, 128, 256])
@@ -105,20 +117,16 @@ def main() -> None:
         for side, found in runs.items():
             output = subprocess.check_output([*map(str, command), str(side)], text=True)
             found.append(json.loads(output.splitlines()[-1]))
-    figures = ("stage_1", "stage_2", "samples", "samples_of_vae", "peak_mib")
     sides = {
-        str(side): {name: summary([run[name] for run in found], 1) for name in figures}
-        | {name: value for name, value in found[0].items() if name not in figures}
+        str(side): {name: summary([run[name] for run in found], 1) for name in FIGURES}
+        | {name: value for name, value in found[0].items() if name not in FIGURES}
         for side, found in runs.items()
     }
-    heads = ["side", "latents", "parameters", "stage 1, images/s", "stage 2, codes/s"]
-    rows: list[list[Any]] = [[*heads, "samples/s", "second VAE, samples/s", "peak MiB"]]
-    for side, row in sides.items():
-        rows.append([side, row["latent_shape"], row["parameters"], *(row[f] for f in figures)])
-    show(rows)
     report = machine(torch.device("cpu")) | {"provenance": provenance(torch.device("cpu"))}
     settings = {"threads": options.threads, "epochs": options.epochs, "rounds": options.rounds}
-    write_report(options.json, report | settings | {"sides": sides})
+    report |= settings | {"sides": sides}
+    print(tables(report))
+    write_report(options.json, report)
 
 
 if __name__ == "__main__":
