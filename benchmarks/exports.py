@@ -77,11 +77,17 @@ def lively(module: nn.Module) -> nn.Module:
             tensor.data.normal_(std=(2 / tensor[0].numel()) ** 0.5)
         elif not tensor.any():
             tensor.data.normal_(std=0.1)
-    for name, tensor in module.named_buffers():
-        if name.endswith("running_mean"):
-            tensor.normal_(std=0.1)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+@torch.no_grad()
+def settled(module: nn.Module, inputs: Tensor) -> nn.Module:
+    """Set the averages of BatchNorm to those of a batch, and return the module for evaluation."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over batches
+    module.train()(inputs)
     return module.eval()
 
 
@@ -95,7 +101,9 @@ def parts(only: list[str] | None) -> list[Part]:
             )
     for name, (pair, shape, latents) in PAIRS.items():
         if only is None or name in only:
-            vae = VAE(*map(lively, pair()))
+            encoder, decoder = map(lively, pair())
+            settled(encoder, torch.rand(50, *shape))
+            vae = VAE(encoder, settled(decoder, torch.randn(50, latents)))
             images, codes = torch.rand(3, *shape), torch.randn(3, latents)
             made += [
                 Part(f"{name} encoder", Encoder(vae), images, "images", MEAN_AND_LOGVAR, {}),
