@@ -77,6 +77,11 @@ def lively(module: nn.Module) -> nn.Module:
             tensor.data.normal_(std=(2 / tensor[0].numel()) ** 0.5)
         elif not tensor.any():
             tensor.data.normal_(std=0.1)
+    for name, tensor in module.named_buffers():
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
     return module.eval()
 
 
@@ -181,9 +186,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         onnx, page = row["onnx"], row.get("page")
         kernels = f"{page['difference']:.1e} | {page['ms']:.1f}" if page else " | "
-        lines.append(
-            f"| {name} | {row['spread']:.2f} | {onnx['mb']:.2f} | {onnx['difference']:.1e} | {kernels} |"
-        )
+        cells = (name, f"{row['spread']:.2f}", f"{onnx['mb']:.2f}", f"{onnx['difference']:.1e}")
+        lines.append(f"| {' | '.join(cells)} | {kernels} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from poise.explore.scene import scene_of
 from poise.networks.layers import SameConv2d, SameConvTranspose2d
 from poise.runs.parts import Decoder, Encoder
 from poise.support.seeds import drawn, noise_per_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # they are not in src
+from exports import lively
 
 NODE = shutil.which("node")
 TEMPLATES = Path(graphs.__file__).parent / "templates"
@@ -96,24 +100,6 @@ PAIRS: dict[str, Callable[[], networks.Pair]] = {
     "mlp": lambda: networks.mlp((1, 5, 5), 3, hidden=(7,)),
     "conv": lambda: networks.conv(12, 3, 4, width=8),
 }
-
-
-def lively(module: nn.Module) -> nn.Module:
-    """Give a module random weights that keep the size of its input, and no zero weights.
-
-    With PyTorch's initial weights, deep networks return almost the same for every input.
-    """
-    for tensor in module.parameters():
-        if tensor.dim() > 1:
-            tensor.data.normal_(std=(2 / tensor[0].numel()) ** 0.5)
-        elif not tensor.any():
-            tensor.data.normal_(std=0.1)
-    for name, tensor in module.named_buffers():
-        if name.endswith("running_mean"):
-            tensor.normal_(std=0.1)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-    return module.eval()
 
 
 @needs_node
