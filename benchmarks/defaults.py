@@ -9,8 +9,8 @@ FOLDER holds cifar10.npz and celeba64.npz. A unit is SET-CANDIDATE-MINUTES-SEED,
 faces-flow-10-0; shell patterns such as 'faces-*-10-?' name several, and floor-SET compares training
 images with test images. `train` must be the only work on the machine. `measure` needs no quiet
 machine: it compares reconstructions and samples of each prior with the first test images (5,000 of
-CIFAR-10, 1,000 faces at 64 pixels), writes results/defaults-UNIT.json and, beside the run, a grid of
-samples. Finished parts are not repeated. `table` prints the means over seeds.
+CIFAR-10, 1,000 faces at 64 pixels), writes results/defaults-UNIT.json and, beside the run, a grid
+of samples. Finished parts are not repeated. `table` prints the means over seeds.
 """
 
 import argparse
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import show, write_report
+from measuring import write_report
 
 import poise
+from poise.data import load
 from poise.runs.options import Options
-from poise.studies.comparison.statistics import figures, spread
-from poise.studies.results import Result, provenance, read_results, result_of, write_result
+from poise.studies.comparison.tables import markdown, table
+from poise.studies.results import provenance, read_results, result_of, write_result
 from poise.variants import PriorName
 
 EXPERIMENT = "defaults"
@@ -97,30 +98,20 @@ def measure(unit: str, runs: Path, results: Path) -> None:
 def measure_floor(folder: Path, unit: str, path: Path) -> None:
     """Compare training images with test images: no model is expected below that."""
     file, side, number = SETS[unit.removeprefix("floor-")]
-    data = poise.data.load(str(folder / file), size=side)
+    data = load(str(folder / file), size=side)
     found = poise.evaluate(data.test[:number], data.train[:number])
-    report = {"provenance": provenance(torch.device("cpu")), "data": data.describe()}
+    report = {"provenance": provenance(torch.device("cpu")), "data": data.checksum}
     write_report(path, report | {"evaluation": found.to_json()})
 
 
 def tabulate(results: Path) -> None:
-    """Print a row for each set, candidate and budget: mean and spread over seeds."""
-    groups: dict[str, list[Result]] = {}
-    for result in read_results([results]):
-        if result.experiment == EXPERIMENT:
-            groups.setdefault(result.label, []).append(result)
-    for label, found in sorted(groups.items()):
-        values = [figures(result, ()) for result in found]
-        names = sorted(set().union(*values))
-        rows: list[list[Any]] = [[label, f"{len(found)} seeds"]]
-        for figure in names:
-            known = [row[figure] for row in values if figure in row]
-            rows.append([figure, spread(known)])
-        show(rows)
-    for path in sorted(results.glob("defaults-floor-*.json")):
+    """Print the mean and spread over seeds of each set, candidate and budget, and the floors."""
+    found = [result for result in read_results([results]) if result.experiment == EXPERIMENT]
+    print(markdown(table(found)))
+    for path in sorted(results.glob(f"{EXPERIMENT}-floor-*.json")):
         evaluation = json.loads(path.read_text())["evaluation"]
-        rows = [[m["metric"], m["value"]] for m in evaluation["measurements"]]
-        show([[path.stem, ""], *rows])
+        rows = [[m["metric"], f"{m['value']:.4g}"] for m in evaluation["measurements"]]
+        print(f"\n{markdown([[path.stem, ''], *rows])}")
 
 
 def main() -> None:
