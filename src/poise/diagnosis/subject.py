@@ -156,7 +156,7 @@ class Case:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All modules of model and loss, to be set to evaluation mode."""
+        """Return all modules of model and loss, to be set to evaluation mode."""
         parts = parts_of(self.model) or ()
         found = [module for part in (self.model, *parts, self.loss) for module in modules_of(part)]
         return found if self.balance is None else [*found, self.balance]

@@ -31,7 +31,7 @@ JPEG_QUALITY = 88
 
 @dataclass
 class Scene:
-    """All values of a page.
+    """Hold everything that a page shows or computes with.
 
     Attributes:
         values: plain values for JSON.
