@@ -5,10 +5,10 @@
 
 Each measurement is a process of its own, which trains both stages on gradients of two colours with
 `poise.train` and then draws `--images` samples from the flow. A second run with `second="vae"`
-draws them from a second VAE. The rates of training are medians of
-the run's log without its first entries, so that they include reading, checking and logging. Memory is
-the peak of the whole process in MiB, of which the interpreter and PyTorch take about 250. Times
-are seconds on a clock, so run this on a quiet machine.
+draws them from a second VAE. The rates of training are medians of the run's log without its first
+entry, so that they include reading, checking and logging. Memory is the peak of the whole process
+in MiB, of which the interpreter and PyTorch take about 250. Times are seconds on a clock, so run
+this on a quiet machine.
 """
 
 import argparse
