@@ -57,6 +57,7 @@ from poise.metrics.encoding import encoded
 from poise.metrics.likelihood import (
     ADAPTATION_SAMPLES,
     CERTAIN_NATS,
+    ENOUGH_CERTAIN,
     LogPrior,
     NLLPerImage,
     Proposal,
@@ -483,7 +484,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         scores = self.score_details(X)
         uncertain = int((~scores.certain).sum())
-        if self.score_proposal == "refined" and uncertain > 0.1 * len(scores.certain):
+        if self.score_proposal == "refined" and scores.certain.mean() < ENOUGH_CERTAIN:
             text = (
                 f"the density of {uncertain} of {len(scores.certain)} rows has a standard error "
                 f"above {CERTAIN_NATS} nats: use more importance_samples than "

@@ -70,6 +70,7 @@ ENOUGH = 0.6  # effective share that needs no adaptation
 FEWEST_TO_TELL = 50  # with fewer samples, proposals are adapted whatever the effective share
 SHARES = (0.75, 0.2, 0.05)  # weights of eq. 2
 CERTAIN_NATS = 0.05  # largest standard error of a value that counts as certain
+ENOUGH_CERTAIN = 0.9  # share of certain values; below it users are warned
 
 
 @dataclass(frozen=True)

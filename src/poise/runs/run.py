@@ -54,7 +54,7 @@ from poise.metrics import (
     latent_statistics,
     reconstruction,
 )
-from poise.metrics.likelihood import CERTAIN_NATS
+from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
@@ -121,7 +121,6 @@ NO_POSTERIOR = (
     "and it has no KL, ELBO, likelihood or variance law"
 )
 
-ENOUGH_CERTAIN = 0.9  # share of the images; below it a note says that the likelihood is uncertain
 NO_LIKELIHOOD = (
     "the error of features is no likelihood of the images, so there is no ELBO and no NLL"
 )
