@@ -90,6 +90,12 @@ def test_the_tables_of_flows_are_those_of_the_results(monkeypatch):
     assert script("image_sizes").tables(by_size) in page
 
 
+def test_the_table_of_exports_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "results" / "bench-exports.json").read_text())
+    assert script("exports").table(report["rows"]) in (ROOT / "docs" / "share.md").read_text()
+
+
 def test_the_code_of_the_page_on_your_own_loop_runs():
     lines, inside = [], False
     for line in (ROOT / "docs" / "your-loop.md").read_text().splitlines():
