@@ -7,10 +7,12 @@
 
 FOLDER holds cifar10.npz and celeba64.npz. A unit is SET-CANDIDATE-MINUTES-SEED, for example
 faces-flow-10-0; shell patterns such as 'faces-*-10-?' name several, and floor-SET compares training
-images with test images. `train` must be the only work on the machine. `measure` needs no quiet
-machine: it compares reconstructions and samples of each prior with the first test images (5,000 of
-CIFAR-10, 1,000 faces at 64 pixels), writes results/defaults-UNIT.json and, beside the run, a grid
-of samples. Finished parts are not repeated. `table` prints the means over seeds.
+images with test images. Times are those of two cores: with `--threads 1` a unit trains twice as
+long on one core, so that two units can run side by side, each pinned to a core of its own. `train`
+must be the only work on its cores. `measure` needs no quiet machine: it compares reconstructions
+and samples of each prior with the first test images (5,000 of CIFAR-10, 1,000 faces at 64 pixels),
+writes results/defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not
+repeated. `table` prints the means over seeds.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from poise.studies.results import provenance, read_results, result_of, write_res
 from poise.variants import PriorName
 
 EXPERIMENT = "defaults"
+CORES = 2  # of the machine whose minutes are compared
 SETS: dict[str, tuple[str, int, int]] = {  # file, side in pixels, number of compared images
     "cifar10": ("cifar10.npz", 32, 5_000),
     "faces": ("celeba64.npz", 64, 1_000),
@@ -81,8 +84,9 @@ def train(folder: Path, unit: str, runs: Path, threads: int) -> None:
     name, candidate, minutes, seed = parts(unit)
     file, side, _ = SETS[name]
     poise.train(
-        folder / file, recipe=candidate.recipe, out=runs / unit, size=side, minutes=minutes,
-        seed=seed, options=Options(device="cpu", threads=threads), **candidate.changes,
+        folder / file, recipe=candidate.recipe, out=runs / unit, size=side,
+        minutes=minutes * CORES / threads, seed=seed,
+        options=Options(device="cpu", threads=threads), **candidate.changes,
     )  # fmt: skip
 
 
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument("action", choices=("list", "train", "measure", "table"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("units", nargs="*")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=CORES)
     parser.add_argument("--runs", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
