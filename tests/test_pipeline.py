@@ -22,7 +22,7 @@ from poise import training
 from poise.data.decoding import grid, jpeg_round_trip, to_bytes
 from poise.errors import InputError, Interrupted, MissingInputError, RunError
 from poise.features import make_extractor
-from poise.latent import spherical_path
+from poise.latent import spherical_path, variance_law
 from poise.metrics import frechet_distance, structural_similarity
 from poise.priors import NormalPrior
 from poise.protocols import PROTOCOLS, Protocol
@@ -546,6 +546,36 @@ def test_averaged_weights_are_used_and_survive_a_kill(tmp_path, monkeypatch):
     name = "decoder.layers.0.weight"
     assert torch.equal(run.first.vae.state_dict()[name], whole[f"stage1.average.{name}"])
     assert not torch.equal(whole[f"stage1.average.{name}"], whole[f"stage1.vae.{name}"])
+
+
+@pytest.mark.parametrize("standardise", ["after", "during"])
+def test_standard_latents_change_no_reconstruction_and_survive_a_kill(
+    standardise, tmp_path, monkeypatch
+):
+    stage = replace(TINY.first, standardise=standardise, standardise_every=2, ema_decay=0.5)
+    run = tiny(tmp_path / "whole", first=stage)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 17)
+        tiny(tmp_path / "killed", first=stage)
+    tiny(tmp_path / "killed", first=stage)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    law = variance_law(run.codes.mean, run.codes.logvar)
+    torch.testing.assert_close(law, torch.ones_like(law), atol=1e-4, rtol=0)
+    loaded = load(tmp_path / "killed", device="cpu")
+    torch.testing.assert_close(loaded.encode(IMAGES[:5]).mean, run.encode(IMAGES[:5]).mean)
+    if standardise == "after":
+        plain = tiny(tmp_path / "plain", first=replace(stage, standardise="never"))
+        torch.testing.assert_close(
+            run.reconstruct(IMAGES[:5]), plain.reconstruct(IMAGES[:5]), atol=1e-5, rtol=0
+        )
+        assert run.codes.kl().mean() < plain.codes.kl().mean()
+
+
+def test_standard_latents_need_a_posterior(tmp_path):
+    stage = replace(TINY.first, standardise="after", objective="autoencoder")
+    with pytest.raises(InputError, match="standardise=after is for the objective vae"):
+        tiny(tmp_path / "run", first=stage)
 
 
 def test_the_average_of_weights_follows_its_formula():

@@ -47,6 +47,7 @@ VALUES: dict[str, Any] = {
     "error": "absolute",
     "objective": "rae-l2",
     "ema_decay": 0.9,
+    "standardise": "after",
     "precision": "ieee",
     "seed": 5,
     "minutes": 2.5,

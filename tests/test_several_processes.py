@@ -42,7 +42,12 @@ SHARED = Recipe(
     data=Data("array"),
     network=Network("resnet", latent_dim=3, second_hidden=8),
     first=Stage(
-        epochs=3, batch_size=21, learning_rate=1e-3, ema_decay=0.9
+        epochs=3,
+        batch_size=21,
+        learning_rate=1e-3,
+        ema_decay=0.9,
+        standardise="during",
+        standardise_every=4,
     ),  # 81 images: 3 steps per epoch; shares of 10 and 11
     second=Stage(epochs=2, batch_size=20, learning_rate=1e-3, balance="learned"),  # 4 steps
 )

@@ -24,6 +24,7 @@ BuiltNetwork = Literal["resnet", "infogan", "wae", "mlp", "conv"]
 NetworkKind = Literal[BuiltNetwork, "custom"]
 VarianceLaw = Literal["second-moment", "released"]
 Renormalise = Literal["never", "always", "when-lost"]
+Standardise = Literal["never", "after", "during"]
 Solver = Literal["heun", "euler"]
 Precision = Literal["float32", "ieee", "bfloat16"]
 ErrorName = Literal["squared", "absolute", "features"]
@@ -207,6 +208,10 @@ class Stage:
             training. None: no average.
         ema_warmup: use a smaller decay, (1 + step) / (10 + step), in the first steps, so that the
             average forgets the initial weights.
+        standardise: give the latents of the training images mean 0 and variance 1 by a shift and a
+            scale, which changes no reconstruction (see `poise.vae`). never; after: once, after
+            training; during: also every `standardise_every` steps of training.
+        standardise_every: number of steps between two settings of the shift and the scale.
         precision: arithmetic of the networks. float32: TF32 is allowed on a GPU. ieee: float32
             without TF32. bfloat16: products and convolutions under autocast. Weights, balance and
             sums are always float32.
@@ -224,6 +229,8 @@ class Stage:
     objective: Annotated[str, Option("model", first_only=True)] = VAE_OBJECTIVE
     ema_decay: Annotated[float | None, Option("training")] = None
     ema_warmup: bool = False
+    standardise: Annotated[Standardise, Option("model", first_only=True)] = "never"
+    standardise_every: int = 100
     precision: Annotated[Precision, Option("training")] = "float32"
 
     def __post_init__(self) -> None:
@@ -241,6 +248,8 @@ class Stage:
                 raise InputError(f"{name} must be greater than 0, not {value}")
             if value == inf:
                 raise InputError(f"{name} must be finite, not {value}")
+        if self.standardise_every < 1:
+            raise InputError(f"standardise_every must be at least 1, not {self.standardise_every}")
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, not {getattr(self, name)}")

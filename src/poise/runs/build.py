@@ -6,15 +6,16 @@ from poise.balance.kinds import make_error
 from poise.errors import InputError
 from poise.flow import Flow
 from poise.objectives import Deterministic, is_deterministic
-from poise.recipes.settings import Network, Recipe, Stage
+from poise.recipes.settings import VAE_OBJECTIVE, Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
-from poise.vae import VAE
+from poise.vae import VAE, standardised
 
 
 def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> VAE:
     """Return stage 1's network, with initial weights that depend on the recipe's seed only.
 
-    If the objective is deterministic, the encoder is wrapped in `Deterministic`.
+    If the objective is deterministic, the encoder is wrapped in `Deterministic`. If the stage
+    standardises latents, both networks are wrapped (see `poise.vae.standardised`).
 
     Args:
         recipe: its network, objective and seed are used.
@@ -22,15 +23,23 @@ def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> V
         given: a network of your own, used instead of the recipe's.
 
     Raises:
-        InputError: the network does not support this image size.
+        InputError: the network does not support this image size, or the objective no standard
+            latents.
     """
     with seeded(derive("weights", recipe.seed, 1)):
         vae = given or VAE(*_first_pair(recipe.network, shape))
-    return (
-        VAE(Deterministic(vae.encoder), vae.decoder)
-        if is_deterministic(recipe.first.objective)
-        else vae
-    )
+    standardise, objective = recipe.first.standardise, recipe.first.objective
+    if standardise != "never" and objective != VAE_OBJECTIVE:
+        raise InputError(
+            f"standardise={standardise} is for the objective vae, not for {objective}: leave it out"
+        )
+    if is_deterministic(objective):
+        return VAE(Deterministic(vae.encoder), vae.decoder)
+    if standardise == "never":
+        return vae
+    latent_shape = getattr(vae.decoder, "latent_shape", (recipe.network.latent_dim,))
+    every = recipe.first.standardise_every if standardise == "during" else None
+    return standardised(vae, latent_shape, every=every)
 
 
 def _first_pair(network: Network, shape: list[int]) -> networks.Pair:

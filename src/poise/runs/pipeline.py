@@ -78,7 +78,7 @@ from poise.training import (
     under,
 )
 from poise.training.machine import choose_device
-from poise.vae import VAE
+from poise.vae import VAE, latents_of
 from poise.variants import DATA_SETS, default_prior, find_prior
 
 PAIRS = 32
@@ -455,6 +455,9 @@ class Job:
             lambda: self._read_codes() or self._compute_codes(first.trained)
         )
         if self.meta["stage"] == 1:
+            latents = latents_of(first.trained)
+            if latents is not None:  # rank 0 has set the map
+                latents.load_state_dict(distributed.on_first(latents.state_dict))
             self._keep(1, first, over=True)
             self._write(stage=2, step=0, finished=self.recipe.second is None)
         plain = DiagonalGaussian(codes["mean"], codes["logvar"])
@@ -478,6 +481,9 @@ class Job:
 
     def _compute_codes(self, vae: VAE) -> dict[str, Tensor]:
         codes = encode_all(vae, self.dataset.train)
+        latents = latents_of(vae)
+        if latents is not None and self.meta["stage"] == 1:
+            codes = latents.fit(codes)
         tensors = {"mean": codes.mean, "logvar": codes.logvar}
         if self.recipe.data.flips:
             encoder = nn.Sequential(Mirror(), vae.encoder)
