@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
+from scipy.stats import spearmanr
+
 from poise.errors import InputError
-from poise.studies.comparison.statistics import bootstrap, spread
+from poise.studies.comparison.statistics import FEWEST, mean_interval, spread
 from poise.studies.results import Result
 
 Quantity = Callable[[Result], float]
@@ -207,20 +209,11 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     Returns:
         A value in [-1, 1], NaN for fewer than three pairs or if one side is constant.
     """
-    if len(one) < 3:
+    if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
         return math.nan
-    a, b = _centred_ranks(one), _centred_ranks(other)
-    size = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / size if size else math.nan
-
-
-def _centred_ranks(values: Sequence[float]) -> list[float]:
-    middle = (len(values) - 1) / 2
-    return [
-        sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 - middle for v in values
-    ]
+    return float(spearmanr(one, other).statistic)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the bootstrap interval (95 %) of the mean, None for fewer than three values."""
-    return bootstrap(values) if len(values) >= 3 else None
+    """Return Student's interval (95 %) of the mean, None for fewer than three values."""
+    return mean_interval(values) if len(values) >= FEWEST else None

@@ -21,7 +21,7 @@ from claims.design import (
 from claims.figures import KL, TEST_MSE, Evidence, distance
 from claims.measure import belongs
 from claims.questions import questions
-from claims.rules import Check, verdict_text
+from claims.rules import Check, decided_by_chance, verdict_text
 from claims.statements import NORMAL, Statement, mean_of, stages, statements
 from poise.errors import InputError
 from poise.studies.comparison.experiment import Experiment
@@ -69,9 +69,8 @@ PROTOCOL = """## Protocol
 - {bias}
 - GEN-1 draws latents from N(0, I), GEN-2 from stage 2 with its noise, and GEN-mixture from ten
   Gaussians fitted to the training codes.
-- ± is the standard deviation over seeds. Brackets hold the 95 % bootstrap interval of a mean. For
-  three seeds it is about their range. [metrics.md](metrics.md) shows which protocol choices change
-  such numbers, and by how much.
+- ± is the standard deviation over seeds. Brackets hold Student's 95 % interval of a mean.
+  [metrics.md](metrics.md) shows which protocol choices change such numbers, and by how much.
 
 **Changes before and during the runs.** In a pilot (digits, `computed` and `learned`, three other
 seeds) the second stage stayed near KL = 0, and got its present balance. After the pilot, the
@@ -81,8 +80,10 @@ counts only until it first comes within 2 % of the error, so a run compared with
 nothing.
 
 **Rules.** A check *holds* if the interval is on the claim's side of the bound, *does not hold* if
-it is on the other side, and is *undecided* in between. A claim *holds* if all of its checks hold.
-It *does not hold* if none holds and one fails. It *depends* if they disagree."""
+it is on the other side, and is *undecided* if the bound is inside. A claim *holds* if all of its
+checks hold, and *does not hold* if none of them does. It is *mixed* if some hold and others do not,
+and *undecided* otherwise. A check whose true value is exactly its bound is decided by chance in
+5 % of cases. Each section says how many of its checks that makes."""
 
 
 def bias() -> str:
@@ -201,7 +202,16 @@ def section(statement: Statement) -> str:
         f"## {statement.key}: {statement.claim}",
         *(fill(text, WIDTH) for text in paragraphs if text),
     ]
-    parts += [check_table(statement.checks)] if statement.checks else []
+    if statement.checks:
+        chance = decided_by_chance(statement.checks)
+        parts.append(
+            fill(
+                f"Of {len(statement.checks)} checks, up to {chance:.2g} are expected to be decided "
+                "by chance.",
+                WIDTH,
+            )
+        )
+        parts.append(check_table(statement.checks))
     for caption, rows in (table for table in statement.tables if len(table[1]) > 1):
         parts += [f"{caption}:", markdown(rows)] if caption else [markdown(rows)]
     parts.append(f"To repeat:\n`python -m claims run --only {' '.join(statement.experiments)}`.")

@@ -1,18 +1,24 @@
-"""Rules for when a claim holds. They were written before the runs, and decide all verdicts.
+"""Rules for when a claim holds. They are committed before the runs, and decide all verdicts.
 
-A check compares the mean of n values with a bound, by its bootstrap interval (percentile, 95 %,
-10,000 resamples). There is one value per seed, or per pair of runs of one seed. The interval of
-three values is about their range. With three seeds, "the interval is below" thus means "every seed
-is below".
+A check compares the mean of n values with a bound, by Student's interval of the mean (95 %; see
+`poise.studies.comparison.statistics`). There is one value per seed, or per pair of runs of one
+seed.
 
     holds            the interval is on the claim's side of the bound
     does not hold    the interval is on the other side
     undecided        the bound is inside the interval
     not measured     fewer than three values
 
-A claim with several checks *holds* if all hold. It *does not hold* if none holds and at least one
-fails. It is *undecided* if all are undecided. Otherwise it *depends*, and the verdict lists the
-checks by outcome. Checks that are not measured are named and do not count.
+A claim
+
+    holds            if every check holds
+    does not hold    if no check does
+    is mixed         if some checks hold and others do not
+    is undecided     otherwise: some checks are undecided, and the others agree
+
+Checks that are not measured are named and do not count. If the true value of a check lies exactly
+on its bound, the check is decided by chance in 5 % of cases, in each direction in 2.5 %. Of the k
+checks of a claim, up to 0.05 k are thus expected to be decided by chance.
 """
 
 import math
@@ -21,14 +27,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from claims.figures import interval
+from poise.studies.comparison.statistics import COVERED, FEWEST
 
 
 class Outcome(Enum):
-    """Outcome of a check."""
+    """Outcome of a check or a claim. Only a claim can be mixed."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
     OPEN = "undecided"
+    MIXED = "mixed"
     ABSENT = "not measured"
 
 
@@ -130,7 +138,7 @@ def _interval(values: Iterable[float]) -> tuple[list[float], tuple[float, float]
 
 
 def _outcome(values: Sequence[float], holds: bool, fails: bool) -> Outcome:
-    if len(values) < 3:
+    if len(values) < FEWEST:
         return Outcome.ABSENT
     return Outcome.HOLDS if holds else Outcome.FAILS if fails else Outcome.OPEN
 
@@ -148,32 +156,31 @@ def describe(values: Sequence[float], style: Style) -> str:
     )
 
 
-def verdict(checks: Sequence[Check]) -> Outcome | None:
-    """Return the outcome of a claim from its checks, or None if it depends."""
+def verdict(checks: Sequence[Check]) -> Outcome:
+    """Return the outcome of a claim from its checks."""
     outcomes = {check.outcome for check in checks} - {Outcome.ABSENT}
     if not outcomes:
         return Outcome.ABSENT
-    if Outcome.FAILS in outcomes and Outcome.HOLDS not in outcomes:
-        return Outcome.FAILS
-    return outcomes.pop() if len(outcomes) == 1 else None
+    if len(outcomes) == 1:
+        return outcomes.pop()
+    return Outcome.MIXED if {Outcome.HOLDS, Outcome.FAILS} <= outcomes else Outcome.OPEN
 
 
 def verdict_text(checks: Sequence[Check]) -> str:
-    """Format the verdict. It names the checks that disagree, are undecided or are not measured."""
+    """Format the verdict. It names the checks by outcome if they differ, the failed ones first."""
     outcome = verdict(checks)
-    absent = _listed(checks, Outcome.ABSENT)
     if outcome is Outcome.ABSENT:
         return "**not measured yet**"
-    left_out = f" (not measured: {absent})" if absent else ""
-    if outcome is None:
-        parts = [
-            f"{kind.value} for {names}"
-            for kind in (Outcome.HOLDS, Outcome.FAILS, Outcome.OPEN)
-            if (names := _listed(checks, kind))
-        ]
-        return f"**depends**: {'; '.join(parts)}{left_out}"
-    undecided = _listed(checks, Outcome.OPEN) if outcome is Outcome.FAILS else ""
-    return f"**{outcome.value}**" + (f": undecided for {undecided}" if undecided else "") + left_out
+    kinds = (Outcome.FAILS, Outcome.OPEN, Outcome.HOLDS)
+    listed = [f"{kind.value} for {names}" for kind in kinds if (names := _listed(checks, kind))]
+    parts = f": {'; '.join(listed)}" if len(listed) > 1 else ""
+    absent = _listed(checks, Outcome.ABSENT)
+    return f"**{outcome.value}**{parts}" + (f" (not measured: {absent})" if absent else "")
+
+
+def decided_by_chance(checks: Sequence[Check]) -> float:
+    """Return how many checks are decided by chance if the true values lie on their bounds."""
+    return (1 - COVERED) * sum(check.outcome is not Outcome.ABSENT for check in checks)
 
 
 def _listed(checks: Sequence[Check], outcome: Outcome) -> str:

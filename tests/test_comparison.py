@@ -1,9 +1,7 @@
 """Test comparisons: statistics, workers, and that no finished work is repeated."""
 
-import itertools
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -28,7 +26,7 @@ from poise.studies.comparison import differences, execution, markdown, measuring
 from poise.studies.comparison.execution import execute
 from poise.studies.comparison.measuring import Measuring, resolve_extractor
 from poise.studies.comparison.plan import Crew, Share, Task, crew_for, variants
-from poise.studies.comparison.statistics import bootstrap, reached, spread, threshold
+from poise.studies.comparison.statistics import mean_interval, reached, spread, threshold
 from poise.studies.comparison.worker import is_held, leased
 from poise.studies.results import Result, read_results, write_result
 from poise.support.guards import locked
@@ -71,28 +69,15 @@ def result(label: str, seed: int, mse: float, curve: list[float] | None = None) 
 # statistics
 
 
-def test_of_three_values_the_bootstrap_interval_is_their_range():
-    """The mean of three draws is the least value with probability 1/27, more than 2.5 %."""
-    assert bootstrap([3.0, -1.0, 2.0]) == (-1.0, 3.0)
-
-
-def test_the_bootstrap_interval_is_the_quantile_of_all_resamples():
-    values = [0.3, -1.2, 2.5, 0.9]
-    means = [statistics.fmean(chosen) for chosen in itertools.product(values, repeat=4)]
-    assert bootstrap(values) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.1)
-
-
-def test_the_bootstrap_interval_is_scipys():
+def test_the_interval_of_a_mean_is_scipys_and_covers_it_as_often_as_it_says():
     import scipy.stats  # not above: the tests' processes import this module too
 
-    values = np.random.default_rng(3).normal(size=30)
-    theirs = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(4)
-    )
-    width = theirs.confidence_interval.high - theirs.confidence_interval.low
-    assert bootstrap(values.tolist()) == pytest.approx(
-        tuple(theirs.confidence_interval), abs=0.03 * width
-    )
+    values = np.random.default_rng(3).normal(size=(2_000, 3))
+    found = [mean_interval(row) for row in values.tolist()]
+    theirs = scipy.stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    assert found[0] == pytest.approx(tuple(theirs))
+    covered = sum(low <= 0 <= high for low, high in found) / len(found)
+    assert covered == pytest.approx(0.95, abs=0.015)  # three standard errors
 
 
 def test_a_spread_is_the_sample_standard_deviation():
@@ -113,7 +98,7 @@ def test_differences_are_paired_by_seed_so_that_what_a_seed_does_to_both_cancels
         result("a", 9, 1e6)
     ]
     rows = dict(differences([*theirs, *mine], "a"))
-    assert rows["pairs"] == "4" and rows["test MSE (per dimension)"] == "+1.250 [+1.000, +1.500]"
+    assert rows["pairs"] == "4" and rows["test MSE (per dimension)"] == "+1.250 [+0.791, +1.709]"
     assert differences([*theirs, *mine], "a")[0] == ["", "b - a"]
 
 

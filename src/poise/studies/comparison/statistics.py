@@ -3,9 +3,10 @@
 Two labels are compared seed by seed. Runs of one seed have the same order and noise, and the same
 initial weights if the networks are the same, so effects that the seed has on both cancel.
 
-The interval of a mean difference is the percentile bootstrap over seeds (Efron 1979): 10,000
-resamples of the n differences with replacement, and the 2.5th and 97.5th percentile of their means.
-It is too narrow for few seeds.
+The interval of a mean difference is Student's: mean +- t s / sqrt(n), with the sample standard
+deviation s and the 97.5th percentile t of Student's distribution with n - 1 degrees of freedom. It
+covers the true mean in 95 % of cases if the differences are normal, for few seeds too. A bootstrap
+of three seeds covers it in about 75 %.
 """
 
 import math
@@ -13,7 +14,7 @@ import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from scipy.special import stdtrit
 
 from poise.errors import InputError
 from poise.metrics.listed import FIGURES, is_compared
@@ -21,8 +22,6 @@ from poise.protocols import DEFAULT
 from poise.studies.results import Result
 from poise.variants import PRIORS
 
-DRAWS = 10_000
-BOOTSTRAP_SEED = 2020
 COVERED = 0.95
 FEWEST = 3  # smallest number of seeds with an interval
 NEAR = 1.1  # an error counts as reached at this multiple of the reference's final training error
@@ -93,7 +92,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n paired differences and its bootstrap interval, None for fewer than three."""
+    """Mean of n paired differences and Student's interval, None for fewer than three."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -105,21 +104,22 @@ def difference(values: Sequence[float]) -> Difference | None:
     if not values:
         return None
     return Difference(
-        statistics.fmean(values), bootstrap(values) if len(values) >= FEWEST else None, len(values)
+        statistics.fmean(values),
+        mean_interval(values) if len(values) >= FEWEST else None,
+        len(values),
     )
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (95 %) of the mean. It is deterministic.
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval (95 %) of the mean of at least two values.
 
     Example:
-        >>> bootstrap([1.0, 1.0, 1.0])
-        (1.0, 1.0)
+        >>> mean_interval([1.0, 2.0, 3.0])
+        (-0.48413771175032924, 4.484137711750329)
     """
-    given = np.asarray(values, np.float64)
-    chosen = np.random.default_rng(BOOTSTRAP_SEED).integers(len(given), size=(DRAWS, len(given)))
-    low, high = np.quantile(given[chosen].mean(1), [(1 - COVERED) / 2, (1 + COVERED) / 2])
-    return float(low), float(high)
+    mean, degrees = statistics.fmean(values), len(values) - 1
+    margin = stdtrit(degrees, (1 + COVERED) / 2) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(mean - margin), float(mean + margin)
 
 
 def by_label(results: Iterable[Result]) -> dict[str, dict[int, Result]]:

@@ -7,7 +7,6 @@ from poise.protocols import Protocol
 from poise.recipes.settings import from_json
 from poise.studies.comparison.statistics import (
     COVERED,
-    DRAWS,
     FEWEST,
     NEAR,
     Difference,
@@ -85,7 +84,7 @@ def differences(results: Iterable[Result], reference: str) -> Rows:
 
     Returns:
         One row per figure and one column per other label, below a head row. Each cell has the
-        bootstrap interval if there are at least three pairs.
+        interval if there are at least three pairs.
     """
     results = list(results)
     groups, several = by_label(results), namesakes(results)
@@ -244,12 +243,8 @@ def _about_differences(groups: Mapping[str, Mapping[int, Result]], reference: st
     text = f"Mean difference from {reference}, paired by seed"
     if fewest < FEWEST:
         return f"{text}. Fewer than {FEWEST} pairs give no interval."
-    how = (
-        f"percentile bootstrap over n = {fewest} pairs or more, or as many as a cell names, "
-        f"{DRAWS:,} draws"
-    )
-    interval = f"{text}, and its {COVERED:.0%} interval ({how})"
-    return f"{interval}. It is too narrow for so few seeds." if fewest < 10 else f"{interval}."
+    how = f"Student's, over n = {fewest} pairs or more, or as many as a cell names"
+    return f"{text}, and its {COVERED:.0%} interval ({how})."
 
 
 def conditions(results: Iterable[Result]) -> list[str]:
