@@ -41,9 +41,10 @@ class Error(Protocol):
         is_likelihood: whether it is the negative logarithm of a density of x, up to its scale.
     """
 
-    groups: ClassVar[int | None]
     is_likelihood: ClassVar[bool]
 
+    @property
+    def groups(self) -> int | None: ...
     @property
     def name(self) -> str: ...
     @property
