@@ -22,7 +22,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import poise
 from poise import VAEEstimator
-from poise.estimator import MOST_STEPS, EarlyStopping, HeldOut
+from poise.tables.scoring import HeldOut
+from poise.tables.stopping import MOST_STEPS, EarlyStopping
 
 QUICK = {"hidden": (16,), "steps": 60, "device": "cpu"}
 DRAWS = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def linear() -> VAEEstimator:
         "device": "cpu",
         "random_state": 0,
     }
-    return VAEEstimator(2, hidden=(), prior="normal", **how).fit(LINEAR)
+    return VAEEstimator(2, hidden=(), noise="shared", prior="normal", **how).fit(LINEAR)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
 
 def test_training_ends_when_rows_held_out_get_less_likely(wine, monkeypatch):
     how = {"hidden": (64,), "learning_rate": 5e-3, "device": "cpu", "random_state": 0}
-    monkeypatch.setattr(poise.estimator, "PATIENCE_ROWS", 20_000)
+    monkeypatch.setattr(poise.tables.stopping, "PATIENCE_ROWS", 20_000)
     model = VAEEstimator(2, steps=1_000, **how).fit(wine)
     assert max(entry["step"] for entry in model.history_) < 1_000
     longer = clone(model).set_params(steps=50_000).fit(wine)
@@ -242,13 +243,17 @@ def test_rows_far_from_all_others_have_a_density(wine):
 
 @pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, 0.0])
 def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
-    assert VAEEstimator(1, **QUICK, random_state=0).fit(np.full((50, 3), value)).scale_ == 1.0
+    table = np.full((50, 3), value)
+    for noise in ("shared", "column"):
+        model = VAEEstimator(1, **QUICK, noise=noise, random_state=0).fit(table)
+        assert np.all(model.scale_ == 1.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
+        ({"noise": "row"}, "noise must be column or shared, not 'row'"),
         ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
         ({"latent_dim": True}, "latent_dim must be a whole number of at least 1, not True"),
         ({"hidden": 16}, "hidden must be .* a tuple of widths"),
