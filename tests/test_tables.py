@@ -105,6 +105,17 @@ def test_a_complete_table_of_a_linear_model_is_factor_analysis():
     assert (left / 300 < 1e-3).all(), "the same latents, up to a rotation"
 
 
+def test_of_few_rows_columns_keep_some_noise():
+    """Factor analysis of twelve rows of thirteen columns makes the noise of some columns 0."""
+    draws = np.random.default_rng(0)
+    table = draws.normal(size=(60, 3)) @ draws.normal(size=(3, 13)) + draws.normal(size=(60, 13))
+    seen, unseen = table[:12], table[12:]
+    exact = FactorAnalysis(5, tol=1e-8, max_iter=2_000).fit(seen)
+    model = VAEEstimator(5, **QUICK).fit(seen)
+    assert exact.noise_variance_.min() < 1e-3 < model.noise_variance_.min()
+    assert model.score(unseen) > exact.score(unseen) + 1
+
+
 def test_a_linear_model_trained_per_column_has_the_noise_of_factor_analysis():
     table = factor_table()
     how = {"batch_size": 300, "learning_rate": 1e-2, "device": "cpu", "random_state": 0}

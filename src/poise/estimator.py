@@ -24,9 +24,10 @@ with the highest ELBO on these rows are kept. A scheduled, constrained or contro
 for all steps: its ELBO may be higher on the way than at its target.
 
 Kept line. With a computed balance, these weights have to beat the linear model on the held-out
-rows: a higher density (see `score`) by a paired t-test at the level 0.05, and a reconstruction
-error that is lower by one standard error of the difference. Otherwise the linear model is kept and
-fitted to all rows, as always with fewer than ten held-out rows. The ELBO does not compare them: it
+rows: a higher density (see `score`) by a paired t-test at the level 0.05, and, with
+`noise="shared"`, a reconstruction error that is lower by one standard error of the difference.
+Otherwise the linear model is kept and fitted to all rows, as always with fewer than ten held-out
+rows. The ELBO does not compare them: it
 equals the density for the linear model only.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
@@ -141,7 +142,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     Attributes:
         hidden_: the widths of the hidden layers.
-        transforms_: kind of the transform of each numeric column.
+        transforms_: kind of the transform of each numeric column; column_transforms_ are they.
+        columns_: layout of the table, see `poise.tables.columns`.
         mean_: m of eq. 1, (numeric features,), of the transformed columns, as are scale_ and
             noise_variance_.
         scale_: s of eq. 1, (numeric features,), or a number with `noise="shared"`.
@@ -242,9 +244,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         repeated = np.repeat(table, counts, 0)
         numbers = repeated[:, : len(self.columns_.numeric)]
         _check_observed(numbers, self.columns_)
-        self._transforms = Transforms(numbers, self.transforms)
-        self.transforms_ = self._transforms.kinds
-        table = self._transformed(self._transforms.dequantised(table))
+        self.column_transforms_ = Transforms(numbers, self.transforms)
+        self.transforms_ = self.column_transforms_.kinds
+        table = self._transformed(self.column_transforms_.dequantised(table))
         repeated = np.repeat(table, counts, 0)
         numbers = repeated[:, : len(self.columns_.numeric)]
         self.categories_ = self.columns_.levels
@@ -369,7 +371,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         state, interrupted = self._train_stage(1, stage, vae, data, ElboOf(unseen), seed, balance)
         if len(unseen) and _is_elbo(state.balance):
             trained = HeldOut.of(state.network, state.balance, unseen)
-            if not trained.is_better_than(HeldOut.of(*line.model(state.balance, error), unseen)):
+            linear = HeldOut.of(*line.model(state.balance, error), unseen)
+            if not trained.is_better_than(linear, with_error=shared):
                 line = Line.fitted(rows, self.latent_dim, error, shared=shared)
                 state.step, (state.network, state.balance) = 0, line.model(state.balance, error)
         self.stretch_ = stretch(state.network, error, rows).double().numpy()
@@ -615,7 +618,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             density = -nll - observed.sum(1) * math.log(self.scale_)
         else:
             density = -nll - observed @ np.log(self.scale_)
-        density = density + self._transforms.log_slope(table[:, : len(self.mean_)])
+        density = density + self.column_transforms_.log_slope(table[:, : len(self.mean_)])
         return Scores(density, share, error, error <= CERTAIN_NATS)
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -662,7 +665,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             else []
         )
         found = torch.stack(codes, 1) if codes else torch.zeros(len(rows), 0, dtype=torch.long)
-        found_numbers = self._transforms.inverse(self.mean_ + self.scale_ * numbers.numpy())
+        found_numbers = self.column_transforms_.inverse(self.mean_ + self.scale_ * numbers.numpy())
         return found_numbers, found.numpy()
 
     def _transformed(self, table: np.ndarray) -> np.ndarray:
@@ -670,7 +673,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if self.transforms is None:
             return table
         numeric = len(self.columns_.numeric)
-        moved = self._transforms(table[:, :numeric].astype(np.float64))
+        moved = self.column_transforms_(table[:, :numeric].astype(np.float64))
         return np.concatenate([moved, table[:, numeric:]], 1).astype(table.dtype)
 
     @property

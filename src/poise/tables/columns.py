@@ -77,7 +77,7 @@ class Columns:
         """
         frame = frame_of(X)
         if frame is not None:
-            numbers: Any = frame.select([frame.columns[k] for k in self.numeric]).to_native()
+            numbers: Any = frame[:, self.numeric].to_native()
         else:
             numbers = _objects_of(X)[:, self.numeric]
             numbers[np.equal(numbers, None)] = np.nan  # pyright: ignore[reportCallIssue]
@@ -167,7 +167,7 @@ def frame_of(X: Any) -> nw.DataFrame[Any] | None:
 def _count(X: Any, frame: nw.DataFrame[Any] | None) -> int:
     if frame is not None:
         return len(frame.columns)
-    shape = np.shape(X)
+    shape = np.asarray(X).shape
     return shape[1] if len(shape) == 2 else 0
 
 
@@ -176,7 +176,7 @@ def _chosen(X: Any, frame: nw.DataFrame[Any] | None, categorical: Any) -> set[in
     if isinstance(categorical, str) and categorical == "from_dtype":
         if frame is None:
             return set()
-        return {k for k, name in enumerate(frame.columns) if _holds_categories(frame[name], name)}
+        return {k for k, name in enumerate(frame.columns) if _holds_categories(frame[:, k], name)}
     if categorical is None:
         return set()
     if isinstance(categorical, str) or not isinstance(categorical, (Sequence, np.ndarray)):
@@ -204,7 +204,7 @@ def _chosen(X: Any, frame: nw.DataFrame[Any] | None, categorical: Any) -> set[in
     return {int(value) for value in found}
 
 
-def _holds_categories(column: nw.Series[Any], name: str) -> bool:
+def _holds_categories(column: nw.Series[Any], name: Any) -> bool:
     if column.dtype.is_numeric() or column.dtype == nw.Unknown:
         return False
     if column.dtype in CATEGORIES:
@@ -227,7 +227,7 @@ def _objects(X: Any, frame: nw.DataFrame[Any] | None, column: int) -> np.ndarray
         listed = _objects_of(X)[:, column].tolist()
         missing = [value is None for value in listed]
     else:
-        series = frame[frame.columns[column]]
+        series = frame[:, column]
         listed, missing = series.to_list(), series.is_null().to_list()
     values = np.empty(len(listed), object)
     values[:] = [

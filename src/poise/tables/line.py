@@ -40,6 +40,10 @@ from poise.vae import VAE
 
 LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
 FLOOR = 1e-6  # least variance of the noise of a column, relative to the column's variance
+# Of fewer rows per column than this, factor analysis makes the noise of some columns 0. Then
+# cross-validation chooses a larger floor, or probabilistic PCA.
+ROWS_PER_COLUMN, FOLDS = 10, 5
+FLOORS = (FLOOR, 1e-3, 1e-2, 0.1)
 ITERATIONS, CONVERGED_NATS = 500, 1e-5  # of expectation maximisation; gain of a row's likelihood
 MOST_ROWS = 10_000  # rows of expectation maximisation, chosen evenly
 
@@ -193,21 +197,68 @@ def _factors(
     sums = np.where(observed, table, 0.0).sum(0)
     mean = sums / np.maximum(counts, 1)
     filled = np.where(observed, table, mean)
-    least = FLOOR * np.maximum(filled.var(0) * len(table) / np.maximum(counts, 1), 1e-6)
+    unit = np.maximum(filled.var(0) * len(table) / np.maximum(counts, 1), 1e-6)
     number = min(latents, columns - 1, len(table) - 2)
-    weight, psi = np.zeros((columns, latents)), np.maximum(filled.var(0), least)
+    weight, psi = np.zeros((columns, latents)), np.maximum(filled.var(0), FLOOR * unit)
     if number < 1 or filled.var(0).max() < 1e-20:
         return weight, mean, psi
-    small = _of_same_covariance(filled)
-    found = FactorAnalysis(
-        number, tol=len(small) * CONVERGED_NATS / 100, max_iter=5_000, svd_method="lapack"
-    ).fit(small)
-    part, psi = found.components_.T, np.maximum(found.noise_variance_, least)
+    floor = _floor(filled, number)
+    part, psi = _linear_models(filled, number, [floor])[0]
+    least = (floor or FLOOR) * unit
     if shared or not observed.all():
         part, mean, psi = expectation_maximisation(table, part, mean, psi, least, shared)
     _, vectors = np.linalg.eigh(part.T @ (part / psi[:, None]))
-    weight[:, :number] = (part @ vectors)[:, ::-1]
+    turned = (part @ vectors)[:, ::-1]
+    # The sign of an axis is a matter of rounding: its largest entry is made positive.
+    signs = np.sign(turned[np.abs(turned).argmax(0), np.arange(number)])
+    weight[:, :number] = turned * np.where(signs == 0, 1.0, signs)
     return weight, mean, psi
+
+
+def _linear_models(
+    table: np.ndarray, latents: int, floors: Sequence[float | None]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return W and psi of a table without holes for each floor.
+
+    Args:
+        floors: of psi in factor analysis, relative to the columns' variances. None: probabilistic
+            PCA, with one psi.
+    """
+    small, found = _of_same_covariance(table), []
+    tolerance = len(small) * CONVERGED_NATS / 100
+    model = FactorAnalysis(latents, tol=tolerance, max_iter=1_000, svd_method="lapack")
+    if any(floors):
+        model.fit(small)
+    for floor in floors:
+        if floor is not None:
+            psi = np.maximum(model.noise_variance_, floor * np.maximum(table.var(0), 1e-6))
+            found.append((model.components_.T, psi))
+            continue
+        pca = PCA(latents, svd_solver="full").fit(small)
+        share, noise = (len(small) - 1) / len(small), float(pca.noise_variance_)
+        kept = (pca.explained_variance_ - noise).clip(0) * share  # divided by n, not n - 1
+        psi = np.full(table.shape[1], noise * share)
+        found.append((pca.components_.T * np.sqrt(kept), psi))
+    return found
+
+
+def _floor(table: np.ndarray, latents: int) -> float | None:
+    """Return the floor for `_linear_models` with the highest density of held-out rows."""
+    rows, columns = table.shape
+    latents = min(latents, rows - math.ceil(rows / FOLDS) - 2)
+    if rows >= ROWS_PER_COLUMN * columns or latents < 1:
+        return FLOOR
+    order, floors = np.random.default_rng(0).permutation(rows), (*FLOORS, None)
+    nats = np.zeros(len(floors))
+    for fold in range(FOLDS):
+        unseen = order[fold::FOLDS]
+        seen = np.delete(table, unseen, 0)
+        apart = table[unseen] - seen.mean(0)
+        for k, (weight, psi) in enumerate(_linear_models(seen, latents, floors)):
+            covariance = weight @ weight.T + np.diag(np.maximum(psi, 1e-12))
+            distances = (apart * np.linalg.solve(covariance, apart.T).T).sum()
+            nats[k] += distances + len(unseen) * np.linalg.slogdet(covariance)[1]
+    return floors[int(nats.argmin())]
 
 
 def _of_same_covariance(table: np.ndarray) -> np.ndarray:
@@ -359,16 +410,29 @@ class LineEncoder(nn.Module):
 
 
 class LineDecoder(nn.Module):
-    """Decode latents with a linear map plus a network, if any."""
+    """Decode latents with a linear map plus a network, if any.
+
+    With a psi for each column, a number is computed in units of the noise of the line, so that a
+    step of Adam moves all columns alike, relative to their noise.
+
+    Args:
+        line: where the linear map starts.
+        network: maps latents to rows, which are added. None: the linear map alone.
+    """
+
+    scale: Tensor
 
     def __init__(self, line: Line, network: nn.Module | None) -> None:
         super().__init__()
-        self.line = _linear(line.weight, line.mean)
+        scale = torch.ones_like(line.mean)
+        scale[: line.noise.numel()] = 1.0 if line.noise.dim() == 0 else line.noise.sqrt()
+        self.line = _linear(line.weight / scale[:, None], line.mean / scale)
         self.network = network
+        self.register_buffer("scale", scale.float())
 
     def forward(self, latents: Tensor) -> Tensor:
         rows = self.line(latents)
-        return rows if self.network is None else rows + self.network(latents)
+        return self.scale * (rows if self.network is None else rows + self.network(latents))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
