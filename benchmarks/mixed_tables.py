@@ -107,7 +107,9 @@ def simulated() -> dict[str, Simulated]:
         "factor": Simulated(
             z, normal, z[:, None] * [1, -0.8, 0.5], flat * [0.5, 0.6, 1], _softmax(logits)
         ),
-        "curve": Simulated(z, normal, curve, 0.2 * flat * [1, 1, 1], _softmax(2 * logits), holes=0.15),
+        "curve": Simulated(
+            z, normal, curve, 0.2 * flat * [1, 1, 1], _softmax(2 * logits), holes=0.15
+        ),
     }
 
 
