@@ -388,6 +388,8 @@ def test_a_network_has_to_beat_pca_beyond_chance():
             chance = ttest_1samp(rise, 0, alternative="greater").pvalue
             assert better == bool(rows >= 10 and chance < 0.05 and fall.mean() > sem(fall))
             found[better] += 1
+            per_column = network.is_better_than(HeldOut(zeros, zeros), shared=False)
+            assert per_column == bool(rows >= 10 and rise.mean() > sem(rise))
     assert min(found.values()) > 0
 
 

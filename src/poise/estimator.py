@@ -24,11 +24,11 @@ with the highest ELBO on these rows are kept. A scheduled, constrained or contro
 for all steps: its ELBO may be higher on the way than at its target.
 
 Kept line. With a computed balance, these weights have to beat the linear model on the held-out
-rows: a higher density (see `score`) by a paired t-test at the level 0.05, and, with
-`noise="shared"`, a reconstruction error that is lower by one standard error of the difference.
-Otherwise the linear model is kept and fitted to all rows, as always with fewer than ten held-out
-rows. The ELBO does not compare them: it
-equals the density for the linear model only.
+rows: their density (see `score`) must be higher by one standard error of the difference. With
+`noise="shared"` the density must be higher by a paired t-test at the level 0.05, and the
+reconstruction error lower by one standard error. Otherwise the linear model is kept and fitted to
+all rows, as always with fewer than ten held-out rows. The ELBO does not compare them: it equals the
+density for the linear model only.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
 posterior variance of a latent. `inverse_transform` divides by it if this reconstructs the rows of
@@ -372,7 +372,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if len(unseen) and _is_elbo(state.balance):
             trained = HeldOut.of(state.network, state.balance, unseen)
             linear = HeldOut.of(*line.model(state.balance, error), unseen)
-            if not trained.is_better_than(linear, with_error=shared):
+            if not trained.is_better_than(linear, shared=shared):
                 line = Line.fitted(rows, self.latent_dim, error, shared=shared)
                 state.step, (state.network, state.balance) = 0, line.model(state.balance, error)
         self.stretch_ = stretch(state.network, error, rows).double().numpy()

@@ -400,12 +400,12 @@ class LineEncoder(nn.Module):
     @torch.no_grad()
     def _filled(self, rows: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows without missing cells, and what is added to the log variances."""
-        factors = (value.double() for value in (self.weight, self.mean, self.psi))
-        weight, mean, psi = factors
-        codes = posterior_means(rows.double(), weight, mean, psi)
+        kind = torch.float32 if rows.device.type == "mps" else torch.float64  # Apple's GPUs
+        weight, mean, psi = (value.to(kind) for value in (self.weight, self.mean, self.psi))
+        codes = posterior_means(rows.to(kind), weight, mean, psi)
         filled = torch.where(observed, rows, (codes @ weight.T + mean).to(rows))
         told = weight.square() / psi[:, None]
-        lost = (1 + told.sum(0)).log() - (1 + observed.double() @ told).log()
+        lost = (1 + told.sum(0)).log() - (1 + observed.to(kind) @ told).log()
         return filled, lost.to(rows)
 
 

@@ -47,20 +47,24 @@ class HeldOut(NamedTuple):
         latents = encode_all(vae, rows).mean * stretch(vae, error_of(balance), rows)
         return cls(density, squared_errors(vae, error_of(balance), rows, latents))
 
-    def is_better_than(self, line: "HeldOut", *, with_error: bool = True) -> bool:
-        """Return whether the density is higher and the error lower, both beyond their noise.
+    def is_better_than(self, line: "HeldOut", *, shared: bool = True) -> bool:
+        """Return whether these figures are better beyond their noise.
+
+        If all columns share their noise, the density must be higher by a t-test at `LEVEL`, and the
+        error lower by one standard error. Else the density must be higher by one standard error: an
+        error that adds up columns of unequal noise says little.
 
         Args:
             line: the figures of the same rows under a linear model.
-            with_error: whether the error must be lower. Where columns have noise of their own, an
-                error that adds them up says little, and the density has the error of each.
+            shared: whether all columns share their noise.
         """
         if len(self.densities) < FEWEST_COMPARED:
             return False
+        gain = _standardised(self.densities - line.densities)
+        if not shared:
+            return gain > 1
         quantile = float(student.ppf(1 - LEVEL, len(self.densities) - 1))
-        return _standardised(self.densities - line.densities) > quantile and (
-            not with_error or _standardised(line.errors - self.errors) > 1
-        )
+        return gain > quantile and _standardised(line.errors - self.errors) > 1
 
 
 def _standardised(differences: Tensor) -> float:
