@@ -153,33 +153,40 @@ class TableTarget(Target):
         assert isinstance(balance.error, TableError)
         self.error = balance.error
         self.variances = self.gamma2.reshape(-1).expand(self.error.numeric)
+        self.given = in_float64(values).to(self.place)
+        self.observed = ~self.given[:, : self.error.numeric].isnan()
+        self.complete = bool(self.observed.all())
+        # Of each row: -2 log p(x|z) of its observed numbers where the decoder meets them.
+        self.least = self.observed.double() @ (2 * math.pi * self.variances).log()
 
     def log_joint_of_shared(self, latents: Tensor) -> Tensor:
-        decoded, prior = in_float64(self._decode(latents)), self._log_prior(latents[None])
+        decoded, prior = self._decoded(latents), self._log_prior(latents[None])
         size = max(1, VALUES_AT_ONCE["cpu"] // decoded.numel())
-        parts = [self._log_density(part[:, None], decoded) for part in self.values.split(size)]
+        numbers = torch.arange(len(self.given), device=self.place)
+        parts = [self._log_density(part[:, None], decoded) for part in numbers.split(size)]
         return torch.cat(parts) + prior
 
     def log_joint(self, latents: Tensor) -> Tensor:
         count = latents.shape[1]
         parts = [
-            self._log_density(self._values(numbers, count), in_float64(self._decode(part)))
+            self._log_density(numbers.to(self.place) // count, self._decoded(part))
             for part, numbers in self._in_parts(latents)
         ]
-        density = torch.cat(parts).view(latents.shape[:2]).to(self.place)
-        density = density + self._log_prior(latents)
+        density = torch.cat(parts).view(latents.shape[:2]) + self._log_prior(latents)
         return density.nan_to_num(-math.inf, -math.inf, -math.inf)
 
-    def _log_density(self, values: Tensor, decoded: Tensor) -> Tensor:
-        """Return log p(x|z) for rows and decoded rows whose shapes broadcast, (..., columns)."""
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return in_float64(self._decode(latents)).to(self.place)
+
+    def _log_density(self, numbers: Tensor, decoded: Tensor) -> Tensor:
+        """Return log p(x|z) of rows by their numbers, whose shape broadcasts to that of latents."""
         numeric = self.error.numeric
-        values = in_float64(values)
-        observed = ~values[..., :numeric].isnan()
-        apart = torch.where(observed, values[..., :numeric] - decoded[..., :numeric], 0.0)
-        nats = (apart.square() / self.variances).sum(-1)
-        nats = nats + (observed * (2 * math.pi * self.variances).log()).sum(-1)
-        of_categories = self.error.nats(decoded, values)
-        return -0.5 * nats if of_categories is None else -0.5 * nats - of_categories
+        apart = self.given[numbers][..., :numeric] - decoded[..., :numeric]
+        if not self.complete:
+            apart = torch.where(self.observed[numbers], apart, 0.0)
+        nats = -0.5 * (apart.square() @ (1 / self.variances) + self.least[numbers])
+        of_categories = self.error.nats(decoded, self.given[numbers])
+        return nats if of_categories is None else nats - of_categories
 
     def slope(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of log p(x|z) and a root of its Gauss-Newton curvature.
@@ -189,10 +196,10 @@ class TableTarget(Target):
         J^T (diag(p) - p p^T) J.
         """
         around = self._around(latents)
-        decoded = torch.cat([self._decode(part) for part, _ in self._in_parts(around)])
-        decoded = in_float64(decoded).view(*around.shape[:2], -1).to(self.place)
+        decoded = torch.cat([self._decoded(part) for part, _ in self._in_parts(around)])
+        decoded = decoded.view(*around.shape[:2], -1)
         jacobian = (decoded[:, 1:] - decoded[:, :1]) / self._step
-        values, numeric = in_float64(self.values).to(self.place), self.error.numeric
+        values, numeric = self.given, self.error.numeric
         observed = ~values.isnan()
         residual = torch.where(observed, values - decoded[:, 0], 0.0)[:, :numeric]
         of_numbers = jacobian[..., :numeric] * observed[:, None, :numeric]
