@@ -84,10 +84,10 @@ class Simulated:
         for k, name in enumerate("abc"):
             x = frame[name].to_numpy(float)[:, None]
             total = total + np.nan_to_num(norm.logpdf(x, self.means[:, k], self.stds[:, k]))
-        codes = frame["kind"].map({"x": 0, "y": 1, "z": 2})
-        seen = codes.notna().to_numpy()
-        of_kind = np.log(self.probabilities + 1e-300).T[codes.fillna(0).to_numpy(int)]
-        return np.logaddexp.reduce(total + np.where(seen[:, None], of_kind, 0.0), 1)
+        for code, kind in enumerate("xyz"):
+            seen = (frame["kind"] == kind).to_numpy()
+            total[seen] += np.log(self.probabilities[:, code] + 1e-300)
+        return np.logaddexp.reduce(total, 1)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -147,7 +147,8 @@ def independent(seen: pd.DataFrame, unseen: pd.DataFrame, seed: int) -> dict[str
             total += np.nan_to_num(norm.logpdf(unseen[name].to_numpy(float), mean, std))
         else:
             counts = seen[name].value_counts() + 0.5
-            total += np.log(unseen[name].map(counts / counts.sum()).astype(float)).fillna(0)
+            shares = unseen[name].map((counts / counts.sum()).to_dict()).to_numpy(float)
+            total += np.nan_to_num(np.log(shares))
     return {"density": float(total.mean())}
 
 
@@ -217,11 +218,9 @@ def main() -> None:
     report: dict[str, Any] = {"splits": options.splits, "steps": options.steps, "tables": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
-    models: dict[str, Model] = {
-        name: partial(model, steps=options.steps)
-        if name in ("per column", "+ transforms")
-        else model
-        for name, model in MODELS.items()
+    models = MODELS | {
+        "per column": partial(vae, steps=options.steps),
+        "+ transforms": partial(vae, steps=options.steps, transforms="auto"),
     }
     for name in options.only:
         if name in report["tables"]:

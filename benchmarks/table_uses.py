@@ -107,12 +107,13 @@ def distinguished(rows: np.ndarray, others: np.ndarray) -> float:
     chance = cross_val_predict(
         forest, np.concatenate([rows, others]), labels, cv=5, method="predict_proba"
     )
-    return float(roc_auc_score(labels, chance[:, 1]))
+    return float(roc_auc_score(labels, np.asarray(chance)[:, 1]))
 
 
 def _outlier_tables() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    cancer, digits = datasets.load_breast_cancer(), datasets.load_digits()
-    wine = datasets.load_wine()
+    cancer: Any = datasets.load_breast_cancer()
+    digits: Any = datasets.load_digits()
+    wine: Any = datasets.load_wine()
     varied = digits.data[:, digits.data.std(0) > 0.5]
     return {  # clean rows, outliers
         "breast_cancer, malignant": (

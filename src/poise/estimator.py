@@ -178,7 +178,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         hidden: Sequence[int] | Literal["auto"] = "auto",
         noise: Noise = "column",
         categorical_features: Any = "from_dtype",
-        transforms: Literal["auto", "power", "bounded", "quantile"] | None = None,
+        transforms: Kind | Literal["auto"] | None = None,
         balance: str = "computed",
         prior: PriorName = "mixture",
         steps: int = 5_000,
@@ -197,7 +197,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.hidden = hidden
         self.noise: Noise = noise
         self.categorical_features = categorical_features
-        self.transforms = transforms
+        self.transforms: Kind | Literal["auto"] | None = transforms
         self.balance = balance
         self.prior = prior
         self.steps = steps
@@ -477,11 +477,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X: (rows, features), numbers and categories as in the fit; missing cells do not count.
         """
         table = self._checked(X)
-        return (
-            encode_all(self.vae_, self._scaled(self._transformed(table)))
-            .mean.numpy()
-            .astype(table.dtype)
-        )
+        codes = encode_all(self.vae_, self._scaled(self._transformed(table)))
+        return codes.mean.numpy().astype(table.dtype)
 
     def inverse_transform(self, X: Any) -> Any:
         """Return the rows decoded from latents, (rows, features).
@@ -523,16 +520,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         table = self._checked(X)
         rows, numeric = self._scaled64(self._transformed(table)), len(self.columns_.numeric)
+        samples = self.importance_samples
         if draws:
             seed = _seed(self.random_state if random_state is None else random_state)
-            filled = self._noisy(
-                drawn_rows(
-                    self.vae_, self.balance_, rows, samples=self.importance_samples, seed=seed
-                ),
-                derive("impute", seed),
-            )
+            filled = drawn_rows(self.vae_, self.balance_, rows, samples=samples, seed=seed)
+            filled = self._noisy(filled, derive("impute", seed))
         else:
-            filled = expected_rows(self.vae_, self.balance_, rows, samples=self.importance_samples)
+            filled = expected_rows(self.vae_, self.balance_, rows, samples=samples)
         rows = torch.where(rows.isnan(), filled, rows)
         numbers, codes = self._unscaled(rows)
         observed = ~np.isnan(table[:, :numeric])
@@ -561,7 +555,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         rows = sample(self.vae_, self.prior_, n_samples, seed=seed)
         if noise:
             rows = self._noisy(rows, derive("rows", seed))
-        return self.columns_.table(*self._unscaled(rows), exact=True)
+        numbers, codes = self._unscaled(rows)
+        return self.columns_.table(numbers, codes, exact=True)
 
     def _noisy(self, decoded: Tensor, seed: int) -> Tensor:
         """Add noise to decoded rows: Gaussian to numbers, Gumbel to logits."""
@@ -659,14 +654,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Return the numbers and the codes of the most probable categories of decoded rows."""
         numeric = len(self.mean_)
         numbers, logits = rows.double().split([numeric, rows.shape[1] - numeric], 1)
-        codes = (
-            [block.argmax(1) for block in logits.split(self.columns_.sizes, 1)]
-            if len(self.columns_.sizes)
-            else []
-        )
-        found = torch.stack(codes, 1) if codes else torch.zeros(len(rows), 0, dtype=torch.long)
-        found_numbers = self.column_transforms_.inverse(self.mean_ + self.scale_ * numbers.numpy())
-        return found_numbers, found.numpy()
+        codes = np.zeros((len(rows), len(self.columns_.sizes)), int)
+        if self.columns_.sizes:
+            for column, block in enumerate(logits.split(self.columns_.sizes, 1)):
+                codes[:, column] = block.argmax(1)
+        return self.column_transforms_.inverse(self.mean_ + self.scale_ * numbers.numpy()), codes
 
     def _transformed(self, table: np.ndarray) -> np.ndarray:
         """Return a table with transformed numbers, in its precision."""
@@ -756,7 +748,7 @@ def _check_observed(numbers: np.ndarray, columns: Columns) -> None:
         raise InputError(f"column {name} has no observed value: leave it out")
 
 
-def _moments(table: np.ndarray, *, shared: bool) -> tuple[np.ndarray, Any]:
+def _moments(table: np.ndarray, *, shared: bool) -> tuple[Any, Any]:
     """Return mean and scale of the observed cells of each numeric column.
 
     Shared, the scale is the root of the columns' mean variance. It is 1 for columns that vary only

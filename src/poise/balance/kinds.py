@@ -73,8 +73,11 @@ class PowerError:
     """
 
     power: float = 2.0
-    groups: ClassVar[int | None] = None
     is_likelihood: ClassVar[bool] = True
+
+    @property
+    def groups(self) -> None:
+        return None
 
     @property
     def name(self) -> str:
@@ -116,8 +119,11 @@ class FeatureError(nn.Module):
         torch.Size([4])
     """
 
-    groups: ClassVar[int | None] = 1 + LAYERS
     is_likelihood: ClassVar[bool] = False
+
+    @property
+    def groups(self) -> int:
+        return 1 + LAYERS
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -41,8 +41,6 @@ class TableError:
         tensor([1., nan])
     """
 
-    name: ClassVar[str] = "table"
-    power: ClassVar[float] = 2.0
     is_likelihood: ClassVar[bool] = True
 
     def __init__(
@@ -58,6 +56,7 @@ class TableError:
                 f"groups must be None or the number of numeric columns, {numeric}, not {groups}, "
                 "and the table needs a column"
             )
+        self.name, self.power = "table", 2.0
         self.numeric, self.categories = numeric, tuple(categories)
         self.groups, self.holes = groups, holes
 

@@ -5,7 +5,7 @@ rows of a table with missing cells, a variance for each column or categories.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -205,7 +205,8 @@ class TableTarget(Target):
         of_numbers = jacobian[..., :numeric] * observed[:, None, :numeric]
         gradient = (of_numbers @ (residual / self.variances)[..., None])[..., 0]
         roots, first = [of_numbers / self.variances.sqrt()], numeric
-        for size in self.error.categories:
+        sizes: Sequence[int] = self.error.categories
+        for size in sizes:
             block = slice(first, first := first + size)
             share, seen = decoded[:, 0, block].softmax(-1), observed[:, block]
             apart = torch.where(seen, values[:, block] - share, 0.0)

@@ -80,11 +80,10 @@ class Columns:
             numbers: Any = frame[:, self.numeric].to_native()
         else:
             numbers = _objects_of(X)[:, self.numeric]
-            numbers[np.equal(numbers, None)] = np.nan  # pyright: ignore[reportCallIssue]
+            numbers = np.where(numbers == np.array(None), np.nan, numbers)
         if self.numeric:
-            numbers = check_array(
-                numbers, dtype=np.float64, ensure_all_finite="allow-nan", **checks
-            )
+            how: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"} | checks
+            numbers = check_array(numbers, **how)
         else:
             numbers = np.empty((len(X), 0))
         blocks = [numbers]

@@ -232,7 +232,8 @@ def _linear_models(
     for floor in floors:
         if floor is not None:
             psi = np.maximum(model.noise_variance_, floor * np.maximum(table.var(0), 1e-6))
-            found.append((model.components_.T, psi))
+            axes: Any = model.components_
+            found.append((axes.T, psi))
             continue
         pca = PCA(latents, svd_solver="full").fit(small)
         share, noise = (len(small) - 1) / len(small), float(pca.noise_variance_)
@@ -267,7 +268,8 @@ def _of_same_covariance(table: np.ndarray) -> np.ndarray:
     rows, columns = table.shape
     if rows <= 2 * columns:
         return centred
-    root = np.linalg.qr(centred, mode="r") * math.sqrt(columns / rows)
+    root: Any = np.linalg.qr(centred, mode="r")
+    root = root * math.sqrt(columns / rows)
     return np.concatenate([root, -root])
 
 

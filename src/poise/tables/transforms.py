@@ -20,7 +20,7 @@ number is then the average probability density of the numbers that round to it.
 """
 
 import math
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -72,7 +72,8 @@ class Power:
 
     def __init__(self, x: np.ndarray) -> None:
         self.mean, self.std = float(x.mean()), float(x.std()) or 1.0
-        exponent = float(yeojohnson_normmax((x - self.mean) / self.std))
+        likeliest: Any = yeojohnson_normmax((x - self.mean) / self.std)
+        exponent = float(likeliest)
         self.exponent = min(max(exponent, -STEEPEST), STEEPEST)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
