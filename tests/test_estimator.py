@@ -209,9 +209,8 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
         "validation_fraction": 0,
         "device": "cpu",
     }
-    model = VAEEstimator(
-        2, hidden=(), prior="normal", balance="computed:decay=0.995", random_state=0, **how
-    ).fit(rows)
+    how |= {"noise": "shared", "prior": "normal", "balance": "computed:decay=0.995"}
+    model = VAEEstimator(2, hidden=(), random_state=0, **how).fit(rows)
     assert model.noise_variance_ / PCA(2).fit(rows).noise_variance_ == pytest.approx(
         9 / 10, abs=0.03
     )
