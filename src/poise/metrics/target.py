@@ -17,7 +17,7 @@ from poise.vae import VAE
 
 LogPrior = Callable[[Tensor], Tensor]  # latents (n, L), float64 -> log p(z), (n,)
 
-BLOCK = 100  # least number of latents that are decoded together
+FEWEST_AT_ONCE = 100  # least number of latents that are decoded together
 VALUES_AT_ONCE = {"cpu": 2**18, "mps": 2**18}  # decoded together, by type of device
 VALUES_AT_ONCE_ELSEWHERE = 2**23
 
@@ -127,7 +127,7 @@ class Target:
         flat = latents.flatten(0, 1)
         kind = self.values.device.type
         most = VALUES_AT_ONCE.get(kind, VALUES_AT_ONCE_ELSEWHERE) // self.values[0].numel()
-        size = max(BLOCK, most)
+        size = max(FEWEST_AT_ONCE, most)
         numbers = torch.arange(len(flat), device=self.values.device)
         return list(zip(flat.split(size), numbers.split(size), strict=True))
 
