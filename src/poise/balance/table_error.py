@@ -35,7 +35,7 @@ class TableError:
     Example:
         >>> error = TableError(2, [3], groups=2, holes=True)
         >>> balance = poise.ComputedBalance(groups=2).measuring(error)
-        >>> row = torch.tensor([[1.0, math.nan, 0.0, 0.0, 1.0]])
+        >>> row = torch.tensor([[1.0, float("nan"), 0.0, 0.0, 1.0]])
         >>> terms = balance(torch.zeros(1, 5), row, torch.zeros(1, 1), torch.zeros(1, 1))
         >>> terms.group_error
         tensor([1., nan])

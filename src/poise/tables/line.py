@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA, FactorAnalysis
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ FLOOR = 1e-6  # least variance of the noise of a column, relative to the column'
 # cross-validation chooses a larger floor, or probabilistic PCA.
 ROWS_PER_COLUMN, FOLDS = 10, 5
 FLOORS = (FLOOR, 1e-3, 1e-2, 0.1)
-ITERATIONS, CONVERGED_NATS = 500, 1e-5  # of expectation maximisation; gain of a row's likelihood
+ITERATIONS, CONVERGED_NATS = 1_000, 1e-5  # of expectation maximisation; gain of a row's likelihood
 MOST_ROWS = 10_000  # rows of expectation maximisation, chosen evenly
 
 
@@ -224,23 +224,41 @@ def _linear_models(
         floors: of psi in factor analysis, relative to the columns' variances. None: probabilistic
             PCA, with one psi.
     """
-    small, found = _of_same_covariance(table), []
-    tolerance = len(small) * CONVERGED_NATS / 100
-    model = FactorAnalysis(latents, tol=tolerance, max_iter=1_000, svd_method="lapack")
-    if any(floors):
-        model.fit(small)
+    covariance, found = np.cov(table.T, bias=True).reshape(table.shape[1], -1), []
+    factors = factor_analysis(covariance, latents) if any(floors) else None
     for floor in floors:
-        if floor is not None:
-            psi = np.maximum(model.noise_variance_, floor * np.maximum(table.var(0), 1e-6))
-            axes: Any = model.components_
-            found.append((axes.T, psi))
+        if floor is not None and factors is not None:
+            least = floor * np.maximum(covariance.diagonal(), 1e-6)
+            found.append((factors[0], np.maximum(factors[1], least)))
             continue
-        pca = PCA(latents, svd_solver="full").fit(small)
-        share, noise = (len(small) - 1) / len(small), float(pca.noise_variance_)
-        kept = (pca.explained_variance_ - noise).clip(0) * share  # divided by n, not n - 1
-        psi = np.full(table.shape[1], noise * share)
-        found.append((pca.components_.T * np.sqrt(kept), psi))
+        values, vectors = np.linalg.eigh(covariance)
+        noise = max(values[:-latents].mean(), 1e-12)
+        weight = vectors[:, -latents:] * np.sqrt((values[-latents:] - noise).clip(0))
+        found.append((weight, np.full(len(covariance), noise)))
     return found
+
+
+def factor_analysis(covariance: np.ndarray, latents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return W and psi of factor analysis, of maximum likelihood for a covariance.
+
+    W is that of maximum likelihood for psi, and psi what W leaves of the variances, in turn. (The
+    steps of scikit-learn's FactorAnalysis. It warns where the noise of a column goes to 0.)
+
+    Source: Barber 2012, Bayesian Reasoning and Machine Learning, section 21.2.
+    """
+    variances = np.maximum(covariance.diagonal(), 1e-12)
+    weight, psi, earlier = np.zeros((len(variances), latents)), variances, -math.inf
+    for _ in range(ITERATIONS):
+        root = np.sqrt(psi)
+        values, vectors = np.linalg.eigh(covariance / root / root[:, None])
+        top = values[-latents:].clip(1)
+        weight = root[:, None] * vectors[:, -latents:] * np.sqrt(top - 1)
+        rest = values.sum() - values[-latents:].clip(1).sum()
+        height = -0.5 * (np.log(psi).sum() + np.log(top).sum() + rest)
+        if height - earlier < CONVERGED_NATS / 100:
+            break
+        earlier, psi = height, np.maximum(variances - np.square(weight).sum(1), 1e-9 * variances)
+    return weight, psi
 
 
 def _floor(table: np.ndarray, latents: int) -> float | None:
@@ -260,17 +278,6 @@ def _floor(table: np.ndarray, latents: int) -> float | None:
             distances = (apart * np.linalg.solve(covariance, apart.T).T).sum()
             nats[k] += distances + len(unseen) * np.linalg.slogdet(covariance)[1]
     return floors[int(nats.argmin())]
-
-
-def _of_same_covariance(table: np.ndarray) -> np.ndarray:
-    """Return at most two rows per column with the covariance of a table, and a mean of zeros."""
-    centred = table - table.mean(0)
-    rows, columns = table.shape
-    if rows <= 2 * columns:
-        return centred
-    root: Any = np.linalg.qr(centred, mode="r")
-    root = root * math.sqrt(columns / rows)
-    return np.concatenate([root, -root])
 
 
 def expectation_maximisation(
@@ -343,7 +350,7 @@ def _logits(codes: np.ndarray, blocks: list[np.ndarray]) -> tuple[Tensor, Tensor
         labels = block[seen].argmax(1)
         found = np.unique(labels)
         if len(found) > 1:
-            model = LogisticRegression(max_iter=200, tol=1e-3).fit(codes[seen], labels)
+            model = LogisticRegression(max_iter=1_000, tol=1e-3).fit(codes[seen], labels)
             slope, offset = model.coef_, model.intercept_
             if len(found) == 2:  # scikit-learn has one row, the logit of the second
                 slope, offset = np.vstack([-slope, slope]) / 2, np.r_[-offset, offset] / 2
