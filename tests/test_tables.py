@@ -317,11 +317,15 @@ def test_it_works_behind_a_column_transformer():
     [
         ({"size": np.nan}, "column 'size' has no observed value: leave it out"),
         ({"colour": None}, "column 'colour' has no observed value: leave it out"),
+        (
+            {"colour": [f"row {k}" for k in range(300)]},
+            "'colour' has 300 categories, more than 255",
+        ),
         ({"size": pd.Timestamp("2026-01-01")}, "column 'size' holds Datetime.* convert it"),
     ],
 )
 def test_columns_that_cannot_be_fitted_are_refused_by_name(change, message):
-    table = mixed_table().astype({"colour": "str"}).assign(**change)
+    table = mixed_table(300).astype({"colour": "str"}).assign(**change)
     names = ["colour"] if "colour" in change else "from_dtype"
     with pytest.raises(poise.InputError, match=message):
         VAEEstimator(2, **QUICK, categorical_features=names).fit(table)

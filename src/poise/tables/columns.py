@@ -15,6 +15,7 @@ from poise.errors import InputError
 
 DTYPES: Any = [np.float64, np.float32]
 CATEGORIES = (nw.Categorical, nw.Enum, nw.String, nw.Boolean)
+MOST_CATEGORIES = 255  # of a column; more are names or numbers of rows
 
 
 class Columns:
@@ -31,7 +32,7 @@ class Columns:
 
     Raises:
         InputError: `categorical` names a column that the table lacks, or a column holds dates or
-            lists, or no observed value.
+            lists, no observed value, or more than `MOST_CATEGORIES` categories.
     """
 
     def __init__(self, X: Any, categorical: Any) -> None:
@@ -49,6 +50,11 @@ class Columns:
             known = {value for value in values if value is not None}
             if not known:
                 raise InputError(f"column {self.name(column)} has no observed value: leave it out")
+            if len(known) > MOST_CATEGORIES:
+                raise InputError(
+                    f"column {self.name(column)} has {len(known)} categories, more than "
+                    f"{MOST_CATEGORIES}: leave it out, or join rare ones"
+                )
             try:
                 ordered = sorted(known)
             except TypeError:  # texts beside numbers
