@@ -383,6 +383,7 @@ def test_transforms_are_chosen_by_held_out_values():
     assert choose(draws.normal(size=300)).kind == "none"
     assert choose(SKEWED).kind in ("power", "bounded", "quantile")
     assert choose(draws.uniform(size=300)).kind in ("bounded", "quantile")
+    assert choose(draws.standard_cauchy(300)).kind == "quantile", "one outlier does not decide"
     both = np.r_[draws.normal(-4, 1, 200), draws.normal(4, 1, 200)]
     assert choose(both).kind == "quantile" and KNOTS < 200
     assert choose(np.ones(100)).kind == choose(SKEWED[:9]).kind == "none"

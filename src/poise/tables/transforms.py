@@ -30,7 +30,8 @@ from scipy.stats import yeojohnson, yeojohnson_normmax
 Kind = Literal["none", "power", "bounded", "quantile"]
 KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 32, 8, 5, 40
 STRAIGHT = 0.05  # share of u in a quantile transform, so that its slope is never 0
-STEEPEST = 30.0  # largest exponent of the Yeo-Johnson transform, either sign
+STEEPEST = 5.0  # largest exponent of the Yeo-Johnson transform, either sign: inverses stay exact
+LEAST_NATS = -20.0  # of a standardised value, so that one outlier does not decide
 # Distance of a bound from the nearest value, in standard deviations.
 MARGIN = 0.05
 
@@ -209,7 +210,7 @@ def choose(x: np.ndarray) -> Transform:
             rows = order[fold::FOLDS]
             seen = np.delete(x, rows)
             density[rows] = _log_density(fitted(kind, seen), seen, x[rows])
-        found[kind] = density.clip(-1e6)
+        found[kind] = (density + math.log(x.std())).clip(LEAST_NATS)
     best = max(found, key=lambda kind: found[kind].mean())
     gain = found[best] - found["none"]
     if not gain.mean() > gain.std() / math.sqrt(len(x)):
@@ -221,7 +222,7 @@ def _log_density(transform: Transform, seen: np.ndarray, x: np.ndarray) -> np.nd
     """Return (1) of values for the Gaussian that is fitted to the transformed values `seen`."""
     y, of_seen = transform(x), transform(seen)
     std = max(float(of_seen.std()), 1e-300)
-    scores = (y - of_seen.mean()) / std
+    scores = ((y - of_seen.mean()) / std).clip(-1e9, 1e9)
     return transform.log_slope(x) - scores**2 / 2 - math.log(std * math.sqrt(2 * math.pi))
 
 
