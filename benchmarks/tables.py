@@ -4,16 +4,17 @@
     python benchmarks/tables.py [--splits 3] [--only NAME ...] [--models NAME ...] [--json FILE]
 
 With --json, the figures of each table are added to the file as soon as they are measured. Those
-that it has are not measured again. For two versions of Poise, run the script with each, and give
-the figures of the older one another name: --models VAE --vae-as "VAE before".
+that it has are not measured again.
 
 Protocol. The twenty tables of `TABLES` were fixed before anything was measured. Numeric columns are
 kept, rows with a missing value and constant columns are dropped. Of more than 1,000 rows, 1,000 are
 drawn with a fixed seed. Columns are standardised over all rows, except the digits' pixels, which
 share one unit. Each split holds out a fifth of the rows.
 
-The VAE has its defaults, except that it trains for at most 2,000 steps. VAE, PCA and factor
-analysis have as many latents as a quarter of the columns, at most 16. BIC chooses the mixture's
+The VAE has its defaults, except that it trains for at most 2,000 steps: "shared" with one variance
+for all columns, "per column" with one for each, "+ transforms" with transforms of the columns
+chosen on held-out rows. "+ prior" is the latter model, scored under the mixture that is fitted to
+the codes. VAE, PCA and factor analysis have as many latents as a quarter of the columns, at most 16. BIC chooses the mixture's
 number of components (1 to 10, full covariances). Cross-validation chooses the bandwidth of the
 kernel density.
 
@@ -98,15 +99,16 @@ def _numbers(frame: Any) -> np.ndarray:
 
 
 def vae(
-    seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int, *, steps: int = STEPS
+    seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int, *, steps: int, **options: Any
 ) -> dict[str, float]:
-    model = VAEEstimator(latents, steps=steps, device="cpu", random_state=seed).fit(seen)
-    scores = model.score_details(unseen)
-    return {
-        "density": float(scores.log_density.mean()),
-        "error": _error(unseen, model.inverse_transform(model.transform(unseen))),
-        "certain": float(scores.certain.mean()),
-    }
+    model = VAEEstimator(latents, steps=steps, device="cpu", random_state=seed, **options)
+    scores = model.fit(seen).score_details(unseen)
+    found = {"density": float(scores.log_density.mean()), "certain": float(scores.certain.mean())}
+    found["error"] = _error(unseen, model.inverse_transform(model.transform(unseen)))
+    if model.noise == "column":
+        scores = model.set_params(score_prior="mixture").score_details(unseen)
+        found["with_prior"] = float(scores.log_density.mean())
+    return found
 
 
 def pca(seen: np.ndarray, unseen: np.ndarray, latents: int, seed: int) -> dict[str, float]:
@@ -141,9 +143,13 @@ def kernel_density(
     return {"density": float(search.best_estimator_.score(unseen) / len(unseen))}
 
 
-BEFORE = "VAE before"
-MODELS: dict[str, Model] = {
-    "VAE": vae,
+VAES: dict[str, dict[str, Any]] = {  # options of the estimator
+    "shared": {"noise": "shared"},
+    "per column": {},
+    "+ transforms": {"transforms": "auto"},
+}
+MODELS: dict[str, Model] = {name: partial(vae, steps=STEPS, **how) for name, how in VAES.items()}
+MODELS |= {
     "PCA": pca,
     "factor analysis": factor_analysis,
     "mixture": mixture,
@@ -177,15 +183,19 @@ def latents_of(rows: np.ndarray) -> int:
 def tables(report: dict[str, Any]) -> str:
     """Return the tables of docs/tables.md: densities and errors, mean ± deviation over splits."""
     found = report["tables"]
-    names = [name for name in (BEFORE, *MODELS) if any(name in table for table in found.values())]
+    names = [name for name in MODELS if any(name in table for table in found.values())]
+    shown = [(name, name, "density") for name in names]
+    if "+ transforms" in names:
+        after = 1 + names.index("+ transforms")
+        shown.insert(after, ("+ prior", "+ transforms", "with_prior"))
     with_error = [n for n in names if any("error" in table.get(n, {}) for table in found.values())]
-    density = [["table", "rows, columns, latents", *names, "certain"]]
+    density = [["table", "rows, columns, latents", *(title for title, *_ in shown), "certain"]]
     error = [["table", *with_error]]
     for name, table in found.items():
         size = f"{table['rows']}, {table['columns']}, {table['latents']}"
-        certain = table.get("VAE", {}).get("certain")
+        certain = table.get("per column", {}).get("certain")
         share = f"{fmean(certain):.0%}" if certain else ""
-        values = [spread(table.get(model, {}).get("density"), ".2f") for model in names]
+        values = [spread(table.get(model, {}).get(key), ".2f") for _, model, key in shown]
         density.append([name, size, *values, share])
         error.append([name, *(spread(table.get(m, {}).get("error"), ".4f") for m in with_error)])
     return "\n\n".join(map(markdown, [density, error]))
@@ -210,13 +220,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--vae-as", default="VAE", help="name of the figures of the VAE")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    models = {name: MODELS[name] for name in options.models}
-    if "VAE" in models:
-        del models["VAE"]
-        models[options.vae_as] = partial(vae, steps=options.steps)
+    models = {
+        name: partial(vae, steps=options.steps, **VAES[name]) if name in VAES else MODELS[name]
+        for name in options.models
+    }
     report: dict[str, Any] = {"splits": options.splits, "steps": options.steps, "tables": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())

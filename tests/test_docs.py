@@ -113,6 +113,17 @@ def test_the_tables_of_densities_are_those_of_the_results():
     )
 
 
+def test_the_tables_of_mixed_tables_and_of_their_uses_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    mixed = json.loads((ROOT / "results" / "bench-mixed-tables.json").read_text())
+    page = (ROOT / "docs" / "tables.md").read_text()
+    assert script("mixed_tables").tables(mixed) in page
+    uses = json.loads((ROOT / "results" / "bench-table-uses.json").read_text())["parts"]
+    page += (ROOT / "docs" / "outliers.md").read_text()
+    for part, found in uses.items():
+        assert script("table_uses").tables({"parts": {part: found}}) in page
+
+
 @pytest.mark.parametrize(
     "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
 )

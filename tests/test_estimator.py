@@ -22,7 +22,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import poise
 from poise import VAEEstimator
-from poise.estimator import MOST_STEPS, EarlyStopping, HeldOut
+from poise.tables.scoring import HeldOut
+from poise.tables.stopping import MOST_STEPS, EarlyStopping
 
 QUICK = {"hidden": (16,), "steps": 60, "device": "cpu"}
 DRAWS = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def linear() -> VAEEstimator:
         "device": "cpu",
         "random_state": 0,
     }
-    return VAEEstimator(2, hidden=(), prior="normal", **how).fit(LINEAR)
+    return VAEEstimator(2, hidden=(), noise="shared", prior="normal", **how).fit(LINEAR)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,15 @@ def test_it_finds_rows_never_seen_likelier_than_the_linear_model_does():
 
 def test_training_ends_when_rows_held_out_get_less_likely(wine, monkeypatch):
     how = {"hidden": (64,), "learning_rate": 5e-3, "device": "cpu", "random_state": 0}
-    monkeypatch.setattr(poise.estimator, "PATIENCE_ROWS", 20_000)
+    monkeypatch.setattr(poise.tables.stopping, "PATIENCE_ROWS", 20_000)
     model = VAEEstimator(2, steps=1_000, **how).fit(wine)
     assert max(entry["step"] for entry in model.history_) < 1_000
     longer = clone(model).set_params(steps=50_000).fit(wine)
     assert longer.n_iter_ == model.n_iter_, "patience does not grow with the number of steps"
     np.testing.assert_array_equal(longer.transform(wine), model.transform(wine))
     whole = clone(model).set_params(validation_fraction=0).fit(wine)
-    assert whole.n_iter_ == 1_000 and whole.noise_variance_ < model.noise_variance_
+    assert whole.n_iter_ == 1_000
+    assert whole.noise_variance_.mean() < model.noise_variance_.mean()
 
 
 @pytest.mark.parametrize("prior", ["normal", "second-stage", "mixture", "flow"])
@@ -181,7 +183,8 @@ def test_a_steered_balance_trains_to_the_end_and_reaches_its_aim(wine):
 
 def test_of_few_rows_two_are_held_out(wine):
     """Without early stopping the VAE overfits a dozen rows: others lose thousands of nats."""
-    model = VAEEstimator(3, hidden=(64,), steps=1_500, device="cpu", random_state=0).fit(wine[:12])
+    how = {"hidden": (64,), "noise": "shared", "steps": 1_500, "device": "cpu", "random_state": 0}
+    model = VAEEstimator(3, **how).fit(wine[:12])
     assert model.n_iter_ < 1_500 and model.score(wine[100:]) > -100
 
 
@@ -206,9 +209,8 @@ def test_the_noise_variance_is_that_of_maximum_likelihood():
         "validation_fraction": 0,
         "device": "cpu",
     }
-    model = VAEEstimator(
-        2, hidden=(), prior="normal", balance="computed:decay=0.995", random_state=0, **how
-    ).fit(rows)
+    how |= {"noise": "shared", "prior": "normal", "balance": "computed:decay=0.995"}
+    model = VAEEstimator(2, hidden=(), random_state=0, **how).fit(rows)
     assert model.noise_variance_ / PCA(2).fit(rows).noise_variance_ == pytest.approx(
         9 / 10, abs=0.03
     )
@@ -242,13 +244,17 @@ def test_rows_far_from_all_others_have_a_density(wine):
 
 @pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, 0.0])
 def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
-    assert VAEEstimator(1, **QUICK, random_state=0).fit(np.full((50, 3), value)).scale_ == 1.0
+    table = np.full((50, 3), value)
+    for noise in ("shared", "column"):
+        model = VAEEstimator(1, **QUICK, noise=noise, random_state=0).fit(table)
+        assert np.all(model.scale_ == 1.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1, not 0"),
+        ({"noise": "row"}, "noise must be column or shared, not 'row'"),
         ({"latent_dim": 2.5}, "latent_dim must be a whole number"),
         ({"latent_dim": True}, "latent_dim must be a whole number of at least 1, not True"),
         ({"hidden": 16}, "hidden must be .* a tuple of widths"),
@@ -306,16 +312,15 @@ def bent() -> tuple[np.ndarray, VAEEstimator]:
 def test_the_density_of_rows_near_and_far_is_that_of_quadrature(bent):
     table, model = bent
     rows = np.r_[table[:9], [[10, 0], [2, 0], [0, -3], [-8, 3], [0, 30], [30, -30]]]
-    vae, gamma2 = copy.deepcopy(model.vae_).double(), float(model.balance_.gamma2)
+    vae, variances = copy.deepcopy(model.vae_).double(), model.noise_variance_
     latents = torch.linspace(-60, 60, 100_001, dtype=torch.float64)[:, None]
     with torch.no_grad():
         means = model.mean_ + model.scale_ * vae.decode(latents).numpy()
-    variance = model.scale_**2 * gamma2
-    log_joint = -np.square(rows[:, None] - means).sum(-1) / (2 * variance)
+    log_joint = -(np.square(rows[:, None] - means) / (2 * variances)).sum(-1)
     log_joint = torch.from_numpy(log_joint - latents.square().numpy()[:, 0] / 2)
     exact = log_joint.logsumexp(1) + math.log(120 / 100_000) - 1.5 * math.log(2 * math.pi)
     scores = model.score_details(rows)
-    assert np.abs(scores.log_density - (exact.numpy() - math.log(variance))).max() < 0.05
+    assert np.abs(scores.log_density - (exact.numpy() - np.log(variances).sum() / 2)).max() < 0.05
     assert scores.certain.all() and scores.effective_share.min() > 0.2
     narrow = clone(model).set_params(score_proposal="encoder")
     narrow.__dict__.update({k: v for k, v in vars(model).items() if k.endswith("_")})
@@ -358,7 +363,8 @@ def test_it_is_never_worse_than_pca_on_collinear_columns(latents):
     table = draws.normal(size=(200, 3)) @ draws.normal(size=(3, 7))
     table += 1e-2 * draws.normal(size=table.shape)
     seen, unseen = table[:150], table[150:]
-    model = VAEEstimator(latents, steps=100, device="cpu", random_state=0).fit(seen)
+    how = {"noise": "shared", "steps": 100, "device": "cpu", "random_state": 0}
+    model = VAEEstimator(latents, **how).fit(seen)
     pca = PCA(min(latents, 6)).fit(seen)
     assert model.score(unseen) > pca.score(unseen) - 0.05
 
@@ -381,6 +387,8 @@ def test_a_network_has_to_beat_pca_beyond_chance():
             chance = ttest_1samp(rise, 0, alternative="greater").pvalue
             assert better == bool(rows >= 10 and chance < 0.05 and fall.mean() > sem(fall))
             found[better] += 1
+            per_column = network.is_better_than(HeldOut(zeros, zeros), shared=False)
+            assert per_column == bool(rows >= 10 and rise.mean() > sem(rise))
     assert min(found.values()) > 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from poise.balance import Balance, ComputedBalance, FixedBalance
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
-from poise.metrics import encoding, likelihood, reconstruction
+from poise.metrics import encoding, reconstruction, target
 from poise.metrics.likelihood import BLOCK, importance_weighted_nll, nll_of_values, nll_per_image
 from poise.networks import mlp
 from poise.vae import VAE
@@ -220,7 +220,7 @@ class Counting(nn.Module):
 
 
 def test_no_more_than_a_block_of_latents_is_decoded_at_a_time(digits, pca, monkeypatch):
-    monkeypatch.setattr(likelihood, "VALUES_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(target, "VALUES_AT_ONCE", {"cpu": 1})
     vae = pca.vae()
     vae.decoder = Counting(vae.decoder)
     under_encoder(vae, pca.balance, digits[:3], samples=5 * BLOCK + 1)
@@ -376,7 +376,7 @@ def test_what_cannot_be_estimated_is_refused(digits, pca, unchecked):
 def test_blocks_that_are_decoded_together_give_the_same_estimate(digits, monkeypatch):
     model = ProbabilisticPCA(digits)
     apart = under_encoder(model.vae(wider=1.2), model.balance, digits[:7], samples=730)
-    monkeypatch.setattr(likelihood, "VALUES_AT_ONCE", {"cpu": 64 * 3 * BLOCK})
+    monkeypatch.setattr(target, "VALUES_AT_ONCE", {"cpu": 64 * 3 * BLOCK})
     together = under_encoder(model.vae(wider=1.2), model.balance, digits[:7], samples=730)
     torch.testing.assert_close(together.nll_nats, apart.nll_nats, rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(together.effective_share, apart.effective_share, rtol=1e-4, atol=0)

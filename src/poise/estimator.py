@@ -1,27 +1,34 @@
 """Two-stage VAEs of tables, as a scikit-learn estimator.
 
-Model. A row x is Gaussian around the output of the decoder f for its latents z,
+Model. A row x of numbers is Gaussian around the output of the decoder f for its latents z,
 
-    p(x|z) = N(x; m + s f(z), s^2 gamma2 I),        z ~ N(0, I),                                (1)
+    p(x|z) = N(x; m + s f(z), s^2 diag(gamma2)),        z ~ N(0, I),                            (1)
 
-where m is the mean row and s is one scale for all columns, the root of their mean variance. As in
-principal component analysis, a column of large variance counts more than others. If all columns
-should count equally, use a StandardScaler first. Without hidden layers, the optimum of this model
-is probabilistic PCA (Tipping & Bishop 1999).
+with the mean row m. By default each column has a scale s of its own, the standard deviation of its
+observed cells, and a gamma2 of its own. Without hidden layers, the optimum is then factor analysis.
+With `noise="shared"` all columns share one scale, the root of their mean variance, and one gamma2.
+As in principal component analysis, a column of large variance then counts more than others, and the
+optimum is probabilistic PCA (Tipping & Bishop 1999).
+
+Categories. A categorical column has the probabilities softmax(f(z)). Its cross-entropy is added to
+the loss as it is.
+
+Missing cells do not count: the likelihood of a row is that of its observed cells.
 
 Linear path. Encoder and decoder are each the sum of a linear map and a network. The maps start at
-probabilistic PCA, in closed form, and the networks start at zero.
+factor analysis or probabilistic PCA (`poise.tables.line`), and the networks start at zero.
 
 Early stopping. Tables are small, and a network overfits them. gamma2 then follows the error of the
 training rows, and other rows get a very low likelihood. So some rows are held out, and the weights
 with the highest ELBO on these rows are kept. A scheduled, constrained or controlled balance trains
 for all steps: its ELBO may be higher on the way than at its target.
 
-Kept line. With a computed balance, these weights have to beat probabilistic PCA on the held-out
-rows: a higher density (see `score`) by a paired t-test at `LEVEL`, and a reconstruction error that
-is lower by one standard error of the difference. Otherwise PCA is kept and fitted to all rows, as
-always with fewer than ten held-out rows. The ELBO does not compare them: it equals the density for
-PCA only.
+Kept line. With a computed balance, these weights have to beat the linear model on the held-out
+rows: their density (see `score`) must be higher by one standard error of the difference. With
+`noise="shared"` the density must be higher by a paired t-test at the level 0.05, and the
+reconstruction error lower by one standard error. Otherwise the linear model is kept and fitted to
+all rows, as always with fewer than ten held-out rows. The ELBO does not compare them: it equals the
+density for the linear model only.
 
 Reconstruction. Posterior means are shrunk towards 0 by the factor 1 - s^2, where s^2 is the mean
 posterior variance of a latent. `inverse_transform` divides by it if this reconstructs the rows of
@@ -29,45 +36,45 @@ the fit better. For probabilistic PCA this gives the projection of PCA (Tipping 
 section 3.3).
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from poise import networks
-from poise.balance import Balance, ComputedBalance, make_balance, negative_log_likelihood
+from poise.balance import Balance, ComputedBalance, TableError, make_balance
 from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
-from poise.metrics.encoding import encoded
-from poise.metrics.likelihood import (
-    ADAPTATION_SAMPLES,
-    CERTAIN_NATS,
-    ENOUGH_CERTAIN,
-    LogPrior,
-    NLLPerImage,
-    Proposal,
-    nll_of_values,
-)
+from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, Proposal
 from poise.priors import MixturePrior, Prior, TrainedModel, make_prior
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.progress import progress
 from poise.support.seeds import derive, generator, noise_per_image, seeded
+from poise.tables.columns import DTYPES, Columns
+from poise.tables.line import FLOOR, Line
+from poise.tables.scoring import (
+    LARGEST_ROW,
+    HeldOut,
+    drawn_rows,
+    expected_rows,
+    row_nll,
+    stretch,
+)
+from poise.tables.stopping import EarlyStopping, ElboOf, VelocityErrorOf
+from poise.tables.transforms import Kind, Transforms
 from poise.training import (
     Batches,
     CodeBatches,
@@ -83,33 +90,33 @@ from poise.training.state import Network
 from poise.vae import VAE
 from poise.variants import PRIORS, PriorName, SecondStage, find_prior
 
-MOST_STEPS = 50  # maximum number of steps between evaluations of the held-out rows
+Noise = Literal["column", "shared"]
+
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
-PATIENCE_ROWS = 100_000  # rows trained on without a higher ELBO after which training stops
-LEAST_PATIENCE = 200  # the same in steps, for large batches
-LEVEL = 0.05  # of the one-sided test that a network is better than PCA
-# Rows of this test. Of fewer rows a t-test says nothing if the densities have heavy tails.
-FEWEST_COMPARED, MOST_COMPARED = 10, 1_000
-RISING_NATS = 0.1  # rise of the ELBO in the last steps that causes a ConvergenceWarning
 WIDTHS = (16, 128)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
-LARGEST_ROW = 1e30  # bound of scaled values in float32, whose products must be finite
-MOST = 1e140  # bound of scaled values in float64, whose squares must be finite
-ROW_VALUES = 2**21  # latents of importance samples held in memory
-LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
 FLOW_AVERAGE = 0.99  # decay of the averaged weights of a flow
-DRAWS = 1_000  # minimum number of noise rows for the held-out error of a flow
-DTYPES: Any = [np.float64, np.float32]
 
 
 class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Fit a VAE with a computed balance to the rows of a table (eq. 1).
+
+    Tables are arrays or frames of pandas or polars. Cells may be missing: NaN or null.
 
     Args:
         latent_dim: number of latents, >= 1: the number of columns of `transform`.
         hidden: widths of the encoder's hidden layers, >= 1 each. The decoder has them in reverse
             order. Empty: a linear VAE. "auto": two layers whose width is the root of the number of
             values of the table, rounded down to a power of two, from 16 to 128.
+        noise: "column": each numeric column has a scale and a gamma2 of its own. "shared": one for
+            all. Balances with a fixed or controlled gamma2 have one for all columns, relative to
+            their scales.
+        categorical_features: "from_dtype": columns of a frame that hold categories, texts or
+            booleans. Or a list of names or indices, or of one boolean for each column. None: none.
+        transforms: monotone transform of each numeric column, see `poise.tables.transforms`. "auto"
+            chooses it on held-out rows, and dequantises whole numbers. "power", "bounded" and
+            "quantile" are transforms of all columns. None: none. With transforms, a column without
+            negative values has samples of at least 0.
         balance: balance of stage 1, see `poise.balance.make_balance`. "computed" needs no tuning.
         prior: prior of the latents for `sample`, a key of `poise.variants.PRIORS`. Priors are
             fitted to the codes of all rows. "second-stage" is a second VAE with a computed balance,
@@ -135,13 +142,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     Attributes:
         hidden_: the widths of the hidden layers.
-        mean_: m of eq. 1, (features,).
-        scale_: s of eq. 1.
-        noise_variance_: s^2 gamma2 of eq. 1, the maximum likelihood estimate. scikit-learn's `PCA`
-            divides by n - 1: its value is n / (n - 1) times that of a trained model without hidden
-            layers. If PCA was kept, it is PCA's value.
-        vae_, balance_: the trained VAE and balance, for rows (x - m) / s.
-        n_iter_: training step of the weights that were kept. 0: probabilistic PCA was kept.
+        transforms_: kind of the transform of each numeric column; column_transforms_ are they.
+        columns_: layout of the table, see `poise.tables.columns`.
+        mean_: m of eq. 1, (numeric features,), of the transformed columns, as are scale_ and
+            noise_variance_.
+        scale_: s of eq. 1, (numeric features,), or a number with `noise="shared"`.
+        noise_variance_: s^2 gamma2 of eq. 1, (numeric features,), or a number with
+            `noise="shared"`: the maximum likelihood estimate. scikit-learn's `PCA` divides by
+            n - 1: its value is n / (n - 1) times that of a trained model without hidden layers. If
+            PCA was kept, it is PCA's value.
+        categories_: the categories of each categorical column, sorted.
+        vae_, balance_: the trained VAE and balance, for rows (x - m) / s, then one-hot categories.
+        n_iter_: training step of the weights that were kept. 0: the linear model was kept.
         n_latents_: the `latent_dim` of the fit.
         prior_: prior of the latents, for `sample`.
         stretch_: factor on each latent in `inverse_transform`, (latents,).
@@ -164,6 +176,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         latent_dim: int = 16,
         *,
         hidden: Sequence[int] | Literal["auto"] = "auto",
+        noise: Noise = "column",
+        categorical_features: Any = "from_dtype",
+        transforms: Kind | Literal["auto"] | None = None,
         balance: str = "computed",
         prior: PriorName = "mixture",
         steps: int = 5_000,
@@ -180,6 +195,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     ) -> None:
         self.latent_dim = latent_dim
         self.hidden = hidden
+        self.noise: Noise = noise
+        self.categorical_features = categorical_features
+        self.transforms: Kind | Literal["auto"] | None = transforms
         self.balance = balance
         self.prior = prior
         self.steps = steps
@@ -200,8 +218,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         After Ctrl-C the model has the best weights so far, and KeyboardInterrupt is raised.
 
         Args:
-            X: (rows, features), finite numbers, two rows or more. There may be more latents than
-                rows or columns. Those that the rows cannot determine stay N(0, 1).
+            X: (rows, features), numbers and categories, two rows or more; NaN or null where
+                missing. There may be more latents than rows or columns. Those that the rows cannot
+                determine stay N(0, 1).
             y: not used.
             sample_weight: (rows,), >= 0. A weight of 2 counts as two equal rows. Weights that are
                 not whole are rounded, up or down in proportion, so that as many rows are trained on
@@ -211,17 +230,27 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             The estimator itself.
 
         Raises:
-            InputError: a parameter is out of range, or values are too large to be squared. It is a
-                ValueError, as scikit-learn raises for invalid tables.
+            InputError: a parameter is out of range, a column has no observed cell, or values are
+                too large to be squared. It is a ValueError, as scikit-learn raises for invalid
+                tables.
             RunError: the loss is not finite.
         """
         self._check_parameters()
         # A fit that fails leaves no model, instead of parts of an earlier one.
         vars(self).pop("vae_", None)
-        table: np.ndarray = _validated(self, X, ensure_min_samples=2)
+        self.columns_ = Columns(X, self.categorical_features)
+        table = self._read(X, ensure_min_samples=2)
         counts = _counts(table, sample_weight)
         repeated = np.repeat(table, counts, 0)
-        self.mean_, self.scale_ = repeated.mean(0, dtype=np.float64), _scale(repeated)
+        numbers = repeated[:, : len(self.columns_.numeric)]
+        _check_observed(numbers, self.columns_)
+        self.column_transforms_ = Transforms(numbers, self.transforms)
+        self.transforms_ = self.column_transforms_.kinds
+        table = self._transformed(self.column_transforms_.dequantised(table))
+        repeated = np.repeat(table, counts, 0)
+        numbers = repeated[:, : len(self.columns_.numeric)]
+        self.categories_ = self.columns_.levels
+        self.mean_, self.scale_ = _moments(numbers, shared=self.noise == "shared")
         hidden: Any = self.hidden
         self.hidden_: tuple[int, ...] = (
             _widths(repeated.shape) if hidden == "auto" else tuple(hidden)
@@ -229,7 +258,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.history_: list[dict[str, float]] = []
         seed = _seed(self.random_state)
         with denormals_as_zero():
-            interrupted = self._train(self._scaled(table[counts > 0]), counts[counts > 0], seed)
+            rows = self._scaled(table[counts > 0])
+            interrupted = self._train(rows, counts[counts > 0], seed)
         if interrupted:
             raise KeyboardInterrupt
         return self
@@ -240,6 +270,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _check_parameters(self) -> None:
         if self.prior not in PRIORS:
             raise InputError(f"prior must be one of {', '.join(PRIORS)}, not {self.prior!r}")
+        if self.noise not in get_args(Noise):
+            raise InputError(f"noise must be {' or '.join(get_args(Noise))}, not {self.noise!r}")
+        if self.transforms not in (None, "auto", *get_args(Kind)):
+            raise InputError(
+                f"transforms must be auto, {', '.join(get_args(Kind))} or None, "
+                f"not {self.transforms!r}"
+            )
         least = {
             "latent_dim": 1,
             "steps": 1,
@@ -286,8 +323,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 f"balance must be the name of a balance with a squared error, not {self.balance!r}"
             )
 
-    def _new_balance(self, spec: str) -> Balance:
-        return make_balance(spec, latent_dim=self.latent_dim)
+    def _new_balance(self, spec: str, **known: float) -> Balance:
+        return make_balance(spec, latent_dim=self.latent_dim, **known)
+
+    def _balance_of_columns(self, holes: bool) -> tuple[Balance, TableError]:
+        """Return the balance of stage 1 and its error."""
+        numeric = len(self.columns_.numeric)
+        own = self.noise == "column" and numeric > 0
+        balance = self._new_balance(
+            self.balance, **({"groups": numeric, "floor": FLOOR} if own else {})
+        )
+        error = TableError(numeric, self.columns_.sizes, groups=balance.groups, holes=holes)
+        return balance.measuring(error), error
 
     def _train(self, rows: Tensor, counts: np.ndarray, seed: int) -> bool:
         """Train stage 1, then fit the prior. Return whether Ctrl-C ended the training."""
@@ -308,9 +355,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         held_out, kept = (torch.isin(number, part).nonzero()[:, 0] for part in (held_out, kept))
         if (counts == 1).all():  # in the order of the split, as without weights
             held_out, kept = _split(len(rows), fraction, seed)
-        line = Line.fitted(rows[kept], self.latent_dim)
+        balance, error = self._balance_of_columns(holes=bool(rows.isnan().any()))
+        shared = self.noise == "shared"
+        line = Line.fitted(rows[kept], self.latent_dim, error, shared=shared)
         with seeded(derive("weights", seed, 1)):
-            vae = line.beside(self.hidden_)
+            vae = line.beside(self.hidden_, error)
         stage = Stage(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -319,14 +368,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         )
         data = VectorBatches(rows[kept], choose_device(self.device))
         unseen = rows[held_out]
-        state, interrupted = self._train_stage(1, stage, vae, data, ElboOf(unseen), seed)
+        state, interrupted = self._train_stage(1, stage, vae, data, ElboOf(unseen), seed, balance)
         if len(unseen) and _is_elbo(state.balance):
             trained = HeldOut.of(state.network, state.balance, unseen)
-            if not trained.is_better_than(HeldOut.of(*line.model(state.balance), unseen)):
-                line = Line.fitted(rows, self.latent_dim)
-                state.step, (state.network, state.balance) = 0, line.model(state.balance)
-        self.stretch_ = _stretch(state.network, rows).double().numpy()
-        self.noise_variance_ = self.scale_**2 * float(state.balance.gamma2)
+            linear = HeldOut.of(*line.model(state.balance, error), unseen)
+            if not trained.is_better_than(linear, shared=shared):
+                line = Line.fitted(rows, self.latent_dim, error, shared=shared)
+                state.step, (state.network, state.balance) = 0, line.model(state.balance, error)
+        self.stretch_ = stretch(state.network, error, rows).double().numpy()
+        gamma2 = state.balance.gamma2
+        self.noise_variance_: Any = self.scale_**2 * (
+            float(gamma2) if gamma2.dim() == 0 else gamma2.double().numpy()
+        )
         self.balance_, self.n_iter_, self.n_latents_ = state.balance, state.step, self.latent_dim
         self.prior_ = self._fit_prior(state.network, rows, (held_out, kept), seed)
         self.vae_ = state.network
@@ -338,11 +391,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         stage: Stage,
         network: Network,
         data: Batches,
-        score: "ElboOf | VelocityErrorOf",
+        score: ElboOf | VelocityErrorOf,
         seed: int,
+        balance: Balance | None = None,
     ) -> tuple[TrainingState[Network], bool]:
         """Return the state with the best score, on the CPU, and whether Ctrl-C ended training."""
-        balance = self._new_balance(stage.balance)
+        balance = balance or self._new_balance(stage.balance).measuring(
+            TableError(self.latent_dim, holes=False)
+        )
         state = new_state(network, balance, stage, choose_device(self.device))
         batch = min(stage.batch_size, len(data))
         stopping = EarlyStopping(
@@ -418,16 +474,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Return the posterior means of rows, (rows, latent_dim), in the precision of `X`.
 
         Args:
-            X: (rows, features), finite numbers.
+            X: (rows, features), numbers and categories as in the fit; missing cells do not count.
         """
         table = self._checked(X)
-        return encode_all(self.vae_, self._scaled(table)).mean.numpy().astype(table.dtype)
+        codes = encode_all(self.vae_, self._scaled(self._transformed(table)))
+        return codes.mean.numpy().astype(table.dtype)
 
-    def inverse_transform(self, X: Any) -> np.ndarray:
+    def inverse_transform(self, X: Any) -> Any:
         """Return the rows decoded from latents, (rows, features).
 
         For the latents of `transform` these are the reconstructions. Latents are multiplied by
-        `stretch_` before they are decoded.
+        `stretch_` before they are decoded. A category is the most probable one. The rows are a
+        frame if the fit had a frame, else an array.
 
         Args:
             X: (rows, latent_dim).
@@ -444,17 +502,47 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         stretched = torch.tensor(latents * self.stretch_, dtype=torch.float32)
         with torch.no_grad():
             rows = [self.vae_.decode(part) for part in stretched.split(CHUNK)]
-        return self._unscaled(torch.cat(rows)).astype(latents.dtype)
+        numbers, codes = self._unscaled(torch.cat(rows))
+        return self.columns_.table(numbers.astype(latents.dtype), codes, exact=False)
 
-    def sample(
-        self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None
-    ) -> np.ndarray:
+    def impute(self, X: Any, *, draws: bool = False, random_state: Any = None) -> Any:
+        """Return rows with their missing cells filled.
+
+        Args:
+            X: (rows, features), NaN or null where missing.
+            draws: fill with one draw from p(missing | observed cells), for multiple imputation.
+                False: fill numbers with their conditional means, and categories with the most
+                probable one, by importance sampling.
+            random_state: seed of the draws, as in scikit-learn. None: that of the estimator.
+
+        Returns:
+            A frame with the columns' own types if the fit had a frame, else an array.
+        """
+        table = self._checked(X)
+        rows, numeric = self._scaled64(self._transformed(table)), len(self.columns_.numeric)
+        samples = self.importance_samples
+        if draws:
+            seed = _seed(self.random_state if random_state is None else random_state)
+            filled = drawn_rows(self.vae_, self.balance_, rows, samples=samples, seed=seed)
+            filled = self._noisy(filled, derive("impute", seed))
+        else:
+            filled = expected_rows(self.vae_, self.balance_, rows, samples=samples)
+        rows = torch.where(rows.isnan(), filled, rows)
+        numbers, codes = self._unscaled(rows)
+        observed = ~np.isnan(table[:, :numeric])
+        numbers = np.where(observed, table[:, :numeric], numbers).astype(table.dtype)
+        return self.columns_.table(numbers, codes, exact=True, like=X)
+
+    def sample(self, n_samples: int = 1, *, noise: bool = True, random_state: Any = None) -> Any:
         """Generate new rows, (n_samples, features).
+
+        The rows are a frame with the columns' own names and types if the fit had a frame, else an
+        array.
 
         Args:
             n_samples: number of rows, >= 1.
-            noise: add the Gaussian noise of eq. 1, which the rows of the table have. False: return
-                the output of the decoder.
+            noise: add the Gaussian noise of eq. 1, which the rows of the table have, and draw
+                categories. False: return the output of the decoder, and the most probable category.
             random_state: seed of the rows, as in scikit-learn. None: that of the estimator.
 
         Raises:
@@ -466,18 +554,25 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         seed = _seed(self.random_state if random_state is None else random_state)
         rows = sample(self.vae_, self.prior_, n_samples, seed=seed)
         if noise:
-            rows = rows + float(self.balance_.gamma2) ** 0.5 * noise_per_image(
-                *rows.shape, derive("rows", seed)
-            )
-        return self._unscaled(rows)
+            rows = self._noisy(rows, derive("rows", seed))
+        numbers, codes = self._unscaled(rows)
+        return self.columns_.table(numbers, codes, exact=True)
+
+    def _noisy(self, decoded: Tensor, seed: int) -> Tensor:
+        """Add noise to decoded rows: Gaussian to numbers, Gumbel to logits."""
+        noise, numeric = noise_per_image(*decoded.shape, seed), len(self.columns_.numeric)
+        gamma2 = self.balance_.gamma2 if self.balance_.groups else float(self.balance_.gamma2)
+        numbers = decoded[:, :numeric] + gamma2**0.5 * noise[:, :numeric]
+        uniform = torch.special.ndtr(noise[:, numeric:].double()).clamp(1e-12, 1 - 1e-12)
+        return torch.cat([numbers, decoded[:, numeric:] - (-uniform.log()).log()], 1)
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Return the log-likelihood log p(x) of each row, in nats, (rows,).
+        """Return the log-likelihood log p(x) of the observed cells of each row, in nats, (rows,).
 
         The prior is `score_prior`. Equal rows have equal values, whatever the other rows.
 
         Args:
-            X: (rows, features), finite numbers.
+            X: (rows, features), numbers and categories as in the fit; missing cells do not count.
 
         Warns:
             ConvergenceWarning: more than a tenth of the rows is not certain, see `score_details`.
@@ -497,46 +592,81 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Return the log-likelihood of each row, and how certain it is.
 
         Args:
-            X: (rows, features), finite numbers.
+            X: (rows, features), numbers and categories as in the fit; missing cells do not count.
 
         Source: importance sampling, see `poise.metrics.likelihood`.
         """
         table = self._checked(X)
         mixture = self.prior_ if self.score_prior == "mixture" else None
-        found = _nll(
+        found = row_nll(
             self.vae_,
             self.balance_,
-            torch.from_numpy((table - self.mean_) / self.scale_),
+            self._scaled64(self._transformed(table)),
             samples=self.importance_samples,
             most=10 * self.importance_samples,
             proposal=self.score_proposal,
             log_prior=mixture.log_density if isinstance(mixture, MixturePrior) else None,
         )
         nll, share, error = (values.numpy() for values in found)
-        density = -nll - table.shape[1] * math.log(self.scale_)
+        observed = ~np.isnan(table[:, : len(self.mean_)])
+        if self.noise == "shared":
+            density = -nll - observed.sum(1) * math.log(self.scale_)
+        else:
+            density = -nll - observed @ np.log(self.scale_)
+        density = density + self.column_transforms_.log_slope(table[:, : len(self.mean_)])
         return Scores(density, share, error, error <= CERTAIN_NATS)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the mean log-likelihood of rows, in nats per row, under the prior `score_prior`.
 
-        It is comparable with `PCA.score` and `GaussianMixture.score` on the same rows.
+        For tables of numbers it is comparable with `PCA.score` and `GaussianMixture.score` on the
+        same rows.
 
         Args:
-            X: (rows, features), finite numbers.
+            X: (rows, features), numbers and categories as in the fit; missing cells do not count.
             y: not used.
         """
         return float(self.score_samples(X).mean())
 
+    def _read(self, X: Any, **checks: Any) -> np.ndarray:
+        """Return a table as numbers, then one-hot categories; see `poise.tables.columns`."""
+        if self.columns_.plain:
+            table: Any = validate_data(
+                self, X, dtype=DTYPES, ensure_all_finite="allow-nan", **checks
+            )
+            return table
+        validate_data(self, X, skip_check_array=True, reset=checks.pop("reset", True))
+        return self.columns_.encoded(X, **checks)
+
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return _validated(self, X, reset=False)
+        return self._read(X, reset=False)
+
+    def _scaled64(self, table: np.ndarray) -> Tensor:
+        numeric = len(self.mean_)
+        scaled = (table[:, :numeric] - self.mean_) / self.scale_
+        return torch.from_numpy(np.concatenate([scaled, table[:, numeric:]], 1))
 
     def _scaled(self, table: np.ndarray) -> Tensor:
-        scaled = ((table - self.mean_) / self.scale_).clip(-LARGEST_ROW, LARGEST_ROW)
-        return torch.from_numpy(scaled.astype(np.float32))
+        return self._scaled64(table).clamp(-LARGEST_ROW, LARGEST_ROW).float()
 
-    def _unscaled(self, rows: Tensor) -> np.ndarray:
-        return self.mean_ + self.scale_ * rows.double().numpy()
+    def _unscaled(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers and the codes of the most probable categories of decoded rows."""
+        numeric = len(self.mean_)
+        numbers, logits = rows.double().split([numeric, rows.shape[1] - numeric], 1)
+        codes = np.zeros((len(rows), len(self.columns_.sizes)), int)
+        if self.columns_.sizes:
+            for column, block in enumerate(logits.split(self.columns_.sizes, 1)):
+                codes[:, column] = block.argmax(1)
+        return self.column_transforms_.inverse(self.mean_ + self.scale_ * numbers.numpy()), codes
+
+    def _transformed(self, table: np.ndarray) -> np.ndarray:
+        """Return a table with transformed numbers, in its precision."""
+        if self.transforms is None:
+            return table
+        numeric = len(self.columns_.numeric)
+        moved = self.column_transforms_(table[:, :numeric].astype(np.float64))
+        return np.concatenate([moved, table[:, numeric:]], 1).astype(table.dtype)
 
     @property
     def _n_features_out(self) -> int:
@@ -545,6 +675,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.allow_nan = True
         return tags
 
 
@@ -564,329 +695,9 @@ class Scores(NamedTuple):
     certain: np.ndarray
 
 
-class Line(NamedTuple):
-    """Probabilistic PCA as encoder and decoder: x = W z + b + noise.
-
-    Attributes:
-        weight: W, (features, latents), orthogonal columns.
-        mean: b, (features,).
-        variances: of the rows along each column of W, noise included, (latents,).
-        noise_variance: sigma^2.
-
-    Source: Tipping & Bishop 1999, eq. 7 and 8.
-    """
-
-    weight: Tensor
-    mean: Tensor
-    variances: Tensor
-    noise_variance: float
-
-    @classmethod
-    def fitted(cls, rows: Tensor, latents: int) -> "Line":
-        """Fit the model to rows. Latents beyond their rank have columns of zeros in W."""
-        table = rows.double().numpy()
-        number = min(latents, table.shape[1] - 1, len(table) - 2)
-        if number < 1 or table.var(0).max() < 1e-20:  # PCA divides by the variance
-            noise = max(float(table.var(0).mean()), 1e-12)
-            zeros = torch.zeros(table.shape[1], latents, dtype=torch.float64)
-            mean, ones = torch.from_numpy(table.mean(0)), torch.ones(latents, dtype=torch.float64)
-            return cls(zeros, mean, noise * ones, noise)
-        pca = PCA(number, svd_solver="full").fit(table)
-        noise = max(float(pca.noise_variance_), 1e-12)
-        variances = np.full(latents, noise)
-        variances[:number] = pca.explained_variance_.clip(noise)
-        weight = np.zeros((table.shape[1], latents))
-        axes: Any = pca.components_
-        weight[:, :number] = axes.T * np.sqrt(variances[:number] - noise)
-        of_weight, of_mean = torch.from_numpy(weight), torch.from_numpy(pca.mean_)
-        return cls(of_weight, of_mean, torch.from_numpy(variances), noise)
-
-    def beside(self, hidden: Sequence[int]) -> VAE:
-        """Return a VAE of this model plus networks that return zeros, or without hidden layers."""
-        features, latents = self.weight.shape
-        encoder = decoder = None
-        if hidden:
-            encoder, decoder = networks.mlp(features, latents, hidden=hidden, output="linear")
-            # The heads of the encoder, and the output layer of the decoder.
-            for layer in [*_dense(encoder)[-2:], _dense(decoder)[-1]]:
-                nn.init.zeros_(layer.weight)
-        return VAE(LineEncoder(self, encoder), LineDecoder(self, decoder))
-
-    def model(self, balance: Balance) -> tuple[VAE, Balance]:
-        """Return this model as a VAE and a copy of a balance."""
-        balance = copy.deepcopy(balance)
-        balance.gamma2.fill_(max(self.noise_variance, balance.floor or 0.0))
-        return self.beside(()).eval().requires_grad_(False), balance
-
-
-def _dense(network: nn.Module) -> list[nn.Linear]:
-    return [module for module in network.modules() if isinstance(module, nn.Linear)]
-
-
-class LineEncoder(nn.Module):
-    """Encode rows with a linear map plus a network.
-
-    Log variances are bounded, so that they are finite for rows far from all others.
-
-    Args:
-        line: where the linear map and the log variances start.
-        network: maps rows to `(mean, logvar)`, which are added. None: the log variance is the same
-            for all rows.
-    """
-
-    def __init__(self, line: Line, network: nn.Module | None) -> None:
-        super().__init__()
-        weight = line.weight.T / line.variances[:, None]
-        self.line = _linear(weight, -weight @ line.mean)
-        self.logvar = nn.Parameter((line.noise_variance / line.variances).log().float())
-        self.network = network
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.line(rows), self.logvar.expand(len(rows), -1)
-        if self.network is not None:
-            more, more_logvar = self.network(rows)
-            mean, logvar = mean + more, logvar + more_logvar
-        return mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR)
-
-
-class LineDecoder(nn.Module):
-    """Decode latents with a linear map plus a network, if any."""
-
-    def __init__(self, line: Line, network: nn.Module | None) -> None:
-        super().__init__()
-        self.line = _linear(line.weight, line.mean)
-        self.network = network
-
-    def forward(self, latents: Tensor) -> Tensor:
-        rows = self.line(latents)
-        return rows if self.network is None else rows + self.network(latents)
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer: Any = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer
-
-
-class ElboOf:
-    """Score of a VAE: the ELBO of held-out rows (n, features), in nats per row."""
-
-    rising: ClassVar[str] = "the ELBO of held-out rows rose by {:.2f} nats"
-
-    def __init__(self, held_out: Tensor) -> None:
-        self.held_out = held_out
-
-    def __call__(self, state: TrainingState[VAE]) -> float:
-        return _elbo(state.network, state.balance, self.held_out)
-
-
-class VelocityErrorOf:
-    """Score of a flow: minus the mean squared error of the velocity, for held-out codes (n, L).
-
-    The noise is the same at each call. Codes are repeated, so that it has at least `DRAWS` rows.
-    """
-
-    rising: ClassVar[None] = None
-
-    def __init__(self, held_out: Tensor, seed: int) -> None:
-        self.held_out = held_out.repeat(max(1, DRAWS // max(1, len(held_out))), 1)
-        self.noise = torch.randn(
-            len(self.held_out), held_out.shape[1] + 1, generator=generator("held-out noise", seed)
-        )
-
-    @torch.no_grad()
-    def __call__(self, state: TrainingState[Flow]) -> float:
-        flow = state.trained.eval()
-        between, time, target = flow.target(
-            self.held_out.to(flow.mean.device), self.noise.to(flow.mean.device)
-        )
-        return -float((flow(between, time) - target).square().mean())
-
-
-class EarlyStopping:
-    """Stop training when the score of held-out rows stops rising, and keep the best weights.
-
-    Held-out rows are scored every epoch at first, later after each twentieth of the steps so
-    far, and at least every `MOST_STEPS` steps, whatever the length of training.
-
-    Args:
-        state: the state that is trained.
-        score: score of the state, higher is better. If no rows are held out, training does not stop
-            early and keeps the last weights.
-        steps: length of training, in steps.
-        batch: rows per step.
-        rows: number of training rows.
-    """
-
-    def __init__(
-        self,
-        state: TrainingState[Any],
-        score: ElboOf | VelocityErrorOf,
-        *,
-        steps: int,
-        batch: int,
-        rows: int,
-    ) -> None:
-        self.state, self.score, self.steps = state, score, steps
-        self.epoch = math.ceil(rows / batch)
-        self.patience = max(LEAST_PATIENCE, math.ceil(PATIENCE_ROWS / batch))
-        self.next = min(MOST_STEPS, self.epoch)
-        self.checked = 0
-        self.scores: list[tuple[int, float]] = []  # step and score
-        self.best, self.best_step = -math.inf, 0
-        self.kept: tuple[dict[str, Any], dict[str, Any]] | None = None
-
-    def should_stop(self) -> bool:
-        """Return whether the score has not risen for long. Call it after every step."""
-        step = self.state.step
-        if step >= self.next and step > self.checked:  # may be called twice in one step
-            self.check()
-            self.next = step + min(MOST_STEPS, max(self.epoch, step // 20))
-        return bool(len(self.score.held_out)) and step - self.best_step > self.patience
-
-    def check(self) -> None:
-        """Compute the score, and keep a copy of the weights if they are the best so far."""
-        state, self.checked = self.state, self.state.step
-        if not len(self.score.held_out):
-            return
-        score = self.score(state)
-        state.network.train()
-        self.scores.append((state.step, score))
-        if score > self.best:
-            self.best, self.best_step = score, state.step
-            self.kept = (
-                copy.deepcopy(state.trained.state_dict()),
-                copy.deepcopy(state.balance.state_dict()),
-            )
-
-    def restore(self) -> None:
-        """Restore the best weights, and warn if the ELBO was still rising at the last step.
-
-        Without held-out rows, the weights are the last ones, averaged if the stage keeps averages.
-        """
-        if self.state.step > self.checked:
-            self.check()
-        self._warn_if_rising()
-        weights = self.state.trained.state_dict()
-        if self.kept is not None:
-            self.state.step = self.best_step
-            weights, balance = self.kept
-            self.state.balance.load_state_dict(balance)
-        self.state.network.load_state_dict(weights)
-
-    def _warn_if_rising(self) -> None:
-        late = 0.8 * self.steps
-        before = [score for step, score in self.scores if step <= late]
-        after = [score for step, score in self.scores if step > late]
-        if not (self.score.rising and self.state.step == self.steps and before and after):
-            return
-        if (rise := max(after) - max(before)) > RISING_NATS:
-            text = (
-                f"{self.score.rising.format(rise)} in the last fifth of "
-                f"{self.steps} steps: train for more steps"
-            )
-            warnings.warn(text, ConvergenceWarning, stacklevel=6)  # at the caller of `fit`
-
-
-class HeldOut(NamedTuple):
-    """Figures of held-out rows, (n,): log densities in nats, and squared reconstruction errors."""
-
-    densities: Tensor
-    errors: Tensor
-
-    @classmethod
-    def of(cls, vae: VAE, balance: Balance, rows: Tensor) -> "HeldOut":
-        """Compute the figures of at most `MOST_COMPARED` rows."""
-        rows = rows[:MOST_COMPARED]
-        density = -_nll(vae, balance, rows.double(), samples=100, most=1_000).nll_nats
-        latents = encode_all(vae, rows).mean * _stretch(vae, rows)
-        return cls(density, _errors(vae, rows, latents))
-
-    def is_better_than(self, line: "HeldOut") -> bool:
-        """Return whether the density is higher and the error lower, both beyond their noise."""
-        if len(self.densities) < FEWEST_COMPARED:
-            return False
-        quantile = float(student.ppf(1 - LEVEL, len(self.densities) - 1))
-        return (
-            _standardised(self.densities - line.densities) > quantile
-            and _standardised(line.errors - self.errors) > 1
-        )
-
-
-def _standardised(differences: Tensor) -> float:
-    """Return the mean over its standard error, for two values or more."""
-    error = float(differences.std()) / math.sqrt(len(differences))
-    return float(differences.mean()) / max(error, 1e-300)
-
-
 def _is_elbo(balance: Balance) -> bool:
     """Return whether training maximises the ELBO, gamma2 included."""
     return isinstance(balance, ComputedBalance) and balance.kl_weight == 1
-
-
-@torch.no_grad()
-def _nll(
-    vae: VAE,
-    balance: Balance,
-    rows: Tensor,
-    *,
-    samples: int,
-    most: int,
-    proposal: Proposal = "refined",
-    log_prior: LogPrior | None = None,
-) -> NLLPerImage:
-    """Return -log p(x) of scaled rows, float64; see `poise.metrics.likelihood.nll_of_values`."""
-    # A float32 decoder loses several nats for rows far from all others. The encoder's posterior
-    # loses more for them.
-    refined = proposal == "refined"
-    kind, bound = (torch.float64, MOST) if refined else (torch.float32, LARGEST_ROW)
-    vae, rows = copy.deepcopy(vae).to(kind), rows.clamp(-bound, bound).to(kind)
-    latents = vae.encode(rows[:1]).mean.shape[1]
-    many = max(1, ROW_VALUES // (max(samples, ADAPTATION_SAMPLES) * latents))
-    found = [
-        nll_of_values(
-            vae,
-            balance,
-            part,
-            vae.encode(part),
-            samples=samples,
-            most=most,
-            proposal=proposal,
-            log_prior=log_prior,
-        )
-        for part in rows.split(many)
-    ]
-    return NLLPerImage(*(torch.cat(values) for values in zip(*found, strict=True)))
-
-
-@torch.no_grad()
-def _elbo(vae: VAE, balance: Balance, rows: Tensor) -> float:
-    """Return the mean ELBO of rows in nats, with one posterior sample each."""
-    elbos = []
-    for batch, posterior, noise in encoded(vae, rows, 0):
-        error = (vae.decode(posterior.sample(noise)) - batch).double().square().sum(1)
-        nll = negative_log_likelihood(error, balance.gamma2.double(), rows.shape[1])
-        elbos.append(-nll - posterior.kl().double())
-    return float(torch.cat(elbos).mean())
-
-
-def _stretch(vae: VAE, rows: Tensor) -> Tensor:
-    """Return the factors on posterior means that reconstruct rows better: 1 / (1 - s^2), or 1."""
-    codes = encode_all(vae, rows)
-    variance = codes.logvar.exp().mean(0)
-    factors = torch.where(variance < 0.99, 1 / (1 - variance), 1.0)
-    better = _errors(vae, rows, codes.mean * factors).mean() < _errors(vae, rows, codes.mean).mean()
-    return factors if better else torch.ones_like(factors)
-
-
-@torch.no_grad()
-def _errors(vae: VAE, rows: Tensor, latents: Tensor) -> Tensor:
-    """Return the squared error of each decoded row, (n,)."""
-    device = next(vae.parameters()).device
-    decoded = torch.cat([vae.decode(part.to(device)).cpu() for part in latents.split(CHUNK)])
-    return (decoded - rows).double().square().sum(1)
 
 
 def _split(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -930,23 +741,39 @@ def _counts(table: np.ndarray, sample_weight: Any) -> np.ndarray:
     return counts
 
 
-def _scale(table: np.ndarray) -> float:
-    """Return the root of the columns' mean variance, or 1 if they vary only by rounding.
+def _check_observed(numbers: np.ndarray, columns: Columns) -> None:
+    """Raise InputError for a numeric column without an observed cell."""
+    for column in np.flatnonzero(np.isnan(numbers).all(0)):
+        name = columns.name(columns.numeric[column])
+        raise InputError(f"column {name} has no observed value: leave it out")
+
+
+def _moments(table: np.ndarray, *, shared: bool) -> tuple[Any, Any]:
+    """Return mean and scale of the observed cells of each numeric column.
+
+    Shared, the scale is the root of the columns' mean variance. It is 1 for columns that vary only
+    by rounding.
 
     Raises:
-        InputError: the variance is not finite.
+        InputError: a variance is not finite.
     """
+    if not table.shape[1]:
+        return np.empty(0), 1.0 if shared else np.empty(0)
+    observed = ~np.isnan(table)
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = math.sqrt(table.var(0, dtype=np.float64).mean())
-    if not math.isfinite(scale):
+        if observed.all():
+            mean, variance = table.mean(0, dtype=np.float64), table.var(0, dtype=np.float64)
+        else:
+            mean, variance = np.nanmean(table, 0, np.float64), np.nanvar(table, 0, np.float64)
+        scale = np.sqrt(variance.mean() if shared else variance)
+    if not np.isfinite(scale).all():
         raise InputError(
             "the table's values are too large to be squared: scale them first (StandardScaler)"
         )
-    return scale if scale > 1e-12 * float(np.abs(table).max()) else 1.0
-
-
-def _validated(estimator: VAEEstimator, X: Any, **options: Any) -> Any:
-    return validate_data(estimator, X, dtype=DTYPES, **options)
+    size = np.abs(np.where(observed, table, 0.0)).max(0)
+    if shared:
+        return mean, float(scale) if scale > 1e-12 * float(size.max()) else 1.0
+    return mean, np.where(scale > 1e-12 * size, scale, 1.0)
 
 
 def _seed(random_state: Any) -> int:

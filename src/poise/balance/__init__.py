@@ -75,7 +75,7 @@ Gradient checkpointing runs a forward twice. The second run, inside backward, fi
 the first one used, and changes nothing.
 
 Reading order: `contract` (base class of all balances), `inputs` (its checks and sums of errors),
-`kinds` (which error: squared, absolute, of features),
+`kinds` (which error: squared, absolute, of features), `table_error` (the error of a table's rows),
 `following` (gamma2 follows the error), `steering` (the balance is constant, scheduled or
 controlled), `named` (balances by name).
 """
@@ -90,6 +90,7 @@ from poise.balance.steering import (
     FixedBalance,
     ScheduledBalance,
 )
+from poise.balance.table_error import TableError
 
 __all__ = [
     "Balance",
@@ -103,6 +104,7 @@ __all__ = [
     "OptimalBalance",
     "PowerError",
     "ScheduledBalance",
+    "TableError",
     "make_balance",
     "negative_log_likelihood",
 ]

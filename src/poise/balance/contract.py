@@ -21,6 +21,7 @@ from poise.balance.inputs import (
     whole,
 )
 from poise.balance.kinds import Error, FeatureError, PowerError
+from poise.balance.table_error import TableError
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Batch, PerImage
@@ -326,7 +327,13 @@ class Balance(nn.Module, ABC):
             )
         if self.training and not self.data_checked and not torch.compiler.is_compiling():
             self._look_at(target)
-        return self.combine(error, gaussian_kl(mean, logvar), num_dims, samples=samples)
+        kl = gaussian_kl(mean, logvar)
+        if isinstance(self.error, TableError):
+            nll = self.error.nats(reconstruction, target)
+            if self.error.numeric == 0:
+                return self.combine(None, kl, nll=nll)
+            return self.combine(error, kl, num_dims, nll=nll)
+        return self.combine(error, kl, num_dims, samples=samples)
 
     def errors(
         self,

@@ -41,9 +41,10 @@ class Error(Protocol):
         is_likelihood: whether it is the negative logarithm of a density of x, up to its scale.
     """
 
-    groups: ClassVar[int | None]
     is_likelihood: ClassVar[bool]
 
+    @property
+    def groups(self) -> int | None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -72,8 +73,11 @@ class PowerError:
     """
 
     power: float = 2.0
-    groups: ClassVar[int | None] = None
     is_likelihood: ClassVar[bool] = True
+
+    @property
+    def groups(self) -> None:
+        return None
 
     @property
     def name(self) -> str:
@@ -115,8 +119,11 @@ class FeatureError(nn.Module):
         torch.Size([4])
     """
 
-    groups: ClassVar[int | None] = 1 + LAYERS
     is_likelihood: ClassVar[bool] = False
+
+    @property
+    def groups(self) -> int:
+        return 1 + LAYERS
 
     def __init__(self, channels: int) -> None:
         super().__init__()

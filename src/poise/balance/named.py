@@ -7,14 +7,15 @@ from poise.support.specs import make_named
 from poise.variants import BALANCES
 
 
-def make_balance(spec: str, **known: int) -> Balance:
+def make_balance(spec: str, **known: float) -> Balance:
     """Return the balance described by a short text.
 
     Args:
         spec: a key of `poise.variants.BALANCES`, then a colon and options separated by commas:
             "computed", "fixed:gamma2=0.5", "computed:start=1,monotone=true".
         known: defaults for options that the text leaves out: `image_size` and `latent_dim` of the
-            network, for "released". Balances without such an option ignore them.
+            network, for "released", or `groups` and `floor`. Balances without such an option ignore
+            them.
 
     Raises:
         InputError: the name or an option is unknown, or a value is out of range or is neither a

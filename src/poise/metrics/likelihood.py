@@ -34,30 +34,27 @@ sums are float64; decoders run in their own precision.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from poise.balance import Balance, negative_log_likelihood
+from poise.balance import Balance
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics.encoding import posteriors
-from poise.metrics.reconstruction import bits_per_dim, grouped_error, in_float64
+from poise.metrics.reconstruction import bits_per_dim
+from poise.metrics.target import LogPrior, Target, target_of
 from poise.shapes import Values
 from poise.support.progress import progress
 from poise.support.seeds import derive, generator
 from poise.vae import VAE
 
 Proposal = Literal["refined", "encoder"]
-LogPrior = Callable[[Tensor], Tensor]  # latents (n, L), float64 -> log p(z), (n,)
 
 # Samples of one image whose noise is drawn together. Another size gives other noise.
 BLOCK = 100
-VALUES_AT_ONCE = {"cpu": 2**18, "mps": 2**18}  # decoded together, by type of device
-VALUES_AT_ONCE_ELSEWHERE = 2**23
 FEW_LATENTS, STARTS = 4, 256  # with so few latents, so many draws of the prior are tried as starts
 # A refined proposal needs a decoder's Jacobian and a matrix of L x L values for each image.
 MOST_LATENTS = 256
@@ -258,7 +255,7 @@ def nll_of_values(
         raise InputError(
             f"the proposal must be {' or '.join(get_args(Proposal))}, not {proposal!r}"
         )
-    target = Target(vae, balance, values, log_prior)
+    target = target_of(vae, balance, values, log_prior)
     code = DiagonalGaussian(
         posterior.mean.to(target.place).double(), posterior.logvar.to(target.place).double()
     )
@@ -295,84 +292,25 @@ def nll_of_values(
     return found
 
 
-class Target:
-    """The density p(x, z) of some values x, as a function of the latents z.
+@torch.no_grad()
+def posterior_draws(
+    vae: VAE, balance: Balance, values: Values, posterior: DiagonalGaussian, *, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Return weighted latents whose means are those of the true posterior p(z|x).
 
     Args:
-        vae, balance, values, log_prior: see `nll_of_values`.
+        vae, balance, values, posterior: see `nll_of_values`.
+        samples: K, at least 1.
+
+    Returns:
+        Latents (n, K, L), and their weights (n, K), with sum 1. Equal values have equal latents.
     """
-
-    def __init__(
-        self, vae: VAE, balance: Balance, values: Values, log_prior: LogPrior | None
-    ) -> None:
-        self.vae, self.balance, self.values, self.log_prior = vae, balance, values, log_prior
-        # Apple's GPUs have no float64.
-        self.place = torch.device("cpu") if values.device.type == "mps" else values.device
-        self.gamma2 = in_float64(balance.gamma2).to(self.place)
-        self.num_dims = values[0].numel() // self.gamma2.numel()  # of each group
-        # gamma2 of each dimension: groups are channels, the first dimension of an image.
-        self.variances = self.gamma2.reshape(-1).repeat_interleave(self.num_dims)
-
-    def rows(self, rows: Tensor) -> "Target":
-        """Return the target of some of the values."""
-        values = self.values[rows.to(self.values.device)]
-        return Target(self.vae, self.balance, values, self.log_prior)
-
-    def log_joint_of_shared(self, latents: Tensor) -> Tensor:
-        """Return log p(x, z) of all values for the same latents (S, L), (n, S)."""
-        decoded, prior = self._decode(latents), self._log_prior(latents[None])
-        size = max(1, VALUES_AT_ONCE["cpu"] // decoded.numel())
-        errors = [
-            grouped_error((part[:, None] - decoded).flatten(0, 1), self.balance)
-            for part in self.values.split(size)
-        ]
-        return self._density(torch.cat(errors), len(latents)) + prior
-
-    def residuals(self, latents: Tensor) -> Tensor:
-        """Return x - f(z) for latents (n, S, L), float64 (n, S, D)."""
-        count = latents.shape[1]
-        parts = [
-            in_float64(self._values(numbers, count) - self._decode(part)).flatten(1)
-            for part, numbers in self._in_parts(latents)
-        ]
-        return torch.cat(parts).view(len(latents), count, -1).to(self.place)
-
-    def log_joint(self, latents: Tensor) -> Tensor:
-        """Return log p(x, z) for latents (n, S, L), (n, S); -inf where it is NaN."""
-        count = latents.shape[1]
-        errors = [
-            grouped_error(self._values(numbers, count) - self._decode(part), self.balance)
-            for part, numbers in self._in_parts(latents)
-        ]
-        density = self._density(torch.cat(errors), count) + self._log_prior(latents)
-        return density.nan_to_num(-math.inf, -math.inf, -math.inf)
-
-    def _density(self, error: Tensor, count: int) -> Tensor:
-        """Return log p(x|z) for errors (n S, ...) of S latents per value, (n, S)."""
-        error = error.unflatten(0, (-1, count)).to(self.place)
-        nats = negative_log_likelihood(error, self.gamma2, self.num_dims, power=self.balance.power)
-        return -nats if self.balance.groups is None else -nats.sum(-1)
-
-    def _log_prior(self, latents: Tensor) -> Tensor:
-        if self.log_prior is not None:
-            return self.log_prior(latents.flatten(0, 1)).view(latents.shape[:2])
-        return -0.5 * latents.square().sum(-1) - latents.shape[-1] / 2 * math.log(2 * math.pi)
-
-    def _in_parts(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return parts of all latents, and the number of each latent."""
-        flat = latents.flatten(0, 1)
-        kind = self.values.device.type
-        most = VALUES_AT_ONCE.get(kind, VALUES_AT_ONCE_ELSEWHERE) // self.values[0].numel()
-        size = max(BLOCK, most)
-        numbers = torch.arange(len(flat), device=self.values.device)
-        return list(zip(flat.split(size), numbers.split(size), strict=True))
-
-    def _values(self, numbers: Tensor, count: int) -> Tensor:
-        return self.values[numbers // count]
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        decoded = self.vae.decode(latents.to(self.values.device, self.values.dtype))
-        return decoded.to(self.values.dtype)
+    target, start = target_of(vae, balance, values), posterior.mean.double()
+    shift = _shifts(start, 0, None)
+    mixture = _adapted(target, _laplace(target, start, 0), shift, 0)
+    latents = mixture.latents(_noise(0, ADAPTATION_SAMPLES, samples, shift))
+    densities = mixture.log_densities(latents) + mixture.shares().log()[:, None]
+    return latents, (target.log_joint(latents) - densities.logsumexp(-1)).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -486,27 +424,20 @@ def _starts(target: Target, start: Tensor, seed: int) -> Tensor:
 def _mode(target: Target, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mode of log p(x, z), and axes and curvatures of its Gauss-Newton Hessian.
 
-    With residuals r and Jacobian J of the decoder, and weights w that make |r|^p / (p gamma2) a sum
-    of squares, the gradient is J^T w r - z and the Hessian -(I + J^T w J).
+    With the gradient g of log p(x|z) and a root R of its curvature, see `Target.slope`, the
+    gradient is g - z and the Hessian -(I + R R^T).
     """
-    mode, power, latents = start.clone(), target.balance.power, start.shape[1]
+    mode, latents = start.clone(), start.shape[1]
     height = target.log_joint(mode[:, None])[:, 0]
     axes = torch.eye(latents, dtype=mode.dtype, device=mode.device).repeat(len(mode), 1, 1)
     curvature = torch.ones_like(mode)
-    step = 1e-5 if target.values.dtype == torch.float64 else 1e-3
     active = height.isfinite().nonzero()[:, 0]
     for _ in range(NEWTON_STEPS):
         if not len(active):
             break
         part, z = target.rows(active), mode[active]
-        shifted = step * torch.eye(latents, dtype=z.dtype, device=z.device)
-        shifted = torch.cat([torch.zeros_like(shifted[:1]), shifted])
-        residuals = part.residuals(z[:, None] + shifted)
-        residual, jacobian = residuals[:, 0], (residuals[:, :1] - residuals[:, 1:]) / step
-        size = torch.maximum(residual.abs(), 0.1 * target.variances.pow(1 / power))
-        weighted = size.pow(power - 2) / target.variances
-        gradient = (jacobian @ (weighted * residual)[..., None])[..., 0] - z
-        root = jacobian * weighted.sqrt()[:, None]
+        gradient, root = part.slope(z)
+        gradient = gradient - z
         values, vectors = torch.linalg.eigh((root @ root.mT).nan_to_num(0.0, 1e30, -1e30))
         values = 1 + values.clamp_min(0)
         axes[active], curvature[active] = vectors, values

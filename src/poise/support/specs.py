@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 def make_named(
-    kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: int
+    kind: str, makers: Mapping[str, Callable[..., Made]], spec: str, **known: float
 ) -> Made:
     """Make the object that a text such as "fixed:gamma2=0.5" describes.
 

@@ -74,9 +74,11 @@ def loss_terms(
 
 
 def logged_error(balance: Balance, terms: LossTerms) -> tuple[Tensor, Tensor]:
-    """Return the error and gamma2 for the log. Of several groups, it is the first: the pixels."""
+    """Return the error and gamma2 for the log: means, or those of the pixels beside features."""
     if balance.error.groups is None:
         return terms.error, balance.gamma2
+    if balance.error.is_likelihood:
+        return terms.error, balance.gamma2.mean()
     return terms.group_error[0], balance.gamma2[0]
 
 
