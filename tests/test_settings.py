@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "flips": True,
     "levels": 4095,
     "max_megapixels": 200,
+    "stream": True,
     "latent_dim": 7,
     "latent_channels": 7,
     "batch_size": 11,
