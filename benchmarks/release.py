@@ -254,13 +254,14 @@ def copied(folder: Path) -> Path:
 
 def build(maker: Maker) -> tuple[Path, dict[str, Any]]:
     """Build twice and return the wheel, and what was found."""
+    sources = [copied(maker.folder / f"copy-{number}") for number in (0, 1)]
     builder = maker.environment("build", "hatchling")
     when = run(["git", "log", "-1", "--format=%ct"], ROOT).stdout.strip()
     python, hashes = builder.python, []
     for number, through in enumerate((["--sdist", "--wheel"], [])):  # []: the wheel from the sdist
-        source = copied(maker.folder / f"copy-{number}")
         out = maker.folder / f"dist-{number}"
-        command = [python, "-m", "build", "--no-isolation", "--outdir", out, *through, source]
+        where = ["--outdir", out, *through, sources[number]]
+        command = [python, "-m", "build", "--no-isolation", *where]
         run(command, maker.folder, SOURCE_DATE_EPOCH=when)
         hashes.append(
             {

@@ -66,7 +66,7 @@ import torch
 import poise
 images = train = torch.rand(60, 1, 8, 8)
 loss = poise.ComputedBalance()
-vae = poise.VAE(*poise.networks.mlp(image_size=8, channels=1, latent_dim=2, hidden=(16,)))
+vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 2, hidden=(16,)))
 """,
     "trackers.md": RUN,
     "share.md": RUN + "\nfrom poise.runs.onnx_files import export_onnx\n",
@@ -78,15 +78,15 @@ more_rows = table[:20]
     "training.md": f"""
 {RUN}
 import torch
-noise = torch.randn(60, 4)
-encoder, decoder = poise.networks.mlp(image_size=8, channels=3, latent_dim=4, hidden=(16,))
+noise = torch.randn(60, 64)
+encoder, decoder = poise.networks.mlp((3, 8, 8), 4, hidden=(16,))
 """,
 }
 # Code that runs between two blocks of a page: before the block of this number, from 0.
 BETWEEN = {("share.md", 1): 'export_onnx(poise.load("runs/faces"), "faces-onnx")'}
 SHORT = {
     "network": "mlp",
-    "latent_dim": 4,
+    "latent_dim": 64,
     "epochs": 2,
     "second_epochs": 2,
     "batch_size": 20,

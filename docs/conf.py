@@ -40,16 +40,18 @@ napoleon_use_rtype = False
 default_role = "py:obj"  # names in backticks: links where the name has an entry
 
 
-def plain_stars_and_bars(
+# In formulas and names: *x, |x - x^|, and name_ at the end of a word.
+MARKUP = re.compile(r"\*(?=[\w(])|\|(?=\S)|(?<=\w)_(?=[\s,.;)]|$)")
+
+
+def without_markup(
     app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Escape | and * of formulas in docstrings, which reStructuredText reads as markup."""
+    """Escape what reStructuredText would read as markup in the formulas of docstrings."""
     for number, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...", "- ", "* ")):
+        if not line.lstrip().startswith((">>>", "...", "*")):
             parts = re.split(r"(`[^`]*`)", line)
-            parts[::2] = [
-                re.sub(r"(?<!\\)([|*_](?=\s|\w|\||$))", r"\\\1", part) for part in parts[::2]
-            ]
+            parts[::2] = [MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
             lines[number] = "".join(parts)
 
 
@@ -76,7 +78,7 @@ def block_math(self: Any, node: nodes.math_block) -> None:
 def setup(app: Any) -> dict[str, bool]:
     # MathML needs no script of a network, and all browsers show it.
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
-    app.connect("autodoc-process-docstring", plain_stars_and_bars, priority=100)
+    app.connect("autodoc-process-docstring", without_markup, priority=100)
     app.connect("source-read", without_links_to_folders)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
