@@ -93,7 +93,11 @@ def test_one_image_of_a_sample_is_read_and_the_rest_is_noted(tmp_path):
     "make, options, message",
     [
         (lambda p: write_tar(p / "x.tar.gz", images(range(12)), "w:gz"), {}, "is compressed.*unp"),
-        (lambda p: write_tar(p / "x.tar", {"a.txt": b"text"}), {}, "holds no image.*1 .txt"),
+        (
+            lambda p: write_tar(p / "x.tar", {"a.txt": b"text"}),
+            {},
+            r"holds no image \(ignored: 1 \.txt\)",
+        ),
         (lambda p: write_tar(p / "x.tar", images(range(12)) | {"b.png": b""}), {}, "b.png"),
         (lambda p: PIXELS, {"stream": True}, "stream is for image files.*leave it out"),
         (lambda p: PIXELS, {"stream": True, "jpeg_quality": 75}, "leave one out"),
@@ -105,12 +109,22 @@ def test_what_cannot_be_read_is_refused(make, options, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tar_file_that_was_cut_short_is_refused(tmp_path):
+@pytest.mark.parametrize("size, said", [(30_000, "is damaged"), (31_000, "ends within 030")])
+def test_a_tar_file_that_was_cut_short_is_refused(size, said, tmp_path):
     tar = write_tar(tmp_path / "cut.tar", images(range(60)))
     with tar.open("r+b") as file:
-        file.truncate(30_000)
-    with pytest.raises(InputError, match=r"cut\.tar cannot be read as a tar file .*again"):
+        file.truncate(size)
+    with pytest.raises(InputError, match=rf"cut\.tar cannot be read .*it {said}.*again"):
         datasets.load(tar)
+
+
+def test_a_tar_file_without_its_end_is_noted(tmp_path):
+    tar = write_tar(tmp_path / "cut.tar", images(range(60)))
+    with tar.open("r+b") as file:
+        file.truncate(30 * 1024)  # headers and images take 512 bytes each
+    assert "cut.tar has no mark of its end: it may have been cut short" in str(
+        datasets.load(tar).notes
+    )
 
 
 def test_unreadable_images_of_a_stream_are_skipped(tmp_path):

@@ -73,8 +73,8 @@ def read_tars(
     listed = list_images(tars, folder)
     source = folder if len(tars) > 1 else tars[0]
     if not listed.files:
-        held = listed.notes[0].removeprefix("ignored: ") if listed.notes else "no file"
-        raise InputError(f"{shown(source)} holds no image, but {held}: put images into tar files")
+        held = f" ({', '.join(listed.notes)})" if listed.notes else ""
+        raise InputError(f"{shown(source)} holds no image{held}: name tar files of images")
     images = list(listed.files)
     found = official_split(folder, images)
     files = listed.files

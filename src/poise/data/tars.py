@@ -6,7 +6,7 @@ where each content begins. Any image is then one read of the file, so that image
 
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -49,9 +49,11 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
         InputError: a file is no intact tar file.
     """
     files: dict[Path, Encoded] = {}
-    others, beside = list[Path](), 0
+    others, beside, notes = list[Path](), 0, list[str]()
     for tar in tars:
-        members = list(_members(tar))
+        members, end = _members(tar)
+        if not end:
+            notes.append(f"{shown(tar)} has no mark of its end: it may have been cut short")
         samples = {_sample(name) for name, _, _ in members if _is_plain_image(name)}
         for name, start, size in members:
             if not is_image(Path(name)):
@@ -64,7 +66,8 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
             files[_place(tar, folder, name)] = Encoded(
                 label, partial(_content, tar, start, size), tar
             )
-    notes = [f"ignored: {by_ending(others)}"] if others else []
+    if others:
+        notes.append(f"ignored: {by_ending(others)}")
     if beside:
         notes.append(f"ignored: {counted(beside, 'image')} beside another one of the same sample")
     return TarImages(files, tuple(notes))
@@ -80,8 +83,12 @@ def _is_plain_image(name: str) -> bool:
     return is_image(Path(name)) and PurePosixPath(name).name.count(".") == 1
 
 
-def _members(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, start and size of each file in a tar file, without hidden files."""
+def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
+    """Return name, start and size of each file in a tar file, and whether it has a mark of its end.
+
+    Hidden files are left out.
+    """
+    found: list[tuple[str, int, int]] = []
     try:
         whole = tar.stat().st_size
         with tarfile.open(tar, "r:") as archive:
@@ -93,7 +100,12 @@ def _members(tar: Path) -> Iterator[tuple[str, int, int]]:
                     continue
                 if member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends within {member.name}")
-                yield member.name, member.offset_data, member.size
+                found.append((member.name, member.offset_data, member.size))
+            # tarfile takes a header that is cut short for the end.
+            end = _content(tar, archive.offset, tarfile.BLOCKSIZE).read()
+            if end.strip(b"\0"):
+                raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
+            return found, bool(end)
     except (OSError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
