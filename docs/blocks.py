@@ -9,7 +9,6 @@ executed by Sphinx. A command must be accepted by the command's own parser.
 """
 
 import inspect
-import re
 import shlex
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def main(names: list[str]) -> None:
         if names and page.name not in names:
             continue
         text = page.read_text(encoding="utf-8")
-        found = list(python_blocks(text))
+        found = [(line, code) for language, line, code in fenced(text) if language == "python"]
         lines = list(poise_commands(text))
         if found:
             execute(page, found)
@@ -115,16 +114,23 @@ def main(names: list[str]) -> None:
     print(f"{blocks} blocks ran and {commands} commands were parsed, in {seconds:.0f} s")
 
 
-def python_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each Python block and the number of its first line."""
-    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield text.count("\n", 0, block.start(1)) + 1, block[1]
+def fenced(text: str) -> Iterator[tuple[str, int, str]]:
+    """Yield the language, the number of the first line and the text of each code block."""
+    language, first, inside = "", 0, list[str]()
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.startswith("```"):
+            inside.append(line)
+        elif first:
+            yield language, first, "".join(inside)
+            first = 0
+        else:
+            language, first, inside = line.strip("`\n"), number + 1, []
 
 
 def poise_commands(text: str) -> Iterator[str]:
-    """Yield the `poise` commands of blocks without a language."""
-    for block in re.finditer(r"^```(?:bash)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        for line in block[1].replace("\\\n", " ").splitlines():
+    """Yield the `poise` commands of blocks without a language, and of those of bash."""
+    for language, _, block in fenced(text):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash") else ():
             start = line.find("poise ")
             if start == 0 or line[:start].endswith("-m "):
                 yield line[start:]
