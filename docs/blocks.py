@@ -9,13 +9,14 @@ executed by Sphinx. A command must be accepted by the command's own parser.
 """
 
 import inspect
+import io
 import shlex
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack, chdir, contextmanager, nullcontext
+from contextlib import ExitStack, chdir, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,8 +49,6 @@ for k in range(60):
     Image.fromarray(np.random.default_rng(k).integers(0, 256, (20, 20, 3), np.uint8)).save(
         f"photos/{{k}}.png")
 rows = np.random.default_rng(0).normal(size=(60, 20))
-shown = poise.Run.evaluate
-poise.Run.evaluate = lambda run: shown(run, extractor="pixels")
 """,
     "balances.md": f"""
 {BATCH}
@@ -139,7 +138,8 @@ def poise_commands(text: str) -> Iterator[str]:
 def execute(page: Path, blocks: list[tuple[int, str]]) -> None:
     """Run the blocks of a page in one namespace, in a folder of their own."""
     space: dict[str, Any] = {"__name__": "page"}
-    with tempfile.TemporaryDirectory() as folder, chdir(folder), doubles(page.name):
+    printed = redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), doubles(page.name), printed:
         exec(SETUP.get(page.name, ""), space)
         for number, (line, code) in enumerate(blocks):
             exec(BETWEEN.get((page.name, number), ""), space)
@@ -189,6 +189,9 @@ def doubles(page: str) -> Iterator[None]:
         )
         return "a table"
 
+    def evaluate(run: Any, *images: Any, **settings: Any) -> Any:
+        return real_evaluate(run, *images, **{"extractor": "pixels"} | settings)
+
     def push(run: Any, name: str, **settings: Any) -> None:
         inspect.signature(real_push).bind(run, name, **settings)
 
@@ -196,12 +199,8 @@ def doubles(page: str) -> Iterator[None]:
         pixels = np.zeros((12, 3, 8, 8), np.uint8)
         return poise.data.Dataset(name, pixels, pixels, name)
 
-    real_train, real_load, real_compare, real_push = (
-        pipeline.train,
-        runs.load,
-        comparison.compare,
-        runs.Run.push_to_hub,
-    )
+    real_train, real_load, real_compare = pipeline.train, runs.load, comparison.compare
+    real_evaluate, real_push = runs.Run.evaluate, runs.Run.push_to_hub
     cluster = types.ModuleType("dask.distributed")
     cluster.Client = lambda address: nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
     with ExitStack() as replaced:
@@ -210,6 +209,7 @@ def doubles(page: str) -> Iterator[None]:
             (runs, "load", load),
             (comparison, "compare", compare),
             (runs.Run, "push_to_hub", push),
+            (runs.Run, "evaluate", evaluate),
         ):
             replaced.enter_context(patch.object(owner, name, double))
         if page == "comparing.md":

@@ -37,7 +37,8 @@ autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_use_rtype = False
-default_role = "py:obj"  # names in backticks: links where the name has an entry
+napoleon_use_ivar = True
+default_role = "code"  # of names in backticks; `without_markup` makes links of those of poise
 
 
 # In formulas and names: *x, |x - x^|, and name_ at the end of a word.
@@ -47,11 +48,12 @@ MARKUP = re.compile(r"\*(?=[\w(])|\|(?=\S)|(?<=\w)_(?=[\s,.;)]|$)")
 def without_markup(
     app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Escape what reStructuredText would read as markup in the formulas of docstrings."""
+    """Escape what reStructuredText would read as markup in formulas, and link names of poise."""
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...", "*")):
             parts = re.split(r"(`[^`]*`)", line)
             parts[::2] = [MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+            parts[1::2] = [re.sub(r"^(?=`poise\.)", ":py:obj:", part) for part in parts[1::2]]
             lines[number] = "".join(parts)
 
 

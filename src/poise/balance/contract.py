@@ -143,9 +143,8 @@ class Balance(nn.Module, ABC):
         doubtful_batches: numbers of training batches with the faults that `faults` describes.
         data_checked: whether `forward` has looked if the data are 0 and 1 only. It does so in its
             first training batch, unless this is set to True before.
-
-    Class attributes, for a diagnosis and for early stopping:
         follows_error: gamma2 follows the reconstruction error, so that it is the training error.
+            This and the next three are of the class, for a diagnosis and for early stopping.
         early_stopping: the ELBO of held-out data shows when to stop. False: the balance moves
             towards a fixed target, and the ELBO may be higher on the way than at the target.
         small_start: the option that starts with a small gamma2, as advice against posterior
