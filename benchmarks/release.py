@@ -188,6 +188,12 @@ class Maker:
         self.folder = folder
         self.torch = torch_alone(folder / "torch-alone")
         self._made = 0
+        self._plain: Environment | None = None
+
+    def plain(self, wheel: Path) -> Environment:
+        """Return the environment that has the wheel without extras, the same each time."""
+        self._plain = self._plain or self.environment(wheel)
+        return self._plain
 
     def environment(self, *packages: str | Path) -> Environment:
         """Return an environment with torch and some packages."""
@@ -300,7 +306,7 @@ print(json.dumps(dict(sorted(sizes.items(), key=lambda item: -item[1]))))
 
 def core(maker: Maker, wheel: Path, finished: Path, pictures: Path) -> dict[str, Any]:
     """Install the wheel without extras, measure what it brings, and run every command."""
-    made = maker.environment(wheel)
+    made = maker.plain(wheel)
     sizes = json.loads(made.run("python", "-c", SIZES).stdout)
     made.run("python", "-c", PRELUDE + CORE, finished, pictures)
     said = {}
@@ -319,7 +325,7 @@ def core(maker: Maker, wheel: Path, finished: Path, pictures: Path) -> dict[str,
 
 def types(maker: Maker, wheel: Path) -> dict[str, Any]:
     """Check a user's file against the installed wheel."""
-    made = maker.environment(wheel)
+    made = maker.plain(wheel)
     checker = [sys.executable, "-m", "basedpyright", "--pythonpath", made.python]
     (made.work / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
     (made.work / "downstream.py").write_text(DOWNSTREAM)
@@ -409,7 +415,9 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="a wheel to use instead of a new one")
     parser.add_argument("--json", type=Path, default=Path("results/bench-release.json"))
     options = parser.parse_args()
-    report: dict[str, Any] = {"python": sys.version.split()[0]}
+    parts = set(options.only) < set(PARTS) and options.json.exists()  # keep what others found
+    report: dict[str, Any] = json.loads(options.json.read_text()) if parts else {}
+    report["python"] = sys.version.split()[0]
     with tempfile.TemporaryDirectory(prefix="poise-release-") as place:
         maker = Maker(Path(place))
         report["torch"] = maker.torch and importlib.metadata.version("torch")
@@ -438,10 +446,11 @@ def main() -> None:
             print(f"folder: {report['folder']['seconds']}")
         if "extras" in options.only:
             if not finished.exists():
-                made = maker.environment(wheel)
+                made = maker.plain(wheel)
                 train = "poise('train', PICTURES, *QUICK, '--out', RUN)"
                 made.run("python", "-c", PRELUDE + train, finished, few)
-            report["extras"] = extras(maker, wheel, options.extras, finished, few)
+            report.setdefault("extras", {})
+            report["extras"] |= extras(maker, wheel, options.extras, finished, few)
     write_json(options.json, report)
 
 
