@@ -28,6 +28,7 @@ nb_execution_mode = "cache"  # a page is executed again only if its code has cha
 nb_execution_timeout = 900
 nb_execution_in_temp = True  # pages write runs
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_merge_streams = True
 highlight_language = "text"  # of blocks without a language, which are commands and trees
 
