@@ -142,13 +142,13 @@ def test_a_killed_stream_ends_with_the_bits_of_a_run_in_memory(folder, tmp_path,
     options = Options(device="cpu", quiet=True, save_seconds=0.0)
 
     def run(source: Path, out: str, **changes: bool) -> None:
-        first = replace(TINY.first, epochs=2)  # 6 steps
+        first = replace(TINY.first, epochs=2)  # 4 steps
         recipe = replace(TINY, data=Data(str(source)), first=first, second=None)
         train(source, recipe=recipe, out=tmp_path / out, options=options, **changes)
 
     run(folder, "memory")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, 4)
+        die_at(patch, 3)
         run(tar, "stream", stream=True)
     run(tar, "stream", stream=True)
     memory, stream = weights(tmp_path / "memory"), weights(tmp_path / "stream")
