@@ -429,7 +429,7 @@ def main() -> None:
         pictures = options.pictures.resolve() if options.pictures else drawn
         few = Path(place, "few")
         few.mkdir()
-        for path in sorted(drawn.iterdir())[:40]:
+        for path in sorted(drawn.iterdir())[:120]:
             shutil.copy(path, few)
         finished = Path(place, "run")
         if "core" in options.only:

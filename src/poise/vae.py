@@ -1,6 +1,6 @@
 """The variational autoencoder: an encoder and a decoder, without a loss (see `poise.balance`)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class VAE(nn.Module):
         if noise is None:
             noise = torch.randn_like(posterior.mean)
         return self.decode(posterior.sample(noise)), posterior
+
+    if TYPE_CHECKING:  # a call of a plain Module returns Any
+        __call__ = forward
 
 
 def as_posterior(codes: Any) -> DiagonalGaussian:

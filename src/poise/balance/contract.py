@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -326,6 +326,9 @@ class Balance(nn.Module, ABC):
         if self.training and not self.data_checked and not torch.compiler.is_compiling():
             self._look_at(target)
         return self.combine(error, gaussian_kl(mean, logvar), num_dims, samples=samples)
+
+    if TYPE_CHECKING:  # a call of a plain Module returns Any
+        __call__ = forward
 
     def errors(
         self,
