@@ -93,7 +93,8 @@ def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
         whole = tar.stat().st_size
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                archive.members = []  # tarfile keeps all headers otherwise
+                # tarfile keeps all headers otherwise.
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 parts = PurePosixPath(member.name).parts
                 hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
                 if not member.isreg() or hidden:
