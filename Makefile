@@ -1,6 +1,8 @@
 # make demo   train the two-stage VAE on the 8x8 digits and show what it does
 # make test   lint, types, import order, tests
 # make integrations  install other libraries in .venv-integrations and run the balance in them beside their own losses
+# make docs   build the documentation site in docs/_build/html, in .venv-docs; every code block is executed
+# make release-check  build wheel and sdist twice, install them and each extra in empty environments, and run them
 # make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
 #
 # All make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-c
 # Each of a hundred processes of the tests would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test integrations claims lint format rules layers types tests clean
+.PHONY: demo test integrations docs release-check claims lint format rules layers types tests clean
 
 demo: $(VENV)/installed
 	$(BIN)/poise train digits --out runs/digits
@@ -32,6 +34,13 @@ tests: $(VENV)/installed-tests
 integrations: $(VENV)-integrations/installed
 	$(VENV)-integrations/bin/python -m integrations
 	$(VENV)-integrations/bin/python -m integrations --page
+
+docs: $(VENV)-docs/installed
+	$(VENV)-docs/bin/python docs/blocks.py
+	PATH="$(CURDIR)/$(VENV)-docs/bin:$$PATH" $(VENV)-docs/bin/sphinx-build -W --keep-going -q docs docs/_build/html
+
+release-check: $(VENV)/installed-tests
+	$(BIN)/python benchmarks/release.py
 
 claims: $(VENV)/installed
 	$(PIP) --editable ".[light]"
@@ -53,7 +62,7 @@ types: $(VENV)/installed-tests
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf $(VENV) $(VENV)-integrations runs/digits
+	rm -rf $(VENV) $(VENV)-integrations $(VENV)-docs docs/_build docs/jupyter_execute runs/digits
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "poise needs Python 3.11 or newer; set PYTHON=...")'
@@ -69,6 +78,13 @@ $(VENV)-integrations/installed: integrations/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-integrations
 	$(subst $(BIN),$(VENV)-integrations/bin,$(PIP)) $(TORCH)
 	$(subst $(BIN),$(VENV)-integrations/bin,$(PIP)) --editable . --requirement integrations/requirements.txt
+	touch $@
+
+# A venv of its own: the site needs dozens of packages that tests do not.
+$(VENV)-docs/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(subst $(BIN),$(VENV)-docs/bin,$(PIP)) $(TORCH)
+	$(subst $(BIN),$(VENV)-docs/bin,$(PIP)) --editable ".[docs]"
 	touch $@
 
 $(VENV)/installed-tests: pyproject.toml | $(VENV)/bin/python

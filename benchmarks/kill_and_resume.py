@@ -1,6 +1,7 @@
 """Kill a training process (SIGKILL) at random moments, resume it each time, compare the weights.
 
     python benchmarks/kill_and_resume.py [--kills 10] [--seed 0] [--epochs 20]
+        [--options IMAGES --stream ...]
 
 Prints the position of each kill in the two stages. Exits with 1 unless the final weights are
 bit-identical to those of an undisturbed run.
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def command(folder: Path, epochs: int) -> list[str]:
+def command(folder: Path, epochs: int, options: Sequence[str]) -> list[str]:
     arguments = [
         "train",
-        "digits",
+        *options,
         "--epochs",
         str(epochs),
         "--second-epochs",
@@ -40,10 +42,13 @@ def command(folder: Path, epochs: int) -> list[str]:
     ]
 
 
-def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
+def train(folder: Path, epochs: int, options: Sequence[str], seconds: float | None = None) -> bool:
     """Train, but kill the process after `seconds`; return whether training finished."""
     process = subprocess.Popen(
-        command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(folder, epochs, options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         _, complaints = process.communicate(timeout=seconds)
@@ -86,24 +91,27 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=["digits"], help="of poise train; the last"
+    )
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.monotonic()
-        train(Path(scratch, "undisturbed"), options.epochs)
+        train(Path(scratch, "undisturbed"), options.epochs, options.options)
         whole = time.monotonic() - began
         print(f"undisturbed: {whole:.1f} s")
         killed, folder = 0, Path(scratch, "killed")
         while killed < options.kills:
             # Long enough for the start and part of the work, so that a kill may strike in either.
             life = moments.uniform(0.2 * whole, 0.45 * whole)
-            if train(folder, options.epochs, life):
+            if train(folder, options.epochs, options.options, life):
                 print(f"finished after {killed} kills, {compare(folder, scratch)}; starting anew")
                 folder = folder.with_name(folder.name + "-again")
                 continue
             killed += 1
             print(f"kill {killed} after {life:.1f} s: {position(folder)}")
-        train(folder, options.epochs)
+        train(folder, options.epochs, options.options)
         print(f"{killed} kills: final weights {compare(folder, scratch)}")
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py [--cap 1024] [--times 5] [--only dense convolutional]
         [--rounds 10] [--seconds 4]
+    python benchmarks/streaming.py --tars 100000 --json results/bench-streaming-tars.json
 
 First an .npy file of random bytes, 32x32 RGB, is written, `--times` as large as the cap. Two
 processes then train the same network. One reads the file as `poise train` does (memory-mapped,
@@ -9,6 +10,10 @@ split by content, streamed). A memory control group of Linux (version 1 or 2; ne
 memory below the cap, pages of the file included. The other has 20,000 images in memory and no cap.
 They take turns of a few seconds, and one sleeps while the other works. Each is one loop from
 beginning to end. Without control groups the comparison has no cap, and the report says so.
+
+With `--tars N`, N generated images of 32x32 are JPEG files in tar files of 10,000. One process
+decodes them whenever it reads them (`poise train --stream`), the other has the decoded images in
+memory. There is no cap: the streaming process holds no images.
 
 The report has:
 
@@ -20,10 +25,12 @@ The report has:
 """
 
 import argparse
+import io
 import math
 import os
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -59,6 +66,7 @@ from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
 SHAPE = (32, 32, 3)
 IN_MEMORY = 20_000
 BLOCK = 5_000  # images written at once
+PER_TAR = 10_000  # images
 WARM_UP = 2.0  # seconds
 FOREVER = 10_000_000  # steps
 NETWORKS = {
@@ -78,6 +86,27 @@ def write_noise(path: Path, count: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     forget(path)
+
+
+def write_tars(folder: Path, count: int) -> None:
+    """Write JPEG files of coloured discs on gradients into tar files."""
+    from PIL import Image
+
+    source, (rows, columns) = np.random.default_rng(0), np.mgrid[0:32, 0:32]
+    for start in range(0, count, PER_TAR):
+        with tarfile.open(folder / f"images-{start // PER_TAR:04}.tar", "w") as archive:
+            for number in range(start, min(start + PER_TAR, count)):
+                centre, radius = source.uniform(8, 24, 2), source.uniform(4, 10)
+                disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+                low, high, colour = source.uniform(0, 255, (3, 3))
+                slope = (columns / 31)[..., None]
+                picture = np.where(disc[..., None], colour, low + slope * (high - low))
+                content = io.BytesIO()
+                Image.fromarray(picture.astype(np.uint8)).save(content, "JPEG", quality=90)
+                member = tarfile.TarInfo(f"{number:08}.jpg")
+                member.size = content.tell()
+                content.seek(0)
+                archive.addfile(member, content)
 
 
 def forget(path: Path) -> None:
@@ -149,21 +178,25 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def trainer(network: str, file: Path | None, group: Group | None) -> Worker:
+def trainer(
+    network: str, file: Path | None, group: Group | None, *, stream: bool = False
+) -> Worker:
     """Return a worker process of this script that trains in turns.
 
     Args:
         network: a name in `NETWORKS`.
-        file: the file to stream, or None for images in memory.
+        file: the file or folder with the images, or None for noise in memory.
         group: the control group of the process from its first instruction, or None.
+        stream: decode images whenever they are read.
     """
     streamed = ["--file", str(file)] if file else []
+    streamed += ["--stream"] if stream else []
     enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"']
     prefix = [*enter, str(group.folder / "cgroup.procs")] if group else []
     return Worker([__file__, "--train", network, *streamed], prefix=prefix)
 
 
-def train(name: str, file: Path | None) -> None:
+def train(name: str, file: Path | None, *, stream: bool) -> None:
     """Read the images and report it, then serve turns of some seconds of training."""
     network, batch_size = NETWORKS[name]
     began = time.perf_counter()
@@ -173,7 +206,7 @@ def train(name: str, file: Path | None) -> None:
                 0, 256, (IN_MEMORY, SHAPE[2], *SHAPE[:2]), dtype=np.uint8
             )
         else:
-            images = datasets.load(file).train
+            images = datasets.load(file, stream=stream).train
     read = round(time.perf_counter() - began, 1)
     send({"seconds": read, "peak_anonymous_mib": round(memory.mib, 1)})
     stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
@@ -228,9 +261,14 @@ def disk_bytes() -> int:
 
 def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Compare the two processes on one network."""
-    forget(file)
+    tars = sorted(file.glob("*.tar"))
+    for path in tars or [file]:
+        forget(path)
     with capped(cap) as group:
-        trainers = {"streamed": trainer(name, file, group), "in memory": trainer(name, None, None)}
+        trainers = {
+            "streamed": trainer(name, file, group, stream=bool(tars)),
+            "in memory": trainer(name, file if tars else None, None),
+        }
         for process in trainers.values():
             process.turn(WARM_UP)
         answers = take_turns(trainers, dict.fromkeys(trainers, seconds), rounds)
@@ -245,7 +283,7 @@ def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dic
     half = max(1, rounds // 2)
     return {
         "batch_size": NETWORKS[name][1],
-        "file_mib": round(file.stat().st_size / 2**20),
+        "file_mib": round(sum(path.stat().st_size for path in tars or [file]) / 2**20),
         "cap_mib": group and cap,
         "loading": trainers["streamed"].ready,
         "images_per_second": {name: summary(values, 1) for name, values in rates.items()},
@@ -291,6 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)"
     )
+    parser.add_argument("--tars", type=int, default=0, help="stream so many images in tar files")
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
@@ -300,23 +339,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("results/bench-streaming.json"))
     parser.add_argument("--train", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
-        train(options.train, options.file)
+        train(options.train, options.file, stream=options.stream)
         return
     # Remove the file and the group after SIGTERM too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        file = Path(folder, "images.npy")
-        write_noise(file, int(options.times * max(1, options.cap) * 2**20) // math.prod(SHAPE))
+        file = Path(folder) if options.tars else Path(folder, "images.npy")
+        cap = 0 if options.tars else options.cap
+        if options.tars:
+            write_tars(file, options.tars)
+        else:
+            write_noise(file, int(options.times * max(1, cap) * 2**20) // math.prod(SHAPE))
         reports = {
-            name: measure(name, file, options.cap, options.rounds, options.seconds)
-            for name in options.only
+            name: measure(name, file, cap, options.rounds, options.seconds) for name in options.only
         }
     show(table(reports))
     write_report(
         options.json,
-        {**machine(torch.device("cpu")), "rounds": options.rounds, "networks": reports},
+        {
+            **machine(torch.device("cpu")),
+            "images_in_tars": options.tars,
+            "rounds": options.rounds,
+            "networks": reports,
+        },
     )
 
 

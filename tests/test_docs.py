@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 import pytest
 
+import poise
 from poise.protocols import PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,24 @@ def test_the_tables_of_mixed_tables_and_of_their_uses_are_those_of_the_results(m
     page += (ROOT / "docs" / "outliers.md").read_text()
     for part, found in uses.items():
         assert script("table_uses").tables({"parts": {part: found}}) in page
+
+
+def test_the_site_has_every_page_and_the_reference_every_name():
+    docs = ROOT / "docs"
+    index, reference = docs / "index.md", docs / "api" / "index.md"
+    listed = {
+        (page.parent / entry).relative_to(docs).as_posix()
+        for page in (index, reference)
+        for block in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL)
+        for entry in re.findall(r"^[\w/-]+$", block, re.MULTILINE)
+    }
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")}
+    assert listed == {page for page in pages if not page.startswith("_build/")} - {"index"}
+    text = "".join(path.read_text() for path in (docs / "api").glob("*.md"))
+    modules = {"balance", "explore", "features", "metrics", "networks", "priors", "protocols"}
+    modules |= {"recipes", "report", "InputError", "Interrupted", "RunError"}  # poise.errors
+    missing = [name for name in poise.__all__ if f"poise.{name}\n" not in text]
+    assert set(missing) == modules
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "flips": True,
     "levels": 4095,
     "max_megapixels": 200,
+    "stream": True,
     "latent_dim": 7,
     "latent_channels": 7,
     "batch_size": 11,
@@ -239,7 +240,7 @@ def test_help_has_groups(help_of):
     listed = {name: set(re.findall(r"│ --([a-z-]+)", box)) for name, box in boxes}
     assert set(listed) == {"data", "model", "training", "run"}
     assert listed["data"] == {
-        "size", "channels", "flips", "skip-unreadable", "levels", "max-megapixels"
+        "size", "channels", "flips", "skip-unreadable", "levels", "max-megapixels", "stream"
     }  # fmt: skip
     assert {"balance", "latent-dim", "network"} < listed["model"]
     assert {"batch-size", "epochs", "minutes", "seed"} < listed["training"]

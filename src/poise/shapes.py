@@ -1,19 +1,30 @@
 """Tensor shapes as types, for all public signatures.
 
-For type checkers and in the test suite these names are jaxtyping annotations. The pytest hook
-imports jaxtyping before this package, and checks every call. Otherwise the names are plain
-`Tensor`, so that `import poise` needs torch and numpy only.
+In the test suite these names are jaxtyping annotations. The pytest hook imports jaxtyping before
+this package, and checks every call. Otherwise the names are plain `Tensor`: `import poise` needs
+torch and numpy only, and so do checkers of the types of other packages.
 
 Conventions. Images are NCHW, float, in [0, 1]. Only data sets and files hold bytes (uint8). A value
 per image is summed over all dimensions of the image, never averaged.
 """
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-if TYPE_CHECKING or "jaxtyping" in sys.modules:
+if TYPE_CHECKING:
+    Images: TypeAlias = Tensor
+    ByteImages: TypeAlias = Tensor
+    Values: TypeAlias = Tensor
+    Batch: TypeAlias = Tensor
+    Latents: TypeAlias = Tensor
+    Noise: TypeAlias = Tensor
+    PerImage: TypeAlias = Tensor
+    PerLatent: TypeAlias = Tensor
+    Scalar: TypeAlias = Tensor
+    Features: TypeAlias = Tensor
+elif "jaxtyping" in sys.modules:
     from jaxtyping import Float, UInt8
 
     Images = Float[Tensor, "batch channels height width"]

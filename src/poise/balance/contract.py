@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -144,9 +144,8 @@ class Balance(nn.Module, ABC):
         doubtful_batches: numbers of training batches with the faults that `faults` describes.
         data_checked: whether `forward` has looked if the data are 0 and 1 only. It does so in its
             first training batch, unless this is set to True before.
-
-    Class attributes, for a diagnosis and for early stopping:
         follows_error: gamma2 follows the reconstruction error, so that it is the training error.
+            This and the next three are of the class, for a diagnosis and for early stopping.
         early_stopping: the ELBO of held-out data shows when to stop. False: the balance moves
             towards a fixed target, and the ELBO may be higher on the way than at the target.
         small_start: the option that starts with a small gamma2, as advice against posterior
@@ -334,6 +333,9 @@ class Balance(nn.Module, ABC):
                 return self.combine(None, kl, nll=nll)
             return self.combine(error, kl, num_dims, nll=nll)
         return self.combine(error, kl, num_dims, samples=samples)
+
+    if TYPE_CHECKING:  # a call of a plain Module returns Any
+        __call__ = forward
 
     def errors(
         self,

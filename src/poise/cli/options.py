@@ -16,7 +16,7 @@ from poise.runs.options import Options
 from poise.variants import BALANCES as NAMED_BALANCES
 from poise.variants import PRIORS
 
-ANY_IMAGES = "a folder, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
+ANY_IMAGES = "a folder, a .tar file, an .npz or .npy array, hf:OWNER/NAME, or a data set's name"
 RECIPES_OWN = "(default: the recipe's)"
 BALANCES = ", ".join(text for balance in NAMED_BALANCES.values() for text in balance.examples)
 OBJECTIVES = (

@@ -29,7 +29,7 @@ class Train(TrainingCommand):
         Positional[str | None],
         arg(
             metavar="[DATA]",
-            help="a folder of images, an .npz or .npy array, hf:OWNER/NAME, "
+            help="a folder of images, a .tar file, an .npz or .npy array, hf:OWNER/NAME, "
             f"or one of {', '.join(DATA_NAMES)}",
             help_behavior_hint="(default: the recipe's own, or digits)",
         ),

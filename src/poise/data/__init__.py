@@ -6,13 +6,15 @@ In reading order:
 
     opening    open image files: errors, warnings and plugins
     decoding   convert, read and resize images
+    streamed   images that are decoded whenever they are read
     storage    arrays that may be larger than memory
     dataset    the data set and the split rule
     arrays     arrays, .npy and .npz files
     encoded    image files, decoded in threads
     cached     decoded images, kept in a file
     listing    files of a folder, and the sides of its split
-    folders    folders of image files
+    tars       images in tar files
+    folders    folders of image files or of tar files
     layouts    torchvision's folders of MNIST, CIFAR-10 and CelebA
     hub        the Hugging Face Hub
     names      data sets by name

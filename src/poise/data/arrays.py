@@ -192,7 +192,9 @@ def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:
         InputError: another layout or type; values outside the range, NaN or infinite; images are
             not square and `reading` gives no size.
     """
-    return as_split({label: array}, reading).train
+    images = as_split({label: array}, reading).train
+    assert isinstance(images, np.ndarray)  # not `Rows`, which only readers of files return
+    return images
 
 
 class _Checked:

@@ -44,7 +44,7 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
     Images are kept if decoding them takes `WORTH_SECONDS` or more, and the disk has room for three
     times their size.
     """
-    key = _key(files, reading) if reading.cache else None
+    key = _key(files, reading) if reading.cache and not reading.stream else None
     if key is None or reading.cache is None:
         return decode_now(files, reading)
     kept = _read(reading.cache / f"{_NAME}{key}", reading)
@@ -63,6 +63,7 @@ def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
     import PIL
 
     options = asdict(reading) | {"cache": None, "memory_budget": None, "jpeg_quality": None}
+    del options["stream"]  # what is kept was not streamed
     digest = hashlib.sha256(f"{RULES} {PIL.__version__} {sorted(options.items())}\n".encode())
     for file in files:
         try:
@@ -94,6 +95,7 @@ def _read(place: Path, reading: Reading) -> Decoded | None:
 
 
 def _write(found: Decoded, folder: Path, key: str) -> None:
+    assert isinstance(found.images, np.ndarray)
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < 3 * found.images.nbytes:
         return

@@ -14,14 +14,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from poise.data.storage import Pixels, allocate, blocks
+from poise.data.storage import Pixels, Rows, allocate, blocks
+from poise.data.streamed import HASH_BYTES, Pictures, hash_of
 from poise.errors import InputError
 
 FileOrder = Literal["sorted", "listing"]
 
 FEWEST_IMAGES = 10
 MOST_TEST_IMAGES = 10_000
-HASH_BYTES = 16
 MOST_LISTED = 5  # notes of one kind
 
 
@@ -32,7 +32,7 @@ class Dataset:
     Attributes:
         name: shown to users.
         train, test: (n, channels, side, side), uint8 or float32 in [0, 1]: numpy arrays, or `Rows`
-            of a memory-mapped file.
+            of a memory-mapped file or of images that are decoded when they are read.
         source: where the images came from.
         notes: what the loader skipped, ignored or changed, one short sentence each.
         levels: the value of the source that became white, if its format leaves that open. None: the
@@ -87,6 +87,7 @@ class Reading:
     cache: Path | None = None
     celeba_crop: bool = False
     whole: bool = False
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -99,6 +100,8 @@ class Reading:
             )
         if self.file_order not in ("sorted", "listing"):
             raise InputError(f'file_order must be "sorted" or "listing", not {self.file_order!r}')
+        if self.stream and self.jpeg_quality is not None:
+            raise InputError("jpeg_quality keeps all images, and stream keeps none: leave one out")
         for name in ("levels", "max_megapixels"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -119,8 +122,8 @@ class Split(NamedTuple):
         sides: with `Reading.whole`, the side of each image: train, test, val, or an empty text.
     """
 
-    train: np.ndarray
-    test: np.ndarray | None = None
+    train: Pixels
+    test: Pixels | None = None
     notes: tuple[str, ...] = ()
     levels: int | None = None
     skipped: tuple[str, ...] = ()
@@ -180,7 +183,7 @@ def check_enough(count: int) -> None:
         raise InputError(f"{noun} too few: at least {FEWEST_IMAGES} are needed")
 
 
-def split_by_content(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split_by_content(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
     """Return the row numbers of the training and the test images, each ascending.
 
     The split rule stands at the top of this file. A group of identical images that is larger than
@@ -216,12 +219,11 @@ def content_hashes(images: Pixels) -> np.ndarray:
 
     An array takes 16 bytes per hash, a list of objects 150: an MNIST image itself has 784.
     """
+    if isinstance(images, Rows) and isinstance(images.array, Pictures):
+        return images.array.hashes[images.indices]
     hashes = np.empty(len(images), f"S{HASH_BYTES}")
     for block in blocks(images):
-        digests = (
-            hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest()
-            for image in np.ascontiguousarray(images[block])
-        )
+        digests = map(hash_of, np.ascontiguousarray(images[block]))
         hashes[block] = np.fromiter(digests, hashes.dtype, block.stop - block.start)
     return hashes
 

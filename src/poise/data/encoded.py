@@ -32,11 +32,14 @@ from poise.data.decoding import (
 from poise.data.opening import (
     Picture,
     RefusedError,
+    allow_megapixels,
     collecting_warnings,
     named,
     opened,
     remark,
 )
+from poise.data.storage import Pixels, Rows
+from poise.data.streamed import Hashes, Pictures
 from poise.errors import InputError
 from poise.support.progress import SafeStream, progress
 
@@ -57,7 +60,7 @@ class Encoded:
     Attributes:
         label: the name of the file in messages.
         open: returns its path or its content.
-        path: its path, if it is a file of its own.
+        path: of the file that it is, or that holds it.
         pages: the pages of the file that are images.
     """
 
@@ -74,13 +77,13 @@ class Decoded(NamedTuple):
     """Decoded image files.
 
     Attributes:
-        images: (n, channels, side, side), uint8.
+        images: (n, channels, side, side), uint8; with `Reading.stream` decoded when they are read.
         positions: (n,), the position of each image's file in the list of files.
         names: (n,), the label of each image's file, and its page if there are several.
         notes, levels, skipped: see `Dataset`.
     """
 
-    images: np.ndarray
+    images: Pixels
     positions: np.ndarray
     names: tuple[str, ...]
     notes: tuple[str, ...]
@@ -124,7 +127,8 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
     files. Without a number of channels, images are grey if all files are grey, and RGB otherwise.
     The first pass reads headers, if size or channels are unknown or there are TIFF files. The
     second pass reads the pixels. If `reading` has no `levels`, a third pass reads 16-bit pages
-    again, because their scale depends on all of them.
+    again, because their scale depends on all of them. With `reading.stream` the second pass keeps
+    no pixels.
 
     Raises:
         InputError: a file cannot be decoded and `reading` does not skip such files; `reading` gives
@@ -136,7 +140,7 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
         files, form = work.files, _form(work)
         first = [0, *accumulate(len(file.pages) for file in files)]
         shape = (first[-1], form.channels, form.size, form.size)
-        images = reading.allocate(shape, np.dtype(np.uint8))
+        images = Hashes(shape[0]) if reading.stream else reading.allocate(shape, np.dtype(np.uint8))
         levels = reading.levels
 
         def fill(image: Picture, position: int, page: int) -> None:
@@ -154,15 +158,51 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
             _each_page(fill, deep, work, "scaling 16-bit images", _Room(_BYTES_AT_ONCE))
     rows = [(position, page) for position, file in enumerate(files) for page in file.pages]
     kept = [row for row, place in enumerate(rows) if place not in work.errors]
-    for row, source in enumerate(kept if work.errors else ()):
-        images[row] = images[source]
+    if isinstance(images, Hashes):
+        pictures = _streamed(work, form, levels, [rows[row] for row in kept], images.values[kept])
+    else:
+        for row, source in enumerate(kept if work.errors else ()):
+            images[row] = images[source]
+        pictures = images[: len(kept)]
     positions = np.array([rows[row][0] for row in kept], int)
     names = tuple(
         files[position].page_label(page) for position, page in map(rows.__getitem__, kept)
     )
     skipped = tuple(str(work.errors[place]) for place in sorted(work.errors))
     notes = tuple(_notes(work, levels))
-    return Decoded(images[: len(kept)], positions, names, notes, levels, skipped)
+    return Decoded(pictures, positions, names, notes, levels, skipped)
+
+
+def _streamed(
+    work: _Work,
+    form: _Form,
+    levels: int | None,
+    places: Sequence[tuple[int, int]],
+    hashes: np.ndarray,
+) -> Rows:
+    """Return images that are decoded when they are read.
+
+    Args:
+        work, form, levels: how they are decoded.
+        places: the position of the file, and the page, of each image.
+        hashes: of their pixels.
+    """
+    allow_megapixels(work.reading.max_megapixels)
+    room = _Room(_BYTES_AT_ONCE)
+
+    def read(row: int) -> np.ndarray:
+        position, page = places[row]
+        file = work.files[position]
+        with (
+            opened(file.open(), file.page_label(page)) as image,
+            room.taken_by(image),
+        ):
+            if len(file.pages) > 1:
+                image.seek(page)
+            return _pixels(image, form, work, (position, page), levels)
+
+    shape = (form.channels, form.size, form.size)
+    return Rows(Pictures(shape, hashes, read, available_cores()), np.arange(len(hashes)))
 
 
 def _list_pages(work: _Work) -> None:

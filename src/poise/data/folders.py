@@ -1,4 +1,4 @@
-"""Read a folder of image files, at any depth, with an optional split into train/ and test/."""
+"""Read a folder of image files or of tar files, with an optional split into train/ and test/."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +16,8 @@ from poise.data.listing import (
     official_split,
 )
 from poise.data.opening import shown
+from poise.data.storage import part
+from poise.data.tars import is_tar, list_images
 from poise.errors import InputError
 
 
@@ -23,7 +25,8 @@ def read_folder(folder: Path, reading: Reading) -> Found:
     """Return all images in a folder and its subfolders, sorted by path.
 
     The split is that of `listing.official_split`. Links are followed. Files and folders whose names
-    begin with a dot are skipped. The notes count other files by their ending.
+    begin with a dot are skipped. The notes count other files by their ending. A folder without
+    image files may hold tar files, which are read as `read_tars` does.
 
     Raises:
         InputError: the folder holds no files or no images, or has a subfolder that cannot be read;
@@ -34,6 +37,9 @@ def read_folder(folder: Path, reading: Reading) -> Found:
     images = [path for path in listing.files if is_image(path)]
     others = [path for path in listing.files if not is_image(path)]
     if not images:
+        tars = [path for path in listing.files if is_tar(path)]
+        if tars:
+            return read_tars(tars, folder, reading, notes)
         raise _no_images(folder, listing.files)
     if others:
         notes.append(f"ignored: {by_ending(others)}")
@@ -46,6 +52,42 @@ def read_folder(folder: Path, reading: Reading) -> Found:
     inside = f"{shown(folder)}/"
     split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
     return Found(shown(folder.resolve().name), split, shown(folder), tuple(notes))
+
+
+def read_tars(
+    tars: Sequence[Path], folder: Path, reading: Reading, notes: Sequence[str] = ()
+) -> Found:
+    """Return all images in tar files, in the order of the files and of their members.
+
+    A tar file counts as a folder: its name and the folders inside say the side of its images.
+
+    Args:
+        tars: the files.
+        folder: the folder that holds them.
+        reading: how to read the images.
+        notes: what is known about the folder.
+
+    Raises:
+        InputError: a file is damaged, or there are no images; see also `encoded.decode`.
+    """
+    listed = list_images(tars, folder)
+    source = folder if len(tars) > 1 else tars[0]
+    if not listed.files:
+        held = f" ({', '.join(listed.notes)})" if listed.notes else ""
+        raise InputError(f"{shown(source)} holds no image{held}: name tar files of images")
+    images = list(listed.files)
+    found = official_split(folder, images)
+    files = listed.files
+    if reading.whole:
+        sides = [found.sides[path] for path in images]
+        split = decode_split([*files.values()], [], reading, sides)
+    else:
+        train, test = ([files[path] for path in side] for side in (found.train, found.test))
+        split = decode_split(train, test, reading)
+        notes = [*notes, *found.notes]
+    inside = f"{shown(folder)}/"
+    split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
+    return Found(shown(source.resolve().stem), split, shown(source), (*notes, *listed.notes))
 
 
 def read_files(
@@ -87,7 +129,11 @@ def decode_split(
         of_images = tuple(sides[int(position)] for position in found.positions)
         return Split(found.images, None, *shared, of_images)
     shared = *shared[:3], found.names[:count]
-    return Split(found.images[:count], found.images[count:] if test else None, *shared)
+    return Split(
+        part(found.images, slice(count)) if test else found.images,
+        part(found.images, slice(count, None)) if test else None,
+        *shared,
+    )
 
 
 def _encoded(path: Path) -> Encoded:

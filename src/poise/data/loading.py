@@ -21,13 +21,15 @@ from poise.data.dataset import (
     split_by_content,
 )
 from poise.data.decoding import jpeg_round_trip
-from poise.data.folders import read_files, read_folder
+from poise.data.folders import read_files, read_folder, read_tars
 from poise.data.hub import read_hub
 from poise.data.layouts import find_layouts
 from poise.data.listing import is_image
 from poise.data.names import read_named
 from poise.data.opening import shown
 from poise.data.storage import Pixels, Rows, blocks, take
+from poise.data.streamed import Pictures
+from poise.data.tars import is_tar, refuse_compressed
 from poise.errors import InputError, MissingInputError
 from poise.variants import DATA_SETS
 
@@ -50,6 +52,7 @@ def load(
     max_megapixels: int | None = None,
     memory_budget: int | None = None,
     cache: Path | None = None,
+    stream: bool = False,
 ) -> Dataset:
     """Load the images of a source and split them into train and test.
 
@@ -61,6 +64,7 @@ def load(
 
             - a key of `DATA_SETS` (for a folder of that name write ./mnist, or pass a Path);
             - a folder of images, or torchvision's folder of MNIST, CIFAR-10 or CelebA;
+            - a tar file of images, or a folder of such files;
             - an .npz or .npy file;
             - "hf:owner/name" or "hf:folder";
             - an array or tensor (n, h, w), (n, h, w, c) or (n, c, h, w): bytes, booleans, 16-bit
@@ -85,6 +89,8 @@ def load(
         cache: folder for that file, which is deleted with the images, and for the decoded images of
             a folder that takes seconds to decode, which are kept for the next call. None: the
             system's folder for temporary files, and nothing is kept.
+        stream: keep no decoded images. Each image is decoded again whenever it is read. Only for
+            image files, in folders, tar files or data sets of the Hub.
 
     Raises:
         MissingInputError: the source does not exist, or a named data set is not available.
@@ -106,8 +112,14 @@ def load(
         max_megapixels=max_megapixels,
         memory_budget=memory_budget,
         cache=cache,
+        stream=stream,
     )
     found = _find(source, data_dir, reading)
+    if stream and not _is_streamed(found.split.train):
+        raise InputError(
+            f"stream is for image files in folders, tar files or data sets of the Hub, "
+            f"which {found.source} is not: leave it out"
+        )
     if found.file_order != file_order:
         raise InputError(
             f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, '
@@ -282,9 +294,12 @@ def _read_path(path: Path, reading: Reading) -> Found:
         return read_npy(path, reading)
     if path.suffix.lower() == ".npz":
         return read_npz(path, reading)
+    if is_tar(path):
+        return read_tars([path], path.parent, reading)
+    refuse_compressed(path)
     raise InputError(
         f"{shown(path)} is a single file: "
-        "give a folder of images, or an .npy or .npz file (unpack archives first)"
+        "give a folder of images, or a .tar, .npy or .npz file (unpack other archives first)"
     )
 
 
@@ -300,7 +315,8 @@ def _read_nothing(source: str) -> Found:
     close = get_close_matches(source.lower().replace("_", "-"), DATA_SETS, 1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     known = (
-        f"a folder of images, an .npz or .npy file, hf:owner/name, or one of {', '.join(DATA_SETS)}"
+        "a folder of images, a .tar, .npz or .npy file, hf:owner/name, "
+        f"or one of {', '.join(DATA_SETS)}"
     )
     raise MissingInputError(f"{source!r} does not exist{guess}: give {known}")
 
@@ -317,6 +333,10 @@ def _split(found: Found) -> tuple[Pixels, Pixels]:
             f"{found.source}: {shapes} do not go together: both need images, of one shape"
         )
     return train, test
+
+
+def _is_streamed(images: Pixels) -> bool:
+    return isinstance(images, Rows) and isinstance(images.array, Pictures)
 
 
 def _through_jpeg(images: Pixels, reading: Reading) -> Pixels:

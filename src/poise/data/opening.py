@@ -164,6 +164,16 @@ def remark(text: str) -> None:
         _current.remarks.setdefault(_current.label, " ".join(text.split()))
 
 
+def allow_megapixels(limit: int | None) -> None:
+    """Let Pillow open larger images from now on, in the whole process. None: change nothing."""
+    from PIL import Image
+
+    if limit is not None:
+        Image.MAX_IMAGE_PIXELS = max(
+            Image.MAX_IMAGE_PIXELS or 0, limit * 1_000_000 // _PILLOWS_FACTOR
+        )
+
+
 @contextmanager
 def collecting_warnings(max_megapixels: int | None) -> Iterator[None]:
     """Turn Pillow's warnings in the block into remarks on the opened files, in all threads.

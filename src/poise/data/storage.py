@@ -1,7 +1,8 @@
 """Allocate arrays of images in memory or in a file, and read them by rows.
 
 The images of a data set are NCHW, uint8 or float32. They are a numpy array, in memory or
-memory-mapped, or the `Rows` of a memory-mapped array.
+memory-mapped, or the `Rows` of a memory-mapped array or of `Pictures`, which are decoded when they
+are read.
 """
 
 import mmap
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from poise.data.decoding import to_float
+from poise.data.streamed import Pictures
 from poise.errors import RunError
 from poise.shapes import Values
 
@@ -30,12 +32,12 @@ FAR_APART = 4  # mean distance of rows, in rows; above it read-ahead costs more 
 
 @final
 class Rows:
-    """A subset of the rows of a memory-mapped array, such as one side of a split.
+    """A subset of the rows of a memory-mapped array or of `Pictures`, such as a side of a split.
 
     Indexing reads the rows.
     """
 
-    def __init__(self, array: np.ndarray, indices: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray | Pictures, indices: np.ndarray) -> None:
         self.array = array
         self.indices = indices
         self.shape = (len(indices), *array.shape[1:])
@@ -46,11 +48,9 @@ class Rows:
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
         indices = self.indices[rows]
-        return (
-            _in_file_order(self.array, indices)
-            if isinstance(indices, np.ndarray)
-            else np.array(self.array[indices])
-        )
+        if isinstance(self.array, np.ndarray) and isinstance(indices, np.ndarray):
+            return _in_file_order(self.array, indices)
+        return np.array(self.array[indices])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -149,8 +149,10 @@ def blocks(array: Pixels) -> Iterator[slice]:
         yield slice(start, min(start + step, len(array)))
 
 
-def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
-    """Return some rows: a copy, or `Rows` of a memory-mapped array."""
+def take(array: Pixels, indices: np.ndarray) -> Pixels:
+    """Return some rows: a copy, or `Rows` of what is not in memory."""
+    if isinstance(array, Rows):
+        return Rows(array.array, array.indices[indices])
     return (
         Rows(array, indices)
         if isinstance(array, np.memmap)
@@ -158,11 +160,14 @@ def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
     )
 
 
+def part(images: Any, rows: slice) -> Any:
+    """Return consecutive images without reading those of `Rows`."""
+    return Rows(images.array, images.indices[rows]) if isinstance(images, Rows) else images[rows]
+
+
 def head(images: Any, count: int) -> Any:
     """Return the first `count` images; those of `Rows` are not read."""
-    return (
-        Rows(images.array, images.indices[:count]) if isinstance(images, Rows) else images[:count]
-    )
+    return part(images, slice(count))
 
 
 def allocate(

@@ -121,6 +121,8 @@ class Data:
             None: 255 for bytes; for 16 bits the smallest of 255, 1023, 4095, 16383 and 65535 that
             holds 99.9 % of the values of every image.
         max_megapixels: refuse image files of more megapixels. None: 179.
+        stream: keep no decoded images, for sets larger than the disk. Each image is decoded again
+            whenever it is read.
     """
 
     source: str
@@ -132,6 +134,7 @@ class Data:
     flips: Annotated[bool, Option("data")] = False
     levels: Annotated[int | None, Option("data")] = None
     max_megapixels: Annotated[int | None, Option("data")] = None
+    stream: Annotated[bool, Option("data")] = False
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -148,6 +148,7 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
         skip_unreadable=settings.skip_unreadable,
         levels=settings.levels,
         max_megapixels=settings.max_megapixels,
+        stream=settings.stream,
         cache=cache,
     )
 

@@ -144,7 +144,8 @@ def train(
         if distributed.rank() > 0:  # its machine may not see the files yet
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
-            finish(load(folder, device=options.device, vae=vae), job.dataset, job.meta["seconds"])
+            run = load(folder, device=options.device, vae=vae)
+            finish(run, job.dataset, job.meta["seconds"], quiet=options.quiet)
     return load(folder, device=options.device, vae=vae).remember(job.dataset)
 
 
@@ -530,7 +531,7 @@ class Mirror(nn.Module):
         return images.flip(3)
 
 
-def finish(run: Run, dataset: Dataset, seconds: float) -> None:
+def finish(run: Run, dataset: Dataset, seconds: float, *, quiet: bool) -> None:
     """Write what a finished run has: mixture, scale of latents, pictures, curves, summary.json."""
     run.save_mixture()
     write_json(run.folder / "latents.json", asdict(run.latent_scale))
@@ -542,6 +543,9 @@ def finish(run: Run, dataset: Dataset, seconds: float) -> None:
     )
     try:
         write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
+    except MissingExtraError as error:
+        if not quiet:
+            say(f"note: {error}")
     except InputError as error:  # the log is lost, the model is not
         warn(f"{error}; training.png is left out")
     figures = {

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from poise.errors import InputError
+from poise.errors import InputError, MissingExtraError
 from poise.runs.log import read_log
 
 COLUMNS = 3
@@ -27,10 +27,14 @@ def training_curves(log: Path) -> bytes:
         log: metrics.jsonl of a run.
 
     Raises:
+        MissingExtraError: matplotlib is not installed.
         InputError: the log has no entries.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("training.png", "plots") from error
 
     entries = read_log(log)
     stages = sorted({int(entry["stage"]) for entry in entries})

@@ -1,0 +1,145 @@
+"""List the images in tar files, such as the shards of webdataset, without unpacking them.
+
+A tar file is a row of members: a header, then the content as it is. One pass over the headers finds
+where each content begins. Any image is then one read of the file, so that images come in any order.
+"""
+
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+from poise.data.dataset import counted
+from poise.data.encoded import Encoded
+from poise.data.listing import by_ending, is_image, side_of
+from poise.data.opening import shown
+from poise.errors import InputError
+
+ENDING = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+@dataclass(frozen=True)
+class TarImages:
+    """The images of some tar files.
+
+    Attributes:
+        files: each image, by a path whose folders say its side, see `_place`.
+        notes: what is not read.
+    """
+
+    files: dict[Path, Encoded]
+    notes: tuple[str, ...]
+
+
+def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
+    """List the images of some tar files, in the order of the files and of their members.
+
+    A member is an image by its ending. Of a sample of webdataset with several images (0001.jpg and
+    0001.mask.png), only the one with a plain ending is read.
+
+    Args:
+        tars: the files.
+        folder: the folder that holds them.
+
+    Raises:
+        InputError: a file is no intact tar file.
+    """
+    files: dict[Path, Encoded] = {}
+    others, beside, notes = list[Path](), 0, list[str]()
+    for tar in tars:
+        members, end = _members(tar)
+        if not end:
+            notes.append(f"{shown(tar)} has no mark of its end: it may have been cut short")
+        samples = {_sample(name) for name, _, _ in members if _is_plain_image(name)}
+        for name, start, size in members:
+            if not is_image(Path(name)):
+                others.append(Path(name))
+                continue
+            if not _is_plain_image(name) and _sample(name) in samples:
+                beside += 1
+                continue
+            label = f"{shown(tar)}/{shown(name)}"
+            files[_place(tar, folder, name)] = Encoded(
+                label, partial(_content, tar, start, size), tar
+            )
+    if others:
+        notes.append(f"ignored: {by_ending(others)}")
+    if beside:
+        notes.append(f"ignored: {counted(beside, 'image')} beside another one of the same sample")
+    return TarImages(files, tuple(notes))
+
+
+def _sample(name: str) -> str:
+    """Return the key of a sample of webdataset: all before the first dot of the file's name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.split(".")[0]))
+
+
+def _is_plain_image(name: str) -> bool:
+    return is_image(Path(name)) and PurePosixPath(name).name.count(".") == 1
+
+
+def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
+    """Return name, start and size of each file in a tar file, and whether it has a mark of its end.
+
+    Hidden files are left out.
+    """
+    found: list[tuple[str, int, int]] = []
+    try:
+        whole = tar.stat().st_size
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                # tarfile keeps all headers otherwise.
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
+                parts = PurePosixPath(member.name).parts
+                hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+                if not member.isreg() or hidden:
+                    continue
+                if member.offset_data + member.size > whole:
+                    raise tarfile.ReadError(f"it ends within {member.name}")
+                found.append((member.name, member.offset_data, member.size))
+            # tarfile takes a header that is cut short for the end.
+            end = _content(tar, archive.offset, tarfile.BLOCKSIZE).read()
+            if end.strip(b"\0"):
+                raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
+            return found, bool(end)
+    except (OSError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{shown(tar)} cannot be read as a tar file ({reason}): copy or download it again"
+        ) from error
+
+
+def _content(tar: Path, start: int, size: int) -> BytesIO:
+    with tar.open("rb") as file:
+        file.seek(start)
+        return BytesIO(file.read(size))
+
+
+def _place(tar: Path, folder: Path, name: str) -> Path:
+    """Return the path of a member as if the tar file were a folder.
+
+    The first word in the file's name that names a side becomes a folder as well, as in
+    imagenet-train-0001.tar.
+    """
+    stem = tar.relative_to(folder).with_suffix("")
+    words = [word for word in re.split(r"[-_. ]", stem.name) if side_of((word,))[0]]
+    return Path(folder, stem.parent, *words[:1], stem.name, *PurePosixPath(name).parts)
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file has the ending of a tar file that is not compressed."""
+    return path.suffix.lower() == ENDING
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise InputError for a compressed tar file: its members cannot be read in any order."""
+    if path.name.lower().endswith(COMPRESSED):
+        raise InputError(
+            f"{shown(path)} is compressed, so that its images cannot be read in any order: "
+            "decompress it to a .tar file, or unpack it into a folder"
+        )
