@@ -438,6 +438,23 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         assert (protocol["real"], protocol["generated"]) == expected
 
 
+def test_statistics_of_images_are_written_and_compared_with(run_folder, capsys, tmp_path):
+    sets = RANDOM.integers(0, 256, (2, 15, 8, 8), dtype=np.uint8)
+    for name, images in zip(("a.npy", "b.npy"), sets, strict=True):
+        np.save(tmp_path / name, images)
+    poise("evaluate", "--real", "a.npy", "--extractor", "pixels", "--write-statistics", "s.npz")
+    assert "15 images by pixels: s.npz" in capsys.readouterr().out
+    poise("evaluate", "--real", "s.npz", "--generated", "b.npy")
+    values = json.loads(capsys.readouterr().out)
+    assert [m["metric"] for m in values["measurements"]] == ["FD-pixels"]
+    poise("evaluate", run_folder, "--real", "s.npz")
+    values = json.loads(capsys.readouterr().out)
+    compared = [m for m in values["measurements"] if m["metric"] == "FD-pixels"]
+    assert {m["of"] for m in compared} >= {"REC", "GEN-1", "GEN-2"}
+    (protocol,) = {m["protocol"] for m in compared if m["of"] == "GEN-1"}
+    assert values["protocols"][protocol]["real"] == 15
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -445,6 +462,9 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         (["--real", "a"], "a run's folder, or two sets"),
         (["runs", "--real", "a", "--generated", "b"], "not both"),
         (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
+        (["runs", "--real", "a"], "beside a run, --real can only be a file of statistics"),
+        (["--write-statistics", "x.npz"], "takes --real, and no --generated"),
+        (["--real", "a", "--generated", "b", "--statistics-by", "ttur"], "that is a file of stat"),
         (["runs", "--size", "32"], "a run has its own"),
         (["runs", "--levels", "1"], "the images of a run are read as in its training"),
         (["--real", __file__, "--generated", __file__, "--images", "1"], "at least 2 images"),

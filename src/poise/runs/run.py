@@ -38,6 +38,7 @@ from poise.evaluation import (
     chunks_of,
     compare,
     likelihood_measurements,
+    prepare_statistics,
     remarks,
     restored_measurements,
     through_jpeg,
@@ -55,6 +56,7 @@ from poise.metrics import (
     reconstruction,
 )
 from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
+from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
@@ -608,6 +610,7 @@ class Run:
         self,
         images: Any = None,
         *,
+        statistics: ReferenceStatistics | str | Path | None = None,
         protocol: str | Protocol = "default",
         extractor: str | Extractor = AUTO,
         priors: Sequence[PriorName] | None = None,
@@ -625,6 +628,9 @@ class Run:
             images: real images (n, channels, height, width), bytes or float in [0, 1]. None: the
                 test or training images of the run's data, as the protocol says. They are read again
                 from their source and checked by checksum.
+            statistics: reference statistics, or a file of them (see `poise.metrics.
+                read_statistics`). Samples and reconstructions are compared with them instead of
+                with the images. None: with the images.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`, or an extractor from `features.make_extractor`. "none":
                 no comparison.
@@ -656,6 +662,14 @@ class Run:
         images = self.images_for(conditions) if images is None else self._given(images, conditions)
         conditions = replace(conditions, real=len(images), side=images.shape[-1])
         pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
+        reference = images
+        if statistics is not None:
+            wanted = replace(find_protocol(protocol), real=None, generated=count)
+            wanted = replace(wanted, generation=conditions.generation)
+            reference, conditions, network, notes = prepare_statistics(
+                statistics, wanted, extractor, self.device, images.shape[-1]
+            )
+            infinity = False  # the note says that it is left out
         if network is not None:
             produced, left_out = self._produced(images, conditions, priors, seed)
             measured += compare(
