@@ -5,7 +5,7 @@ work failed. If the reader of either stream ends, as `head` does, the command fi
 without printing. torch is imported after the arguments are parsed, so that help is fast.
 
 In reading order: `options` (options of several commands), `showing` (tables and warnings), then the
-commands: `train`, `images`, `measure`, `study`, `share`.
+commands: `train`, `images`, `score`, `measure`, `study`, `share`, `doctor`.
 """
 
 import atexit
@@ -27,6 +27,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
+from poise.cli.score import Score
 from poise.cli.share import Explore, Export
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
@@ -44,6 +45,7 @@ COMMANDS = {
     "encode": Encode,
     "reconstruct": Reconstruct,
     "interpolate": Interpolate,
+    "score": Score,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
     "compare": Compare,

@@ -155,7 +155,7 @@ class Encode:
                 f"for a diffusion model: shift_factor {scale.shift_factor:.4g}, scaling_factor "
                 f"{scale.scaling_factor:.4g}, of latents {'x'.join(map(str, scale.latent_shape))}"
             )
-        _print_notes(given.notes)
+        print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Reconstruct:
         error = float((originals - restored).square().mean())
         sides = _by_side([given.sides[row] for row in rows] if given.sides else [])
         print(f"{_images(len(originals))}{sides}: {self.out}, MSE {error:.5f}")
-        _print_notes(given.notes)
+        print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _by_side(sides: Sequence[str]) -> str:
     return f" ({listed})"
 
 
-def _print_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}")
 

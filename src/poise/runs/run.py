@@ -10,6 +10,7 @@ progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        the last output of `poise evaluate`
 diagnosis.json         the last result of `poise diagnose`
+scores/                the scores of training images, for percentiles of `poise score`
 """
 
 import base64
@@ -69,7 +70,7 @@ from poise.priors import (
 )
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.recipes.settings import Generation, Recipe, from_json
-from poise.runs import sharing
+from poise.runs import scores, sharing
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     MANIFEST,
@@ -808,6 +809,54 @@ class Run:
             draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
             produced.append(Produced(PRIORS[name].label, draw, seed=seed))
         return produced, notes
+
+    def score(
+        self,
+        images: Any,
+        *,
+        samples: int = scores.SAMPLES,
+        training_images: int = scores.TRAINING_IMAGES,
+        training: Any = None,
+        names: Sequence[str] = (),
+        seed: int = 0,
+        quiet: bool = True,
+    ) -> scores.Scores:
+        """Return likelihood and reconstruction error of each image, to find the odd ones.
+
+        Both are also given as percentiles of training images. The scores of these take longest, and
+        are kept in the run's folder for the next call.
+
+        Args:
+            images: see `encode`.
+            samples: importance samples per image for the likelihood, at least 1.
+            training_images: maximum number of training images behind the percentiles, drawn with a
+                fixed seed. 0: no percentiles.
+            training: the training images. None: those of the run's data, read again.
+            names: of the images, for the table. Default: their numbers.
+            seed: seed of the samples. The score of an image depends on its number.
+            quiet: show no progress.
+
+        Returns:
+            One value per image: see `poise.runs.scores.Scores`. A model without a likelihood has
+            errors only.
+
+        Raises:
+            InputError: see `encode`; a number out of range; the training images cannot be read.
+
+        Example:
+            >>> scores = run.score(photos)                                     # doctest: +SKIP
+            >>> photos[scores.oddest_first()[:8]]                              # doctest: +SKIP
+        """
+        return scores.score(
+            self,
+            images,
+            samples=samples,
+            training_images=training_images,
+            training=training,
+            names=names,
+            seed=seed,
+            quiet=quiet,
+        )
 
     def test_images(self) -> Any:
         """Return the test images of the run's data, read again.
