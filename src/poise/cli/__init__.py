@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from poise.cli.doctor import Doctor
 from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
@@ -53,6 +54,7 @@ COMMANDS = {
     "report": Report,
     "explore": Explore,
     "export": Export,
+    "doctor": Doctor,
 }
 TYPES = ConstructorRegistry()
 
