@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int64, UInt8
 
     Images = Float[Tensor, "batch channels height width"]
     ByteImages = UInt8[Tensor, "batch channels height width"]
@@ -25,10 +25,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     Latents = Float[Tensor, "batch latents"]
     Noise = Float[Tensor, "batch noise"]
     PerImage = Float[Tensor, " batch"]
+    ClassOfEach = Int64[Tensor, " batch"]
     PerLatent = Float[Tensor, " latents"]
     Scalar = Float[Tensor, ""]
     # The number of features is the same for all arguments of a call; the number of samples is not.
     Features = Float[Tensor, "_ features"]
 else:
     Images = ByteImages = Values = Batch = Latents = Noise = Tensor
-    PerImage = PerLatent = Scalar = Features = Tensor
+    PerImage = ClassOfEach = PerLatent = Scalar = Features = Tensor
