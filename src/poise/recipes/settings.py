@@ -120,6 +120,8 @@ class Data:
             None: 255 for bytes; for 16 bits the smallest of 255, 1023, 4095, 16383 and 65535 that
             holds 99.9 % of the values of every image.
         max_megapixels: refuse image files of more megapixels. None: 179.
+        labels: learn the classes of the images: the folders they are in, y_train beside x_train, or
+            the labels of the data set. A flow and the mixture then draw images of a class.
     """
 
     source: str
@@ -131,6 +133,7 @@ class Data:
     flips: Annotated[bool, Option("data")] = False
     levels: Annotated[int | None, Option("data")] = None
     max_megapixels: Annotated[int | None, Option("data")] = None
+    labels: Annotated[bool, Option("data")] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -311,6 +314,8 @@ class Generation:
         flow_solver: solver of the flow's differential equation (see `poise.priors.flow_prior`).
         flow_steps: number of steps of this solver. n steps of "heun" evaluate the flow 2n - 1
             times, n steps of "euler" n times.
+        guidance: how much further than the flow of its class an image goes, >= 0 (eq. 4 of
+            `poise.flow`). 1: no guidance. Other values need a flow that was trained with labels.
     """
 
     second_stage_noise: bool = True
@@ -321,9 +326,12 @@ class Generation:
     reconstruct_from: Literal["mean", "sample"] = "mean"
     flow_solver: Solver = "heun"
     flow_steps: int = 12
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not 0 <= self.guidance < inf:
+            raise InputError(f"guidance must be a number of at least 0, not {self.guidance}")
         if self.flow_steps < 1:
             raise InputError(f"flow_steps must be at least 1, not {self.flow_steps}")
 

@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from poise.balance import Balance
 from poise.data import Dataset, checked_images, head
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
 TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
+MOST_CLASSES = 10  # that a message names
 DIAGNOSIS = "diagnosis.json"
 MIXTURE: PriorName = "mixture"  # also the folder's name
 NO_POSTERIOR = (
@@ -186,7 +189,7 @@ class Run:
         self.second: Trained | None = None
         self.flow: Flow | None = None
         if has_second:
-            network = second_stage(self.recipe, self.first.vae)
+            network = second_stage(self.recipe, self.first.vae, len(self.classes))
             if isinstance(network, Flow):
                 self.flow, _ = self._stage(2, saved, network)
             else:
@@ -296,6 +299,50 @@ class Run:
                 "continue with `poise train`"
             )
         return read_codes(folder, self.data["train"], self.recipe.network.latent_dim)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that the run learned. Empty: it was trained without labels."""
+        return tuple(self.data.get("classes", ()))
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """The class of each training image, (n,), as its position in `classes`.
+
+        None: the run was trained without labels.
+
+        Raises:
+            RunError: see `codes`.
+        """
+        if not self.classes:
+            return None
+        folder = self.folder / "codes"
+        labels = read_folder(folder).tensors.get("labels") if folder.exists() else None
+        if labels is None or labels.shape != (self.data["train"],):
+            raise RunError(f"{folder} lacks the labels of the training images")
+        return labels
+
+    def class_number(self, label: str | int) -> int:
+        """Return the position of a class in `classes`.
+
+        Args:
+            label: name of the class. A number is taken for its name.
+
+        Raises:
+            InputError: no class has this name, or the run was trained without labels.
+        """
+        if not self.classes:
+            raise InputError(
+                f"{self.folder} was trained without labels: train with --labels (labels=True), or "
+                "leave the label out"
+            )
+        if str(label) not in self.classes:
+            close = get_close_matches(str(label), self.classes, 1)
+            guess = f"; did you mean {close[0]}?" if close else ""
+            some = ", ".join(self.classes[:MOST_CLASSES])
+            more = ", ..." if len(self.classes) > MOST_CLASSES else ""
+            raise InputError(f"there is no class {str(label)!r}: there are {some}{more}{guess}")
+        return self.classes.index(str(label))
 
     @cached_property
     def latent_scale(self) -> LatentScale:
@@ -490,6 +537,7 @@ class Run:
             generation=generation,
             seed=self.recipe.seed,
             device=self.device,
+            labels=self.labels if name == MIXTURE else None,
         )
         prior = (self._saved_mixture() if name == MIXTURE else None) or make_prior(name, model)
         if needed is None:  # the noise of stage 2 and the solver differ between generations
@@ -553,6 +601,8 @@ class Run:
         seed: int = 0,
         first: int = 0,
         generation: Generation | None = None,
+        label: str | int | None = None,
+        guidance: float | None = None,
     ) -> Images:
         """Return generated images, float in [0, 1], on the CPU.
 
@@ -562,17 +612,19 @@ class Run:
             seed: image i of a seed does not depend on `count`.
             first: number of the first image.
             generation: noise, renormalisation, adjustment. None: the recipe's.
+            label: one of `classes`, by name: images of this class. The prior must be that of a flow
+                or the mixture of a run with labels. None: images of all classes, by their
+                frequency among the training images.
+            guidance: of a flow with labels, at least 0. More than 1: more typical of the class,
+                and less diverse. None: that of `generation`.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the run lacks the second stage that
-                the prior needs.
+            InputError: `count` is less than 1, no such prior or class, the prior takes no label, or
+                the run lacks the second stage that the prior needs.
         """
+        how: dict[str, Any] = {"label": label, "guidance": guidance, "generation": generation}
         return torch.cat(
-            list(
-                self.sample_chunks(
-                    count, prior=prior, seed=seed, first=first, generation=generation
-                )
-            )
+            list(self.sample_chunks(count, prior=prior, seed=seed, first=first, **how))
         )
 
     def sample_chunks(
@@ -583,13 +635,15 @@ class Run:
         seed: int = 0,
         first: int = 0,
         generation: Generation | None = None,
+        label: str | int | None = None,
+        guidance: float | None = None,
     ) -> Iterator[Images]:
         """Return the images of `sample` as an iterator of chunks that fit into memory.
 
         Wrong input raises an error at the call, before the first chunk.
 
         Args:
-            count, prior, seed, first, generation: see `sample`.
+            count, prior, seed, first, generation, label, guidance: see `sample`.
 
         Raises:
             InputError: see `sample`.
@@ -597,7 +651,13 @@ class Run:
         if count < 1:
             raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
+        if guidance is not None:
+            generation = replace(generation, guidance=guidance)
+            if find_prior(prior or self.default_prior).second_stage != "flow":
+                raise InputError("guidance is of the flow: use --prior flow, or leave it out")
+        number = None if label is None else self.class_number(label)
         source = self.prior(prior, generation)
+        source = source if number is None else source.of_class(number).to(self.device)
         adjust = self._adjustment(source) if generation.adjust_variance else None
         chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
         images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of your own may leave [0, 1]
@@ -674,7 +734,7 @@ class Run:
         if network is not None:
             produced, left_out = self._produced(images, conditions, priors, seed)
             measured += compare(
-                images, produced, conditions, network, infinity=infinity, quiet=quiet
+                reference, produced, conditions, network, infinity=infinity, quiet=quiet
             )
             notes += left_out
         notes += (NO_POSTERIOR,) if self.deterministic else ()
@@ -895,17 +955,29 @@ class Run:
                 f"{self.recipe.data.source} is not the data that {self.folder} was trained on: "
                 f"its checksum has changed{rules}"
             )
+        if dataset.labels and dataset.labels.checksum != self.data.get("labels"):
+            raise InputError(
+                f"{self.recipe.data.source} has other labels than those that {self.folder} was "
+                "trained with"
+            )
         return dataset
 
-    def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
+    def grid(
+        self,
+        count: int = 64,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        label: str | int | None = None,
+    ) -> "Picture":
         """Return a grid of generated images as a `PIL.Image`.
 
         A notebook shows it, and `.save("grid.png")` writes it.
 
         Args:
-            count, prior, seed: see `sample`.
+            count, prior, seed, label: see `sample`.
         """
-        return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
+        return to_picture(grid(self.sample(count, prior=prior, seed=seed, label=label)))
 
     def plot(self) -> "Picture":
         """Return the training curves as a `PIL.Image`: MSE, KL and gamma2 of each stage.
