@@ -205,7 +205,8 @@ def prepare(
     engine = choose_engine(options.engine, device)
     config = config_to_write(recipe, dataset, engine)
     checksum: str = dataset.checksum
-    distributed.check_agreement("settings or images", (config["recipe"], checksum))
+    agreed = config["recipe"], checksum, config["data"].get("labels")
+    distributed.check_agreement("settings or images", agreed)
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
