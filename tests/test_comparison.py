@@ -1,6 +1,7 @@
 """Test comparisons: statistics, workers, and that no finished work is repeated."""
 
 import itertools
+import json
 import os
 import signal
 import statistics

@@ -23,7 +23,8 @@ from poise.latent import DiagonalGaussian
 from poise.objectives import make_objective
 from poise.priors import FlowPrior, MixturePrior, RenormalisedPrior, fit_mixture
 from poise.recipes import Data, Generation, Network, Recipe, Stage
-from poise.runs import checkpoint
+from poise.report import models
+from poise.runs import checkpoint, pipeline
 from poise.runs.options import Options
 from poise.support.seeds import generator
 from poise.training import CodeBatches
@@ -157,17 +158,17 @@ def exact() -> Flow:
 def test_a_flow_with_classes_draws_each_class_and_all_by_frequency():
     """The flow of N(m, s I) is y -> m + sqrt(s) y."""
     noise = torch.randn(400, 3, dtype=torch.float64, generator=generator("labels", 0))
-    prior = FlowPrior(exact(), steps=40)
+    prior = FlowPrior(exact(), steps=12)
     assert prior.noise_dims == 3
     of_class = [MEANS[c] + VARIANCES[c].sqrt() * noise[:, :2] for c in (0, 1)]
     for label in (0, 1):
         found = prior.of_class(label).latents(noise)
-        torch.testing.assert_close(found, of_class[label], atol=0.01, rtol=0)
+        torch.testing.assert_close(found, of_class[label], atol=0.03, rtol=0)
     first = torch.special.ndtr(noise[:, 2]) <= 0.25
     expected = torch.where(first[:, None], of_class[0], of_class[1])
-    torch.testing.assert_close(prior.latents(noise), expected, atol=0.01, rtol=0)
-    plain = FlowPrior(exact(), steps=40, guidance=0.0).latents(noise)
-    torch.testing.assert_close(plain, VARIANCES[2].sqrt() * noise[:, :2], atol=0.01, rtol=0)
+    torch.testing.assert_close(prior.latents(noise), expected, atol=0.03, rtol=0)
+    plain = FlowPrior(exact(), steps=12, guidance=0.0).latents(noise)
+    torch.testing.assert_close(plain, VARIANCES[2].sqrt() * noise[:, :2], atol=0.03, rtol=0)
     scaled = RenormalisedPrior(prior, 2.0).of_class(1).latents(noise)
     torch.testing.assert_close(scaled, 2 * prior.of_class(1).latents(noise))
 
@@ -214,11 +215,11 @@ def test_a_network_without_classes_has_its_weights_as_before():
 
 
 def test_a_mixture_is_fitted_to_each_class():
-    labels = torch.arange(300) % 3
+    labels = torch.arange(90) % 3
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
-    mean = centres[labels] + 0.1 * torch.randn(300, 2, generator=generator("labels", 2))
+    mean = centres[labels] + 0.1 * torch.randn(90, 2, generator=generator("labels", 2))
     codes = DiagonalGaussian(mean, torch.full_like(mean, -9.0))
-    found = fit_mixture(codes, labels=labels[:300], components=4)
+    found = fit_mixture(codes, labels=labels, components=2)
     noise = torch.randn(200, found.noise_dims, generator=generator("labels", 3))
     for label in range(3):
         drawn = found.of_class(label).latents(noise)
@@ -237,8 +238,8 @@ TINY = Recipe(
     name="tiny",
     data=Data("array"),
     network=Network("mlp", latent_dim=2, hidden=(16,), flow_width=16, flow_blocks=1),
-    first=Stage(steps=60, batch_size=20, learning_rate=1e-2),
-    second=Stage(steps=150, batch_size=20, learning_rate=1e-2, objective="flow", ema_decay=0.9),
+    first=Stage(steps=40, batch_size=20, learning_rate=1e-2),
+    second=Stage(steps=90, batch_size=20, learning_rate=2e-2, objective="flow", ema_decay=0.9),
     generation=Generation(flow_steps=4),
 )
 QUIET = Options(device="cpu", quiet=True)
@@ -273,8 +274,9 @@ def test_a_run_with_labels_draws_images_of_a_class(run, tmp_path):
     assert torch.equal(saved, torch.from_numpy(dataset.labels.train))
 
 
-def test_without_labels_nothing_changes(run, tmp_path):
+def test_without_labels_nothing_changes(tmp_path, monkeypatch):
     """A run on images that have labels is that on images without, to the last bit."""
+    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
     np.savez(tmp_path / "both.npz", images=IMAGES, labels=NAMES)
     short = replace(TINY, first=replace(TINY.first, steps=3), second=replace(TINY.second, steps=3))
     weights = []
@@ -286,12 +288,14 @@ def test_without_labels_nothing_changes(run, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_report_shows_samples_of_each_class(run, tmp_path):
+def test_the_report_shows_samples_of_each_class(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_show_data", lambda *arguments: None)  # shown of every run
     page = poise.report.write_report([run.folder], tmp_path / "page.html", device="cpu")
     assert "2 classes, from top to bottom: dark, light" in page.read_text(encoding="utf-8")
 
 
-def test_wrong_labels_of_a_run_are_refused_in_one_line(run, tmp_path, unchecked):
+def test_wrong_labels_of_a_run_are_refused_in_one_line(run, tmp_path, unchecked, monkeypatch):
+    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
     other = replace(TINY, data=replace(TINY.data, labels=True))
     swapped = {"recipe": TINY, "out": run.folder, "options": QUIET}
     one_stage = replace(TINY, second=None, first=replace(TINY.first, steps=2))

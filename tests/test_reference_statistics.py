@@ -52,26 +52,28 @@ def test_statistics_of_others_are_taken_by_the_name_of_their_file(tmp_path):
     values = np.random.default_rng(0).random((40, 2048)).astype(np.float32)
     # torch-fidelity keeps the mean of float32 features as float32.
     both = {"mu": values.mean(0), "sigma": np.cov(values.T)}
-    torch.save(both, tmp_path / "faces-inception-v3-compat-stat-fid-2048.pt")
-    clean = clean_statistics(tmp_path / "faces_legacy_tensorflow_train_64.npz", *both.values())
-    plain = clean_statistics(tmp_path / "faces.npz", *both.values())
+    path = tmp_path / "faces-inception-v3-compat-stat-fid-2048.pt"
+    torch.save(both, path)
+    found = read_statistics(path, images=40)
     expected = fit_gaussian(torch.from_numpy(values))
-    for path, by, origin in (
-        (tmp_path / "faces-inception-v3-compat-stat-fid-2048.pt", None, "torch-fidelity"),
-        (clean, None, "clean-fid-legacy-tensorflow"),
-        (plain, "ttur", "ttur"),
-    ):
-        statistics = read_statistics(path, by=by, images=40)
-        assert (statistics.origin, statistics.extractor) == (origin, "inception")
-        torch.testing.assert_close(statistics.mean, expected.mean, rtol=1e-6, atol=0)
-        torch.testing.assert_close(
-            statistics.covariance, expected.factor @ expected.factor.T, rtol=1e-4, atol=1e-6
-        )
-        wanted = PROTOCOLS["every-image"]
-        conditions = replace(wanted, extractor="inception", extractor_checksum="ab")
-        protocol = statistics.protocol(conditions, 64)
-        assert (protocol.statistics, protocol.real) == (origin, 40)
-        assert statistics.data.startswith("mu,sigma ")
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=0)
+    covariance = expected.factor @ expected.factor.T
+    torch.testing.assert_close(found.covariance, covariance, rtol=1e-4, atol=1e-6)
+    assert (found.origin, found.extractor, found.data[:9]) == (
+        "torch-fidelity",
+        "inception",
+        "mu,sigma ",
+    )
+    clean = tmp_path / "faces_legacy_tensorflow_train_64.npz"
+    clean_statistics(clean, both["mu"], both["sigma"].astype(np.float32))
+    statistics = read_statistics(clean, images=3_000)
+    assert statistics.origin == "clean-fid-legacy-tensorflow"
+    plain = clean.rename(tmp_path / "faces.npz")
+    statistics = read_statistics(plain, by="ttur", images=3_000)
+    wanted = replace(PROTOCOLS["every-image"], extractor="inception", extractor_checksum="ab")
+    protocol = statistics.protocol(wanted, 64)
+    assert (protocol.statistics, protocol.real, protocol.side) == ("ttur", 3_000, 64)
+    assert "3000 given images of side 64 as statistics of ttur" in str(protocol)
 
 
 WRONG_STATISTICS = {
@@ -81,14 +83,17 @@ WRONG_STATISTICS = {
     "not of the last pooling layer of the 2015 Inception": ({}, {"by": "ttur", "images": 9}),
     "clean-fid-clean (it resizes": ({"name": "x_clean_train_32.npz"}, {"images": 9}),
     "its name says clean-fid-clean, and": ({"name": "x_clean_test_32.npz"}, {"by": "ttur"}),
-    "torch-fidelity, clip-vit-b-32": ({"name": "x-clip-vit-b-32-stat-fid-512.pt"}, {}),
+    "torch-fidelity, x-clip-vit-b-32, feature 512": (
+        {"name": "x-clip-vit-b-32-stat-fid-512.pt"},
+        {},
+    ),
     "sigma is not symmetric": ({"covariance": np.tri(3)}, {"by": "ttur", "images": 9}),
     "must be finite": ({"mean": np.full(3, np.nan)}, {"by": "ttur", "images": 9}),
     "the mean mu (d,) and the covariance": ({"covariance": np.eye(2)}, {}),
     "cannot be read as an .npz file": ({"content": b"PK no archive"}, {}),
     "not a file of statistics of torch-fidelity": ({"name": "x.pt", "content": b"PK"}, {}),
     "no such file of statistics": ({"name": "absent.npz", "content": None}, {}),
-    "poise: Object missing required field": ({"poise": "{}"}, {}),
+    "poise is damaged: Object missing required field": ({"poise": "{}"}, {}),
     "says itself who computed it": ({"poise": "{}"}, {"by": "ttur"}),
 }
 

@@ -39,7 +39,7 @@ ROUNDING = 1e-3  # relative; others store float32
 # Conditions of the real images. A file must agree on them with the images that are compared.
 CONDITIONS = ("extractor", "extractor_checksum", "resize", "pixels", "jpeg")
 
-_FIDELITY = re.compile(r".+-(?P<network>inception-v3-compat|[\w.-]+)-stat-fid-(?P<layer>\w+)\.pt")
+_FIDELITY = re.compile(r"(?P<data_and_network>.+)-stat-fid-(?P<feature>\w+)\.pt")
 _CLEAN = re.compile(
     r".+_(?P<mode>clean|legacy_tensorflow|legacy_pytorch)(?P<model>_clip\w*)?_[^_]+_[^_]+\.npz",
     re.IGNORECASE,
@@ -219,9 +219,9 @@ def read_statistics(
 def _origin_in_name(path: Path) -> str | None:
     """Return who computed a file by its name, or None if the name does not say it."""
     if found := _FIDELITY.fullmatch(path.name):
-        if (found["network"], found["layer"]) == ("inception-v3-compat", str(FEATURES)):
+        if path.name.endswith(f"-inception-v3-compat-stat-fid-{FEATURES}.pt"):
             return "torch-fidelity"
-        return f"torch-fidelity, {found['network']}, feature {found['layer']}"
+        return f"torch-fidelity, {found['data_and_network']}, feature {found['feature']}"
     if found := _CLEAN.fullmatch(path.name):
         mode = found["mode"].lower().replace("_", "-")
         return f"clean-fid-{mode}" + (found["model"] or "").replace("_", "-")

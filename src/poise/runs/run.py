@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
@@ -87,6 +86,7 @@ from poise.runs.checkpoint import (
     read_folder,
     write_folder,
 )
+from poise.runs.classes import class_number, read_labels
 from poise.runs.folder import data_settings, read_config, read_data
 from poise.runs.log import read_log
 from poise.runs.plots import training_curves
@@ -119,7 +119,6 @@ if TYPE_CHECKING:
 TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
 MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
-MOST_CLASSES = 10  # that a message names
 DIAGNOSIS = "diagnosis.json"
 MIXTURE: PriorName = "mixture"  # also the folder's name
 NO_POSTERIOR = (
@@ -314,35 +313,7 @@ class Run:
         Raises:
             RunError: see `codes`.
         """
-        if not self.classes:
-            return None
-        folder = self.folder / "codes"
-        labels = read_folder(folder).tensors.get("labels") if folder.exists() else None
-        if labels is None or labels.shape != (self.data["train"],):
-            raise RunError(f"{folder} lacks the labels of the training images")
-        return labels
-
-    def class_number(self, label: str | int) -> int:
-        """Return the position of a class in `classes`.
-
-        Args:
-            label: name of the class. A number is taken for its name.
-
-        Raises:
-            InputError: no class has this name, or the run was trained without labels.
-        """
-        if not self.classes:
-            raise InputError(
-                f"{self.folder} was trained without labels: train with --labels (labels=True), or "
-                "leave the label out"
-            )
-        if str(label) not in self.classes:
-            close = get_close_matches(str(label), self.classes, 1)
-            guess = f"; did you mean {close[0]}?" if close else ""
-            some = ", ".join(self.classes[:MOST_CLASSES])
-            more = ", ..." if len(self.classes) > MOST_CLASSES else ""
-            raise InputError(f"there is no class {str(label)!r}: there are {some}{more}{guess}")
-        return self.classes.index(str(label))
+        return read_labels(self.folder / "codes", self.data["train"]) if self.classes else None
 
     @cached_property
     def latent_scale(self) -> LatentScale:
@@ -655,7 +626,7 @@ class Run:
             generation = replace(generation, guidance=guidance)
             if find_prior(prior or self.default_prior).second_stage != "flow":
                 raise InputError("guidance is of the flow: use --prior flow, or leave it out")
-        number = None if label is None else self.class_number(label)
+        number = None if label is None else class_number(label, self.classes, self.folder)
         source = self.prior(prior, generation)
         source = source if number is None else source.of_class(number).to(self.device)
         adjust = self._adjustment(source) if generation.adjust_variance else None
