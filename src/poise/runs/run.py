@@ -18,8 +18,8 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
@@ -35,14 +35,6 @@ from poise.errors import InputError, RunError
 from poise.evaluation import (
     AUTO,
     Evaluation,
-    Produced,
-    choose_extractor,
-    chunks_of,
-    compare,
-    likelihood_measurements,
-    prepare_statistics,
-    remarks,
-    restored_measurements,
     through_jpeg,
 )
 from poise.features import Extractor
@@ -53,11 +45,8 @@ from poise.metrics import (
     encode_all,
     encode_chunks,
     encoded,
-    importance_weighted_nll,
-    latent_statistics,
     reconstruction,
 )
-from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
 from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
@@ -69,9 +58,9 @@ from poise.priors import (
     make_prior,
     renormalisation_factor,
 )
-from poise.protocols import Measurement, Protocol, find_protocol, with_count
+from poise.protocols import Protocol
 from poise.recipes.settings import Generation, Recipe, from_json
-from poise.runs import scores, sharing
+from poise.runs import evaluating, scores, sharing
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     MANIFEST,
@@ -121,14 +110,6 @@ MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 MIXTURE: PriorName = "mixture"  # also the folder's name
-NO_POSTERIOR = (
-    "a deterministic autoencoder: its codes are points, "
-    "and it has no KL, ELBO, likelihood or variance law"
-)
-
-NO_LIKELIHOOD = (
-    "the error of features is no likelihood of the images, so there is no ELBO and no NLL"
-)
 
 
 @dataclass(frozen=True)
@@ -679,55 +660,19 @@ class Run:
             InputError: the data cannot be read again or have changed, the given extractor is not
                 available, or `nll_samples` is set for a model without a likelihood.
         """
-        if nll_samples and self.deterministic:
-            raise InputError(
-                f"objective {self.recipe.first.objective} has no likelihood to estimate: "
-                "leave nll_samples out"
-            )
-        if nll_samples and not self.first.balance.error.is_likelihood:
-            raise InputError(f"{NO_LIKELIHOOD}: leave nll_samples out")
-        conditions, network, notes = choose_extractor(
-            self._completed(with_count(find_protocol(protocol), count), images),
-            extractor,
-            self.device,
+        return evaluating.evaluate_run(
+            self,
+            images,
+            statistics=statistics,
+            protocol=protocol,
+            extractor=extractor,
+            priors=priors,
+            count=count,
+            infinity=infinity,
+            nll_samples=nll_samples,
+            seed=seed,
+            quiet=quiet,
         )
-        images = self.images_for(conditions) if images is None else self._given(images, conditions)
-        conditions = replace(conditions, real=len(images), side=images.shape[-1])
-        pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
-        reference = images
-        if statistics is not None:
-            wanted = replace(find_protocol(protocol), real=None, generated=count)
-            wanted = replace(wanted, generation=conditions.generation)
-            reference, conditions, network, notes = prepare_statistics(
-                statistics, wanted, extractor, self.device, images.shape[-1]
-            )
-            infinity = False  # the note says that it is left out
-        if network is not None:
-            produced, left_out = self._produced(images, conditions, priors, seed)
-            measured += compare(
-                reference, produced, conditions, network, infinity=infinity, quiet=quiet
-            )
-            notes += left_out
-        notes += (NO_POSTERIOR,) if self.deterministic else ()
-        notes += () if self.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
-        certain = pages["likelihood"]["certain_share"] if nll_samples else 1.0
-        if certain < ENOUGH_CERTAIN:
-            notes += (
-                f"the log likelihood of {1 - certain:.0%} of the images has a standard error above "
-                f"{CERTAIN_NATS} nats: use more nll_samples than {nll_samples}",
-            )
-        return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
-
-    def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
-        """Return the protocol with its generation and reference filled in.
-
-        A generation that the protocol leaves open is the recipe's.
-        """
-        found = find_protocol(protocol)
-        found = replace(found, generation=found.generation or self.recipe.generation)
-        if images is not None:
-            return replace(found, reference="given")
-        return replace(found, reference="test") if found.reference == "given" else found
 
     def images_for(self, protocol: Protocol) -> Any:
         """Return the real images of a protocol: test or training images of the run's data.
@@ -756,90 +701,10 @@ class Run:
             else images
         )
 
-    def _given(self, images: Any, protocol: Protocol) -> Any:
-        images = head(
-            checked_images(images, self.data["shape"], self.levels), protocol.real or MANY
-        )
-        return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
-
-    def _model_figures(
-        self, images: Any, protocol: Protocol, nll_samples: int, quiet: bool
-    ) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
-        generation, vae, balance = protocol.generation, self.first.vae, self.first.balance
-        assert generation is not None
-        released = generation.variance_law == "released"
-        common = {"seed": self.recipe.seed, "device": str(self.device)}
-        figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
-        figures = figures.without_posterior() if self.deterministic else figures
-        restored = self.reconstruct_chunks(images, generation=generation)
-        measured = restored_measurements(
-            chunks_of(images, len(images)), restored, protocol, **common
-        )
-        pages: dict[str, dict[str, Any]] = {
-            "reconstruction": asdict(figures)
-            | {"mse_as_shown": measured[0].value, "images": len(images)}
-        }
-        if nll_samples:
-            nll = importance_weighted_nll(
-                vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet
-            )
-            pages["likelihood"] = asdict(nll)
-        if self.has_codes:
-            statistics = latent_statistics(self.codes, released=released)
-            pages["latents"] = asdict(
-                statistics.without_posterior() if self.deterministic else statistics
-            )
-        if self.second is not None:
-            pages["second_stage"] = self._second_stage_page(released)
-        return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
-
-    def _second_stage_page(self, released: bool) -> dict[str, Any]:
-        assert self.second is not None
-        latents = self.latents()
-        figures = reconstruction(
-            self.second.vae, self.second.balance, latents, seed=self.recipe.seed
-        )
-        return asdict(figures) | asdict(
-            latent_statistics(encode_all(self.second.vae, latents), released=released)
-        )
-
     @property
     def has_codes(self) -> bool:
         """Whether the folder holds `codes`, which are there as soon as stage 1 is finished."""
         return (self.folder / "codes").exists()
-
-    def _produced(
-        self, images: Any, protocol: Protocol, priors: Sequence[PriorName] | None, seed: int
-    ) -> tuple[list[Produced], tuple[str, ...]]:
-        """Return the sets of images to compare, and a note if priors are left out."""
-        generation = protocol.generation
-        assert generation is not None
-        for name in priors or ():
-            find_prior(name)
-        restored = Produced(
-            "REC",
-            lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
-            len(images),
-            self.recipe.seed,
-        )
-        names = [
-            name for name in available_priors(self.second_stage) if priors is None or name in priors
-        ]
-        notes: tuple[str, ...] = ()
-        if not self.has_codes:
-            plain = generation.renormalise == "never"
-            names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
-            notes = ("stage 1 is not finished: whatever needs its codes is left out",)
-        produced = [restored]
-        for name in names:
-            try:
-                self._plain_prior(name, generation)
-            except InputError as error:  # too many latents for a mixture
-                notes += (f"no {PRIORS[name].label}: {error}",)
-                continue
-            draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
-            produced.append(Produced(PRIORS[name].label, draw, seed=seed))
-        return produced, notes
 
     def score(
         self,
