@@ -11,7 +11,7 @@ import torch
 from poise import evaluation, features
 from poise.errors import InputError
 from poise.evaluation import evaluate
-from poise.metrics import read_statistics
+from poise.metrics import read_statistics, reference_statistics
 from poise.metrics.distances import fit_gaussian
 from poise.protocols import PROTOCOLS
 
@@ -48,13 +48,14 @@ def test_statistics_of_real_images_give_the_distance_of_the_images(tmp_path):
     assert not any("the same images" in note for note in by_statistics.notes)
 
 
-def test_statistics_of_others_are_taken_by_the_name_of_their_file(tmp_path):
-    values = np.random.default_rng(0).random((40, 2048)).astype(np.float32)
+def test_statistics_of_others_are_taken_by_the_name_of_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_statistics, "FEATURES", 64)  # in place of 2048
+    values = np.random.default_rng(0).random((400, 64)).astype(np.float32)
     # torch-fidelity keeps the mean of float32 features as float32.
     both = {"mu": values.mean(0), "sigma": np.cov(values.T)}
-    path = tmp_path / "faces-inception-v3-compat-stat-fid-2048.pt"
+    path = tmp_path / "faces-inception-v3-compat-stat-fid-64.pt"
     torch.save(both, path)
-    found = read_statistics(path, images=40)
+    found = read_statistics(path, images=400)
     expected = fit_gaussian(torch.from_numpy(values))
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=0)
     covariance = expected.factor @ expected.factor.T

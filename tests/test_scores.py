@@ -14,7 +14,7 @@ import poise
 from poise.errors import InputError
 from poise.metrics import nll_per_image
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.runs import checkpoint, scores
+from poise.runs import checkpoint, pipeline, scores
 from poise.runs.options import Options
 from poise.support.seeds import drawn
 
@@ -32,8 +32,10 @@ FEW = {"samples": 10, "training_images": 15}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> poise.Run:
-    """Return a finished run. Tests must not change it."""
-    return poise.train(IMAGES, recipe=TINY, out=tmp_path_factory.mktemp("runs"), options=QUIET)
+    """Return a trained run without its pictures. Tests must not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "finish", lambda *arguments: None)
+        return poise.train(IMAGES, recipe=TINY, out=tmp_path_factory.mktemp("runs"), options=QUIET)
 
 
 def test_scores_are_those_of_the_metrics_and_percentiles_those_of_scipy(run):
@@ -94,7 +96,8 @@ def test_scores_of_training_images_are_kept_and_used_again(run, tmp_path, monkey
     assert "computing the scores of training images again" in capsys.readouterr().err
 
 
-def test_a_model_without_a_likelihood_has_errors_only(tmp_path):
+def test_a_model_without_a_likelihood_has_errors_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
     plain = replace(TINY, first=replace(TINY.first, objective="autoencoder", steps=2))
     run = poise.train(IMAGES, recipe=plain, out=tmp_path / "run", options=QUIET)
     found = run.score(IMAGES[:4], **FEW)
