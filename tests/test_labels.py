@@ -18,6 +18,7 @@ from torch import nn
 import poise
 from poise.data import find_images, load
 from poise.errors import InputError
+from poise.explore.graphs import graph_of
 from poise.flow import DROPPED, Flow
 from poise.latent import DiagonalGaussian
 from poise.objectives import make_objective
@@ -270,6 +271,8 @@ def test_a_run_with_labels_draws_images_of_a_class(run, tmp_path):
     again = poise.load(tmp_path / "copy", device="cpu")
     assert torch.equal(again.sample(4, label="dark"), run.sample(4, label="dark"))
     assert torch.equal(again.labels, run.labels)
+    page = graph_of(run.flow, [torch.zeros(1, 2), torch.zeros(1)], "the flow of all classes")
+    assert len(page.inputs) == 2, "a page without labels has the flow of no class"
     saved = checkpoint.read_folder(run.folder / "codes").tensors["labels"]
     assert torch.equal(saved, torch.from_numpy(dataset.labels.train))
 

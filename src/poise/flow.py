@@ -85,7 +85,7 @@ class Flow(nn.Module):
         if not self.classes:
             return self.velocity(latents, time)
         if labels is None:
-            labels = latents.new_full(latents.shape[:1], self.classes, dtype=torch.long)
+            labels = torch.full(latents.shape[:1], self.classes, device=latents.device)
         return self.velocity(latents, time, labels)
 
     def set_statistics(self, codes: DiagonalGaussian, labels: ClassOfEach | None = None) -> None:
