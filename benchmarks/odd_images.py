@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=5_000)
+    parser.add_argument("--train", type=int, default=4_000)
     parser.add_argument("--test", type=int, default=150)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--latents", type=int, default=16)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -38,7 +38,14 @@ class Score:
             help="maximum number of training images behind the percentiles. Their scores are kept "
             "in the run's folder. 0: no percentiles"
         ),
-    ] = 1_000
+    ] = 500
+    proposal: Annotated[
+        Literal["refined", "encoder"],
+        arg(
+            help="where the samples are drawn. refined: a distribution that is fitted to each image. "
+            "encoder: the posterior of the encoder, which is faster and less exact"
+        ),
+    ] = "refined"
     seed: Annotated[int, arg(help="seed of the samples")] = 0
     device: Device = "auto"
     reading: ReadingGroup = field(default_factory=ReadingOptions)
@@ -56,6 +63,7 @@ class Score:
             training_images=self.training_images,
             names=given.names,
             seed=self.seed,
+            proposal=self.proposal,
             quiet=False,
         )
         write_csv(scores, self.out)

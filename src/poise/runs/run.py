@@ -47,6 +47,7 @@ from poise.metrics import (
     encoded,
     reconstruction,
 )
+from poise.metrics.likelihood import Proposal
 from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
@@ -715,6 +716,7 @@ class Run:
         training: Any = None,
         names: Sequence[str] = (),
         seed: int = 0,
+        proposal: Proposal = "refined",
         quiet: bool = True,
     ) -> scores.Scores:
         """Return likelihood and reconstruction error of each image, to find the odd ones.
@@ -730,6 +732,7 @@ class Run:
             training: the training images. None: those of the run's data, read again.
             names: of the images, for the table. Default: their numbers.
             seed: seed of the samples. The score of an image depends on its number.
+            proposal: "refined", or "encoder": faster and less exact; see `poise.metrics.likelihood`.
             quiet: show no progress.
 
         Returns:
@@ -751,6 +754,7 @@ class Run:
             training=training,
             names=names,
             seed=seed,
+            proposal=proposal,
             quiet=quiet,
         )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from poise.data import checked_images, gather
 from poise.errors import InputError, RunError
 from poise.metrics.encoding import posteriors
-from poise.metrics.likelihood import NLLPerImage, nll_per_image
+from poise.metrics.likelihood import NLLPerImage, Proposal, nll_per_image
 from poise.metrics.reconstruction import summed_error
 from poise.runs.checkpoint import read_folder, write_folder
 from poise.support.files import write_file
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 KEPT = "scores"
-SAMPLES, TRAINING_IMAGES = 100, 1_000
+SAMPLES, TRAINING_IMAGES = 100, 500
 COLUMNS = (
     "log_likelihood",
     "standard_error",
@@ -120,6 +120,7 @@ def score(
     training: Any = None,
     names: Sequence[str] = (),
     seed: int = 0,
+    proposal: Proposal = "refined",
     quiet: bool = True,
 ) -> Scores:
     """Return the scores of images under a run: see `Run.score`."""
@@ -129,7 +130,7 @@ def score(
             f"not {samples} and {training_images}"
         )
     images = checked_images(images, run.data["shape"], run.levels)
-    how: dict[str, Any] = {"samples": samples, "seed": seed, "quiet": quiet}
+    how: dict[str, Any] = {"samples": samples, "seed": seed, "proposal": proposal, "quiet": quiet}
     if training_images == 0:
         return measured(run, images, names, **how)
     reference = _of_training(run, training, training_images, **how)
@@ -137,7 +138,14 @@ def score(
 
 
 def measured(
-    run: "Run", images: Any, names: Sequence[str], *, samples: int, seed: int, quiet: bool
+    run: "Run",
+    images: Any,
+    names: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    proposal: Proposal,
+    quiet: bool,
 ) -> Scores:
     """Return the scores of images without percentiles."""
     vae, balance = run.first.vae, run.first.balance
@@ -148,7 +156,9 @@ def measured(
         errors.append(summed_error(difference, 2).cpu() / math.prod(images.shape[1:]))
     likelihood = None
     if not run.deterministic and balance.error.is_likelihood:
-        likelihood = nll_per_image(vae, balance, images, samples=samples, seed=seed, quiet=quiet)
+        likelihood = nll_per_image(
+            vae, balance, images, samples=samples, seed=seed, proposal=proposal, quiet=quiet
+        )
     return _scores(names or [str(row) for row in range(len(images))], torch.cat(errors), likelihood)
 
 
@@ -160,7 +170,14 @@ def _scores(names: Sequence[str], mse: Tensor, nll: NLLPerImage | None) -> Score
 
 
 def _of_training(
-    run: "Run", training: Any, number: int, *, samples: int, seed: int, quiet: bool
+    run: "Run",
+    training: Any,
+    number: int,
+    *,
+    samples: int,
+    seed: int,
+    proposal: Proposal,
+    quiet: bool,
 ) -> Scores:
     """Return the scores of a sample of the training images, from the run's folder if possible.
 
@@ -168,9 +185,9 @@ def _of_training(
         run: the run.
         training: the training images. None: those of the run, read again.
         number: of images, at most.
-        samples, seed, quiet: see `Run.score`.
+        samples, seed, proposal, quiet: see `Run.score`.
     """
-    how = {"checkpoint": run.position, "samples": samples, "seed": seed}
+    how = {"checkpoint": run.position, "samples": samples, "seed": seed, "proposal": proposal}
     how["images"] = min(number, run.data["train"])
     kept = _kept(run.folder / KEPT, how) if training is None else None
     if kept is not None:
@@ -186,7 +203,7 @@ def _of_training(
     else:
         given = checked_images(training, run.data["shape"], run.levels)
         chosen = gather(given, drawn(len(given), number))
-    found = measured(run, chosen, (), samples=samples, seed=seed, quiet=quiet)
+    found = measured(run, chosen, (), samples=samples, seed=seed, proposal=proposal, quiet=quiet)
     if how["images"] == len(chosen):
         tensors = {name: getattr(found, name) for name in COLUMNS}
         known = {name: value for name, value in tensors.items() if value is not None}
