@@ -112,6 +112,8 @@ class Sample:
         used = self.prior or run.default_prior
         of_class = "" if self.label is None else f" of class {self.label}"
         print(f"{_images(self.count)}{of_class} from prior {used}: {self.out}")
+        if run.classes and self.label is None:
+            print(f"note: all {len(run.classes)} classes, by their frequency; --label chooses one")
         self._print_best_prior(run, used)
 
     def _print_best_prior(self, run: "Run", used: str) -> None:
