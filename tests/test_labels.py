@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from sklearn.datasets import load_digits
 from torch import nn
 
 import poise
+from poise import cli
 from poise.data import find_images, load
 from poise.errors import InputError
 from poise.explore.graphs import graph_of
@@ -323,3 +325,22 @@ def test_wrong_labels_of_a_run_are_refused_in_one_line(run, tmp_path, unchecked,
         with pytest.raises(InputError) as error:
             request()
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_draws_a_class_and_keeps_labels_beside_codes(run, tmp_path, capsys):
+    def poise_command(*words: str | Path) -> None:
+        cli.parse([*map(str, words), "--device", "cpu"]).run()
+
+    drawn = tmp_path / "drawn.npz"
+    poise_command("sample", run.folder, "--label", "light", "-n", "3", "--out", drawn)
+    expected = np.round(255 * run.sample(3, label="light")[:, 0].numpy())
+    np.testing.assert_array_equal(np.load(drawn)["images"][..., 0], expected)
+    assert "3 images of class light from prior flow" in capsys.readouterr().out
+    poise_command("sample", run.folder, "--guidance", "2", "-n", "1", "--out", drawn)
+    assert "all 2 classes, by their frequency" in capsys.readouterr().out
+    np.savez(tmp_path / "some.npz", images=IMAGES[:5], labels=NAMES[:5])
+    poise_command("encode", run.folder, tmp_path / "some.npz", "--out", tmp_path / "codes.npz")
+    assert list(np.load(tmp_path / "codes.npz")["labels"]) == list(NAMES[:5])
+    poise_command("encode", run.folder, tmp_path / "some.npz", "--out", tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["labels"]) == list(NAMES[:5])
