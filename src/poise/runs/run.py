@@ -644,7 +644,8 @@ class Run:
                 from their source and checked by checksum.
             statistics: reference statistics, or a file of them (see `poise.metrics.
                 read_statistics`). Samples and reconstructions are compared with them instead of
-                with the images. None: with the images.
+                with the images; there are as many samples as images behind them, or `count`.
+                None: with the images.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`, or an extractor from `features.make_extractor`. "none":
                 no comparison.
