@@ -55,9 +55,9 @@ def images_of(name: str, folder: Path, train: int, test: int) -> dict[str, np.nd
     """Return training images, held-out images, and both kinds of odd images."""
     if name == "clothes":
         with np.load(folder / "fashion.npz") as stored:
-            learned, held_out = stored["x_train"][:train, None], stored["x_test"][:test, None]
+            learned, held_out = grey(stored["x_train"][:train]), grey(stored["x_test"][:test])
         with np.load(folder / "mnist.npz") as stored:
-            other = stored["x_test"][:test, None]
+            other = grey(stored["x_test"][:test])
     else:
         with np.load(folder / "celeba64.npz") as stored:
             learned, held_out = (
@@ -67,6 +67,11 @@ def images_of(name: str, folder: Path, train: int, test: int) -> dict[str, np.nd
         other = held_out[:, :, ::-1].copy()
     kinds = dict(zip(SETS[name], (other, with_square(held_out, 0)), strict=True))
     return {"train": learned, "held out": held_out} | kinds
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    """Return grey images (n, 28, 28) or (n, 28, 28, 1) as (n, 1, 28, 28)."""
+    return images.reshape(-1, 1, 28, 28)
 
 
 def halved(images: np.ndarray) -> np.ndarray:

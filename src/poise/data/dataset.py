@@ -51,6 +51,13 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     labels: Labels | None = None
 
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels.train) != len(self.train):
+            raise InputError(
+                f"{self.source} has {len(self.train)} training images and "
+                f"{len(self.labels.train)} labels: give one label for each image"
+            )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one image: (channels, side, side)."""
