@@ -30,7 +30,7 @@ from poise.data.decoding import (
     to_bytes,
 )
 from poise.recipes import Data
-from poise.runs import checkpoint, pipeline
+from poise.runs import checkpoint, checkup, pipeline
 from poise.support import files
 from poise.training import Engine
 
@@ -438,6 +438,52 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         assert (protocol["real"], protocol["generated"]) == expected
 
 
+def test_statistics_of_images_are_written_and_compared_with(run_folder, capsys, tmp_path):
+    sets = RANDOM.integers(0, 256, (2, 15, 8, 8), dtype=np.uint8)
+    for name, images in zip(("a.npy", "b.npy"), sets, strict=True):
+        np.save(tmp_path / name, images)
+    poise("evaluate", "--real", "a.npy", "--extractor", "pixels", "--write-statistics", "s.npz")
+    assert "15 images by pixels: s.npz" in capsys.readouterr().out
+    poise("evaluate", "--real", "s.npz", "--generated", "b.npy")
+    values = json.loads(capsys.readouterr().out)
+    assert [m["metric"] for m in values["measurements"]] == ["FD-pixels"]
+    poise("evaluate", run_folder, "--real", "s.npz")
+    values = json.loads(capsys.readouterr().out)
+    compared = [m for m in values["measurements"] if m["metric"] == "FD-pixels"]
+    assert {m["of"] for m in compared} >= {"REC", "GEN-1", "GEN-2"}
+    (protocol,) = {m["protocol"] for m in compared if m["of"] == "GEN-1"}
+    assert values["protocols"][protocol]["real"] == 15
+
+
+def test_scores_are_written_and_the_oddest_images_named(run_folder, capsys, tmp_path):
+    photos(tmp_path / "photos", of=[(20, 30)] * 3)
+    few = ("--samples", "5", "--training-images", "10")
+    poise("score", run_folder, "photos", "--out", "scores.csv", *few)
+    out = capsys.readouterr().out
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert len(rows) == 4 and rows[1].startswith("00.jpg,") and "3 images: scores.csv" in out
+    assert "percentiles are of 10 training images" in out and "log p(x) -" in out
+    with pytest.raises(SystemExit):
+        poise("score", run_folder, "photos", "--out", "scores.txt")
+    assert "give a .csv file" in capsys.readouterr().err
+
+
+def test_the_doctor_compares_ten_steps_with_stored_figures(capsys, monkeypatch):
+    poise("doctor", "--device", "cpu")
+    assert "ok      training: cpu" in capsys.readouterr().out
+    shifted = tuple((loss * 1.002, kl) for loss, kl in checkup.EXPECTED)
+    monkeypatch.setattr(checkup, "EXPECTED", shifted)
+    monkeypatch.setattr(checkup.metadata, "requires", lambda name: ["torch>=99", "nothing>=1"])
+    monkeypatch.setattr(checkup, "check_files", lambda: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(SystemExit) as exit:
+        poise("doctor", "--device", "cpu")
+    shown = capsys.readouterr()
+    assert exit.value.code == 1 and "not all checks passed" in shown.err
+    for line in ("failed  torch: ", "failed  nothing: not installed", "failed  files: OSError"):
+        assert line in shown.out
+    assert "failed  training: cpu, difference from the stored figures 2.0e-03" in shown.out
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -445,6 +491,9 @@ def test_two_folders_are_compared(run_folder, capsys, tmp_path):
         (["--real", "a"], "a run's folder, or two sets"),
         (["runs", "--real", "a", "--generated", "b"], "not both"),
         (["--real", "a", "--generated", "b", "--nll-samples", "5"], "have no likelihood"),
+        (["runs", "--real", "a"], "beside a run, --real can only be a file of statistics"),
+        (["--write-statistics", "x.npz"], "takes --real, and no --generated"),
+        (["--real", "a", "--generated", "b", "--statistics-by", "ttur"], "that is a file of stat"),
         (["runs", "--size", "32"], "a run has its own"),
         (["runs", "--levels", "1"], "the images of a run are read as in its training"),
         (["--real", __file__, "--generated", __file__, "--images", "1"], "at least 2 images"),

@@ -1,5 +1,6 @@
 """Test comparisons: statistics, workers, and that no finished work is repeated."""
 
+import json
 import os
 import signal
 import subprocess
@@ -483,6 +484,10 @@ def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_
         raise AssertionError("nothing was left to do")
 
     monkeypatch.setattr(poise.studies.comparison.experiment, "execute", forbidden)
+    path = compared.folder / "experiment.json"
+    earlier = json.loads(path.read_text())
+    del earlier["settings"]["data"]["labels"]  # a version without this setting wrote it
+    path.write_text(json.dumps(earlier))
     again = tiny(compared.folder, "computed", "learned")
     assert again.results == compared.results and not again.failed
     for changed in ({"seeds": 2}, {"images": 5}, {"protocol": "dai-wipf"}, {"extractor": "light"}):

@@ -1185,6 +1185,15 @@ def test_a_folder_that_the_library_saved_is_read(tmp_path, hub):
     }
     hub.DatasetDict(both).save_to_disk("both")
     assert np.array_equal(load("hf:both").test[:, 0], test)
+    assert "hf:both has no labels" in refusal("hf:both", labels=True)
+    kinds = hub.ClassLabel(names=["cat", "ant"])
+    for side, images in both.items():
+        numbers = [row % 2 for row in range(len(images))]
+        both[side] = images.add_column("kind", numbers).cast_column("kind", kinds)
+    hub.DatasetDict(both).save_to_disk("labelled")
+    labels = load("hf:labelled", labels=True).labels
+    assert labels is not None and labels.classes == ("ant", "cat")
+    assert [*labels.train] == [1, 0] * 6 and [*labels.test] == [1, 0] * 2
     assert "for a data set of the Hub's library, give hf:one" in refusal("one")
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,6 +11,8 @@ import pytest
 
 import poise
 from poise.protocols import PROTOCOLS
+from poise.recipes import RECIPES, Stage
+from poise.runs import pipeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,13 +100,36 @@ def test_the_table_of_exports_is_that_of_the_results(monkeypatch):
     assert script("exports").table(report["rows"]) in (ROOT / "docs" / "share.md").read_text()
 
 
-def test_the_code_of_the_page_on_your_own_loop_runs():
+def code_of(page: str) -> str:
+    """Return the Python code of a page, each line with its number there."""
     lines, inside = [], False
-    for line in (ROOT / "docs" / "your-loop.md").read_text().splitlines():
+    for line in (ROOT / "docs" / page).read_text().splitlines():
         inside = line == "```python" or (inside and line != "```")
-        lines.append(line if inside and line != "```python" else "")  # keep the numbers of lines
-    assert sum(line != "" for line in lines) > 50
-    exec(compile("\n".join(lines), "docs/your-loop.md", "exec"), {"__name__": "page"})
+        lines.append(line if inside and line != "```python" else "")
+    return "\n".join(lines)
+
+
+def test_the_code_of_the_page_on_your_own_loop_runs():
+    code = code_of("your-loop.md")
+    assert sum(line != "" for line in code.splitlines()) > 50
+    exec(compile(code, "docs/your-loop.md", "exec"), {"__name__": "page"})
+
+
+def test_the_code_of_the_pages_on_labels_scores_statistics_and_machines_runs(tmp_path, monkeypatch):
+    digits = RECIPES["digits"]
+    network = replace(digits.network, hidden=(16,), latent_dim=5, flow_width=8, flow_blocks=1)
+    stages = {"first": replace(digits.first, epochs=1), "second": Stage(steps=20)}
+    monkeypatch.setitem(RECIPES, "digits", replace(digits, network=network, **stages))
+    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)  # pictures and figures
+    monkeypatch.setenv("POISE_CACHE", "off")
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": "page"}
+    for page in ("labels.md", "scores.md", "metrics.md", "machines.md"):  # in the order of use
+        exec(compile(code_of(page), f"docs/{page}", "exec"), space)
+    run, scores = space["run"], space["scores"]
+    assert run.classes == tuple("0123456789") and space["sevens"].shape == (64, 1, 8, 8)
+    assert (tmp_path / "scores.csv").read_text().count("\n") == len(scores) + 1 == 65
+    assert [m.metric for m in space["evaluation"].measurements] == ["FD-pixels"]
 
 
 def test_the_tables_of_densities_are_those_of_the_results():

@@ -38,6 +38,7 @@ OTHER = {
     "precision_neighbours": 4,
     "coverage_neighbours": 4,
     "score_splits": 5,
+    "statistics": "torch-fidelity",
 }
 
 

@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
     "channels": 3,
     "skip_unreadable": True,
     "flips": True,
+    "labels": True,
     "levels": 4095,
     "max_megapixels": 200,
     "stream": True,
@@ -240,7 +241,8 @@ def test_help_has_groups(help_of):
     listed = {name: set(re.findall(r"│ --([a-z-]+)", box)) for name, box in boxes}
     assert set(listed) == {"data", "model", "training", "run"}
     assert listed["data"] == {
-        "size", "channels", "flips", "skip-unreadable", "levels", "max-megapixels", "stream"
+        "size", "channels", "flips", "labels", "skip-unreadable", "levels", "max-megapixels",
+        "stream",
     }  # fmt: skip
     assert {"balance", "latent-dim", "network"} < listed["model"]
     assert {"batch-size", "epochs", "minutes", "seed"} < listed["training"]

@@ -18,7 +18,15 @@ from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.features import Extractor, available_inception, cached_features, extract, make_extractor
 from poise.metrics import CHUNK, ImportanceWeightedNLL, Reconstruction
+from poise.metrics.distances import covariance, fit_gaussian
 from poise.metrics.listed import DISTANCES, SIMILARITIES, Pair, Reference, is_frechet
+from poise.metrics.reference_statistics import (
+    Conditions,
+    ReferenceStatistics,
+    is_statistics,
+    read_statistics,
+    write_statistics,
+)
 from poise.protocols import (
     NO_EXTRACTOR,
     Measurement,
@@ -163,7 +171,8 @@ def evaluate(
             set's name; or an array or tensor, bytes or floats in [0, 1]. If a data set has an
             official split, its test images are used (its training images if the protocol's
             reference is "train"). Otherwise all images are used. The protocol may limit the number:
-            then the first ones are used.
+            then the first ones are used. `real` may also be reference statistics, or a file of
+            them: see `poise.metrics.read_statistics`.
         protocol: a name or a `Protocol`.
         extractor: "inception", "light", "dinov2", "pixels", or a TorchScript file. "auto": the
             protocol's, or "light" if Inception's weights are not on this machine.
@@ -190,25 +199,55 @@ def evaluate(
                 f"{source} is a run: poise evaluate {source} measures it, "
                 "or write its samples to a folder"
             )
-    wanted = with_count(find_protocol(protocol), count)
-    split: Literal["train", "test"] = "train" if wanted.reference == "train" else "test"
-    originals, others = (
-        find_images(
-            source,
-            size=size,
-            side=split,
-            skip_unreadable=skip_unreadable,
-            levels=levels,
-            max_megapixels=max_megapixels,
+    if is_statistics(generated):
+        raise InputError("generated images cannot be statistics: give the images themselves")
+    reading: dict[str, Any] = {
+        "size": size,
+        "skip_unreadable": skip_unreadable,
+        "levels": levels,
+        "max_megapixels": max_megapixels,
+    }
+    wanted = find_protocol(protocol)
+    if is_statistics(real):
+        others = find_images(generated, side=_side(wanted), **reading)
+        if len(others.images) < 2:
+            raise InputError("generated images: at least 2 are needed to compare")
+        reading_notes = tuple(f"generated images: {note}" for note in others.notes)
+        originals, conditions, network, notes = prepare_statistics(
+            real, wanted, extractor, choose_device(device), others.images.shape[-1]
         )
-        for source in (real, generated)
-    )
-    side = originals.side
-    reading_notes = (
-        *(f"real images: {note}" for note in originals.notes),
-        *(f"generated images: {note}" for note in others.notes),
-    )
-    originals, others = originals.images, others.images
+        others = others.images
+    else:
+        wanted = with_count(wanted, count)
+        found, others = (
+            find_images(source, side=_side(wanted), **reading) for source in (real, generated)
+        )
+        reading_notes = (
+            *(f"real images: {note}" for note in found.notes),
+            *(f"generated images: {note}" for note in others.notes),
+        )
+        conditions, network, notes = _conditions(wanted, extractor, device, found.side)
+        originals, others = _first(found.images, conditions), others.images
+        check_sides(originals, others)
+    others = head(others, count or len(others))
+    produced = Produced("generated", lambda count: chunks_of(others, count), len(others))
+    measured = compare(originals, [produced], conditions, network, infinity=infinity, quiet=quiet)
+    if isinstance(originals, ReferenceStatistics):
+        infinity = False  # the note says that it is left out
+    else:
+        notes += tuple(oddities(originals, others))
+    return Evaluation(tuple(measured), {}, (*reading_notes, *notes, *remarks(measured, infinity)))
+
+
+def _side(protocol: Protocol) -> Literal["train", "test"]:
+    """Return the side of an official split that a protocol's real images are of."""
+    return "train" if protocol.reference == "train" else "test"
+
+
+def _conditions(
+    wanted: Protocol, extractor: str, device: str, side: Literal["train", "test", "given"]
+) -> tuple[Protocol, Extractor, tuple[str, ...]]:
+    """Return the protocol for real images of a side, the extractor, and notes."""
     conditions, network, notes = choose_extractor(wanted, extractor, choose_device(device))
     if network is None:
         raise InputError(
@@ -216,21 +255,108 @@ def evaluate(
             if notes
             else "two sets can only be compared by an extractor: leave out extractor none"
         )
-    conditions = replace(conditions, reference=side, generation=None)
-    originals, others = (
-        head(originals, conditions.real or len(originals)),
-        head(others, count or len(others)),
+    return replace(conditions, reference=side, generation=None), network, notes
+
+
+def _first(originals: Any, conditions: Protocol) -> Any:
+    """Return the real images of a protocol: the first ones, after JPEG if it says so."""
+    originals = head(originals, conditions.real or len(originals))
+    return through_jpeg(originals, conditions.jpeg) if conditions.jpeg is not None else originals
+
+
+def prepare_statistics(
+    real: Any, wanted: Protocol, extractor: str | Extractor, device: torch.device, side: int
+) -> tuple[ReferenceStatistics, Protocol, Extractor, tuple[str, ...]]:
+    """Return reference statistics, the protocol of a comparison with them, extractor and notes.
+
+    Args:
+        real: the statistics, or a file of them.
+        wanted: protocol of the produced images.
+        extractor: see `evaluate`. "auto": the network of the statistics.
+        device: where the extractor runs.
+        side: of the produced images, in pixels.
+
+    Raises:
+        InputError: the statistics cannot be used for this comparison, or their network is not
+            available.
+    """
+    statistics = real if isinstance(real, ReferenceStatistics) else read_statistics(real)
+    name = statistics.extractor
+    conditions, network, _ = choose_extractor(replace(wanted, extractor=name), extractor, device)
+    if network is None and extractor == NO_EXTRACTOR:
+        raise InputError(
+            "reference statistics can only be compared by an extractor: leave out extractor none"
+        )
+    if network is None or (extractor == AUTO and network.name != name):
+        raise InputError(
+            f"the statistics are of {name}, whose weights are not on this machine: "
+            f"--extractor {name} downloads them once"
+        )
+    left_out = ", ".join(metric.name for metric in DISTANCES if metric.of_features)
+    notes = (
+        f"reference statistics are mean and covariance: {left_out} need the features, "
+        "and are left out",
     )
-    if conditions.jpeg is not None:
-        originals = through_jpeg(originals, conditions.jpeg)
-    produced = Produced("generated", lambda count: chunks_of(others, count), len(others))
-    check_sides(originals, others)
-    measured = compare(originals, [produced], conditions, network, infinity=infinity, quiet=quiet)
-    return Evaluation(
-        tuple(measured),
-        {},
-        (*reading_notes, *notes, *oddities(originals, others), *remarks(measured, infinity)),
+    return statistics, statistics.protocol(conditions, side), network, notes
+
+
+def save_statistics(
+    real: Any,
+    out: str | Path,
+    *,
+    protocol: str | Protocol = "every-image",
+    extractor: str = AUTO,
+    size: int | None = None,
+    count: int | None = None,
+    device: str = "auto",
+    quiet: bool = True,
+    **reading: Any,
+) -> ReferenceStatistics:
+    """Compute the reference statistics of real images, write them to a file and return them.
+
+    `evaluate(out, generated)` then compares with them as with the images.
+
+    Args:
+        real: see `evaluate`.
+        out: an .npz file; see `poise.metrics.reference_statistics`.
+        protocol, extractor, size, count, device, quiet: see `evaluate`.
+        reading: how to read the images; see `poise.data.load`.
+
+    Raises:
+        InputError: images cannot be read, there are fewer than two, or the extractor is not
+            available.
+        RunError: the file cannot be written.
+
+    Example:
+        >>> save_statistics("photos/", "photos.npz").images                      # doctest: +SKIP
+        10000
+    """
+    wanted = with_count(find_protocol(protocol), count)
+    found = find_images(real, size=size, side=_side(wanted), **reading)
+    conditions, network, _ = _conditions(wanted, extractor, device, found.side)
+    images = _first(found.images, conditions)
+    if len(images) < 2:
+        raise InputError(f"statistics need at least 2 images, not {len(images)}")
+    conditions = replace(conditions, real=len(images), side=images.shape[-1])
+    features, checksum = _real_features(images, conditions, network, quiet=quiet)
+    mean = fit_gaussian(features).mean
+    told = Conditions(
+        reference=conditions.reference,
+        images=len(images),
+        side=images.shape[-1],
+        pixels=conditions.pixels,
+        jpeg=conditions.jpeg,
+        extractor=network.name,
+        extractor_checksum=network.checksum,
+        resize=network.resize,
+        data=checksum[:12],
+        poise=__version__,
     )
+    statistics = ReferenceStatistics(
+        mean, covariance(features, mean), len(images), "poise", checksum[:12], told
+    )
+    write_statistics(out, statistics)
+    return statistics
 
 
 def oddities(real: Any, others: Any) -> Iterator[str]:
@@ -346,26 +472,26 @@ def compare(
 
     Args:
         real: (n, channels, side, side), bytes or floats in [0, 1]. All images are used, without
-            further preparation.
+            further preparation. Or reference statistics, with `protocol` from their `protocol`.
         produced: sets to compare with the real one.
         protocol: with the extractor's name and checksum. Counts and side are filled in.
         extractor: network that computes the features.
         infinity: also extrapolate to infinitely many images.
         quiet: show no progress.
     """
-    protocol = replace(protocol, real=len(real), side=real.shape[-1])
-    checksum = content_checksum(_compared(real, protocol))
-    features = cached_features(
-        extractor, _compared(real, protocol), checksum, total=len(real), title="real", quiet=quiet
-    )
     place = _metrics_device(extractor.device)
-    reference = Reference(features.to(place), protocol)
+    if isinstance(real, ReferenceStatistics):
+        reference, data = Reference(None, protocol, real.gaussian), real.data
+    else:
+        protocol = replace(protocol, real=len(real), side=real.shape[-1])
+        features, checksum = _real_features(real, protocol, extractor, quiet=quiet)
+        reference, data = Reference(features.to(place), protocol), checksum[:12]
 
     def measure(item: Produced, features: Features, conditions: Protocol) -> list[Measurement]:
         found = every_distance(
             reference, features.to(place), conditions, extractor, infinity=infinity
         )
-        common = {"data": checksum[:12], "seed": item.seed, "device": _where(extractor)}
+        common = {"data": data, "seed": item.seed, "device": _where(extractor)}
         return [
             Measurement(metric, item.label, value, conditions, spread=spread, **common)
             for metric, value, spread in found
@@ -383,6 +509,17 @@ def compare(
                 later.result()
             measured.append(later.result)
     return [measurement for result in measured for measurement in result()]
+
+
+def _real_features(
+    real: Any, protocol: Protocol, extractor: Extractor, *, quiet: bool
+) -> tuple[Features, str]:
+    """Return the features of the real images, from the cache if possible, and their checksum."""
+    checksum = content_checksum(_compared(real, protocol))
+    features = cached_features(
+        extractor, _compared(real, protocol), checksum, total=len(real), title="real", quiet=quiet
+    )
+    return features, checksum
 
 
 def _metrics_device(device: torch.device) -> torch.device:
@@ -471,7 +608,9 @@ def every_distance(
     """
     pair = Pair(reference, produced, protocol, extractor)
     for metric in DISTANCES:
-        value = None if metric.on_request and not infinity else metric.measure(pair)
+        left_out = metric.of_features and reference.known is None
+        asked = infinity or not metric.on_request
+        value = metric.measure(pair) if asked and not left_out else None
         if value is not None:
             yield metric.named_for(extractor), *value
 

@@ -257,8 +257,9 @@ class FlowMatching:
     alone: ClassVar[bool] = False
 
     def __call__(self, flow: Flow, balance: Balance, batch: Latents, noise: Noise) -> LossTerms:
-        between, time, target = flow.target(batch, noise)
-        velocity = flow(between, time)
+        codes, noise, labels = flow.separate(batch, noise)
+        between, time, target = flow.target(codes, noise)
+        velocity = flow(between, time, labels)
         with full_precision(batch):
             return _combine(balance, velocity, target, velocity.new_zeros(len(batch)))
 

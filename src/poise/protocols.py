@@ -21,6 +21,17 @@ from poise.support.version import __version__
 
 HASH_LENGTH = 10
 NO_EXTRACTOR = "none"
+# Who computed reference statistics with the network and the resize of Poise's FID, and who did not.
+ORIGINS = {
+    "torch-fidelity": "its extractor inception-v3-compat, feature 2048",
+    "clean-fid-legacy-tensorflow": 'mode "legacy_tensorflow"',
+    "ttur": "the original FID of TensorFlow",
+}
+OTHERS = {
+    "clean-fid-clean": "it resizes with antialiasing",
+    "clean-fid-legacy-pytorch": "it has another network and another resize",
+    "pytorch-fid": "it resizes with half-pixel centres",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Protocol:
         precision_neighbours: neighbours for precision and recall.
         coverage_neighbours: neighbours for density and coverage.
         score_splits: splits of the inception score.
+        statistics: who computed the mean and covariance of the real images, if another library did
+            (see `poise.metrics.reference_statistics`). Empty: Poise, from the images.
     """
 
     name: str
@@ -70,6 +83,7 @@ class Protocol:
     precision_neighbours: int = 3
     coverage_neighbours: int = 5
     score_splits: int = 10
+    statistics: str = ""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -120,6 +134,8 @@ class Protocol:
             ", each stretched to its own range" if self.stretch else ""
         )
         network = f"{self.extractor} {self.extractor_checksum[:8]}, {self.resize}"
+        if self.statistics:
+            images += f" as statistics of {self.statistics}"
         return f"{self.name} ({self.hash}): {images} against {produced}, {self.pixels}, {network}"
 
 

@@ -13,19 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    Images: TypeAlias = Tensor
-    ByteImages: TypeAlias = Tensor
-    Values: TypeAlias = Tensor
-    Batch: TypeAlias = Tensor
-    Latents: TypeAlias = Tensor
-    Noise: TypeAlias = Tensor
-    PerImage: TypeAlias = Tensor
-    PerLatent: TypeAlias = Tensor
-    Scalar: TypeAlias = Tensor
-    Features: TypeAlias = Tensor
-elif "jaxtyping" in sys.modules:
-    from jaxtyping import Float, UInt8
+if not TYPE_CHECKING and "jaxtyping" in sys.modules:
+    from jaxtyping import Float, Int64, UInt8
 
     Images = Float[Tensor, "batch channels height width"]
     ByteImages = UInt8[Tensor, "batch channels height width"]
@@ -36,10 +25,20 @@ elif "jaxtyping" in sys.modules:
     Latents = Float[Tensor, "batch latents"]
     Noise = Float[Tensor, "batch noise"]
     PerImage = Float[Tensor, " batch"]
+    ClassOfEach = Int64[Tensor, " batch"]
     PerLatent = Float[Tensor, " latents"]
     Scalar = Float[Tensor, ""]
     # The number of features is the same for all arguments of a call; the number of samples is not.
     Features = Float[Tensor, "_ features"]
 else:
-    Images = ByteImages = Values = Batch = Latents = Noise = Tensor
-    PerImage = PerLatent = Scalar = Features = Tensor
+    Images: TypeAlias = Tensor
+    ByteImages: TypeAlias = Tensor
+    Values: TypeAlias = Tensor
+    Batch: TypeAlias = Tensor
+    Latents: TypeAlias = Tensor
+    Noise: TypeAlias = Tensor
+    PerImage: TypeAlias = Tensor
+    ClassOfEach: TypeAlias = Tensor
+    PerLatent: TypeAlias = Tensor
+    Scalar: TypeAlias = Tensor
+    Features: TypeAlias = Tensor

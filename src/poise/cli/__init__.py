@@ -5,7 +5,7 @@ work failed. If the reader of either stream ends, as `head` does, the command fi
 without printing. torch is imported after the arguments are parsed, so that help is fast.
 
 In reading order: `options` (options of several commands), `showing` (tables and warnings), then the
-commands: `train`, `images`, `measure`, `study`, `share`.
+commands: `train`, `images`, `score`, `measure`, `study`, `share`, `doctor`.
 """
 
 import atexit
@@ -24,9 +24,11 @@ from typing import Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from poise.cli.doctor import Doctor
 from poise.cli.images import Encode, Interpolate, Reconstruct, Sample
 from poise.cli.measure import Diagnose, Evaluate
 from poise.cli.options import TrainingCommand
+from poise.cli.score import Score
 from poise.cli.share import Explore, Export
 from poise.cli.study import Compare, Report, Reproduce
 from poise.cli.train import Train
@@ -44,6 +46,7 @@ COMMANDS = {
     "encode": Encode,
     "reconstruct": Reconstruct,
     "interpolate": Interpolate,
+    "score": Score,
     "evaluate": Evaluate,
     "diagnose": Diagnose,
     "compare": Compare,
@@ -51,6 +54,7 @@ COMMANDS = {
     "report": Report,
     "explore": Explore,
     "export": Export,
+    "doctor": Doctor,
 }
 TYPES = ConstructorRegistry()
 

@@ -55,6 +55,17 @@ class Sample:
             help_behavior_hint="(default: second-stage or flow if trained, else normal)",
         ),
     ] = None
+    label: Annotated[
+        str | None,
+        arg(
+            help="a class of a run that was trained with --labels: images of this class",
+            help_behavior_hint="(default: all classes, by their frequency)",
+        ),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        of_recipe("of a flow with labels: more than 1 gives more typical and less diverse images"),
+    ] = None
     seed: Annotated[int, arg(help="any integer")] = 0
     first: Annotated[int, arg(help="number of the first image, to draw a set in several calls")] = 0
     noise: Annotated[
@@ -88,12 +99,21 @@ class Sample:
             adjust_variance=self.adjust_variance and self.adjust_variance == "on",
         )
         chunks = run.sample_chunks(
-            self.count, prior=self.prior, seed=self.seed, first=self.first, generation=generation
+            self.count,
+            prior=self.prior,
+            seed=self.seed,
+            first=self.first,
+            generation=generation,
+            label=self.label,
+            guidance=self.guidance,
         )
         with progress("images", self.count) as display:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
         used = self.prior or run.default_prior
-        print(f"{_images(self.count)} from prior {used}: {self.out}")
+        of_class = "" if self.label is None else f" of class {self.label}"
+        print(f"{_images(self.count)}{of_class} from prior {used}: {self.out}")
+        if run.classes and self.label is None:
+            print(f"note: all {len(run.classes)} classes, by their frequency; --label chooses one")
         self._print_best_prior(run, used)
 
     def _print_best_prior(self, run: "Run", used: str) -> None:
@@ -122,7 +142,8 @@ class Encode:
 
     The file has two float32 arrays with one row per image: `mean` and `logvar` (log variance). All
     images of a folder are encoded, sorted by path. `names` and `sides` say which image a row is:
-    the path inside the folder, and train, test or val. `latents_mean`, `latents_std`,
+    the path inside the folder, and train, test or val. If the run was trained with labels and the
+    images have some, `labels` holds the class of each row. `latents_mean`, `latents_std`,
     `shift_factor` and `scaling_factor` standardise latents for a diffusion model: per channel, or
     all alike, of the training images. In a .safetensors file all these are metadata.
     """
@@ -148,14 +169,15 @@ class Encode:
             warn(f"{error}; the scale of latents is left out")
             scale = None
         with progress("images", number) as display:
-            write_codes(counted(chunks, display), self.out, number, given.names, given.sides, scale)
+            told = given.names, given.sides, scale, given.labels
+            write_codes(counted(chunks, display), self.out, number, *told)
         print(f"{number} code{'s' * (number != 1)}{_by_side(given.sides)}: {self.out}")
         if scale:
             print(
                 f"for a diffusion model: shift_factor {scale.shift_factor:.4g}, scaling_factor "
                 f"{scale.scaling_factor:.4g}, of latents {'x'.join(map(str, scale.latent_shape))}"
             )
-        _print_notes(given.notes)
+        print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -198,7 +220,7 @@ class Reconstruct:
         error = float((originals - restored).square().mean())
         sides = _by_side([given.sides[row] for row in rows] if given.sides else [])
         print(f"{_images(len(originals))}{sides}: {self.out}, MSE {error:.5f}")
-        _print_notes(given.notes)
+        print_notes(given.notes)
 
 
 @dataclass(frozen=True)
@@ -282,7 +304,8 @@ def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Give
         return Given(run.test_images(), "test", (), (), ())
     channels, size, _ = run.data["shape"]
     reading = replace(reading, levels=reading.levels or run.levels)
-    return find_images(source, size=size, channels=channels, side="all", **asdict(reading))
+    how = asdict(reading) | {"labels": bool(run.classes)}
+    return find_images(source, size=size, channels=channels, side="all", **how)
 
 
 def _by_side(sides: Sequence[str]) -> str:
@@ -294,7 +317,7 @@ def _by_side(sides: Sequence[str]) -> str:
     return f" ({listed})"
 
 
-def _print_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}")
 

@@ -4,14 +4,14 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from poise.cli.options import ANY_IMAGES, Device, ReadingGroup, ReadingOptions, RunFolder
 from poise.cli.showing import load_run, show_cells, show_table
 from poise.errors import InputError
-from poise.protocols import PROTOCOLS, table
+from poise.protocols import ORIGINS, PROTOCOLS, table
 from poise.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Evaluate:
         str | None,
         arg(
             metavar="DATA",
-            help=f"real images: {ANY_IMAGES}",
-            help_behavior_hint="(instead of a run)",
+            help=f"real images: {ANY_IMAGES}; or reference statistics, an .npz with mu and sigma or "
+            "a .pt of torch-fidelity",
+            help_behavior_hint="(instead of a run; beside it only statistics)",
         ),
     ] = None
     generated: Annotated[
@@ -51,6 +52,27 @@ class Evaluate:
             metavar="DATA",
             help="images to compare with the real ones, given in the same way",
             help_behavior_hint="",
+        ),
+    ] = None
+    statistics_by: Annotated[
+        str | None,
+        arg(
+            help=f"who computed the statistics in --real: {', '.join(ORIGINS)}",
+            help_behavior_hint="(default: the file or its name says it)",
+        ),
+    ] = None
+    statistics_images: Annotated[
+        int | None,
+        arg(
+            help="number of images behind the statistics in --real",
+            help_behavior_hint="(default: the file says it)",
+        ),
+    ] = None
+    write_statistics: Annotated[
+        Path | None,
+        arg(
+            help="write the statistics of the images in --real to this .npz file, for later calls",
+            help_behavior_hint="(instead of --generated)",
         ),
     ] = None
     size: Annotated[
@@ -94,16 +116,50 @@ class Evaluate:
     reading: ReadingGroup = field(default_factory=ReadingOptions)
 
     def run(self) -> None:
-        if self.run_folder is not None and (self.real or self.generated):
+        if self.run_folder is not None and (self.generated or self.write_statistics):
             raise InputError("give a run, or --real and --generated, not both")
-        if self.run_folder is None and not (self.real and self.generated):
+        if self.write_statistics is not None:
+            self._write_statistics(self.write_statistics)
+        elif self.run_folder is not None:
+            self._measure(self.run_folder)
+        elif not (self.real and self.generated):
             raise InputError(
                 "give a run's folder, or two sets of images with --real and --generated"
             )
-        if self.run_folder is None:
-            self._compare()
         else:
-            self._measure(self.run_folder)
+            self._compare()
+
+    def _reference(self) -> Any:
+        """Return --real: reference statistics if it is a file of them, else its text."""
+        from poise.metrics.reference_statistics import is_statistics, read_statistics
+
+        declared = self.statistics_by, self.statistics_images
+        if self.real and is_statistics(self.real):
+            return read_statistics(self.real, by=declared[0], images=declared[1])
+        if declared != (None, None):
+            raise InputError(
+                "--statistics-by and --statistics-images are for a --real that is a file of "
+                "statistics: an .npz with mu and sigma, or a .pt of torch-fidelity"
+            )
+        return self.real
+
+    def _write_statistics(self, out: Path) -> None:
+        if not self.real or self.generated:
+            raise InputError("--write-statistics takes --real, and no --generated")
+        from poise.evaluation import save_statistics
+
+        written = save_statistics(
+            self._reference(),
+            out,
+            protocol=self.protocol or "every-image",
+            extractor=self.extractor,
+            size=self.size,
+            count=self.images,
+            device=self.device,
+            quiet=False,
+            **asdict(self.reading),
+        )
+        print(f"mean and covariance of {written.images} images by {written.extractor}: {out}")
 
     def _compare(self) -> None:
         if self.nll_samples:
@@ -111,7 +167,7 @@ class Evaluate:
         from poise.evaluation import evaluate
 
         evaluation = evaluate(
-            self.real,
+            self._reference(),
             self.generated,
             protocol=self.protocol or "every-image",
             extractor=self.extractor,
@@ -132,10 +188,18 @@ class Evaluate:
                 "--skip-unreadable, --levels and --max-megapixels are for --real and --generated: "
                 "the images of a run are read as in its training"
             )
+        from poise.metrics.reference_statistics import ReferenceStatistics
         from poise.support.files import write_json
 
+        statistics = self._reference()
+        if statistics is not None and not isinstance(statistics, ReferenceStatistics):
+            raise InputError(
+                "give a run, or --real and --generated, not both; beside a run, --real can only be "
+                "a file of statistics"
+            )
         run = load_run(folder, self.device)
         evaluation = run.evaluate(
+            statistics=statistics,
             protocol=self.protocol or "default",
             extractor=self.extractor,
             count=self.images,

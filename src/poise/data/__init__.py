@@ -10,6 +10,7 @@ In reading order:
     storage    arrays that may be larger than memory
     dataset    the data set and the split rule
     arrays     arrays, .npy and .npz files
+    labels     the classes of images
     encoded    image files, decoded in threads
     cached     decoded images, kept in a file
     listing    files of a folder, and the sides of its split

@@ -12,6 +12,10 @@ import numpy as np
 
 from poise.data.dataset import Found, Reading, Split, levels_note
 from poise.data.decoding import common_white, counts_above, square_resize, to_levels
+from poise.data.labels import TEST_KEYS as TEST_LABELS
+from poise.data.labels import TRAIN_KEYS as TRAIN_LABELS
+from poise.data.labels import VAL_KEYS as VAL_LABELS
+from poise.data.labels import as_labels
 from poise.data.opening import shown
 from poise.data.storage import blocks
 from poise.errors import InputError
@@ -24,6 +28,7 @@ VAL_KEYS = (
     *("val_x", "valid_x", "images_val"),
 )
 WHOLE_KEYS = ("images", *TRAIN_KEYS)
+LABELS = {"train": TRAIN_LABELS, "test": TEST_LABELS, "val": VAL_LABELS, "": TRAIN_LABELS}
 ROUNDING = 1e-3  # floats may leave [0, 1] by so much: computing with float32 does that
 BYTES_AS_FLOATS = (2.0, 255 * (1 + ROUNDING))  # maxima that look like bytes
 _STARTS = {".npy": b"\x93NUMPY", ".npz": b"PK"}
@@ -60,6 +65,7 @@ def read_npz(path: Path, reading: Reading) -> Found:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             sides, unused = _image_keys(path, archive, whole=reading.whole)
             arrays = {key: archive[key] for key in sides}
+            labels = _labels(path, archive, arrays, sides) if reading.labels else None
     except InputError:
         raise
     except Exception as error:  # numpy and zipfile can raise anything on a damaged file
@@ -70,7 +76,7 @@ def read_npz(path: Path, reading: Reading) -> Found:
                 f"{shown(path)} ({key}) is not an array of numpy: save the images again"
             )
     labelled = {f"{shown(path)} ({key})": array for key, array in arrays.items()}
-    split = as_split(labelled, reading, [*sides.values()])
+    split = as_split(labelled, reading, [*sides.values()], labels)
     notes = tuple(f"not used: the array {key}" for key in unused)
     return Found(shown(path.stem), split, shown(path), notes)
 
@@ -110,6 +116,25 @@ def _image_keys(path: Path, archive: Any, *, whole: bool) -> tuple[dict[str, str
     )
 
 
+def _labels(
+    path: Path, archive: Any, arrays: Mapping[str, Any], sides: Mapping[str, str]
+) -> list[np.ndarray] | None:
+    """Return the labels of each array of images, or None if one has none.
+
+    Args:
+        path, archive: the file and its arrays.
+        arrays: the images by the names of their arrays.
+        sides: side of each array of images.
+    """
+    lower, found = {key.lower(): key for key in reversed(archive.files)}, []
+    for key, side in sides.items():
+        name = next((lower[word] for word in LABELS[side] if word in lower), None)
+        if name is None:
+            return None
+        found.append(as_labels(archive[name], len(arrays[key]), f"{shown(path)} ({name})"))
+    return found
+
+
 def _check_start(path: Path) -> None:
     ending = path.suffix.lower()
     if not path.is_file():  # reading a named pipe would wait for its writer
@@ -134,7 +159,10 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def as_split(
-    arrays: Mapping[str, np.ndarray], reading: Reading, sides: Sequence[str] = ("", "")
+    arrays: Mapping[str, np.ndarray],
+    reading: Reading,
+    sides: Sequence[str] = ("", ""),
+    labels: Sequence[np.ndarray] | None = None,
 ) -> Split:
     """Convert arrays to images with one scale.
 
@@ -143,6 +171,7 @@ def as_split(
             messages. With `reading.whole`, the images of all sides.
         reading: the size, channels and levels to convert to.
         sides: the side of each array, if `reading.whole`.
+        labels: the classes of the images of each array. None: not known.
 
     Raises:
         InputError: see `as_images`.
@@ -162,7 +191,10 @@ def as_split(
     images = [one.fitted(levels) for one in checked]
     shared = tuple(notes), levels
     if not reading.whole:
-        return Split(images[0], images[1] if len(images) > 1 else None, *shared)
+        split = Split(images[0], images[1] if len(images) > 1 else None, *shared)
+        if labels is None:
+            return split
+        return split._replace(labels=labels[0], test_labels=labels[1] if labels[1:] else None)
     names = tuple(f"{one.label}[{row}]" for one in checked for row in range(len(one.images)))
     of_images = tuple(
         side for side, one in zip(sides, checked, strict=False) for _ in range(len(one.images))
@@ -173,7 +205,8 @@ def as_split(
         )
         raise InputError(f"the images do not go together: {shapes}; pass --size N")
     whole = images[0] if len(images) == 1 else np.concatenate(images)
-    return Split(whole, None, *shared, (), names, of_images)
+    classes = None if labels is None else np.concatenate(labels)
+    return Split(whole, None, *shared, (), names, of_images, classes)
 
 
 def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:

@@ -64,6 +64,7 @@ def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
 
     options = asdict(reading) | {"cache": None, "memory_budget": None, "jpeg_quality": None}
     del options["stream"]  # what is kept was not streamed
+    del options["labels"]  # they do not change the images
     digest = hashlib.sha256(f"{RULES} {PIL.__version__} {sorted(options.items())}\n".encode())
     for file in files:
         try:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from poise.data.labels import Labels
 from poise.data.storage import Pixels, Rows, allocate, blocks
 from poise.data.streamed import HASH_BYTES, Pictures, hash_of
 from poise.errors import InputError
@@ -38,6 +39,7 @@ class Dataset:
         levels: the value of the source that became white, if its format leaves that open. None: the
             format says it, as for 8-bit files.
         skipped: the reason for each skipped file. The notes hold the first `MOST_LISTED`.
+        labels: the classes of the images. None: they were not asked for.
     """
 
     name: str
@@ -47,6 +49,14 @@ class Dataset:
     notes: tuple[str, ...] = ()
     levels: int | None = None
     skipped: tuple[str, ...] = ()
+    labels: Labels | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels.train) != len(self.train):
+            raise InputError(
+                f"{self.source} has {len(self.train)} training images and "
+                f"{len(self.labels.train)} labels: give one label for each image"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,7 +83,7 @@ class Reading:
     """The validated options of `load`: how to read images.
 
     With `whole`, a reader of files returns the images of all sides as one set, with the side of
-    each image.
+    each image. With `labels`, readers also return the class of each image, if the source has them.
     """
 
     size: int | None = None
@@ -88,6 +98,7 @@ class Reading:
     celeba_crop: bool = False
     whole: bool = False
     stream: bool = False
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -120,6 +131,8 @@ class Split(NamedTuple):
         notes, levels, skipped: see `Dataset`.
         names: the name of each training image; of all images with `Reading.whole`.
         sides: with `Reading.whole`, the side of each image: train, test, val, or an empty text.
+        labels, test_labels: with `Reading.labels`, the class of each image of both sides, (n,), as
+            numbers or text. None: the source has no labels.
     """
 
     train: Pixels
@@ -129,6 +142,8 @@ class Split(NamedTuple):
     skipped: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    test_labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from poise.data.cached import decode
 from poise.data.dataset import Found, Reading, Split, counted
@@ -11,6 +14,7 @@ from poise.data.listing import (
     IMAGE_ENDINGS,
     by_ending,
     check_readable,
+    classes_of_folders,
     is_image,
     list_files,
     official_split,
@@ -45,10 +49,13 @@ def read_folder(folder: Path, reading: Reading) -> Found:
         notes.append(f"ignored: {by_ending(others)}")
     found = official_split(folder, images)
     if reading.whole:
-        split = read_files(images, [], reading, [found.sides[path] for path in images])
+        labels = classes_of_folders(images, folder) if reading.labels else None
+        split = read_files(images, [], reading, [found.sides[path] for path in images], labels)
     else:
         notes += found.notes
-        split = read_files(found.train, found.test, reading)
+        used = [*found.train, *found.test]
+        labels = classes_of_folders(used, folder) if reading.labels else None
+        split = read_files(found.train, found.test, reading, labels=labels)
     inside = f"{shown(folder)}/"
     split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
     return Found(shown(folder.resolve().name), split, shown(folder), tuple(notes))
@@ -95,6 +102,7 @@ def read_files(
     test: Sequence[Path],
     reading: Reading,
     sides: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Split:
     """Decode the files of a split.
 
@@ -102,10 +110,10 @@ def read_files(
         train, test: the files of both sides.
         reading: how to read them.
         sides: the side of each training file; None: train.
+        labels: the class of each file, of training and then of test files. None: not known.
     """
-    return decode_split(
-        [_encoded(path) for path in train], [_encoded(path) for path in test], reading, sides
-    )
+    files = [_encoded(path) for path in train], [_encoded(path) for path in test]
+    return decode_split(*files, reading, sides, labels)
 
 
 def decode_split(
@@ -113,6 +121,7 @@ def decode_split(
     test: Sequence[Encoded],
     reading: Reading,
     sides: Sequence[str] | None = None,
+    labels: Sequence[Any] | None = None,
 ) -> Split:
     """Decode the files of a split; see `read_files`.
 
@@ -123,17 +132,21 @@ def decode_split(
     found = decode(files, reading)
     count = int((found.positions < len(train)).sum())
     shared = found.notes, found.levels, found.skipped, found.names
+    classes = None if labels is None else np.asarray(labels)[found.positions]
     if reading.whole:
         if sides is None:
             sides = ["train"] * len(train) + ["test"] * len(test) if test else [""] * len(train)
         of_images = tuple(sides[int(position)] for position in found.positions)
-        return Split(found.images, None, *shared, of_images)
+        return Split(found.images, None, *shared, of_images, classes)
     shared = *shared[:3], found.names[:count]
-    return Split(
+    split = Split(
         part(found.images, slice(count)) if test else found.images,
         part(found.images, slice(count, None)) if test else None,
         *shared,
     )
+    if classes is None:
+        return split
+    return split._replace(labels=classes[:count], test_labels=classes[count:])
 
 
 def _encoded(path: Path) -> Encoded:

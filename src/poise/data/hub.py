@@ -43,7 +43,8 @@ def read_hub(name: str, reading: Reading) -> Found:
     notes = [f"not used: the split {split}" for split in splits if split not in used]
     if len(columns) > 1:
         notes.insert(0, f"image column {columns[0]}, of {', '.join(columns)}")
-    found = decode_split(sides[0], sides[1], reading)
+    labels = _labels([splits[split] for split in used]) if reading.labels else None
+    found = decode_split(sides[0], sides[1], reading, labels=labels)
     return Found(name.rstrip("/").split("/")[-1], found, f"hf:{name}", tuple(notes))
 
 
@@ -93,6 +94,23 @@ def _image_columns(split: Any, name: str) -> list[str]:
             f"hf:{name} has no column of images: its columns are {', '.join(split.features)}"
         )
     return columns
+
+
+def _labels(splits: list[Any]) -> list[str] | None:
+    """Return the class of each row of all splits, from the first column of type ClassLabel."""
+    from datasets import ClassLabel
+
+    found = []
+    for split in splits:
+        columns = [name for name, kind in split.features.items() if isinstance(kind, ClassLabel)]
+        if not columns:
+            return None
+        names = split.features[columns[0]].names
+        numbers = list(split[columns[0]])
+        if any(number is None or number < 0 for number in numbers):  # -1: not labelled
+            return None
+        found += [names[number] for number in numbers]
+    return found
 
 
 def _files(label: str, split: Any, column: str) -> list[Encoded]:

@@ -18,6 +18,7 @@ import numpy as np
 from poise.data.arrays import as_split
 from poise.data.dataset import Found, Reading
 from poise.data.folders import read_files
+from poise.data.labels import as_labels
 from poise.data.opening import shown
 from poise.errors import InputError, MissingInputError
 
@@ -25,6 +26,7 @@ Reader = Callable[[Path, Reading], Found]
 
 CELEBA_SIZE = 64
 _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+_IDX_LABELS = 0x00000801  # one dimension
 _PARTS = {"0": "train", "1": "val", "2": "test"}  # CelebA's partition file
 _TRAIN, _TEST = "0", "2"
 
@@ -60,29 +62,37 @@ def read_mnist(folder: Path, reading: Reading) -> Found:
         f"{shown(folder)} ({part})": _read_idx(folder, part)
         for part in ("train-images", "t10k-images")
     }
+    labels = None
+    if reading.labels:
+        labels = [
+            as_labels(_read_idx(folder, part, 1), len(images), f"{shown(folder)} ({part})")
+            for part, images in zip(("train-labels", "t10k-labels"), arrays.values(), strict=True)
+        ]
     name = folder.resolve().parent.name if folder.name == "raw" else folder.resolve().name
-    return Found(shown(name), as_split(arrays, reading, ("train", "test")), shown(folder))
+    return Found(shown(name), as_split(arrays, reading, ("train", "test"), labels), shown(folder))
 
 
-def _read_idx(folder: Path, part: str) -> np.ndarray:
-    path = _idx_file(folder, part)
+def _read_idx(folder: Path, part: str, dims: int = 3) -> np.ndarray:
+    path = _idx_file(folder, part, dims)
     if path is None:
         raise MissingInputError(
-            f"{folder / part}-idx3-ubyte is missing (with or without .gz): put it there"
+            f"{folder / part}-idx{dims}-ubyte is missing (with or without .gz): put it there"
         )
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
-    magic, *shape = np.frombuffer(content[:16], ">u4").tolist() if len(content) >= 16 else (0,)
-    if magic != _IDX_IMAGES or len(content) != 16 + math.prod(shape):
-        raise InputError(f"{path} is damaged or not an idx file of images: download it again")
+    size, wanted = 4 * (dims + 1), _IDX_IMAGES if dims == 3 else _IDX_LABELS
+    magic, *shape = np.frombuffer(content[:size], ">u4").tolist() if len(content) >= size else (0,)
+    if magic != wanted or len(content) != size + math.prod(shape):
+        what = "images" if dims == 3 else "labels"
+        raise InputError(f"{path} is damaged or not an idx file of {what}: download it again")
     # The buffer is read-only; the copy is writable.
-    return np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8, offset=size).reshape(shape).copy()
 
 
-def _idx_file(folder: Path, part: str) -> Path | None:
-    names = (f"{part}-idx3-ubyte", f"{part}-idx3-ubyte.gz")
+def _idx_file(folder: Path, part: str, dims: int = 3) -> Path | None:
+    names = (f"{part}-idx{dims}-ubyte", f"{part}-idx{dims}-ubyte.gz")
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -94,20 +104,42 @@ def read_cifar10(folder: Path, reading: Reading) -> Found:
         InputError: a file is damaged, or names a function that `ArrayUnpickler` refuses.
     """
     batches = [_read_batch(folder / f"data_batch_{k}") for k in range(1, 6)]
+    sides = {"train": batches, "test": [_read_batch(folder / "test_batch")]}
     arrays = {
-        f"{shown(folder)} (train)": np.concatenate(batches),
-        f"{shown(folder)} (test)": _read_batch(folder / "test_batch"),
+        f"{shown(folder)} ({side})": np.concatenate([pixels for pixels, _ in parts])
+        for side, parts in sides.items()
     }
-    return Found("cifar10", as_split(arrays, reading, ("train", "test")), shown(folder))
+    labels, known = None, all(of is not None for parts in sides.values() for _, of in parts)
+    if reading.labels and known:
+        names, labels = _read_meta(folder / "batches.meta"), []
+        for parts, (label, images) in zip(sides.values(), arrays.items(), strict=True):
+            numbers = [number for _, of in parts for number in of]
+            labels.append(names[as_labels(numbers, len(images), label)])
+    split = as_split(arrays, reading, ("train", "test"), labels)
+    return Found("cifar10", split, shown(folder))
 
 
-def _read_batch(path: Path) -> np.ndarray:
+def _read_meta(path: Path) -> np.ndarray:
+    """Return the names of the ten classes, or their numbers as text without the file."""
+    if not path.is_file():
+        return np.array([str(number) for number in range(10)])
+    try:
+        with path.open("rb") as file:
+            names = ArrayUnpickler(file).load()[b"label_names"]
+        return np.array([name.decode() for name in names])
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{path} is damaged: unpack cifar-10-python.tar.gz again") from error
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, Any]:
+    """Return the images of a batch, and the number of the class of each if the batch has them."""
     if not path.is_file():
         raise MissingInputError(f"{path} is missing: unpack cifar-10-python.tar.gz again")
     try:
         with path.open("rb") as file:
-            pixels = ArrayUnpickler(file).load()[b"data"]
-        return pixels.reshape(-1, 3, 32, 32)
+            batch = ArrayUnpickler(file).load()
+        pixels = batch[b"data"].reshape(-1, 3, 32, 32)
+        return pixels, batch.get(b"labels")
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(

@@ -202,6 +202,23 @@ def side_of(folders: Sequence[str]) -> tuple[str, str]:
     return "", ""
 
 
+def classes_of_folders(paths: Sequence[Path], folder: Path) -> list[str] | None:
+    """Return the class of each image: the folder it is in. None: an image is in none.
+
+    The class is the folder below that of a side (train/cat/1.png), or above it (cat/train/1.png).
+    Without sides it is the first folder, after those that all images share.
+    """
+    inner = [path.parent.relative_to(folder).parts for path in paths]
+    found: list[tuple[str, ...]] = []
+    for parts in inner:
+        side, place = side_of(parts)
+        depth = len(place.split("/")) if side else 0
+        found.append(parts[depth:] or parts[: depth - 1][-1:] if side else parts)
+    while found and all(len(parts) > 1 and parts[0] == found[0][0] for parts in found):
+        found = [parts[1:] for parts in found]
+    return [parts[0] for parts in found] if all(found) else None
+
+
 def _names_of_sides(sides: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     names: dict[str, set[str]] = {}
     for side, name in sides:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from poise.data.dataset import (
 from poise.data.decoding import jpeg_round_trip
 from poise.data.folders import read_files, read_folder, read_tars
 from poise.data.hub import read_hub
+from poise.data.labels import HOW, Labels, as_labels, labels_of
 from poise.data.layouts import find_layouts
 from poise.data.listing import is_image
 from poise.data.names import read_named
@@ -53,6 +55,7 @@ def load(
     memory_budget: int | None = None,
     cache: Path | None = None,
     stream: bool = False,
+    labels: Any = None,
 ) -> Dataset:
     """Load the images of a source and split them into train and test.
 
@@ -91,6 +94,9 @@ def load(
             system's folder for temporary files, and nothing is kept.
         stream: keep no decoded images. Each image is decoded again whenever it is read. Only for
             image files, in folders, tar files or data sets of the Hub.
+        labels: True: read the classes of the images: the folders they are in, y_train and y_test of
+            an .npz file, the labels of torchvision's files and of the Hub's ClassLabel. Or the
+            label of each image of an array: (n,), whole numbers or text. None: no labels.
 
     Raises:
         MissingInputError: the source does not exist, or a named data set is not available.
@@ -113,6 +119,7 @@ def load(
         memory_budget=memory_budget,
         cache=cache,
         stream=stream,
+        labels=labels is True,
     )
     found = _find(source, data_dir, reading)
     if stream and not _is_streamed(found.split.train):
@@ -120,12 +127,16 @@ def load(
             f"stream is for image files in folders, tar files or data sets of the Hub, "
             f"which {found.source} is not: leave it out"
         )
+    if labels is not None and not isinstance(labels, bool):
+        found = _labelled(found, labels)
     if found.file_order != file_order:
         raise InputError(
             f'file_order "{file_order}" is for CelebA\'s folder of .jpg files, '
             f"which {found.source} is not: leave file_order out"
         )
-    train, test = _split(found)
+    train, test, classes = _split(found)
+    if labels is not None and labels is not False and classes is None:
+        raise InputError(f"{found.source} has no labels: {HOW}")
     notes = [*range_notes(train, test), *found.notes, *found.split.notes]
     if (
         found.split.test is not None
@@ -148,7 +159,20 @@ def load(
         tuple(notes),
         found.split.levels,
         found.split.skipped,
+        classes,
     )
+
+
+def _labelled(found: Found, labels: Any) -> Found:
+    """Return the images of an array with the label of each."""
+    if found.source != "array":
+        raise InputError(
+            f"{found.source} is not an array: labels=True reads its labels, and an array of "
+            "labels is for an array of images"
+        )
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
+    given = as_labels(values, len(found.split.train), "labels")
+    return replace(found, split=found.split._replace(labels=given))
 
 
 def range_notes(*parts: Pixels) -> Iterator[str]:
@@ -206,6 +230,7 @@ class Given(NamedTuple):
         names: of each image: its path inside the folder, or its array and row. Empty for a test
             side alone.
         sides: of each image: train, test or val, or an empty text without an official split.
+        labels: the class of each image. Empty: not asked for, or the source has none.
     """
 
     images: Pixels
@@ -213,6 +238,7 @@ class Given(NamedTuple):
     notes: tuple[str, ...]
     names: tuple[str, ...]
     sides: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 def find_images(
@@ -224,6 +250,7 @@ def find_images(
     skip_unreadable: bool = False,
     levels: int | None = None,
     max_megapixels: int | None = None,
+    labels: bool = False,
 ) -> Given:
     """Return the images of `read_images`, with their names and what the user has to know.
 
@@ -231,6 +258,7 @@ def find_images(
         source, size, channels: see `read_images`.
         side: the side of an official split to return, or "all": the images of all sides.
         skip_unreadable, levels, max_megapixels: see `load`.
+        labels: also return the class of each image, if the source has them. With `side` "all".
 
     Raises:
         InputError: see `load`.
@@ -242,6 +270,7 @@ def find_images(
         levels=levels,
         max_megapixels=max_megapixels,
         whole=side == "all",
+        labels=labels,
     )
     if isinstance(source, (str, Path)) and Path(source).is_file() and is_image(Path(source)):
         split = read_files([Path(source)], [], reading)
@@ -252,7 +281,8 @@ def find_images(
     if side == "all" or split.test is None:
         sides = split.sides or ("",) * len(split.train)
         notes = (*range_notes(split.train), *notes)
-        return Given(split.train, "given", notes, split.names, sides)
+        classes = () if split.labels is None else tuple(map(str, split.labels.tolist()))
+        return Given(split.train, "given", notes, split.names, sides, classes)
     images = split.train if side == "train" else split.test
     total = len(split.train) + len(split.test)
     part = f"{found.source}: {len(images)} of {total} images, those for {side}"
@@ -321,18 +351,24 @@ def _read_nothing(source: str) -> Found:
     raise MissingInputError(f"{source!r} does not exist{guess}: give {known}")
 
 
-def _split(found: Found) -> tuple[Pixels, Pixels]:
+def _split(found: Found) -> tuple[Pixels, Pixels, Labels | None]:
     train, test = found.split.train, found.split.test
+    classes, test_classes = found.split.labels, found.split.test_labels
     check_enough(len(train) + (0 if test is None else len(test)))
     if test is None:
         rows, test_rows = split_by_content(train)
-        return take(train, rows), take(train, test_rows)
+        labels = (
+            None if classes is None else labels_of(classes[rows], classes[test_rows], found.source)
+        )
+        return take(train, rows), take(train, test_rows), labels
     if not len(train) or not len(test) or train.shape[1:] != test.shape[1:]:
         shapes = f"training images {train.shape} and test images {test.shape}"
         raise InputError(
             f"{found.source}: {shapes} do not go together: both need images, of one shape"
         )
-    return train, test
+    if classes is None or test_classes is None:
+        return train, test, None
+    return train, test, labels_of(classes, test_classes, found.source)
 
 
 def _is_streamed(images: Pixels) -> bool:

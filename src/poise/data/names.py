@@ -48,12 +48,18 @@ def read_named(name: str, data_dir: str | Path | None, reading: Reading) -> Foun
 def read_digits(reading: Reading) -> Found:
     """Return scikit-learn's 1,797 handwritten digits of 8x8 pixels; 17 levels become 0 to 255."""
     pixels = np.floor(_digits_levels() * 255 / 16 + 0.5).astype(np.uint8)
-    split = as_split({"digits": pixels}, reading)
+    labels = [_digits_table()[:, 64].astype(np.int64)] if reading.labels else None
+    split = as_split({"digits": pixels}, reading, labels=labels)
     return Found("digits", split, "scikit-learn's load_digits")
 
 
 def _digits_levels() -> np.ndarray:
-    """Return the images of scikit-learn's load_digits, (1797, 8, 8).
+    """Return the images of scikit-learn's load_digits, (1797, 8, 8)."""
+    return _digits_table()[:, :64].reshape(-1, 8, 8)
+
+
+def _digits_table() -> np.ndarray:
+    """Return pixels and label of each of scikit-learn's digits, (1797, 65).
 
     Reads scikit-learn's file if possible, because its import takes a second or more.
     """
@@ -64,10 +70,10 @@ def _digits_levels() -> np.ndarray:
         else Path()
     )
     if file.is_file():
-        return np.loadtxt(file, delimiter=",", usecols=range(64)).reshape(-1, 8, 8)
+        return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
-    return np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
+    return np.column_stack(load_digits(return_X_y=True))
 
 
 def _read_local(place: NamedDataSet, root: Path, reading: Reading) -> Found | None:

@@ -158,10 +158,11 @@ def _prior(scene: Scene, name: str, prior: Prior, *, default: bool) -> dict[str,
     factor = 1.0
     if isinstance(prior, RenormalisedPrior):
         prior, factor = prior.prior, prior.factor
+    noise = len(prior.flow.mean) if isinstance(prior, FlowPrior) else prior.noise_dims
     return _sampler(scene, prior, name) | {
         "name": name,
         "words": PRIORS[name].words,
-        "noise": prior.noise_dims,
+        "noise": noise,
         "factor": factor,
         "default": default,
     }
@@ -180,11 +181,10 @@ def _sampler(scene: Scene, prior: Prior, name: str) -> dict[str, Any]:
             return {"kind": "mixture"}
         case FlowPrior():
             flow = prior.flow
-            device = flow.mean.device
-            inputs = [
-                torch.zeros(1, prior.noise_dims, device=device),
-                torch.zeros(1, device=device),
-            ]
+            zeros = torch.zeros(1, len(flow.mean), device=flow.mean.device)
+            inputs = [zeros, zeros[:, 0]]
+            if flow.classes:
+                scene.notes.append("The flow is that of all classes: this page takes no label.")
             scene.networks[name] = graph_of(flow, inputs, "the flow")
             scene.arrays |= {"flow mean": flow.mean, "flow std": flow.std}
             return {"kind": "flow", "steps": prior.steps, "solver": prior.solver}

@@ -4,7 +4,8 @@ Statistics are float64. Nothing here depends on the batch size or the order of i
 
 In reading order: `encoding` (posteriors of images), `reconstruction` (error and ELBO), `likelihood`
 (importance-weighted), `latents` (the latent page), `distances` (Frechet distance, kernel distance,
-Inception Score), `manifold` (precision, recall, density, coverage).
+Inception Score), `manifold` (precision, recall, density, coverage), `reference_statistics` (mean
+and covariance of real images in a file).
 """
 
 from poise.metrics.distances import (
@@ -25,6 +26,11 @@ from poise.metrics.reconstruction import (
     reconstruction,
     structural_similarity,
 )
+from poise.metrics.reference_statistics import (
+    ReferenceStatistics,
+    read_statistics,
+    write_statistics,
+)
 
 __all__ = [
     "CHUNK",
@@ -34,6 +40,7 @@ __all__ = [
     "LatentStatistics",
     "Manifold",
     "Reconstruction",
+    "ReferenceStatistics",
     "Spread",
     "encode_all",
     "encode_chunks",
@@ -48,6 +55,8 @@ __all__ = [
     "nll_per_image",
     "peak_signal_to_noise",
     "pixel_std",
+    "read_statistics",
     "reconstruction",
     "structural_similarity",
+    "write_statistics",
 ]

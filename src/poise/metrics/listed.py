@@ -33,15 +33,28 @@ SMALLEST_SUBSET = 5_000
 
 
 class Reference:
-    """Features of real images, with a cache of what all comparisons with them share."""
+    """Features of real images, with a cache of what all comparisons with them share.
 
-    def __init__(self, features: Features, protocol: Protocol) -> None:
-        self.features = features
+    Args:
+        features: (n, d). None: only their Gaussian is known, so metrics of features are left out.
+        protocol: how they are measured.
+        gaussian: their mean and covariance. None: those of the features.
+    """
+
+    def __init__(
+        self, features: Features | None, protocol: Protocol, gaussian: Gaussian | None = None
+    ) -> None:
+        self.known, self._gaussian = features, gaussian
         self.neighbours = (protocol.precision_neighbours, protocol.coverage_neighbours)
+
+    @property
+    def features(self) -> Features:
+        assert self.known is not None, "metrics of features are left out without them"
+        return self.known
 
     @cached_property
     def gaussian(self) -> Gaussian:
-        return fit_gaussian(self.features)
+        return self._gaussian or fit_gaussian(self.features)
 
     @cached_property
     def reaches(self) -> list[Tensor]:
@@ -94,6 +107,7 @@ class Distance:
         of_network: whether the name includes the feature network, as in "KID-light".
         in_compare: whether `poise compare` shows it.
         on_request: whether it is measured only with `infinity`.
+        of_features: whether it needs the features of the real images, not only mean and covariance.
         pattern: regular expression of its names; None: its name, or its name and a network.
     """
 
@@ -102,6 +116,7 @@ class Distance:
     of_network: bool = False
     in_compare: bool = False
     on_request: bool = False
+    of_features: bool = True
     pattern: str | None = None
 
     def named_for(self, extractor: Extractor) -> str:
@@ -155,7 +170,12 @@ def _inception_score(pair: Pair) -> Value | None:
 
 
 FRECHET = Distance(
-    "FID", _frechet, of_network=True, in_compare=True, pattern=r"(FID|FD-.+)(?<! infinity)"
+    "FID",
+    _frechet,
+    of_network=True,
+    in_compare=True,
+    of_features=False,
+    pattern=r"(FID|FD-.+)(?<! infinity)",
 )
 DISTANCES = [
     FRECHET,
@@ -171,7 +191,7 @@ DISTANCES = [
     Distance("recall", _manifold("recall")),
     Distance("density", _manifold("density")),
     Distance("coverage", _manifold("coverage")),
-    Distance("IS", _inception_score, of_network=True),
+    Distance("IS", _inception_score, of_network=True, of_features=False),
 ]
 
 

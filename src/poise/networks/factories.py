@@ -234,6 +234,7 @@ def flow(
     width: int | None = None,
     blocks: int | None = None,
     attentions: int | None = None,
+    classes: int = 0,
 ) -> nn.Module:
     """Return the velocity network of the flow prior: latents (n, L) and times (n,) to (n, L).
 
@@ -246,6 +247,8 @@ def flow(
             which 3 at half resolution; 6 for vectors.
         attentions: number of self-attention layers of the convolutional network, from 0 to the
             number of blocks at half resolution. Default: one after each of these.
+        classes: number of classes. The network then takes a third argument, the class of each
+            latent vector (n,), where `classes` stands for none. 0: none.
 
     Raises:
         InputError: a setting does not fit this network.
@@ -259,7 +262,7 @@ def flow(
     if blocks < (least := 3 if maps else 1):
         raise InputError(f"network flow takes {least} blocks or more here, not {blocks}")
     if not maps:
-        return VectorVelocity(latent_shape[0], width, blocks)
+        return VectorVelocity(latent_shape[0], width, blocks, classes)
     outer = blocks // 3
     inside = blocks - 2 * outer
     attentions = inside if attentions is None else attentions
@@ -268,7 +271,7 @@ def flow(
             f"attentions must be 0 to {inside} for {blocks} blocks "
             f"({inside} at half resolution), not {attentions}"
         )
-    return MapVelocity(latent_shape, width, (outer, inside, outer), attentions)
+    return MapVelocity(latent_shape, width, (outer, inside, outer), attentions, classes)
 
 
 def _check_width(name: str, width: int) -> None:

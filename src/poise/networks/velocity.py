@@ -6,7 +6,9 @@ shift b for every block,
     x + layer(SiLU((1 + a) norm(layer(SiLU(norm(x)))) + b)).
 
 The last layer of a block and of the network starts at zero, so that v = 0 at the first step.
-There is no dropout. Source: Peebles & Xie 2023 (adaptive normalisation, zero start).
+There is no dropout. With classes, an embedding of the class is added to the features of t; it
+starts at zero, and its last row is of no class. Source: Peebles & Xie 2023 (adaptive
+normalisation, zero start).
 """
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.networks.convolutional import group_norm, zeroed
-from poise.shapes import Images, Latents, PerImage
+from poise.shapes import ClassOfEach, Images, Latents, PerImage
 
 TIME_WAVES, HIGHEST_FREQUENCY = 32, 1000.0
 HEAD_WIDTH = 32  # channels of an attention head
@@ -32,6 +34,7 @@ class MapVelocity(nn.Module):
         width: channels at full resolution.
         blocks: number of residual blocks before, at and after half resolution.
         attentions: number of self-attention layers, each after a block at half resolution.
+        classes: number of classes that it is conditioned on. 0: none.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class MapVelocity(nn.Module):
         width: int,
         blocks: tuple[int, int, int],
         attentions: int,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.latent_shape = latent_shape
@@ -61,9 +65,14 @@ class MapVelocity(nn.Module):
         self.output = nn.Sequential(
             group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1))
         )
+        self.label = class_embedding(classes, inner)
 
-    def forward(self, latents: Latents, time: PerImage) -> Latents:
+    def forward(
+        self, latents: Latents, time: PerImage, labels: ClassOfEach | None = None
+    ) -> Latents:
         features = self.time(time)
+        if self.label is not None:
+            features = features + self.label(labels)
         maps = F.pad(latents.unflatten(1, self.latent_shape), self.padding)
         maps = self.input(maps) + self.position
         for block in self.before:
@@ -87,9 +96,10 @@ class VectorVelocity(nn.Module):
         latent_dim: number of latents.
         width: width of the hidden layers.
         blocks: number of residual blocks.
+        classes: number of classes that it is conditioned on. 0: none.
     """
 
-    def __init__(self, latent_dim: int, width: int, blocks: int) -> None:
+    def __init__(self, latent_dim: int, width: int, blocks: int, classes: int = 0) -> None:
         super().__init__()
         self.latent_shape = (latent_dim,)
         self.time = TimeFeatures(width)
@@ -98,13 +108,23 @@ class VectorVelocity(nn.Module):
         self.output = nn.Sequential(
             nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, latent_dim))
         )
+        self.label = class_embedding(classes, width)
 
-    def forward(self, latents: Latents, time: PerImage) -> Latents:
+    def forward(
+        self, latents: Latents, time: PerImage, labels: ClassOfEach | None = None
+    ) -> Latents:
         features = self.time(time)
+        if self.label is not None:
+            features = features + self.label(labels)
         hidden = self.input(latents)
         for block in self.blocks:
             hidden = block(hidden, features)
         return self.output(hidden)
+
+
+def class_embedding(classes: int, width: int) -> nn.Embedding | None:
+    """Return an embedding of the classes and of "no class", all zero; None without classes."""
+    return nn.Embedding.from_pretrained(torch.zeros(classes + 1, width), False) if classes else None
 
 
 class TimeFeatures(nn.Module):

@@ -24,7 +24,7 @@ from poise.errors import InputError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian, variance_law
 from poise.recipes.settings import Generation
-from poise.shapes import Latents, Noise, Scalar
+from poise.shapes import ClassOfEach, Latents, Noise, Scalar
 from poise.support.seeds import REFERENCE_SEED, noise_per_image
 from poise.vae import VAE
 from poise.variants import SecondStage, find_prior
@@ -53,6 +53,20 @@ class Prior(nn.Module, ABC):
     def latents(self, noise: Noise) -> Latents:
         """Return latents (n, latents) for standard normal noise (n, noise_dims)."""
 
+    def of_class(self, label: int) -> "Prior":
+        """Return the prior of one class, with the same noise.
+
+        Args:
+            label: position of the class among the classes of the training images.
+
+        Raises:
+            InputError: this prior takes no class.
+        """
+        raise InputError(
+            "this prior takes no label: use the prior mixture, or the prior flow of a run that was "
+            "trained with --labels --second flow"
+        )
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -67,6 +81,7 @@ class TrainedModel:
         components: maximum number of mixture components, >= 1.
         seed: seed of all randomness in fitting.
         device: device on which a prior is fitted.
+        labels: (n,), the classes of the training images. None: they are not known.
     """
 
     latent_dim: int
@@ -77,6 +92,7 @@ class TrainedModel:
     components: int = 10
     seed: int = 0
     device: str | torch.device = "cpu"
+    labels: ClassOfEach | None = None
 
     @property
     def second_stage(self) -> SecondStage | None:
@@ -139,6 +155,9 @@ class RenormalisedPrior(Prior):
 
     def latents(self, noise: Noise) -> Latents:
         return self.factor * self.prior.latents(noise)
+
+    def of_class(self, label: int) -> Prior:
+        return RenormalisedPrior(self.prior.of_class(label), self.factor)
 
 
 def renormalisation_factor(

@@ -10,6 +10,10 @@ with an error of order h^2, and Euler's method
 
 with an error of order h. The last step of Heun's method is one of Euler's, whose own error is of
 order h^2. So n steps of Heun's method evaluate the network 2n - 1 times. See `poise.flow` for v.
+
+A flow with classes has one more column of noise, which draws the class of each latent vector by its
+frequency among the training images. `of_class` gives all of them one class, with the same noise.
+Guidance (eq. 4 of `poise.flow`) other than 1 evaluates the network twice as often.
 """
 
 from typing import final
@@ -17,6 +21,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from poise.errors import InputError
 from poise.flow import Flow
 from poise.priors.base import Prior, TrainedModel
 from poise.recipes.settings import Solver
@@ -33,20 +38,48 @@ class FlowPrior(Prior):
         flow: the flow, of L latents.
         steps: number of steps of the solver, >= 1.
         solver: "heun" or "euler".
+        guidance: factor of the direction of the class, >= 0. 1: the flow of the class; more: images
+            that are more typical of it, and less diverse; 0: the flow of all classes.
+        label: the class of all latents. None: drawn by frequency.
+
+    Raises:
+        InputError: guidance other than 1, or a class, for a flow without classes.
     """
 
     reference_draws = 1_000  # a draw costs tens of evaluations of the network
 
-    def __init__(self, flow: Flow, *, steps: int, solver: Solver = "heun") -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        steps: int,
+        solver: Solver = "heun",
+        guidance: float = 1.0,
+        label: int | None = None,
+    ) -> None:
         super().__init__()
+        if not flow.classes and (guidance != 1 or label is not None):
+            raise InputError(
+                "labels and guidance need a flow that was trained with them: train with --labels"
+            )
         self.flow, self.steps, self.solver = flow, steps, solver
-        self.noise_dims = len(flow.mean)
+        self.guidance, self.label = guidance, label
+        self.noise_dims = len(flow.mean) + (flow.classes > 0)
 
     @classmethod
     def fitted(cls, model: TrainedModel) -> "FlowPrior":
         assert isinstance(model.second, Flow)
         chosen = model.generation
-        return cls(model.second, steps=chosen.flow_steps, solver=chosen.flow_solver)
+        return cls(
+            model.second,
+            steps=chosen.flow_steps,
+            solver=chosen.flow_solver,
+            guidance=chosen.guidance,
+        )
+
+    def of_class(self, label: int) -> "FlowPrior":
+        how = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
+        return FlowPrior(self.flow, **how, label=label)
 
     @torch.no_grad()
     def latents(self, noise: Noise) -> Latents:
@@ -56,16 +89,32 @@ class FlowPrior(Prior):
         ends = torch.cat([self._carry(part) for part in parts])
         return self.flow.mean + self.flow.std * ends
 
-    def _carry(self, y: Tensor) -> Tensor:
-        """Return y(1) for y(0)."""
-        h = 1 / self.steps
+    def _carry(self, noise: Tensor) -> Tensor:
+        """Return y(1) for y(0), and for the column that draws the class if there are classes."""
+        h, labels = 1 / self.steps, self._labels(noise)
+        y = noise if labels is None else noise[:, :-1]
         for step in range(self.steps):
             time = y.new_full(y.shape[:1], step * h)  # len(y) would fix the size of an export
-            v = self.flow(y, time)
+            v = self._velocity(y, time, labels)
             if self.solver == "heun" and step < self.steps - 1:
-                v = (v + self.flow(y + h * v, time + h)) / 2
+                v = (v + self._velocity(y + h * v, time + h, labels)) / 2
             y = y + h * v
         return y
+
+    def _labels(self, noise: Tensor) -> Tensor | None:
+        if not self.flow.classes:
+            return None
+        if self.label is not None:
+            return noise.new_full(noise.shape[:1], self.label, dtype=torch.long)
+        uniform, bounds = torch.special.ndtr(noise[:, -1]), self.flow.frequencies.cumsum(0)[:-1]
+        return (bounds < uniform[:, None]).sum(1)  # ONNX has no search
+
+    def _velocity(self, y: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the velocity with guidance (eq. 4 of `poise.flow`)."""
+        if labels is None or self.guidance == 1:
+            return self.flow(y, time, labels)
+        plain = self.flow(y, time)
+        return plain + self.guidance * (self.flow(y, time, labels) - plain)
 
 
 def evaluations(steps: int, solver: Solver) -> int:

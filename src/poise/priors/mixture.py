@@ -1,4 +1,8 @@
-"""Gaussian mixture prior, fitted to the training codes: GEN-mixture."""
+"""Gaussian mixture prior, fitted to the training codes: GEN-mixture.
+
+With labels a mixture is fitted to the codes of each class. Together they are one mixture, whose
+weights are multiplied by the frequencies of the classes.
+"""
 
 import math
 from typing import final
@@ -10,7 +14,7 @@ from torch import Tensor
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.priors.base import Prior, TrainedModel
-from poise.shapes import Latents, Noise, PerImage
+from poise.shapes import ClassOfEach, Latents, Noise, PerImage
 from poise.support.seeds import derive, generator
 
 # The defaults of scikit-learn's max_iter, tol (nats) and reg_covar.
@@ -29,30 +33,46 @@ class MixturePrior(Prior):
         weights: (components,), with sum 1.
         means: (components, latents).
         factors: (components, latents, latents), lower Cholesky factors of the covariances.
+        labels: (components,), the class of each component. None: the mixture has no classes.
     """
 
     weights: Tensor
     means: Tensor
     factors: Tensor
+    labels: Tensor | None
 
-    def __init__(self, weights: Tensor, means: Tensor, factors: Tensor) -> None:
+    def __init__(
+        self, weights: Tensor, means: Tensor, factors: Tensor, labels: ClassOfEach | None = None
+    ) -> None:
         super().__init__()
         for name, value in (("weights", weights), ("means", means), ("factors", factors)):
             self.register_buffer(name, value)
+        self.register_buffer("labels", labels)
         self.noise_dims = 1 + means.shape[1]
 
     @classmethod
     def fitted(cls, model: TrainedModel) -> "MixturePrior":
         return fit_mixture(
-            model.codes(), components=model.components, seed=model.seed, device=model.device
+            model.codes(),
+            components=model.components,
+            seed=model.seed,
+            device=model.device,
+            labels=model.labels,
         )
+
+    def of_class(self, label: int) -> "MixturePrior":
+        if self.labels is None:
+            return super().of_class(label)  # pyright: ignore[reportReturnType]  # it raises
+        mine = self.labels == label
+        weights = self.weights[mine]
+        return MixturePrior(weights / weights.sum(), self.means[mine], self.factors[mine])
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], latents: int) -> "MixturePrior":
         """Return the mixture of a state dict.
 
         Args:
-            tensors: weights, means and factors by name.
+            tensors: weights, means and factors by name, and labels if it has classes.
             latents: number of latents, which the means must have.
 
         Raises:
@@ -61,11 +81,17 @@ class MixturePrior(Prior):
         count = len(tensors.get("weights", torch.empty(0)))
         shapes = {"weights": (count,), "means": (count, latents)}
         shapes["factors"] = (count, latents, latents)
-        fits = tensors.keys() == shapes.keys() and all(
-            tensors[name].shape == shape
-            and tensors[name].is_floating_point()
-            and tensors[name].isfinite().all()
-            for name, shape in shapes.items()
+        labels = tensors.get("labels", torch.zeros(count, dtype=torch.int64))
+        known = labels.shape == (count,) and labels.dtype == torch.int64
+        fits = (
+            known
+            and tensors.keys() - {"labels"} == shapes.keys()
+            and all(
+                tensors[name].shape == shape
+                and tensors[name].is_floating_point()
+                and tensors[name].isfinite().all()
+                for name, shape in shapes.items()
+            )
         )
         if not count or not fits or not (tensors["weights"] >= 0).all():
             raise InputError(f"the saved mixture is not one of {latents} latents")
@@ -93,6 +119,7 @@ def fit_mixture(
     components: int = 10,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    labels: ClassOfEach | None = None,
 ) -> MixturePrior:
     """Fit a mixture to one latent vector sampled from the posterior of each training image.
 
@@ -102,9 +129,11 @@ def fit_mixture(
     Args:
         codes: (n, latents), the posteriors of the training images.
         components: maximum number of components, >= 1. The mixture has fewer if there are fewer
-            than ten images per component.
+            than ten images per component. With labels, of each class.
         seed: seed of the sampling, the choice of images and the initialisation.
         device: device of the fit, in float64. A device without float64 is replaced by the CPU.
+        labels: (n,), the class of each image; a mixture is then fitted to each class. None: one
+            mixture is fitted to all images.
 
     Returns:
         The mixture, on the CPU.
@@ -122,13 +151,28 @@ def fit_mixture(
     source = generator("mixture", seed)
     codes = DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu())
     latents = codes.sample(torch.randn(codes.mean.shape, generator=source))
+    some = torch.arange(len(latents))
     if len(latents) > MOST_CODES:
-        latents = latents[torch.randperm(len(latents), generator=source)[:MOST_CODES]]
-    number = max(1, min(components, len(latents) // 10))
+        some = torch.randperm(len(latents), generator=source)[:MOST_CODES]
     place = torch.device(device if torch.device(device).type != "mps" else "cpu")
-    return MixturePrior(
-        *expectation_maximisation(latents.double(), number, derive("mixture", seed) % 2**32, place)
-    )
+
+    def fitted(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        number = max(1, min(components, len(values) // 10))
+        return expectation_maximisation(
+            values.double(), number, derive("mixture", seed) % 2**32, place
+        )
+
+    if labels is None:
+        return MixturePrior(*fitted(latents[some]))
+    parts, of_components = [], []
+    for label in labels.unique().tolist():
+        mine = labels == label
+        chosen = some[mine[some]]
+        weights, means, factors = fitted(latents[chosen if len(chosen) else mine])
+        parts.append((weights * mine.float().mean(), means, factors))
+        of_components += [label] * len(weights)
+    joined = (torch.cat(values) for values in zip(*parts, strict=True))
+    return MixturePrior(*joined, torch.tensor(of_components))
 
 
 def expectation_maximisation(

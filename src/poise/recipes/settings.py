@@ -123,6 +123,8 @@ class Data:
         max_megapixels: refuse image files of more megapixels. None: 179.
         stream: keep no decoded images, for sets larger than the disk. Each image is decoded again
             whenever it is read.
+        labels: learn the classes of the images: the folders they are in, y_train beside x_train, or
+            the labels of the data set. A flow and the mixture then draw images of a class.
     """
 
     source: str
@@ -135,6 +137,7 @@ class Data:
     levels: Annotated[int | None, Option("data")] = None
     max_megapixels: Annotated[int | None, Option("data")] = None
     stream: Annotated[bool, Option("data")] = False
+    labels: Annotated[bool, Option("data")] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -323,6 +326,8 @@ class Generation:
         flow_solver: solver of the flow's differential equation (see `poise.priors.flow_prior`).
         flow_steps: number of steps of this solver. n steps of "heun" evaluate the flow 2n - 1
             times, n steps of "euler" n times.
+        guidance: how much further than the flow of its class an image goes, >= 0 (eq. 4 of
+            `poise.flow`). 1: no guidance. Other values need a flow that was trained with labels.
     """
 
     second_stage_noise: bool = True
@@ -333,9 +338,12 @@ class Generation:
     reconstruct_from: Literal["mean", "sample"] = "mean"
     flow_solver: Solver = "heun"
     flow_steps: int = 12
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not 0 <= self.guidance < inf:
+            raise InputError(f"guidance must be a number of at least 0, not {self.guidance}")
         if self.flow_steps < 1:
             raise InputError(f"flow_steps must be at least 1, not {self.flow_steps}")
 

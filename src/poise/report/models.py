@@ -32,6 +32,7 @@ NEIGHBOURS_IN_A_ROW = 9
 NEIGHBOURS_OF_A_SHEET = 18
 MAPPED = 8  # images whose latent maps are shown
 MOST_CHANNELS = 16
+MOST_CLASSES, SAMPLES_OF_A_CLASS = 20, 8
 LARGEST_CODE = 3  # standard deviations of N(0, 1) that are drawn white
 MOST_PNG = 1_500_000  # bytes; larger pictures from the end of training are not embedded
 PRIORS = {prior.label: f"latents from {prior.words}" for prior in NAMED.values()}
@@ -47,6 +48,8 @@ class Exhibit:
         kept_pairs, kept_samples: data URIs of the pictures that training wrote at its end, used if
             the model or the data cannot be loaded.
         samples: data URI of the samples from each prior, by "GEN-1", ...
+        classes: data URI of samples of each class, one row per class, if the run has labels.
+        about_classes: their caption.
         progress: data URI of progress.png.
         neighbours: data URIs of samples from the default prior above their nearest training images.
         about_neighbours: their caption.
@@ -66,6 +69,8 @@ class Exhibit:
     kept_pairs: str | None = None
     kept_samples: str | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    classes: str | None = None
+    about_classes: str = ""
     progress: str | None = None
     neighbours: list[str] = field(default_factory=list)
     about_neighbours: str = ""
@@ -121,6 +126,8 @@ def exhibit(record: Record, data_sets: DataSetCache, device: str = "auto") -> Ex
         _take_kept_pictures(shown, samples=True)
         return shown
     samples = _show_samples(shown, run)
+    if run.classes:
+        _attempt(shown, "No samples of each class", lambda: _show_classes(shown, run))
     _show_data(shown, run, data_sets.dataset(run), samples)
     _add_codes(shown, run)
     return shown
@@ -150,6 +157,21 @@ def _show_samples(shown: Exhibit, run: Run) -> dict[str, Images]:
         )
     shown.samples = {label: contact_sheet(of, COLUMNS) for label, of in drawn_images.items()}
     return drawn_images
+
+
+def _show_classes(shown: Exhibit, run: Run) -> None:
+    """Show samples of each class, one row per class, all rows with the same noise."""
+    prior = "flow" if run.flow is not None else "mixture"
+    names = run.classes[:MOST_CLASSES]
+    how: dict[str, Any] = {"prior": prior, "seed": run.recipe.seed}
+    rows = [run.sample(SAMPLES_OF_A_CLASS, label=name, **how) for name in names]
+    shown.classes = contact_sheet(torch.cat(rows), SAMPLES_OF_A_CLASS)
+    total = len(run.classes)
+    which = f"the first {len(names)} of {total}" if total > len(names) else str(total)
+    shown.about_classes = (
+        f"Samples of each class ({NAMED[prior].label}), {which} classes, from top to bottom: "
+        f"{', '.join(names)}"
+    )
 
 
 def _attempt(shown: Exhibit, what: str, work: Callable[[], None]) -> None:

@@ -12,7 +12,9 @@ In reading order:
 - `plots`: training curves.
 - `growth`: progress.png, drawn during training.
 - `run`: `load`, and the trained model with all its methods.
+- `evaluating`, `scores`, `classes`: parts of these methods: evaluation, scores of images, labels.
 - `export`: samples and codes as files.
 - `sharing`: runs on the Hugging Face Hub.
 - `parts`, `onnx_files`: networks as ONNX files.
+- `checkup`: `poise doctor`.
 """

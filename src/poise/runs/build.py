@@ -71,21 +71,21 @@ def _first_pair(network: Network, shape: list[int]) -> networks.Pair:
             raise InputError("this run has a network of your own: pass it as vae=...")
 
 
-def second_stage(recipe: Recipe, first: VAE) -> VAE | Flow:
+def second_stage(recipe: Recipe, first: VAE, classes: int = 0) -> VAE | Flow:
     """Return stage 2's network, with initial weights that depend on the recipe's seed only.
 
     Args:
         recipe: its network, kind of stage 2 and seed are used.
         first: stage 1's network. If its decoder has an attribute `latent_shape`, its latents are a
             map of this shape.
+        classes: number of classes of a run with labels, which a flow is conditioned on.
     """
     network = recipe.network
     with seeded(derive("weights", recipe.seed, 2)):
         if recipe.second_stage == "flow":
             shape = getattr(first.decoder, "latent_shape", (network.latent_dim,))
-            return Flow(
-                networks.flow(shape, width=network.flow_width, blocks=network.flow_blocks), shape
-            )
+            sizes = {"width": network.flow_width, "blocks": network.flow_blocks}
+            return Flow(networks.flow(shape, **sizes, classes=classes), shape, classes)
         return VAE(*networks.second_stage(network.latent_dim, network.second_hidden))
 
 

@@ -127,6 +127,7 @@ def write_codes(
     names: Sequence[str] = (),
     sides: Sequence[str] = (),
     scale: LatentScale | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write posteriors as two float32 arrays `mean` and `logvar` of shape (number, latents).
 
@@ -137,6 +138,7 @@ def write_codes(
         names, sides: the name of each image and its side of the split, written beside the arrays:
             as arrays of text, or as JSON in the metadata of a .safetensors file.
         scale: mean and scale of the training images' latents, written in the same way.
+        labels: the class of each image, written like its name. Empty: not known.
 
     Raises:
         InputError: an unknown suffix.
@@ -147,6 +149,7 @@ def write_codes(
         zip(("mean", "logvar"), _to_arrays(chunks, number), strict=True)
     )
     told: dict[str, Any] = {"names": [*names], "sides": [*sides]} if names else {}
+    told |= {"labels": [*labels]} if labels else {}
     told |= asdict(scale) if scale else {}
     if out.suffix == ".safetensors":
         from safetensors.numpy import save

@@ -65,6 +65,8 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     differing = differing_settings(*json.loads(json.dumps([was, settings])))
     if earlier["data"]["checksum"] != data["checksum"]:
         differing.append("the images themselves")
+    if earlier["data"].get("labels") != data.get("labels"):
+        differing.append("the labels themselves")
     if differing:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}): "
@@ -89,6 +91,8 @@ class Described:
     levels: int | None = None
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    labels: str = ""
 
     def __post_init__(self) -> None:
         counts = (*self.shape, self.train, *(() if self.levels is None else (self.levels,)))
@@ -131,13 +135,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> Dataset:
+def read_data(
+    settings: Data, images: Any = None, cache: Path | None = None, labels: Any = None
+) -> Dataset:
     """Load the images that the settings name and prepare them as the settings say.
 
     Args:
         settings: source and preparation.
         images: used instead of `settings.source` if given.
         cache: folder for decoded images, see `poise.data.load`.
+        labels: the labels of an array of images. None: read them if the settings say so.
     """
     return load_data(
         settings.source if images is None else images,
@@ -150,6 +157,7 @@ def read_data(settings: Data, images: Any = None, cache: Path | None = None) -> 
         max_megapixels=settings.max_megapixels,
         stream=settings.stream,
         cache=cache,
+        labels=settings.labels if labels is None else labels,
     )
 
 
@@ -177,7 +185,11 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "levels": dataset.levels,
         "notes": list(dataset.notes),
         "skipped": list(dataset.skipped),
-    }
+    } | (
+        {"classes": list(dataset.labels.classes), "labels": dataset.labels.checksum}
+        if dataset.labels
+        else {}
+    )
 
 
 def data_settings(recipe: Recipe, data: dict[str, Any]) -> Data:
@@ -198,6 +210,20 @@ def settings_to_read(recipe: Recipe, folder: Path) -> Data:
     if (folder / "config.json").exists() and checkpoints(folder / "checkpoints"):
         return data_settings(recipe, read_config(folder)["data"])
     return recipe.data
+
+
+def with_labels(dataset: Dataset, settings: Data) -> Dataset:
+    """Return a data set with labels if the settings say so, and without otherwise.
+
+    Raises:
+        InputError: the settings ask for labels, and the data set has none.
+    """
+    if settings.labels and dataset.labels is None:
+        raise InputError(
+            f"{dataset.source} has no labels: pass labels= with one label for each image, or load "
+            "the data set with labels=True"
+        )
+    return dataset if settings.labels else replace(dataset, labels=None)
 
 
 def differing_settings(earlier: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

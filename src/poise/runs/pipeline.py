@@ -48,6 +48,7 @@ from poise.runs.folder import (
     read_config,
     read_data,
     settings_to_read,
+    with_labels,
 )
 from poise.runs.growth import COLUMNS, FLOW_STEPS, ProgressPicture
 from poise.runs.log import Log
@@ -90,6 +91,7 @@ def train(
     recipe: str | Recipe | None = None,
     out: str | Path | None = None,
     vae: VAE | None = None,
+    labels: Any = None,
     options: Options = Options(),
     **changes: Any,
 ) -> Run:
@@ -106,6 +108,9 @@ def train(
         recipe: a name or a `Recipe`. None: the data set's own recipe, or "images" for other data.
         out: the run's folder. None: runs/ and the recipe's name.
         vae: a network of your own, used instead of the recipe's.
+        labels: True: learn the classes of the images, which the data have. Or the label of each
+            image of an array, (n,), whole numbers or text. A flow as stage 2 and the mixture then
+            draw images of a class: `run.sample(64, label="cats")`.
         options: device, checkpoints, display.
         changes: settings of the recipe by name: epochs, minutes, batch_size, latent_dim, balance,
             size, seed, ... `poise train --help` lists them. `poise.recipes.CHANGES` has their
@@ -122,7 +127,9 @@ def train(
         torch.Size([64, 1, 8, 8])
     """
     began = time.monotonic()
-    recipe = Changes(**changes).apply(resolve(images, recipe, vae))
+    listed = None if labels is None or isinstance(labels, bool) else labels
+    wanted = changes | ({} if labels is None else {"labels": labels is not False})
+    recipe = Changes(**wanted).apply(resolve(images, recipe, vae))
     folder = Path(out or Path("runs") / recipe.name)
     device = distributed.device_of_rank(choose_device(options.device))
     choose_engine(options.engine, device)
@@ -130,6 +137,8 @@ def train(
         raise MissingExtraError("TensorBoard", "track")
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
+    if listed is not None:
+        given = read_data(recipe.data, images, folder / "cache", listed)
     with ExitStack() as held:
         # Threads inherit this setting when they start, so set it before the first parallel work.
         held.enter_context(denormals_as_zero())
@@ -185,17 +194,20 @@ def prepare(
         if isinstance(given, Dataset)
         else read_data(settings_to_read(recipe, folder), given, folder / "cache")
     )
+    dataset = with_labels(dataset, recipe.data)
+    classes = len(dataset.labels.classes) if dataset.labels else 0
     if vae is not None or recipe.network.kind == "conv":
         built = vae or first_stage(recipe, list(dataset.shape))
         data = ImageBatches(dataset.train, next(built.parameters()).device)
         num_latents = count_latents(built, data)
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
     shape = list(dataset.shape)
-    stages = networks_and_balances(recipe, shape, vae)
+    stages = networks_and_balances(recipe, shape, vae, classes)
     engine = choose_engine(options.engine, device)
     config = config_to_write(recipe, dataset, engine)
     checksum: str = dataset.checksum
-    distributed.check_agreement("settings or images", (config["recipe"], checksum))
+    agreed = config["recipe"], checksum, config["data"].get("labels")
+    distributed.check_agreement("settings or images", agreed)
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
@@ -209,6 +221,8 @@ def prepare(
                 f"objective {recipe.first.objective}: balance {RIVALS_BALANCE}, the squared error "
                 "as published (--balance, balance=: another)"
             )
+        if classes:
+            say(announce_labels(recipe, classes))
         for note in dataset.notes:
             if note.startswith(CHECK_RANGE):
                 warn(note)
@@ -221,12 +235,12 @@ def prepare(
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or distributed.rank() > 0)
-    stages = networks_and_balances(plan.recipe, shape, vae)
+    stages = networks_and_balances(plan.recipe, shape, vae, classes)
     return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
 
 
 def networks_and_balances(
-    recipe: Recipe, shape: list[int], vae: VAE | None
+    recipe: Recipe, shape: list[int], vae: VAE | None, classes: int
 ) -> list[tuple[VAE | Flow, Balance]]:
     """Return network and balance of each stage.
 
@@ -234,13 +248,24 @@ def networks_and_balances(
         recipe: settings.
         shape: channels, height, width of the images.
         vae: a network of your own for stage 1, or None.
+        classes: number of classes of the images. 0: no labels.
     """
     first = first_stage(recipe, shape, vae)
     stages: list[tuple[VAE | Flow, Balance]] = [(first, stage_balance(recipe.first, recipe, shape))]
     if recipe.second is not None:
-        second = second_stage(recipe, first)
+        second = second_stage(recipe, first, classes)
         stages.append((second, stage_balance(recipe.second, recipe, shape)))
     return stages
+
+
+def announce_labels(recipe: Recipe, classes: int) -> str:
+    """Return one line that says what learns the classes."""
+    learned = "the flow and the mixture learn them"
+    if recipe.second_stage != "flow":
+        learned = (
+            "the mixture learns them; a second VAE takes no label, a flow does (--second flow)"
+        )
+    return f"labels: {classes} classes; {learned}"
 
 
 def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) -> str:
@@ -360,12 +385,23 @@ class Job:
             codes, mirrored = self._codes(first)
             if self.recipe.second is not None:
                 network = self.stages[1][0]
+                labels = self._labels
                 if isinstance(network, Flow):
-                    network.set_statistics(codes)
-                data = CodeBatches(codes.mean, codes.logvar, self.device, mirrored=mirrored)
+                    network.set_statistics(codes, labels)
+                else:
+                    labels = None
+                data = CodeBatches(
+                    codes.mean, codes.logvar, self.device, mirrored=mirrored, labels=labels
+                )
                 second = self._stage(2, data, stop)
                 self._keep(2, second, over=True)
                 self._write(stage=2, step=second.step, finished=True)
+
+    @property
+    def _labels(self) -> Tensor | None:
+        """The class of each training image, (n,)."""
+        labels = self.dataset.labels
+        return None if labels is None else torch.from_numpy(labels.train)
 
     def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState[Any]:
         stage, (network, balance) = self._settings(number), self.stages[number - 1]
@@ -490,7 +526,8 @@ class Job:
             encoder = nn.Sequential(Mirror(), vae.encoder)
             codes = encode_all(VAE(encoder, vae.decoder), self.dataset.train)
             tensors |= {"mirrored_mean": codes.mean, "mirrored_logvar": codes.logvar}
-        write_folder(self.folder / "codes", tensors, {"images": len(codes.mean)})
+        labels = {} if self._labels is None else {"labels": self._labels}
+        write_folder(self.folder / "codes", tensors | labels, {"images": len(codes.mean)})
         return tensors
 
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:

@@ -10,6 +10,7 @@ progress.png           samples and reconstructions at each tenth of training
 training.png, samples.png, reconstructions.png, summary.json
 evaluation.json        the last output of `poise evaluate`
 diagnosis.json         the last result of `poise diagnose`
+scores/                the scores of training images, for percentiles of `poise score`
 """
 
 import base64
@@ -17,14 +18,15 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from poise.balance import Balance
 from poise.data import Dataset, checked_images, head
@@ -33,13 +35,6 @@ from poise.errors import InputError, RunError
 from poise.evaluation import (
     AUTO,
     Evaluation,
-    Produced,
-    choose_extractor,
-    chunks_of,
-    compare,
-    likelihood_measurements,
-    remarks,
-    restored_measurements,
     through_jpeg,
 )
 from poise.features import Extractor
@@ -50,11 +45,10 @@ from poise.metrics import (
     encode_all,
     encode_chunks,
     encoded,
-    importance_weighted_nll,
-    latent_statistics,
     reconstruction,
 )
-from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
+from poise.metrics.likelihood import Proposal
+from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
     LOST_SHARE,
@@ -65,9 +59,9 @@ from poise.priors import (
     make_prior,
     renormalisation_factor,
 )
-from poise.protocols import Measurement, Protocol, find_protocol, with_count
+from poise.protocols import Protocol
 from poise.recipes.settings import Generation, Recipe, from_json
-from poise.runs import sharing
+from poise.runs import evaluating, scores, sharing
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
     MANIFEST,
@@ -82,6 +76,7 @@ from poise.runs.checkpoint import (
     read_folder,
     write_folder,
 )
+from poise.runs.classes import class_number, read_labels
 from poise.runs.folder import data_settings, read_config, read_data
 from poise.runs.log import read_log
 from poise.runs.plots import training_curves
@@ -116,14 +111,6 @@ MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 MIXTURE: PriorName = "mixture"  # also the folder's name
-NO_POSTERIOR = (
-    "a deterministic autoencoder: its codes are points, "
-    "and it has no KL, ELBO, likelihood or variance law"
-)
-
-NO_LIKELIHOOD = (
-    "the error of features is no likelihood of the images, so there is no ELBO and no NLL"
-)
 
 
 @dataclass(frozen=True)
@@ -183,7 +170,7 @@ class Run:
         self.second: Trained | None = None
         self.flow: Flow | None = None
         if has_second:
-            network = second_stage(self.recipe, self.first.vae)
+            network = second_stage(self.recipe, self.first.vae, len(self.classes))
             if isinstance(network, Flow):
                 self.flow, _ = self._stage(2, saved, network)
             else:
@@ -293,6 +280,22 @@ class Run:
                 "continue with `poise train`"
             )
         return read_codes(folder, self.data["train"], self.recipe.network.latent_dim)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that the run learned. Empty: it was trained without labels."""
+        return tuple(self.data.get("classes", ()))
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """The class of each training image, (n,), as its position in `classes`.
+
+        None: the run was trained without labels.
+
+        Raises:
+            RunError: see `codes`.
+        """
+        return read_labels(self.folder / "codes", self.data["train"]) if self.classes else None
 
     @cached_property
     def latent_scale(self) -> LatentScale:
@@ -487,6 +490,7 @@ class Run:
             generation=generation,
             seed=self.recipe.seed,
             device=self.device,
+            labels=self.labels if name == MIXTURE else None,
         )
         prior = (self._saved_mixture() if name == MIXTURE else None) or make_prior(name, model)
         if needed is None:  # the noise of stage 2 and the solver differ between generations
@@ -550,6 +554,8 @@ class Run:
         seed: int = 0,
         first: int = 0,
         generation: Generation | None = None,
+        label: str | int | None = None,
+        guidance: float | None = None,
     ) -> Images:
         """Return generated images, float in [0, 1], on the CPU.
 
@@ -559,17 +565,19 @@ class Run:
             seed: image i of a seed does not depend on `count`.
             first: number of the first image.
             generation: noise, renormalisation, adjustment. None: the recipe's.
+            label: one of `classes`, by name: images of this class. The prior must be that of a flow
+                or the mixture of a run with labels. None: images of all classes, by their
+                frequency among the training images.
+            guidance: of a flow with labels, at least 0. More than 1: more typical of the class,
+                and less diverse. None: that of `generation`.
 
         Raises:
-            InputError: `count` is less than 1, no such prior, or the run lacks the second stage that
-                the prior needs.
+            InputError: `count` is less than 1, no such prior or class, the prior takes no label, or
+                the run lacks the second stage that the prior needs.
         """
+        how: dict[str, Any] = {"label": label, "guidance": guidance, "generation": generation}
         return torch.cat(
-            list(
-                self.sample_chunks(
-                    count, prior=prior, seed=seed, first=first, generation=generation
-                )
-            )
+            list(self.sample_chunks(count, prior=prior, seed=seed, first=first, **how))
         )
 
     def sample_chunks(
@@ -580,13 +588,15 @@ class Run:
         seed: int = 0,
         first: int = 0,
         generation: Generation | None = None,
+        label: str | int | None = None,
+        guidance: float | None = None,
     ) -> Iterator[Images]:
         """Return the images of `sample` as an iterator of chunks that fit into memory.
 
         Wrong input raises an error at the call, before the first chunk.
 
         Args:
-            count, prior, seed, first, generation: see `sample`.
+            count, prior, seed, first, generation, label, guidance: see `sample`.
 
         Raises:
             InputError: see `sample`.
@@ -594,7 +604,13 @@ class Run:
         if count < 1:
             raise InputError(f"the number of images must be at least 1, not {count}")
         generation = generation or self.recipe.generation
+        if guidance is not None:
+            generation = replace(generation, guidance=guidance)
+            if find_prior(prior or self.default_prior).second_stage != "flow":
+                raise InputError("guidance is of the flow: use --prior flow, or leave it out")
+        number = None if label is None else class_number(label, self.classes, self.folder)
         source = self.prior(prior, generation)
+        source = source if number is None else source.of_class(number).to(self.device)
         adjust = self._adjustment(source) if generation.adjust_variance else None
         chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
         images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of your own may leave [0, 1]
@@ -608,6 +624,7 @@ class Run:
         self,
         images: Any = None,
         *,
+        statistics: ReferenceStatistics | str | Path | None = None,
         protocol: str | Protocol = "default",
         extractor: str | Extractor = AUTO,
         priors: Sequence[PriorName] | None = None,
@@ -625,6 +642,10 @@ class Run:
             images: real images (n, channels, height, width), bytes or float in [0, 1]. None: the
                 test or training images of the run's data, as the protocol says. They are read again
                 from their source and checked by checksum.
+            statistics: reference statistics, or a file of them (see `poise.metrics.
+                read_statistics`). Samples and reconstructions are compared with them instead of
+                with the images; there are as many samples as images behind them, or `count`.
+                None: with the images.
             protocol: a name of `poise.protocols.PROTOCOLS`, or a `Protocol`.
             extractor: see `poise.evaluate`, or an extractor from `features.make_extractor`. "none":
                 no comparison.
@@ -641,47 +662,19 @@ class Run:
             InputError: the data cannot be read again or have changed, the given extractor is not
                 available, or `nll_samples` is set for a model without a likelihood.
         """
-        if nll_samples and self.deterministic:
-            raise InputError(
-                f"objective {self.recipe.first.objective} has no likelihood to estimate: "
-                "leave nll_samples out"
-            )
-        if nll_samples and not self.first.balance.error.is_likelihood:
-            raise InputError(f"{NO_LIKELIHOOD}: leave nll_samples out")
-        conditions, network, notes = choose_extractor(
-            self._completed(with_count(find_protocol(protocol), count), images),
-            extractor,
-            self.device,
+        return evaluating.evaluate_run(
+            self,
+            images,
+            statistics=statistics,
+            protocol=protocol,
+            extractor=extractor,
+            priors=priors,
+            count=count,
+            infinity=infinity,
+            nll_samples=nll_samples,
+            seed=seed,
+            quiet=quiet,
         )
-        images = self.images_for(conditions) if images is None else self._given(images, conditions)
-        conditions = replace(conditions, real=len(images), side=images.shape[-1])
-        pages, measured = self._model_figures(images, conditions, nll_samples, quiet)
-        if network is not None:
-            produced, left_out = self._produced(images, conditions, priors, seed)
-            measured += compare(
-                images, produced, conditions, network, infinity=infinity, quiet=quiet
-            )
-            notes += left_out
-        notes += (NO_POSTERIOR,) if self.deterministic else ()
-        notes += () if self.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
-        certain = pages["likelihood"]["certain_share"] if nll_samples else 1.0
-        if certain < ENOUGH_CERTAIN:
-            notes += (
-                f"the log likelihood of {1 - certain:.0%} of the images has a standard error above "
-                f"{CERTAIN_NATS} nats: use more nll_samples than {nll_samples}",
-            )
-        return Evaluation(tuple(measured), pages, (*notes, *remarks(measured, infinity)))
-
-    def _completed(self, protocol: str | Protocol, images: Any) -> Protocol:
-        """Return the protocol with its generation and reference filled in.
-
-        A generation that the protocol leaves open is the recipe's.
-        """
-        found = find_protocol(protocol)
-        found = replace(found, generation=found.generation or self.recipe.generation)
-        if images is not None:
-            return replace(found, reference="given")
-        return replace(found, reference="test") if found.reference == "given" else found
 
     def images_for(self, protocol: Protocol) -> Any:
         """Return the real images of a protocol: test or training images of the run's data.
@@ -710,90 +703,61 @@ class Run:
             else images
         )
 
-    def _given(self, images: Any, protocol: Protocol) -> Any:
-        images = head(
-            checked_images(images, self.data["shape"], self.levels), protocol.real or MANY
-        )
-        return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
-
-    def _model_figures(
-        self, images: Any, protocol: Protocol, nll_samples: int, quiet: bool
-    ) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
-        generation, vae, balance = protocol.generation, self.first.vae, self.first.balance
-        assert generation is not None
-        released = generation.variance_law == "released"
-        common = {"seed": self.recipe.seed, "device": str(self.device)}
-        figures, nll = reconstruction(vae, balance, images, seed=self.recipe.seed), None
-        figures = figures.without_posterior() if self.deterministic else figures
-        restored = self.reconstruct_chunks(images, generation=generation)
-        measured = restored_measurements(
-            chunks_of(images, len(images)), restored, protocol, **common
-        )
-        pages: dict[str, dict[str, Any]] = {
-            "reconstruction": asdict(figures)
-            | {"mse_as_shown": measured[0].value, "images": len(images)}
-        }
-        if nll_samples:
-            nll = importance_weighted_nll(
-                vae, balance, images, samples=nll_samples, seed=self.recipe.seed, quiet=quiet
-            )
-            pages["likelihood"] = asdict(nll)
-        if self.has_codes:
-            statistics = latent_statistics(self.codes, released=released)
-            pages["latents"] = asdict(
-                statistics.without_posterior() if self.deterministic else statistics
-            )
-        if self.second is not None:
-            pages["second_stage"] = self._second_stage_page(released)
-        return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
-
-    def _second_stage_page(self, released: bool) -> dict[str, Any]:
-        assert self.second is not None
-        latents = self.latents()
-        figures = reconstruction(
-            self.second.vae, self.second.balance, latents, seed=self.recipe.seed
-        )
-        return asdict(figures) | asdict(
-            latent_statistics(encode_all(self.second.vae, latents), released=released)
-        )
-
     @property
     def has_codes(self) -> bool:
         """Whether the folder holds `codes`, which are there as soon as stage 1 is finished."""
         return (self.folder / "codes").exists()
 
-    def _produced(
-        self, images: Any, protocol: Protocol, priors: Sequence[PriorName] | None, seed: int
-    ) -> tuple[list[Produced], tuple[str, ...]]:
-        """Return the sets of images to compare, and a note if priors are left out."""
-        generation = protocol.generation
-        assert generation is not None
-        for name in priors or ():
-            find_prior(name)
-        restored = Produced(
-            "REC",
-            lambda count: self.reconstruct_chunks(head(images, count), generation=generation),
-            len(images),
-            self.recipe.seed,
+    def score(
+        self,
+        images: Any,
+        *,
+        samples: int = scores.SAMPLES,
+        training_images: int = scores.TRAINING_IMAGES,
+        training: Any = None,
+        names: Sequence[str] = (),
+        seed: int = 0,
+        proposal: Proposal = "refined",
+        quiet: bool = True,
+    ) -> scores.Scores:
+        """Return likelihood and reconstruction error of each image, to find the odd ones.
+
+        Both are also given as percentiles of training images. The scores of these take longest, and
+        are kept in the run's folder for the next call.
+
+        Args:
+            images: see `encode`.
+            samples: importance samples per image for the likelihood, at least 1.
+            training_images: maximum number of training images behind the percentiles, drawn with a
+                fixed seed. 0: no percentiles.
+            training: the training images. None: those of the run's data, read again.
+            names: of the images, for the table. Default: their numbers.
+            seed: seed of the samples. The score of an image depends on its number.
+            proposal: "refined", or "encoder": faster and less exact; see `poise.metrics.likelihood`.
+            quiet: show no progress.
+
+        Returns:
+            One value per image: see `poise.runs.scores.Scores`. A model without a likelihood has
+            errors only.
+
+        Raises:
+            InputError: see `encode`; a number out of range; the training images cannot be read.
+
+        Example:
+            >>> scores = run.score(photos)                                     # doctest: +SKIP
+            >>> photos[scores.oddest_first()[:8]]                              # doctest: +SKIP
+        """
+        return scores.score(
+            self,
+            images,
+            samples=samples,
+            training_images=training_images,
+            training=training,
+            names=names,
+            seed=seed,
+            proposal=proposal,
+            quiet=quiet,
         )
-        names = [
-            name for name in available_priors(self.second_stage) if priors is None or name in priors
-        ]
-        notes: tuple[str, ...] = ()
-        if not self.has_codes:
-            plain = generation.renormalise == "never"
-            names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
-            notes = ("stage 1 is not finished: whatever needs its codes is left out",)
-        produced = [restored]
-        for name in names:
-            try:
-                self._plain_prior(name, generation)
-            except InputError as error:  # too many latents for a mixture
-                notes += (f"no {PRIORS[name].label}: {error}",)
-                continue
-            draw = partial(self.sample_chunks, prior=name, seed=seed, generation=generation)
-            produced.append(Produced(PRIORS[name].label, draw, seed=seed))
-        return produced, notes
 
     def test_images(self) -> Any:
         """Return the test images of the run's data, read again.
@@ -832,17 +796,29 @@ class Run:
                 f"{self.recipe.data.source} is not the data that {self.folder} was trained on: "
                 f"its checksum has changed{rules}"
             )
+        if dataset.labels and dataset.labels.checksum != self.data.get("labels"):
+            raise InputError(
+                f"{self.recipe.data.source} has other labels than those that {self.folder} was "
+                "trained with"
+            )
         return dataset
 
-    def grid(self, count: int = 64, *, prior: PriorName | None = None, seed: int = 0) -> "Picture":
+    def grid(
+        self,
+        count: int = 64,
+        *,
+        prior: PriorName | None = None,
+        seed: int = 0,
+        label: str | int | None = None,
+    ) -> "Picture":
         """Return a grid of generated images as a `PIL.Image`.
 
         A notebook shows it, and `.save("grid.png")` writes it.
 
         Args:
-            count, prior, seed: see `sample`.
+            count, prior, seed, label: see `sample`.
         """
-        return to_picture(grid(self.sample(count, prior=prior, seed=seed)))
+        return to_picture(grid(self.sample(count, prior=prior, seed=seed, label=label)))
 
     def plot(self) -> "Picture":
         """Return the training curves as a `PIL.Image`: MSE, KL and gamma2 of each stage.

@@ -409,7 +409,9 @@ def blank_codes(number: int, recipe: Recipe, device: torch.device) -> CodeBatche
     A step takes the same time with them.
     """
     zeros = torch.zeros(number, recipe.network.latent_dim)
-    return CodeBatches(zeros, zeros, device)
+    labelled = recipe.data.labels and recipe.second_stage == "flow"
+    labels = torch.zeros(number, dtype=torch.long) if labelled else None
+    return CodeBatches(zeros, zeros, device, labels=labels)
 
 
 def throwaway(

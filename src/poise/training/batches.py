@@ -16,7 +16,7 @@ from torch import Tensor
 from poise.data.storage import Rows, blocks, gather_rows, scale
 from poise.latent import DiagonalGaussian
 from poise.recipes.settings import Stage
-from poise.shapes import Features, Latents, Values
+from poise.shapes import ClassOfEach, Features, Latents, Values
 from poise.support.seeds import generator
 
 READ_AHEAD = 2  # prefetched batches
@@ -115,6 +115,8 @@ class CodeBatches:
         device: of the batches.
         mirrored: posteriors of the mirrored images in the same order. Each of them replaces that of
             its image with probability 1/2. None: none.
+        labels: (n,), the class of each image, which becomes the last column of a batch. None: no
+            such column.
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class CodeBatches:
         device: torch.device,
         *,
         mirrored: DiagonalGaussian | None = None,
+        labels: ClassOfEach | None = None,
     ) -> None:
         self.number, self.flips = len(mean), mirrored is not None
+        self.labels = None if labels is None else labels.float()[:, None].to(device)
         if mirrored is not None:
             mean, logvar = (
                 torch.cat(pair) for pair in ((mean, mirrored.mean), (logvar, mirrored.logvar))
@@ -144,10 +148,11 @@ class CodeBatches:
         return indices
 
     def place(self, fetched: Tensor, draw: Draw) -> Latents:
-        chosen = fetched.to(self.mean.device, non_blocking=True)
+        rows = chosen = fetched.to(self.mean.device, non_blocking=True)
         if self.flips:
             chosen = torch.where(draw(1)[:, 0] > 0, chosen + self.number, chosen)
-        return self.mean[chosen] + self.std[chosen] * draw(self.mean.shape[1])
+        latents = self.mean[chosen] + self.std[chosen] * draw(self.mean.shape[1])
+        return latents if self.labels is None else torch.cat([latents, self.labels[rows]], 1)
 
 
 @final

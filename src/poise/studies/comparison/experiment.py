@@ -17,7 +17,7 @@ from typing import Any, Literal
 from poise.data import Dataset
 from poise.errors import InputError
 from poise.protocols import Protocol
-from poise.recipes.settings import Recipe, to_json
+from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.folder import differing_settings, read_data
 from poise.runs.options import Options
 from poise.runs.run import PriorName, Run
@@ -310,7 +310,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{error}; or it is of another version of poise: choose another --out"
         ) from None
-    return {"settings": values.settings, "data": values.data, "labels": values.labels}
+    try:
+        # Settings that are newer than the file get their defaults.
+        sourced = values.settings | {"data": values.settings["data"] | {"source": ""}}
+        settings = unsourced(to_json(from_json(Recipe, sourced)))
+    except (InputError, LookupError, TypeError):  # of another version: the differences are named
+        settings = values.settings
+    return {"settings": settings, "data": values.data, "labels": values.labels}
 
 
 def announce(
