@@ -149,8 +149,10 @@ def blocks(array: Pixels) -> Iterator[slice]:
         yield slice(start, min(start + step, len(array)))
 
 
-def take(array: np.ndarray, indices: np.ndarray) -> Pixels:
+def take(array: Pixels, indices: np.ndarray) -> Pixels:
     """Return some rows: a copy, or `Rows` of a memory-mapped array."""
+    if isinstance(array, Rows):
+        return Rows(array.array, array.indices[indices])
     return (
         Rows(array, indices)
         if isinstance(array, np.memmap)
