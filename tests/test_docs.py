@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 import pytest
 
+import poise
 from poise.protocols import PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +104,23 @@ def test_the_code_of_the_page_on_your_own_loop_runs():
         lines.append(line if inside and line != "```python" else "")  # keep the numbers of lines
     assert sum(line != "" for line in lines) > 50
     exec(compile("\n".join(lines), "docs/your-loop.md", "exec"), {"__name__": "page"})
+
+
+def test_the_code_of_the_section_on_callbacks_runs(tmp_path, monkeypatch):
+    page = section("docs/training.md", "## Callbacks and the history")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    quick = {"epochs": 1, "stages": 1, "options": poise.Options(device="cpu", quiet=True)}
+
+    def train(*given, **changes):
+        mine = quick if "out" in changes and "more_epochs" not in changes else {}
+        return real(*given, **(mine | changes))
+
+    real = poise.train
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(poise, "train", train)
+    names: dict = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    assert names["run"].finished and names["run"].data["validation"] > 100
 
 
 def test_the_tables_of_densities_are_those_of_the_results():
