@@ -101,8 +101,10 @@ class TensorBoard(Callback):
     def on_start(self, folder: Path, recipe: Recipe, stage: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # In the resumed stage, steps after the checkpoint are purged.
+        # In the resumed stage, steps after the checkpoint are purged. If stage 1 is continued,
+        # those of the earlier stage 2 are purged, too.
         purged = {number: step + 1 if number == stage else None for number in (1, 2)}
+        purged[2] = 0 if (stage, step > 0) == (1, True) else purged[2]
         place = Path(self._folder or folder / "tensorboard")
         self._boards = {
             number: SummaryWriter(str(place / f"stage{number}"), purge_step=first)
