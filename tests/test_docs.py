@@ -132,6 +132,23 @@ def test_the_code_of_the_pages_on_labels_scores_statistics_and_machines_runs(tmp
     assert [m.metric for m in space["evaluation"].measurements] == ["FD-pixels"]
 
 
+def test_the_code_of_the_section_on_callbacks_runs(tmp_path, monkeypatch):
+    page = section("docs/training.md", "## Callbacks and the history")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    quick = {"epochs": 1, "stages": 1, "options": poise.Options(device="cpu", quiet=True)}
+
+    def train(*given, **changes):
+        mine = quick if "out" in changes and "more_epochs" not in changes else {}
+        return real(*given, **(mine | changes))
+
+    real = poise.train
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(poise, "train", train)
+    names: dict = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    assert names["run"].finished and names["run"].data["validation"] > 100
+
+
 def test_the_tables_of_densities_are_those_of_the_results():
     report = json.loads((ROOT / "results" / "bench-tables.json").read_text())
     assert list(report["tables"]) == list(script("tables").TABLES)

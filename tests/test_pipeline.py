@@ -96,6 +96,7 @@ def test_a_run_folder_describes_itself(finished):
         "summary.json",
         "checkpoints",
         "codes",
+        "last",
         "latents.json",
         "mixture",
         *pictures,

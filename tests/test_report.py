@@ -354,6 +354,22 @@ def test_curves_end_where_the_log_ends(page, runs):
     assert trace["y"][-1] == pytest.approx(last["gamma2"], rel=1e-3)
 
 
+def test_the_elbo_of_held_out_and_of_training_images_are_drawn_where_they_were_measured(runs):
+    measured = {2: (-9.0, -7.0), 4: (-10.0, -6.0)}
+    entries = [
+        entry(step)
+        | dict(zip(("held_out_elbo_nats", "train_elbo_nats"), measured.get(step, ()), strict=False))
+        for step in range(1, 5)
+    ]
+    record = replace(read_record(runs / "computed-0"), entries=tuple(entries))
+    axes, figures = curves.training_figures([record])
+    drawn = next(figure for figure in figures if figure["id"] == "stage1-elbo")["traces"]
+    assert [trace["y"] for trace in drawn] == [[-9.0, -10.0], [-7.0, -6.0]]
+    assert [trace.get("of", "") for trace in drawn] == ["", ", training images"]
+    assert axes[drawn[0]["axis"]]["images"] == [20.0, 40.0]
+    assert axes[drawn[0]["axis"]]["seconds"] == [4.0, 8.0]
+
+
 def test_each_original_lies_above_its_reconstruction():
     originals, restored = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
     uri = paired_sheet(originals, restored, columns=2)

@@ -41,6 +41,7 @@ VALUES: dict[str, Any] = {
     "levels": 4095,
     "max_megapixels": 200,
     "stream": True,
+    "validation": 0.25,
     "latent_dim": 7,
     "latent_channels": 7,
     "batch_size": 11,
@@ -50,6 +51,7 @@ VALUES: dict[str, Any] = {
     "objective": "rae-l2",
     "ema_decay": 0.9,
     "standardise": "after",
+    "patience": 3,
     "precision": "ieee",
     "seed": 5,
     "minutes": 2.5,
@@ -61,7 +63,7 @@ VALUES: dict[str, Any] = {
     "second_epochs": 17,
 }
 """One value of each setting that no recipe has."""
-NEEDED = {"latent_channels": {"network": "conv"}}
+NEEDED = {"latent_channels": {"network": "conv"}, "patience": {"validation": 0.1}}
 """Other changes that a setting needs."""
 
 
@@ -155,7 +157,9 @@ def test_every_setting_is_an_option_of_the_commands_that_can_use_it():
     assert set(VALUES) == set(CHANGES)
     around = set(options_of(poise.Options))
     assert around == {field.name for field in fields(poise.Options)} - {"quiet"}
-    assert option_names("train") == {"data", "out", "recipe"} | set(CHANGES) | around
+    of_other_runs = {"more_epochs", "more_minutes", "start_from"}
+    own = {"data", "out", "recipe"} | of_other_runs
+    assert option_names("train") == own | set(CHANGES) | around
     assert option_names("compare") >= CHANGES.keys() - OF_ONE_RUN
     assert not option_names("compare") & (OF_ONE_RUN - {"second_balance"})
     for name in CHANGES.keys() - OF_ONE_RUN:
@@ -168,7 +172,7 @@ def test_the_command_and_python_make_the_same_recipe(name, recipe):
     value = VALUES[name]
     needed = NEEDED.get(name, {})
     words = [flag(name)] if value is True else [flag(name), str(value)]
-    words += [word for other in needed for word in (flag(other), needed[other])]
+    words += [word for other in needed for word in (flag(other), str(needed[other]))]
     told = cli.parse(["train", "--recipe", recipe, *words]).settings()
     changed = Changes(**{name: value}, **needed).apply(RECIPES[recipe])
     assert told == changed and changed != RECIPES[recipe]
@@ -204,6 +208,8 @@ def test_settings_around_a_run_reach_its_options():
     expected = poise.Options("cuda:1", 2.5, tensorboard=True, engine="compiled", threads=3)
     assert cli.parse(["train", *words]).options() == expected
     assert cli.parse(["train"]).options() == poise.Options(threads=0)
+    for option in ("--from", "--start-from"):
+        assert str(cli.parse(["train", option, "runs/faces"]).start_from) == "runs/faces"
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -242,7 +248,7 @@ def test_help_has_groups(help_of):
     assert set(listed) == {"data", "model", "training", "run"}
     assert listed["data"] == {
         "size", "channels", "flips", "labels", "skip-unreadable", "levels", "max-megapixels",
-        "stream",
+        "stream", "validation",
     }  # fmt: skip
     assert {"balance", "latent-dim", "network"} < listed["model"]
     assert {"batch-size", "epochs", "minutes", "seed"} < listed["training"]

@@ -36,10 +36,10 @@ from poise.training import CodeBatches
 from poise.training.distributed import GlobalBatchNorm
 
 WORLD = 2
-IMAGES = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8)
 SHARED = Recipe(
     name="shared",
-    data=Data("array"),
+    data=Data("array", validation=0.1),  # of 90 images
     network=Network("resnet", latent_dim=3, second_hidden=8),
     first=Stage(
         epochs=3,
@@ -82,11 +82,19 @@ def network(seed: int = 0) -> poise.VAE:
     return poise.VAE(*map(Double, poise.networks.resnet(8, 1, 3, norm_decay=0.9)))
 
 
-def run(out: Path, vae: poise.VAE | None = None, **changes: Any) -> poise.Run:
+class Stopper(poise.Callback):
+    """Ends stage 1 at its fourth step. Only the first process calls it."""
+
+    def on_log(self, entry):
+        if (entry["stage"], entry["step"]) == (1, 4):
+            raise poise.StopStage
+
+
+def run(out: Path, vae: poise.VAE | None = None, *callbacks: poise.Callback, **changes: Any):
     options = Options(device="cpu", quiet=True, save_seconds=0.0)
-    return train(
-        IMAGES, recipe=replace(SHARED, **changes), vae=vae or network(), out=out, options=options
-    )
+    recipe = replace(SHARED, **changes)
+    vae = vae or network()
+    return train(IMAGES, recipe=recipe, vae=vae, out=out, options=options, callbacks=callbacks)
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -183,6 +191,7 @@ def work(rank: int, port: int, folder: str) -> None:
     trained = run(runs / "whole", network(seed=rank))
     seen["sample"] = trained.sample(3)
     seen["stops"] = interrupted(runs / "interrupted", rank)
+    run(runs / "ended", None, Stopper(), second=None)
     seen["disagree"] = error_of(lambda: run(runs / "seeds", seed=rank))
     seen["occupied"] = error_of(lambda: run(runs / "whole", seed=5))
     broken = network()
@@ -259,6 +268,10 @@ def test_processes_stop_together_whichever_was_asked_and_go_on_bit_identically(f
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     steps = [(entry["stage"], entry["step"]) for entry in curve(folder / "interrupted")]
     assert steps == [(1, k) for k in range(1, 10)] + [(2, k) for k in range(1, 9)]
+
+
+def test_a_callback_of_one_process_ends_the_stage_of_all(folder):
+    assert [entry["step"] for entry in curve(folder / "ended")] == [1, 2, 3, 4]
 
 
 def test_every_process_returns_the_run(folder, seen):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from poise.latent import DiagonalGaussian
     from poise.protocols import Measurement, Protocol
     from poise.recipes import Recipe
+    from poise.runs.callbacks import Callback, StopStage, TensorBoard, WandB
     from poise.runs.options import Options
     from poise.runs.pipeline import train
     from poise.runs.run import Run, load
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VAE",
     "Balance",
+    "Callback",
     "Comparison",
     "ComputedBalance",
     "ConstrainedBalance",
@@ -74,7 +76,10 @@ __all__ = [
     "Run",
     "RunError",
     "ScheduledBalance",
+    "StopStage",
+    "TensorBoard",
     "VAEEstimator",
+    "WandB",
     "balance",
     "compare",
     "diagnose",
@@ -111,6 +116,7 @@ _HOMES = {
     "estimator": ("VAEEstimator",),
     "evaluation": ("Evaluation", "evaluate"),
     "latent": ("DiagonalGaussian",),
+    "runs.callbacks": ("Callback", "StopStage", "TensorBoard", "WandB"),
     "runs.options": ("Options",),
     "runs.pipeline": ("train",),
     "protocols": ("Measurement", "Protocol"),

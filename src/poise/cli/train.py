@@ -20,7 +20,8 @@ DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name not in ("images"
 class Train(TrainingCommand):
     """Train a two-stage VAE whose balance is computed.
 
-    The same command continues an interrupted run. `poise train DATA --help` shows the values of
+    The same command continues an interrupted run. --more-epochs and --more-minutes continue a
+    finished one, and need --out only. `poise train DATA --help` shows the values of
     DATA's recipe. Without DATA and --recipe, the 8x8 digits of scikit-learn are used, which takes
     about a minute.
     """
@@ -38,6 +39,32 @@ class Train(TrainingCommand):
         Path | None, arg(help="the run's folder", help_behavior_hint="(default: runs/RECIPE)")
     ] = None
     recipe: RecipeName = None
+    more_epochs: Annotated[
+        int | None,
+        arg(
+            help="continue the finished run in --out: so many epochs that stage 1 is longer. "
+            "Stage 2 is trained anew",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    more_minutes: Annotated[
+        float | None,
+        arg(
+            help="the same, as time for the rest of stage 1, stage 2, codes and pictures",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    start_from: Annotated[
+        Path | None,
+        arg(
+            name="from",
+            aliases=["--start-from"],
+            metavar="RUN",
+            help="start from the weights of this run, with its settings. config.json says what is "
+            "kept",
+            help_behavior_hint="(default: initial weights)",
+        ),
+    ] = None
 
     def settings(self) -> Recipe:
         """Return the recipe with the given changes."""
@@ -45,7 +72,6 @@ class Train(TrainingCommand):
         return Changes(**self.changes()).apply(recipe)
 
     def run(self) -> None:
-        recipe = self.settings()
         from poise.metrics.listed import figures_table
         from poise.objectives import make_objective
         from poise.runs.build import stage_balance
@@ -53,16 +79,31 @@ class Train(TrainingCommand):
         from poise.support.files import read_json
         from poise.training import distributed
 
-        for stage in filter(None, (recipe.first, recipe.second)):
-            # Report a wrong balance before the data are read.
-            stage_balance(stage, recipe, [1, 1, 1])
-        make_objective(recipe.first.objective)
-        run = train(self.data, recipe=recipe, out=self.out, options=self.options())
+        of_others = (self.more_epochs, self.more_minutes, self.start_from)
+        if any(value is not None for value in of_others):  # of another run, whose settings it has
+            more_epochs, more_minutes, start_from = of_others
+            run = train(
+                self.data,
+                recipe=self.recipe,
+                out=self.out,
+                options=self.options(),
+                more_epochs=more_epochs,
+                more_minutes=more_minutes,
+                start_from=start_from and str(start_from),
+                **self.changes(),
+            )
+        else:
+            recipe = self.settings()
+            for stage in filter(None, (recipe.first, recipe.second)):
+                # Report a wrong balance before the data are read.
+                stage_balance(stage, recipe, [1, 1, 1])
+            make_objective(recipe.first.objective)
+            run = train(self.data, recipe=recipe, out=self.out, options=self.options())
         if distributed.rank() > 0:
             return
         summary = read_json(run.folder / "summary.json", dict[str, Any])
         show_table(
-            f"{recipe.name}: {run.data['train']} training images, {run.data['test']} test images",
+            f"{run.recipe.name}: {run.data['train']} training images, {run.data['test']} test images",
             figures_table(summary),
         )
         for note in [*run.data["notes"], *summary.get("notes", [])]:

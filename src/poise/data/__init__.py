@@ -22,7 +22,7 @@ In reading order:
     loading    `load` and `read_images`, for every source
 """
 
-from poise.data.dataset import Dataset
+from poise.data.dataset import Dataset, hold_out
 from poise.data.loading import Given, checked_images, find_images, load, read_images
 from poise.data.storage import Rows, gather, head
 
@@ -34,6 +34,7 @@ __all__ = [
     "find_images",
     "gather",
     "head",
+    "hold_out",
     "load",
     "read_images",
 ]

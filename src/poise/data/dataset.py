@@ -7,7 +7,7 @@ order, and the two sides never overlap.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from poise.data.labels import Labels
-from poise.data.storage import Pixels, Rows, allocate, blocks
+from poise.data.storage import Pixels, Rows, allocate, blocks, take
 from poise.data.streamed import HASH_BYTES, Pictures, hash_of
 from poise.errors import InputError
 
@@ -40,6 +40,8 @@ class Dataset:
             format says it, as for 8-bit files.
         skipped: the reason for each skipped file. The notes hold the first `MOST_LISTED`.
         labels: the classes of the images. None: they were not asked for.
+        validation: training images that are held out, see `hold_out`. They are not in `train`.
+            None: none are.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Dataset:
     levels: int | None = None
     skipped: tuple[str, ...] = ()
     labels: Labels | None = None
+    validation: Pixels | None = None
 
     def __post_init__(self) -> None:
         if self.labels and len(self.labels.train) != len(self.train):
@@ -66,12 +69,15 @@ class Dataset:
 
     @cached_property
     def checksum(self) -> str:
-        """The SHA-256 of the types, shapes and pixels of train and test, in order.
+        """The SHA-256 of the types, shapes and pixels of all sides, in order.
 
         Reads all images once, block by block.
         """
         digest = hashlib.sha256()
-        for part, images in (("train", self.train), ("test", self.test)):
+        sides = [("train", self.train), ("test", self.test)]
+        if self.validation is not None:
+            sides.append(("validation", self.validation))
+        for part, images in sides:
             digest.update(f"{part} {images.dtype} {tuple(images.shape)}\n".encode())
             for block in blocks(images):
                 digest.update(np.ascontiguousarray(images[block]).data)
@@ -208,6 +214,47 @@ def split_by_content(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: all images are identical.
     """
+    share = min(max(1, round(len(images) / 10)), MOST_TEST_IMAGES)
+    return first_by_content(images, share)
+
+
+def hold_out(dataset: Dataset, share: float) -> Dataset:
+    """Return the data set with a validation side, taken from the training side.
+
+    The images are chosen as test images are: the first ones in the order of a hash of their pixels.
+    So the choice depends on the training images alone, and identical images stay together.
+
+    Args:
+        dataset: without a validation side.
+        share: share of the training images to hold out, in (0, 0.5].
+
+    Raises:
+        InputError: the share is fewer than two images, all images are identical, or no training
+            image of a class is left.
+    """
+    count = round(share * len(dataset.train))
+    if count < 2:
+        raise InputError(
+            f"a validation share of {share:g} of {len(dataset.train)} training images is "
+            f"{counted(count, 'image')}, and at least two are needed: give a larger share"
+        )
+    kept, held = first_by_content(dataset.train, count)
+    return replace(
+        dataset,
+        train=take(dataset.train, kept),
+        validation=take(dataset.train, held),
+        labels=dataset.labels and dataset.labels.of_rows(kept, dataset.source),
+    )
+
+
+def first_by_content(images: Pixels, share: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row numbers of all other images, and of the first `share` ones by their hash.
+
+    See `split_by_content` for groups of identical images.
+
+    Raises:
+        InputError: all images are identical.
+    """
     hashes = content_hashes(images)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
@@ -215,7 +262,6 @@ def split_by_content(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.diff(starts, append=len(images))
     if len(sizes) < 2:
         raise InputError(f"all {len(images)} images are identical: nothing is left to test on")
-    share = min(max(1, round(len(images) / 10)), MOST_TEST_IMAGES)
     chosen, count = np.zeros(len(sizes), bool), 0
     for group, size in enumerate(sizes):  # in hash order
         if count + size <= share:

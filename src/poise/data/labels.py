@@ -4,7 +4,7 @@ Readers find them in the folders of the images or in arrays beside theirs.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,26 @@ class Labels:
         for side in (self.train, self.test):
             digest.update(np.ascontiguousarray(side, np.int64).data)
         return digest.hexdigest()
+
+    def of_rows(self, rows: np.ndarray, source: str) -> "Labels":
+        """Return the labels of some of the training images.
+
+        Args:
+            rows: numbers of these images.
+            source: name of the data in messages.
+
+        Raises:
+            InputError: a class has none of these images.
+        """
+        train = self.train[rows]
+        counts = np.bincount(train, minlength=len(self.classes))
+        if not counts.all():
+            absent = self.classes[int(np.argmin(counts))]
+            raise InputError(
+                f"{source}: all training images of class {absent} were held out: "
+                "add images of it, or give a smaller validation share"
+            )
+        return replace(self, train=train)
 
 
 def labels_of(train: np.ndarray, test: np.ndarray, source: str) -> Labels:

@@ -125,6 +125,8 @@ class Data:
             whenever it is read.
         labels: learn the classes of the images: the folders they are in, y_train beside x_train, or
             the labels of the data set. A flow and the mixture then draw images of a class.
+        validation: share of the training images to hold out, at most 0.5. Their ELBO is measured
+            during stage 1, and the weights of the best one are kept. None: no images.
     """
 
     source: str
@@ -138,9 +140,15 @@ class Data:
     max_megapixels: Annotated[int | None, Option("data")] = None
     stream: Annotated[bool, Option("data")] = False
     labels: Annotated[bool, Option("data")] = False
+    validation: Annotated[float | None, Option("data")] = None
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.validation is not None and not 0 < self.validation <= 0.5:
+            raise InputError(
+                "validation is a share of the training images, greater than 0 and at most 0.5, "
+                f"not {self.validation}"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,8 @@ class Stage:
             scale, which changes no reconstruction (see `poise.vae`). never; after: once, after
             training; during: also every `standardise_every` steps of training.
         standardise_every: number of steps between two settings of the shift and the scale.
+        patience: end the stage after so many evaluations of the held-out images without a better
+            ELBO. There are 50 to 100 evaluations in the whole stage. None: train to the end.
         precision: arithmetic of the networks. float32: TF32 is allowed on a GPU. ieee: float32
             without TF32. bfloat16: products and convolutions under autocast. Weights, balance and
             sums are always float32.
@@ -237,6 +247,7 @@ class Stage:
     ema_warmup: bool = False
     standardise: Annotated[Standardise, Option("model", first_only=True)] = "never"
     standardise_every: int = 100
+    patience: Annotated[int | None, Option("training", first_only=True)] = None
     precision: Annotated[Precision, Option("training")] = "float32"
 
     def __post_init__(self) -> None:
@@ -259,6 +270,8 @@ class Stage:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"patience must be at least 1, not {self.patience}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
 
@@ -381,6 +394,11 @@ class Recipe:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
         if self.minutes == inf:
             raise InputError("minutes must be finite, not inf")
+        if self.first.patience is not None and self.data.validation is None:
+            raise InputError(
+                "patience counts evaluations of held-out images: give validation, such as "
+                "--validation 0.05, too"
+            )
         if self.first.objective == FLOW_OBJECTIVE:
             raise InputError("a flow can only be the second stage: --second flow (second=)")
         if self.second is not None:

@@ -9,16 +9,17 @@ equivalent beta is k gamma2 / MSE, as in `poise.diagnosis`. It is 1 at balance.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from poise.report.records import Record, labels_of
-from poise.runs.log import mean_error
+from poise.runs.log import HELD_OUT, TRAINING, mean_error
 
 POINTS = 200  # maximum number of points in a curve; a screen shows no more
 WIDE = 5.0  # a quantity that varies by more than this factor is drawn on a logarithmic axis
+MEASURED = "|measured"  # ending of the axes of values that few entries have
 FALLBACK_RATE = 1.0  # images per second for a log entry that lacks them
 # Distinguishable by readers with colour vision deficiency too.
 COLOURS = (
@@ -49,6 +50,8 @@ class Quantity:
         scale: scale of the axis: "linear", or "log" if the values are positive and vary widely.
         line: a value to mark in the figure, or None.
         needs_kl: whether it needs a KL, so that deterministic models lack it.
+        of_training: the same quantity of training images, drawn as a dotted line beside it, where
+            both were measured. None: the quantity is in every entry and has one line.
     """
 
     key: str
@@ -58,6 +61,7 @@ class Quantity:
     scale: str = "linear"
     line: float | None = None
     needs_kl: bool = False
+    of_training: Callable[[Entry], float] | None = None
 
 
 def kl_weight(entry: Entry) -> float:
@@ -132,6 +136,15 @@ QUANTITIES = (
         1.0,
         needs_kl=True,
     ),
+    Quantity(
+        "elbo",
+        "ELBO, nats",
+        lambda e: e[HELD_OUT],
+        "ELBO per image of held-out images, and of training images (dotted), measured alike. "
+        "The run has the weights of the highest held-out ELBO. If it falls while that of training "
+        "images rises, they are being learned by heart.",
+        of_training=lambda e: e[TRAINING],
+    ),
 )
 
 
@@ -158,7 +171,7 @@ def training_figures(
     """
     axes = {
         _axis(r, stage): progress_of(stage_entries(r, stage)) for r in records for stage in (1, 2)
-    }
+    } | {_axis(r, 1) + MEASURED: progress_of(stage_entries(r, 1), having=HELD_OUT) for r in records}
     figures = [_figure(quantity, stage, records) for stage in (1, 2) for quantity in QUANTITIES]
     return {key: axis for key, axis in axes.items() if axis["images"]}, [
         figure for figure in figures if figure["traces"]
@@ -169,14 +182,20 @@ def _axis(record: Record, stage: int) -> str:
     return f"{record.label}|{record.seed}|{stage}"
 
 
-def progress_of(entries: Sequence[Entry]) -> dict[str, list[float]]:
-    """Return images seen and seconds of training since the start of the stage, for each point."""
+def progress_of(entries: Sequence[Entry], *, having: str = "stage") -> dict[str, list[float]]:
+    """Return images seen and seconds of training since the start of the stage, for each point.
+
+    Args:
+        entries: of a stage.
+        having: points are those entries that have this value.
+    """
+    chosen = np.array([having in entry for entry in entries], bool)
     images = np.array([entry["images_seen"] for entry in entries], float)
     rates = np.array([entry.get("images_per_second") or FALLBACK_RATE for entry in entries])
     seconds = np.cumsum(np.diff(images, prepend=0.0) / rates)  # correct after interruptions too
     return {
-        "images": _last_of_parts(images),
-        "seconds": [round(value, 2) for value in _last_of_parts(seconds)],
+        "images": _last_of_parts(images[chosen]),
+        "seconds": [round(value, 2) for value in _last_of_parts(seconds[chosen])],
     }
 
 
@@ -202,10 +221,15 @@ def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[s
     colours = styles_of(labels_of(records))
     lacking = stage == 1 and quantity.needs_kl  # a VAE as stage 2 has one, whatever stage 1 is
     shown = [r for r in records if stage_entries(r, stage) and (r.has_kl or not lacking)]
-    traces = [
-        _trace(record, stage, quantity, colours[record.label], thin=len(records) > 1)
-        for record in shown
-    ]
+    thin = len(records) > 1
+    traces = [_trace(record, stage, quantity, colours[record.label], thin=thin) for record in shown]
+    if quantity.of_training is not None:
+        dotted = replace(quantity, value=quantity.of_training)
+        traces += [
+            _trace(record, stage, dotted, colours[record.label] | {"dash": "dot"}, thin=thin)
+            | {"of": ", training images"}
+            for record in shown
+        ]
     traces = [trace for trace in traces if any(value is not None for value in trace["y"])]
     values = [value for trace in traces for value in trace["y"] if value is not None]
     return {
@@ -222,12 +246,16 @@ def _figure(quantity: Quantity, stage: int, records: Sequence[Record]) -> dict[s
 def _trace(
     record: Record, stage: int, quantity: Quantity, style: dict[str, str], *, thin: bool
 ) -> dict[str, Any]:
-    values = [_value(quantity, entry) for entry in stage_entries(record, stage)]
+    entries = stage_entries(record, stage)
+    sparse = quantity.of_training is not None
+    if sparse:
+        entries = [entry for entry in entries if HELD_OUT in entry]
+    values = [_value(quantity, entry) for entry in entries]
     line = style | {"width": 1.2 if thin else 1.8}
     return {
         "label": record.label,
         "seed": record.seed,
-        "axis": _axis(record, stage),
+        "axis": _axis(record, stage) + (MEASURED if sparse else ""),
         "y": thinned(values),
         "line": line,
     }

@@ -136,13 +136,15 @@ def numbers(report: Report) -> Values:
 
 
 def _details(record: Record) -> Values:
-    missing, measured, notes = list(record.missing), None, []
+    missing, measured = list(record.missing), None
+    notes = (record.summary or {}).get("notes", [])
     if record.evaluation is not None:
         try:
             measured = cells.upright(cells.evaluation_rows(record))
-            notes = record.evaluation.get("notes", [])
+            notes = [*notes, *record.evaluation.get("notes", [])]
         except InputError as error:
             missing.append(f"evaluation.json cannot be shown: {error}.")
+    notes = list(dict.fromkeys(notes))
     return {"name": record.name, "missing": missing, "measured": measured, "notes": notes}
 
 

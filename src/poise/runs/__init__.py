@@ -5,9 +5,13 @@ In reading order:
 - `pipeline`: `train`, from images to trained stages, pictures and figures.
 - `options`: device, checkpoints and display.
 - `folder`: config.json, and whether a run can continue in a folder.
+- `continuing`: a finished run that is trained for longer.
+- `starting`: the weights of another run to start from.
 - `timing`: stage lengths that fit a time budget.
 - `build`: networks and balances from settings.
-- `log`: metrics.jsonl and TensorBoard.
+- `log`: metrics.jsonl.
+- `callbacks`: your own code during training, TensorBoard and W&B.
+- `validation`: the ELBO of held-out images, best weights, early stopping.
 - `checkpoint`: checkpoints on disk.
 - `plots`: training curves.
 - `growth`: progress.png, drawn during training.

@@ -64,6 +64,9 @@ class Position:
         finished: whether the run is finished.
         position: number of the step over both stages: the checkpoint's name. None: the checkpoint
             was written before 2026-11-27.
+        continued: how often the run had been continued after it was finished.
+        validation: see `poise.runs.validation.Validation.outcome`. None: not measured, or stage 1
+            is not finished.
     """
 
     stage: int
@@ -71,6 +74,8 @@ class Position:
     seconds: float
     finished: bool
     position: int | None = None
+    continued: int = 0
+    validation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2) or self.step < 0 or not self.seconds >= 0:

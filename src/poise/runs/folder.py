@@ -4,11 +4,11 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from poise.data import Dataset
+from poise.data import Dataset, hold_out
 from poise.data import load as load_data
 from poise.data.decoding import DEEP
 from poise.errors import InputError, MissingInputError
@@ -93,11 +93,51 @@ class Described:
     skipped: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     labels: str = ""
+    validation: int = 0
 
     def __post_init__(self) -> None:
         counts = (*self.shape, self.train, *(() if self.levels is None else (self.levels,)))
-        if min(counts) < 1 or self.test < 0 or self.pixel_std < 0:
+        if min(counts) < 1 or min(self.test, self.validation) < 0 or self.pixel_std < 0:
             raise ValueError("a shape, a number of images or a scale is not possible")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What config.json says about one continuation of a finished run.
+
+    Attributes:
+        more_epochs, more_minutes: what was asked for; one of them is None.
+        step: step of stage 1 at which it began.
+        first, second: the lengths before: "epochs", "steps" and "halve_every" of each stage.
+        moments: whether Adam's moments were kept, or begin at zero.
+        other_rates: number of earlier steps that a run of the new length takes with other learning
+            rates. 0: from here on, the run is the same as a run of the new length.
+    """
+
+    more_epochs: int | None
+    more_minutes: float | None
+    step: int
+    first: dict[str, float | int | None]
+    second: dict[str, float | int | None] | None
+    moments: Literal["kept", "new"]
+    other_rates: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What config.json says about the run whose weights a run started from.
+
+    Attributes:
+        run: its folder.
+        checkpoint: SHA-256 of its weights.
+        kept: what was taken from it.
+        new: what was not.
+    """
+
+    run: str
+    checkpoint: str
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +150,8 @@ class Config:
     engine: Engine = "eager"
     threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    start: Start | None = None
+    continued: tuple[Continuation, ...] = ()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,7 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_data(
     settings: Data, images: Any = None, cache: Path | None = None, labels: Any = None
 ) -> Dataset:
-    """Load the images that the settings name and prepare them as the settings say.
+    """Load the images that the settings name, prepare and split them as the settings say.
 
     Args:
         settings: source and preparation.
@@ -146,7 +188,7 @@ def read_data(
         cache: folder for decoded images, see `poise.data.load`.
         labels: the labels of an array of images. None: read them if the settings say so.
     """
-    return load_data(
+    dataset = load_data(
         settings.source if images is None else images,
         size=settings.size,
         channels=settings.channels,
@@ -159,6 +201,7 @@ def read_data(
         cache=cache,
         labels=settings.labels if labels is None else labels,
     )
+    return dataset if settings.validation is None else hold_out(dataset, settings.validation)
 
 
 def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
@@ -180,6 +223,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "shape": list(dataset.shape),
         "train": len(dataset.train),
         "test": len(dataset.test),
+        "validation": 0 if dataset.validation is None else len(dataset.validation),
         "checksum": dataset.checksum,
         "pixel_std": pixel_std(dataset.train),
         "levels": dataset.levels,

@@ -46,6 +46,8 @@ class ProgressPicture:
         seed: seed of the samples' noise. Row i of it is that of image i of `poise sample --seed`.
         priors: prior of each stage in words, for the headings.
         shown: stage and tenth of the last row to keep from an existing file. None: keep no rows.
+        skipped: number of tenths of stage 1, at its start, that get no row, because a shorter
+            training took them.
     """
 
     def __init__(
@@ -56,18 +58,21 @@ class ProgressPicture:
         seed: int,
         priors: Sequence[str],
         shown: tuple[int, int] | None = None,
+        skipped: int = 0,
     ) -> None:
         self.path, self._images, self._seed = path, images[:COLUMNS], seed
         self._height, self._width = (
             side + SEPARATOR_PIXELS for side in _row(self._images[:1]).shape[:2]
         )
+        self._skipped = skipped
         self._right = LABEL + COLUMNS * self._width + GAP
         size = self._top(len(priors), 10) + self._height, self._right + COLUMNS * self._width
         self._canvas = np.full((*size, images.shape[1]), 255, np.uint8)
         self._bottom = 0
         if shown is not None:
             self._restore(self._top(*shown) + self._height)
-        tops = [self._top(stage, int(stage > 1)) - HEADING for stage in range(1, 1 + len(priors))]
+        firsts = [(1, skipped), (2, 1)][: len(priors)]
+        tops = [self._top(*first) - HEADING for first in firsts]
         self._headings = [("test images, then their reconstructions", 0, self._right)] + [
             (f"stage {stage}: samples from {prior}", top, LABEL)
             for stage, (prior, top) in enumerate(zip(priors, tops, strict=True), 1)
@@ -78,8 +83,9 @@ class ProgressPicture:
 
     def _top(self, stage: int, tenth: int) -> int:
         """Return the first line of a row. Row 0 of stage 1 shows the test images."""
-        of_stage = HEADING + GAP + 10 * self._height
-        return HEADING + tenth * self._height + (stage - 1) * of_stage
+        of_first = HEADING + GAP + (10 - self._skipped) * self._height
+        row = tenth - self._skipped if stage == 1 else tenth
+        return HEADING + row * self._height + (stage - 1) * of_first
 
     def _restore(self, bottom: int) -> None:
         """Read the file, if it is intact, and keep the lines above `bottom`."""
@@ -89,7 +95,7 @@ class ProgressPicture:
             if pixels.shape[1] == self._canvas.shape[1]:
                 self._paste(pixels, 0, 0)
 
-    def add(self, stage: int, tenth: int, vae: VAE, prior: Prior) -> None:
+    def add(self, stage: int, tenth: int, vae: VAE, prior: Prior) -> Images:
         """Add the row of a tenth of a stage, and write the file if that takes little time.
 
         Does not change the networks, their modes or torch's global generators. NaN is drawn black.
@@ -99,6 +105,9 @@ class ProgressPicture:
             tenth: 1 to 10.
             vae: the VAE of stage 1.
             prior: the prior that the stage trains.
+
+        Returns:
+            The samples of the row, (8, channels, height, width), or 16 in stage 2.
         """
         device = next(vae.parameters()).device
         count = COLUMNS if stage == 1 else 2 * COLUMNS
@@ -115,6 +124,7 @@ class ProgressPicture:
         self._bottom, self._changed = top + self._height, True
         if time.monotonic() - self._written >= self._writing_seconds / SHARE_OF_TIME:
             self.write()
+        return left
 
     def write(self) -> None:
         """Write the rows so far, if any are new.

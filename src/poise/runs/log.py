@@ -1,23 +1,27 @@
-"""The training log: metrics.jsonl of a run, and TensorBoard files."""
+"""The training log: metrics.jsonl of a run, also as a DataFrame."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from poise.errors import InputError, RunError
+from poise.errors import InputError, MissingExtraError, RunError
 from poise.support.files import decode_json, read_regular, write_failure, write_file
 from poise.support.progress import warn
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 Entry = dict[str, int | float]
 OF_CURVES = {"stage", "images_seen", "images_per_second"}
+HELD_OUT, TRAINING = "held_out_elbo_nats", "train_elbo_nats"
 OF_EVERY_ENTRY = OF_CURVES | {"step"}
 
 
 class Log:
-    """Writes metrics.jsonl and, if asked, TensorBoard files.
+    """Writes metrics.jsonl.
 
     When training resumes from a checkpoint, entries after that position and damaged lines are
     deleted.
@@ -25,10 +29,9 @@ class Log:
     Args:
         folder: folder of the run.
         stage, step: position that training resumes from.
-        tensorboard: whether to write TensorBoard files.
     """
 
-    def __init__(self, folder: Path, stage: int, step: int, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, stage: int, step: int) -> None:
         self._path = path = folder / "metrics.jsonl"
         entries, damaged = _read(path, OF_EVERY_ENTRY)
         if damaged:
@@ -36,7 +39,6 @@ class Log:
         kept = [entry for entry in entries if (entry["stage"], entry["step"]) <= (stage, step)]
         write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self._file = open(path, "a", encoding="utf-8")
-        self._boards = _tensorboards(folder / "tensorboard", {stage: step}) if tensorboard else {}
 
     def write(self, entry: dict[str, float]) -> None:
         """Append an entry.
@@ -56,9 +58,6 @@ class Log:
             print(json.dumps(entry), file=self._file, flush=True)
         except OSError as error:
             raise write_failure(Path(self._file.name), error) from error
-        if self._boards:
-            for name in set(entry) - {"stage", "step"}:
-                self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
 
     def _in_place(self) -> bool:
         """Return whether the open file is still the one in the folder."""
@@ -70,8 +69,6 @@ class Log:
     def close(self) -> None:
         with suppress(OSError):  # a full disk was reported when the entry was written
             self._file.close()
-        for board in self._boards.values():
-            board.close()
 
 
 def read_log(path: Path, required: set[str] = OF_CURVES) -> list[Entry]:
@@ -85,6 +82,21 @@ def read_log(path: Path, required: set[str] = OF_CURVES) -> list[Entry]:
         InputError: the file cannot be read.
     """
     return _read(path, required)[0]
+
+
+def history(path: Path) -> "DataFrame":
+    """Return the log as a pandas DataFrame, one row per entry; see `Run.history`.
+
+    Raises:
+        InputError: the file cannot be read.
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError:
+        raise MissingExtraError("run.history", "track") from None
+    frame = DataFrame(read_log(path))
+    return frame.astype(dict.fromkeys({"stage", "step", "images_seen"} & {*frame.columns}, int))
 
 
 def mean_error(entry: Entry) -> float:
@@ -113,14 +125,3 @@ def _parsed(lines: list[bytes], required: set[str]) -> Iterator[Entry]:
             entry = decode_json(line, Entry, "")
             if entry.keys() >= required and entry["stage"] in (1, 2):
                 yield entry
-
-
-def _tensorboards(folder: Path, resumed: dict[int, int]) -> dict[int, Any]:
-    """Return one writer per stage. In the resumed stage, steps after the checkpoint are purged."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    purged = {stage: resumed[stage] + 1 if stage in resumed else None for stage in (1, 2)}
-    return {
-        stage: SummaryWriter(str(folder / f"stage{stage}"), purge_step=step)
-        for stage, step in purged.items()
-    }

@@ -4,10 +4,9 @@ Interrupted training continues from the newest checkpoint.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
-from poise.data import Dataset, gather
+from poise.data import Dataset, gather, hold_out
 from poise.data.decoding import grid, save_png
 from poise.data.loading import CHECK_RANGE
 from poise.errors import InputError, Interrupted, MissingExtraError, RunError
@@ -35,12 +34,26 @@ from poise.recipes.settings import (
 )
 from poise.runs import plots
 from poise.runs.build import first_stage, second_stage, stage_balance
+from poise.runs.callbacks import Callback, Callbacks, TensorBoard
 from poise.runs.checkpoint import (
     Saved,
     fitting,
     read_code_tensors,
     save_checkpoint,
     write_folder,
+)
+from poise.runs.continuing import (
+    LAST,
+    More,
+    history_of,
+    images_of,
+    in_words,
+    is_begun,
+    longer,
+    record,
+    rewound,
+    settings_of,
+    steps_of_first,
 )
 from poise.runs.folder import (
     config_to_write,
@@ -54,7 +67,9 @@ from poise.runs.growth import COLUMNS, FLOW_STEPS, ProgressPicture
 from poise.runs.log import Log
 from poise.runs.options import Options
 from poise.runs.run import Run, load
-from poise.runs.timing import PICTURES, earlier_plan, make_plan
+from poise.runs.starting import check_start, load_start, read_source, recipe_of, start_of_second
+from poise.runs.timing import PICTURES, Plan, earlier_plan, longer_by_time, make_plan
+from poise.runs.validation import Validation, check_elbo, overfitting
 from poise.shapes import Images
 from poise.support.files import write_file, write_json
 from poise.support.guards import locked, stop_signals
@@ -83,6 +98,8 @@ from poise.vae import VAE, latents_of
 from poise.variants import DATA_SETS, default_prior, find_prior
 
 PAIRS = 32
+BEGINNING: dict[str, Any] = {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
+KEPT_META = ("continued", "validation")  # plain values that later checkpoints keep
 
 
 def train(
@@ -93,6 +110,10 @@ def train(
     vae: VAE | None = None,
     labels: Any = None,
     options: Options = Options(),
+    callbacks: Sequence[Callback] = (),
+    more_epochs: int | None = None,
+    more_minutes: float | None = None,
+    start_from: str | Path | None = None,
     **changes: Any,
 ) -> Run:
     """Train both stages and return the run.
@@ -112,13 +133,20 @@ def train(
             image of an array, (n,), whole numbers or text. A flow as stage 2 and the mixture then
             draw images of a class: `run.sample(64, label="cats")`.
         options: device, checkpoints, display.
+        callbacks: called at each log entry, at the end of a stage, ...: see `poise.Callback`.
+        more_epochs: continue the finished run in `out`: epochs that stage 1 is longer. Stage 2 is
+            longer in proportion and trained anew. The settings are the run's own.
+        more_minutes: the same, as time for the rest of stage 1, stage 2, codes and pictures.
+        start_from: folder of a run, or hf:OWNER/NAME, whose weights this run starts from. Without
+            `recipe`, its settings are used. config.json says what is kept.
         changes: settings of the recipe by name: epochs, minutes, batch_size, latent_dim, balance,
             size, seed, ... `poise train --help` lists them. `poise.recipes.CHANGES` has their
             types.
 
     Raises:
         InputError: the data, the recipe or the folder cannot be used.
-        RunError: the loss is not finite, or the disk or the device's memory is full.
+        RunError: the loss is not finite, the disk or the device's memory is full, or a callback
+            raised an error.
         Interrupted: Ctrl-C or SIGTERM. The state is saved.
 
     Example:
@@ -126,15 +154,24 @@ def train(
         >>> run.sample(64, prior="second-stage", seed=0).shape              # doctest: +SKIP
         torch.Size([64, 1, 8, 8])
     """
-    began = time.monotonic()
+    began, goes_on = time.monotonic(), more_epochs is not None or more_minutes is not None
+    more = More(more_epochs, more_minutes) if goes_on else None
+    place = None if out is None else Path(out)
+    if more is not None and start_from is None and recipe is None:
+        recipe = settings_of(place, changes)
+        images = images_of(recipe, Path(out or ""), images)
+    elif more is not None:
+        raise InputError(f"{more} continues a run as it is: leave out recipe and start_from")
+    elif start_from is not None and recipe is None:
+        recipe = recipe_of(start_from, place, changes)
     listed = None if labels is None or isinstance(labels, bool) else labels
     wanted = changes | ({} if labels is None else {"labels": labels is not False})
     recipe = Changes(**wanted).apply(resolve(images, recipe, vae))
-    folder = Path(out or Path("runs") / recipe.name)
+    folder = place or Path("runs") / recipe.name
     device = distributed.device_of_rank(choose_device(options.device))
     choose_engine(options.engine, device)
-    if options.tensorboard and find_spec("tensorboard") is None:
-        raise MissingExtraError("TensorBoard", "track")
+    boards = [TensorBoard()] if options.tensorboard else []
+    called = Callbacks(callbacks, boards)
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     if listed is not None:
@@ -144,7 +181,18 @@ def train(
         held.enter_context(denormals_as_zero())
         with distributed.processes(device):
             distributed.on_first(lambda: held.enter_context(locked(folder)))
-            job = prepare(folder, recipe, vae, device, options, given, began)
+            job = prepare(
+                folder,
+                recipe,
+                vae,
+                device,
+                options,
+                given,
+                began,
+                more=more,
+                start_from=start_from,
+                callbacks=called,
+            )
             if job.threads is not None:
                 held.enter_context(threads(job.threads))
             if not job.meta["finished"]:
@@ -154,7 +202,7 @@ def train(
             return Run(folder, job.config, Saved(job.tensors, job.meta), [], vae).to(device)
         if not (folder / "summary.json").exists():
             run = load(folder, device=options.device, vae=vae)
-            finish(run, job.dataset, job.meta["seconds"], quiet=options.quiet)
+            finish(run, job.dataset, job.meta, quiet=options.quiet)
     return load(folder, device=options.device, vae=vae).remember(job.dataset)
 
 
@@ -178,6 +226,10 @@ def prepare(
     options: Options,
     given: Any,
     began: float,
+    *,
+    more: More | None,
+    start_from: str | Path | None,
+    callbacks: Callbacks,
 ) -> "Job":
     """Load the data, check all settings, plan the run and return a job that can train.
 
@@ -188,12 +240,15 @@ def prepare(
         recipe, vae, device, options: of the run.
         given: images, if `recipe.data.source` does not name them.
         began: start time of this call of `train`, from `time.monotonic`.
+        more, start_from, callbacks: see `train`.
     """
     dataset = (
         given
         if isinstance(given, Dataset)
         else read_data(settings_to_read(recipe, folder), given, folder / "cache")
     )
+    if recipe.data.validation is not None and dataset.validation is None:
+        dataset = hold_out(dataset, recipe.data.validation)
     dataset = with_labels(dataset, recipe.data)
     classes = len(dataset.labels.classes) if dataset.labels else 0
     if vae is not None or recipe.network.kind == "conv":
@@ -203,6 +258,8 @@ def prepare(
         recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
     shape = list(dataset.shape)
     stages = networks_and_balances(recipe, shape, vae, classes)
+    if recipe.data.validation is not None:
+        check_elbo(recipe.first, stages[0][1])
     engine = choose_engine(options.engine, device)
     config = config_to_write(recipe, dataset, engine)
     checksum: str = dataset.checksum
@@ -211,11 +268,27 @@ def prepare(
     plan = distributed.on_first(lambda: earlier_plan(folder, recipe, checksum))
     recipe = plan.recipe if plan else recipe
     saved = distributed.on_first(lambda: open_folder(folder, config | {"recipe": to_json(recipe)}))
+    if more is not None:
+        if plan is None:
+            raise InputError(f"{folder} holds no finished run with this network to continue")
+        plan = continued(folder, more, plan, stages, dataset, device, options, began, saved)
+        recipe = plan.recipe
+    elif saved is not None:
+        distributed.on_first(lambda: check_start(folder, start_from))
+    saved = distributed.on_first(lambda: rewound(folder, saved))
+    if saved is not None:
+        config |= distributed.on_first(lambda: history_of(folder))
+    elif start_from is not None:
+        first = distributed.on_first(
+            lambda: load_start(read_source(start_from), recipe, shape, stages)
+        )
+        config["start"] = first
     verbose = not (options.quiet or distributed.rank() > 0) and not (
         saved and saved.meta["finished"]
     )
     if verbose:
-        say(announce(recipe, len(dataset.train), device, options.device))
+        lasting = recipe if more is None else replace(recipe, minutes=None)
+        say(announce(lasting, len(dataset.train), device, options.device))
         if recipe.first.objective != VAE_OBJECTIVE and recipe.first.balance == RIVALS_BALANCE:
             say(
                 f"objective {recipe.first.objective}: balance {RIVALS_BALANCE}, the squared error "
@@ -235,8 +308,64 @@ def prepare(
     if saved is None:
         distributed.on_first(lambda: write_json(folder / "config.json", config))
     options = replace(options, device=str(device), quiet=options.quiet or distributed.rank() > 0)
-    stages = networks_and_balances(plan.recipe, shape, vae, classes)
-    return Job(folder, plan.recipe, config, dataset, stages, options, saved, count)
+    trained = networks_and_balances(plan.recipe, shape, vae, classes)
+    if saved is None and start_from is not None:
+        trained[0][0].load_state_dict(stages[0][0].state_dict())
+        saved = Saved(start_of_second(stages), BEGINNING)
+    return Job(folder, plan.recipe, config, dataset, trained, options, saved, count, callbacks)
+
+
+def continued(
+    folder: Path,
+    more: More,
+    plan: Plan,
+    stages: list[tuple[VAE | Flow, Balance]],
+    dataset: Dataset,
+    device: torch.device,
+    options: Options,
+    began: float,
+    saved: Saved | None,
+) -> Plan:
+    """Return the plan of a continued run, and write its new lengths to config.json.
+
+    If the continuation has begun before, its plan is returned.
+
+    Args:
+        folder, stages, dataset, device, options, began: see `prepare`.
+        more: how much longer.
+        plan: of the run so far.
+        saved: its newest checkpoint.
+
+    Raises:
+        InputError: the run is not finished, or the time is too short.
+    """
+    if distributed.on_first(lambda: is_begun(folder, saved, more)):
+        return plan
+    assert saved is not None
+    step = steps_of_first(folder, saved)
+    old, num_images = plan.recipe, len(dataset.train)
+    if more.epochs is not None:
+        new = longer(old, more.epochs, num_images)
+    else:
+        new = longer_by_time(
+            old,
+            more.minutes or 0,
+            step,
+            stages,
+            dataset,
+            folder,
+            device,
+            options,
+            plan.threads,
+            began,
+        )
+    entry = distributed.on_first(lambda: record(folder, more, old, new, step, num_images))
+    if not (options.quiet or distributed.rank() > 0):
+        say(in_words(entry, old, new, num_images))
+    written = read_config(folder) if distributed.rank() == 0 else {}
+    written |= {"recipe": to_json(new), "continued": [*written.get("continued", []), entry]}
+    distributed.on_first(lambda: write_json(folder / "config.json", written))
+    return plan._replace(recipe=new)
 
 
 def networks_and_balances(
@@ -334,6 +463,7 @@ class Job:
         options: options, with the device of this process.
         saved: checkpoint to resume from, or None.
         threads: number of CPU threads. None: see `poise.training.usual_threads`.
+        callbacks: the user's.
     """
 
     def __init__(
@@ -346,18 +476,22 @@ class Job:
         options: Options,
         saved: Saved | None,
         threads: int | None,
+        callbacks: Callbacks,
     ) -> None:
-        self.threads = threads
+        self.threads, self.callbacks = threads, callbacks
         self.folder, self.recipe, self.config, self.dataset = folder, recipe, config, dataset
         self.stages, self.options, self.device = stages, options, torch.device(options.device)
-        self.meta = (
-            saved.meta if saved else {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
-        )
-        self.tensors = saved.tensors if saved else {}
+        saved = saved or Saved({}, BEGINNING)
+        self.tensors: dict[str, Tensor] = saved.tensors
+        self.meta: dict[str, Any] = saved.meta
+        if start := under("start", self.tensors):
+            with fitting(folder, 2):
+                stages[1][0].load_state_dict(start)
         self.seconds: float = self.meta["seconds"]
         self._began = time.monotonic()
         self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
         self._states: list[TrainingState[Any]] = []
+        self._validation: Validation | None = None
         self._picture: ProgressPicture | None = None
 
     def run_stages(self, stop: Callable[[], bool]) -> None:
@@ -370,19 +504,19 @@ class Job:
             Interrupted: `stop` returned True. The state is saved.
         """
         with ExitStack() as files:
+            place = self.meta["stage"], self.meta["step"]
             if distributed.rank() == 0:
-                log = Log(
-                    self.folder,
-                    self.meta["stage"],
-                    self.meta["step"],
-                    tensorboard=self.options.tensorboard,
-                )
+                log = Log(self.folder, *place)
                 self._write_log = files.enter_context(closing(log)).write
                 self._use_engine(self.config["engine"])
                 self._picture = self._begin_picture()
+            files.callback(self.callbacks.call, "on_end")
+            self.callbacks.call("on_start", self.folder, self.recipe, *place)
             images = ImageBatches(self.dataset.train, self.device, flips=self.recipe.data.flips)
             first = self._stage(1, images, stop)
             codes, mirrored = self._codes(first)
+            if place[0] == 1:
+                self.callbacks.call("on_stage_end", 1, first.step, first.trained)
             if self.recipe.second is not None:
                 network = self.stages[1][0]
                 labels = self._labels
@@ -396,6 +530,7 @@ class Job:
                 second = self._stage(2, data, stop)
                 self._keep(2, second, over=True)
                 self._write(stage=2, step=second.step, finished=True)
+                self.callbacks.call("on_stage_end", 2, second.step, second.trained)
 
     @property
     def _labels(self) -> Tensor | None:
@@ -413,15 +548,21 @@ class Job:
                 restore_state(state, mine)
         if self.meta["stage"] > number:
             return state
+        validation = self._begin_validation(stage, mine) if number == 1 else None
+        if validation is not None and validation.ends():  # an error stopped it in this very step
+            return state
+        self.callbacks.stopped = False
         fell_back = self._use_eager_steps if self.options.engine == "auto" else None
         watch = Watch(
-            self._write_log,
+            lambda entry: self._log(number, state, entry),
             lambda s: self._save(number, s),
             stop,
             fell_back,
             self.options.save_seconds,
             self.options.quiet,
             lambda s, tenth: self._show(number, s, tenth),
+            validation.measure if validation else lambda s: {},
+            lambda: self.callbacks.ends() or (validation is not None and validation.ends()),
         )
         how: dict[str, Any] = {
             "number": number,
@@ -437,16 +578,38 @@ class Job:
             )
         return state
 
+    def _begin_validation(self, stage: Stage, saved: dict[str, Tensor]) -> Validation | None:
+        if self.recipe.data.validation is not None:
+            best = under("best", saved)
+            self._validation = Validation(self.dataset, stage, self.recipe.seed, best)
+        return self._validation
+
+    def _log(self, number: int, state: TrainingState, entry: dict[str, float]) -> None:
+        self._write_log(entry)
+        self._call("on_log", entry, number=number, state=state)
+
+    def _call(self, name: str, *values: Any, number: int, state: TrainingState) -> None:
+        """Call the callbacks; if one raises an error, save the state first."""
+
+        def save() -> str:
+            self._save(number, state)
+            return f"the run is saved at step {state.step} of stage {number}"
+
+        self.callbacks.call(name, *values, save=save)
+
     def _begin_picture(self) -> ProgressPicture:
         number, step = self.meta["stage"], self.meta["step"]
         steps = self._settings(number).total_steps(len(self.dataset.train))
+        began = [entry["step"] for entry in self.config.get("continued", [])[-1:]]
+        whole = self.recipe.first.total_steps(len(self.dataset.train))
         names = [default_prior(kind) for kind in (None, self.recipe.second_stage)]
         return ProgressPicture(
             self.folder / "progress.png",
             gather(self.dataset.test, drawn(len(self.dataset.test), COLUMNS)),
             seed=self.recipe.seed,
             priors=[find_prior(name).words for name in names[: len(self.stages)]],
-            shown=(number, 10 * step // steps) if self.tensors else None,
+            shown=(number, 10 * step // steps) if step or number > 1 else None,
+            skipped=10 * began[0] // whole if began else 0,
         )
 
     def _show(self, number: int, state: TrainingState[Any], tenth: int) -> None:
@@ -464,7 +627,10 @@ class Job:
             device=self.device,
         )
         prior = make_prior(default_prior(kind), model)
-        self._picture.add(number, tenth, first, prior)
+        samples = self._picture.add(number, tenth, first, prior)
+        if self.callbacks:
+            shown = samples.float().clamp(0, 1).cpu()
+            self._call("on_samples", number, state.step, shown, number=number, state=state)
 
     def _use_eager_steps(self, reason: str) -> None:
         warn(f"steps cannot be recorded as a CUDA graph ({reason}); taking them one by one")
@@ -487,7 +653,15 @@ class Job:
 
         The posteriors are read from the folder if they are there. The second value are those of the
         mirrored images, if the run trains on them.
+
+        If images are held out, the best weights of stage 1 replace the last ones.
         """
+        validated = None
+        if self.meta["stage"] == 1:
+            distributed.on_first(lambda: self._keep_last(first))
+            if self._validation is not None:
+                validated = self._validation.outcome(first)
+                self._validation.restore(first)
         codes = distributed.on_first(
             lambda: self._read_codes() or self._compute_codes(first.trained)
         )
@@ -496,6 +670,7 @@ class Job:
             if latents is not None:  # rank 0 has set the map
                 latents.load_state_dict(distributed.on_first(latents.state_dict))
             self._keep(1, first, over=True)
+            self.meta = self.meta | {"validation": validated}
             self._write(stage=2, step=0, finished=self.recipe.second is None)
         plain = DiagonalGaussian(codes["mean"], codes["logvar"])
         if not self.recipe.data.flips:
@@ -530,15 +705,26 @@ class Job:
         write_folder(self.folder / "codes", tensors | labels, {"images": len(codes.mean)})
         return tensors
 
+    def _keep_last(self, first: TrainingState[VAE]) -> None:
+        """Write the state at the end of stage 1, from which a longer training goes on."""
+        write_folder(self.folder / LAST, self._all_tensors(1, first), {"step": first.step})
+
+    def _all_tensors(self, number: int, state: TrainingState) -> dict[str, Tensor]:
+        tensors = state_tensors(state)
+        if number == 1 and self._validation is not None:
+            best = self._validation.tensors()
+            tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+        return tensors
+
     def _keep(self, number: int, state: TrainingState, *, over: bool = False) -> None:
         """Replace the kept tensors of a stage by its present state.
 
-        If the stage is over, the optimizer's state is dropped.
+        If the stage is over, the state of the optimizer and earlier weights are dropped.
         """
         mine = {
             name: tensor
-            for name, tensor in state_tensors(state).items()
-            if not (over and name.startswith("optimizer."))
+            for name, tensor in self._all_tensors(number, state).items()
+            if not (over and name.startswith(("optimizer.", "best.")))
         }
         others = {
             name: tensor
@@ -553,7 +739,8 @@ class Job:
 
     def _write(self, *, stage: int, step: int, finished: bool) -> None:
         seconds = self.seconds + time.monotonic() - self._began
-        self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished}
+        kept = {name: self.meta[name] for name in KEPT_META if self.meta.get(name)}
+        self.meta = {"stage": stage, "step": step, "seconds": seconds, "finished": finished} | kept
         before = self.recipe.first.total_steps(len(self.dataset.train)) if stage == 2 else 0
         if self._picture is not None:
             self._picture.write()  # a checkpoint has all rows up to its step
@@ -568,8 +755,15 @@ class Mirror(nn.Module):
         return images.flip(3)
 
 
-def finish(run: Run, dataset: Dataset, seconds: float, *, quiet: bool) -> None:
-    """Write what a finished run has: mixture, scale of latents, pictures, curves, summary.json."""
+def finish(run: Run, dataset: Dataset, meta: dict[str, Any], *, quiet: bool) -> None:
+    """Write what a finished run has: mixture, scale of latents, pictures, curves, summary.json.
+
+    Args:
+        run: the run, finished but for this.
+        dataset: its data.
+        meta: plain values of its checkpoint.
+        quiet: leave out a note on pictures that need an extra.
+    """
     run.save_mixture()
     write_json(run.folder / "latents.json", asdict(run.latent_scale))
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
@@ -587,9 +781,13 @@ def finish(run: Run, dataset: Dataset, seconds: float, *, quiet: bool) -> None:
         warn(f"{error}; training.png is left out")
     figures = {
         "train_images": len(dataset.train),
-        "seconds": round(seconds, 1),
+        "seconds": round(meta["seconds"], 1),
         "device": str(run.device),
     }
     evaluation = run.evaluate(dataset.test, extractor="none")
-    notes = {"notes": list(evaluation.notes)} if evaluation.notes else {}
+    lines, validated = list(evaluation.notes), meta.get("validation")
+    if validated:
+        figures |= {"validation": validated}
+        lines += [overfitting(validated)] if validated["overfitting"] else []
+    notes = {"notes": lines} if lines else {}
     write_json(run.folder / "summary.json", figures | evaluation.pages | notes)

@@ -3,6 +3,7 @@
 config.json            every setting, the data and its checksum, versions
 checkpoints/           the last two checkpoints, each complete and hashed
 codes/                 the training images' posteriors under stage 1
+last/                  the state of stage 1 at its end, to continue from
 latents.json           mean and scale of these codes, for a diffusion model
 mixture/               the mixture prior, fitted to these codes
 metrics.jsonl          one line per log entry of both stages
@@ -78,7 +79,7 @@ from poise.runs.checkpoint import (
 )
 from poise.runs.classes import class_number, read_labels
 from poise.runs.folder import data_settings, read_config, read_data
-from poise.runs.log import read_log
+from poise.runs.log import history, read_log
 from poise.runs.plots import training_curves
 from poise.sampling import (
     ADJUSTMENT_DRAWS,
@@ -104,6 +105,7 @@ from poise.variants import (
 )
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from PIL.Image import Image as Picture
 
 TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
@@ -819,6 +821,22 @@ class Run:
             count, prior, seed, label: see `sample`.
         """
         return to_picture(grid(self.sample(count, prior=prior, seed=seed, label=label)))
+
+    @property
+    def history(self) -> "DataFrame":
+        """The training log as a pandas DataFrame, one row per entry of both stages.
+
+        The columns are those of metrics.jsonl: stage, step, loss, mse, kl_nats, gamma2, ... Values
+        that an entry lacks are NaN. During training it has the entries so far.
+
+        Raises:
+            InputError: the log cannot be read.
+            MissingExtraError: pandas is not installed.
+
+        Example:
+            >>> run.history.query("stage == 1").plot("images_seen", "mse")  # doctest: +SKIP
+        """
+        return history(self.folder / "metrics.jsonl")
 
     def plot(self) -> "Picture":
         """Return the training curves as a `PIL.Image`: MSE, KL and gamma2 of each stage.

@@ -33,8 +33,10 @@ from poise.priors.flow_prior import FlowPrior, evaluations
 from poise.priors.mixture import MOST_CODES, fit_mixture
 from poise.recipes.settings import Recipe, Stage, from_json, to_json
 from poise.runs.checkpoint import write_folder
+from poise.runs.continuing import lengths
 from poise.runs.folder import read_config
 from poise.runs.options import Options
+from poise.runs.validation import SHARE_OF_TIME
 from poise.support.progress import hours_minutes, say
 from poise.support.seeds import generator
 from poise.training import (
@@ -96,16 +98,29 @@ def earlier_plan(folder: Path, recipe: Recipe, checksum: str) -> Plan | None:
         config = read_config(folder)
         earlier: Recipe = from_json(Recipe, config["recipe"])
         earlier = replace(earlier, data=replace(earlier.data, source=recipe.data.source))
-        if recipe.minutes is not None and recipe.minutes == earlier.minutes:
+        same_budget = recipe.minutes is not None and recipe.minutes == earlier.minutes
+        if same_budget or has_lengths_of_before(recipe, config.get("continued", [])):
             first, second = (
                 with_length(recipe.first, earlier.first),
                 with_length(recipe.second, earlier.second),
             )
-            network = replace(recipe.network, norm_decay=earlier.network.norm_decay)
+            of = earlier if same_budget else recipe
+            network = replace(recipe.network, norm_decay=of.network.norm_decay)
             recipe = replace(recipe, first=first, second=second, network=network)
         if config["data"]["checksum"] == checksum and to_json(recipe) == to_json(earlier):
             return Plan(recipe, config.get("threads"))
     return None
+
+
+def has_lengths_of_before(recipe: Recipe, records: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a recipe has the lengths that a run had before it was continued.
+
+    Args:
+        recipe: settings of the present start.
+        records: the run's continuations, see `poise.runs.folder.Continuation`.
+    """
+    mine = lengths(recipe.first), recipe.second and lengths(recipe.second)
+    return any(mine == (entry["first"], entry["second"]) for entry in records)
 
 
 def make_plan(
@@ -252,6 +267,89 @@ def lengths_within_budget(
     )
 
 
+def longer_by_time(
+    recipe: Recipe,
+    minutes: float,
+    done: int,
+    stages: Sequence[tuple[VAE | Flow, Balance]],
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device,
+    options: Options,
+    count: int | None,
+    began: float,
+) -> Recipe:
+    """Return the recipe of a finished run with the lengths that fit into a further time budget.
+
+    The budget is for the rest of stage 1, all of stage 2, codes and pictures. Stage 2 gets the same
+    share of the time of both whole stages as before.
+
+    Args:
+        recipe, stages, dataset, folder, device, options: of the run.
+        minutes: the budget.
+        done: steps that stage 1 has taken.
+        count: number of CPU threads.
+        began: see `prepare`.
+
+    Raises:
+        InputError: the time budget is too short.
+    """
+    measured = measure(
+        replace(recipe, minutes=minutes),
+        stages,
+        dataset,
+        folder,
+        device=device,
+        engine=options.engine,
+        count=count,
+        save_seconds=options.save_seconds,
+    )
+    left = 60 * minutes * (1 - MARGIN) - (time.monotonic() - began)
+    return distributed.on_first(
+        lambda: lengths_with_more(recipe, measured, len(dataset.train), done, left, minutes)
+    )
+
+
+def lengths_with_more(
+    recipe: Recipe, timing: Timing, num_images: int, done: int, seconds: float, minutes: float
+) -> Recipe:
+    """Return the recipe with the lengths that use up a further time budget.
+
+    With `done` steps of s_1 seconds behind it, a share q of stage 2 and a budget of `left` seconds
+    for steps, n_2 s_2 = q (done s_1 + left), and the rest of `left` is for stage 1.
+
+    Args:
+        recipe, timing, num_images: see `lengths_within_budget`.
+        done: steps that stage 1 has taken.
+        seconds: what is left of the budget.
+        minutes: the whole budget, for the message.
+
+    Raises:
+        InputError: the budget is too short for stage 2 and a few steps of stage 1.
+    """
+    left = seconds - timing.rest - sum(pace.start for pace in timing.stages)
+    paces, stages = timing.stages, stages_of(recipe)
+    spent, share = paces[0].step * done, 0.0
+    if len(stages) > 1:
+        parts = [
+            pace.step * stage.total_steps(num_images)
+            for pace, stage in zip(paces, stages, strict=True)
+        ]
+        share = parts[1] / sum(parts)
+    steps = int(((1 - share) * left - share * spent) / paces[0].step)
+    if steps < LEAST_STEPS:
+        least = (LEAST_STEPS * paces[0].step + share * spent) / (1 - share)
+        raise InputError(
+            f"{minutes:g} more minutes are too few here for {LEAST_STEPS} more steps of stage 1, "
+            f"a new stage 2, codes and pictures: give {minutes + (least - left) / 60 + 1:.0f} or "
+            "more"
+        )
+    second = recipe.second
+    if second is not None:
+        second = second.lasting(steps=max(1, int(share * (spent + left) / paces[1].step)))
+    return replace(recipe, first=recipe.first.lasting(steps=done + steps), second=second)
+
+
 def stages_of(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, one or two."""
     return [stage for stage in (recipe.first, recipe.second) if stage]
@@ -370,7 +468,10 @@ def measure(
             seconds if number == 1 else SECONDS,
         )
         saving = checkpoint_seconds(state, folder)
-        paces.append(Pace(pace.start, pace.step * (1 + saving / (save_seconds + saving))))
+        extra = saving / (save_seconds + saving)
+        if number == 1 and dataset.validation is not None:
+            extra += SHARE_OF_TIME
+        paces.append(Pace(pace.start, pace.step * (1 + extra)))
         if isinstance(state.network, Flow):
             rest += sampling_seconds(state.network, recipe, count)
             continue

@@ -6,7 +6,14 @@ trains one model in several processes.
 """
 
 from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches
-from poise.training.loop import Engine, Watch, choose_engine, count_latents, fit
+from poise.training.loop import (
+    Engine,
+    Watch,
+    choose_engine,
+    count_latents,
+    fit,
+    steps_between_logs,
+)
 from poise.training.machine import denormals_as_zero, threads, usual_threads
 from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
 
@@ -25,6 +32,7 @@ __all__ = [
     "new_state",
     "restore_state",
     "state_tensors",
+    "steps_between_logs",
     "threads",
     "under",
     "usual_threads",

@@ -49,6 +49,9 @@ class Watch:
         quiet: no progress display.
         show: called at each tenth of the stage with the state and the tenth, 1 to 10. It must not
             change the state.
+        measure: called with the state at each log entry. What it returns is added to the entry. It
+            must not change the state.
+        ends: called after `log` and `show`; if true, the stage ends with this step.
     """
 
     log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
@@ -58,6 +61,8 @@ class Watch:
     save_seconds: float = 60.0
     quiet: bool = False
     show: Callable[[TrainingState, int], None] = field(default=lambda state, tenth: None)
+    measure: Callable[[TrainingState], dict[str, float]] = field(default=lambda state: {})
+    ends: Callable[[], bool] = field(default=lambda: False)
 
 
 def fit(
@@ -86,7 +91,8 @@ def fit(
         threads: number of CPU threads; None: see `usual_threads`.
 
     Returns:
-        Whether the stage is finished. False: `watch.stop` was true, and the state was saved.
+        Whether the stage is finished, after its last step or because `watch.ends` was true. False:
+            `watch.stop` was true, and the state was saved.
 
     Raises:
         RunError: the loss is not finite. The message names the term, the step and the images.
@@ -101,7 +107,7 @@ def fit(
             "start fewer"
         )
     share = distributed.share(size)
-    log_every = max(1, total // LOGS_PER_STAGE)
+    log_every = steps_between_logs(total)
     read_every = STEPS_BETWEEN_READS.get(device.type, STEPS_BETWEEN_READS["otherwise"])
     take_step = step_of(choose_engine(engine, device), stage, watch.fell_back)
     columns = count_noise(state.network, data)
@@ -172,6 +178,7 @@ def fit(
                     (state.step - logged) * size / max(now - logged_at, 1e-9), 1
                 )
                 logged_at, logged = now, state.step
+                entry |= watch.measure(state)
                 watch.log(entry)
                 latest = figures(entry)
             if shows:
@@ -179,6 +186,8 @@ def fit(
             if time.monotonic() - shown_at > SECONDS_BETWEEN_UPDATES or state.step == total:
                 display.update(state.step, latest)
                 shown_at = time.monotonic()
+            if (logs or shows) and watch.ends():
+                return True
             if verdict.asked or (alone and watch.stop()):
                 watch.save(state)
                 return False
@@ -186,6 +195,11 @@ def fit(
                 watch.save(state)
                 saved_at = time.monotonic()
     return True
+
+
+def steps_between_logs(total: int) -> int:
+    """Return the number of steps between two log entries of a stage of `total` steps."""
+    return max(1, total // LOGS_PER_STAGE)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -317,6 +331,7 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
         "penalty": ("penalty", ".3f"),
         "kl_nats": ("KL", ".1f"),
         "gamma2": ("gamma2", ".5f"),
+        "held_out_elbo_nats": ("held-out ELBO", ".1f"),
         "images_per_second": ("img/s", ".0f"),
     }
     return {name: f"{entry[key]:{style}}" for key, (name, style) in formats.items() if key in entry}

@@ -20,7 +20,7 @@
 
   function traceOf(trace, figure) {
     const isBar = trace.type === "bar";
-    const name = escaped(isBar ? trace.name : `${trace.label}, seed ${trace.seed}`);
+    const name = escaped(isBar ? trace.name : `${trace.label}, seed ${trace.seed}${trace.of || ""}`);
     const place = figure.ranks ? "latent %{x}" : "%{x:.4~s} %{xaxis.title.text}";
     const common = { x: xOf(trace, "images"), y: trace.y, name, hovertemplate: `%{y:.4~g}<br>${place}<extra>${name}</extra>` };
     if (isBar) return { ...common, type: "bar", marker: { color: trace.colour } };
