@@ -120,7 +120,7 @@ def test_the_code_of_the_pages_on_labels_scores_statistics_and_machines_runs(tmp
     network = replace(digits.network, hidden=(16,), latent_dim=5, flow_width=8, flow_blocks=1)
     stages = {"first": replace(digits.first, epochs=1), "second": Stage(steps=20)}
     monkeypatch.setitem(RECIPES, "digits", replace(digits, network=network, **stages))
-    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)  # pictures and figures
+    monkeypatch.setattr(pipeline, "finish", lambda *_, **__: None)  # pictures and figures
     monkeypatch.setenv("POISE_CACHE", "off")
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "page"}

@@ -253,7 +253,7 @@ def run(tmp_path_factory) -> poise.Run:
     """Return a run with labels and a flow, without its pictures. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "labels"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "finish", lambda run, *arguments: run.save_mixture())
+        patch.setattr(pipeline, "finish", lambda run, *_, **__: run.save_mixture())
         return poise.train(IMAGES, labels=NAMES, recipe=TINY, out=out, options=QUIET)
 
 
@@ -283,7 +283,7 @@ def test_a_run_with_labels_draws_images_of_a_class(run, tmp_path):
 
 def test_without_labels_nothing_changes(tmp_path, monkeypatch):
     """A run on images that have labels is that on images without, to the last bit."""
-    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
+    monkeypatch.setattr(pipeline, "finish", lambda *_, **__: None)
     np.savez(tmp_path / "both.npz", images=IMAGES, labels=NAMES)
     short = replace(TINY, first=replace(TINY.first, steps=3), second=replace(TINY.second, steps=3))
     weights = []
@@ -302,7 +302,7 @@ def test_the_report_shows_samples_of_each_class(run, tmp_path, monkeypatch):
 
 
 def test_wrong_labels_of_a_run_are_refused_in_one_line(run, tmp_path, unchecked, monkeypatch):
-    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
+    monkeypatch.setattr(pipeline, "finish", lambda *_, **__: None)
     other = replace(TINY, data=replace(TINY.data, labels=True))
     swapped = {"recipe": TINY, "out": run.folder, "options": QUIET}
     one_stage = replace(TINY, second=None, first=replace(TINY.first, steps=2))

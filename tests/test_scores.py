@@ -34,7 +34,7 @@ FEW = {"samples": 10, "training_images": 15}
 def run(tmp_path_factory) -> poise.Run:
     """Return a trained run without its pictures. Tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "finish", lambda *arguments: None)
+        patch.setattr(pipeline, "finish", lambda *_, **__: None)
         return poise.train(IMAGES, recipe=TINY, out=tmp_path_factory.mktemp("runs"), options=QUIET)
 
 
@@ -97,7 +97,7 @@ def test_scores_of_training_images_are_kept_and_used_again(run, tmp_path, monkey
 
 
 def test_a_model_without_a_likelihood_has_errors_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "finish", lambda *arguments: None)
+    monkeypatch.setattr(pipeline, "finish", lambda *_, **__: None)
     plain = replace(TINY, first=replace(TINY.first, objective="autoencoder", steps=2))
     run = poise.train(IMAGES, recipe=plain, out=tmp_path / "run", options=QUIET)
     found = run.score(IMAGES[:4], **FEW)
