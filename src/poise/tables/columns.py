@@ -79,7 +79,7 @@ class Columns:
             checks: options of scikit-learn's `check_array` for the numbers.
 
         Raises:
-            InputError: a category was not seen by the fit, or a number is none.
+            InputError: a category was not seen by the fit.
         """
         frame = frame_of(X)
         if frame is not None:
@@ -146,10 +146,9 @@ class Columns:
         data: dict[str, Any] = {}
         for name, values in zip(self.names, columns, strict=True):
             if exact and schema[name].is_integer():
-                bounds = np.iinfo(str(schema[name]).lower())
-                values = (
-                    np.round(values).clip(bounds.min, bounds.max).astype(str(schema[name]).lower())
-                )
+                kind = np.dtype(str(schema[name]).lower())
+                bounds = np.iinfo(kind)
+                values = np.round(values).clip(bounds.min, bounds.max).astype(kind)
             data[name] = values.tolist() if values.dtype == object else values
         native: Any = nw.from_dict(
             data, backend=nw.get_native_namespace(self.prototype)
@@ -158,7 +157,7 @@ class Columns:
         names = [self.names[k] for k in wanted]
         if hasattr(native, "astype"):  # pandas
             native = native.astype({name: self.prototype.dtypes[name] for name in names})
-            return native.set_index(like.index) if hasattr(like, "index") else native
+            return native.set_index(like.index) if hasattr(like, "iloc") else native
         cast = [nw.col(name).cast(schema[name]) for name in names]
         return nw.from_native(native, eager_only=True).with_columns(*cast).to_native()
 
