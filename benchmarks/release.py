@@ -135,6 +135,9 @@ images, latents = torch.rand(4, 1, 8, 8), torch.zeros(4, 2)
 terms = balance(images, images, latents, latents)
 assert_type(terms, poise.LossTerms)
 assert_type(terms.loss, torch.Tensor)
+encoder, decoder = poise.networks.mlp(8, 2)
+reconstruction, posterior = poise.VAE(encoder, decoder)(torch.rand(4, 8))
+assert_type(posterior, poise.DiagonalGaussian)
 terms.loss.backward()
 run: poise.Run = poise.train(images, epochs=1, options=poise.Options(quiet=True))
 assert_type(run.sample(4), torch.Tensor)
@@ -372,18 +375,12 @@ def folder(maker: Maker, wheel: Path, pictures: Path, minutes: float) -> dict[st
     return {"seconds": steps, "minutes": minutes, "said": said.stdout, "summary": json.loads(kept)}
 
 
-def extras(
-    maker: Maker, wheel: Path, names: Sequence[str], finished: Path, pictures: Path
-) -> dict[str, Any]:
-    """Install each extra alone and do the work that needs it."""
-    found = {}
-    for name in names:
-        made = maker.environment(f"{wheel}[{name}]")
-        sizes = json.loads(made.run("python", "-c", SIZES).stdout)
-        made.run("python", "-c", PRELUDE + EXTRAS[name], finished, pictures)
-        found[name] = {"megabytes": round(sum(sizes.values()), 1)}
-        print(f"{name}: {found[name]['megabytes']} MB with the core")
-    return found
+def extra(maker: Maker, wheel: Path, name: str, finished: Path, pictures: Path) -> dict[str, Any]:
+    """Install one extra alone and do the work that needs it."""
+    made = maker.environment(f"{wheel}[{name}]")
+    sizes = json.loads(made.run("python", "-c", SIZES).stdout)
+    made.run("python", "-c", PRELUDE + EXTRAS[name], finished, pictures)
+    return {"megabytes_with_core": round(sum(sizes.values()), 1)}
 
 
 def write_pictures(place: Path, count: int = 300) -> Path:
@@ -418,13 +415,19 @@ def main() -> None:
     parts = set(options.only) < set(PARTS) and options.json.exists()  # keep what others found
     report: dict[str, Any] = json.loads(options.json.read_text()) if parts else {}
     report["python"] = sys.version.split()[0]
+
+    def keep(name: str, found: dict[str, Any], said: object) -> None:
+        report[name] = found
+        write_json(options.json, report)
+        print(f"{name}: {said}", flush=True)
+
     with tempfile.TemporaryDirectory(prefix="poise-release-") as place:
         maker = Maker(Path(place))
         report["torch"] = maker.torch and importlib.metadata.version("torch")
         wheel = options.wheel and options.wheel.resolve()
         if wheel is None:
-            wheel, report["builds"] = build(maker)
-            print(f"builds: {wheel.name}, equal twice")
+            wheel, found = build(maker)
+            keep("builds", found, f"{wheel.name}, equal twice")
         drawn = write_pictures(Path(place, "pictures"))
         pictures = options.pictures.resolve() if options.pictures else drawn
         few = Path(place, "few")
@@ -433,25 +436,22 @@ def main() -> None:
             shutil.copy(path, few)
         finished = Path(place, "run")
         if "core" in options.only:
-            report["core"] = core(maker, wheel, finished, few)
-            print(f"core: {report['core']['megabytes']} MB without torch")
+            found = core(maker, wheel, finished, few)
+            keep("core", found, f"{found['megabytes']} MB without torch")
         if "types" in options.only:
-            report["types"] = types(maker, wheel)
-            print("types: a downstream file was checked")
+            keep("types", types(maker, wheel), "a user's file was checked")
         if "loop" in options.only:
-            report["loop"] = loop(maker, wheel)
-            print(f"loop: {report['loop']}")
+            found = loop(maker, wheel)
+            keep("loop", found, found)
         if "folder" in options.only:
-            report["folder"] = folder(maker, wheel, pictures, options.minutes)
-            print(f"folder: {report['folder']['seconds']}")
-        if "extras" in options.only:
+            found = folder(maker, wheel, pictures, options.minutes)
+            keep("folder", found, found["seconds"])
+        for name in options.extras if "extras" in options.only else ():
             if not finished.exists():
-                made = maker.plain(wheel)
                 train = "poise('train', PICTURES, *QUICK, '--out', RUN)"
-                made.run("python", "-c", PRELUDE + train, finished, few)
-            report.setdefault("extras", {})
-            report["extras"] |= extras(maker, wheel, options.extras, finished, few)
-    write_json(options.json, report)
+                maker.plain(wheel).run("python", "-c", PRELUDE + train, finished, few)
+            found = extra(maker, wheel, name, finished, few)
+            keep("extras", report.get("extras", {}) | {name: found}, f"{name} {found}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ actions_hat = torch.rand(16, 5, 7)
 is_pad = torch.zeros(16, 5, dtype=torch.bool)
 pixel_error, feature_error, error, num_dims = torch.rand(16), torch.rand(16), torch.rand(16), 192
 logits, bits = torch.randn(16, 3, 8, 8), (images > 0.5).float()
+chosen = [F.one_hot(torch.arange(16) % count, count).float() for count in (3, 2)]
+rows, decoded = torch.cat([torch.randn(16, 10), *chosen], 1), torch.randn(16, 15)
 """,
     "comparing.md": RUN,
     "diagnosis.md": """
@@ -68,6 +70,10 @@ vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 2, hidden=(16,)))
 """,
     "trackers.md": RUN,
     "share.md": RUN + "\nfrom poise.runs.onnx_files import export_onnx\n",
+    "scores.md": """
+import poise
+poise.train("digits", out="runs/digits")
+""",
     "tables.md": """
 import numpy as np
 table = np.random.default_rng(0).normal(size=(80, 20))
@@ -82,14 +88,9 @@ encoder, decoder = poise.networks.mlp((3, 8, 8), 4, hidden=(16,))
 }
 # Code that runs between two blocks of a page: before the block of this number, from 0.
 BETWEEN = {("share.md", 1): 'export_onnx(poise.load("runs/faces"), "faces-onnx")'}
-SHORT = {
-    "network": "mlp",
-    "latent_dim": 64,
-    "epochs": 2,
-    "second_epochs": 2,
-    "batch_size": 20,
-    "recipe": "digits",
-}
+LENGTHS = {"epochs": 2, "second_epochs": 2, "batch_size": 20}
+OF_PICTURES = {"recipe": "digits", "network": "mlp", "latent_dim": 64}
+CONTINUED = ("more_epochs", "more_minutes")
 
 
 def main(names: list[str]) -> None:
@@ -169,18 +170,20 @@ def doubles(page: str) -> Iterator[None]:
     from poise.runs import pipeline
     from poise.runs import run as runs
     from poise.studies import comparison
+    from poise.variants import DATA_SETS
 
-    def train(images: Any, **settings: Any) -> poise.Run:
+    def train(images: Any = None, **settings: Any) -> poise.Run:
         inspect.signature(real_train).bind(images, **settings)
-        known = {key: settings[key] for key in ("out", "vae") if key in settings}
-        quiet = poise.Options(device="cpu", quiet=True)
-        small = {"size": 8} if isinstance(images, str) else {}
-        made_by = {key: value for key, value in SHORT.items() if "vae" not in settings}
-        made_by = made_by or {"epochs": 2, "second_epochs": 2, "batch_size": 20}
-        return real_train(images, **known, **made_by, **small, options=quiet)
+        kept = {key: value for key, value in settings.items() if key not in ("minutes", "size")}
+        if not kept.keys() & set(CONTINUED):
+            kept = LENGTHS | kept
+            if not ((isinstance(images, str) and images in DATA_SETS) or "vae" in kept):
+                kept = OF_PICTURES | kept
+            kept |= {"size": 8} if "size" in settings else {}
+        return real_train(images, options=poise.Options(device="cpu", quiet=True), **kept)
 
     def load(folder: str, **settings: Any) -> poise.Run:
-        return real_load("runs/photos" if "photos" in folder else "runs/faces", **settings)
+        return real_load("runs/faces" if folder.startswith("hf:") else folder, **settings)
 
     def compare(images: Any, **settings: Any) -> str:
         inspect.signature(real_compare).bind(images, **settings)

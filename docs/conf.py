@@ -43,7 +43,7 @@ default_role = "code"  # of names in backticks; `without_markup` makes links of 
 
 
 # In formulas and names: *x, |x - x^|, and name_ at the end of a word.
-MARKUP = re.compile(r"\*(?=[\w(])|\|(?=\S)|(?<=\w)_(?=[\s,.;)]|$)")
+MARKUP = re.compile(r"\*(?=[\w(])(?!\w+\*)|\|(?=\S)|(?<=\w)_(?=[\s,.;)]|$)")
 
 
 def without_markup(

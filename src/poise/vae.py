@@ -86,8 +86,11 @@ class VAE(nn.Module):
             noise = torch.randn_like(posterior.mean)
         return self.decode(posterior.sample(noise)), posterior
 
-    if TYPE_CHECKING:  # a call of a plain Module returns Any
-        __call__ = forward
+    if TYPE_CHECKING:  # for checkers of types: a call of a plain Module returns Any
+
+        def __call__(
+            self, images: Values, noise: Tensor | None = None
+        ) -> tuple[Values, DiagonalGaussian]: ...
 
 
 def as_posterior(codes: Any) -> DiagonalGaussian:

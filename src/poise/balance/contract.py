@@ -334,8 +334,18 @@ class Balance(nn.Module, ABC):
             return self.combine(error, kl, num_dims, nll=nll)
         return self.combine(error, kl, num_dims, samples=samples)
 
-    if TYPE_CHECKING:  # a call of a plain Module returns Any
-        __call__ = forward
+    if TYPE_CHECKING:  # for checkers of types: a call of a plain Module returns Any
+
+        def __call__(
+            self,
+            reconstruction: Batch,
+            target: Batch,
+            mean: Batch,
+            logvar: Batch,
+            *,
+            mask: Tensor | None = None,
+            samples: int | None = None,
+        ) -> LossTerms: ...
 
     def errors(
         self,
