@@ -73,7 +73,8 @@ def _digits_table() -> np.ndarray:
         return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
-    return np.column_stack(load_digits(return_X_y=True))
+    pixels, labels = load_digits(return_X_y=True)
+    return np.column_stack([np.asarray(pixels), np.asarray(labels)])
 
 
 def _read_local(place: NamedDataSet, root: Path, reading: Reading) -> Found | None:

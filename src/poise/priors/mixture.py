@@ -171,8 +171,8 @@ def fit_mixture(
         weights, means, factors = fitted(latents[chosen if len(chosen) else mine])
         parts.append((weights * mine.float().mean(), means, factors))
         of_components += [label] * len(weights)
-    joined = (torch.cat(values) for values in zip(*parts, strict=True))
-    return MixturePrior(*joined, torch.tensor(of_components))
+    weights, means, factors = (torch.cat(values) for values in zip(*parts, strict=True))
+    return MixturePrior(weights, means, factors, torch.tensor(of_components))
 
 
 def expectation_maximisation(

@@ -224,8 +224,8 @@ def _kept(folder: Path, how: dict[str, Any]) -> Scores | None:
         return None
     if saved.meta != how or "mse" not in saved.tensors:
         return None
-    values = {name: saved.tensors.get(name) for name in COLUMNS[:3]}
-    return Scores((), saved.tensors["mse"], **values)
+    likelihood, error, share = (saved.tensors.get(name) for name in COLUMNS[:3])
+    return Scores((), saved.tensors["mse"], likelihood, error, share)
 
 
 def write_csv(scores: Scores, out: Path) -> None:
