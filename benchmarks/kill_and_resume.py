@@ -1,8 +1,9 @@
 """Kill a training process (SIGKILL) at random moments, resume it each time, compare the weights.
 
     python benchmarks/kill_and_resume.py [--kills 10] [--seed 0] [--epochs 20]
+        [--continued]
 
-Prints the position of each kill in the two stages. Exits with 1 unless the final weights are
+With `--continued`, a finished run is continued for as many epochs, and that is killed. Prints the position of each kill in the two stages. Exits with 1 unless the final weights are
 bit-identical to those of an undisturbed run.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,33 +19,21 @@ import time
 from pathlib import Path
 
 
-def command(folder: Path, epochs: int) -> list[str]:
-    arguments = [
-        "train",
-        "digits",
-        "--epochs",
-        str(epochs),
-        "--second-epochs",
-        str(epochs),
-        "--device",
-        "cpu",
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "poise",
-        *arguments,
-        "--save-seconds",
-        "0.05",
-        "--out",
-        str(folder),
-    ]
+def command(folder: Path, epochs: int, *, more: bool = False) -> list[str]:
+    """Return the command that trains for some epochs, or continues a finished run for as many."""
+    lengths = ["--epochs", str(epochs), "--second-epochs", str(epochs)]
+    arguments = ["--more-epochs", str(epochs)] if more else ["digits", *lengths]
+    common = ["--device", "cpu", "--save-seconds", "0.05", "--out", str(folder)]
+    return [sys.executable, "-m", "poise", "train", *arguments, *common]
 
 
-def train(folder: Path, epochs: int, seconds: float | None = None) -> bool:
+def train(folder: Path, epochs: int, seconds: float | None = None, *, more: bool = False) -> bool:
     """Train, but kill the process after `seconds`; return whether training finished."""
     process = subprocess.Popen(
-        command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(folder, epochs, more=more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         _, complaints = process.communicate(timeout=seconds)
@@ -86,24 +76,33 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--continued", action="store_true")
     options = parser.parse_args()
+    epochs, more = options.epochs, options.continued
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
+        finished, folder = Path(scratch, "finished"), Path(scratch, "killed")
+        if more:
+            train(finished, epochs)
+            for name in ("undisturbed", "killed"):
+                shutil.copytree(finished, finished.with_name(name))
         began = time.monotonic()
-        train(Path(scratch, "undisturbed"), options.epochs)
+        train(Path(scratch, "undisturbed"), epochs, more=more)
         whole = time.monotonic() - began
         print(f"undisturbed: {whole:.1f} s")
-        killed, folder = 0, Path(scratch, "killed")
+        killed = 0
         while killed < options.kills:
             # Long enough for the start and part of the work, so that a kill may strike in either.
             life = moments.uniform(0.2 * whole, 0.45 * whole)
-            if train(folder, options.epochs, life):
+            if train(folder, epochs, life, more=more):
                 print(f"finished after {killed} kills, {compare(folder, scratch)}; starting anew")
                 folder = folder.with_name(folder.name + "-again")
+                if more:
+                    shutil.copytree(finished, folder)
                 continue
             killed += 1
             print(f"kill {killed} after {life:.1f} s: {position(folder)}")
-        train(folder, options.epochs)
+        train(folder, epochs, more=more)
         print(f"{killed} kills: final weights {compare(folder, scratch)}")
 
 
