@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import poise
 from poise.errors import InputError
 from poise.recipes import Recipe, Stage
-from poise.runs import continuing, timing
+from poise.runs import continuing, pipeline, timing
 from poise.runs.pipeline import train
 from poise.runs.run import load
 from poise.runs.timing import Pace, Timing, lengths_with_more
@@ -69,11 +70,13 @@ def die_in(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
     patch.setattr(continuing, name, mortal)
 
 
-@pytest.mark.parametrize("kill", [5, 9, ("remove", 0), ("remove", 8)])
+@pytest.mark.parametrize("kill", [5, 9, "finish", ("remove", 0), ("remove", 8)])
 def test_a_continued_run_is_the_longer_run_also_after_a_kill(kill, copy, long, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         if isinstance(kill, int):
             die_at(patch, kill)
+        elif kill == "finish":
+            patch.setattr(pipeline, "finish", Mock(side_effect=Killed))
         else:
             die_in(patch, *kill)
         go_on(copy, more_epochs=2)

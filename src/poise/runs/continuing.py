@@ -119,7 +119,9 @@ def is_begun(folder: Path, saved: Saved | None, more: More) -> bool:
     if saved is None:
         raise InputError(f"{folder} has no finished run to continue: train one first")
     records = read_config(folder).get("continued", [])
-    if saved.meta["finished"] and saved.meta.get("continued", 0) == len(records):
+    # Pictures and figures come last. A kill before summary.json must not start another continuation.
+    whole = saved.meta["finished"] and (folder / "summary.json").exists()
+    if whole and saved.meta.get("continued", 0) == len(records):
         return False
     last = records and More(records[-1]["more_epochs"], records[-1]["more_minutes"])
     if not last:
