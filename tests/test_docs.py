@@ -94,6 +94,13 @@ def test_the_tables_of_flows_are_those_of_the_results(monkeypatch):
     assert script("image_sizes").tables(by_size) in page
 
 
+def test_the_table_of_the_released_rule_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "results" / "bench-released-rule.json").read_text())
+    page = (ROOT / "docs" / "replication.md").read_text()
+    assert script("released_rule").table(report["rows"]) in page
+
+
 def test_the_table_of_exports_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = json.loads((ROOT / "results" / "bench-exports.json").read_text())
