@@ -8,7 +8,7 @@ Kinds. With u = (x - m) / s, the standardised values of a column,
 
     none       x
     power      the Yeo-Johnson transform of u, with the likeliest exponent (Yeo & Johnson 2000)
-    bounded    log(x - a) for values above a, or log((x - a) / (b - x)) for values between a and b
+    bounded    log(x - a), for values above a
     quantile   the normal quantile of the column's distribution function, a monotone cubic through
                `KNOTS` quantiles, plus a share of u; straight beyond the last ones.
 
@@ -28,7 +28,7 @@ from scipy.special import ndtri
 from scipy.stats import yeojohnson, yeojohnson_normmax
 
 Kind = Literal["none", "power", "bounded", "quantile"]
-KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 32, 8, 5, 40
+KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 16, 20, 5, 40
 STRAIGHT = 0.05  # share of u in a quantile transform, so that its slope is never 0
 STEEPEST = 5.0  # largest exponent of the Yeo-Johnson transform, either sign: inverses stay exact
 LEAST_NATS = -20.0  # of a standardised value, so that one outlier does not decide
@@ -96,41 +96,35 @@ class Power:
 
 
 class Bounded:
-    """The logarithm of the distance from a bound, or the difference of those of two bounds.
+    """The logarithm of the distance from a lower bound, straight nearer to it than any value.
+
+    So values of other rows beyond the bound, which is a guess, are unlikely but not impossible.
 
     Args:
-        x: values of the fit, without NaN. If all are positive, the lower bound is 0 or, if the
-            values are far from 0, a little below the least.
-        upper: whether there is an upper bound too, a little above the largest value.
+        x: values of the fit, without NaN. If the least is positive and near 0, the bound is 0, else
+            it is a little below the least.
     """
 
     kind: Kind = "bounded"
 
-    def __init__(self, x: np.ndarray, *, upper: bool = False) -> None:
+    def __init__(self, x: np.ndarray) -> None:
         margin = MARGIN * (float(x.std()) or 1.0)
         least = float(x.min())
         self.lower = 0.0 if 0 < least < 20 * margin else least - margin
-        self.upper = float(x.max()) + margin if upper else math.inf
-        self.least = 1e-9 * margin  # distance of other rows' values from a bound
-
-    def _distances(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.maximum(x - self.lower, self.least), np.maximum(self.upper - x, self.least)
+        self.nearest = least - self.lower
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        low, high = self._distances(x)
-        return np.log(low) - (np.log(high) if math.isfinite(self.upper) else 0.0)
+        distance, nearest = x - self.lower, self.nearest
+        straight = math.log(nearest) + np.minimum(distance - nearest, 0.0) / nearest
+        return np.where(distance < nearest, straight, np.log(np.maximum(distance, nearest)))
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            if not math.isfinite(self.upper):
-                return self.lower + np.exp(np.minimum(y, 700.0))
-            return self.lower + (self.upper - self.lower) / (1 + np.exp(-y))
+        low, nearest = math.log(self.nearest), self.nearest
+        straight = nearest * (1 + np.minimum(y - low, 0.0))
+        return self.lower + np.where(y < low, straight, np.exp(np.clip(y, low, 700.0)))
 
     def log_slope(self, x: np.ndarray) -> np.ndarray:
-        low, high = self._distances(x)
-        if not math.isfinite(self.upper):
-            return -np.log(low)
-        return np.log(1 / low + 1 / high)
+        return -np.log(np.maximum(x - self.lower, self.nearest))
 
 
 class Quantile:
@@ -186,13 +180,9 @@ class Quantile:
 
 
 def fitted(kind: Kind, x: np.ndarray) -> Transform:
-    """Return the transform of a kind for a column's observed values. "bounded" has two bounds if
-    these make the values likelier."""
-    makers = {"none": Identity, "power": Power, "quantile": Quantile}
-    if kind != "bounded":
-        return makers[kind](x)
-    one, two = Bounded(x), Bounded(x, upper=True)
-    return two if _log_density(two, x, x).sum() > _log_density(one, x, x).sum() else one
+    """Return the transform of a kind for a column's observed values."""
+    makers = {"none": Identity, "power": Power, "bounded": Bounded, "quantile": Quantile}
+    return makers[kind](x)
 
 
 def choose(x: np.ndarray) -> Transform:
