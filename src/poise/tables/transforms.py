@@ -8,7 +8,7 @@ Kinds. With u = (x - m) / s, the standardised values of a column,
 
     none       x
     power      the Yeo-Johnson transform of u, with the likeliest exponent (Yeo & Johnson 2000)
-    bounded    log(x - a), for values above a
+    bounded    log(x - a) for values above a, or log((x - a) / (b - x)) for values between a and b
     quantile   the normal quantile of the column's distribution function, a monotone cubic through
                `KNOTS` quantiles, plus a share of u; straight beyond the last ones.
 
@@ -96,35 +96,62 @@ class Power:
 
 
 class Bounded:
-    """The logarithm of the distance from a lower bound, straight nearer to it than any value.
+    """The logarithm of the distance from a bound, or the difference of those of two bounds.
 
-    So values of other rows beyond the bound, which is a guess, are unlikely but not impossible.
+    Nearer to a bound than any value of the fit, the logarithm is continued straight. So values
+    beyond a bound, which is a guess, are unlikely but not impossible.
 
     Args:
-        x: values of the fit, without NaN. If the least is positive and near 0, the bound is 0, else
-            it is a little below the least.
+        x: values of the fit, without NaN. If the least is positive and near 0, the lower bound is
+            0, else it is a little below the least.
+        upper: whether there is an upper bound too, a little above the largest value.
     """
 
     kind: Kind = "bounded"
 
-    def __init__(self, x: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, *, upper: bool = False) -> None:
         margin = MARGIN * (float(x.std()) or 1.0)
-        least = float(x.min())
+        least, most = float(x.min()), float(x.max())
         self.lower = 0.0 if 0 < least < 20 * margin else least - margin
-        self.nearest = least - self.lower
+        self.upper = most + margin if upper else math.inf
+        self.nearest = least - self.lower, margin
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        distance, nearest = x - self.lower, self.nearest
-        straight = math.log(nearest) + np.minimum(distance - nearest, 0.0) / nearest
-        return np.where(distance < nearest, straight, np.log(np.maximum(distance, nearest)))
+        low = _straight_log(x - self.lower, self.nearest[0])
+        return (
+            low if math.isinf(self.upper) else low - _straight_log(self.upper - x, self.nearest[1])
+        )
+
+    def log_slope(self, x: np.ndarray) -> np.ndarray:
+        slope = 1 / np.maximum(x - self.lower, self.nearest[0])
+        if math.isfinite(self.upper):
+            slope = slope + 1 / np.maximum(self.upper - x, self.nearest[1])
+        return np.log(slope)
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
-        low, nearest = math.log(self.nearest), self.nearest
+        nearest = self.nearest[0]
+        if math.isfinite(self.upper):
+            width = self.upper - self.lower
+            reach = (10 + np.abs(y) + abs(math.log(width))) * width
+            return _bisected(self, y, self.lower - reach, self.upper + reach)
+        low = math.log(nearest)
         straight = nearest * (1 + np.minimum(y - low, 0.0))
         return self.lower + np.where(y < low, straight, np.exp(np.clip(y, low, 700.0)))
 
-    def log_slope(self, x: np.ndarray) -> np.ndarray:
-        return -np.log(np.maximum(x - self.lower, self.nearest))
+
+def _straight_log(distance: np.ndarray, nearest: float) -> np.ndarray:
+    """Return log(distance), continued straight below `nearest`."""
+    straight = math.log(nearest) + np.minimum(distance - nearest, 0.0) / nearest
+    return np.where(distance < nearest, straight, np.log(np.maximum(distance, nearest)))
+
+
+def _bisected(transform: Transform, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return x with T(x) = y between `low` and `high`; NaN where y is."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = transform(middle) > y
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return np.where(np.isnan(y), np.nan, (low + high) / 2)
 
 
 class Quantile:
@@ -171,18 +198,18 @@ class Quantile:
     def inverse(self, y: np.ndarray) -> np.ndarray:
         """Return x by bisection. |u| is below |y| / STRAIGHT plus a constant."""
         reach = (np.abs(y) + np.abs(self(self.mean + self.std * self.ends)).max() + 10) / STRAIGHT
-        low, high = -reach, reach
-        for _ in range(80):
-            middle = (low + high) / 2
-            above = self(self.mean + self.std * middle) > y
-            low, high = np.where(above, low, middle), np.where(above, middle, high)
-        return np.where(np.isnan(y), np.nan, self.mean + self.std * (low + high) / 2)
+        return _bisected(self, y, self.mean - self.std * reach, self.mean + self.std * reach)
 
 
 def fitted(kind: Kind, x: np.ndarray) -> Transform:
-    """Return the transform of a kind for a column's observed values."""
-    makers = {"none": Identity, "power": Power, "bounded": Bounded, "quantile": Quantile}
-    return makers[kind](x)
+    """Return the transform of a kind for a column's observed values.
+
+    "bounded" has two bounds if these make the values likelier.
+    """
+    if kind != "bounded":
+        return {"none": Identity, "power": Power, "quantile": Quantile}[kind](x)
+    one, two = Bounded(x), Bounded(x, upper=True)
+    return two if _log_density(two, x, x).sum() > _log_density(one, x, x).sum() else one
 
 
 def choose(x: np.ndarray) -> Transform:
