@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -199,9 +200,9 @@ def tables(report: dict[str, Any]) -> str:
     rows = [["table", "rows, columns, holes", *(title for title, *_ in shown), "certain"]]
     for name, table in report["tables"].items():
         values = [spread(table.get(model, {}).get(key), ".2f") for _, model, key in shown]
-        certain = table["per column"]["certain"]
+        certain = table.get("per column", {}).get("certain")
         size = f"{table['rows']}, {table['columns']}, {table['holes']}"
-        rows.append([name, size, *values, f"{sum(certain) / len(certain):.0%}"])
+        rows.append([name, size, *values, f"{fmean(certain):.0%}" if certain else ""])
     return markdown(rows)
 
 
@@ -223,14 +224,16 @@ def main() -> None:
         "+ transforms": partial(vae, steps=options.steps, transforms="auto"),
     }
     for name in options.only:
-        if name in report["tables"]:
-            continue
         frame = read(name)
         rows, columns = frame.shape
         size = {"rows": rows, "columns": columns, "holes": int(frame.isna().sum().sum())}
-        report["tables"][name] = size | measured(name, report["splits"], models)
-        report["provenance"] = provenance(torch.device("cpu"))
-        if options.json:
+        table = report["tables"].setdefault(name, size)
+        missing = {model: measure for model, measure in models.items() if model not in table}
+        table |= measured(name, report["splits"], missing)
+        if missing:
+            sources = report.setdefault("provenance", {})
+            sources |= dict.fromkeys(missing, provenance(torch.device("cpu")))
+        if missing and options.json:
             write_json(options.json, report)
     print(tables(report))
 

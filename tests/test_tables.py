@@ -378,6 +378,12 @@ def test_transforms_are_inverted_and_have_the_slope_of_their_differences(transfo
     assert np.isnan(y[-1]) and (np.diff(y[:-1]) > 0).all()
 
 
+def test_a_value_beyond_the_bound_is_unlikely_but_possible():
+    transform = Bounded(np.linspace(3, 4, 100), upper=True)
+    assert 3 < np.abs(transform(np.array([2.9, 4.1]))).max() < 20
+    assert np.abs(transform(np.linspace(3, 4, 9))).max() < 5
+
+
 def test_transforms_are_chosen_by_held_out_values():
     draws = np.random.default_rng(0)
     assert choose(draws.normal(size=300)).kind == "none"

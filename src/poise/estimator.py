@@ -560,7 +560,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _noisy(self, decoded: Tensor, seed: int) -> Tensor:
         """Add noise to decoded rows: Gaussian to numbers, Gumbel to logits."""
-        noise, numeric = noise_per_image(*decoded.shape, seed), len(self.columns_.numeric)
+        noise, numeric = (
+            noise_per_image(len(decoded), decoded.shape[1], seed),
+            len(self.columns_.numeric),
+        )
         gamma2 = self.balance_.gamma2 if self.balance_.groups else float(self.balance_.gamma2)
         numbers = decoded[:, :numeric] + gamma2**0.5 * noise[:, :numeric]
         uniform = torch.special.ndtr(noise[:, numeric:].double()).clamp(1e-12, 1 - 1e-12)

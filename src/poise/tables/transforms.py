@@ -28,7 +28,7 @@ from scipy.special import ndtri
 from scipy.stats import yeojohnson, yeojohnson_normmax
 
 Kind = Literal["none", "power", "bounded", "quantile"]
-KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 32, 8, 5, 40
+KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 16, 20, 5, 40
 STRAIGHT = 0.05  # share of u in a quantile transform, so that its slope is never 0
 STEEPEST = 5.0  # largest exponent of the Yeo-Johnson transform, either sign: inverses stay exact
 LEAST_NATS = -20.0  # of a standardised value, so that one outlier does not decide
@@ -98,9 +98,12 @@ class Power:
 class Bounded:
     """The logarithm of the distance from a bound, or the difference of those of two bounds.
 
+    Nearer to a bound than any value of the fit, the logarithm is continued straight. So values
+    beyond a bound, which is a guess, are unlikely but not impossible.
+
     Args:
-        x: values of the fit, without NaN. If all are positive, the lower bound is 0 or, if the
-            values are far from 0, a little below the least.
+        x: values of the fit, without NaN. If the least is positive and near 0, the lower bound is
+            0, else it is a little below the least.
         upper: whether there is an upper bound too, a little above the largest value.
     """
 
@@ -108,29 +111,47 @@ class Bounded:
 
     def __init__(self, x: np.ndarray, *, upper: bool = False) -> None:
         margin = MARGIN * (float(x.std()) or 1.0)
-        least = float(x.min())
+        least, most = float(x.min()), float(x.max())
         self.lower = 0.0 if 0 < least < 20 * margin else least - margin
-        self.upper = float(x.max()) + margin if upper else math.inf
-        self.least = 1e-9 * margin  # distance of other rows' values from a bound
-
-    def _distances(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.maximum(x - self.lower, self.least), np.maximum(self.upper - x, self.least)
+        self.upper = most + margin if upper else math.inf
+        self.nearest = least - self.lower, margin
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        low, high = self._distances(x)
-        return np.log(low) - (np.log(high) if math.isfinite(self.upper) else 0.0)
-
-    def inverse(self, y: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            if not math.isfinite(self.upper):
-                return self.lower + np.exp(np.minimum(y, 700.0))
-            return self.lower + (self.upper - self.lower) / (1 + np.exp(-y))
+        low = _straight_log(x - self.lower, self.nearest[0])
+        return (
+            low if math.isinf(self.upper) else low - _straight_log(self.upper - x, self.nearest[1])
+        )
 
     def log_slope(self, x: np.ndarray) -> np.ndarray:
-        low, high = self._distances(x)
-        if not math.isfinite(self.upper):
-            return -np.log(low)
-        return np.log(1 / low + 1 / high)
+        slope = 1 / np.maximum(x - self.lower, self.nearest[0])
+        if math.isfinite(self.upper):
+            slope = slope + 1 / np.maximum(self.upper - x, self.nearest[1])
+        return np.log(slope)
+
+    def inverse(self, y: np.ndarray) -> np.ndarray:
+        nearest = self.nearest[0]
+        if math.isfinite(self.upper):
+            width = self.upper - self.lower
+            reach = (10 + np.abs(y) + abs(math.log(width))) * width
+            return _bisected(self, y, self.lower - reach, self.upper + reach)
+        low = math.log(nearest)
+        straight = nearest * (1 + np.minimum(y - low, 0.0))
+        return self.lower + np.where(y < low, straight, np.exp(np.clip(y, low, 700.0)))
+
+
+def _straight_log(distance: np.ndarray, nearest: float) -> np.ndarray:
+    """Return log(distance), continued straight below `nearest`."""
+    straight = math.log(nearest) + np.minimum(distance - nearest, 0.0) / nearest
+    return np.where(distance < nearest, straight, np.log(np.maximum(distance, nearest)))
+
+
+def _bisected(transform: Transform, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return x with T(x) = y between `low` and `high`; NaN where y is."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = transform(middle) > y
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return np.where(np.isnan(y), np.nan, (low + high) / 2)
 
 
 class Quantile:
@@ -177,20 +198,16 @@ class Quantile:
     def inverse(self, y: np.ndarray) -> np.ndarray:
         """Return x by bisection. |u| is below |y| / STRAIGHT plus a constant."""
         reach = (np.abs(y) + np.abs(self(self.mean + self.std * self.ends)).max() + 10) / STRAIGHT
-        low, high = -reach, reach
-        for _ in range(80):
-            middle = (low + high) / 2
-            above = self(self.mean + self.std * middle) > y
-            low, high = np.where(above, low, middle), np.where(above, middle, high)
-        return np.where(np.isnan(y), np.nan, self.mean + self.std * (low + high) / 2)
+        return _bisected(self, y, self.mean - self.std * reach, self.mean + self.std * reach)
 
 
 def fitted(kind: Kind, x: np.ndarray) -> Transform:
-    """Return the transform of a kind for a column's observed values. "bounded" has two bounds if
-    these make the values likelier."""
-    makers = {"none": Identity, "power": Power, "quantile": Quantile}
+    """Return the transform of a kind for a column's observed values.
+
+    "bounded" has two bounds if these make the values likelier.
+    """
     if kind != "bounded":
-        return makers[kind](x)
+        return {"none": Identity, "power": Power, "quantile": Quantile}[kind](x)
     one, two = Bounded(x), Bounded(x, upper=True)
     return two if _log_density(two, x, x).sum() > _log_density(one, x, x).sum() else one
 
