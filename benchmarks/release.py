@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,11 +84,18 @@ import numpy, onnxruntime
 files = sorted(Path('exported').glob('*.onnx'))
 assert files and all(onnxruntime.InferenceSession(str(file)).get_inputs() for file in files)
 """,
+    "wandb": """
+import poise as package
+package.train(str(PICTURES), size=16, network='mlp', epochs=2, second_epochs=2, out='watched',
+              callbacks=[package.WandB(mode='offline')])
+assert list(Path('watched').rglob('offline-run-*'))
+""",
     "plots": """
 poise('train', PICTURES, *QUICK, '--out', 'plotted')
 assert Path('plotted', 'training.png').stat().st_size > 10_000
 """,
 }
+BUNDLES = ("all", "docs", "test")  # extras of other extras, and those of developers
 PRELUDE = """
 import os, subprocess, sys
 from pathlib import Path
@@ -383,6 +391,15 @@ def extra(maker: Maker, wheel: Path, name: str, finished: Path, pictures: Path) 
     return {"megabytes_with_core": round(sum(sizes.values()), 1)}
 
 
+def declared_extras() -> list[str]:
+    """Return the extras of pyproject.toml, each of which must have work in `EXTRAS`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [name for name in project["optional-dependencies"] if name not in BUNDLES]
+    if unknown := set(names) - set(EXTRAS):
+        sys.exit(f"EXTRAS has no work for {', '.join(sorted(unknown))}: add it")
+    return names
+
+
 def write_pictures(place: Path, count: int = 300) -> Path:
     """Write JPEG pictures of 96x80 pixels: coloured discs on gradients."""
     import numpy as np
@@ -406,7 +423,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=list(EXTRAS))
+    parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=declared_extras())
     parser.add_argument("--pictures", type=Path, help="folder of JPEG files (default: drawn)")
     parser.add_argument("--minutes", type=float, default=1.0, help="budget of the trained folder")
     parser.add_argument("--wheel", type=Path, help="a wheel to use instead of a new one")
