@@ -193,6 +193,14 @@ def test_the_site_has_every_page_and_the_reference_every_name():
     assert set(missing) == modules
 
 
+def test_the_table_of_odd_images_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "results" / "bench-odd-images.json").read_text())
+    page = (ROOT / "docs" / "scores.md").read_text()
+    assert script("odd_images").tables(report) in page
+    assert f"{report['train']:,} images" in page and f"{report['test']} held-out" in page
+
+
 @pytest.mark.parametrize(
     "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
 )
