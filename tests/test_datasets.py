@@ -931,6 +931,21 @@ def test_damaged_idx_files_are_refused(tmp_path, damage, packed):
         assert "download it again" in refusal("raw")
 
 
+@pytest.mark.parametrize("header", [b"", idx_file(noise(3, 8, 8))[:16]])
+def test_a_small_idx_archive_of_gigabytes_is_not_unpacked(header, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "raw")
+    path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
+    path.unlink()
+    path.with_suffix(".gz").write_bytes(gzip.compress(header + bytes(2**24)))
+    unpacked: list[int] = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile, "read", lambda *given: unpacked.append(len(part := read(*given))) or part
+    )
+    assert "download it again" in refusal("raw")
+    assert sum(unpacked) <= 2**20 + 16
+
+
 def test_a_missing_idx_file_is_named(tmp_path):
     write_mnist(tmp_path / "raw")
     (tmp_path / "raw" / "t10k-images-idx3-ubyte").unlink()

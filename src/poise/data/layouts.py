@@ -24,6 +24,7 @@ from poise.errors import InputError, MissingInputError
 Reader = Callable[[Path, Reading], Found]
 
 CELEBA_SIZE = 64
+_BLOCK = 2**20  # bytes
 _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 _PARTS = {"0": "train", "1": "val", "2": "test"}  # CelebA's partition file
 _TRAIN, _TEST = "0", "2"
@@ -71,14 +72,19 @@ def _read_idx(folder: Path, part: str) -> np.ndarray:
             f"{folder / part}-idx3-ubyte is missing (with or without .gz): put it there"
         )
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header, pixels = file.read(16), bytearray()
+            magic, *shape = np.frombuffer(header, ">u4").tolist() if len(header) == 16 else (0,)
+            # Read no more than the header promises: a small archive may unpack to gigabytes.
+            while magic == _IDX_IMAGES and len(pixels) <= math.prod(shape):
+                if not (block := file.read(_BLOCK)):
+                    break
+                pixels += block
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
-    magic, *shape = np.frombuffer(content[:16], ">u4").tolist() if len(content) >= 16 else (0,)
-    if magic != _IDX_IMAGES or len(content) != 16 + math.prod(shape):
+    if magic != _IDX_IMAGES or len(pixels) != math.prod(shape):
         raise InputError(f"{path} is damaged or not an idx file of images: download it again")
-    # The buffer is read-only; the copy is writable.
-    return np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy()
+    return np.frombuffer(pixels, np.uint8).reshape(shape)
 
 
 def _idx_file(folder: Path, part: str) -> Path | None:
