@@ -28,9 +28,14 @@ _NAME = "decoded-"
 
 @dataclass(frozen=True)
 class Told:
-    """Contents of the JSON file beside the images; see `Decoded`."""
+    """Contents of the JSON file beside the images; see `Decoded`.
+
+    Attributes:
+        sha256: of the pixels, so that damage is noticed.
+    """
 
     shape: tuple[int, ...]
+    sha256: str
     positions: list[int]
     names: tuple[str, ...]
     notes: tuple[str, ...]
@@ -89,8 +94,14 @@ def _read(place: Path, reading: Reading) -> Decoded | None:
     counts = {len(images), len(told.positions), len(told.names)}
     if images.shape != told.shape or images.dtype != np.uint8 or len(counts) > 1:
         return None
+    if _checksum(images) != told.sha256:
+        return None
     positions = np.array(told.positions, int)
     return Decoded(images, positions, told.names, told.notes, told.levels, told.skipped)
+
+
+def _checksum(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
 
 def _write(found: Decoded, folder: Path, key: str) -> None:
@@ -106,6 +117,7 @@ def _write(found: Decoded, folder: Path, key: str) -> None:
     told = found._asdict() | {
         "images": None,
         "shape": list(found.images.shape),
+        "sha256": _checksum(found.images),
         "positions": found.positions.tolist(),
     }
     write_json(folder / f"{_NAME}{key}.json", told)
