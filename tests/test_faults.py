@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -417,6 +418,28 @@ def test_a_failed_step_leaves_the_statistics_of_batch_norm(tmp_path):
     assert len(vae.decoder.seen) == 4
     assert torch.equal(vae.decoder.norm.running_mean, vae.decoder.seen[-1])
     assert int(vae.decoder.norm.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_weights_that_became_infinite_are_not_saved(ema_decay, tmp_path, monkeypatch):
+    def overflow(state, *others):
+        step(state, *others)
+        if len(taken) == 2:
+            next(state.trained.parameters()).data[0] = torch.inf
+        taken.append(1)
+
+    taken: list[int] = []
+    step = engines.training_step
+    recipe = replace(TINY, first=replace(TINY.first, ema_decay=ema_decay))
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="not finite at step 3 of"):
+        patch.setattr(engines, "training_step", overflow)
+        train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)
+    saved, _ = checkpoint.newest_intact_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.meta["step"] == 2
+    again = train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)
+    whole = train(IMAGES, recipe=recipe, out=tmp_path / "whole", options=QUIET)
+    for name, tensor in whole.first.vae.state_dict().items():
+        assert torch.equal(again.first.vae.state_dict()[name], tensor), name
 
 
 def test_threads_that_train_at_once_get_the_numbers_that_each_would_get_alone():

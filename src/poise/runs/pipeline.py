@@ -66,6 +66,7 @@ from poise.training import (
     ImageBatches,
     TrainingState,
     Watch,
+    check_weights,
     choose_engine,
     count_latents,
     denormals_as_zero,
@@ -490,7 +491,11 @@ class Job:
         """Replace the kept tensors of a stage by its present state.
 
         If the stage is over, the optimizer's state is dropped.
+
+        Raises:
+            RunError: a weight is not finite.
         """
+        check_weights(state, self._settings(number), number)
         mine = {
             name: tensor
             for name, tensor in state_tensors(state).items()

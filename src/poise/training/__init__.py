@@ -8,7 +8,14 @@ trains one model in several processes.
 from poise.training.batches import Batches, CodeBatches, ImageBatches, VectorBatches
 from poise.training.loop import Engine, Watch, choose_engine, count_latents, fit
 from poise.training.machine import denormals_as_zero, threads, usual_threads
-from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
+from poise.training.state import (
+    TrainingState,
+    check_weights,
+    new_state,
+    restore_state,
+    state_tensors,
+    under,
+)
 
 __all__ = [
     "Batches",
@@ -18,6 +25,7 @@ __all__ = [
     "TrainingState",
     "VectorBatches",
     "Watch",
+    "check_weights",
     "choose_engine",
     "count_latents",
     "denormals_as_zero",
