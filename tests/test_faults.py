@@ -21,7 +21,8 @@ from poise import cli
 from poise.errors import InputError, RunError
 from poise.features.weights import load_tensors
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.report.records import read_records
+from poise.report.models import DataSetCache, exhibit
+from poise.report.records import read_record, read_records
 from poise.runs import checkpoint
 from poise.runs.options import Options
 from poise.runs.pipeline import train
@@ -243,6 +244,33 @@ def test_a_damaged_run_is_left_out_of_a_report_of_others(run, tmp_path, capsys):
     (record,) = read_records([tmp_path])
     assert record.folder == run and record.summary is None
     assert "other/config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        {"measurements": [{"metric": 3}]},
+        {"protocols": []},
+        {"notes": 3},
+        {"latents": {"variance_of_mean": ["x"]}},
+    ],
+)
+def test_a_strange_evaluation_is_left_out_of_a_report_and_not_shared(evaluation, run, tmp_path):
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert read_record(run).evaluation is None
+    with pytest.raises(InputError, match=r"evaluation\.json"):
+        load(run, device="cpu").save_pretrained(tmp_path / "shared")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_pictures_that_are_no_files_are_left_out_of_a_report(kind, run):
+    shutil.rmtree(run / "checkpoints")  # so the kept pictures are shown
+    for name in ("samples.png", "reconstructions.png", "progress.png"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name) if kind == "pipe" else (run / name).mkdir()
+    shown = exhibit(read_record(run), DataSetCache(), "cpu")
+    assert (shown.kept_samples, shown.kept_pairs, shown.progress) == (None, None, None)
+    assert any("progress.png cannot be read" in sentence for sentence in shown.missing)
 
 
 def test_a_damaged_log_is_plotted_without_its_damaged_lines(run):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError, MissingInputError
+from poise.metrics.pages import check_pages
 from poise.objectives import is_deterministic
 from poise.runs.folder import read_config
 from poise.runs.log import read_log
 from poise.studies.comparison.experiment import DESCRIPTION
-from poise.studies.results import Result, check_pages, read_results, safe_name
+from poise.studies.results import Result, read_results, safe_name
 from poise.support.files import read_json
 from poise.support.progress import warn
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
 from poise.metrics.listed import figures_table
+from poise.metrics.pages import check_pages
 from poise.runs.checkpoint import (
     newest_intact_checkpoint,
     read_folder,
@@ -142,7 +143,11 @@ def _public(source: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any]) if path.exists() else {}
+    if not path.exists():
+        return {}
+    values = read_json(path, dict[str, Any])
+    check_pages(values, str(path))
+    return values
 
 
 def _shown(measurement: dict[str, Any]) -> str:
