@@ -107,8 +107,14 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             found.append(read_record(folder, of.get(folder)))
         except InputError as error:
             complaints.append(error)
+    # Compare only results of one label and seed: a report may have thousands.
+    known: dict[tuple[str, int], list[Result]] = {}
+    for result in filter(None, (record.result for record in found)):
+        known.setdefault((result.label, result.seed), []).append(result)
     for folder, result in results:
-        if folder not in folders and all(record.result != result for record in found):
+        equals = known.setdefault((result.label, result.seed), [])
+        if folder not in folders and result not in equals:
+            equals.append(result)
             found.append(record_of(result, folder))
     if not found:
         raise complaints[0] if complaints else InputError(f"{paths[0]} holds no run yet")
