@@ -704,6 +704,9 @@ def test_decoded_images_are_kept_until_a_file_or_an_option_changes(tmp_path, mon
     (kept,) = cache.glob("*.npy")
     kept.write_bytes(kept.read_bytes()[:-1] + b"?")  # one pixel
     assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 6
+    (told,) = cache.glob("*.json")
+    told.write_text(told.read_text().replace('"positions": [\n    0', '"positions": [\n    1'))
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 7
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     (folder / "003.png").unlink()
     load(folder, cache=cache)

@@ -66,7 +66,6 @@ def test_the_short_form_finds_no_fault(tmp_path):
 def test_the_tables_on_reliability_are_those_of_the_results():
     text = (ROOT / page.PAGE).read_text(encoding="utf-8")
     reports = page.read_reports(ROOT / page.RESULTS)
-    assert list(reports) == list(page.PARTS)
     assert text == page.with_tables(text, reports), "python -m benchmarks.torture --page"
     assert not any(report["failed"] for report in reports.values())
 

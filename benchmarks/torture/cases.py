@@ -136,18 +136,19 @@ def forked(
         tempfile.TemporaryFile() as err,
         tempfile.TemporaryFile() as value,
     ):
-        began, before = time.monotonic(), _resident_mib()
+        began = time.monotonic()
         child = os.fork()
         if child == 0:
             _work(call, prepare, out, err, value)
         status, peak = _wait(child, began + seconds, kill)
+        before, _, returned = _text(value).partition("\n")
         return Ended(
             None if status is None else os.waitstatus_to_exitcode(status),
             _text(out),
             _text(err),
-            json.loads(_text(value) or "null"),
+            json.loads(returned or "null"),
             time.monotonic() - began,
-            peak - before,
+            peak - float(before or peak),
         )
 
 
@@ -182,6 +183,8 @@ def _work(
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, most))
+        value.write(f"{_resident_mib()}\n".encode())
+        value.flush()
         prepare()
         value.write(json.dumps(call()).encode())
         value.flush()

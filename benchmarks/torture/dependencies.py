@@ -78,7 +78,7 @@ def needed(name: str, extra: str = "") -> dict[str, Distribution | None]:
 
 
 def licence_of(package: Distribution) -> str:
-    """Return the licence in a package's metadata: its expression, its classifiers, or its text."""
+    """Return the licence in a package's metadata, or else the first line of its file."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         return expression
@@ -88,7 +88,11 @@ def licence_of(package: Distribution) -> str:
         if text.startswith("License ::")
     ]
     text = (metadata.get("License") or "").strip().partition("\n")[0]
-    return ", ".join(classifiers) or text[:60] or "not stated"
+    if classifiers or text not in ("", "UNKNOWN"):
+        return ", ".join(classifiers) or text[:60]
+    files = [file for file in package.files or () if file.name.upper().startswith("LICEN")]
+    lines = [line.strip() for file in files for line in file.read_text().splitlines()]
+    return next(filter(None, lines), "not stated")[:60]
 
 
 def packages() -> dict[str, dict[str, Distribution | None]]:

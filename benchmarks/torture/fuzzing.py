@@ -65,6 +65,7 @@ def read_intact(material: Path, place: int) -> str:
     target = TARGETS[place]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(material / target.folder, Path(scratch, "m"), symlinks=True))
+        assert [*folder.glob(target.files)], f"there is no {target.folder}/{target.files}"
         ended = forked(lambda: digest(target.read(folder)), seconds=60)
     if ended.outcome != OK:
         name = f"{target.folder}/{target.files} ({target.read.__name__})"
@@ -81,6 +82,7 @@ def run_case(number: int, *, seed: int, material: Path, digests: dict[int, str])
         folder = Path(shutil.copytree(material / target.folder, Path(scratch, "m"), symlinks=True))
         path = rng.choice(sorted(folder.glob(target.files)))
         what = MUTATIONS[kind](path, rng)
+        assert [*folder.glob(target.files)], f"there is no {target.folder}/{target.files}"
         ended = forked(lambda: digest(target.read(folder)))
         executed = (path.parent / EXECUTED).exists()
     outcome, detail = ended.outcome, ended.message if ended.outcome != OK else ""

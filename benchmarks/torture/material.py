@@ -18,7 +18,7 @@ from poise.data import load as load_data
 from poise.features import cached_features, make_extractor
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs.options import Options
-from poise.runs.run import Run
+from poise.runs.run import DIAGNOSIS, Run
 from poise.studies.results import result_of, write_result
 from poise.training import engines
 
@@ -44,7 +44,8 @@ def make_material(folder: Path) -> None:
     """Write a folder for each kind of file that Poise reads."""
     run = poise.train(IMAGES, recipe=RECIPE, out=folder / "run" / "run", options=OPTIONS)
     make_results(run, folder)
-    poise.diagnose(run)
+    found = poise.diagnose(run).to_json() | {"checkpoint": run.position}
+    (run.folder / DIAGNOSIS).write_text(json.dumps(found))
     share = folder / "shared"
     run.save_pretrained(share / "run", license="mit")
     with stopping_after(11), suppress(Stopped):
@@ -149,9 +150,9 @@ def make_layouts(folder: Path) -> None:
         batch = {b"data": rows, b"labels": [0] * 4, b"batch_label": name.encode()}
         (cifar / name).write_bytes(pickle.dumps(batch, protocol=3))
     face = Image.fromarray(np.zeros((218, 178, 3), np.uint8))
-    for number in range(6):
+    for number in range(15):
         face.save(celeba / "img_align_celeba" / f"{number:06d}.jpg")
-    lines = [f"{number:06d}.jpg {(0, 0, 0, 1, 2, 2)[number]}" for number in range(6)]
+    lines = [f"{number:06d}.jpg {number % 3}" for number in range(15)]
     (celeba / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
 
 

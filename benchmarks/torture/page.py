@@ -17,6 +17,7 @@ PARTS = {
     "surroundings": "Surroundings",
     "dependencies": "Dependencies",
 }
+MISSING = "This part has not run yet.\n"
 Report = dict[str, Any]
 
 
@@ -28,10 +29,8 @@ def read_reports(results: Path = RESULTS) -> dict[str, Report]:
 
 def with_tables(page: str, reports: dict[str, Report]) -> str:
     """Return the page with the tables of the reports between their marks."""
-    for name, text in {
-        "all": summary(reports),
-        **{k: table(r) for k, r in reports.items()},
-    }.items():
+    tables = {name: table(reports[name]) if name in reports else MISSING for name in PARTS}
+    for name, text in {"all": summary(reports), **tables}.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
