@@ -18,6 +18,7 @@ from torch import nn
 
 import poise
 from poise import cli
+from poise.data.decoding import save_png
 from poise.errors import InputError, RunError
 from poise.features.weights import load_tensors
 from poise.recipes import Data, Network, Recipe, Stage
@@ -260,6 +261,24 @@ def test_a_strange_evaluation_is_left_out_of_a_report_and_not_shared(evaluation,
     assert read_record(run).evaluation is None
     with pytest.raises(InputError, match=r"evaluation\.json"):
         load(run, device="cpu").save_pretrained(tmp_path / "shared")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_trained_on_and_shared(tmp_path):
+    photos, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"r\xe9n")
+    for number, image in enumerate(IMAGES[:12]):
+        save_png(photos / f"{number}.png", image.reshape(8, 8, 1))
+    train(photos, recipe=TINY, out=out, options=QUIET)
+    again = load(out, device="cpu")
+    assert again.data["source"] == str(photos)
+    again.save_pretrained(tmp_path / "shared")
+    assert "caf\\udce9" in (tmp_path / "shared" / "README.md").read_text()
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        files.decode_json(b'["\\udce9", NaN]', list, "a.json")
+
+
+def test_one_image_is_not_compared_with_others(run):
+    with pytest.raises(InputError, match=r"1 real image cannot be compared .* at least 2"):
+        load(run, device="cpu").evaluate(IMAGES[:1], extractor="pixels")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])

@@ -353,6 +353,11 @@ def compare(
         infinity: also extrapolate to infinitely many images.
         quiet: show no progress.
     """
+    if len(real) < 2:
+        raise InputError(
+            f"{len(real)} real image cannot be compared with others, at least 2 are needed: "
+            'extractor none (extractor="none") measures the model alone'
+        )
     protocol = replace(protocol, real=len(real), side=real.shape[-1])
     checksum = content_checksum(_compared(real, protocol))
     features = cached_features(

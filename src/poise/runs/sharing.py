@@ -80,7 +80,9 @@ def save_pretrained(
             if (run.folder / name).is_dir():
                 read_folder(run.folder / name)  # only what is intact is shared
                 shutil.copytree(run.folder / name, folder / name)
-        write_file(folder / CARD, card(run, folder, license, place).encode())
+        # The name of a folder may hold bytes that are not UTF-8.
+        text = card(run, folder, license, place).encode(errors="backslashreplace")
+        write_file(folder / CARD, text)
     except OSError as error:
         raise write_failure(folder, error) from error
     return folder
