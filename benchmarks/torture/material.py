@@ -101,8 +101,8 @@ def make_arrays(folder: Path) -> None:
     np.savez_compressed(folder / "npz" / "images.npz", train=IMAGES[:50, 0], test=IMAGES[50:, 0])
 
 
-def make_pictures(folder: Path) -> None:
-    for number in range(12):
+def make_pictures(folder: Path, count: int = 12) -> None:
+    for number in range(count):
         picture = IMAGES[number].transpose(1, 2, 0)
         poise.data.decoding.save_png(folder / f"{number}.png", picture)
 

@@ -182,7 +182,7 @@ TARGETS = (
     Target("comparison", "compared/experiment.json", compared, False, JSON),
     Target("comparison", "compared/results/*.json", compared, False, JSON),
     Target("comparison", "compared/*/config.json", compared, False, JSON),
-    Target("comparison", "compared/images-*", compared, False),
+    Target("comparison", "compared/images-*", compared, True),
     Target("results", "results/other.json", results, False, JSON),
     Target("results", "results/other.json", page_of_results, False, ("values", "bytes")),
     Target("cache", "*.safetensors", features, True, TENSORS),

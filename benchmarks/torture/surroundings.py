@@ -77,7 +77,7 @@ def cases(seed: int, jobs: int, scale: float = 1.0) -> tuple[list[Case], dict[st
     names = list(SURROUNDINGS)[: max(1, round(len(SURROUNDINGS) * scale))]
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch, os.fsdecode(b"caf\xc3\xa9 \xe5\xaf\xbf"))
-        make_pictures(photos)
+        make_pictures(photos, 40)
         (photos / "3.png").rename(photos / os.fsdecode(b"latin \xe9.png"))
         Path(scratch).chmod(0o777)
         found = spread(partial(surround, scratch=Path(scratch), photos=photos), names, jobs)
