@@ -4,11 +4,15 @@
 # make docs   build the documentation site in docs/_build/html, in .venv-docs; every code block is executed
 # make release-check  build wheel and sdist twice, install them and each extra in empty environments, and run them
 # make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
+# make torture  try to break the promises of docs/reliability.md (about half an hour on two cores; TORTURE="--scale 0.1" is short)
+# make torture-versions  test with the oldest and with the newest versions of all dependencies (OLDEST_PYTHON, NEWEST_PYTHON)
 #
 # All make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
 #   make test TORCH="torch --index-url URL-OF-A-CPU-BUILD"
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +22,7 @@ PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-c
 # Each of a hundred processes of the tests would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test integrations docs release-check claims lint format rules layers types tests clean
+.PHONY: demo test integrations docs release-check claims torture torture-versions lint format rules layers types tests clean
 
 demo: $(VENV)/installed
 	$(BIN)/poise train digits --out runs/digits
@@ -47,6 +51,22 @@ claims: $(VENV)/installed
 	$(BIN)/python -m claims run
 	$(BIN)/python -m claims page
 
+torture: $(VENV)/installed-tests
+	$(BIN)/python -m benchmarks.torture $(TORTURE)
+	$(BIN)/python -m benchmarks.torture --page
+
+# A venv of its own for each. What the oldest versions are is what pyproject.toml says.
+torture-versions:
+	$(OLDEST_PYTHON) -m venv $(VENV)-oldest
+	$(OLDEST_PYTHON) benchmarks/torture/versions.py > $(VENV)-oldest/constraints.txt
+	$(subst $(BIN),$(VENV)-oldest/bin,$(PIP)) --constraint $(VENV)-oldest/constraints.txt $(FOR_VERSIONS)
+	$(NEWEST_PYTHON) -m venv $(VENV)-newest
+	$(subst $(BIN),$(VENV)-newest/bin,$(PIP)) --upgrade $(FOR_VERSIONS)
+	for each in oldest newest; do $(VENV)-$$each/bin/python -m pytest -W default $(VERSION_TESTS) || exit 1; done
+
+FOR_VERSIONS := --editable . "pytest>=9" beartype jaxtyping hypothesis scipy
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,balance faults kept_run latent objectives oracle pipeline report results sampling vae))
+
 lint: format rules layers types
 
 format: $(VENV)/installed-tests
@@ -62,7 +82,7 @@ types: $(VENV)/installed-tests
 	$(BIN)/basedpyright
 
 clean:
-	rm -rf $(VENV) $(VENV)-integrations $(VENV)-docs docs/_build docs/jupyter_execute runs/digits
+	rm -rf $(VENV) $(VENV)-integrations $(VENV)-docs $(VENV)-oldest $(VENV)-newest docs/_build docs/jupyter_execute runs/digits
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "poise needs Python 3.11 or newer; set PYTHON=...")'

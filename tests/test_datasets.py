@@ -701,6 +701,12 @@ def test_decoded_images_are_kept_until_a_file_or_an_option_changes(tmp_path, mon
     (told,) = cache.glob("*.json")
     told.write_text(told.read_text().replace('"names": [', '"names": [7, '))
     assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 5
+    (kept,) = cache.glob("*.npy")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")  # one pixel
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 6
+    (told,) = cache.glob("*.json")
+    told.write_text(told.read_text().replace('"positions": [\n    0', '"positions": [\n    1'))
+    assert load(folder, cache=cache).checksum == first.checksum and decoding.call_count == 7
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     (folder / "003.png").unlink()
     load(folder, cache=cache)
@@ -929,6 +935,21 @@ def test_damaged_idx_files_are_refused(tmp_path, damage, packed):
     if packed:
         path.with_suffix(".gz").write_bytes(gzip.compress(content)[:-5])
         assert "download it again" in refusal("raw")
+
+
+@pytest.mark.parametrize("header", [b"", idx_file(noise(3, 8, 8))[:16]])
+def test_a_small_idx_archive_of_gigabytes_is_not_unpacked(header, tmp_path, monkeypatch):
+    write_mnist(tmp_path / "raw")
+    path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
+    path.unlink()
+    path.with_suffix(".gz").write_bytes(gzip.compress(header + bytes(2**24)))
+    unpacked: list[int] = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile, "read", lambda *given: unpacked.append(len(part := read(*given))) or part
+    )
+    assert "download it again" in refusal("raw")
+    assert sum(unpacked) <= 2**20 + 16
 
 
 def test_a_missing_idx_file_is_named(tmp_path):

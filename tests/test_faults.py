@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from torch import nn
 
 import poise
 from poise import cli
+from poise.data.decoding import save_png
 from poise.errors import InputError, RunError
 from poise.features.weights import load_tensors
 from poise.recipes import Data, Network, Recipe, Stage
-from poise.report.records import read_records
+from poise.report.models import DataSetCache, exhibit
+from poise.report.records import read_record, read_records
 from poise.runs import checkpoint
 from poise.runs.options import Options
 from poise.runs.pipeline import train
@@ -244,6 +247,51 @@ def test_a_damaged_run_is_left_out_of_a_report_of_others(run, tmp_path, capsys):
     assert "other/config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        {"measurements": [{"metric": 3}]},
+        {"protocols": []},
+        {"notes": 3},
+        {"latents": {"variance_of_mean": ["x"]}},
+    ],
+)
+def test_a_strange_evaluation_is_left_out_of_a_report_and_not_shared(evaluation, run, tmp_path):
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert read_record(run).evaluation is None
+    with pytest.raises(InputError, match=r"evaluation\.json"):
+        load(run, device="cpu").save_pretrained(tmp_path / "shared")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_trained_on_and_shared(tmp_path):
+    photos, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"r\xe9n")
+    for number, image in enumerate(IMAGES[:12]):
+        save_png(photos / f"{number}.png", image.reshape(8, 8, 1))
+    train(photos, recipe=TINY, out=out, options=QUIET)
+    again = load(out, device="cpu")
+    assert again.data["source"] == str(photos)
+    again.save_pretrained(tmp_path / "shared")
+    assert "caf\\udce9" in (tmp_path / "shared" / "README.md").read_text()
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        files.decode_json(b'["\\udce9", NaN]', list, "a.json")
+
+
+def test_one_image_is_not_compared_with_others(run):
+    with pytest.raises(InputError, match=r"1 real image cannot be compared .* at least 2"):
+        load(run, device="cpu").evaluate(IMAGES[:1], extractor="pixels")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_pictures_that_are_no_files_are_left_out_of_a_report(kind, run):
+    shutil.rmtree(run / "checkpoints")  # so the kept pictures are shown
+    for name in ("samples.png", "reconstructions.png", "progress.png"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name) if kind == "pipe" else (run / name).mkdir()
+    shown = exhibit(read_record(run), DataSetCache(), "cpu")
+    assert (shown.kept_samples, shown.kept_pairs, shown.progress) == (None, None, None)
+    assert any("progress.png cannot be read" in sentence for sentence in shown.missing)
+
+
 def test_a_damaged_log_is_plotted_without_its_damaged_lines(run):
     log = run / "metrics.jsonl"
     log.write_bytes(b"\xff\xfe\n" + log.read_bytes() + b'{"stage": 1}\n\xff')
@@ -417,6 +465,28 @@ def test_a_failed_step_leaves_the_statistics_of_batch_norm(tmp_path):
     assert len(vae.decoder.seen) == 4
     assert torch.equal(vae.decoder.norm.running_mean, vae.decoder.seen[-1])
     assert int(vae.decoder.norm.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_weights_that_became_infinite_are_not_saved(ema_decay, tmp_path, monkeypatch):
+    def overflow(state, *others):
+        step(state, *others)
+        if len(taken) == 2:
+            next(state.trained.parameters()).data[0] = torch.inf
+        taken.append(1)
+
+    taken: list[int] = []
+    step = engines.training_step
+    recipe = replace(TINY, first=replace(TINY.first, ema_decay=ema_decay))
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="not finite at step 3 of"):
+        patch.setattr(engines, "training_step", overflow)
+        train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)
+    saved, _ = checkpoint.newest_intact_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.meta["step"] == 2
+    again = train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)
+    whole = train(IMAGES, recipe=recipe, out=tmp_path / "whole", options=QUIET)
+    for name, tensor in whole.first.vae.state_dict().items():
+        assert torch.equal(again.first.vae.state_dict()[name], tensor), name
 
 
 def test_threads_that_train_at_once_get_the_numbers_that_each_would_get_alone():

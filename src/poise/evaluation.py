@@ -482,6 +482,11 @@ def compare(
     place = _metrics_device(extractor.device)
     if isinstance(real, ReferenceStatistics):
         reference, data = Reference(None, protocol, real.gaussian), real.data
+    elif len(real) < 2:
+        raise InputError(
+            f"{len(real)} real image cannot be compared with others, at least 2 are needed: "
+            'extractor none (extractor="none") measures the model alone'
+        )
     else:
         protocol = replace(protocol, real=len(real), side=real.shape[-1])
         features, checksum = _real_features(real, protocol, extractor, quiet=quiet)

@@ -5,12 +5,14 @@ If any of them changes, the images are decoded again.
 """
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +30,14 @@ _NAME = "decoded-"
 
 @dataclass(frozen=True)
 class Told:
-    """Contents of the JSON file beside the images; see `Decoded`."""
+    """Contents of the JSON file beside the images; see `Decoded`.
+
+    Attributes:
+        sha256: of the pixels and the other values, so that damage is noticed.
+    """
 
     shape: tuple[int, ...]
+    sha256: str
     positions: list[int]
     names: tuple[str, ...]
     notes: tuple[str, ...]
@@ -91,8 +98,17 @@ def _read(place: Path, reading: Reading) -> Decoded | None:
     counts = {len(images), len(told.positions), len(told.names)}
     if images.shape != told.shape or images.dtype != np.uint8 or len(counts) > 1:
         return None
+    if told.sha256 != _checksum(images, asdict(told)):
+        return None
     positions = np.array(told.positions, int)
     return Decoded(images, positions, told.names, told.notes, told.levels, told.skipped)
+
+
+def _checksum(images: np.ndarray, told: dict[str, Any]) -> str:
+    others = {name: value for name, value in told.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
 
 
 def _write(found: Decoded, folder: Path, key: str) -> None:
@@ -107,8 +123,9 @@ def _write(found: Decoded, folder: Path, key: str) -> None:
         np.save(file, found.images, allow_pickle=False)
     # Written last: without it the images do not count.
     told = found._asdict() | {
-        "images": None,
         "shape": list(found.images.shape),
         "positions": found.positions.tolist(),
     }
+    del told["images"]
+    told["sha256"] = _checksum(found.images, told)
     write_json(folder / f"{_NAME}{key}.json", told)

@@ -25,6 +25,7 @@ from poise.errors import InputError, MissingInputError
 Reader = Callable[[Path, Reading], Found]
 
 CELEBA_SIZE = 64
+_BLOCK = 2**20  # bytes
 _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 _IDX_LABELS = 0x00000801  # one dimension
 _PARTS = {"0": "train", "1": "val", "2": "test"}  # CelebA's partition file
@@ -78,17 +79,22 @@ def _read_idx(folder: Path, part: str, dims: int = 3) -> np.ndarray:
         raise MissingInputError(
             f"{folder / part}-idx{dims}-ubyte is missing (with or without .gz): put it there"
         )
+    size, wanted = 4 * (dims + 1), _IDX_IMAGES if dims == 3 else _IDX_LABELS
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header, values = file.read(size), bytearray()
+            magic, *shape = np.frombuffer(header, ">u4").tolist() if len(header) == size else (0,)
+            # Read no more than the header promises: a small archive may unpack to gigabytes.
+            while magic == wanted and len(values) <= math.prod(shape):
+                if not (block := file.read(_BLOCK)):
+                    break
+                values += block
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
-    size, wanted = 4 * (dims + 1), _IDX_IMAGES if dims == 3 else _IDX_LABELS
-    magic, *shape = np.frombuffer(content[:size], ">u4").tolist() if len(content) >= size else (0,)
-    if magic != wanted or len(content) != size + math.prod(shape):
+    if magic != wanted or len(values) != math.prod(shape):
         what = "images" if dims == 3 else "labels"
         raise InputError(f"{path} is damaged or not an idx file of {what}: download it again")
-    # The buffer is read-only; the copy is writable.
-    return np.frombuffer(content, np.uint8, offset=size).reshape(shape).copy()
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _idx_file(folder: Path, part: str, dims: int = 3) -> Path | None:

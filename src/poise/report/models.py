@@ -5,6 +5,7 @@ Samples are shown beside their nearest training images (`copies`), codes as maps
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from poise.report.pictures import contact_sheet, data_uri, paired_sheet, picture
 from poise.report.records import Record
 from poise.runs.run import Run, load
 from poise.shapes import Images
+from poise.support.files import read_regular
 from poise.support.seeds import drawn
 from poise.variants import PRIORS as NAMED
 
@@ -291,7 +293,10 @@ def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:
 
 
 def _kept(path: Path) -> str | None:
-    return data_uri(path.read_bytes()) if path.exists() and path.stat().st_size < MOST_PNG else None
+    with suppress(OSError):  # there is none, or it is no regular file
+        content = read_regular(path)
+        return data_uri(content) if len(content) < MOST_PNG else None
+    return None
 
 
 def _sentence(error: Exception) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from poise.data.decoding import grid, read_image, to_png
+from poise.errors import InputError
 from poise.shapes import ByteImages, Images
+from poise.support.files import read_regular
 
 PAIRS_IN_A_ROW = 8
 LARGEST_PNG = 500_000  # bytes of a file that is embedded as it is
@@ -26,9 +28,13 @@ def picture_uri(path: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    if path.exists() and path.stat().st_size < LARGEST_PNG:
-        return data_uri(path.read_bytes())
-    picture, file = read_image(path, "RGB"), io.BytesIO()
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(content) < LARGEST_PNG:
+        return data_uri(content)
+    picture, file = read_image(io.BytesIO(content), "RGB", str(path)), io.BytesIO()
     picture.thumbnail((WIDEST, picture.height))
     picture.save(file, "JPEG", quality=JPEG_QUALITY)
     return data_uri(file.getvalue(), "jpeg")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import InputError, MissingInputError
+from poise.metrics.pages import check_pages
 from poise.objectives import is_deterministic
 from poise.runs.folder import read_config
 from poise.runs.log import read_log
 from poise.studies.comparison.experiment import DESCRIPTION
-from poise.studies.results import Result, check_pages, read_results, safe_name
+from poise.studies.results import Result, read_results, safe_name
 from poise.support.files import read_json
 from poise.support.progress import warn
 
@@ -106,8 +107,14 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             found.append(read_record(folder, of.get(folder)))
         except InputError as error:
             complaints.append(error)
+    # Compare only results of one label and seed: a report may have thousands.
+    known: dict[tuple[str, int], list[Result]] = {}
+    for result in filter(None, (record.result for record in found)):
+        known.setdefault((result.label, result.seed), []).append(result)
     for folder, result in results:
-        if folder not in folders and all(record.result != result for record in found):
+        equals = known.setdefault((result.label, result.seed), [])
+        if folder not in folders and result not in equals:
+            equals.append(result)
             found.append(record_of(result, folder))
     if not found:
         raise complaints[0] if complaints else InputError(f"{paths[0]} holds no run yet")

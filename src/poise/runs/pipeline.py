@@ -82,6 +82,7 @@ from poise.training import (
     ImageBatches,
     TrainingState,
     Watch,
+    check_weights,
     choose_engine,
     count_latents,
     denormals_as_zero,
@@ -720,7 +721,11 @@ class Job:
         """Replace the kept tensors of a stage by its present state.
 
         If the stage is over, the state of the optimizer and earlier weights are dropped.
+
+        Raises:
+            RunError: a weight is not finite.
         """
+        check_weights(state, self._settings(number), number)
         mine = {
             name: tensor
             for name, tensor in self._all_tensors(number, state).items()

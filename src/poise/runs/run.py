@@ -856,7 +856,7 @@ class Run:
     def _repr_html_(self) -> str:
         """Return a summary with samples and training curves, for a notebook."""
         shown = [self.folder / name for name in ("samples.png", "training.png")]
-        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.exists()]
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.is_file()]
         style = "max-width:48%; vertical-align:top"
         pictures = "".join(
             f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded

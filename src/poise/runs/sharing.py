@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
 from poise.metrics.listed import figures_table
+from poise.metrics.pages import check_pages
 from poise.runs.checkpoint import (
     newest_intact_checkpoint,
     read_folder,
@@ -79,7 +80,9 @@ def save_pretrained(
             if (run.folder / name).is_dir():
                 read_folder(run.folder / name)  # only what is intact is shared
                 shutil.copytree(run.folder / name, folder / name)
-        write_file(folder / CARD, card(run, folder, license, place).encode())
+        # The name of a folder may hold bytes that are not UTF-8.
+        text = card(run, folder, license, place).encode(errors="backslashreplace")
+        write_file(folder / CARD, text)
     except OSError as error:
         raise write_failure(folder, error) from error
     return folder
@@ -142,7 +145,11 @@ def _public(source: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any]) if path.exists() else {}
+    if not path.exists():
+        return {}
+    values = read_json(path, dict[str, Any])
+    check_pages(values, str(path))
+    return values
 
 
 def _shown(measurement: dict[str, Any]) -> str:

@@ -13,21 +13,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from poise.errors import InputError, MissingInputError
-from poise.metrics.latents import LatentStatistics
-from poise.metrics.likelihood import ImportanceWeightedNLL
 from poise.metrics.listed import is_frechet
-from poise.metrics.reconstruction import Reconstruction
+from poise.metrics.pages import Measured, check_pages
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.folder import Described
@@ -316,66 +313,6 @@ def write_result(result: Result, folder: Path) -> Path:
     path = Path(folder) / f"{result.name}.json"
     write_json(path, {"result": FORMAT} | asdict(result))
     return path
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A measurement in a result's file, see `poise.protocols.Measurement`."""
-
-    metric: str
-    of: str
-    value: float | None
-    protocol: str
-    spread: float | None = None
-    unit: str = ""
-    data: str = ""
-    seed: int = 0
-    device: str = ""
-    version: str = ""
-
-
-def page_of(*figures: type) -> Any:
-    """Return the type of a page in a file: figures of dataclasses by name, each optional or null.
-
-    A page may hold other keys, too: those of other versions.
-    """
-    hints = {name: hint for cls in figures for name, hint in get_type_hints(cls).items()}
-    make: Any = TypedDict
-    return make("Page", {name: _or_null(hint) for name, hint in hints.items()}, total=False)
-
-
-def _or_null(hint: Any) -> Any:
-    optional = get_origin(hint) is UnionType
-    plain = next(part for part in get_args(hint) if part is not NoneType) if optional else hint
-    if isinstance(plain, type) and is_dataclass(plain):
-        return page_of(plain) | None
-    return (list[float | None] if get_origin(plain) is tuple else plain) | None
-
-
-@dataclass(frozen=True)
-class AsShown:
-    """The figures that `Run.evaluate` adds to its page of reconstructions."""
-
-    mse_as_shown: float
-    images: int
-
-
-PAGES: dict[str, Any] = {
-    "reconstruction": page_of(Reconstruction, AsShown),
-    "latents": page_of(LatentStatistics),
-    "second_stage": page_of(Reconstruction, LatentStatistics),
-    "likelihood": page_of(ImportanceWeightedNLL),
-}
-
-
-def check_pages(values: Page, where: str) -> None:
-    """Check the types of a model's figures, as an evaluation and summary.json hold them.
-
-    Raises:
-        InputError: a figure has another type. `where` names the file in the message.
-    """
-    for name, kind in PAGES.items():
-        convert(values.get(name), kind | None, f"{where}: {name}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -22,6 +23,7 @@ from typing import IO, Any, TypeVar
 
 from poise.errors import InputError, MissingInputError, RunError
 
+LONE_SURROGATE = re.compile(rb"\\ud[c-f]", re.IGNORECASE)
 Read = TypeVar("Read")  # `type[Read] | Any`: at run time dict[str, int] is not a type
 
 
@@ -154,11 +156,22 @@ def decode_json(content: bytes, kind: type[Read] | Any, where: str) -> Read:
     import msgspec
 
     try:
+        # The name of a folder may hold bytes that are not UTF-8. Python writes them as lone
+        # surrogates, which only its own reader takes.
+        if LONE_SURROGATE.search(content):
+            values = json.loads(content, parse_constant=_finite, parse_float=_finite)
+            return msgspec.convert(values, kind)
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
         raise InputError(f"{where} is damaged: {in_words(error)}") from None
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise InputError(f"{where} cannot be read as JSON: {in_words(error)}") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def convert(values: Any, kind: type[Read] | Any, where: str) -> Read:

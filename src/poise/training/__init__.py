@@ -15,7 +15,14 @@ from poise.training.loop import (
     steps_between_logs,
 )
 from poise.training.machine import denormals_as_zero, threads, usual_threads
-from poise.training.state import TrainingState, new_state, restore_state, state_tensors, under
+from poise.training.state import (
+    TrainingState,
+    check_weights,
+    new_state,
+    restore_state,
+    state_tensors,
+    under,
+)
 
 __all__ = [
     "Batches",
@@ -25,6 +32,7 @@ __all__ = [
     "TrainingState",
     "VectorBatches",
     "Watch",
+    "check_weights",
     "choose_engine",
     "count_latents",
     "denormals_as_zero",

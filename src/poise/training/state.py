@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.balance import Balance
-from poise.errors import InputError
+from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.recipes.settings import Stage
 from poise.training.distributed import ranks, share_gradients
@@ -130,6 +130,31 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items()}
     return tensors | {"sums": state.sums, "step": torch.tensor(state.step)}
+
+
+@torch.no_grad()
+def check_weights(state: TrainingState, stage: Stage, number: int) -> None:
+    """Check that the weights are finite, before they replace those of the last checkpoint.
+
+    A step that is too large can make them infinite, although its loss was finite.
+
+    Args:
+        state: of the stage.
+        stage, number: settings and number of the stage.
+
+    Raises:
+        RunError: a weight is NaN or infinite.
+    """
+    networks = [state.network, *([] if state.average is None else [state.average])]
+    named = [named for network in networks for named in network.named_parameters()]
+    names, weights = zip(*named, strict=True)
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
+    if not all(finite):
+        raise RunError(
+            f"the weights are not finite at step {state.step} of stage {number} "
+            f"({names[finite.index(False)]}), and are not saved: try a lower learning rate "
+            f"(--learning-rate {stage.learning_rate / 10:g}), with another --out"
+        )
 
 
 def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
