@@ -77,6 +77,19 @@ def test_the_names_of_tar_files_or_of_folders_inside_say_the_split(stream, tmp_p
         np.testing.assert_array_equal(np.asarray(found.test)[:, 0], PIXELS[40:])
 
 
+def test_the_folders_inside_tar_files_say_the_class(tmp_path):
+    for shard, numbers in enumerate((range(30), range(30, 60))):
+        members = images(numbers[:15], "cats/") | images(numbers[15:], "dogs/")
+        for form in ("plain", "train"):
+            write_tar(tmp_path / form / f"{form}-{shard}.tar", members)
+    for form in ("plain", "train"):
+        found = datasets.load(tmp_path / form, labels=True)
+        assert found.labels is not None and found.labels.classes == ("cats", "dogs")
+        for image, label in zip(np.asarray(found.train)[:, 0], found.labels.train, strict=True):
+            (number,) = np.flatnonzero((image == PIXELS).all((1, 2)))
+            assert label == number % 30 // 15
+
+
 def test_one_image_of_a_sample_is_read_and_the_rest_is_noted(tmp_path):
     members = {}
     for k in range(12):

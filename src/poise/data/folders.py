@@ -21,7 +21,7 @@ from poise.data.listing import (
 )
 from poise.data.opening import shown
 from poise.data.storage import part
-from poise.data.tars import is_tar, list_images
+from poise.data.tars import TarImages, is_tar, list_images
 from poise.errors import InputError
 
 
@@ -87,14 +87,25 @@ def read_tars(
     files = listed.files
     if reading.whole:
         sides = [found.sides[path] for path in images]
-        split = decode_split([*files.values()], [], reading, sides)
+        labels = _classes(listed, images, folder, reading)
+        split = decode_split([*files.values()], [], reading, sides, labels)
     else:
         train, test = ([files[path] for path in side] for side in (found.train, found.test))
-        split = decode_split(train, test, reading)
+        labels = _classes(listed, [*found.train, *found.test], folder, reading)
+        split = decode_split(train, test, reading, labels=labels)
         notes = [*notes, *found.notes]
     inside = f"{shown(folder)}/"
     split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
     return Found(shown(source.resolve().stem), split, shown(source), (*notes, *listed.notes))
+
+
+def _classes(
+    listed: TarImages, used: Sequence[Path], folder: Path, reading: Reading
+) -> list[str] | None:
+    """Return the classes of images in tar files, by the folders inside. None: none are wanted."""
+    if not reading.labels:
+        return None
+    return classes_of_folders([listed.inner[path] for path in used], folder)
 
 
 def read_files(

@@ -28,10 +28,13 @@ class TarImages:
 
     Attributes:
         files: each image, by a path whose folders say its side, see `_place`.
+        inner: for each of these paths the one without the name of the tar file, whose folders say
+            the class of the image.
         notes: what is not read.
     """
 
     files: dict[Path, Encoded]
+    inner: dict[Path, Path]
     notes: tuple[str, ...]
 
 
@@ -49,6 +52,7 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
         InputError: a file is no intact tar file.
     """
     files: dict[Path, Encoded] = {}
+    inner: dict[Path, Path] = {}
     others, beside, notes = list[Path](), 0, list[str]()
     for tar in tars:
         members, end = _members(tar)
@@ -63,14 +67,14 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
                 beside += 1
                 continue
             label = f"{shown(tar)}/{shown(name)}"
-            files[_place(tar, folder, name)] = Encoded(
-                label, partial(_content, tar, start, size), tar
-            )
+            place, within = _place(tar, folder, name)
+            files[place] = Encoded(label, partial(_content, tar, start, size), tar)
+            inner[place] = within
     if others:
         notes.append(f"ignored: {by_ending(others)}")
     if beside:
         notes.append(f"ignored: {counted(beside, 'image')} beside another one of the same sample")
-    return TarImages(files, tuple(notes))
+    return TarImages(files, inner, tuple(notes))
 
 
 def _sample(name: str) -> str:
@@ -120,15 +124,16 @@ def _content(tar: Path, start: int, size: int) -> BytesIO:
         return BytesIO(file.read(size))
 
 
-def _place(tar: Path, folder: Path, name: str) -> Path:
-    """Return the path of a member as if the tar file were a folder.
+def _place(tar: Path, folder: Path, name: str) -> tuple[Path, Path]:
+    """Return the path of a member as if the tar file were a folder, and the one without its name.
 
     The first word in the file's name that names a side becomes a folder as well, as in
     imagenet-train-0001.tar.
     """
     stem = tar.relative_to(folder).with_suffix("")
     words = [word for word in re.split(r"[-_. ]", stem.name) if side_of((word,))[0]]
-    return Path(folder, stem.parent, *words[:1], stem.name, *PurePosixPath(name).parts)
+    above, parts = Path(folder, stem.parent, *words[:1]), PurePosixPath(name).parts
+    return Path(above, stem.name, *parts), Path(above, *parts)
 
 
 def is_tar(path: Path) -> bool:
