@@ -30,12 +30,15 @@ LONG = replace(
 )
 
 
+RARE = replace(QUIET, save_seconds=60)  # for runs that are not killed
+
+
 def config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
 def go_on(out: Path, images=IMAGES, **more) -> poise.Run:
-    return train(images, out=out, options=QUIET, **more)
+    return train(images, out=out, **({"options": RARE} | more))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +82,9 @@ def test_a_continued_run_is_the_longer_run_also_after_a_kill(kill, copy, long, m
             patch.setattr(pipeline, "finish", Mock(side_effect=Killed))
         else:
             die_in(patch, *kill)
-        go_on(copy, more_epochs=2)
+        go_on(copy, more_epochs=2, options=QUIET)
     if kill == 5:  # the run's first command resumes it, too
-        train(IMAGES, recipe=SHORT, out=copy, options=QUIET)
+        train(IMAGES, recipe=SHORT, out=copy, options=RARE)
     else:
         go_on(copy, more_epochs=2)
     again, undisturbed = weights(copy), weights(long)
@@ -109,9 +112,9 @@ def test_rates_that_fall_are_said_and_repeating_a_command_changes_nothing(
 ):
     halved = replace(SHORT, first=replace(SHORT.first, halve_every=1), second=None)
     out = tmp_path / "halved"
-    train(IMAGES, recipe=halved, out=out, options=QUIET)
+    train(IMAGES, recipe=halved, out=out, options=RARE)
     (out / "last" / "tensors.safetensors").write_bytes(b"damaged")
-    train(IMAGES, out=out, options=replace(QUIET, quiet=False), more_epochs=2)
+    train(IMAGES, out=out, options=replace(RARE, quiet=False), more_epochs=2)
     said = capsys.readouterr().err
     # Rates halve every epoch of two, then every two of four: steps 4 to 7 of 8 differ.
     assert "from step 8 to 16, learning rate 0.005" in said and "moments of Adam" in said
@@ -119,7 +122,7 @@ def test_rates_that_fall_are_said_and_repeating_a_command_changes_nothing(
     rates = load(out).history["learning_rate"]
     assert list(rates) == [1e-2] * 4 + [5e-3] * 4 + [5e-3] * 8
     monkeypatch.setattr(poise.training.engines, "training_step", None)  # no step is taken
-    train(IMAGES, recipe=halved, out=out, options=QUIET)
+    train(IMAGES, recipe=halved, out=out, options=RARE)
     assert len(config(out)["continued"]) == 1
 
 
@@ -151,7 +154,7 @@ def test_unfinished_and_shared_runs_are_not_continued(copy, tmp_path, monkeypatc
         go_on(shared, more_epochs=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, 3)
-        go_on(copy, more_epochs=1)
+        go_on(copy, more_epochs=1, options=QUIET)
     with pytest.raises(InputError, match="not yet finished more_epochs=1: run that again before"):
         go_on(copy, more_epochs=2)
 
@@ -182,7 +185,7 @@ def test_a_run_starts_from_the_weights_of_another(short, tmp_path, monkeypatch):
     # So small a learning rate changes no weight.
     still = {"learning_rate": 1e-30, "epochs": 1, "start_from": source}
     new = (255 - IMAGES)[:60]
-    run = train(new, out=tmp_path / "still", options=QUIET, **still)
+    run = train(new, out=tmp_path / "still", options=RARE, **still)
     trained, kept = weights(short), weights(run.folder)
     for stage in (1, 2):
         averaged = "average" if stage == 1 else "vae"
@@ -197,7 +200,7 @@ def test_a_run_starts_from_the_weights_of_another(short, tmp_path, monkeypatch):
     assert "optimizer" in start["new"] and run.recipe.network == load(source).recipe.network
 
     starting = {"epochs": 1, "start_from": source}
-    whole = train(new, out=tmp_path / "whole", options=QUIET, **starting).folder
+    whole = train(new, out=tmp_path / "whole", options=RARE, **starting).folder
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, 2)
         train(new, out=tmp_path / "cut", options=QUIET, **starting)

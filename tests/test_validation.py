@@ -149,7 +149,7 @@ def test_best_weights_and_patience_survive_a_kill(tmp_path, monkeypatch):
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 die_at(patch, 20)
                 train(FEW, recipe=recipe, out=folders[-1], options=QUIET)
-        train(FEW, recipe=recipe, out=folders[-1], options=QUIET)
+        train(FEW, recipe=recipe, out=folders[-1], options=replace(QUIET, save_seconds=60))
     whole, cut = map(weights, folders)
     assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
     told = summary(load(folders[1]))["validation"]
