@@ -228,28 +228,25 @@ def outcomes(of_damage: dict[str, dict[str, list[float]]]) -> dict[str, tuple[in
     return rightly
 
 
-def qualified(report: dict[str, Any]) -> list[tuple[str, str, str, str, bool, str]]:
-    """Return set, extractor, distance, size, whether it qualifies, and what it does not see."""
-    rows = []
+def table(report: dict[str, Any]) -> str:
+    """Return the table of distances: whether each qualifies at each size, and what it misses."""
+    rows = [["set", "features", "distance", *(f"{size:,} images" for size in SIZES)]]
     for name, found in report["distances"].items():
         for extractor, sizes in found.items():
             for distance in DISTANCES:
-                for size, of in sizes.items():
-                    rightly = outcomes(of[distance])
-                    wrong = [
-                        f"{damage} ({coarse} of {report['draws']})"
-                        for damage, (coarse, _) in rightly.items()
-                        if coarse < report["draws"]
-                    ]
-                    finest = [
-                        f"finest {damage}"
-                        for damage, (coarse, fine) in rightly.items()
-                        if coarse == report["draws"] > fine
-                    ]
-                    rows.append(
-                        (name, extractor, distance, size, not wrong, ", ".join(wrong + finest))
-                    )
-    return rows
+                cells = [verdict(sizes[str(size)][distance], report["draws"]) for size in SIZES]
+                rows.append([name, extractor, distance, *cells])
+    return markdown(rows)
+
+
+def verdict(of_damage: dict[str, dict[str, list[float]]], draws: int) -> str:
+    """Return "yes", or "no" with the damages and in how many draws they are ranked rightly."""
+    rightly = outcomes(of_damage)
+    wrong = [f"{damage} {coarse}" for damage, (coarse, _) in rightly.items() if coarse < draws]
+    unseen = [damage for damage, (coarse, fine) in rightly.items() if coarse == draws > fine]
+    if wrong:
+        return f"no: {', '.join(wrong)}"
+    return "yes" + (f"; finest: {', '.join(unseen)}" if unseen else "")
 
 
 def main() -> None:
@@ -278,9 +275,7 @@ def main() -> None:
         report = machine(torch.device("cpu")) | {"draws": options.draws, "distances": found}
         write_report(options.json, report)
     else:
-        head = ["set", "features", "distance", "images", "qualifies", "not ranked rightly"]
-        rows = qualified(json.loads(options.json.read_text()))
-        print(markdown([head, *([*row[:4], "yes" if row[4] else "no", row[5]] for row in rows)]))
+        print(table(json.loads(options.json.read_text())))
 
 
 if __name__ == "__main__":

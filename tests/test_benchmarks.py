@@ -123,6 +123,19 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu_and_leaves_out_what_that_cannot_do
     )
 
 
+def test_a_distance_qualifies_if_it_grows_with_every_damage_in_every_draw(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    distances = importlib.import_module("distances")
+    values: dict = {"undamaged": {"0": [1.0, 1.0]}}
+    for damage, grades in distances.DAMAGES.items():
+        values[damage] = {str(grade): [2.0 + k, 3.0 + k] for k, grade in enumerate(grades)}
+    assert distances.verdict(values, 2) == "yes"
+    values["noise"]["0.01"][1] = 0.5  # the finest grade
+    assert distances.verdict(values, 2) == "yes; finest: noise"
+    values["shrunk"]["0.2"][0] = 2.5  # less than a finer grade, in one draw of two
+    assert distances.verdict(values, 2) == "no: shrunk 1"
+
+
 @pytest.mark.slow
 def test_features_that_vary_less_can_be_nearer(tmp_path):
     """The bias of a few perfect samples: see docs/claims.md."""
