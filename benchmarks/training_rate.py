@@ -162,11 +162,11 @@ def balance_steps(options: dict[str, Any], masked: bool, device: torch.device) -
     target = torch.rand(100, 100, device=device)
     reconstruction = (target + 0.1 * torch.randn_like(target)).requires_grad_()
     mean, logvar = (torch.randn(100, 16, device=device, requires_grad=True) for _ in range(2))
-    mask = {"mask": torch.rand(100, 100, device=device) < 0.8} if masked else {}
+    mask = torch.rand(100, 100, device=device) < 0.8 if masked else None
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            balance(reconstruction, target, mean, logvar, **mask).loss.backward()
+            balance(reconstruction, target, mean, logvar, mask=mask).loss.backward()
 
     return run
 
