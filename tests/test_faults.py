@@ -269,9 +269,9 @@ def test_a_folder_whose_name_is_not_utf8_is_trained_on_and_shared(tmp_path):
         save_png(photos / f"{number}.png", image.reshape(8, 8, 1))
     train(photos, recipe=TINY, out=out, options=QUIET)
     again = load(out, device="cpu")
-    assert again.data["source"] == str(photos)
+    assert again.recipe.data.source == str(photos)
     again.save_pretrained(tmp_path / "shared")
-    assert "caf\\udce9" in (tmp_path / "shared" / "README.md").read_text()
+    assert "# r\\udce9n" in (tmp_path / "shared" / "README.md").read_text()
     with pytest.raises(InputError, match="cannot be read as JSON"):
         files.decode_json(b'["\\udce9", NaN]', list, "a.json")
 

@@ -22,9 +22,9 @@ sys.path.insert(0, sys.argv[0])
 from benchmarks.torture import cases, fuzzing, kills, planted
 cases.import_what_commands_import()
 folder = Path(sys.argv[1])
-found = kills.kill_training(0, 0, 2, folder / "kills")
-found += fuzzing.cases(seed=0, jobs=1, scale=0.007)[0]
-found += [planted.plant(0, number, folder / f"planted{number}") for number in range(2)]
+found = kills.kill_training(0, 0, 1, folder / "kills")
+found += fuzzing.cases(seed=0, jobs=1, scale=0.005)[0]
+found.append(planted.plant(0, 0, folder / "planted"))
 (folder / "cases.json").write_text(json.dumps([asdict(case) for case in found]))
 """
 
@@ -58,8 +58,8 @@ def test_what_runs_code_is_found_in_a_source(line, found, tmp_path):
 def test_the_short_form_finds_no_fault(tmp_path):
     forking.run(SHORT, [str(ROOT), str(tmp_path)], tmp_path)
     cases = json.loads((tmp_path / "cases.json").read_text())
-    assert {case["group"] for case in cases} > {"train", "bytes", "hostile"}
-    assert len(cases) == 2 + 14 + 2
+    assert {case["group"] for case in cases} >= {"train", "bytes"}
+    assert len(cases) == 1 + 10 + 1
     assert [case for case in cases if case["outcome"] not in ("ok", "one line")] == []
 
 

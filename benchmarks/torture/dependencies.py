@@ -79,7 +79,7 @@ def needed(name: str, extra: str = "") -> dict[str, Distribution | None]:
 
 def licence_of(package: Distribution) -> str:
     """Return the licence in a package's metadata, or else the first line of its file."""
-    metadata = package.metadata
+    metadata: Any = package.metadata  # an email.message.Message
     if expression := metadata.get("License-Expression"):
         return expression
     classifiers = [

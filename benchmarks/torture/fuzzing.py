@@ -82,7 +82,6 @@ def run_case(number: int, *, seed: int, material: Path, digests: dict[int, str])
         folder = Path(shutil.copytree(material / target.folder, Path(scratch, "m"), symlinks=True))
         path = rng.choice(sorted(folder.glob(target.files)))
         what = MUTATIONS[kind](path, rng)
-        assert [*folder.glob(target.files)], f"there is no {target.folder}/{target.files}"
         ended = forked(lambda: digest(target.read(folder)))
         executed = (path.parent / EXECUTED).exists()
     outcome, detail = ended.outcome, ended.message if ended.outcome != OK else ""

@@ -55,12 +55,14 @@ def read_only() -> None:
         mount("-o", "remount,ro,bind", str(place))
 
 
-NO_HOME = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "USER", "LOGNAME"))
+NO_HOME: dict[str, str | None] = dict.fromkeys(
+    ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "USER", "LOGNAME")
+)
 SURROUNDINGS = {
     "as it is": Surrounding(),
     "locale C": Surrounding({"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
     "POSIX locale, ASCII streams": Surrounding({"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}),
-    "no HOME": Surrounding(dict(NO_HOME)),
+    "no HOME": Surrounding(NO_HOME),
     "HOME is a file": Surrounding({"HOME": "/dev/null", "XDG_CACHE_HOME": None}),
     "read-only packages and home": Surrounding(prepare=read_only),
     "no terminal, no stdin": Surrounding({"TERM": None}, prepare=without_streams),
