@@ -39,9 +39,9 @@ SEEDS, STEPS = 3, 6_000
 def tables() -> dict[str, Tensor]:
     """Return the data, (n, d) float32 each."""
     made = {
-        "wine": StandardScaler().fit_transform(load_wine().data),
-        "breast cancer": StandardScaler().fit_transform(load_breast_cancer().data),
-        "digits": load_digits().data / 16,
+        "wine": StandardScaler().fit_transform(load_wine(return_X_y=True)[0]),
+        "breast cancer": StandardScaler().fit_transform(load_breast_cancer(return_X_y=True)[0]),
+        "digits": load_digits(return_X_y=True)[0] / 16,
     }
     return {name: torch.from_numpy(values).float() for name, values in made.items()}
 

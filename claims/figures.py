@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import final
+from typing import Any, final
 
 from scipy.stats import spearmanr
 
@@ -211,7 +211,8 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """
     if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
         return math.nan
-    return float(spearmanr(one, other).statistic)
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
