@@ -195,16 +195,17 @@ class StandardLatents(nn.Module):
     @torch.no_grad()
     def _observe(self, posterior: DiagonalGaussian, every: int) -> None:
         """Add a batch to the running average, and set the map when it is due."""
+        dtype = torch.promote_types(posterior.mean.dtype, torch.float32)
         mean, logvar = (
-            value.float().reshape(len(posterior), len(self.shift), -1)
+            value.to(dtype).reshape(len(posterior), len(self.shift), -1)
             for value in (posterior.mean, posterior.logvar)
         )
-        count = torch.full_like(self.weight, mean.shape[0] * mean.shape[2])
+        count = mean.new_full((), mean.shape[0] * mean.shape[2])
         sums = torch.stack([mean.sum((0, 2)), (mean.square() + logvar.exp()).sum((0, 2))])
         totals = torch.cat([sums.flatten(), count[None]])
         if dist.is_available() and dist.is_initialized():
             sum_over_ranks(totals)
-        batch = totals[:-1].view_as(sums) / totals[-1]
+        batch = (totals[:-1].view_as(sums) / totals[-1]).to(self.moments)
         finite = torch.isfinite(batch).all()
         share = torch.where(finite, 1 - self.decay, 0.0)
         self.moments.lerp_(torch.where(finite, batch, self.moments), share)

@@ -163,10 +163,10 @@ def read_code_tensors(
     names = ("mean", "logvar", *(("mirrored_mean", "mirrored_logvar") if mirrored else ()))
     for name in names:
         found = saved.get(name, torch.empty(0))
-        if found.shape != (count, latents) or not found.is_floating_point():
+        if found.shape != (count, latents) or found.dtype != torch.float32:
             raise RunError(
                 f"{folder} is damaged: {name} is {found.dtype} of shape {tuple(found.shape)}, "
-                f"not floating point of shape {(count, latents)}"
+                f"not torch.float32 of shape {(count, latents)}"
             )
         if not found.isfinite().all():
             raise RunError(f"{folder} is damaged: {name} is not finite")

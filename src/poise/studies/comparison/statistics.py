@@ -114,8 +114,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return Student's interval (95 %) of the mean of at least two values.
 
     Example:
-        >>> mean_interval([1.0, 2.0, 3.0])
-        (-0.48413771175032924, 4.484137711750329)
+        >>> [round(limit, 3) for limit in mean_interval([1.0, 2.0, 3.0])]
+        [-0.484, 4.484]
     """
     mean, degrees = statistics.fmean(values), len(values) - 1
     margin = stdtrit(degrees, (1 + COVERED) / 2) * statistics.stdev(values) / math.sqrt(len(values))
