@@ -32,8 +32,11 @@ KNOTS, ROWS_PER_KNOT, FOLDS, FEWEST_ROWS = 16, 20, 5, 40
 STRAIGHT = 0.05  # share of u in a quantile transform, so that its slope is never 0
 STEEPEST = 5.0  # largest exponent of the Yeo-Johnson transform, either sign: inverses stay exact
 LEAST_NATS = -20.0  # of a standardised value, so that one outlier does not decide
-# Distance of a bound from the nearest value, in standard deviations.
+# Distance of a guessed bound from the nearest value, in standard deviations of the column.
 MARGIN = 0.05
+# Within this distance of a guessed bound the logarithm is continued straight. A value one standard
+# deviation beyond the bound is then some standard deviations from the mean, and not twenty.
+EDGE = 0.25
 
 
 @runtime_checkable
@@ -98,8 +101,8 @@ class Power:
 class Bounded:
     """The logarithm of the distance from a bound, or the difference of those of two bounds.
 
-    Nearer to a bound than any value of the fit, the logarithm is continued straight. So values
-    beyond a bound, which is a guess, are unlikely but not impossible.
+    Near a bound the logarithm is continued straight: of the bound 0, nearer than any value of the
+    fit; of others, which are guesses, within `EDGE`. So values beyond are unlikely, not impossible.
 
     Args:
         x: values of the fit, without NaN. If the least is positive and near 0, the lower bound is
@@ -110,11 +113,13 @@ class Bounded:
     kind: Kind = "bounded"
 
     def __init__(self, x: np.ndarray, *, upper: bool = False) -> None:
-        margin = MARGIN * (float(x.std()) or 1.0)
+        std = float(x.std()) or 1.0
+        margin, edge = MARGIN * std, EDGE * std
         least, most = float(x.min()), float(x.max())
-        self.lower = 0.0 if 0 < least < 20 * margin else least - margin
+        positive = 0 < least < std
+        self.lower = 0.0 if positive else least - margin
         self.upper = most + margin if upper else math.inf
-        self.nearest = least - self.lower, margin
+        self.nearest = least if positive else edge, edge
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         low = _straight_log(x - self.lower, self.nearest[0])
