@@ -42,7 +42,7 @@ ROUTES = {  # options of `poise train digits`
     "held-out images, standard latents": (
         *("--threads", "1", "--validation", "0.1", "--standardise", "during"),
     ),
-    "labels, flow": ("--threads", "1", "--labels", "--second", "flow"),
+    "labels": ("--threads", "1", "--labels"),
 }
 
 
