@@ -18,7 +18,7 @@ import poise
 from poise import VAEEstimator
 from poise.balance import ComputedBalance, TableError
 from poise.tables.line import Line, expectation_maximisation, factor_analysis
-from poise.tables.transforms import KNOTS, Bounded, Identity, Power, Quantile, choose
+from poise.tables.transforms import KNOTS, Bounded, Identity, Power, Quantile, Transforms, choose
 
 QUICK = {"hidden": (8,), "steps": 15, "device": "cpu", "random_state": 0}
 # Few steps on few rows do not converge.
@@ -417,3 +417,15 @@ def test_whole_numbers_are_dequantised_and_sampled_whole():
     assert model.sample(50)["count"].dtype == table["count"].dtype
     whole = pd.DataFrame({"count": np.arange(60), "size": np.nan})
     assert np.exp(model.score_samples(whole)).sum() == pytest.approx(1, abs=0.02)
+
+
+def test_the_inverse_of_a_transform_keeps_to_the_neighbourhood_of_the_values():
+    """Otherwise a reconstruction a little beyond the image of a power is infinitely large."""
+    values = np.random.default_rng(0).lognormal(sigma=1.5, size=(400, 1))
+    for kind in ("power", "bounded", "quantile"):
+        transforms = Transforms(values, kind)
+        inverse = transforms.inverse(np.array([[-1e6], [1e6], [np.nan]]))[:, 0]
+        width = values.max() - values.min()
+        assert inverse[0] >= 0 and inverse[1] <= values.max() + width + 1e-9
+        assert np.isnan(inverse[2])
+        np.testing.assert_allclose(transforms.inverse(transforms(values)), values, rtol=1e-6)

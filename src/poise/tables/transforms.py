@@ -259,12 +259,15 @@ class Transforms:
     Attributes:
         kinds: the kind of each column.
         whole: whether the values of a column are whole numbers that are dequantised, (columns,).
-        least: least value of `inverse` for each column: 0 if no value of the fit was negative.
+        least, most: limits of `inverse` for each column. A transformed column keeps to the range of
+            the values of the fit, widened by its width on both sides: far from them, the inverse of
+            a steep transform has no meaning. If no value of the fit was negative, the least is 0.
     """
 
     def __init__(self, numbers: np.ndarray, chosen: Kind | Literal["auto"] | None) -> None:
         columns = numbers.shape[1]
-        self.whole, self.least = np.zeros(columns, bool), np.full(columns, -np.inf)
+        self.whole = np.zeros(columns, bool)
+        self.least, self.most = np.full(columns, -np.inf), np.full(columns, np.inf)
         self.columns: list[Transform] | None = None
         self.kinds: list[str] = ["none"] * columns
         if chosen is None:
@@ -279,14 +282,14 @@ class Transforms:
             (column + more)[~np.isnan(column)]
             for column, more in zip(numbers.T.astype(np.float64), noise.T, strict=True)
         ]
-        self.least = np.array(
-            [
-                0.0 if v.min() >= -0.5 * w else -np.inf
-                for v, w in zip(observed, self.whole, strict=True)
-            ]
-        )
         self.columns = [choose(v) if chosen == "auto" else fitted(chosen, v) for v in observed]
         self.kinds = [transform.kind for transform in self.columns]
+        for column, values in enumerate(observed):
+            least, most = float(values.min()), float(values.max())
+            if self.kinds[column] != "none":
+                self.least[column], self.most[column] = 2 * least - most, 2 * most - least
+            if least >= -0.5 * self.whole[column]:
+                self.least[column] = max(0.0, self.least[column])
 
     def _noise(self, numbers: np.ndarray) -> np.ndarray:
         draws = np.random.default_rng(0).uniform(-0.5, 0.5, numbers.shape)
@@ -308,7 +311,7 @@ class Transforms:
         if self.columns is None:
             return numbers
         found = self._each("inverse", numbers)
-        return np.maximum(np.where(self.whole, np.round(found), found), self.least)
+        return np.where(self.whole, np.round(found), found).clip(self.least, self.most)
 
     def log_slope(self, numbers: np.ndarray) -> np.ndarray:
         """Return the sum over the observed columns of log T'(x), (rows,)."""
