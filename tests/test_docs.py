@@ -101,6 +101,14 @@ def test_the_table_of_the_released_rule_is_that_of_the_results(monkeypatch):
     assert script("released_rule").table(report["rows"]) in page
 
 
+def test_the_table_of_continued_runs_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "results" / "bench-continuing.json").read_text())
+    assert script("continuing").table(report) in (ROOT / "docs" / "training.md").read_text()
+    for run in report["runs"]["constant"]:
+        assert run["continued"] == run["long"]
+
+
 def test_the_table_of_exports_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = json.loads((ROOT / "results" / "bench-exports.json").read_text())
