@@ -19,12 +19,10 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 sys.path.insert(0, sys.argv[0])
-from benchmarks.torture import cases, fuzzing, kills, planted
+from benchmarks.torture import cases, fuzzing
 cases.import_what_commands_import()
 folder = Path(sys.argv[1])
-found = kills.kill_training(0, 0, 1, folder / "kills")
-found += fuzzing.cases(seed=0, jobs=1, scale=0.005)[0]
-found.append(planted.plant(0, 0, folder / "planted"))
+found = fuzzing.cases(seed=0, jobs=1, scale=0.003)[0]
 (folder / "cases.json").write_text(json.dumps([asdict(case) for case in found]))
 """
 
@@ -58,8 +56,7 @@ def test_what_runs_code_is_found_in_a_source(line, found, tmp_path):
 def test_the_short_form_finds_no_fault(tmp_path):
     forking.run(SHORT, [str(ROOT), str(tmp_path)], tmp_path)
     cases = json.loads((tmp_path / "cases.json").read_text())
-    assert {case["group"] for case in cases} >= {"train", "bytes"}
-    assert len(cases) == 1 + 10 + 1
+    assert len(cases) == 6 and len({case["group"] for case in cases}) > 1
     assert [case for case in cases if case["outcome"] not in ("ok", "one line")] == []
 
 
