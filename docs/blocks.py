@@ -70,6 +70,11 @@ vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 2, hidden=(16,)))
 """,
     "trackers.md": RUN,
     "share.md": RUN + "\nfrom poise.runs.onnx_files import export_onnx\n",
+    "outliers.md": """
+import numpy as np
+clean_rows = np.random.default_rng(0).normal(size=(80, 20))
+rows = clean_rows[:20]
+""",
     "scores.md": """
 import poise
 poise.train("digits", out="runs/digits")
