@@ -65,7 +65,7 @@ Distance = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], float]
 
 
 def kernel(test: Tensor, compared: Tensor, frame: tuple[Tensor, Tensor]) -> float:
-    """Return the unbiased kernel distance (Binkowski et al. 2018), over several parts of the test."""
+    """Return the unbiased kernel distance (Binkowski et al. 2018), over parts of the test set."""
     return kernel_distance(test, compared, subsets=4, subset_size=len(compared)).mean
 
 

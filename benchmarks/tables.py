@@ -14,9 +14,9 @@ share one unit. Each split holds out a fifth of the rows.
 The VAE has its defaults, except that it trains for at most 2,000 steps: "shared" with one variance
 for all columns, "per column" with one for each, "+ transforms" with transforms of the columns
 chosen on held-out rows. "+ prior" is the latter model, scored under the mixture that is fitted to
-the codes. VAE, PCA and factor analysis have as many latents as a quarter of the columns, at most 16. BIC chooses the mixture's
-number of components (1 to 10, full covariances). Cross-validation chooses the bandwidth of the
-kernel density.
+the codes. VAE, PCA and factor analysis have as many latents as a quarter of the columns, at most
+16. BIC chooses the mixture's number of components (1 to 10, full covariances). Cross-validation
+chooses the bandwidth of the kernel density.
 
 Printed are mean log densities of the held-out rows, in nats per row, and mean squared errors of
 their reconstructions, per value, with the standard deviation over splits. A row is certain if the

@@ -1,4 +1,4 @@
-"""Test callbacks: when they are called, how they stop a stage, and that their errors lose nothing."""
+"""Test callbacks: when they are called, how they stop a stage, that errors lose nothing."""
 
 import json
 import sys

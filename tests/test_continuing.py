@@ -1,4 +1,4 @@
-"""Test finished runs that are trained for longer, and runs that start from another one's weights."""
+"""Test finished runs that are trained for longer, and runs that start from others' weights."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def go_on(out: Path, images=IMAGES, **more) -> poise.Run:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run with a constant learning rate. Tests must not change it."""
+    """Return the folder of a finished run of constant learning rate. Tests do not change it."""
     return train(
         IMAGES, recipe=SHORT, out=tmp_path_factory.mktemp("short") / "run", options=QUIET
     ).folder

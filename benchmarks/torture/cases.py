@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.
+    """Outcome of a process.
 
     Attributes:
         code: exit code; negative: the number of a signal; None: it was still running after the

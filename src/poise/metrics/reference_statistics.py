@@ -48,7 +48,7 @@ _CLEAN = re.compile(
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a file of Poise says beside mu and sigma; see `Protocol` for the first attributes."""
+    """Conditions of the statistics in a file of Poise; see `Protocol` for the first attributes."""
 
     reference: str
     images: int

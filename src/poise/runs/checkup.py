@@ -68,7 +68,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Checkup:
-    """All checks of a machine. It is `ok` if none failed."""
+    """Results of all checks of a machine. `ok` is True if none failed."""
 
     checks: tuple[Check, ...]
 

@@ -6,8 +6,8 @@ beginning: the same order of images, the same noise, the same learning rates, th
 kept. Stage 2 is then trained anew, on the new codes, for its new length.
 
 So the result is that of a run of length N, to the last bit on the same machine, if that run has the
-same learning rates in its first n steps. A constant learning rate does. Rates that fall at fractions
-of the length do not: the longer run still has the full rate where the shorter one had halved it.
+same learning rates in its first n steps. A constant learning rate does. Rates that fall at
+fractions of the length do not: the longer run still has the full rate where the shorter one had halved it.
 config.json counts these steps (`other_rates`), and the rate rises again where training goes on.
 
 A continuation begins in this order, so that a kill at any moment loses nothing: config.json gets
@@ -45,7 +45,7 @@ OF_OLD_WEIGHTS = (
 
 @dataclass(frozen=True)
 class More:
-    """How much longer a finished run is to be trained: one of the two.
+    """Length of a continuation, in epochs or in minutes. One of the two is given.
 
     Attributes:
         epochs: passes over the training images that stage 1 is longer.
@@ -119,7 +119,7 @@ def is_begun(folder: Path, saved: Saved | None, more: More) -> bool:
     if saved is None:
         raise InputError(f"{folder} has no finished run to continue: train one first")
     records = read_config(folder).get("continued", [])
-    # Pictures and figures come last. A kill before summary.json must not start another continuation.
+    # Pictures and figures come last. After a kill before summary.json, the same one goes on.
     whole = saved.meta["finished"] and (folder / "summary.json").exists()
     if whole and saved.meta.get("continued", 0) == len(records):
         return False

@@ -103,7 +103,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What config.json says about one continuation of a finished run.
+    """Entry of config.json about one continuation of a finished run.
 
     Attributes:
         more_epochs, more_minutes: what was asked for; one of them is None.
@@ -125,7 +125,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Start:
-    """What config.json says about the run whose weights a run started from.
+    """Entry of config.json about the run whose weights this run started from.
 
     Attributes:
         run: its folder.

@@ -735,7 +735,8 @@ class Run:
             training: the training images. None: those of the run's data, read again.
             names: of the images, for the table. Default: their numbers.
             seed: seed of the samples. The score of an image depends on its number.
-            proposal: "refined", or "encoder": faster and less exact; see `poise.metrics.likelihood`.
+            proposal: "refined", or "encoder", which is faster and less exact; see
+                `poise.metrics.likelihood`.
             quiet: show no progress.
 
         Returns:

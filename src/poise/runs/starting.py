@@ -2,8 +2,8 @@
 
 Kept: the weights of stage 1, averaged if that run averages them, and those of stage 2 if both runs
 have the same kind of stage 2. New: gamma2 and what else a balance knows, because it follows the
-error on the new pictures; the optimizer; the schedule of the learning rates; a flow's mean and scale
-of the latents; codes, mixture and all figures. config.json says both under "start".
+error on the new pictures; the optimizer; the schedule of the learning rates; a flow's mean and
+scale of the latents; codes, mixture and all figures. config.json says both under "start".
 """
 
 import hashlib
