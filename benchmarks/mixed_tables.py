@@ -33,14 +33,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import norm
 from sklearn.model_selection import train_test_split
-from tables import MOST_ROWS, STEPS, markdown, spread
+from tables import MOST_ROWS, STEPS, complete, markdown, spread
 
 from poise import VAEEstimator
-from poise.studies.results import provenance
-from poise.support.files import write_json
 
 TABLES = {  # name: what kind of table it is
     "airquality": "153 rows, 44 holes, numbers",
@@ -227,14 +224,8 @@ def main() -> None:
         frame = read(name)
         rows, columns = frame.shape
         size = {"rows": rows, "columns": columns, "holes": int(frame.isna().sum().sum())}
-        table = report["tables"].setdefault(name, size)
-        missing = {model: measure for model, measure in models.items() if model not in table}
-        table |= measured(name, report["splits"], missing)
-        if missing:
-            sources = report.setdefault("provenance", {})
-            sources |= dict.fromkeys(missing, provenance(torch.device("cpu")))
-        if missing and options.json:
-            write_json(options.json, report)
+        splits = report["splits"]
+        complete(report, name, size, models, partial(measured, name, splits), options.json)
     print(tables(report))
 
 

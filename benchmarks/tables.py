@@ -212,6 +212,35 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
+def complete(
+    report: dict[str, Any],
+    name: str,
+    size: dict[str, Any],
+    models: dict[str, Any],
+    measure: Callable[[dict[str, Any]], dict[str, Any]],
+    path: Path | None,
+) -> None:
+    """Measure the models that the report of a table lacks, add them, and write the report.
+
+    Args:
+        report: the report of all tables, changed in place.
+        name, size: of the table.
+        models: by name.
+        measure: returns the figures of some models.
+        path: where the report is written. None: nowhere.
+    """
+    table = report["tables"].setdefault(name, size)
+    missing = {model: how for model, how in models.items() if model not in table}
+    if not missing:
+        return
+    table |= measure(missing)
+    report.setdefault("provenance", {}).update(
+        dict.fromkeys(missing, provenance(torch.device("cpu")))
+    )
+    if path:
+        write_json(path, report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -232,14 +261,9 @@ def main() -> None:
     for name in options.only:
         rows = read(name)
         size = {"rows": len(rows), "columns": rows.shape[1], "latents": latents_of(rows)}
-        table = report["tables"].setdefault(name, {"package": TABLES[name]} | size)
-        missing = {model: measure for model, measure in models.items() if model not in table}
-        table |= measured(rows, report["splits"], missing)
-        if missing:
-            sources = report.setdefault("provenance", {})
-            sources |= dict.fromkeys(missing, provenance(torch.device("cpu")))
-        if missing and options.json:
-            write_json(options.json, report)
+        size |= {"package": TABLES[name]}
+        splits = report["splits"]
+        complete(report, name, size, models, partial(measured, rows, splits), options.json)
     print(tables(report))
 
 
