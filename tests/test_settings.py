@@ -216,12 +216,14 @@ def test_settings_around_a_run_reach_its_options():
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_shows_the_values_of_the_recipe_of_the_data(command, name, help_of):
     recipe = RECIPES[name]
-    chosen = ["--recipe", name] if name in ("images", "maps") else [name]
+    chosen = ["--recipe", name] if recipe.data.source == "images" else [name]
     text = help_of(command, *chosen)
     assert recipe.second is not None
     rates = dict.fromkeys([str(recipe.first.learning_rate), str(recipe.second.learning_rate)])
     for option, default in {
-        "latent-dim INT": "that of the latent map" if name == "maps" else recipe.network.latent_dim,
+        "latent-dim INT": (
+            "that of the latent map" if recipe.network.kind == "conv" else recipe.network.latent_dim
+        ),
         "network {resnet,infogan,wae,mlp,conv}": recipe.network.kind,
         "epochs INT": recipe.first.epochs or f"{recipe.first.steps:,} steps",
         "second-epochs INT": recipe.second.epochs or f"{recipe.second.steps:,} steps",

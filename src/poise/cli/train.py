@@ -13,7 +13,11 @@ from poise.recipes import RECIPES, find_recipe
 from poise.recipes.settings import Changes, Recipe
 from poise.variants import DATA_SETS
 
-DATA_NAMES = [name for name in {**RECIPES, **DATA_SETS} if name not in ("images", "maps")]
+DATA_NAMES = [
+    name
+    for name in {**RECIPES, **DATA_SETS}
+    if name not in RECIPES or RECIPES[name].data.source != "images"
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from poise.recipes.presets import (
     FASHION_MNIST_PUBLISHED,
     IMAGES,
     MAPS,
+    MAPS_LARGE,
     MNIST,
     MNIST_PUBLISHED,
 )
@@ -42,7 +43,7 @@ _OF_DATA_SETS = (
     CELEBA64_RELEASED,
 )
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES, MAPS)
+    recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES, MAPS, MAPS_LARGE)
 }
 EXPERIMENTS = tuple(recipe.name for recipe in _OF_DATA_SETS)
 """Recipes of published experiments, and shorter recipes on the same data."""

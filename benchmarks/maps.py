@@ -1,0 +1,165 @@
+"""Train latent maps and a flow for some minutes, and compare samples with the training images.
+
+    python benchmarks/maps.py DATA RUN OUT.json [--minutes 8] [--seed 0] [--engine auto]
+        [--images 50000] [--few 10000] [--device auto]
+    python benchmarks/maps.py DATA RUN OUT.json --pace [--engines captured compiled-captured]
+
+The recipe is maps-large, for one GPU. All sets are compared with the training images:
+
+- `test images`: a check of the extractor, 3.15 for CIFAR-10 (10,000 against 50,000 images).
+- `REC`: reconstructions of the test images.
+- `GEN-flow`: --images samples by the recipe's solver, and --few samples by each other one.
+
+`--pace` only measures the seconds per step of both stages with each engine.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine, write_report
+
+import poise
+from poise.data import head, load
+from poise.evaluation import Produced, choose_extractor, chunks_of, compare
+from poise.metrics import reconstruction
+from poise.priors.flow_prior import evaluations
+from poise.protocols import find_protocol
+from poise.recipes import RECIPES, Recipe
+from poise.recipes.settings import Solver
+from poise.runs.build import first_stage
+from poise.runs.pipeline import networks_and_balances
+from poise.runs.run import Run
+from poise.runs.timing import measure
+from poise.studies.results import provenance
+from poise.training.machine import choose_device
+
+RECIPE = RECIPES["maps-large"]
+SOLVERS: tuple[tuple[Solver, int], ...] = (("heun", 8), ("heun", 5), ("euler", 15), ("heun", 12))
+
+
+def seconds_since(began: float) -> float:
+    return round(time.monotonic() - began, 1)
+
+
+def paces(data: str, engines: list[str], device: torch.device) -> dict[str, Any]:
+    """Return the first seconds and the milliseconds per step of both stages, by engine."""
+    dataset = load(data)
+    shape = list(dataset.shape)
+    latents = math.prod(first_stage(RECIPE, shape).decoder.latent_shape)  # pyright: ignore[reportArgumentType]
+    recipe = replace(RECIPE, network=replace(RECIPE.network, latent_dim=latents))
+    stages = networks_and_balances(recipe, shape, None, 0)
+    found: dict[str, Any] = {}
+    for engine in engines:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                timing = measure(
+                    recipe,
+                    stages,
+                    dataset,
+                    Path(folder),
+                    device=device,
+                    engine=engine,  # pyright: ignore[reportArgumentType]
+                    count=None,
+                    save_seconds=60.0,
+                )
+                found[engine] = {
+                    f"stage {number}": {"start_s": pace.start, "step_ms": 1000 * pace.step}
+                    for number, pace in enumerate(timing.stages, 1)
+                }
+            except Exception as error:  # the other engines are still worth a figure
+                found[engine] = {"error": repr(error)}
+        print(engine, found[engine], flush=True)
+    return found
+
+
+def measured(run: Run, images: int, few: int, extractor: str) -> dict[str, Any]:
+    """Return the distances of each set of images to the training images."""
+    protocol = replace(
+        find_protocol("50k-train"), generation=run.recipe.generation, real=images, generated=images
+    )
+    protocol, network, _ = choose_extractor(protocol, extractor, run.device)
+    assert network is not None
+    test = run.dataset().test
+    sets = {
+        "test images": (lambda n: chunks_of(head(test, n), n), len(test)),
+        "REC": (lambda n: run.reconstruct_chunks(head(test, n)), len(test)),
+    }
+    own = run.recipe.generation
+    for solver, steps in SOLVERS:
+        chosen = replace(own, flow_solver=solver, flow_steps=steps)
+        name = f"GEN-flow, {solver}, {evaluations(steps, solver)} evaluations"
+        number = images if chosen == own else few
+        sets[name] = (
+            lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen),
+            number,
+        )
+    found: dict[str, Any] = {name: {"images": number} for name, (_, number) in sets.items()}
+    produced = [Produced(name, chunks, number) for name, (chunks, number) in sets.items()]
+    for measurement in compare(run.images_for(protocol), produced, protocol, network):
+        found[measurement.of][measurement.metric] = measurement.value
+    return {"protocol": asdict(protocol), "sets": found}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def trained(recipe: Recipe, options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
+    """Train the recipe and return the run and its seconds."""
+    began = time.monotonic()
+    run = poise.train(
+        options.data,
+        recipe=replace(recipe, minutes=options.minutes, seed=options.seed),
+        out=options.run,
+        options=poise.Options(device=options.device, engine=options.engine),
+    )
+    second, flow = run.recipe.second, run.flow
+    assert second is not None and flow is not None
+    return run, {
+        "minutes": options.minutes,
+        "seconds": seconds_since(began),
+        "engine": options.engine,
+        "steps": [run.recipe.first.steps, second.steps],
+        "parameters": [parameters(run.first.vae), parameters(flow.velocity)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--few", type=int, default=10_000)
+    parser.add_argument("--extractor", default="inception")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--pace", action="store_true")
+    parser.add_argument("--engines", nargs="+", default=["captured", "compiled-captured"])
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    report = machine(device) | {"provenance": provenance(device), "recipe": RECIPE.name}
+    if options.pace:
+        write_report(options.out, report | {"pace": paces(options.data, options.engines, device)})
+        return
+    run, training = trained(RECIPE, options)
+    report |= {"data": run.data, "seed": options.seed, "training": training}
+    began = time.monotonic()
+    figures = reconstruction(run.first.vae, run.first.balance, run.dataset().test)
+    report["test"] = asdict(figures)
+    write_report(options.out, report)
+    report |= measured(run, options.images, options.few, options.extractor)
+    report["evaluation_seconds"] = seconds_since(began)
+    write_report(options.out, report)
+
+
+if __name__ == "__main__":
+    main()
