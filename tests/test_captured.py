@@ -54,6 +54,9 @@ class Graph:
         for arguments in self.steps:
             training_step(*arguments)
 
+    def reset(self) -> None:
+        self.steps = []
+
 
 @pytest.fixture
 def stand_in(monkeypatch):
@@ -86,6 +89,7 @@ def stand_in(monkeypatch):
         stream=lambda stream: nullcontext(),
     )
     cuda.CUDAGraph, cuda.graph = Graph, recording
+    monkeypatch.setattr(engines, "renew_generator", lambda device: None)  # a CPU's has no such mode
     monkeypatch.setattr(engines.distributed, "launched", lambda: False)
     monkeypatch.setattr(
         loop, "choose_engine", lambda engine, device: "captured" if engine == "auto" else engine

@@ -108,6 +108,8 @@ class CapturedStep:
                     f"the step cannot be recorded as a CUDA graph ({reason}): use the engine eager"
                 ) from error
             self.recordable = False
+            graph.reset()
+            renew_generator(batch.device)
             state.optimizer.zero_grad(set_to_none=True)
             self.fell_back(reason)
         else:
@@ -120,6 +122,18 @@ class CapturedStep:
         with torch.cuda.stream(self.stream):
             self.step(state, batch, noise, stage)
         now.wait_stream(self.stream)
+
+
+def renew_generator(device: torch.device) -> None:
+    """Give a GPU's global random generator a new state after a failed recording.
+
+    PyTorch 2.11 leaves the generator in the mode of a recording, so that dropout raises an error
+    ("Offset increment outside graph capture", pytorch/pytorch#171263). `fit` seeds the generator
+    before every step of a network that may draw from it.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fresh = torch.Generator(device).graphsafe_get_state()
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
 
 
 @final
