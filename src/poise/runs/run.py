@@ -719,7 +719,7 @@ class Run:
         training: Any = None,
         names: Sequence[str] = (),
         seed: int = 0,
-        proposal: Proposal = "refined",
+        proposal: Proposal = scores.PROPOSAL,
         quiet: bool = True,
     ) -> scores.Scores:
         """Return likelihood and reconstruction error of each image, to find the odd ones.
@@ -735,8 +735,8 @@ class Run:
             training: the training images. None: those of the run's data, read again.
             names: of the images, for the table. Default: their numbers.
             seed: seed of the samples. The score of an image depends on its number.
-            proposal: "refined", or "encoder", which is faster and less exact; see
-                `poise.metrics.likelihood`.
+            proposal: "encoder", or "refined", which is exact for more images and takes tens of times
+                as long; see `poise.metrics.likelihood`.
             quiet: show no progress.
 
         Returns:

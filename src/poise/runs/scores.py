@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 KEPT = "scores"
-SAMPLES, TRAINING_IMAGES = 100, 500
+SAMPLES, TRAINING_IMAGES, PROPOSAL = 20, 500, "encoder"
 COLUMNS = (
     "log_likelihood",
     "standard_error",
@@ -120,7 +120,7 @@ def score(
     training: Any = None,
     names: Sequence[str] = (),
     seed: int = 0,
-    proposal: Proposal = "refined",
+    proposal: Proposal = PROPOSAL,
     quiet: bool = True,
 ) -> Scores:
     """Return the scores of images under a run: see `Run.score`."""
