@@ -14,7 +14,6 @@ The recipe is maps-large, for one GPU. All sets are compared with the training i
 """
 
 import argparse
-import math
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -37,6 +36,8 @@ from poise.runs.pipeline import networks_and_balances
 from poise.runs.run import Run
 from poise.runs.timing import measure
 from poise.studies.results import provenance
+from poise.training import ImageBatches
+from poise.training.loop import count_latents
 from poise.training.machine import choose_device
 
 RECIPE = RECIPES["maps-large"]
@@ -51,7 +52,8 @@ def paces(data: str, engines: list[str], device: torch.device) -> dict[str, Any]
     """Return the first seconds and the milliseconds per step of both stages, by engine."""
     dataset = load(data)
     shape = list(dataset.shape)
-    latents = math.prod(first_stage(RECIPE, shape).decoder.latent_shape)  # pyright: ignore[reportArgumentType]
+    images = ImageBatches(dataset.train, torch.device("cpu"))
+    latents = count_latents(first_stage(RECIPE, shape), images)
     recipe = replace(RECIPE, network=replace(RECIPE.network, latent_dim=latents))
     stages = networks_and_balances(recipe, shape, None, 0)
     found: dict[str, Any] = {}

@@ -74,6 +74,30 @@ def test_the_exact_velocity_carries_noise_to_the_codes_at_the_order_of_the_solve
     assert errors[-1] < 0.02 * float(expected.norm())
 
 
+def test_the_density_of_the_exact_flow_is_that_of_the_codes():
+    latents = 4 * torch.randn(40, 3, dtype=torch.float64, generator=generator("flow", 4))
+    flow = exact()
+    flow.mean += 2.0
+    flow.std *= 3.0
+    expected = torch.distributions.MultivariateNormal(2.0 + 3.0 * MEAN, 9.0 * COVARIANCE)
+    found = FlowPrior(flow, steps=1).log_density(latents)
+    np.testing.assert_allclose(found, expected.log_prob(latents), rtol=1e-3)
+
+
+def test_the_density_of_a_network_has_mass_one_and_the_mean_of_its_samples():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        velocity = networks.flow((1,), width=16, blocks=2)
+        for weight in velocity.parameters():
+            weight.data += 0.3 * torch.randn_like(weight)
+    prior = FlowPrior(Flow(velocity, (1,)), steps=100)
+    grid = torch.linspace(-12, 12, 4_001, dtype=torch.float64)[:, None]
+    density = prior.log_density(grid).exp() * 24 / 4_000
+    assert float(density.sum()) == pytest.approx(1, abs=5e-3)
+    samples = prior.latents(torch.randn(20_000, 1, generator=generator("flow", 5)))
+    assert float(density @ grid[:, 0]) == pytest.approx(float(samples.mean()), abs=0.05)
+
+
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 def test_the_number_of_evaluations_is_what_is_said(solver):
     calls = []

@@ -42,7 +42,9 @@ def test_scores_are_those_of_the_metrics_and_percentiles_those_of_scipy(run):
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     images[4:] = torch.from_numpy(run.dataset().train[:2].copy()) / 255
     found = run.score(images, **FEW)
-    expected = nll_per_image(run.first.vae, run.first.balance, images, samples=10, proposal="encoder")
+    expected = nll_per_image(
+        run.first.vae, run.first.balance, images, samples=10, proposal="encoder"
+    )
     torch.testing.assert_close(found.log_likelihood, -expected.nll_nats)
     torch.testing.assert_close(found.effective_share, expected.effective_share)
     error = (run.first.vae.decode(run.encode(images).mean) - images).double().square()

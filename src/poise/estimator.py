@@ -58,7 +58,7 @@ from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
 from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, Proposal
-from poise.priors import MixturePrior, Prior, TrainedModel, make_prior
+from poise.priors import FlowPrior, MixturePrior, Prior, TrainedModel, make_prior
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.progress import progress
@@ -130,8 +130,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             or controlled balance, training runs for all steps.
         importance_samples: latents per row that `score` and `score_samples` average over, >= 1.
             With refined proposals, rows that need more take up to ten times as many.
-        score_prior: prior of the latents in `score`: "normal" is N(0, I). "mixture" is the fitted
-            mixture, with `prior="mixture"` only.
+        score_prior: prior of the latents in `score`: "normal" is N(0, I). "mixture" and "flow" are
+            the fitted prior, with `prior="mixture"` and `prior="flow"`. A flow takes long.
         score_proposal: where these latents are drawn from: "refined" fits a proposal to each row;
             "encoder" is the posterior of the encoder, which is several times faster, and too low
             for rows unlike those of the fit (see `poise.metrics.likelihood`).
@@ -308,9 +308,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 f"score_proposal must be {' or '.join(get_args(Proposal))}, "
                 f"not {self.score_proposal!r}"
             )
-        if self.score_prior not in {"normal", self.prior if self.prior == "mixture" else "normal"}:
+        fitted = self.prior if self.prior in ("mixture", "flow") else "normal"
+        if self.score_prior not in {"normal", fitted}:
             raise InputError(
-                'score_prior must be "normal", or "mixture" with prior="mixture", '
+                'score_prior must be "normal", or "mixture" or "flow" with the same prior, '
                 f"not {self.score_prior!r} with prior={self.prior!r}"
             )
         if not isinstance(self.validation_fraction, Real) or not 0 <= self.validation_fraction < 1:
@@ -600,15 +601,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Source: importance sampling, see `poise.metrics.likelihood`.
         """
         table = self._checked(X)
-        mixture = self.prior_ if self.score_prior == "mixture" else None
+        prior = None if self.score_prior == "normal" else self.prior_
+        assert prior is None or isinstance(prior, (MixturePrior, FlowPrior))
+        takes_long = isinstance(prior, FlowPrior)
         found = row_nll(
             self.vae_,
             self.balance_,
             self._scaled64(self._transformed(table)),
             samples=self.importance_samples,
-            most=10 * self.importance_samples,
+            most=(1 if takes_long else 10) * self.importance_samples,
             proposal=self.score_proposal,
-            log_prior=mixture.log_density if isinstance(mixture, MixturePrior) else None,
+            log_prior=prior and prior.log_density,
+            prior_takes_long=takes_long,
         )
         nll, share, error = (values.numpy() for values in found)
         observed = ~np.isnan(table[:, : len(self.mean_)])

@@ -231,6 +231,7 @@ def nll_of_values(
     proposal: Proposal = "refined",
     numbers: range | None = None,
     log_prior: LogPrior | None = None,
+    prior_takes_long: bool = False,
 ) -> NLLPerImage:
     """Return -log p(x) of values whose posterior is known; see `nll_per_image`.
 
@@ -245,6 +246,8 @@ def nll_of_values(
         numbers: number of each value, which is part of the seed of its noise. None: all values have
             the same noise, and equal values have equal estimates.
         log_prior: log p(z). None: that of N(0, I).
+        prior_takes_long: fit refined proposals to the posterior under N(0, I), so that `log_prior`
+            is computed for the samples only.
 
     Raises:
         InputError: samples < 1, or an unknown proposal.
@@ -256,19 +259,20 @@ def nll_of_values(
             f"the proposal must be {' or '.join(get_args(Proposal))}, not {proposal!r}"
         )
     target = target_of(vae, balance, values, log_prior)
+    fitted = target_of(vae, balance, values) if prior_takes_long else target
     code = DiagonalGaussian(
         posterior.mean.to(target.place).double(), posterior.logvar.to(target.place).double()
     )
     if proposal == "encoder" or code.mean.shape[1] > MOST_LATENTS:
         return _estimate(_log_weights_of_encoder(target, code, samples, seed, numbers), None)
     shift = _shifts(code.mean, seed, numbers)
-    mixture = _laplace(target, code.mean, seed)
+    mixture = _laplace(fitted, code.mean, seed)
     drawn = _log_weights(target, mixture, range(samples), shift, seed)
     found = _estimate(*drawn)
     low = (found.effective_share < ENOUGH) | (samples < FEWEST_TO_TELL)
     if low.any():
         rows = low.to(target.place)
-        mixture.put(rows, _adapted(target.rows(rows), mixture.rows(rows), shift[rows], seed))
+        mixture.put(rows, _adapted(fitted.rows(rows), mixture.rows(rows), shift[rows], seed))
         again = _log_weights(
             target.rows(rows), mixture.rows(rows), range(samples), shift[rows], seed
         )

@@ -11,11 +11,18 @@ with an error of order h^2, and Euler's method
 with an error of order h. The last step of Heun's method is one of Euler's, whose own error is of
 order h^2. So n steps of Heun's method evaluate the network 2n - 1 times. See `poise.flow` for v.
 
+The density of z, with y(1) = (z - mean) / std and the equation solved back to y(0), is
+
+    log p(z) = log N(y(0); 0, I) - integral over t of div v(y(t), t) - sum of log std.          (3)
+
+(Chen et al. 2018, arXiv 1806.07366, theorem 1.)
+
 A flow with classes has one more column of noise, which draws the class of each latent vector by its
 frequency among the training images. `of_class` gives all of them one class, with the same noise.
 Guidance (eq. 4 of `poise.flow`) other than 1 evaluates the network twice as often.
 """
 
+import math
 from typing import final
 
 import torch
@@ -25,9 +32,12 @@ from poise.errors import InputError
 from poise.flow import Flow
 from poise.priors.base import Prior, TrainedModel
 from poise.recipes.settings import Solver
-from poise.shapes import Latents, Noise
+from poise.shapes import Latents, Noise, PerImage
 
 ROWS = 1_000  # maximum number of latents that are computed at once
+# Of the Runge-Kutta method that solves eq. 3. For two clusters of codes, 16 steps have an error of
+# 0.02 nats (mean of absolute values) against 64.
+DENSITY_STEPS = 16
 
 
 @final
@@ -88,6 +98,48 @@ class FlowPrior(Prior):
         parts = [noise] if torch.compiler.is_exporting() else noise.split(ROWS)
         ends = torch.cat([self._carry(part) for part in parts])
         return self.flow.mean + self.flow.std * ends
+
+    @torch.no_grad()
+    def log_density(self, latents: Latents) -> PerImage:
+        """Return log p(z) of each latent vector, in nats, (n,), in the precision of `latents`.
+
+        Eq. 3, in `DENSITY_STEPS` steps of the classical Runge-Kutta method. Each evaluates the
+        network and its derivatives in all L directions four times, so this is for few latents. The
+        network computes in its own precision.
+
+        Raises:
+            InputError: the flow has classes.
+        """
+        if self.flow.classes:
+            raise InputError("the density under a flow is for flows without labels")
+        self.flow.eval()
+        start = ((latents - self.flow.mean) / self.flow.std).to(self.flow.mean.dtype)
+        density = torch.cat([self._log_density(part) for part in start.split(ROWS)])
+        return density.to(latents) - self.flow.std.to(latents).log().sum()
+
+    def _log_density(self, y: Tensor) -> Tensor:
+        """Return log p(y(1)) of standardised latents, (n,)."""
+        h, divergences = -1 / DENSITY_STEPS, torch.zeros_like(y[:, 0])
+        for step in range(DENSITY_STEPS):
+            time = 1 + step * h
+            first, a = self._with_divergence(y, time)
+            second, b = self._with_divergence(y + h / 2 * first, time + h / 2)
+            third, c = self._with_divergence(y + h / 2 * second, time + h / 2)
+            last, d = self._with_divergence(y + h * third, time + h)
+            y = y + h / 6 * (first + 2 * second + 2 * third + last)
+            divergences = divergences + h / 6 * (a + 2 * b + 2 * c + d)
+        return divergences - (y.square().sum(1) + y.shape[1] * math.log(2 * math.pi)) / 2
+
+    def _with_divergence(self, y: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        """Return the velocity (n, L) and its divergence (n,), the trace of its Jacobian."""
+        y = y.detach().requires_grad_()
+        with torch.enable_grad():
+            velocity = self.flow(y, y.new_full((len(y),), time))
+            slopes = [
+                torch.autograd.grad(part.sum(), y, retain_graph=True)[0][:, index]
+                for index, part in enumerate(velocity.unbind(1))
+            ]
+        return velocity.detach(), torch.stack(slopes).sum(0)
 
     def _carry(self, noise: Tensor) -> Tensor:
         """Return y(1) for y(0), and for the column that draws the class if there are classes."""

@@ -89,6 +89,7 @@ def row_nll(
     most: int,
     proposal: Proposal = "refined",
     log_prior: LogPrior | None = None,
+    prior_takes_long: bool = False,
 ) -> NLLPerImage:
     """Return -log p(x) of scaled rows, float64; see `poise.metrics.likelihood.nll_of_values`."""
     # A float32 decoder loses several nats for rows far from all others. The encoder's posterior
@@ -108,6 +109,7 @@ def row_nll(
             most=most,
             proposal=proposal,
             log_prior=log_prior,
+            prior_takes_long=prior_takes_long,
         )
         for part in rows.split(many)
     ]
