@@ -86,8 +86,9 @@ class Score:
         if scores.training_images:
             print(f"note: percentiles are of {scores.training_images:,} training images")
         share = scores.effective_share
-        if share is not None and float(share.mean()) < LOW_SHARE:
+        # One sample that outweighs all others has the share 1 / samples.
+        if share is not None and float(share.mean()) < max(LOW_SHARE, 2 / self.samples):
             print(
-                f"note: the effective share of samples is {float(share.mean()):.2f}, so the values "
-                "are lower bounds with an error; --samples N makes it smaller"
+                f"note: the effective share of samples is {float(share.mean()):.2f}, so log p(x) is "
+                "a lower bound with an error; more --samples or --proposal refined makes it smaller"
             )
