@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from poise.data.decoding import to_bytes
+from poise.data.decoding import grid, to_bytes
 from poise.errors import InputError, MissingExtraError, RunError
 from poise.recipes.settings import Recipe, to_json
 from poise.shapes import Images
@@ -83,7 +83,7 @@ class Callback:
 
 
 class TensorBoard(Callback):
-    """Write every log entry to TensorBoard files, in a folder for each stage.
+    """Write every log entry and samples to TensorBoard files, in a folder for each stage.
 
     Args:
         folder: where to write. None: tensorboard/ in the run's folder.
@@ -114,6 +114,10 @@ class TensorBoard(Callback):
     def on_log(self, entry: dict[str, float]) -> None:
         for name in set(entry) - {"stage", "step"}:
             self._boards[int(entry["stage"])].add_scalar(name, entry[name], int(entry["step"]))
+
+    def on_samples(self, stage: int, step: int, images: Images) -> None:
+        shown = grid(to_bytes(finite(images)), columns=8)
+        self._boards[stage].add_image("samples", shown, step, dataformats="HWC")
 
     def on_end(self) -> None:
         for board in self._boards.values():
@@ -152,13 +156,18 @@ class WandB(Callback):
 
     def on_samples(self, stage: int, step: int, images: Images) -> None:
         image_of = import_module("wandb").Image
-        pixels = to_bytes(images.nan_to_num(nan=0.0)).permute(0, 2, 3, 1)
+        pixels = to_bytes(finite(images)).permute(0, 2, 3, 1)
         shown = [image_of(one.squeeze(2).numpy()) for one in pixels]
         self._run.log({f"stage{stage}/samples": shown, f"stage{stage}/step": step})
 
     def on_end(self) -> None:
         if self._run is not None:
             self._run.finish()
+
+
+def finite(images: Images) -> Images:
+    """Return images with black in place of values that are NaN."""
+    return images.nan_to_num(nan=0.0)
 
 
 def _wandb_id(folder: Path) -> str:
