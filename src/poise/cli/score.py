@@ -43,8 +43,8 @@ class Score:
         Literal["encoder", "refined"],
         arg(
             help="where the samples are drawn. encoder: the posterior of the encoder. refined: a "
-            "distribution that is fitted to each image, which is exact for more images and takes tens "
-            "of times as long"
+            "distribution that is fitted to each image, which is exact for more images and takes "
+            "about a hundred times as long"
         ),
     ] = "encoder"
     seed: Annotated[int, arg(help="seed of the samples")] = 0

@@ -88,7 +88,7 @@ class MixturePrior(Prior):
             and tensors.keys() - {"labels"} == shapes.keys()
             and all(
                 tensors[name].shape == shape
-                and tensors[name].is_floating_point()
+                and tensors[name].dtype == torch.float32
                 and tensors[name].isfinite().all()
                 for name, shape in shapes.items()
             )

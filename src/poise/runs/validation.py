@@ -1,8 +1,8 @@
 """Measure the ELBO of held-out images during stage 1, keep the best weights, and stop early.
 
-At 50 to 100 steps of the stage, the ELBO of held-out images and that of as many training images
-are measured alike: in evaluation mode, with the same noise each time. Both are in the log. The
-weights with the best held-out ELBO are those that the run ends with.
+The ELBO of held-out images is measured 50 to 100 times during the stage, and in the same way that
+of as many training images: in evaluation mode, with the same noise each time. Both are in the log.
+The weights with the best held-out ELBO are those that the run ends with.
 
 Cost. A forward pass takes about a third of the time of a training step. With n images on each side,
 e evaluations in N steps of B images take the share 2 n e / (3 N B) of the training time. So n is at
