@@ -114,11 +114,11 @@ def contrary(results: Iterable[Result]) -> str:
         ours, theirs = (
             mean_of(evidence, experiment, label, NORMAL) for label in (COMPUTED, LEARNED)
         )
-        pairs.append(f"{ours} against {theirs} after {epochs}")
+        pairs.append(f"{ours} and {theirs} after {epochs} epoch{'s' * (int(epochs) != 1)}")
     return (
-        "Against the computed balance: its samples from N(0, I) (GEN-1) are further from "
-        "the images than those of the learned balance. On Fashion-MNIST, FD-pixels is "
-        f"{', '.join(pairs)} epochs"
+        "One result speaks against the computed balance: its samples from N(0, I) (GEN-1) are "
+        "further from the images than those of the learned balance. FD-pixels on Fashion-MNIST, "
+        f"computed and learned: {', '.join(pairs)}"
     )
 
 
