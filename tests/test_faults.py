@@ -468,17 +468,21 @@ def test_a_failed_step_leaves_the_statistics_of_batch_norm(tmp_path):
     assert int(vae.decoder.norm.num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_weights_that_became_infinite_are_not_saved(ema_decay, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("ema_decay", "name"), [(None, "weight"), (0.9, "weight"), (None, "running_var")]
+)
+def test_weights_that_became_infinite_are_not_saved(ema_decay, name, tmp_path, monkeypatch):
     def overflow(state, *others):
         step(state, *others)
         if len(taken) == 2:
-            next(state.trained.parameters()).data[0] = torch.inf
+            tensors = state.trained.state_dict()
+            next(tensors[key] for key in tensors if key.endswith(name))[0] = torch.inf
         taken.append(1)
 
     taken: list[int] = []
     step = engines.training_step
-    recipe = replace(TINY, first=replace(TINY.first, ema_decay=ema_decay))
+    network = TINY.network if name == "weight" else Network("resnet", 2, second_hidden=8)
+    recipe = replace(TINY, network=network, first=replace(TINY.first, ema_decay=ema_decay))
     with monkeypatch.context() as patch, pytest.raises(RunError, match="not finite at step 3 of"):
         patch.setattr(engines, "training_step", overflow)
         train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)

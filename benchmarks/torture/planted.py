@@ -142,7 +142,7 @@ def planting(place: str, value: float, step: int, rng: random.Random) -> Iterato
             targets = targets_of(place, state, batch, noise)
             with torch.no_grad():
                 for target in targets[:1] if place == "gamma2" else [rng.choice(targets)]:
-                    target.view(-1)[rng.randrange(target.numel())] = value
+                    target[tuple(rng.randrange(size) for size in target.shape)] = value
         taken[0] += 1
         real(state, batch, noise, *others)
 

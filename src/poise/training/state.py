@@ -1,6 +1,7 @@
 """The training state: network, balance, optimizer and sums, and how to save and restore it."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -136,7 +137,8 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
 def check_weights(state: TrainingState, stage: Stage, number: int) -> None:
     """Check that the weights are finite, before they replace those of the last checkpoint.
 
-    A step that is too large can make them infinite, although its loss was finite.
+    A step that is too large can make them infinite, although its loss was finite. So can a batch
+    with BatchNorm's running averages, which training does not use.
 
     Args:
         state: of the stage.
@@ -146,7 +148,11 @@ def check_weights(state: TrainingState, stage: Stage, number: int) -> None:
         RunError: a weight is NaN or infinite.
     """
     networks = [state.network, *([] if state.average is None else [state.average])]
-    named = [named for network in networks for named in network.named_parameters()]
+    named = [
+        named
+        for network in networks
+        for named in (*network.named_parameters(), *running_averages(network))
+    ]
     names, weights = zip(*named, strict=True)
     finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
     if not all(finite):
@@ -155,6 +161,14 @@ def check_weights(state: TrainingState, stage: Stage, number: int) -> None:
             f"({names[finite.index(False)]}), and are not saved: try a lower learning rate "
             f"(--learning-rate {stage.learning_rate / 10:g}), with another --out"
         )
+
+
+def running_averages(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the running averages of BatchNorm by name. Buffers of other layers may be infinite."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            buffers = module.named_buffers(name, recurse=False)
+            yield from (named for named in buffers if named[1].is_floating_point())
 
 
 def restore_state(state: TrainingState, tensors: dict[str, Tensor]) -> None:
