@@ -64,7 +64,7 @@ torture-versions:
 	$(subst $(BIN),$(VENV)-newest/bin,$(PIP)) --upgrade $(FOR_VERSIONS)
 	for each in oldest newest; do $(VENV)-$$each/bin/python -m pytest -W default $(VERSION_TESTS) || exit 1; done
 
-FOR_VERSIONS := --editable . "pytest>=9" beartype jaxtyping hypothesis scipy
+FOR_VERSIONS := --editable ".[plots]" "pytest>=9" beartype jaxtyping hypothesis scipy
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,balance faults kept_run latent objectives oracle pipeline report results sampling vae))
 
 lint: format rules layers types

@@ -27,5 +27,6 @@ def oldest(requirement: str) -> str:
 
 
 if __name__ == "__main__":
-    for requirement in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    for requirement in (*project["dependencies"], *project["optional-dependencies"]["plots"]):
         print(oldest(requirement))

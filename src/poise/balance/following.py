@@ -214,7 +214,7 @@ class ComputedBalance(AveragingBalance):
         state, weight = self._next_average(batch, gamma2, self.weight)
         if self.monotone:
             state["gamma2"] = torch.minimum(gamma2, state["gamma2"])
-        return state | {"weight": weight}
+        return {**state, "weight": weight}  # dynamo of PyTorch 2.7 cannot trace "|"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
@@ -403,7 +403,7 @@ class OptimalBalance(AveragingBalance):
 
     def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         state, weight = self._next_average(batch, self._average_so_far(batch), self.followed)
-        return state | {"followed": weight}
+        return {**state, "followed": weight}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
