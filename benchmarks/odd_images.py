@@ -145,7 +145,15 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
 
 def tables(report: dict[str, Any]) -> str:
     """Return a table with a row for each kind of odd images, over seeds."""
-    rows = [["trained on", "odd images", "seeds", *SCORES, "share of held-out images below the 5th percentile"]]
+    rows = [
+        [
+            "trained on",
+            "odd images",
+            "seeds",
+            *SCORES,
+            "share of held-out images below the 5th percentile",
+        ]
+    ]
     for name, kinds in SETS.items():
         runs = [run for run in report["runs"] if run["set"] == name]
         for kind in kinds if runs else ():

@@ -257,6 +257,17 @@ def test_help_has_groups(help_of):
     assert listed["run"] == {"device", "engine", "save-seconds", "tensorboard", "threads"}
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_help_on_a_terminal_has_no_colours_if_no_color_is_set(wanted, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if wanted else "1")
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(terminal):
+        cli.parse(["train", "--help"])
+    assert ("\x1b[" in terminal.getvalue()) == wanted
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_has_plain_names_of_values_and_fits(command, columns, help_of):

@@ -6,6 +6,7 @@ wrong option. The folder of images has names that are not ASCII. All must end as
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from benchmarks.torture.storage import enter_namespace, mount
 
 LONG = 600.0
 SOURCE = Path(__file__).parents[2] / "src"
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8|10[0-7])[;\d]*m")  # not bold or italic
 CODE = "import sys; from poise.cli import main; sys.argv[0] = 'poise'; main()"
 
 
@@ -114,7 +116,7 @@ def judged(name: str, what: str, succeeds: bool, code: int | None, text: str) ->
         outcome = "traceback"
     elif code != (0 if succeeds else 2):
         outcome = "wrong"
-    elif "NO_COLOR" in name and "\x1b[3" in text:
+    elif "NO_COLOR" in name and COLOUR.search(text):
         outcome, text = "wrong", "there are colours"
     return Case(name, what, outcome, text[-400:] if outcome in FAILURES else "")
 

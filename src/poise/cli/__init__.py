@@ -200,6 +200,7 @@ def parse(arguments: list[str]) -> Any:
 
 def read(arguments: list[str], commands: dict[str, type]) -> Any:
     """Return the command with its options. tyro prints help and errors, and exits."""
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         args=arguments,
