@@ -2,7 +2,8 @@
 
     python benchmarks/streaming.py [--cap 1024] [--times 5] [--only dense convolutional]
         [--rounds 10] [--seconds 4]
-    python benchmarks/streaming.py --tars 100000 --json results/bench-streaming-tars.json
+    python benchmarks/streaming.py --tars 100000 [--kept SHARE]
+        [--json results/bench-streaming-tars.json]
 
 First an .npy file of random bytes, 32x32 RGB, is written, `--times` as large as the cap. Two
 processes then train the same network. One reads the file as `poise train` does (memory-mapped,
@@ -12,8 +13,9 @@ They take turns of a few seconds, and one sleeps while the other works. Each is 
 beginning to end. Without control groups the comparison has no cap, and the report says so.
 
 With `--tars N`, N generated images of 32x32 are JPEG files in tar files of 10,000. One process
-decodes them whenever it reads them (`poise train --stream`), the other has the decoded images in
-memory. There is no cap: the streaming process holds no images.
+streams them (`poise train --stream`), the other has the decoded images in memory. There is no cap.
+With `--kept SHARE` the memory of the first holds this share of the images, and it decodes the
+others whenever it reads them. Without, it holds as many as `poise train` does.
 
 The report has:
 
@@ -69,6 +71,7 @@ BLOCK = 5_000  # images written at once
 PER_TAR = 10_000  # images
 WARM_UP = 2.0  # seconds
 FOREVER = 10_000_000  # steps
+AS_IT_IS = -1  # as many images in memory as a stream keeps
 NETWORKS = {
     "dense": (Network("mlp", 64, hidden=(256, 256)), 500),
     "convolutional": (Network("infogan", 64), 100),
@@ -179,7 +182,7 @@ def lines(path: Path) -> list[str]:
 
 
 def trainer(
-    network: str, file: Path | None, group: Group | None, *, stream: bool = False
+    network: str, file: Path | None, group: Group | None, *, stream: int | None = None
 ) -> Worker:
     """Return a worker process of this script that trains in turns.
 
@@ -187,16 +190,16 @@ def trainer(
         network: a name in `NETWORKS`.
         file: the file or folder with the images, or None for noise in memory.
         group: the control group of the process from its first instruction, or None.
-        stream: decode images whenever they are read.
+        stream: number of images that the process streams. None: it decodes all before.
     """
     streamed = ["--file", str(file)] if file else []
-    streamed += ["--stream"] if stream else []
+    streamed += [] if stream is None else ["--stream", str(stream)]
     enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"']
     prefix = [*enter, str(group.folder / "cgroup.procs")] if group else []
     return Worker([__file__, "--train", network, *streamed], prefix=prefix)
 
 
-def train(name: str, file: Path | None, *, stream: bool) -> None:
+def train(name: str, file: Path | None, stream: int | None) -> None:
     """Read the images and report it, then serve turns of some seconds of training."""
     network, batch_size = NETWORKS[name]
     began = time.perf_counter()
@@ -206,7 +209,9 @@ def train(name: str, file: Path | None, *, stream: bool) -> None:
                 0, 256, (IN_MEMORY, SHAPE[2], *SHAPE[:2]), dtype=np.uint8
             )
         else:
-            images = datasets.load(file, stream=stream).train
+            # A stream keeps half as many bytes as others may have.
+            budget = None if stream in (None, AS_IT_IS) else 2 * stream * math.prod(SHAPE)
+            images = datasets.load(file, stream=stream is not None, memory_budget=budget).train
     read = round(time.perf_counter() - began, 1)
     send({"seconds": read, "peak_anonymous_mib": round(memory.mib, 1)})
     stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
@@ -259,14 +264,16 @@ def disk_bytes() -> int:
     )
 
 
-def measure(name: str, file: Path, cap: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Compare the two processes on one network."""
+def measure(
+    name: str, file: Path, cap: int, rounds: int, seconds: float, kept: int
+) -> dict[str, Any]:
+    """Compare the two processes on one network. `kept` images of tar files are in memory."""
     tars = sorted(file.glob("*.tar"))
     for path in tars or [file]:
         forget(path)
     with capped(cap) as group:
         trainers = {
-            "streamed": trainer(name, file, group, stream=bool(tars)),
+            "streamed": trainer(name, file, group, stream=kept if tars else None),
             "in memory": trainer(name, file if tars else None, None),
         }
         for process in trainers.values():
@@ -330,6 +337,7 @@ def main() -> None:
         "--times", type=float, default=5.0, help="size of the file in caps (without a cap, in MiB)"
     )
     parser.add_argument("--tars", type=int, default=0, help="stream so many images in tar files")
+    parser.add_argument("--kept", type=float, help="share of the streamed images in memory")
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
@@ -339,10 +347,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("results/bench-streaming.json"))
     parser.add_argument("--train", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--stream", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
-        train(options.train, options.file, stream=options.stream)
+        train(options.train, options.file, options.stream)
         return
     # Remove the file and the group after SIGTERM too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -353,8 +361,10 @@ def main() -> None:
             write_tars(file, options.tars)
         else:
             write_noise(file, int(options.times * max(1, cap) * 2**20) // math.prod(SHAPE))
+        kept = AS_IT_IS if options.kept is None else round(options.kept * options.tars)
         reports = {
-            name: measure(name, file, cap, options.rounds, options.seconds) for name in options.only
+            name: measure(name, file, cap, options.rounds, options.seconds, kept)
+            for name in options.only
         }
     show(table(reports))
     write_report(
@@ -362,6 +372,7 @@ def main() -> None:
         {
             **machine(torch.device("cpu")),
             "images_in_tars": options.tars,
+            "share_kept": options.kept,
             "rounds": options.rounds,
             "networks": reports,
         },

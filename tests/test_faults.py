@@ -150,7 +150,11 @@ def test_a_mixture_is_saved_and_not_fitted_again(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     saved = checkpoint.read_folder(tmp_path / "run" / "mixture")
     means = saved.tensors["means"]
-    for odd in ({"weights": torch.zeros(0)}, {"means": means * torch.nan}, {"means": means.double()}):
+    for odd in (
+        {"weights": torch.zeros(0)},
+        {"means": means * torch.nan},
+        {"means": means.double()},
+    ):
         checkpoint.write_folder(tmp_path / "run" / "mixture", saved.tensors | odd, saved.meta)
         found = load(tmp_path / "run", device="cpu").sample(4, prior="mixture")
         torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -50,15 +50,18 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_tar_file_holds_the_images_of_the_folder_that_was_packed(folder, stream, tmp_path):
+# Memory for none of the 60 images, for 20, and for all.
+@pytest.mark.parametrize(
+    "how", [{}, *({"stream": True, "memory_budget": 2 * 64 * kept} for kept in (0, 20, 60))]
+)
+def test_a_tar_file_holds_the_images_of_the_folder_that_was_packed(folder, how, tmp_path):
     plain = datasets.load(folder)
     tar = write_tar(tmp_path / "packed.tar", images(range(60), "inside/"))
     shards = tmp_path / "shards"
     for start in (0, 30):
         write_tar(shards / f"part-{start:03}.tar", images(range(start, start + 30)))
     for source in (folder, tar, shards):
-        found = datasets.load(source, stream=stream)
+        found = datasets.load(source, **how)
         assert found.checksum == plain.checksum and found.name == source.stem
         rows = [50, 3, 17, 3]
         assert torch.equal(gather(found.train, rows), gather(plain.train, rows))
@@ -143,7 +146,10 @@ def test_a_tar_file_without_its_end_is_noted(tmp_path):
 def test_unreadable_images_of_a_stream_are_skipped(tmp_path):
     damaged = images(range(20)) | {"005.png": b"no image"}
     found = datasets.load(
-        write_tar(tmp_path / "some.tar", damaged), stream=True, skip_unreadable=True
+        write_tar(tmp_path / "some.tar", damaged),
+        stream=True,
+        skip_unreadable=True,
+        memory_budget=2 * 64 * 10,
     )
     assert len(found.train) + len(found.test) == 19 and len(found.skipped) == 1
     kept = {PIXELS[k].tobytes() for k in range(20) if k != 5}
@@ -151,6 +157,7 @@ def test_unreadable_images_of_a_stream_are_skipped(tmp_path):
 
 
 def test_a_killed_stream_ends_with_the_bits_of_a_run_in_memory(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("poise.data.encoded.room", lambda budget: 2 * 64 * 25)  # 25 of 60 images
     tar = write_tar(tmp_path / "packed.tar", images(range(60)))
     options = Options(device="cpu", quiet=True, save_seconds=0.0)
 

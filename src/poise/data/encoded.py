@@ -38,8 +38,8 @@ from poise.data.opening import (
     opened,
     remark,
 )
-from poise.data.storage import Pixels, Rows
-from poise.data.streamed import Hashes, Pictures
+from poise.data.storage import Pixels, Rows, room
+from poise.data.streamed import Pictures, Seen
 from poise.errors import InputError
 from poise.support.progress import SafeStream, progress
 
@@ -128,7 +128,7 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
     The first pass reads headers, if size or channels are unknown or there are TIFF files. The
     second pass reads the pixels. If `reading` has no `levels`, a third pass reads 16-bit pages
     again, because their scale depends on all of them. With `reading.stream` the second pass keeps
-    no pixels.
+    only as many images as fit into memory.
 
     Raises:
         InputError: a file cannot be decoded and `reading` does not skip such files; `reading` gives
@@ -140,7 +140,11 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
         files, form = work.files, _form(work)
         first = [0, *accumulate(len(file.pages) for file in files)]
         shape = (first[-1], form.channels, form.size, form.size)
-        images = Hashes(shape[0]) if reading.stream else reading.allocate(shape, np.dtype(np.uint8))
+        images = (
+            Seen(shape, room(reading.memory_budget) // 2)
+            if reading.stream
+            else reading.allocate(shape, np.dtype(np.uint8))
+        )
         levels = reading.levels
 
         def fill(image: Picture, position: int, page: int) -> None:
@@ -158,8 +162,8 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
             _each_page(fill, deep, work, "scaling 16-bit images", _Room(_BYTES_AT_ONCE))
     rows = [(position, page) for position, file in enumerate(files) for page in file.pages]
     kept = [row for row, place in enumerate(rows) if place not in work.errors]
-    if isinstance(images, Hashes):
-        pictures = _streamed(work, form, levels, [rows[row] for row in kept], images.values[kept])
+    if isinstance(images, Seen):
+        pictures = _streamed(work, form, levels, [rows[row] for row in kept], images, kept)
     else:
         for row, source in enumerate(kept if work.errors else ()):
             images[row] = images[source]
@@ -178,14 +182,16 @@ def _streamed(
     form: _Form,
     levels: int | None,
     places: Sequence[tuple[int, int]],
-    hashes: np.ndarray,
+    seen: Seen,
+    kept: Sequence[int],
 ) -> Rows:
-    """Return images that are decoded when they are read.
+    """Return images that are decoded when they are read, unless they are in memory.
 
     Args:
         work, form, levels: how they are decoded.
         places: the position of the file, and the page, of each image.
-        hashes: of their pixels.
+        seen: what the pass over all pages kept.
+        kept: the row of each image in that pass.
     """
     allow_megapixels(work.reading.max_megapixels)
     room = _Room(_BYTES_AT_ONCE)
@@ -201,8 +207,8 @@ def _streamed(
                 image.seek(page)
             return _pixels(image, form, work, (position, page), levels)
 
-    shape = (form.channels, form.size, form.size)
-    return Rows(Pictures(shape, hashes, read, available_cores()), np.arange(len(hashes)))
+    pictures = Pictures(seen, np.array(kept, int), read, available_cores())
+    return Rows(pictures, np.arange(len(kept)))
 
 
 def _list_pages(work: _Work) -> None:

@@ -87,13 +87,14 @@ def load(
             not scaled, nor are floats in [0, 1]. None: 255 for bytes. For 16 bits the smallest of
             255, 1023, 4095, 16383 and 65535 that holds 99.9 % of the values of every image.
         max_megapixels: refuse larger image files, in megapixels, at least 1. None: 179.
-        memory_budget: bytes of decoded images above which they go to a temporary file. None: half
-            of the free memory.
+        memory_budget: bytes of decoded images above which they go to a temporary file, or twice
+            those that `stream` keeps. None: half of the free memory.
         cache: folder for that file, which is deleted with the images, and for the decoded images of
             a folder that takes seconds to decode, which are kept for the next call. None: the
             system's folder for temporary files, and nothing is kept.
-        stream: keep no decoded images. Each image is decoded again whenever it is read. Only for
-            image files, in folders, tar files or data sets of the Hub.
+        stream: keep decoded images in memory only, as many as fit. The others are decoded again
+            whenever they are read. Only for image files, in folders, tar files or data sets of the
+            Hub.
         labels: True: read the classes of the images: the folders they are in, y_train and y_test of
             an .npz file, the labels of torchvision's files and of the Hub's ClassLabel. Or the
             label of each image of an array: (n,), whole numbers or text. None: no labels.

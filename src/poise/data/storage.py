@@ -52,6 +52,11 @@ class Rows:
             return _in_file_order(self.array, indices)
         return np.array(self.array[indices])
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading an image needs no disk."""
+        return bool(getattr(self.array, "in_memory", False))
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
@@ -202,9 +207,12 @@ def allocate(
 
 def fits(size: int, memory_budget: int | None) -> bool:
     """Return whether so many bytes fit into memory; see `allocate`."""
-    return size <= (
-        _free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget
-    )
+    return size <= room(memory_budget)
+
+
+def room(memory_budget: int | None) -> int:
+    """Return how many bytes of images this process may keep in memory; see `allocate`."""
+    return _free_memory() // (2 * _processes_here()) if memory_budget is None else memory_budget
 
 
 def _processes_here() -> int:

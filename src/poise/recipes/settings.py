@@ -121,8 +121,8 @@ class Data:
             None: 255 for bytes; for 16 bits the smallest of 255, 1023, 4095, 16383 and 65535 that
             holds 99.9 % of the values of every image.
         max_megapixels: refuse image files of more megapixels. None: 179.
-        stream: keep no decoded images, for sets larger than the disk. Each image is decoded again
-            whenever it is read.
+        stream: for sets larger than the disk: keep decoded images in memory only, in a quarter of
+            what is free. The others are decoded again whenever they are read.
         labels: learn the classes of the images: the folders they are in, y_train beside x_train, or
             the labels of the data set. A flow and the mixture then draw images of a class.
         validation: share of the training images to hold out, at most 0.5. Their ELBO is measured

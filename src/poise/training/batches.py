@@ -73,14 +73,17 @@ class ImageBatches:
 
     @property
     def ahead(self) -> int:
-        mapped = isinstance(self.images, (np.memmap, Rows))
-        return READ_AHEAD if self.resident is None and (mapped or self.device.type == "cuda") else 0
+        read = isinstance(self.images, np.memmap) or (
+            isinstance(self.images, Rows) and not self.images.in_memory
+        )
+        return READ_AHEAD if self.resident is None and (read or self.device.type == "cuda") else 0
 
     def fetch(self, indices: Tensor) -> Tensor:
         if self.resident is not None:
             return indices
         rows = gather_rows(self.images, indices.numpy())
-        return rows.pin_memory() if self.device.type == "cuda" else scale(rows)
+        # Scaled in `place`: torch would start threads for it here, beside those of the step.
+        return rows.pin_memory() if self.device.type == "cuda" else rows
 
     def place(self, fetched: Tensor, draw: Draw) -> Values:
         moved = fetched.to(self.device, non_blocking=True)
