@@ -196,7 +196,12 @@ def tables(report: dict[str, Any]) -> str:
     if "+ transforms" in names:
         after = 1 + names.index("+ transforms")
         shown.insert(after, ("+ prior", "+ transforms", "with_prior"))
-    with_error = [n for n in names if any("error" in table.get(n, {}) for table in found.values())]
+    # A flow changes no reconstruction.
+    with_error = [
+        n
+        for n in names
+        if n != "+ flow" and any("error" in table.get(n, {}) for table in found.values())
+    ]
     density = [["table", "rows, columns, latents", *(title for title, *_ in shown), "certain"]]
     error = [["table", *with_error]]
     for name, table in found.items():
