@@ -340,8 +340,8 @@ def test_a_score_does_not_hang_on_rounding_or_on_other_rows(bent):
     assert np.isfinite(model.inverse_transform(model.transform(spoilt))).all()
 
 
-@pytest.mark.parametrize("prior", ["mixture", "flow"])
-def test_a_score_under_a_fitted_prior_is_that_of_its_samples(prior):
+@pytest.mark.parametrize(("prior", "tolerance"), [("mixture", 1e-3), ("flow", 5e-3)])
+def test_a_score_under_a_fitted_prior_is_that_of_its_samples(prior, tolerance):
     """Codes in two clusters: N(0, I) has most of its mass between them."""
     draws = np.random.default_rng(0)
     clusters = np.where(draws.random((200, 1)) < 0.5, -3, 3)
@@ -353,8 +353,8 @@ def test_a_score_under_a_fitted_prior_is_that_of_its_samples(prior):
     assert fitted.score(table) > normal.score(table) + 0.3
     latents = torch.linspace(-8, 8, 2_001, dtype=torch.float64)[:, None]
     density = fitted.prior_.log_density(latents)
-    assert float(density.logsumexp(0)) + math.log(16 / 2_000) == pytest.approx(0, abs=5e-3)
-    rows = fitted.sample(200, random_state=1)  # their entropy is below that of a Gaussian
+    assert float(density.logsumexp(0)) + math.log(16 / 2_000) == pytest.approx(0, abs=tolerance)
+    rows = fitted.sample(400, random_state=1)  # their entropy is below that of a Gaussian
     assert -fitted.score(rows) < 0.5 * np.linalg.slogdet(2 * math.pi * math.e * np.cov(rows.T))[1]
 
 
