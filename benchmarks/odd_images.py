@@ -30,10 +30,10 @@ from measuring import machine, write_report
 from sklearn.metrics import roc_auc_score
 
 import poise
-from poise.metrics.likelihood import Proposal
 from poise.runs.scores import Scores
 from poise.studies.comparison.tables import markdown
 from poise.studies.results import provenance
+from poise.variants import Proposal
 
 SCORES = {
     "log p(x)": lambda by: -by["encoder"].log_likelihood,

@@ -57,7 +57,7 @@ from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
-from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, Proposal
+from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
 from poise.priors import FlowPrior, MixturePrior, Prior, TrainedModel, make_prior
 from poise.recipes.settings import Stage
 from poise.sampling import sample
@@ -88,7 +88,7 @@ from poise.training import (
 from poise.training.machine import choose_device
 from poise.training.state import Network
 from poise.vae import VAE
-from poise.variants import PRIORS, PriorName, SecondStage, find_prior
+from poise.variants import PRIORS, PriorName, Proposal, SecondStage, find_prior
 
 Noise = Literal["column", "shared"]
 

@@ -13,6 +13,11 @@ from poise.errors import InputError
 
 PriorName = str  # a key of PRIORS
 SecondStage = Literal["vae", "flow"]
+Proposal = Literal["refined", "encoder"]  # of importance samples, see `poise.metrics.likelihood`
+
+# Defaults of `Run.score` and of `poise score`.
+SCORE_SAMPLES, SCORE_TRAINING_IMAGES = 20, 500
+SCORE_PROPOSAL: Proposal = "encoder"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
@@ -10,6 +10,7 @@ from poise.cli.images import images_for, print_notes
 from poise.cli.options import Device, Images, ReadingGroup, ReadingOptions, RunFolder
 from poise.cli.showing import load_run
 from poise.errors import InputError
+from poise.variants import SCORE_PROPOSAL, SCORE_SAMPLES, SCORE_TRAINING_IMAGES, Proposal
 
 if TYPE_CHECKING:
     from poise.runs.scores import Scores
@@ -31,22 +32,24 @@ class Score:
     run_folder: RunFolder
     images: Images = None
     out: Annotated[Path, arg(help="a .csv file")] = Path("scores.csv")
-    samples: Annotated[int, arg(help="importance samples of each image for its likelihood")] = 20
+    samples: Annotated[int, arg(help="importance samples of each image for its likelihood")] = (
+        SCORE_SAMPLES
+    )
     training_images: Annotated[
         int,
         arg(
             help="maximum number of training images behind the percentiles. Their scores are kept "
             "in the run's folder. 0: no percentiles"
         ),
-    ] = 500
+    ] = SCORE_TRAINING_IMAGES
     proposal: Annotated[
-        Literal["encoder", "refined"],
+        Proposal,
         arg(
             help="where the samples are drawn. encoder: the posterior of the encoder. refined: a "
             "distribution that is fitted to each image, which is exact for more images and takes "
             "about a hundred times as long"
         ),
-    ] = "encoder"
+    ] = SCORE_PROPOSAL
     seed: Annotated[int, arg(help="seed of the samples")] = 0
     device: Device = "auto"
     reading: ReadingGroup = field(default_factory=ReadingOptions)

@@ -35,7 +35,7 @@ sums are float64; decoders run in their own precision.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ from poise.shapes import Values
 from poise.support.progress import progress
 from poise.support.seeds import derive, generator
 from poise.vae import VAE
-
-Proposal = Literal["refined", "encoder"]
+from poise.variants import Proposal
 
 # Samples of one image whose noise is drawn together. Another size gives other noise.
 BLOCK = 100

@@ -48,7 +48,6 @@ from poise.metrics import (
     encoded,
     reconstruction,
 )
-from poise.metrics.likelihood import Proposal
 from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
@@ -97,7 +96,11 @@ from poise.training.machine import choose_device
 from poise.vae import VAE
 from poise.variants import (
     PRIORS,
+    SCORE_PROPOSAL,
+    SCORE_SAMPLES,
+    SCORE_TRAINING_IMAGES,
     PriorName,
+    Proposal,
     SecondStage,
     available_priors,
     default_prior,
@@ -714,12 +717,12 @@ class Run:
         self,
         images: Any,
         *,
-        samples: int = scores.SAMPLES,
-        training_images: int = scores.TRAINING_IMAGES,
+        samples: int = SCORE_SAMPLES,
+        training_images: int = SCORE_TRAINING_IMAGES,
         training: Any = None,
         names: Sequence[str] = (),
         seed: int = 0,
-        proposal: Proposal = scores.PROPOSAL,
+        proposal: Proposal = SCORE_PROPOSAL,
         quiet: bool = True,
     ) -> scores.Scores:
         """Return likelihood and reconstruction error of each image, to find the odd ones.

@@ -24,18 +24,18 @@ from torch import Tensor
 from poise.data import checked_images, gather
 from poise.errors import InputError, RunError
 from poise.metrics.encoding import posteriors
-from poise.metrics.likelihood import NLLPerImage, Proposal, nll_per_image
+from poise.metrics.likelihood import NLLPerImage, nll_per_image
 from poise.metrics.reconstruction import summed_error
 from poise.runs.checkpoint import read_folder, write_folder
 from poise.support.files import write_file
 from poise.support.progress import warn
 from poise.support.seeds import drawn
+from poise.variants import SCORE_PROPOSAL, SCORE_SAMPLES, SCORE_TRAINING_IMAGES, Proposal
 
 if TYPE_CHECKING:
     from poise.runs.run import Run
 
 KEPT = "scores"
-SAMPLES, TRAINING_IMAGES, PROPOSAL = 20, 500, "encoder"
 COLUMNS = (
     "log_likelihood",
     "standard_error",
@@ -115,12 +115,12 @@ def score(
     run: "Run",
     images: Any,
     *,
-    samples: int = SAMPLES,
-    training_images: int = TRAINING_IMAGES,
+    samples: int = SCORE_SAMPLES,
+    training_images: int = SCORE_TRAINING_IMAGES,
     training: Any = None,
     names: Sequence[str] = (),
     seed: int = 0,
-    proposal: Proposal = PROPOSAL,
+    proposal: Proposal = SCORE_PROPOSAL,
     quiet: bool = True,
 ) -> Scores:
     """Return the scores of images under a run: see `Run.score`."""

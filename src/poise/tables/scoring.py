@@ -17,13 +17,13 @@ from poise.metrics.encoding import encoded
 from poise.metrics.likelihood import (
     ADAPTATION_SAMPLES,
     NLLPerImage,
-    Proposal,
     nll_of_values,
     posterior_draws,
 )
 from poise.metrics.target import LogPrior
 from poise.support.seeds import generator
 from poise.vae import VAE
+from poise.variants import Proposal
 
 LEVEL = 0.05  # of the one-sided test that a network is better than a linear model
 # Rows of this test. Of fewer rows a t-test says nothing if the densities have heavy tails.
