@@ -45,6 +45,12 @@ def rate(run: Run, count: int, generation: Generation) -> float:
     return round(count / (time.monotonic() - began), 2)
 
 
+def by_flow(run: Run, solver: Solver, steps: int) -> tuple[str, Generation]:
+    """Return the name of the samples by a solver, and how they are generated."""
+    chosen = replace(run.recipe.generation, flow_solver=solver, flow_steps=steps)
+    return f"GEN-flow, {solver}, {evaluations(steps, solver)} evaluations", chosen
+
+
 def measured(
     run: Run, count: int, extractor: str, steps: list[int], solvers: list[Solver]
 ) -> dict[str, Any]:
@@ -63,8 +69,7 @@ def measured(
     rates: dict[str, float] = {}
     for solver, number in product(solvers, steps):
         taken = number if solver == "heun" else evaluations(number, "heun")
-        chosen = replace(run.recipe.generation, flow_solver=solver, flow_steps=taken)
-        name = f"GEN-flow, {solver}, {evaluations(taken, solver)} evaluations"
+        name, chosen = by_flow(run, solver, taken)
         sets[name] = lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen)
         rates[name] = rate(run, min(count, 200), chosen)
     produced = [Produced(name, chunks, count) for name, chunks in sets.items()]

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from first_steps import gradients
-from measuring import machine, summary, write_report
+from measuring import machine, parameters, summary, write_report
 
 import poise
 from poise.runs.options import Options
@@ -67,7 +67,7 @@ def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any
         "samples_of_vae": vae_samples,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "latent_shape": list(run.flow.latent_shape),
-        "parameters": [count(run.first.vae), count(run.flow)],
+        "parameters": [parameters(run.first.vae), parameters(run.flow)],
         "batch_sizes": [run.recipe.first.batch_size, second.batch_size],
     }
 
@@ -79,10 +79,6 @@ def sampled(run: Run, images: int) -> float:
     for _ in run.sample_chunks(images):
         pass
     return images / (time.monotonic() - began)
-
-
-def count(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def tables(report: dict[str, Any]) -> str:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, write_report
+from flow_steps import by_flow
+from measuring import machine, parameters, write_report
 
 import poise
 from poise.data import head, load
 from poise.evaluation import Produced, choose_extractor, chunks_of, compare
 from poise.metrics import reconstruction
-from poise.priors.flow_prior import evaluations
 from poise.protocols import find_protocol
 from poise.recipes import RECIPES, Recipe
 from poise.recipes.settings import Solver
@@ -92,11 +92,9 @@ def measured(run: Run, images: int, few: int, extractor: str) -> dict[str, Any]:
         "test images": (lambda n: chunks_of(head(test, n), n), len(test)),
         "REC": (lambda n: run.reconstruct_chunks(head(test, n)), len(test)),
     }
-    own = run.recipe.generation
     for solver, steps in SOLVERS:
-        chosen = replace(own, flow_solver=solver, flow_steps=steps)
-        name = f"GEN-flow, {solver}, {evaluations(steps, solver)} evaluations"
-        number = images if chosen == own else few
+        name, chosen = by_flow(run, solver, steps)
+        number = images if chosen == run.recipe.generation else few
         sets[name] = (
             lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen),
             number,
@@ -106,10 +104,6 @@ def measured(run: Run, images: int, few: int, extractor: str) -> dict[str, Any]:
     for measurement in compare(run.images_for(protocol), produced, protocol, network):
         found[measurement.of][measurement.metric] = measurement.value
     return {"protocol": asdict(protocol), "sets": found}
-
-
-def parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def trained(recipe: Recipe, options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:

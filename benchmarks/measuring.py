@@ -201,6 +201,11 @@ def spread(figure: Any) -> str:
     return f"{figure:.4g}" if isinstance(figure, float) else json.dumps(figure)
 
 
+def parameters(network: torch.nn.Module) -> int:
+    """Return the number of parameters of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 class PeakMemory:
     """Measure the peak anonymous memory of this process inside the block, in MiB.
 

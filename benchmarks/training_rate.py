@@ -46,6 +46,7 @@ from measuring import (
     machine,
     matrix_products,
     over,
+    parameters,
     send,
     serve,
     show,
@@ -147,10 +148,9 @@ def work(name: str, loop: str, device: torch.device, turn_seconds: float) -> Non
     vae = network(name, data.shape)
     if loop.startswith("bare"):
         layout = torch.channels_last if "channels_last" in loop else torch.contiguous_format
-        parameters = sum(parameter.numel() for parameter in vae.parameters())
         flops = step_flops(vae, datasets.gather(data.train, range(size)))
         run = bare_steps(vae, data, size, device, layout)
-        send({"shape": data.shape, "parameters": parameters, "flops": flops})
+        send({"shape": data.shape, "parameters": parameters(vae), "flops": flops})
         serve(lambda steps: lambda: run(steps), device)
         return
     engine: Any = loop.split(", ")[1]
