@@ -4,7 +4,7 @@
 # make docs   build the documentation site in docs/_build/html, in .venv-docs; every code block is executed
 # make release-check  build wheel and sdist twice, install them and each extra in empty environments, and run them
 # make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
-# make torture  try to break the promises of docs/reliability.md (about half an hour on two cores; TORTURE="--scale 0.1" is short)
+# make torture  try to break the promises of docs/reliability.md (about an hour on two cores; TORTURE="--scale 0.1" is short)
 # make torture-versions  test with the oldest and with the newest versions of all dependencies (OLDEST_PYTHON, NEWEST_PYTHON)
 #
 # All make .venv themselves and need only Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the build of PyTorch:
