@@ -35,7 +35,7 @@ from poise.metrics import frechet_distance
 from poise.protocols import DEFAULT
 from poise.recipes import find_recipe
 from poise.runs.run import Run
-from poise.variants import PRIORS
+from poise.variants import PRIORS, available_priors
 
 
 def quick_run(data: str, device: str, folder: Path) -> Run:
@@ -98,8 +98,9 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     timed(
         parts, "statistics of real images", lambda: (reference.gaussian, reference.reaches), device
     )
-    for prior, named in PRIORS.items():
-        label = named.label
+    priors = available_priors(run.second_stage)
+    for prior in priors:
+        label = PRIORS[prior].label
         images = timed(parts, f"{label} generated", partial(run.sample, count, prior=prior), device)
         found = timed(
             parts, f"{label} features", lambda i=images: features_of(extractor, i, count), device
@@ -113,7 +114,7 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
     figures = {f"{m.metric} of {m.of}": m.value for m in evaluation.measurements}
     return {
         "images": count,
-        "sets": 1 + len(PRIORS),
+        "sets": 1 + len(priors),
         "whole": whole,
         "parts": parts,
         "figures": figures,

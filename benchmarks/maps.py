@@ -1,14 +1,17 @@
 """Train latent maps and a flow for some minutes, and compare samples with the training images.
 
     python benchmarks/maps.py DATA RUN OUT.json [--minutes 8] [--seed 0] [--engine auto]
-        [--images 50000] [--few 10000] [--device auto]
+        [--images 50000] [--few 10000] [--learning-rate RATE] [--device auto]
     python benchmarks/maps.py DATA RUN OUT.json --pace [--engines captured compiled-captured]
 
 The recipe is maps-large, for one GPU. All sets are compared with the training images:
 
 - `test images`: a check of the extractor, 3.15 for CIFAR-10 (10,000 against 50,000 images).
 - `REC`: reconstructions of the test images.
-- `GEN-flow`: --images samples by the recipe's solver, and --few samples by each other one.
+- `GEN-flow`: --images samples by the recipe's solver, and --few samples by each other one (0: by
+  no other).
+
+--learning-rate is that of stage 1; without it, the recipe's.
 
 `--pace` only measures the seconds per step of both stages with each engine.
 """
@@ -95,10 +98,11 @@ def measured(run: Run, images: int, few: int, extractor: str) -> dict[str, Any]:
     for solver, steps in SOLVERS:
         name, chosen = by_flow(run, solver, steps)
         number = images if chosen == run.recipe.generation else few
-        sets[name] = (
-            lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen),
-            number,
-        )
+        if number:
+            sets[name] = (
+                lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen),
+                number,
+            )
     found: dict[str, Any] = {name: {"images": number} for name, (_, number) in sets.items()}
     produced = [Produced(name, chunks, number) for name, (chunks, number) in sets.items()]
     for measurement in compare(run.images_for(protocol), produced, protocol, network):
@@ -136,6 +140,7 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--few", type=int, default=10_000)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--extractor", default="inception")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pace", action="store_true")
@@ -146,7 +151,11 @@ def main() -> None:
     if options.pace:
         write_report(options.out, report | {"pace": paces(options.data, options.engines, device)})
         return
-    run, training = trained(RECIPE, options)
+    rate = options.learning_rate or RECIPE.first.learning_rate
+    run, training = trained(
+        replace(RECIPE, first=replace(RECIPE.first, learning_rate=rate)), options
+    )
+    training |= {"learning_rate": rate}
     report |= {"data": run.data, "seed": options.seed, "training": training}
     began = time.monotonic()
     figures = reconstruction(run.first.vae, run.first.balance, run.dataset().test)
