@@ -95,6 +95,7 @@ class CapturedStep:
             torch.empty_like(noise),
             torch.cuda.CUDAGraph(),
         )
+        generator = torch.cuda.get_rng_state(batch.device)
         try:
             # "global" would forbid the prefetching thread to pin the next batch.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -109,7 +110,7 @@ class CapturedStep:
                 ) from error
             self.recordable = False
             graph.reset()
-            renew_generator(batch.device)
+            renew_generator(batch.device, generator)
             state.optimizer.zero_grad(set_to_none=True)
             self.fell_back(reason)
         else:
@@ -124,16 +125,21 @@ class CapturedStep:
         now.wait_stream(self.stream)
 
 
-def renew_generator(device: torch.device) -> None:
-    """Give a GPU's global random generator a new state after a failed recording.
+def renew_generator(device: torch.device, state: Tensor) -> None:
+    """Replace a GPU's global random generator after a failed recording, and set its state.
 
     PyTorch 2.11 leaves the generator in the mode of a recording, so that dropout raises an error
-    ("Offset increment outside graph capture", pytorch/pytorch#171263). `fit` seeds the generator
-    before every step of a network that may draw from it.
+    ("Offset increment outside graph capture", pytorch/pytorch#171263).
+
+    Args:
+        device: the GPU.
+        state: see `torch.cuda.get_rng_state`; that before the recording, so that the step that
+            could not be recorded draws the numbers of an eager step.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     fresh = torch.Generator(device).graphsafe_get_state()
     torch.cuda.default_generators[index].graphsafe_set_state(fresh)
+    torch.cuda.set_rng_state(state, device)
 
 
 @final
