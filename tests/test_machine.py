@@ -1,13 +1,17 @@
 """Test that machine settings hold inside a block, and that compiled steps equal eager ones."""
 
 import shutil
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import poise
-from poise.recipes import Stage
+from poise.recipes import RECIPES, Stage
+from poise.support import kernels as chosen
 from poise.training import ImageBatches, denormals_as_zero, new_state
 from poise.training.machine import images_in_channels_last, tuned, usual_threads
 
@@ -128,7 +132,8 @@ def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(ru
 COMPILED = """
 import math, sys, torch, poise
 from poise.flow import Flow
-from poise.recipes import Stage
+from poise.recipes import RECIPES, Stage
+from poise.support import kernels as chosen
 from poise.training import CodeBatches, ImageBatches, Watch, fit, new_state
 
 cpu = torch.device("cpu")
@@ -224,3 +229,46 @@ def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_forked):
 
 def test_networks_trained_one_after_another_are_all_compiled(run_forked):
     run_forked(COMPILED + MANY)
+
+
+@pytest.fixture
+def others_choose_kernels(monkeypatch):
+    """Let another thread take kernels with TF32 in turns, as a run beside this one does on a GPU."""
+    monkeypatch.setattr(chosen, "CHOOSING", {"cpu"})  # the flags exist without a GPU
+    over = threading.Event()
+
+    def choose():
+        while not over.is_set():
+            with chosen.kernels(CPU, tf32=True):
+                time.sleep(0.002)
+
+    thread = threading.Thread(target=choose)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+def test_a_run_is_measured_with_the_settings_of_the_process_whatever_others_choose(
+    others_choose_kernels, tmp_path
+):
+    seen = set[bool]()
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not module.training:
+            time.sleep(0.003)  # the other thread takes its turn, if it can
+            seen.add(torch.backends.cuda.matmul.allow_tf32)
+
+    images = torch.rand(60, 1, 8, 8)
+    vae = poise.VAE(*poise.networks.mlp((1, 8, 8), latent_dim=2, hidden=(8,)))
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(note)
+    short = Stage(steps=20, batch_size=20, precision="ieee")
+    recipe = replace(RECIPES["digits"], first=short, second=short)
+    options = poise.Options(quiet=True, device="cpu")
+    run = poise.train(images.numpy(), recipe=recipe, vae=vae, out=tmp_path, options=options)
+    run.evaluate(images[:40], extractor="pixels", nll_samples=8)
+    run.sample(200)
+    list(run.reconstruct_chunks(images))
+    run.interpolate(images[0], images[1], 4)
+    assert seen == {False}  # PyTorch's default

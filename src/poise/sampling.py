@@ -18,6 +18,7 @@ from torch import Tensor
 from poise.data.decoding import PixelMoments
 from poise.priors import Prior
 from poise.shapes import Images, Values
+from poise.support.kernels import own_kernels
 from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
@@ -83,7 +84,7 @@ def sample_chunks(
     starts = range(first - first % CHUNK, first + count, CHUNK)
     noise = noise_per_image(CHUNK, prior.noise_dims, seed, starts.start)
     for start in starts:
-        with torch.no_grad():
+        with torch.no_grad(), own_kernels(device):
             images = vae.decode(prior.latents(noise.to(device))).float()
         # Drawn here, while an accelerator decodes.
         noise = noise_per_image(CHUNK, prior.noise_dims, seed, start + CHUNK)

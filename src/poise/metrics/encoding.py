@@ -11,6 +11,7 @@ from poise.data.decoding import PixelMoments
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.shapes import Values
+from poise.support.kernels import own_kernels
 from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 
@@ -54,7 +55,7 @@ def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian
     vae.eval()
     for start in range(0, len(images), CHUNK):
         batch = gather(images, range(start, min(start + CHUNK, len(images)))).to(device)
-        with torch.no_grad():
+        with torch.no_grad(), own_kernels(device):
             posterior = vae.encode(batch)
         yield batch, posterior
 

@@ -27,6 +27,7 @@ from poise.data.decoding import PixelMoments
 from poise.errors import InputError
 from poise.metrics.encoding import encoded
 from poise.shapes import Batch, Images, PerImage, Values
+from poise.support.kernels import own_kernels
 from poise.vae import VAE
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, section III
@@ -101,9 +102,10 @@ def reconstruction(vae: VAE, balance: Balance, images: Any, *, seed: int = 0) ->
     real, produced, batches, errors = PixelMoments(), PixelMoments(), [], []
     likelihood = balance.error.is_likelihood
     for batch, posterior, noise in encoded(vae, images, seed):
-        restored, sampled = (
-            vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
-        )
+        with own_kernels(batch.device):
+            restored, sampled = (
+                vae.decode(latents).float() for latents in (posterior.mean, posterior.sample(noise))
+            )
         batches.append({"kl": posterior.kl().cpu().double()} | _per_image(batch, restored, sampled))
         difference = sampled - batch
         error = grouped_error(difference, balance) if likelihood else summed_error(difference, 2)

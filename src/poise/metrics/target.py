@@ -13,6 +13,7 @@ from torch import Tensor
 from poise.balance import Balance, TableError, negative_log_likelihood
 from poise.metrics.reconstruction import grouped_error, in_float64
 from poise.shapes import Values
+from poise.support.kernels import own_kernels
 from poise.vae import VAE
 
 LogPrior = Callable[[Tensor], Tensor]  # latents (n, L), float64 -> log p(z), (n,)
@@ -135,7 +136,8 @@ class Target:
         return self.values[numbers // count]
 
     def _decode(self, latents: Tensor) -> Tensor:
-        decoded = self.vae.decode(latents.to(self.values.device, self.values.dtype))
+        with own_kernels(self.values.device):
+            decoded = self.vae.decode(latents.to(self.values.device, self.values.dtype))
         return decoded.to(self.values.dtype)
 
 

@@ -89,6 +89,7 @@ from poise.sampling import (
 )
 from poise.shapes import Images, Latents
 from poise.support.files import read_json
+from poise.support.kernels import own_kernels
 from poise.support.progress import warn
 from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
 from poise.training import under
@@ -375,9 +376,7 @@ class Run:
             self.recipe.seed,
         ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean
-            with torch.no_grad():
-                # A network of your own may leave [0, 1].
-                restored = self.first.vae.decode(latents).float().cpu().clamp(0, 1)
+            restored = self._decode(latents).clamp(0, 1)  # a network of your own may leave [0, 1]
             yield adjust(restored) if adjust else restored
 
     def interpolate(self, a: Any, b: Any, steps: int = 16) -> Images:
@@ -406,11 +405,15 @@ class Run:
             if self.deterministic
             else spherical_path(start, end, steps)
         )
-        with torch.no_grad():
-            parts = [self.first.vae.decode(z.to(self.device)).cpu() for z in path.split(CHUNK)]
-        return torch.cat(parts).float().clamp(0, 1)
+        return torch.cat([self._decode(part) for part in path.split(CHUNK)]).clamp(0, 1)
 
     @torch.no_grad()
+    def _decode(self, latents: Latents) -> Images:
+        """Return the decoded latents, float32 on the CPU."""
+        with own_kernels(self.device):
+            images = self.first.vae.decode(latents.to(self.device)).float()
+        return images.cpu()
+
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
         """Fit the adjustment to reconstructions of the first training images.
 
@@ -421,11 +424,8 @@ class Run:
         )
         noise = noise_per_image(*some.mean.shape, seed=self.recipe.seed)
         latents = some.sample(noise) if source == "sample" else some.mean
-        parts = [
-            self.first.vae.decode(part.to(self.device)).float().cpu()
-            for part in latents.split(CHUNK)
-        ]
-        return fit_adjustment(torch.cat(parts), self.data["pixel_std"])
+        decoded = torch.cat([self._decode(part) for part in latents.split(CHUNK)])
+        return fit_adjustment(decoded, self.data["pixel_std"])
 
     @property
     def second_stage(self) -> SecondStage | None:

@@ -9,11 +9,12 @@ cores available for float32 data. Its effect on results is in docs/log.md (2026-
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 LOCK = threading.RLock()
+CHOOSING = {"cuda"}  # types of devices that have a choice of kernels
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
         tf32: allow TF32 for float32 data.
         deterministic: use only cuDNN kernels that give bit-identical results each time.
     """
-    if device.type != "cuda":
+    if device.type not in CHOOSING:
         yield
         return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -41,6 +42,11 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
             yield
         finally:
             matmul.allow_tf32 = before
+
+
+def own_kernels(device: torch.device) -> AbstractContextManager[object]:
+    """Launch kernels with the process's own settings: threads in blocks of `kernels` wait."""
+    return LOCK if device.type in CHOOSING else nullcontext()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.objectives import is_deterministic
 from poise.recipes.settings import FLOW_OBJECTIVE, VAE_OBJECTIVE, Stage
-from poise.support.kernels import LOCK, generators_kept, kernels
+from poise.support.kernels import LOCK, generators_kept, kernels, own_kernels
 from poise.support.progress import progress
 from poise.support.seeds import derive
 from poise.training import distributed
@@ -220,7 +220,8 @@ def count_noise(network: VAE | Flow, data: Batches) -> int:
 def count_latents(vae: VAE, data: Batches) -> int:
     """Return the number of latents of a VAE. Encodes one image, in evaluation mode."""
     one = first_item(data, next(vae.parameters()).device)
-    return vae.eval().encode(one).mean.shape[1]
+    with own_kernels(one.device):
+        return vae.eval().encode(one).mean.shape[1]
 
 
 def first_item(data: Batches, device: torch.device) -> Tensor:
