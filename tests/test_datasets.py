@@ -26,7 +26,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from poise import data as datasets
-from poise.data import Rows, cached, checked_images, encoded, find_images, gather, load, read_images
+from poise.data import (
+    Rows,
+    cached,
+    checked_images,
+    encoded,
+    find_images,
+    gather,
+    load,
+    read_images,
+    spread,
+)
 from poise.data.arrays import as_images
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.data.decoding import read_image
@@ -1298,3 +1308,13 @@ def test_importing_the_module_needs_no_heavy_library(run_python):
         "print(sorted({'sklearn', 'rich', 'PIL', 'datasets', 'tyro'} & set(sys.modules)))"
     )
     assert run_python(code).strip() == "[]"
+
+
+def test_images_spread_over_a_set_are_evenly_spaced_and_read_when_they_are_used(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(103))
+    rows = Rows(np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(3, 103))
+    for count in (1, 7, 50, 100, 200):
+        some = spread(rows, count)
+        assert isinstance(some, Rows) and len(some) == min(count, 100)
+        gaps = {int(gap) for gap in np.diff(some[:])}
+        assert some[0] == 3 and gaps <= {max(1, 100 // count)}

@@ -53,7 +53,7 @@ class Produced:
 
     Attributes:
         label: REC, GEN-1, GEN-2, ...
-        chunks: returns the first n images, in chunks of floats in [0, 1].
+        chunks: returns n images, in chunks of floats in [0, 1].
         count: number of images. None: unlimited.
         seed: seed of their noise.
     """

@@ -24,7 +24,7 @@ In reading order:
 
 from poise.data.dataset import Dataset, hold_out
 from poise.data.loading import Given, checked_images, find_images, load, read_images
-from poise.data.storage import Rows, gather, head
+from poise.data.storage import Rows, gather, head, spread
 
 __all__ = [
     "Dataset",
@@ -37,4 +37,5 @@ __all__ = [
     "hold_out",
     "load",
     "read_images",
+    "spread",
 ]

@@ -166,13 +166,22 @@ def take(array: Pixels, indices: np.ndarray) -> Pixels:
 
 
 def part(images: Any, rows: slice) -> Any:
-    """Return consecutive images without reading those of `Rows`."""
+    """Return a slice of images without reading those of `Rows`."""
     return Rows(images.array, images.indices[rows]) if isinstance(images, Rows) else images[rows]
 
 
 def head(images: Any, count: int) -> Any:
     """Return the first `count` images; those of `Rows` are not read."""
     return part(images, slice(count))
+
+
+def spread(images: Any, count: int) -> Any:
+    """Return `count` images, evenly spaced; those of `Rows` are not read.
+
+    The first images of a data set can differ from the others: the first 2,000 test images of MNIST
+    have 7 % less ink.
+    """
+    return head(part(images, slice(None, None, max(1, len(images) // count))), count)
 
 
 def allocate(

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.data import checked_images, head
+from poise.data import checked_images, head, spread
 from poise.errors import InputError
 from poise.evaluation import (
     Evaluation,
@@ -162,7 +162,7 @@ def _produced(
         find_prior(name)
     restored = Produced(
         "REC",
-        lambda count: run.reconstruct_chunks(head(images, count), generation=generation),
+        lambda count: run.reconstruct_chunks(spread(images, count), generation=generation),
         len(images),
         run.recipe.seed,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from poise.data import Dataset, head
+from poise.data import Dataset, spread
 from poise.errors import InputError, Interrupted
 from poise.evaluation import AUTO, Evaluation, Produced, choose_extractor, compare, complete
 from poise.features import Extractor, make_extractor
@@ -277,7 +277,7 @@ def _produced(run: Run, images: ImageSet, protocol: Protocol, real: Any, seed: i
         return Produced(images.name, draw, seed=seed)
 
     def restore(count: int) -> Iterator[Any]:
-        return run.reconstruct_chunks(head(real, count), generation=generation)
+        return run.reconstruct_chunks(spread(real, count), generation=generation)
 
     return Produced(images.name, restore, len(real), seed)
 
