@@ -1,7 +1,7 @@
 """Train latent maps and a flow for some minutes, and compare samples with the training images.
 
     python benchmarks/maps.py DATA RUN OUT.json [--minutes 8] [--seed 0] [--engine auto]
-        [--images 50000] [--few 10000] [--learning-rate RATE] [--device auto]
+        [--images 50000] [--few 10000] [--learning-rate RATE] [--labels] [--device auto]
     python benchmarks/maps.py DATA RUN OUT.json --pace [--engines captured compiled-captured]
 
 The recipe is maps-large, for one GPU. All sets are compared with the training images:
@@ -11,7 +11,8 @@ The recipe is maps-large, for one GPU. All sets are compared with the training i
 - `GEN-flow`: --images samples by the recipe's solver, and --few samples by each other one (0: by
   no other).
 
---learning-rate is that of stage 1; without it, the recipe's.
+--learning-rate is that of stage 1; without it, the recipe's. With --labels the flow learns the
+classes, and --few samples are drawn with each of several guidances too.
 
 `--pace` only measures the seconds per step of both stages with each engine.
 """
@@ -45,6 +46,7 @@ from poise.training.machine import choose_device
 
 RECIPE = RECIPES["maps-large"]
 SOLVERS: tuple[tuple[Solver, int], ...] = (("heun", 8), ("heun", 5), ("euler", 15), ("heun", 12))
+GUIDANCES = (1.25, 1.5, 2.0)
 
 
 def seconds_since(began: float) -> float:
@@ -95,9 +97,12 @@ def measured(run: Run, images: int, few: int, extractor: str) -> dict[str, Any]:
         "test images": (lambda n: chunks_of(head(test, n), n), len(test)),
         "REC": (lambda n: run.reconstruct_chunks(head(test, n)), len(test)),
     }
-    for solver, steps in SOLVERS:
-        name, chosen = by_flow(run, solver, steps)
-        number = images if chosen == run.recipe.generation else few
+    own = run.recipe.generation
+    ways = [by_flow(run, solver, steps) for solver, steps in SOLVERS]
+    if run.classes:
+        ways += [(f"GEN-flow, guidance {g}", replace(own, guidance=g)) for g in GUIDANCES]
+    for name, chosen in ways:
+        number = images if chosen == own else few
         if number:
             sets[name] = (
                 lambda n, chosen=chosen: run.sample_chunks(n, prior="flow", generation=chosen),
@@ -117,6 +122,7 @@ def trained(recipe: Recipe, options: argparse.Namespace) -> tuple[Run, dict[str,
         options.data,
         recipe=replace(recipe, minutes=options.minutes, seed=options.seed),
         out=options.run,
+        labels=options.labels or None,
         options=poise.Options(device=options.device, engine=options.engine),
     )
     second, flow = run.recipe.second, run.flow
@@ -125,6 +131,7 @@ def trained(recipe: Recipe, options: argparse.Namespace) -> tuple[Run, dict[str,
         "minutes": options.minutes,
         "seconds": seconds_since(began),
         "engine": options.engine,
+        "labels": options.labels,
         "steps": [run.recipe.first.steps, second.steps],
         "parameters": [parameters(run.first.vae), parameters(flow.velocity)],
     }
@@ -141,6 +148,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--few", type=int, default=10_000)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--labels", action="store_true")
     parser.add_argument("--extractor", default="inception")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pace", action="store_true")
