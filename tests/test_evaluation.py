@@ -10,7 +10,7 @@ import torch
 from poise import evaluation, features
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
-from poise.evaluation import choose_extractor, compare, evaluate, prepare, remarks
+from poise.evaluation import QUALIFIED, choose_extractor, compare, evaluate, prepare, remarks
 from poise.metrics import (
     frechet_distance,
     frechet_infinity,
@@ -18,7 +18,7 @@ from poise.metrics import (
     kernel_distance,
     manifold_figures,
 )
-from poise.protocols import PROTOCOLS, Protocol
+from poise.protocols import PROTOCOLS, Measurement, Protocol
 from poise.runs.export import write_images
 
 GENERATOR = np.random.default_rng(0)
@@ -155,8 +155,21 @@ def test_extrapolation_is_done_where_there_are_enough_images():
 
 
 def test_few_images_are_remarked_upon():
-    assert "biased upwards" in evaluate(REAL, OTHER, extractor="pixels").notes[0]
+    biased, unsure = evaluate(REAL, OTHER, extractor="pixels").notes
+    assert "biased upwards" in biased and "from 2,000 images" in unsure
     assert remarks([], infinity=True) == ()
+
+
+@pytest.mark.parametrize(("name", "enough"), QUALIFIED.items())
+def test_a_distance_is_remarked_upon_below_the_size_at_which_it_qualifies(name, enough):
+    def notes(generated: int) -> tuple[str, ...]:
+        conditions = replace(complete_protocol, extractor=name, generated=generated)
+        return remarks([Measurement("FD", "REC", 1.0, conditions)], infinity=False)
+
+    complete_protocol = evaluate(REAL, OTHER, extractor="pixels").measurements[0].protocol
+    assert not any("damaged" in note for note in notes(enough))
+    (note,) = (note for note in notes(enough - 1) if "damaged" in note)
+    assert f"FD-{name} of {enough - 1}" in note
 
 
 def test_without_inception_the_light_network_is_used_under_its_own_name(monkeypatch):
