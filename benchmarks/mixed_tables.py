@@ -35,9 +35,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 from sklearn.model_selection import train_test_split
-from tables import MOST_ROWS, STEPS, complete, markdown, spread
+from tables import MOST_ROWS, STEPS, complete, spread
 
 from poise import VAEEstimator
+from poise.studies.comparison.tables import markdown
 
 TABLES = {  # name: what kind of table it is
     "airquality": "153 rows, 44 holes, numbers",

@@ -43,9 +43,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import cross_val_predict, train_test_split
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
-from tables import STEPS, latents_of, markdown, read
+from tables import STEPS, latents_of, read
 
 from poise import VAEEstimator
+from poise.studies.comparison.tables import markdown
 from poise.studies.results import provenance
 from poise.support.files import write_json
 

@@ -43,6 +43,7 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.neighbors import KernelDensity
 
 from poise import VAEEstimator
+from poise.studies.comparison.tables import markdown
 from poise.studies.results import provenance
 from poise.support.files import write_json
 
@@ -218,11 +219,6 @@ def spread(values: list[float] | None, style: str) -> str:
     if not values:
         return ""
     return f"{fmean(values):{style}}" + (f" ± {stdev(values):{style}}" if len(values) > 1 else "")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def complete(
