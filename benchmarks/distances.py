@@ -208,7 +208,7 @@ def rank(folder: Path, most: int, draws: int) -> dict[str, Any]:
                         value = distance(test, features[::step], frame)
                         place = found.setdefault(extractor, {}).setdefault(str(size), {})
                         place = place.setdefault(name, {}).setdefault(damage, {})
-                        place.setdefault(str(grade), []).append(value)
+                        place.setdefault(str(grade), []).append(float(f"{value:.6g}"))
     return found
 
 

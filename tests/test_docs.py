@@ -172,6 +172,12 @@ def test_the_tables_of_densities_are_those_of_the_results():
     )
 
 
+def test_the_table_of_distances_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "results" / "bench-distances.json").read_text())
+    assert script("distances").table(report) in (ROOT / "docs" / "metrics.md").read_text()
+
+
 def test_the_tables_of_mixed_tables_and_of_their_uses_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     mixed = json.loads((ROOT / "results" / "bench-mixed-tables.json").read_text())

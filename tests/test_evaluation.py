@@ -163,7 +163,7 @@ def test_few_images_are_remarked_upon():
 @pytest.mark.parametrize(("name", "enough"), QUALIFIED.items())
 def test_a_distance_is_remarked_upon_below_the_size_at_which_it_qualifies(name, enough):
     def notes(generated: int) -> tuple[str, ...]:
-        conditions = replace(complete_protocol, extractor=name, generated=generated)
+        conditions = replace(complete_protocol, extractor=name, real=10_000, generated=generated)
         return remarks([Measurement("FD", "REC", 1.0, conditions)], infinity=False)
 
     complete_protocol = evaluate(REAL, OTHER, extractor="pixels").measurements[0].protocol

@@ -44,9 +44,9 @@ from poise.training.machine import choose_device
 
 # With fewer images, the covariance of Inception's 2048 features does not have full rank.
 FEW_IMAGES = 2_048
-# Number of images from which the Frechet distance in an extractor's features ranked damaged images
-# rightly, in every draw but for the finest grades (benchmarks/distances.py, docs/metrics.md).
-QUALIFIED = {"light": 500, "pixels": 2_000}
+# Number of real images, and of others, from which the Frechet distance in an extractor's features
+# ranked damaged images rightly (benchmarks/distances.py, docs/metrics.md).
+QUALIFIED = {"light": 1_000, "pixels": 2_000}
 AUTO = "auto"
 
 
@@ -705,10 +705,9 @@ def remarks(measured: Iterable[Measurement], infinity: bool) -> tuple[str, ...]:
             "and for more diverse sets: compare equal numbers only",
         )
     for name, enough in QUALIFIED.items():
-        counts = [m.protocol.generated or 0 for m in compared if m.protocol.extractor == name]
-        if counts and min(counts) < enough:
+        if fewest < enough and any(m.protocol.extractor == name for m in compared):
             notes += (
-                f"FD-{name} of {min(counts)} images can prefer slightly damaged images: in tests it "
+                f"FD-{name} of {fewest} images can prefer slightly damaged images: in tests it "
                 f"ranked sets rightly from {enough:,} images (docs/metrics.md)",
             )
     if infinity and compared and not any(m.metric.endswith("infinity") for m in compared):
