@@ -23,7 +23,7 @@ from poise.errors import InputError
 from poise.metrics.blocks import ROWS, checked, mean_of
 from poise.shapes import Features
 
-DISTANCES = 2**24  # distances held at a time: 128 MiB in float64
+DISTANCES = 2**22  # distances held at a time: 32 MiB in float64
 # As a share of |x|^2 + |y|^2. Squared distances that differ by less count as equal. Their rounding
 # is about 1e-15.
 TIE = 1e-13
