@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import poise
 from poise.balance import Balance, ComputedBalance, FixedBalance
-from poise.diagnosis import Diagnosis, Finding, causes, diagnose
+from poise.diagnosis import Diagnosis, Finding, causes, diagnose, facts
 from poise.diagnosis.facts import Facts
 from poise.diagnosis.outputs import (
     Comparison,
@@ -31,7 +31,7 @@ from poise.diagnosis.outputs import (
     spectrum,
 )
 from poise.diagnosis.subject import Seen, look
-from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
+from poise.diagnosis.weight import InferredWeight, LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
 from poise.latent import DiagonalGaussian, gaussian_kl
 from poise.networks import mlp
@@ -534,6 +534,23 @@ def test_mistakes_in_a_loss_are_named(loss, name, words):
     vae, _, _, test = case("healthy")
     cause = diagnose(vae, test, loss=loss).cause
     assert cause is not None and cause.name == name and words in cause.sentence
+
+
+def test_a_loss_that_the_model_contradicts_is_doubted_unless_it_is_that_of_a_run():
+    vae, _, train, test = case("healthy")
+    other = FixedBalance(gamma2=10.0)
+    (note,) = (
+        note
+        for note in diagnose(vae, test, train_images=train, loss=other).notes
+        if "corresponds to gamma2 = 10" in note
+    )
+    assert "another loss" in note
+    loss = LossWeights("squared", 1.0, 1.0, "exact", False, False, False)
+    of_run = Facts(
+        look(vae, test, 0), loss=loss, inferred=InferredWeight(5.0, 0.1, 1.0), is_run=True
+    )
+    (note,) = facts._disagreement(of_run)
+    assert "another loss" not in note and "did not converge" in note
 
 
 def test_a_loss_that_is_not_known_is_said_to_be_unknown():

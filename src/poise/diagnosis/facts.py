@@ -319,8 +319,8 @@ def _disagreement(facts: Facts) -> list[str]:
         return []
     if abs(math.log(inferred.gamma2 / loss.gamma2)) < math.log(DISAGREE):
         return []
+    why = "training" if facts.is_run else "perhaps another loss trained the model, or training"
     return [
         f"The loss corresponds to gamma2 = {loss.gamma2:.3g}, but the model to "
-        f"{inferred.gamma2:.3g}: perhaps another loss trained the model, or training did not "
-        "converge."
+        f"{inferred.gamma2:.3g}: {why} did not converge."
     ]
