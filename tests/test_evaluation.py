@@ -10,12 +10,22 @@ import torch
 from poise import evaluation, features
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
-from poise.evaluation import QUALIFIED, choose_extractor, compare, evaluate, prepare, remarks
+from poise.evaluation import (
+    QUALIFIED,
+    Produced,
+    choose_extractor,
+    chunks_of,
+    compare,
+    evaluate,
+    prepare,
+    remarks,
+)
 from poise.metrics import (
     frechet_distance,
     frechet_infinity,
     inception_score,
     kernel_distance,
+    listed,
     manifold_figures,
 )
 from poise.protocols import PROTOCOLS, Measurement, Protocol
@@ -152,6 +162,18 @@ def test_extrapolation_is_done_where_there_are_enough_images():
     assert "FD-pixels infinity" in {m.metric for m in result.measurements}
     refused = evaluate(REAL, OTHER, extractor="pixels", infinity=True)
     assert any("too few images to extrapolate" in note for note in refused.notes)
+
+
+def test_metrics_that_are_not_asked_for_are_not_computed(monkeypatch):
+    protocol, extractor, _ = choose_extractor(
+        replace(PROTOCOLS["default"], real=60, generated=50), "pixels", torch.device("cpu")
+    )
+    produced = Produced("others", lambda count: chunks_of(OTHER, count), 50)
+    whole = compare(REAL, [produced], protocol, extractor)
+    monkeypatch.setattr(listed, "manifold_figures", lambda *given, **named: pytest.fail("computed"))
+    some = compare(REAL, [produced], protocol, extractor, metrics=("FD-", "KID-"))
+    assert [m.metric for m in some] == ["FD-pixels", "KID-pixels"]
+    assert some == [m for m in whole if m.metric in ("FD-pixels", "KID-pixels")]
 
 
 def test_few_images_are_remarked_upon():

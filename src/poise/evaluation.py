@@ -468,6 +468,7 @@ def compare(
     protocol: Protocol,
     extractor: Extractor,
     *,
+    metrics: tuple[str, ...] = ("",),
     infinity: bool = False,
     quiet: bool = True,
 ) -> list[Measurement]:
@@ -479,6 +480,7 @@ def compare(
         produced: sets to compare with the real one.
         protocol: with the extractor's name and checksum. Counts and side are filled in.
         extractor: network that computes the features.
+        metrics: prefixes of the names of the metrics to measure.
         infinity: also extrapolate to infinitely many images.
         quiet: show no progress.
     """
@@ -497,7 +499,12 @@ def compare(
 
     def measure(item: Produced, features: Features, conditions: Protocol) -> list[Measurement]:
         found = every_distance(
-            reference, features.to(place), conditions, extractor, infinity=infinity
+            reference,
+            features.to(place),
+            conditions,
+            extractor,
+            metrics=metrics,
+            infinity=infinity,
         )
         common = {"data": data, "seed": item.seed, "device": _where(extractor)}
         return [
@@ -607,20 +614,22 @@ def every_distance(
     protocol: Protocol,
     extractor: Extractor,
     *,
+    metrics: tuple[str, ...] = ("",),
     infinity: bool = False,
 ) -> Iterator[tuple[str, float, float | None]]:
     """Yield name, value and spread of each metric in `poise.metrics.listed.DISTANCES`.
 
     Only the Frechet distance of the 2015 Inception is called FID. A metric that needs more images
-    is left out.
+    is left out, and so is one whose name begins with none of `metrics`.
     """
     pair = Pair(reference, produced, protocol, extractor)
     for metric in DISTANCES:
+        name = metric.named_for(extractor)
         left_out = metric.of_features and reference.known is None
-        asked = infinity or not metric.on_request
+        asked = name.startswith(metrics) and (infinity or not metric.on_request)
         value = metric.measure(pair) if asked and not left_out else None
         if value is not None:
-            yield metric.named_for(extractor), *value
+            yield name, *value
 
 
 def likelihood_measurements(

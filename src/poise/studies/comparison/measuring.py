@@ -56,7 +56,7 @@ class Compared:
         protocol: the protocol, with its extractor's name, its reference and its number of real
             images.
         sets: the sets to compare.
-        metrics: prefixes of the names of the metrics to keep.
+        metrics: prefixes of the names of the metrics to measure.
     """
 
     protocol: Protocol
@@ -263,8 +263,8 @@ def _compared(
         found: list[Measurement] = []
         for images, protocol in compared.protocols(run.recipe.generation):
             produced = _produced(run, images, protocol, real, seed)
-            found += compare(real, [produced], protocol, extractor)
-        return Evaluation(tuple(m for m in found if m.metric.startswith(compared.metrics)), {})
+            found += compare(real, [produced], protocol, extractor, metrics=compared.metrics)
+        return Evaluation(tuple(found), {})
 
     asked = {"sets": [asdict(images) for images in compared.sets], "metrics": compared.metrics}
     return _part(run.folder, compared.protocol, {**asked, "seed": seed}, evaluate)
