@@ -4,7 +4,7 @@ The settings are restored after the block. A lock keeps threads from changing th
 So each of several runs in one process gets the kernels and the numbers that it would get alone.
 
 TF32 rounds the inputs of a product to 10 bits of mantissa and sums in float32. It makes tensor
-cores available for float32 data. Its effect on results is in docs/log.md (2026-11-26).
+cores available for float32 data. Its effect on results is in docs/log.md (2026-11-27).
 """
 
 import threading
