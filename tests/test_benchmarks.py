@@ -136,6 +136,24 @@ def test_a_distance_qualifies_if_it_grows_with_every_damage_in_every_draw(monkey
     assert distances.verdict(values, 2) == "no: shrunk 1"
 
 
+def test_the_balances_side_by_side_differ_only_in_what_their_label_says(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    balances = importlib.import_module("balances")
+    experiment = balances.experiment("cifar10", 4, 100, "pixels")
+    recipes = dict(experiment.planned())
+    computed = recipes.pop("computed")
+    assert (computed.first.epochs, computed.second.epochs) == (4, 8)
+    for label in balances.BALANCES[1:]:
+        recipe = recipes.pop(label)
+        assert recipe.second == computed.second and recipe.network == computed.network
+        assert recipe.first == replace(computed.first, balance=label)
+    assert recipes.pop(balances.STANDARD).first == replace(computed.first, standardise="after")
+    flow = recipes.pop(balances.FLOW)
+    assert flow.first == computed.first and flow.second.objective == "flow" and not recipes
+    names = {label: sets[0].sets[-1].name for label, sets in experiment.compared.items()}
+    assert names[balances.FLOW] == "GEN-flow" and names["optimal"] == "GEN-2"
+
+
 @pytest.mark.slow
 def test_features_that_vary_less_can_be_nearer(tmp_path):
     """The bias of a few perfect samples: see docs/claims.md."""
