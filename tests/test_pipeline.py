@@ -895,3 +895,9 @@ def test_tensorboard_reads_every_figure_and_the_samples_of_each_tenth(tmp_path):
     logged = [value.value for value in board.Scalars("loss")]
     np.testing.assert_allclose(logged, run.history["loss"], rtol=1e-6)
     assert board.Images("samples")[-1].step == recipe.first.total_steps(len(IMAGES))
+
+
+def test_the_folder_of_a_run_is_no_folder_of_images(finished, tmp_path):
+    with pytest.raises(InputError, match=r"is a run, not a folder of images: poise train --out"):
+        train(finished, size=8, recipe=TINY, out=tmp_path / "new", options=QUIET)
+    assert not (tmp_path / "new" / "config.json").exists()

@@ -187,9 +187,18 @@ def read_data(
         images: used instead of `settings.source` if given.
         cache: folder for decoded images, see `poise.data.load`.
         labels: the labels of an array of images. None: read them if the settings say so.
+
+    Raises:
+        InputError: the images cannot be used, or their folder is that of a run.
     """
+    source = settings.source if images is None else images
+    if isinstance(source, (str, Path)) and holds_run(Path(source)):
+        raise InputError(
+            f"{source} is a run, not a folder of images: poise train --out {source} continues it, "
+            f"and --from {source} starts another run from its weights"
+        )
     dataset = load_data(
-        settings.source if images is None else images,
+        source,
         size=settings.size,
         channels=settings.channels,
         jpeg_quality=settings.jpeg_quality,
@@ -202,6 +211,11 @@ def read_data(
         labels=settings.labels if labels is None else labels,
     )
     return dataset if settings.validation is None else hold_out(dataset, settings.validation)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds what `poise train` writes."""
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
