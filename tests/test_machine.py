@@ -132,8 +132,7 @@ def test_a_number_of_threads_is_this_threads_alone_and_inside_the_block_alone(ru
 COMPILED = """
 import math, sys, torch, poise
 from poise.flow import Flow
-from poise.recipes import RECIPES, Stage
-from poise.support import kernels as chosen
+from poise.recipes import Stage
 from poise.training import CodeBatches, ImageBatches, Watch, fit, new_state
 
 cpu = torch.device("cpu")
@@ -233,7 +232,7 @@ def test_networks_trained_one_after_another_are_all_compiled(run_forked):
 
 @pytest.fixture
 def others_choose_kernels(monkeypatch):
-    """Let another thread take kernels with TF32 in turns, as a run beside this one does on a GPU."""
+    """Let another thread take kernels with TF32 in turns, as a run beside this one does."""
     monkeypatch.setattr(chosen, "CHOOSING", {"cpu"})  # the flags exist without a GPU
     over = threading.Event()
 
