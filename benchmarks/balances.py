@@ -9,8 +9,8 @@ after training; and `computed` with a flow instead of the second VAE, on the sam
 once in one process (`--jobs`). OUT/results has one JSON per run, OUT/table.md the table. The same
 command resumes.
 
-On one H200 five runs took 15.8 ms for a step of stage 1 and 1.9 ms for a step of stage 2, so that
-44 + 88 epochs of seven runs take about 10 minutes, and their evaluation two more.
+On one H200 a round of five runs took 15.8 ms in stage 1 and 1.9 ms in stage 2. By these rates 44 +
+88 epochs of seven runs take 10 minutes; with an evaluation of two more it was not run yet.
 """
 
 import argparse
