@@ -7,7 +7,8 @@ The recipe is the data set's own, the released network, for --epochs epochs and 
 stage 2. Seven runs with one seed: five balances; `computed` with latents that are standardised
 after training; and `computed` with a flow instead of the second VAE, on the same codes. All run at
 once in one process (`--jobs`). OUT/results has one JSON per run, OUT/table.md the table. The same
-command resumes.
+command resumes. OUT/check.json has the distance of all training images to the test images, which
+is 3.15 for CIFAR-10 and checks the extractor.
 
 On one H200 a round of five runs took 15.8 ms in stage 1 and 1.9 ms in stage 2. By these rates 44 +
 88 epochs of seven runs take 10 minutes; with an evaluation of two more it was not run yet.
@@ -18,12 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import poise
+from poise.data import load
+from poise.evaluation import Produced, choose_extractor, chunks_of, compare
 from poise.protocols import DEFAULT, with_count
 from poise.recipes import find_recipe
 from poise.studies.comparison import Experiment, conduct
 from poise.studies.comparison.measuring import Compared, ImageSet
-from poise.support.files import write_file
+from poise.support.files import write_file, write_json
+from poise.training.machine import choose_device
 
 BALANCES = ("computed", "released", "learned", "learned:rate=100", "optimal")
 STANDARD, FLOW = "computed, standard latents", "computed, flow"
@@ -62,6 +68,18 @@ def experiment(data: str, epochs: int, images: int, extractor: str) -> Experimen
     )
 
 
+def extractor_check(data: str, extractor: str, device: torch.device) -> dict[str, Any]:
+    """Return the distance of all training images to the test images."""
+    dataset = load(data)
+    real, train = dataset.test, dataset.train
+    protocol = replace(with_count(DEFAULT, len(real)), generated=len(train))
+    protocol, network, _ = choose_extractor(protocol, extractor, device)
+    assert network is not None
+    produced = Produced("training images", lambda n: chunks_of(train, n), len(train))
+    (found,) = compare(real, [produced], protocol, network, metrics=(network.distance,))
+    return {"test": len(real), "train": len(train), found.metric: found.value}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -80,6 +98,8 @@ def main() -> None:
     )
     write_file(options.out / "table.md", str(comparison).encode())
     print(comparison)
+    check = extractor_check(options.data, options.extractor, choose_device(options.device))
+    write_json(options.out / "check.json", check)
 
 
 if __name__ == "__main__":
