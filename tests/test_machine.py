@@ -13,7 +13,7 @@ import poise
 from poise.recipes import RECIPES, Stage
 from poise.support import kernels as chosen
 from poise.training import ImageBatches, denormals_as_zero, new_state
-from poise.training.machine import images_in_channels_last, tuned, usual_threads
+from poise.training.machine import choose_device, images_in_channels_last, tuned, usual_threads
 
 CPU = torch.device("cpu")
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -228,6 +228,30 @@ def test_a_network_that_cannot_be_compiled_is_said_in_one_line(run_forked):
 
 def test_networks_trained_one_after_another_are_all_compiled(run_forked):
     run_forked(COMPILED + MANY)
+
+
+def test_linear_algebra_is_loaded_once_however_many_threads_choose_a_device(monkeypatch):
+    loaded, here = list[torch.Tensor](), threading.Barrier(8)
+
+    def note(matrix: torch.Tensor) -> torch.Tensor:
+        loaded.append(matrix)
+        time.sleep(0.05)  # the other threads come while it loads
+        return matrix
+
+    def choose() -> None:
+        here.wait()
+        choose_device("cpu")
+
+    monkeypatch.setattr(chosen, "CHOOSING", {"cpu"})
+    monkeypatch.setattr(torch.linalg, "inv", note)
+    chosen._inverted.cache_clear()
+    threads = [threading.Thread(target=choose) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    chosen._inverted.cache_clear()
+    assert len(loaded) == 1
 
 
 @pytest.fixture

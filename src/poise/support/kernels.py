@@ -10,6 +10,7 @@ cores available for float32 data. Its effect on results is in docs/log.md (2026-
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 
@@ -47,6 +48,22 @@ def kernels(device: torch.device, *, tf32: bool, deterministic: bool = True) -> 
 def own_kernels(device: torch.device) -> AbstractContextManager[object]:
     """Launch kernels with the process's own settings: threads in blocks of `kernels` wait."""
     return LOCK if device.type in CHOOSING else nullcontext()
+
+
+def load_linear_algebra(device: torch.device) -> None:
+    """Load PyTorch's linear algebra for a device, once and before several threads need it.
+
+    PyTorch loads it at its first use. If two threads are first at the same time, one of them gets
+    "RuntimeError: lazy wrapper should be called at most once" (PyTorch's issue 90613).
+    """
+    if device.type in CHOOSING:
+        with LOCK:
+            _inverted(device.type)
+
+
+@cache
+def _inverted(device: str) -> torch.Tensor:
+    return torch.linalg.inv(torch.ones(1, 1, device=device))
 
 
 @contextmanager

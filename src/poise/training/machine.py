@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import InputError
+from poise.support.kernels import load_linear_algebra
 
 SMALL_PARAMETERS = 500_000
 
@@ -124,7 +125,6 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         torch.empty(1, device=name)
-        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         remedy = 'use --device cpu (device="cpu") or auto'
@@ -134,3 +134,6 @@ def choose_device(name: str) -> torch.device:
             reason = f"this PyTorch ({torch.__version__}) is a build without CUDA"
             remedy += ", or install a build with it (pytorch.org)"
         raise InputError(f"device {name!r} is not available: {reason}; {remedy}") from None
+    device = torch.device(name)
+    load_linear_algebra(device)
+    return device
