@@ -23,7 +23,15 @@ from poise.recipes import Data, Network, Recipe, Stage
 from poise.recipes.settings import Changes
 from poise.runs.checkpoint import newest_intact_checkpoint, save_checkpoint
 from poise.runs.options import Options
-from poise.studies.comparison import differences, execution, markdown, measuring, speed, table
+from poise.studies.comparison import (
+    differences,
+    execution,
+    markdown,
+    measuring,
+    speed,
+    table,
+    worker,
+)
 from poise.studies.comparison.execution import execute
 from poise.studies.comparison.measuring import Measuring, resolve_extractor
 from poise.studies.comparison.plan import Crew, Share, Task, crew_for, variants
@@ -416,6 +424,25 @@ def test_runs_side_by_side_in_one_process_are_as_those_of_processes_of_their_own
     assert [r.measurements() for r in together.results] == [
         r.measurements() for r in compared.results
     ]
+
+
+def test_few_of_the_runs_side_by_side_are_evaluated_at_once(one_process, tmp_path, monkeypatch):
+    busy, most, evaluate = set[str](), 0, worker.measured
+
+    def counted(run, *given):
+        nonlocal most
+        busy.add(run.folder.name)
+        most = max(most, len(busy))
+        time.sleep(0.2)
+        found = evaluate(run, *given)
+        busy.remove(run.folder.name)
+        return found
+
+    monkeypatch.setattr(worker, "measured", counted)
+    monkeypatch.setattr(worker, "EVALUATED_AT_ONCE", threading.Semaphore(2))
+    shared = {"balances": ["computed"], "seeds": 4, "jobs": 4, "out": tmp_path}
+    together = poise.compare(IMAGES, recipe=TINY, **shared, options=QUIET)
+    assert len(together.results) == 4 and most == 2
 
 
 def test_runs_side_by_side_stop_together_and_go_on(whole, one_process, tmp_path, monkeypatch):

@@ -31,6 +31,9 @@ from poise.studies.results import result_of, source_commit, write_result
 from poise.support.guards import stopping_when
 
 POLL_SECONDS = 0.5
+# Threads share Python's lock. Evaluations at once on one H200, in images per second of all together:
+# one 2,400, four 4,100, five 2,600, eight at most 1,900 (docs/log.md, 2026-11-27).
+EVALUATED_AT_ONCE = threading.Semaphore(4)
 LEASE = ".going-"
 
 
@@ -126,7 +129,8 @@ def _train_and_measure(task: Task, device: str, stop: Callable[[], bool]) -> Non
     options = Options(device=device, quiet=True, save_seconds=task.save_seconds, engine=task.engine)
     images = dataset(task.recipe.data, task.folder.parent / "cache")
     run = train(images, recipe=task.recipe, out=task.folder, options=options)
-    evaluation = measured(run, task.measuring, task.recipe.seed, stop)
+    with EVALUATED_AT_ONCE:
+        evaluation = measured(run, task.measuring, task.recipe.seed, stop)
     seconds = {"evaluation": evaluation.pop("seconds")}
     result = result_of(
         run, evaluation, experiment=task.experiment, label=task.label, seconds=seconds
