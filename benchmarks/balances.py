@@ -1,6 +1,6 @@
 """Train the paper's balances side by side, with every way to sample, and measure each run.
 
-    python benchmarks/balances.py OUT [--data cifar10] [--epochs 44] [--device cuda]
+    python benchmarks/balances.py OUT [--data cifar10] [--epochs 30] [--device cuda]
         [--extractor inception] [--images 10000]
 
 The recipe is the data set's own, the released network, for --epochs epochs and twice as many of
@@ -10,8 +10,8 @@ once in one process (`--jobs`). OUT/results has one JSON per run, OUT/table.md t
 command resumes. OUT/check.json has the distance of all training images to the test images, which
 is 3.15 for CIFAR-10 and checks the extractor.
 
-On one H200 a round of five runs took 15.8 ms in stage 1 and 1.9 ms in stage 2. By these rates 44 +
-88 epochs of seven runs take 10 minutes; with an evaluation of two more it was not run yet.
+On one H200 a round of five runs took 15.8 ms in stage 1 and 1.9 ms in stage 2. By these rates 30 +
+60 epochs of seven runs take 7 minutes. With an evaluation of about two more it was not run yet.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--epochs", type=int, default=44)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--extractor", default="inception")
     parser.add_argument("--device", default="cuda")

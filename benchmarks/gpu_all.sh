@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Run all measurements that wait for one GPU, the most valuable first (about 11 minutes of an H200).
-# Each part writes its file into FOLDER.
+# Run all measurements that wait for one GPU, the most valuable first (about 24 minutes of an H200).
+# Each part writes its files into FOLDER.
 #
 #     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_all.sh FOLDER [SECONDS]
 #
-# SECONDS: the time limit (default 800). The running part is stopped then, and no other begins.
+# SECONDS: the time limit (default 800), which is enough for the first two parts. The running part is
+# stopped then, and no other begins.
 set -u
 cd "$(dirname "$0")/.."
 out="$1" ends=$(($(date +%s) + ${2:-800}))
@@ -21,20 +22,26 @@ part() { # NAME, its time limit in seconds, COMMAND...
     tail -n 3 "$out/$name.log"
 }
 
-# 1. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.
+poise="python3 -m poise compare cifar10 --extractor inception --device cuda"
+# 1. The paper's balance against three others on colour images, a small network: two seeds.
+part colour 200 $poise --network infogan --balances computed learned learned:rate=100 optimal \
+    --seeds 2 --epochs 10 --second-epochs 20 --images 5000 --jobs 4 --out "$out/colour"
+# 2. The released network: five balances, standard latents, and a flow on the same codes.
+part balances 660 python3 benchmarks/balances.py "$out/balances"
+# 3. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.
 part tests 100 python3 -m pytest -m gpu tests/test_captured.py -q -p no:cacheprovider
-# 2. Seconds of each part of an evaluation, TF32 against float32, and the FID of test against
+# 4. Seconds of each part of an evaluation, TF32 against float32, and the FID of test against
 #    training images of CIFAR-10 (expected: 3.15).
 part evaluation 120 python3 benchmarks/evaluation.py --json "$out/bench-evaluation.json"
-# 3. One balance alone, then five at once: compare their figures and times.
-compare="python3 -m poise compare cifar10 --extractor inception --device cuda --seeds 1 --epochs 10 --second-epochs 20"
+# 5. One balance alone, then five at once: compare their figures and times.
+compare="$poise --seeds 1 --epochs 10 --second-epochs 20"
 part one 90 $compare --balances computed --jobs 1 --out "$out/one"
 part five 240 $compare --balances computed released learned learned:rate=100 optimal --jobs 5 --out "$out/five"
-# 4. The effect of TF32 and bfloat16 on a trained model: three seeds each, stage 1 only.
+# 6. The effect of TF32 and bfloat16 on a trained model: three seeds each, stage 1 only.
 for precision in float32 ieee bfloat16; do
     part "$precision" 70 python3 -m poise compare cifar10 --extractor pixels --device cuda --balances computed --seeds 3 \
         --epochs 3 --stages 1 --priors normal --precision "$precision" --jobs 3 --out "$out/$precision"
 done
-# 5. Milliseconds per step of each engine, and of five runs side by side.
+# 7. Milliseconds per step of each engine, and of five runs side by side.
 part steps 200 python3 benchmarks/gpu.py --seconds 1 --json "$out/bench-gpu-steps.json" --only matrix "tf32 / stage" \
     "bfloat16 / stage" "side by side" "ieee / stage 1 / captured" "ieee / stage 2 / captured"
