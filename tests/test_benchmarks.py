@@ -208,3 +208,16 @@ def test_the_computed_balance_is_compared_with_weights_tuned_by_hand(monkeypatch
     found = groups.measured(task, seed=0)
     assert [len(grid) for grid in found.values()] == [7, 7]
     assert groups.OF_COMPUTED in groups.tables({"tasks": {"table": [found, found]}})
+
+
+def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    defaults = importlib.import_module("defaults")
+    assert len(set(defaults.UNITS)) == len(defaults.UNITS)
+    for unit in defaults.UNITS:
+        name, candidate, minutes, seed = defaults.parts(unit)
+        assert name in defaults.SETS and unit.endswith(f"-{minutes:.0f}-{seed}")
+        recipe, own = candidate.recipe, defaults.MAPS
+        assert recipe.data == own.data or candidate is defaults.CANDIDATES["resnet"]
+    plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
+    assert all(recipe != defaults.MAPS and recipe.name == "maps" for recipe in plain)
