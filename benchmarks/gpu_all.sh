@@ -4,8 +4,8 @@
 #
 #     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_all.sh FOLDER [SECONDS]
 #
-# SECONDS: the time limit (default 800), which is enough for the first two parts. The running part is
-# stopped then, and no other begins.
+# SECONDS: the time limit (default 800), which is enough for the first two parts. The running part
+# is stopped then, and no other begins.
 set -u
 cd "$(dirname "$0")/.."
 out="$1" ends=$(($(date +%s) + ${2:-800}))

@@ -7,8 +7,9 @@ kept. Stage 2 is then trained anew, on the new codes, for its new length.
 
 So the result is that of a run of length N, to the last bit on the same machine, if that run has the
 same learning rates in its first n steps. A constant learning rate does. Rates that fall at
-fractions of the length do not: the longer run still has the full rate where the shorter one had halved it.
-config.json counts these steps (`other_rates`), and the rate rises again where training goes on.
+fractions of the length do not: the longer run still has the full rate where the shorter one had
+halved it. config.json counts these steps (`other_rates`), and the rate rises again where training
+goes on.
 
 A continuation begins in this order, so that a kill at any moment loses nothing: config.json gets
 the new lengths; what belongs to the old weights is deleted; a checkpoint at step n is written; the

@@ -31,8 +31,8 @@ from poise.studies.results import result_of, source_commit, write_result
 from poise.support.guards import stopping_when
 
 POLL_SECONDS = 0.5
-# Threads share Python's lock. Evaluations at once on one H200, in images per second of all together:
-# one 2,400, four 4,100, five 2,600, eight at most 1,900 (docs/log.md, 2026-11-27).
+# Threads share Python's lock. Evaluations at once on one H200, in images per second of all
+# together: one 2,400, four 4,100, five 2,600, eight at most 1,900 (docs/log.md, 2026-11-27).
 EVALUATED_AT_ONCE = threading.Semaphore(4)
 LEASE = ".going-"
 
