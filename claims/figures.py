@@ -88,6 +88,7 @@ def relative(one: Quantity, other: Quantity) -> Quantity:
 TEST_MSE = of_page("reconstruction.mse")
 KL = of_page("reconstruction.kl_nats")
 GAMMA2 = of_page("reconstruction.gamma2")
+ELBO = of_page("reconstruction.elbo_nats")
 
 
 def evidence_bound(result: Result) -> float:

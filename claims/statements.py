@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from claims.design import (
     BALANCES,
+    BASIC,
     COMPUTED,
     DIGITS,
     FASHION,
@@ -23,6 +24,7 @@ from claims.design import (
     second_stages,
 )
 from claims.figures import (
+    ELBO,
     GAMMA2,
     KL,
     TEST_MSE,
@@ -74,12 +76,9 @@ class Setting:
     name: str
     extractor: str
 
-    def fd(self, of: str) -> Quantity:
-        return distance(of, self.extractor)
-
-    @property
-    def metric(self) -> str:
-        return f"FD-{self.extractor}"
+    def distances(self) -> dict[str, Quantity]:
+        """Return every distance of every set of images, by name."""
+        return {f"FD-{e} of {of}": distance(of, e) for e in self.extractors for of in BASIC}
 
     @property
     def extractors(self) -> tuple[str, ...]:
@@ -150,24 +149,20 @@ def sooner(evidence: Evidence) -> Statement:
             above(f"{setting.name}, MSE after {p:.0%}", values, 1) for p, values in gains.items()
         ]
         rows.append([setting.name, *(describe(values, PLAIN) for values in gains.values())])
-    extractor, sets = "light", ("REC", "GEN-mixture")
-    lengths = [["epochs", "balance", *(f"FD-light of {of}" for of in sets), "FD-pixels of GEN-1"]]
+    fashion = SETTINGS[1]
+    distances = fashion.distances()
+    lengths = [["epochs", "balance", "KL", *distances]]
     for experiment, epochs in stages():
         for label in (COMPUTED, LEARNED):
-            cells = [mean_of(evidence, experiment, label, distance(of, extractor)) for of in sets]
-            lengths.append(
-                [str(epochs), label, *cells, mean_of(evidence, experiment, label, NORMAL)]
-            )
-        where = f"Fashion-MNIST, FD-light after {epochs} epoch{'s' * (epochs > 1)}"
+            cells = [mean_of(evidence, experiment, label, q) for q in (KL, *distances.values())]
+            lengths.append([str(epochs), label, *cells])
         checks += [
             less(
-                f"{where}, {of}",
-                evidence.ratios(experiment, COMPUTED, LEARNED, distance(of, extractor)),
+                f"Fashion-MNIST after {epochs} epoch{'s' * (epochs > 1)}, {name}",
+                evidence.ratios(experiment, COMPUTED, LEARNED, quantity),
             )
-            for of in sets
+            for name, quantity in distances.items()
         ]
-        where = where.replace("FD-light", "FD-pixels")
-        checks += [less(f"{where}, GEN-1", evidence.ratios(experiment, COMPUTED, LEARNED, NORMAL))]
     return Statement(
         "C1",
         "A computed gamma2 reaches a given error and distance in fewer images than a learned one.",
@@ -189,9 +184,10 @@ def sooner(evidence: Evidence) -> Statement:
             ),
         ),
         "`learned` is as published: log gamma starts at 0 and has the network's learning rate. A "
-        "lower training MSE alone says little, because a weaker KL lowers it too. Distances of "
-        "samples are therefore checked as well. The distances of GEN-1 were measured in all runs, "
-        "but are checked only since 2026-11-26. They speak against the claim.",
+        "lower training MSE alone says little, because a weaker KL lowers it too. Every distance of "
+        "every set is therefore checked. GEN-1 may be closer under the learned balance early on: "
+        "its gamma2 is still too large, so that its KL is smaller and its codes are nearer to "
+        "N(0, I). Its reconstructions and its samples from fitted priors show the price.",
     )
 
 
@@ -227,9 +223,7 @@ def no_worse_in_the_end(evidence: Evidence) -> Statement:
 
 
 def _outcomes(setting: Setting) -> dict[str, Quantity]:
-    return {"test MSE": TEST_MSE} | {
-        f"{setting.metric} of {of}": setting.fd(of) for of in ("REC", "GEN-1", "GEN-2")
-    }
+    return {"test MSE": TEST_MSE} | setting.distances()
 
 
 def present(evidence: Evidence, experiment: str) -> list[str]:
@@ -243,14 +237,10 @@ def balances_table(evidence: Evidence, setting: Setting) -> Rows:
         "test MSE": TEST_MSE,
         "KL": KL,
         "gamma2": GAMMA2,
-        "ELBO": of_page("reconstruction.elbo_nats"),
+        "ELBO": ELBO,
         "active": of_page("latents.active_units"),
     }
-    columns |= {
-        f"FD-{e} of {of}": distance(of, e)
-        for e in setting.extractors
-        for of in ("REC", "GEN-1", "GEN-2", "GEN-mixture")
-    }
+    columns |= setting.distances()
     places = [(setting.experiment, label, label) for label in present(evidence, setting.experiment)]
     return table_of(evidence, "balance", places, columns)
 

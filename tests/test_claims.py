@@ -291,7 +291,7 @@ def test_the_ratchet_is_found_to_sink_with_smaller_batches():
 
 def test_every_run_of_the_design_is_another_and_can_be_made():
     runs = [(e.name, label, recipe) for e in design.design() for label, recipe in e.planned()]
-    assert len({(name, label, recipe.seed) for name, label, recipe in runs}) == len(runs) == 132
+    assert len({(name, label, recipe.seed) for name, label, recipe in runs}) == len(runs) == 250
     assert len({name + str(to_json(recipe)) for name, _, recipe in runs}) == len(runs)
     for _, _, recipe in runs:
         assert make_objective(recipe.first.objective)
@@ -307,7 +307,7 @@ def test_all_models_of_a_comparison_have_stage_ones_of_one_size_and_schedule():
         (r.first.epochs, r.first.batch_size, r.first.learning_rate, r.first.halve_every)
         for r in mine
     }
-    assert len(mine) == 10 and len(sizes) == len(schedules) == 1
+    assert len(mine) == 12 and len(sizes) == len(schedules) == 1
 
 
 def test_published_results_belong_to_the_runs_of_the_design_and_to_no_other():
@@ -340,7 +340,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_quick_set_trains_measures_and_writes_a_page(quick_run):
     results = read_results([quick_run / "results"])
     text = (quick_run / "claims.md").read_text()
-    assert len(results) == 6 and "**6 of 6 runs**" in text and "Verdict: **" in text
+    assert len(results) == 10 and "**10 of 10 runs**" in text and "Verdict: **" in text
     assert not list((quick_run / "runs").rglob("config.json"))
     assert all(result.data["source"] == "digits" for result in results)
     (experiment,) = design.quick()
