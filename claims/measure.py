@@ -38,12 +38,13 @@ def belongs(result: Result, experiment: Experiment) -> bool:
         return False
     protocols = result.evaluation["protocols"]
     there = {
-        (m["metric"], m["of"], p["reference"], p["real"])
+        (m["metric"], m["of"], p["reference"], p["generated"], real)
         for m in result.evaluation["measurements"]
         for p in [protocols[m["protocol"]]]
+        for real in (p["real"], None)  # None: all of them
     }
     return there >= {
-        (f"FD-{p.extractor}", images.name, p.reference, p.real)
+        (f"FD-{p.extractor}", images.name, p.reference, p.generated, p.real)
         for compared in experiment.compared[result.label]
         for images, p in compared.protocols(recipe.generation)
     }
