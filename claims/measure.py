@@ -45,7 +45,7 @@ def belongs(result: Result, experiment: Experiment) -> bool:
     }
     return there >= {
         (f"FD-{p.extractor}", images.name, p.reference, p.generated, p.real)
-        for compared in experiment.compared[result.label]
+        for compared in experiment.compared.get(result.label, ())
         for images, p in compared.protocols(recipe.generation)
     }
 

@@ -79,6 +79,7 @@ FINE = Style(digits=3)
 PERCENT = Style(100, 1, " %", signed=True)
 SHARE = Style(100, 1, " %")
 NATS = Style(1, 2, " nats", signed=True)
+NAMED = 6  # most checks that a verdict names
 
 
 def below(what: str, values: Iterable[float], bound: float, style: Style = PLAIN) -> Check:
@@ -167,7 +168,10 @@ def verdict(checks: Sequence[Check]) -> Outcome:
 
 
 def verdict_text(checks: Sequence[Check]) -> str:
-    """Format the verdict. It names the checks by outcome if they differ, the failed ones first."""
+    """Format the verdict, with the checks of each outcome if they differ, the failed ones first.
+
+    A few checks are named, more are counted.
+    """
     outcome = verdict(checks)
     if outcome is Outcome.ABSENT:
         return "**not measured yet**"
@@ -184,4 +188,7 @@ def decided_by_chance(checks: Sequence[Check]) -> float:
 
 
 def _listed(checks: Sequence[Check], outcome: Outcome) -> str:
-    return " · ".join(check.what for check in checks if check.outcome is outcome)
+    names = [check.what for check in checks if check.outcome is outcome]
+    if len(checks) <= NAMED or not names:
+        return " · ".join(names)
+    return f"{len(names)} check{'s' * (len(names) > 1)}"

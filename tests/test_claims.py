@@ -165,6 +165,14 @@ def test_a_verdict_follows_from_the_checks_and_names_those_that_disagree(outcome
     )
 
 
+def test_a_verdict_of_many_checks_counts_them():
+    outcomes = [Outcome.FAILS] + 3 * [Outcome.OPEN] + 5 * [Outcome.HOLDS]
+    checks = [Check(f"check {k}", "", "", outcome) for k, outcome in enumerate(outcomes)]
+    assert verdict_text(checks) == (
+        "**mixed**: does not hold for 1 check; undecided for 3 checks; holds for 5 checks"
+    )
+
+
 def test_a_check_at_its_bound_is_decided_by_chance_as_often_as_the_page_says():
     """With normal values whose mean is the bound, 5 % of checks hold or fail."""
     values = np.random.default_rng(0).normal(size=(2_000, 5))
@@ -233,6 +241,14 @@ def test_verdicts_turn_round_with_the_figures():
     )
     distances = [[c for c in s.checks if "MSE" not in c.what] for s in (holds, fails)]
     assert [verdict(checks) for checks in distances] == [Outcome.HOLDS, Outcome.FAILS]
+
+
+def test_the_runs_on_colour_images_differ_in_their_balance_only():
+    experiment = design.colour()
+    planned = [to_json(recipe) for _, recipe in experiment.planned()]
+    assert len(planned) == 8
+    balances = {(recipe["first"].pop("balance"), recipe.pop("seed")) for recipe in planned}
+    assert len(balances) == 8 and all(recipe == planned[0] for recipe in planned)
 
 
 def test_a_second_stage_that_helps_on_one_data_set_only_is_said_to_be_mixed():
