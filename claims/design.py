@@ -44,8 +44,8 @@ SECOND_STAGES = (
 Reference = Literal["train", "test"]
 
 SEEDS = 5
-# FD-light takes a second for 60 images on one core, so it is measured only for these labels, and for
-# the labels of C9.
+# FD-light takes a second for 60 images on one core, so it is measured only for these labels, and
+# for the labels of C9.
 JUDGED_BY_LIGHT = {
     MNIST: (COMPUTED, LEARNED, *STANDARDISED),
     FASHION: (COMPUTED, LEARNED, FASTER, OPTIMAL, FIXED, *STANDARDISED),

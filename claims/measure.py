@@ -1,14 +1,17 @@
 """Figures that only the claims measure, and the check that results belong to the design."""
 
+from dataclasses import replace
 from typing import Any
 
 from poise.data import gather, head
 from poise.latent import variance_law
 from poise.metrics import reconstruction
+from poise.protocols import NO_EXTRACTOR
 from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.run import Run
 from poise.studies.comparison.experiment import Experiment
 from poise.studies.results import Result
+from poise.variants import PRIORS
 
 
 def figures_of_run(run: Run) -> dict[str, Any]:
@@ -43,11 +46,25 @@ def belongs(result: Result, experiment: Experiment) -> bool:
         for p in [protocols[m["protocol"]]]
         for real in (p["real"], None)  # None: all of them
     }
-    return there >= {
-        (f"FD-{p.extractor}", images.name, p.reference, p.generated, p.real)
+    needed = [
+        (images.name, protocol)
         for compared in experiment.compared.get(result.label, ())
-        for images, p in compared.protocols(recipe.generation)
+        for images, protocol in compared.protocols(recipe.generation)
+    ]
+    if experiment.extractor != NO_EXTRACTOR:
+        sets = ("REC", *(PRIORS[prior].label for prior in experiment.priors))
+        needed += [
+            (of, replace(protocol, extractor=experiment.extractor, generated=protocol.real))
+            for protocol in experiment.protocols
+            for of in sets
+        ]
+    return there >= {
+        (_distance(p.extractor), of, p.reference, p.generated, p.real) for of, p in needed
     }
+
+
+def _distance(extractor: str) -> str:
+    return "FID" if extractor == "inception" else f"FD-{extractor}"
 
 
 def is_finished(experiment: Experiment, results: list[Result]) -> bool:

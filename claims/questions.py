@@ -1,6 +1,7 @@
 """Our own claims, O1 to O8: explanations of C1 to C9, and effects of the release's choices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import median
 
 from claims.design import (
     BATCHES,
@@ -100,25 +101,33 @@ def faster_learning_closes_the_gap(evidence: Evidence) -> Statement:
                 name,
                 label,
                 describe(closed, PLAIN),
-                describe(gains, PLAIN),
+                _reached(gains),
                 mean_of(evidence, experiment, label, TEST_MSE),
             ]
         )
     return Statement(
         "O1",
         "A faster learning rate or a better start of log gamma closes most of the gap of C1.",
-        "Measured are the images until the final training MSE of `learned`. Refuted if a rate of "
-        "10 or 100 times the network's, or a start of 0.05, saves less than half of the images "
-        "that `computed` saves over `learned`.",
+        "Measured are the images until the final training MSE of `learned`. A check fails if a "
+        "rate of 10 or 100 times the network's, or a start of 0.05, saves less than half of the "
+        "images that `computed` saves over `learned`.",
         (FASHION, DIGITS),
         tuple(checks),
         (
             (
-                "Fourth column: ratio of images as in C1, to the final MSE of this balance",
+                "Fourth column: ratio of images as in C1, to the final MSE of this balance; median "
+                "of the seeds in which `computed` reaches it",
                 rows,
             ),
         ),
     )
+
+
+def _reached(gains: Sequence[float]) -> str:
+    """Format ratios of images, 0 for a run that never reached the error."""
+    reached = [gain for gain in gains if gain > 0]
+    middle = f"{median(reached):.2f}, " if reached else ""
+    return f"{middle}{len(reached)} of {len(gains)} seeds"
 
 
 def the_ratchet_sinks(evidence: Evidence) -> Statement:
@@ -147,10 +156,11 @@ def the_ratchet_sinks(evidence: Evidence) -> Statement:
     return Statement(
         "O2",
         "The released minimum lets noise push gamma2 below the MSE; the average stays near it.",
-        "With the minimum, gamma2 never rises ('ratchet' below). Its error should grow as batches "
-        "get smaller. Digits, 3,000 steps for every batch size. Refuted if gamma2 with the minimum "
-        "is not below the MSE, or not lower for batches of 20 than of 200. Refuted also if the "
-        "plain average differs from the MSE by more than 5 %.",
+        "With the minimum, gamma2 never rises ('ratchet' below). The claim implies that it ends "
+        "further below the MSE with smaller batches. Digits, 3,000 steps for every batch size. A "
+        "check fails if gamma2 with the minimum is not below the MSE, or not lower for batches of "
+        "20 than of 200. A check also fails if the plain average differs from the MSE by more than "
+        "5 %.",
         (f"{DIGITS}-batch-*",),
         tuple(checks),
         (("", rows),),
@@ -188,8 +198,8 @@ def weight_four(evidence: Evidence) -> Statement:
     return Statement(
         "O3",
         "A KL weight of 4 (as released for CelebA) costs reconstruction and improves samples.",
-        "Digits. Refuted if the test MSE is not higher than with weight 1, or if the distances of "
-        "samples are not smaller.",
+        "Digits. A check fails if the test MSE is not higher than with weight 1, or if the "
+        "distances of samples are not smaller.",
         (DIGITS,),
         tuple(checks),
         (("", table_of(evidence, "balance", places, columns)),),
@@ -207,11 +217,14 @@ def second_moment(evidence: Evidence) -> Statement:
         rows.append([setting.name, *(describe([law(run) for run in runs], FINE) for law in laws)])
     return Statement(
         "O4",
-        "The variance law comes to 1 with E[s^2], not with the released E[s].",
-        "Refuted if Var(mu) + E[s^2] is not nearer to 1 than Var(mu) + E[s].",
+        "The variance law is nearer to 1 with E[s^2] than with the released E[s].",
+        "A check fails if Var(mu) + E[s^2] is not nearer to 1 than Var(mu) + E[s].",
         MAIN,
         tuple(checks),
         (("", rows),),
+        "E[s] is larger than E[s^2] wherever s is below 1. So the claim follows whenever the law "
+        "exceeds 1 (C8), and does not show that it is 1. The optimum of a linear VAE does, and so "
+        "do standardised latents (O8), by construction.",
     )
 
 
@@ -234,8 +247,8 @@ def noise_of_stage_two(evidence: Evidence) -> Statement:
     return Statement(
         "O5",
         "Noise with stage 2's decoder variance (Dai & Wipf; not in the release) improves GEN-2.",
-        "The same runs are sampled with and without noise. Refuted if the distance is not smaller "
-        "with noise.",
+        "The same runs are sampled with and without noise. A check fails if the distance is not "
+        "smaller with noise.",
         MAIN,
         tuple(checks),
         (("", rows),),
@@ -263,7 +276,8 @@ def decay_matters_little(evidence: Evidence) -> Statement:
     return Statement(
         "O6",
         "The decay of the running average needs no tuning: 0.9 and 0.999 work as well as 0.99.",
-        "Digits. Refuted if the test MSE or the distance of samples changes by more than 5 %.",
+        "Digits. A check fails if the test MSE or the distance of samples changes by more than 5 "
+        "%.",
         (DIGITS,),
         tuple(checks),
         (("", rows),),
@@ -304,9 +318,9 @@ def no_grid_is_needed(evidence: Evidence) -> Statement:
         "O7",
         "No grid over gamma2 is needed: the computed balance does as well as the best of a grid.",
         "A grid over beta is the same, because beta and gamma2 = beta have the same gradient. "
-        "Digits, six values from 1 to 0.003. Refuted if the ELBO is more than 1 nat below the best "
-        f"value's, or if the distance of samples is more than {MARGIN:.0%} above the best value's. "
-        "Each best value is chosen after the runs, in the grid's favour.",
+        "Digits, six values from 1 to 0.003. A check fails if the ELBO is more than 1 nat below "
+        f"the best value's, or if the distance of samples is more than {MARGIN:.0%} above the "
+        "best value's. Each best value is chosen after the runs, in the grid's favour.",
         (DIGITS,),
         tuple(checks),
         (("", table_of(evidence, "balance", places, columns)),),
@@ -316,7 +330,7 @@ def no_grid_is_needed(evidence: Evidence) -> Statement:
 
 
 def standard_latents_help(evidence: Evidence) -> Statement:
-    """Return O8: latents standardised at the network's doors."""
+    """Return O8: standardised latents."""
     checks, rows = [], []
     renormalised = relative(distance(RENORMALISED, "pixels"), distance("GEN-2", "pixels"))
     for setting in SETTINGS:
@@ -361,15 +375,14 @@ def standard_latents_help(evidence: Evidence) -> Statement:
             ]
     return Statement(
         "O8",
-        "Standardising latents at the network's doors lowers the KL and harms no samples.",
+        "Standardising the latents lowers the KL and harms no samples.",
         "The latents of the training images get mean 0 and variance 1 by a shift and a scale "
-        "(`poise.vae`): once after training, or also every 100 steps of it. Refuted if the KL is "
-        "not lower, if the ELBO is not higher, or if the test MSE or a distance of samples is worse "
-        f"by more than {MARGIN:.0%}.",
+        "(`poise.vae`): once after training, or also every 100 steps of it. A check fails if the "
+        "KL is not lower, if the ELBO is not higher, or if the test MSE or a distance of samples "
+        f"is worse by more than {MARGIN:.0%}.",
         MAIN,
         tuple(checks),
         tuple(rows),
         "With `after`, reconstructions are those of `computed` by construction, and the variance "
-        "law of C8 is exactly 1 on the training images. The renormalisation of C6 then has only "
-        "the variance lost by stage 2 to restore.",
+        "law of C8 is exactly 1 on the training images.",
     )

@@ -12,8 +12,8 @@ seed.
 A claim
 
     holds            if every check holds
-    does not hold    if no check does
-    is mixed         if some checks hold and others do not
+    does not hold    if every check fails, that is, does not hold
+    is mixed         if some checks hold and others fail
     is undecided     otherwise: some checks are undecided, and the others agree
 
 Checks that are not measured are named and do not count. If the true value of a check lies exactly
