@@ -24,8 +24,8 @@ part() { # NAME, its time limit in seconds, COMMAND...
 
 poise="python3 -m poise compare cifar10 --extractor inception --device cuda"
 # 1. The paper's balance against three others on colour images, a small network: two seeds.
-part colour 200 $poise --network infogan --balances computed learned learned:rate=100 optimal \
-    --seeds 2 --epochs 10 --second-epochs 20 --images 5000 --jobs 4 --out "$out/colour"
+part colour 200 python3 -m claims colour --device cuda --jobs 4 \
+    --runs "$out/colour" --results "$out/claims"
 # 2. The released network: five balances, standard latents, and a flow on the same codes.
 part balances 660 python3 benchmarks/balances.py "$out/balances"
 # 3. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.
