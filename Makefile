@@ -3,7 +3,7 @@
 # make integrations  install other libraries in .venv-integrations and run the balance in them beside their own losses
 # make docs   build the documentation site in docs/_build/html, in .venv-docs; every code block is executed
 # make release-check  build wheel and sdist twice, install them and each extra in empty environments, and run them
-# make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about an hour on two cores; POISE_DATA)
+# make claims train and measure everything behind docs/claims.md that is not done yet, and write it (about two hours on two cores; POISE_DATA)
 # make torture  try to break the promises of docs/reliability.md (about an hour on two cores; TORTURE="--scale 0.1" is short)
 # make torture-versions  test with the oldest and with the newest versions of all dependencies (OLDEST_PYTHON, NEWEST_PYTHON)
 #
