@@ -1,7 +1,8 @@
 """Train latent maps and a flow for some minutes, and compare samples with the training images.
 
     python benchmarks/maps.py DATA RUN OUT.json [--minutes 8] [--seed 0] [--engine auto]
-        [--images 50000] [--few 10000] [--learning-rate RATE] [--labels] [--device auto]
+        [--images 50000] [--few 10000] [--network NAME=VALUE ...] [--first NAME=VALUE ...]
+        [--second NAME=VALUE ...] [--labels] [--device auto]
     python benchmarks/maps.py DATA RUN OUT.json --pace [--engines captured compiled-captured]
 
 The recipe is maps-large, for one GPU. All sets are compared with the training images:
@@ -11,13 +12,15 @@ The recipe is maps-large, for one GPU. All sets are compared with the training i
 - `GEN-flow`: --images samples by the recipe's solver, and --few samples by each other one (0: by
   no other).
 
---learning-rate is that of stage 1; without it, the recipe's. With --labels the flow learns the
-classes, and --few samples are drawn with each of several guidances too.
+--network, --first and --second change settings of the recipe, such as --network latent_channels=8
+--first learning_rate=5e-4. With --labels the flow learns the classes, and --few samples are drawn
+with each of several guidances too.
 
 `--pace` only measures the seconds per step of both stages with each engine.
 """
 
 import argparse
+import ast
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -47,10 +50,23 @@ from poise.training.machine import choose_device
 RECIPE = RECIPES["maps-large"]
 SOLVERS: tuple[tuple[Solver, int], ...] = (("heun", 8), ("heun", 5), ("euler", 15), ("heun", 12))
 GUIDANCES = (1.25, 1.5, 2.0)
+PARTS = ("network", "first", "second")  # of a recipe
 
 
 def seconds_since(began: float) -> float:
     return round(time.monotonic() - began, 1)
+
+
+def changes_of(words: list[str]) -> dict[str, Any]:
+    """Return settings by name from words such as learning_rate=5e-4 and balance=learned."""
+    changes = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
 
 
 def paces(data: str, engines: list[str], device: torch.device) -> dict[str, Any]:
@@ -147,7 +163,8 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--few", type=int, default=10_000)
-    parser.add_argument("--learning-rate", type=float)
+    for part in PARTS:
+        parser.add_argument(f"--{part}", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--labels", action="store_true")
     parser.add_argument("--extractor", default="inception")
     parser.add_argument("--device", default="auto")
@@ -159,11 +176,14 @@ def main() -> None:
     if options.pace:
         write_report(options.out, report | {"pace": paces(options.data, options.engines, device)})
         return
-    rate = options.learning_rate or RECIPE.first.learning_rate
+    changes = {part: changes_of(getattr(options, part)) for part in PARTS}
     run, training = trained(
-        replace(RECIPE, first=replace(RECIPE.first, learning_rate=rate)), options
+        replace(
+            RECIPE, **{part: replace(getattr(RECIPE, part), **changes[part]) for part in PARTS}
+        ),
+        options,
     )
-    training |= {"learning_rate": rate}
+    training |= {"changes": changes}
     report |= {"data": run.data, "seed": options.seed, "training": training}
     began = time.monotonic()
     figures = reconstruction(run.first.vae, run.first.balance, run.dataset().test)

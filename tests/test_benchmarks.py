@@ -221,3 +221,13 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
         assert recipe.data == own.data or candidate is defaults.CANDIDATES["resnet"]
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
     assert all(recipe != defaults.MAPS and recipe.name == "maps" for recipe in plain)
+
+
+def test_changes_of_a_recipe_are_read_from_words(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    maps = importlib.import_module("maps")
+    words = ["learning_rate=5e-4", "steps=200", "ema_warmup=True", "balance=computed:decay=0.9"]
+    found = maps.changes_of(words)
+    changed = replace(maps.RECIPE.first, **found)
+    assert (changed.learning_rate, changed.steps, changed.ema_warmup) == (5e-4, 200, True)
+    assert changed.balance == "computed:decay=0.9"
