@@ -24,7 +24,7 @@ TWICE_LEARNED = "learned, both stages"  # the two-stage VAE of Dai & Wipf
 RAE = "rae-l2:latent=0.005,decoder=8e-5"
 WAE = "wae-mmd"
 RIVALS = ("autoencoder", RAE, "rae-gp", WAE)
-# Latents standardised at the network's doors: once after training, or also every 100 steps of it.
+# Standardised latents: once after training, or also every 100 steps of it.
 STANDARDISED = {f"computed, latents standardised {how}": how for how in ("after", "during")}
 
 MNIST, FASHION, DIGITS = "claims-mnist", "claims-fashion", "claims-digits"

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill as wrapped
 
 from claims.design import (
     BASIC,
+    COLOUR,
     COMPUTED,
     FASHION,
     FASTER,
@@ -23,7 +23,7 @@ from claims.design import (
     colour,
     design,
 )
-from claims.figures import KL, TEST_MSE, Evidence, Quantity, distance, number, speed_up
+from claims.figures import KL, TEST_MSE, Evidence, Quantity, distance, speed_up
 from claims.measure import belongs
 from claims.questions import questions
 from claims.rules import Check, Outcome, decided_by_chance, verdict_text
@@ -38,8 +38,8 @@ from claims.statements import (
 )
 from poise.errors import InputError
 from poise.studies.comparison.experiment import Experiment
-from poise.studies.comparison.statistics import by_label, spread
-from poise.studies.comparison.tables import markdown, show, table
+from poise.studies.comparison.statistics import by_label
+from poise.studies.comparison.tables import markdown, table
 from poise.studies.results import Result
 
 ROOT = Path(__file__).parent.parent
@@ -255,16 +255,12 @@ def in_colour(results: Iterable[Result]) -> Iterator[str]:
 
 def _kid(runs: Sequence[Result]) -> list[list[str]]:
     """Return the rows of KID of the table of colour images."""
-    groups = by_label(runs).values()
-    return [
-        [f"KID of {of}", *(show(spread(_known(group.values(), "KID", of))) for group in groups)]
-        for of in BASIC
-    ]
+    evidence, labels = Evidence(runs), list(by_label(runs))
 
+    def cells(quantity: Quantity) -> list[str]:
+        return [mean_of(evidence, COLOUR, label, quantity) for label in labels]
 
-def _known(runs: Iterable[Result], metric: str, of: str) -> list[float]:
-    values = (number(run, lambda run: run.value(metric, of)) for run in runs)
-    return [value for value in values if isfinite(value)]
+    return [[f"KID of {of}", *cells(lambda run, of=of: run.value("KID", of))] for of in BASIC]
 
 
 def _wanted(results: Iterable[Result], experiments: Sequence[Experiment]) -> Iterator[Result]:
