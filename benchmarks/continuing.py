@@ -9,7 +9,7 @@ another run for twice as many. It compares ELBO and MSE of the test images. `con
 halve the learning rate, so both ways must end with the same numbers.
 
 `--validation` measures the seconds of all evaluations of held-out images in a run of stage 1, over
-those of its steps. DATA may be a file of images; the recipe is then "images".
+those of its steps. DATA may be a file of images; the recipe is then "images-resnet".
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main() -> None:
         print(table(json.loads(given.file.read_text())))
         return
     known = given.data in RECIPES
-    base = Changes(stages=1).apply(RECIPES[given.data if known else "images"])
+    base = Changes(stages=1).apply(RECIPES[given.data if known else "images-resnet"])
     data = load(base.data.source if known else given.data)
     report: dict[str, Any] = {
         "data": given.data,

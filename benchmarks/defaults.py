@@ -88,7 +88,7 @@ class Candidate:
     map_side: int | None = None
 
 
-MAPS = RECIPES["maps"]
+MAPS = RECIPES["images"]
 
 
 def changed(
@@ -115,7 +115,7 @@ def shared(of_flow: float) -> Recipe:
 
 
 CANDIDATES = {
-    "resnet": Candidate(RECIPES["images"], ("normal", "second-stage", "mixture")),
+    "resnet": Candidate(RECIPES["images-resnet"], ("normal", "second-stage", "mixture")),
     "second-stage": Candidate(Changes(second="vae").apply(MAPS), ("normal", "second-stage")),
     "mixture": Candidate(Changes(stages=1).apply(MAPS), ("normal", "mixture")),
     "flow": Candidate(MAPS),

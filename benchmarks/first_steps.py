@@ -6,7 +6,7 @@
 
 DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other
 data sets are generated: gradients of two colours, dark photographs (faces times 0.1), line drawings
-on white, uniform noise. Each run has 20 steps of the recipe `images`, or `maps` for `conv`, with
+on white, uniform noise. Each run has 20 steps of the recipe `images-resnet`, or `images` for `conv`, with
 its balance, learning rate and order. Batches have 64 images at 28 and 32 pixels (three seeds), 16
 at more pixels (one seed) and always for `conv`.
 
@@ -100,7 +100,7 @@ def sets(data: Path) -> dict[str, Callable[[int], np.ndarray]]:
 
 
 def settings(network: str, initialisation: str, batch: int, seed: int) -> Recipe:
-    base = RECIPES["maps" if network == "conv" else "images"]
+    base = RECIPES["images" if network == "conv" else "images-resnet"]
     recipe = Changes(network=network, batch_size=batch, seed=seed).apply(base)  # pyright: ignore[reportArgumentType]
     return given(recipe, network=given(recipe.network, initialisation=initialisation))
 

@@ -4,7 +4,7 @@
         [--steps 3 5 7] [--solvers heun euler]
     python benchmarks/flow_steps.py --table results/bench-flow-faces-*.json
 
-RUN is a finished run whose second stage is a flow (`poise train DATA --recipe maps`). For each
+RUN is a finished run whose second stage is a flow (`poise train DATA`). For each
 number of steps, samples are compared with the first test images, by Heun's method (2n - 1
 evaluations for n steps) and by Euler's method with as many evaluations. The other sets of the same
 protocol (REC, GEN-1, GEN-mixture) stand beside them. `floor` compares as many training images, so

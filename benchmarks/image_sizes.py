@@ -1,4 +1,4 @@
-"""Measure the recipe `maps` as images grow: images/s of both stages, samples/s and peak memory.
+"""Measure the recipe `images` as images grow: images/s of both stages, samples/s and peak memory.
 
     python benchmarks/image_sizes.py [--sides 32 64 128 256] [--threads 1] [--epochs 3]
         [--images 200] [--rounds 3] [--json results/bench-image-sizes.json]
@@ -42,14 +42,14 @@ def measured(side: int, threads: int, epochs: int, images: int) -> dict[str, Any
     options = Options(device="cpu", threads=threads, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         run = poise.train(
-            data, recipe="maps", out=Path(folder, "run"), epochs=epochs, second_epochs=2 * epochs,
+            data, out=Path(folder, "run"), epochs=epochs, second_epochs=2 * epochs,
             options=options,
         )  # fmt: skip
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line) for line in lines]
         flow_samples = sampled(run, images)
         with_vae = poise.train(
-            data, recipe="maps", second="vae", out=Path(folder, "vae"), epochs=1, second_epochs=1,
+            data, second="vae", out=Path(folder, "vae"), epochs=1, second_epochs=1,
             options=options,
         )  # fmt: skip
         vae_samples = sampled(with_vae, images)

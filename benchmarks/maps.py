@@ -5,7 +5,7 @@
         [--second NAME=VALUE ...] [--labels] [--device auto]
     python benchmarks/maps.py DATA RUN OUT.json --pace [--engines captured compiled-captured]
 
-The recipe is maps-large, for one GPU. All sets are compared with the training images:
+The recipe is images-large, for one GPU. All sets are compared with the training images:
 
 - `test images`: a check of the extractor, 3.15 for CIFAR-10 (10,000 against 50,000 images).
 - `REC`: reconstructions of the test images.
@@ -47,7 +47,7 @@ from poise.training import ImageBatches
 from poise.training.loop import count_latents
 from poise.training.machine import choose_device
 
-RECIPE = RECIPES["maps-large"]
+RECIPE = RECIPES["images-large"]
 SOLVERS: tuple[tuple[Solver, int], ...] = (("heun", 8), ("heun", 5), ("euler", 15), ("heun", 12))
 GUIDANCES = (1.25, 1.5, 2.0)
 PARTS = ("network", "first", "second")  # of a recipe

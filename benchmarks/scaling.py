@@ -32,7 +32,7 @@ from poise import data as datasets
 from poise.balance import ComputedBalance
 from poise.metrics import pixel_std
 from poise.recipes import Network, Stage
-from poise.recipes.presets import IMAGES
+from poise.recipes.presets import IMAGES_RESNET
 from poise.runs.build import first_stage
 from poise.training import ImageBatches, Watch, fit, new_state
 
@@ -83,7 +83,7 @@ def train(path: Path, case: Case, steps: int, device_name: str) -> dict[str, flo
         _ = data.checksum, pixel_std(data.train)
         read = time.perf_counter() - began
     with PeakMemory() as training:
-        vae = first_stage(replace(IMAGES, network=network), list(data.shape))
+        vae = first_stage(replace(IMAGES_RESNET, network=network), list(data.shape))
         state, batches = (
             new_state(vae, ComputedBalance(), stage, device),
             ImageBatches(data.train, device),

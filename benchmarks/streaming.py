@@ -61,7 +61,7 @@ from measuring import (
 from poise import data as datasets
 from poise.balance import ComputedBalance
 from poise.recipes import Network, Stage
-from poise.recipes.presets import IMAGES
+from poise.recipes.presets import IMAGES_RESNET
 from poise.runs.build import first_stage
 from poise.training import ImageBatches, TrainingState, Watch, fit, new_state
 
@@ -215,7 +215,7 @@ def train(name: str, file: Path | None, stream: int | None) -> None:
     read = round(time.perf_counter() - began, 1)
     send({"seconds": read, "peak_anonymous_mib": round(memory.mib, 1)})
     stage, device = Stage(steps=FOREVER, batch_size=batch_size), torch.device("cpu")
-    vae = first_stage(replace(IMAGES, network=network), list(images.shape[1:]))
+    vae = first_stage(replace(IMAGES_RESNET, network=network), list(images.shape[1:]))
     state = new_state(vae, ComputedBalance(), stage, device)
     watch = Watch(stop=Turns(state, batch_size).stop, quiet=True, save_seconds=math.inf)
     fit(state, ImageBatches(images, device), stage, number=1, seed=0, watch=watch)

@@ -220,7 +220,7 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
         recipe, own = candidate.recipe, defaults.MAPS
         assert recipe.data == own.data or candidate is defaults.CANDIDATES["resnet"]
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
-    assert all(recipe != defaults.MAPS and recipe.name == "maps" for recipe in plain)
+    assert all(recipe != defaults.MAPS and recipe.name == "images" for recipe in plain)
 
 
 def test_changes_of_a_recipe_are_read_from_words(monkeypatch):

@@ -13,8 +13,8 @@ from poise.recipes.presets import (
     FASHION_MNIST,
     FASHION_MNIST_PUBLISHED,
     IMAGES,
-    MAPS,
-    MAPS_LARGE,
+    IMAGES_LARGE,
+    IMAGES_RESNET,
     MNIST,
     MNIST_PUBLISHED,
 )
@@ -43,7 +43,7 @@ _OF_DATA_SETS = (
     CELEBA64_RELEASED,
 )
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES, MAPS, MAPS_LARGE)
+    recipe.name: recipe for recipe in (DIGITS, *_OF_DATA_SETS, IMAGES, IMAGES_LARGE, IMAGES_RESNET)
 }
 EXPERIMENTS = tuple(recipe.name for recipe in _OF_DATA_SETS)
 """Recipes of published experiments, and shorter recipes on the same data."""

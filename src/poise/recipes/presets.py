@@ -9,9 +9,9 @@ poise train cifar10           # 32x32 RGB, lossless, plain running average, vari
 poise train cifar10-released  # every departure of the released code, each a named setting
 poise train celeba64          # rows 45:173, columns 25:153, resized to 64x64; sorted official split
 poise train celeba64-released # every departure of the released code, among them a KL weight of 4
-poise train photos/ --size 64 # images: any folder or array, the released network at their size
-poise train photos/ --recipe maps --size 64   # latent maps and a flow
-poise train photos/ --recipe maps-large --size 64   # the same for a GPU: wider, in large batches
+poise train photos/ --size 64 # images: any folder or array, latent maps and a flow
+poise train photos/ --recipe images-large --size 64   # the same for a GPU: wider, in large batches
+poise train photos/ --recipe images-resnet --size 64  # the released network at their size
 
 CIFAR-10 and CelebA are the experiments of Asperti & Trentin 2020. They use the released networks:
 5.2 and 19.3 million parameters in stage 1, 17.5 and 68.5 million in stage 2. They also use the
@@ -146,18 +146,10 @@ CELEBA64_RELEASED = replace(
     generation=RELEASED_GENERATION,
 )
 
-IMAGES = Recipe(
-    name="images",
-    data=Data("images"),
-    network=Network("resnet", latent_dim=64, second_hidden=1024, initialisation="pytorch"),
-    first=Stage(steps=30_000, batch_size=64, learning_rate=2e-4, halve_every=10_000),
-    second=Stage(steps=60_000, batch_size=100, learning_rate=2e-4, halve_every=20_000),
-)
-
 # Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU
 # core. Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
-MAPS = Recipe(
-    name="maps",
+IMAGES = Recipe(
+    name="images",
     data=Data("images", flips=True),
     network=Network("conv", latent_channels=4),
     first=Stage(steps=6_100, batch_size=16, learning_rate=1e-3, decay=0.5),
@@ -175,11 +167,20 @@ MAPS = Recipe(
 
 # For a GPU: 24.4 million parameters, at 32 pixels. The learning rate and the batches of the flow
 # are those of Karras et al. 2022 (arXiv 2206.00364, table 7) for CIFAR-10.
-MAPS_LARGE = replace(
-    MAPS,
-    name="maps-large",
+IMAGES_LARGE = replace(
+    IMAGES,
+    name="images-large",
     network=Network("conv", latent_channels=16, conv_width=256, flow_width=192, flow_blocks=10),
-    first=replace(MAPS.first, steps=30_000, batch_size=256, warmup=0.02, precision="bfloat16"),
-    second=MAPS.second and replace(MAPS.second, steps=30_000, batch_size=512, precision="bfloat16"),
+    first=replace(IMAGES.first, steps=30_000, batch_size=256, warmup=0.02, precision="bfloat16"),
+    second=IMAGES.second
+    and replace(IMAGES.second, steps=30_000, batch_size=512, precision="bfloat16"),
     generation=Generation(flow_steps=8),
+)
+
+IMAGES_RESNET = Recipe(
+    name="images-resnet",
+    data=Data("images"),
+    network=Network("resnet", latent_dim=64, second_hidden=1024, initialisation="pytorch"),
+    first=Stage(steps=30_000, batch_size=64, learning_rate=2e-4, halve_every=10_000),
+    second=Stage(steps=60_000, batch_size=100, learning_rate=2e-4, halve_every=20_000),
 )
