@@ -83,6 +83,8 @@ def test_train_ends_with_a_table_and_pictures(capsys, tmp_path):
         "mlp",
         "--latent-dim",
         "4",
+        "--second",
+        "vae",
         "--out",
         "run",
         *QUICK,

@@ -166,7 +166,7 @@ def test_every_setting_is_an_option_of_the_commands_that_can_use_it():
         comparing.base_recipe("digits", None, {name: VALUES[name], **NEEDED.get(name, {})})
 
 
-@pytest.mark.parametrize("recipe", ["digits", "cifar10-released", "images"])
+@pytest.mark.parametrize("recipe", ["digits", "cifar10-released", "images-resnet"])
 @pytest.mark.parametrize("name", VALUES)
 def test_the_command_and_python_make_the_same_recipe(name, recipe):
     value = VALUES[name]
@@ -239,7 +239,7 @@ def test_help_without_data_shows_what_all_recipes_share(help_of):
     assert re.search(r"--seed INT [^(]*\(default: 0\)", text)
     # Wrong input does not hide the help.
     assert help_of("train", "--recipe", "imagenet") == text
-    assert re.search(r"--batch-size INT [^(]*\(default: 64 and 100\)", help_of("train", "photos/"))
+    assert re.search(r"--batch-size INT [^(]*\(default: 16 and 32\)", help_of("train", "photos/"))
 
 
 def test_help_has_groups(help_of):

@@ -100,7 +100,13 @@ def test_statistics_of_a_short_run_settle_within_it():
 
 @pytest.mark.parametrize(
     ("name", "epochs", "second"),
-    [("digits", 1_000, 4_000), ("digits", 5, 20), ("images", 8, 25), ("cifar10", 7, 14)],
+    [
+        ("digits", 1_000, 4_000),
+        ("digits", 5, 20),
+        ("images-resnet", 8, 25),
+        ("images", 8, 28),
+        ("cifar10", 7, 14),
+    ],
 )
 def test_epochs_keep_the_proportions_of_a_recipe(name, epochs, second):
     recipe = RECIPES[name]
