@@ -6,9 +6,9 @@
 
 DATA holds celeba64.npz, cifar10.npz and fashion.npz (x_train, bytes, n h w or n h w c). The other
 data sets are generated: gradients of two colours, dark photographs (faces times 0.1), line drawings
-on white, uniform noise. Each run has 20 steps of the recipe `images-resnet`, or `images` for `conv`, with
-its balance, learning rate and order. Batches have 64 images at 28 and 32 pixels (three seeds), 16
-at more pixels (one seed) and always for `conv`.
+on white, uniform noise. Each run has 20 steps of the recipe `images-resnet`, or `images` for
+`conv`, with its balance, learning rate and order. Batches have 64 images at 28 and 32 pixels (three
+seeds), 16 at more pixels (one seed) and always for `conv`.
 
 A run passes if its KL stays below the larger of 300 nats and 10 times the highest KL of a run with
 learning-rate warm-up: 50 steps from 0, same network, same images. The warm-up run is done only if
