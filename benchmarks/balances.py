@@ -19,17 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import poise
 from poise.data import load
-from poise.evaluation import Produced, choose_extractor, chunks_of, compare
 from poise.protocols import DEFAULT, with_count
 from poise.recipes import find_recipe
 from poise.studies.comparison import Experiment, conduct
 from poise.studies.comparison.measuring import Compared, ImageSet
 from poise.support.files import write_file, write_json
-from poise.training.machine import choose_device
 
 BALANCES = ("computed", "released", "learned", "learned:rate=100", "optimal")
 STANDARD, FLOW = "computed, standard latents", "computed, flow"
@@ -68,16 +64,13 @@ def experiment(data: str, epochs: int, images: int, extractor: str) -> Experimen
     )
 
 
-def extractor_check(data: str, extractor: str, device: torch.device) -> dict[str, Any]:
+def extractor_check(data: str, extractor: str, device: str) -> dict[str, Any]:
     """Return the distance of all training images to the test images."""
     dataset = load(data)
-    real, train = dataset.test, dataset.train
-    protocol = replace(with_count(DEFAULT, len(real)), generated=len(train))
-    protocol, network, _ = choose_extractor(protocol, extractor, device)
-    assert network is not None
-    produced = Produced("training images", lambda n: chunks_of(train, n), len(train))
-    (found,) = compare(real, [produced], protocol, network, metrics=(network.distance,))
-    return {"test": len(real), "train": len(train), found.metric: found.value}
+    found = poise.evaluate(dataset.test, dataset.train, extractor=extractor, device=device)
+    distance = found.measurements[0]
+    counts = {"test": len(dataset.test), "train": len(dataset.train)}
+    return counts | {distance.metric: distance.value}
 
 
 def main() -> None:
@@ -98,7 +91,7 @@ def main() -> None:
     )
     write_file(options.out / "table.md", str(comparison).encode())
     print(comparison)
-    check = extractor_check(options.data, options.extractor, choose_device(options.device))
+    check = extractor_check(options.data, options.extractor, options.device)
     write_json(options.out / "check.json", check)
 
 
