@@ -64,8 +64,9 @@ end. Larger networks need a GPU ([gpu-queue.md](gpu-queue.md)), and results may 
 
 `python -m claims page` writes this page, including the verdicts, from `results/claims/`. The rules
 are in `claims/rules.py` and `claims/statements.py`. Most were committed before these runs, but
-after the runs of 2026-11-25 had been seen. Changes since then are dated. `make claims` (with
-`POISE_DATA`) does the missing runs and writes the page.
+after the runs of 2026-11-25 had been seen. The checks of C6 and the FD-pixels of C9 were changed
+when most of these runs had been seen. `make claims` (with `POISE_DATA`) does the missing runs and
+writes the page.
 
 ## Terms
 
