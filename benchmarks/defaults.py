@@ -15,7 +15,7 @@ and searches the nearest training image of samples and of reconstructed test ima
 results/defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated.
 `table` prints the means over seeds.
 
-The candidates are four recipes; the variants change one setting of the one with a flow. faces60 and
+The candidates are four recipes; each variant changes one thing in the one with a flow. faces60 and
 faces500 are the first faces only.
 """
 

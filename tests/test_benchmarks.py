@@ -156,7 +156,7 @@ def test_the_balances_side_by_side_differ_only_in_what_their_label_says(monkeypa
 
 @pytest.mark.slow
 def test_features_that_vary_less_can_be_nearer(tmp_path):
-    """The bias of a few perfect samples: see docs/claims.md."""
+    """The bias of a few perfect samples: see docs/log.md, 2026-11-26."""
     generator = np.random.default_rng(0)
     arrays = {
         f"x_{side}": generator.integers(0, 256, (60, 28, 28), np.uint8)
