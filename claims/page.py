@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill as wrapped
@@ -44,7 +43,6 @@ from poise.studies.results import Result
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results" / "claims", ROOT / "docs" / "claims.md", ROOT / "README.md"
-fill = partial(wrapped, width=100, break_on_hyphens=False)
 # Verdicts of the runs of 2026-11-25, by the rules of then.
 BEFORE = {
     "C1": "depends", "C2": "depends", "C3": "depends", "C4": "depends", "C5": "holds",
@@ -144,12 +142,19 @@ exactly its bound is decided by chance in 5 % of cases. Each section says how ma
 that makes; nothing is corrected for the number of checks."""
 
 
-IN_COLOUR = """# Colour images
+IN_COLOUR = """## Colour images
 
 CIFAR-10 with the InfoGAN-type network and 64 latents: 10 epochs of stage 1 (the release has 700 of
 a larger network), then 20 of stage 2. Batches of 100, Adam 1e-4 halved after 3.6 and 7.1 epochs, in
 stage 2 after 5.7, 11.4 and 17.1. FID and KID by the 2015 Inception, 5,000 images against 5,000 test
 images. So few images bias FID upwards. There are two seeds, too few for verdicts."""
+
+
+def fill(text: str, indent: str = "") -> str:
+    """Wrap text at 100 columns. A line that begins with % would be a comment on the site."""
+    glued = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = wrapped(glued, 100, subsequent_indent=indent, break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def contrary(results: Iterable[Result]) -> str:
@@ -202,7 +207,7 @@ def advice(evidence: Evidence) -> Iterator[str]:
         f"than 5 % in these checks of C2: {'; '.join(f'{c.what} {c.figure}' for c in worse)}.",
     )
     yield "## Should you use it?"
-    yield "\n".join(fill(f"- {line}", subsequent_indent="  ") for line in lines)
+    yield "\n".join(fill(f"- {line}", "  ") for line in lines)
 
 
 def range_of(groups: Iterable[Sequence[float]]) -> tuple[str, str]:
@@ -234,9 +239,9 @@ def page(results: Iterable[Result], experiments: Sequence[Experiment] | None = N
         _protocol(),
     ]
     parts += [
-        "# Claims of the paper",
+        "## Claims of the paper",
         *map(section, paper),
-        "# Our own claims",
+        "## Our own claims",
         *map(section, ours),
         *in_colour(results),
     ]
@@ -325,7 +330,7 @@ def section(statement: Statement) -> str:
         statement.remark,
     )
     parts = [
-        f"## {statement.key}: {statement.claim}",
+        f"### {statement.key}: {statement.claim}",
         *(fill(text) for text in paragraphs if text),
     ]
     if statement.checks:

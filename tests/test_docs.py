@@ -207,6 +207,13 @@ def test_the_site_has_every_page_and_the_reference_every_name():
     assert set(missing) == modules
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_the_site_leaves_out_no_line(page):
+    """A line that begins with % is a comment of the site's Markdown, and so are its next lines."""
+    parts = page.read_text(encoding="utf-8").split("```")
+    assert not re.findall(r"(?m)^\s*%.*", "".join(parts[::2]))
+
+
 def test_the_table_of_odd_images_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = json.loads((ROOT / "results" / "bench-odd-images.json").read_text())
