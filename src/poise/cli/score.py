@@ -93,5 +93,6 @@ class Score:
         if share is not None and float(share.mean()) < max(LOW_SHARE, 2 / self.samples):
             print(
                 f"note: the effective share of samples is {float(share.mean()):.2f}, so log p(x) "
-                "is a lower bound with an error; more --samples or --proposal refined makes it smaller"
+                "is a lower bound with an error; more --samples or --proposal refined makes it "
+                "smaller"
             )
