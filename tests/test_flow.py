@@ -321,7 +321,7 @@ def test_a_flow_that_is_not_there_or_does_not_fit_is_refused_in_one_line(run, tm
         "has no trained flow: use --prior normal or --prior mixture": lambda: without.sample(
             3, prior="flow"
         ),
-        "has no trained second stage: use .* --prior flow": lambda: run.sample(
+        "has no trained second VAE: use .* --prior flow": lambda: run.sample(
             3, prior="second-stage"
         ),
         "needs a trained flow as second stage, and this model has none": lambda: make_prior(

@@ -596,7 +596,7 @@ def test_one_stage_is_enough(tmp_path):
     run = tiny(tmp_path / "run", second=None)
     assert run.finished and run.second is None
     assert run.sample(3).shape == run.sample(3, prior="mixture").shape == (3, 1, 8, 8)
-    with pytest.raises(InputError, match="no trained second stage"):
+    with pytest.raises(InputError, match="no trained second VAE"):
         run.sample(3, prior="second-stage")
 
 

@@ -483,7 +483,7 @@ class Run:
         second, needed = self.second, find_prior(name).second_stage
         if needed not in (None, self.second_stage):
             others = [f"--prior {other}" for other in available_priors(self.second_stage)]
-            what = "second stage" if needed == "vae" else "flow"
+            what = "second VAE" if needed == "vae" else "flow"
             raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
