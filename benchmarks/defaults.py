@@ -1,51 +1,75 @@
 """Compare candidates for the default recipe of photographs, at equal time.
 
     python benchmarks/defaults.py list
-    python benchmarks/defaults.py train FOLDER UNIT...
-    python benchmarks/defaults.py measure FOLDER UNIT...
+    python benchmarks/defaults.py pace FOLDER UNIT...
+    python benchmarks/defaults.py train FOLDER UNIT... [--device cuda --jobs 6]
+    python benchmarks/defaults.py measure FOLDER UNIT... [--device cuda --jobs 4]
     python benchmarks/defaults.py table
 
 FOLDER holds cifar10.npz and celeba64.npz. A unit is SET-CANDIDATE-MINUTES-SEED, for example
 faces-flow-10-0; shell patterns such as 'faces-*-10-?' name several, and floor-SET compares training
-images with test images. Times are those of two cores: with `--threads 1` a unit trains twice as
-long on one core, so that two units can run side by side, each pinned to a core of its own. `train`
-must be the only work on its cores. `measure` needs no quiet machine: it compares reconstructions
-and samples of each prior with the first test images (5,000 of CIFAR-10, 1,000 faces at 64 pixels),
-and searches the nearest training image of samples and of reconstructed test images. It writes
-results/defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated.
-`table` prints the means over seeds.
+images with test images.
 
-The candidates are four recipes; each variant changes one thing in the one with a flow. faces60 and
-faces500 are the first faces only.
+Minutes are those of two cores. `pace` measures, on a quiet machine, the seconds of a step of both
+stages and of everything else, as `poise train --minutes` does, and adds them to results/
+defaults-pace.json. `train` takes the numbers of steps that fit into the minutes at the medians of
+these paces. So units of the same minutes are compared at equal time wherever they are trained, on
+two cores or, in a small part of the time, on a GPU. With `--measure` it measures each unit at once.
+
+`measure` compares reconstructions and samples of each prior with the first test images (5,000 of
+CIFAR-10, 1,000 faces at 64 pixels). It searches the nearest training image of samples and of
+reconstructed test images, and draws samples of a flow with fewer steps too. It writes results/
+defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated. `table`
+prints the means over seeds.
+
+The candidates are four recipes; each variant changes one thing, or several, in the one with a flow.
+faces60 and faces500 are the first faces only.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import statistics
+import tempfile
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import write_report
+from measuring import machine, write_report
 
 import poise
 from poise.data import Dataset, head, load
 from poise.networks.convolutional import ConvDecoder, ConvEncoder
+from poise.protocols import DEFAULT
 from poise.recipes import RECIPES, Recipe
 from poise.recipes.settings import Changes
 from poise.report.copies import nearest
+from poise.runs.build import first_stage
 from poise.runs.options import Options
+from poise.runs.pipeline import networks_and_balances
+from poise.runs.timing import MARGIN, Pace, Timing, lengths_within_budget
+from poise.runs.timing import measure as measure_timing
 from poise.studies.comparison.tables import markdown, table
-from poise.studies.results import provenance, read_results, result_of, write_result
+from poise.studies.comparison.worker import EVALUATED_AT_ONCE
+from poise.studies.results import provenance, read_results, result_of, source_commit, write_result
+from poise.support.seeds import derive, seeded
+from poise.training import ImageBatches
+from poise.training.loop import count_latents
+from poise.training.machine import choose_device
 from poise.variants import PriorName
 
 EXPERIMENT = "defaults"
 CORES = 2  # of the machine whose minutes are compared
+PACE = "defaults-pace.json"
 COPIES = 200  # samples whose nearest training image is searched
+FEW_STEPS = 4  # of the flow's solver, compared with the recipe's
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,7 @@ SETS = {
     "faces60": Set("celeba64.npz", 64, 1_000, 60),
     "faces500": Set("celeba64.npz", 64, 1_000, 500),
 }
+SMALL_SETS = ("faces60", "faces500")
 
 
 @dataclass(frozen=True)
@@ -81,11 +106,13 @@ class Candidate:
         recipe: the recipe.
         priors: the priors.
         map_side: side of the latent map, if it is not the network's own.
+        pace_of: candidate whose steps take the same time. None: itself.
     """
 
     recipe: Recipe
     priors: tuple[PriorName, ...] = ("normal", "flow")
     map_side: int | None = None
+    pace_of: str | None = None
 
 
 MAPS = RECIPES["images"]
@@ -106,12 +133,12 @@ def changed(
     )
 
 
-def shared(of_flow: float) -> Recipe:
-    """Return the recipe with another share of the time for the flow, which is 0.72 as it is.
+def steps_for(of_flow: float) -> dict[str, int]:
+    """Return the length of stage 1 that gives the flow another share of the time, not 0.72.
 
     The recipe's lengths were chosen for 450 and 1,150 seconds.
     """
-    return changed(first={"steps": round(6_100 * 1_150 / 450 * (1 - of_flow) / of_flow)})
+    return {"steps": round(6_100 * 1_150 / 450 * (1 - of_flow) / of_flow)}
 
 
 CANDIDATES = {
@@ -120,19 +147,35 @@ CANDIDATES = {
     "mixture": Candidate(Changes(stages=1).apply(MAPS), ("normal", "mixture")),
     "flow": Candidate(MAPS),
 }
+AVERAGE = {"ema_decay": 0.999, "ema_warmup": True}
+EIGHT = {"latent_channels": 8}
 VARIANTS = {
-    "share-30": Candidate(shared(0.3)),
-    "share-50": Candidate(shared(0.5)),
-    "share-85": Candidate(shared(0.85)),
-    "channels-2": Candidate(changed(network={"latent_channels": 2})),
-    "channels-8": Candidate(changed(network={"latent_channels": 8})),
+    "share-30": Candidate(changed(first=steps_for(0.3)), pace_of="flow"),
+    "share-50": Candidate(changed(first=steps_for(0.5)), pace_of="flow"),
+    "share-85": Candidate(changed(first=steps_for(0.85)), pace_of="flow"),
+    "channels-2": Candidate(changed({"latent_channels": 2})),
+    "channels-8": Candidate(changed(EIGHT)),
     "map-4": Candidate(MAPS, map_side=4),
-    "average": Candidate(changed(first={"ema_decay": 0.999, "ema_warmup": True})),
-    "linear": Candidate(changed(first={"decay": 1.0}, second={"decay": 1.0})),
-    "wide": Candidate(changed(network={"conv_width": 192, "flow_width": 144})),
-    "deep": Candidate(changed(network={"flow_blocks": 14})),
+    "average": Candidate(changed(first=AVERAGE)),
+    "linear": Candidate(changed(first={"decay": 1.0}, second={"decay": 1.0}), pace_of="flow"),
+    "wide": Candidate(changed({"conv_width": 192, "flow_width": 144})),
+    "deep": Candidate(changed({"flow_blocks": 14})),
     "standard": Candidate(changed(first={"standardise": "during"})),
+    "eight-average": Candidate(changed(EIGHT, AVERAGE)),
+    "eight-average-50": Candidate(
+        changed(EIGHT, AVERAGE | steps_for(0.5)), pace_of="eight-average"
+    ),
+    "average-50": Candidate(changed(first=AVERAGE | steps_for(0.5)), pace_of="average"),
 }
+# With one image in ten held out: the weights with the best held-out ELBO, and early stopping.
+HELD_OUT = replace(MAPS, data=replace(MAPS.data, validation=0.1))
+OF_SMALL_SETS = {
+    "best-weights": Candidate(HELD_OUT, pace_of="flow"),
+    "patience": Candidate(
+        replace(HELD_OUT, first=replace(HELD_OUT.first, patience=5)), pace_of="flow"
+    ),
+}
+LONG_VARIANTS = ("channels-8", "average-50", "eight-average", "eight-average-50", "wide")
 LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
     *(
@@ -141,29 +184,38 @@ UNITS = [
         for seed in range(seeds)
     ),
     *(f"{n}-{v}-10-{s}" for n, v, s in product(("faces", "cifar10"), VARIANTS, range(2))),
-    *(f"{n}-{c}-10-0" for n, c in product(("faces60", "faces500"), CANDIDATES)),
-    *(f"faces-flow-{minutes}-0" for minutes in (5, 20)),
+    *(f"{n}-{v}-60-0" for n, v in product(("cifar10", "faces"), LONG_VARIANTS)),
+    *(f"{n}-{c}-10-{s}" for n, c, s in product(SMALL_SETS, CANDIDATES | OF_SMALL_SETS, range(2))),
+    *(f"{n}-flow-{minutes}-0" for n, minutes in product(("faces", "cifar10"), (2, 5, 20))),
+    *(f"{n}-flow-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 60))),
 ]
 FLOORS = [f"floor-{name}" for name in ("cifar10", "faces")]
 
 
-def chosen(patterns: list[str]) -> Iterator[str]:
-    """Yield the units that match one of the patterns, in the order of `UNITS`."""
+def chosen(patterns: list[str]) -> list[str]:
+    """Return the units that match one of the patterns, in the order of the patterns."""
+    everything = (*UNITS, *FLOORS)
+    found: dict[str, None] = {}
     for pattern in patterns:
-        if not any(fnmatch(unit, pattern) for unit in (*UNITS, *FLOORS)):
+        matching = [unit for unit in everything if fnmatch(unit, pattern)]
+        if not matching:
             raise SystemExit(f"no unit matches {pattern}: see `defaults.py list`")
-    for unit in (*UNITS, *FLOORS):
-        if any(fnmatch(unit, pattern) for pattern in patterns):
-            yield unit
+        found |= dict.fromkeys(matching)
+    return list(found)
 
 
-def parts(unit: str) -> tuple[str, Candidate, float, int]:
+def parts(unit: str) -> tuple[str, str, float, int]:
     """Return the set, the candidate, the minutes and the seed of a unit."""
     name, rest = unit.split("-", 1)
     candidate, minutes, seed = rest.rsplit("-", 2)
-    return name, (CANDIDATES | VARIANTS)[candidate], float(minutes), int(seed)
+    return name, candidate, float(minutes), int(seed)
 
 
+def find(name: str) -> Candidate:
+    return (CANDIDATES | VARIANTS | OF_SMALL_SETS)[name]
+
+
+@cache
 def images_of(folder: Path, name: str) -> Dataset:
     """Return the images of a set."""
     chosen = SETS[name]
@@ -188,16 +240,88 @@ def autoencoder(candidate: Candidate, data: Dataset) -> poise.VAE | None:
     )
 
 
-def train(folder: Path, unit: str, runs: Path, threads: int) -> None:
-    name, candidate, minutes, seed = parts(unit)
+def measure_pace(folder: Path, name: str, candidate: Candidate) -> Timing:
+    """Return the times of a candidate on this machine, as `poise train --minutes` measures them."""
     data = images_of(folder, name)
-    torch.manual_seed(seed)  # of the weights of a network of our own
+    vae, shape = autoencoder(candidate, data), list(data.shape)
+    device, recipe = torch.device("cpu"), replace(candidate.recipe, minutes=10.0)
+    if vae is not None or recipe.network.kind == "conv":
+        built = vae or first_stage(recipe, shape)
+        latents = count_latents(built, ImageBatches(data.train, device))
+        recipe = replace(recipe, network=replace(recipe.network, latent_dim=latents))
+    with tempfile.TemporaryDirectory() as place:
+        return measure_timing(
+            recipe,
+            networks_and_balances(recipe, shape, vae, 0),
+            data,
+            Path(place),
+            device=device,
+            engine="eager",
+            count=CORES,
+            save_seconds=Options().save_seconds,
+        )
+
+
+def measure_paces(folder: Path, units: list[str], rounds: int, path: Path) -> None:
+    """Measure the pace of each set and candidate, in turns, and add them to a file."""
+    pairs = dict.fromkeys(
+        (name, find(candidate).pace_of or candidate) for name, candidate, *_ in map(parts, units)
+    )
+    for _, (name, candidate) in product(range(rounds), pairs):
+        found = measure_pace(folder, name, find(candidate))
+        report = json.loads(path.read_text()) if path.exists() else {"paces": {}}
+        report |= machine(torch.device("cpu")) | {"provenance": provenance(torch.device("cpu"))}
+        report["paces"].setdefault(f"{name}-{candidate}", []).append(asdict(found))
+        write_report(path, report)
+        print(name, candidate, found, flush=True)
+
+
+def median_timing(report: dict[str, Any], name: str, candidate: str) -> Timing:
+    """Return the medians of the measured times of a set and candidate."""
+    key = f"{name}-{find(candidate).pace_of or candidate}"
+    rounds = report["paces"].get(key)
+    if rounds is None:
+        raise SystemExit(f"no pace of {key} was measured: see `defaults.py pace`")
+    stages = zip(*(entry["stages"] for entry in rounds), strict=True)
+    return Timing(
+        tuple(
+            Pace(*(statistics.median(stage[k] for stage in each) for k in ("start", "step")))
+            for each in stages
+        ),
+        statistics.median(entry["rest"] for entry in rounds),
+    )
+
+
+def at_equal_time(unit: str, num_images: int, results: Path) -> Recipe:
+    """Return the recipe of a unit with the lengths that fit into its minutes.
+
+    A GPU rounds as a CPU does ("ieee"), since the comparison is for people without one.
+    """
+    name, candidate, minutes, seed = parts(unit)
+    report = json.loads((results / PACE).read_text())
+    timing = median_timing(report, name, candidate)
+    recipe = replace(find(candidate).recipe, minutes=minutes, seed=seed)
+    seconds = 60 * minutes * (1 - MARGIN)
+    recipe = lengths_within_budget(recipe, timing, num_images, seconds)
+    first, second = (
+        stage and replace(stage, precision="ieee") for stage in (recipe.first, recipe.second)
+    )
+    return replace(recipe, minutes=None, first=first, second=second)
+
+
+def train(folder: Path, unit: str, runs: Path, results: Path, device: str) -> None:
+    name, candidate, _, seed = parts(unit)
+    data = images_of(folder, name)
+    with seeded(derive("weights", seed, 1)):  # of a network of our own
+        vae = autoencoder(find(candidate), data)
     poise.train(
         data,
-        recipe=replace(candidate.recipe, minutes=minutes * CORES / threads, seed=seed),
-        vae=autoencoder(candidate, data),
+        recipe=at_equal_time(unit, len(data.train), results),
+        vae=vae,
         out=runs / unit,
-        options=Options(device="cpu", threads=threads),
+        options=Options(
+            device=device, threads=CORES if device == "cpu" else None, quiet=device != "cpu"
+        ),
     )
 
 
@@ -206,7 +330,9 @@ def copying(run: poise.Run, data: Dataset, prior: PriorName) -> dict[str, float]
 
     Samples that are much nearer than reconstructions of images that were not trained on are copies.
     """
-    searched = partial(nearest, training=data.train, mirrored=run.recipe.data.flips)
+    searched = partial(
+        nearest, training=data.train, device=run.device, mirrored=run.recipe.data.flips
+    )
     sets = {
         "samples": run.sample(COPIES, prior=prior),
         "test": run.reconstruct(head(data.test, COPIES)),
@@ -214,23 +340,30 @@ def copying(run: poise.Run, data: Dataset, prior: PriorName) -> dict[str, float]
     return {name: float(searched(images).distances.median()) for name, images in sets.items()}
 
 
-def measure(folder: Path, unit: str, runs: Path, results: Path) -> None:
+def measure(folder: Path, unit: str, runs: Path, results: Path, device: str) -> None:
     name, candidate, *_ = parts(unit)
-    data = images_of(folder, name)
-    run = poise.load(runs / unit, device="cpu", vae=autoencoder(candidate, data))
-    found = run.evaluate(data.test, count=SETS[name].compared, priors=candidate.priors)
+    data, priors = images_of(folder, name), find(candidate).priors
+    run = poise.load(runs / unit, device=device, vae=autoencoder(find(candidate), data))
+    with EVALUATED_AT_ONCE:
+        number = SETS[name].compared
+        page = run.evaluate(data.test, count=number, priors=priors).to_json()
+        if run.flow is not None:
+            few = replace(run.recipe.generation, flow_steps=FEW_STEPS)
+            protocol = replace(DEFAULT, generation=few)
+            found = run.evaluate(data.test, count=number, priors=("flow",), protocol=protocol)
+            page["few_steps"] = found.to_json()["measurements"]
+    page["copies"] = copying(run, data, priors[-1])
     run.grid(64).save(runs / f"{unit}.png")
     label = "-".join(unit.split("-")[:-1])
-    page = found.to_json() | {"copies": copying(run, data, candidate.priors[-1])}
     write_result(result_of(run, page, experiment=EXPERIMENT, label=label), results)
 
 
-def measure_floor(folder: Path, unit: str, path: Path) -> None:
+def measure_floor(folder: Path, unit: str, path: Path, device: str) -> None:
     """Compare training images with test images: no model is expected below that."""
     name = unit.removeprefix("floor-")
     data, number = images_of(folder, name), SETS[name].compared
-    found = poise.evaluate(data.test[:number], data.train[:number])
-    report = {"provenance": provenance(torch.device("cpu")), "data": data.checksum}
+    found = poise.evaluate(data.test[:number], data.train[:number], device=device)
+    report = {"provenance": provenance(choose_device(device)), "data": data.checksum}
     write_report(path, report | {"evaluation": found.to_json()})
 
 
@@ -244,32 +377,71 @@ def tabulate(results: Path) -> None:
         print(f"\n{markdown([[path.stem, ''], *rows])}")
 
 
+def side_by_side(
+    units: list[str], work: Callable[[str], None], jobs: int, device: torch.device
+) -> None:
+    """Do the work of each unit in threads, each with a CUDA stream of its own."""
+    source_commit()  # cached now, because the clone may change before the last unit ends
+
+    def guarded(unit: str) -> str | None:
+        cuda = device.type == "cuda"
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():
+                work(unit)
+        except Exception:  # the other units go on
+            traceback.print_exc()
+            return unit
+        print("done:", unit, flush=True)
+        return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [unit for unit in pool.map(guarded, units) if unit]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("list", "train", "measure", "table"))
+    parser.add_argument("action", choices=("list", "pace", "train", "measure", "table"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("units", nargs="*")
-    parser.add_argument("--threads", type=int, default=CORES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="units at a time")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each pace")
+    parser.add_argument("--measure", action="store_true", help="measure each trained unit")
     parser.add_argument("--runs", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
+    folder, runs, results, device = options.folder, options.runs, options.results, options.device
     if options.action == "table":
-        tabulate(options.results)
-    elif options.action == "list":
+        tabulate(results)
+        return
+    if options.action == "list":
         print(*UNITS, *FLOORS, sep="\n")
-    elif not options.units:
+        return
+    if not options.units:
         parser.error("name a folder and units")
-    for unit in chosen(options.units):
+    units = chosen(options.units)
+    if options.action == "pace":
+        measure_paces(folder, units, options.rounds, results / PACE)
+        return
+
+    def work(unit: str) -> None:
+        path = results / f"{EXPERIMENT}-{unit}.json"
         if unit in FLOORS:
-            path = options.results / f"{EXPERIMENT}-{unit}.json"
-            if options.action == "measure" and not path.exists():
-                measure_floor(options.folder, unit, path)
-        elif options.action == "train":
-            train(options.folder, unit, options.runs, options.threads)
-        elif not (options.results / f"{EXPERIMENT}-{unit}.json").exists():
-            measure(options.folder, unit, options.runs, options.results)
+            if not path.exists():
+                measure_floor(folder, unit, path, device)
+            return
+        if path.exists():
+            return
+        if options.action == "train":
+            train(folder, unit, runs, results, device)
+        if options.action == "measure" or options.measure:
+            measure(folder, unit, runs, results, device)
+
+    side_by_side(units, work, options.jobs, choose_device(device))
 
 
 if __name__ == "__main__":
