@@ -110,7 +110,7 @@ class Candidate:
     """
 
     recipe: Recipe
-    priors: tuple[PriorName, ...] = ("normal", "flow")
+    priors: tuple[PriorName, ...] = ("flow",)
     map_side: int | None = None
     pace_of: str | None = None
 
@@ -142,9 +142,9 @@ def steps_for(of_flow: float) -> dict[str, int]:
 
 
 CANDIDATES = {
-    "resnet": Candidate(RECIPES["images-resnet"], ("normal", "second-stage", "mixture")),
-    "second-stage": Candidate(Changes(second="vae").apply(MAPS), ("normal", "second-stage")),
-    "mixture": Candidate(Changes(stages=1).apply(MAPS), ("normal", "mixture")),
+    "resnet": Candidate(RECIPES["images-resnet"], ("second-stage",)),
+    "second-stage": Candidate(Changes(second="vae").apply(MAPS), ("second-stage",)),
+    "mixture": Candidate(Changes(stages=1).apply(MAPS), ("mixture",)),
     "flow": Candidate(MAPS),
 }
 AVERAGE = {"ema_decay": 0.999, "ema_warmup": True}
@@ -309,7 +309,9 @@ def at_equal_time(unit: str, num_images: int, results: Path) -> Recipe:
     return replace(recipe, minutes=None, first=first, second=second)
 
 
-def train(folder: Path, unit: str, runs: Path, results: Path, device: str) -> None:
+def train(
+    folder: Path, unit: str, runs: Path, results: Path, device: str, threads: int | None
+) -> None:
     name, candidate, _, seed = parts(unit)
     data = images_of(folder, name)
     with seeded(derive("weights", seed, 1)):  # of a network of our own
@@ -319,9 +321,7 @@ def train(folder: Path, unit: str, runs: Path, results: Path, device: str) -> No
         recipe=at_equal_time(unit, len(data.train), results),
         vae=vae,
         out=runs / unit,
-        options=Options(
-            device=device, threads=CORES if device == "cpu" else None, quiet=device != "cpu"
-        ),
+        options=Options(device=device, threads=threads, quiet=device != "cpu"),
     )
 
 
@@ -409,6 +409,7 @@ def main() -> None:
     parser.add_argument("units", nargs="*")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="units at a time")
+    parser.add_argument("--threads", type=int, help="of each unit on a CPU (default: torch's own)")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each pace")
     parser.add_argument("--measure", action="store_true", help="measure each trained unit")
     parser.add_argument("--runs", type=Path, default=Path("runs/defaults"))
@@ -437,7 +438,7 @@ def main() -> None:
         if path.exists():
             return
         if options.action == "train":
-            train(folder, unit, runs, results, device)
+            train(folder, unit, runs, results, device, options.threads)
         if options.action == "measure" or options.measure:
             measure(folder, unit, runs, results, device)
 
