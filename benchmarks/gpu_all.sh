@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Run all measurements that wait for one GPU, the most valuable first (about 24 minutes of an H200).
-# Each part writes its files into FOLDER.
+# Run the measurements that wait for one GPU (about 35 minutes of an H200), or some of them. Each
+# part writes its files into FOLDER.
 #
-#     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_all.sh FOLDER [SECONDS]
+#     POISE_DATA=... POISE_INCEPTION=... benchmarks/gpu_all.sh FOLDER [SECONDS] [PART...]
 #
-# SECONDS: the time limit (default 800), which is enough for the first two parts. The running part
-# is stopped then, and no other begins.
+# SECONDS: the time limit (default 800). The running part is stopped then, and no other begins.
+# PART: defaults, balances, tests, evaluation, one, five, precisions, steps (default: all of them).
 set -u
 cd "$(dirname "$0")/.."
-out="$1" ends=$(($(date +%s) + ${2:-800}))
+out="$1" ends=$(($(date +%s) + ${2:-800})) chosen=" ${*:3} "
 mkdir -p "$out"
 export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 
 part() { # NAME, its time limit in seconds, COMMAND...
     local name="$1" most="$2" left=$((ends - $(date +%s)))
     shift 2
+    [[ "$chosen" == "  " || "$chosen" == *" ${name%%-*} "* ]] || return
     [ "$left" -gt 15 ] || { echo "$name: no time left"; return; }
     echo "== $name, $left s left"
     timeout --signal TERM --kill-after 10 $((most < left ? most : left)) "$@" > "$out/$name.log" 2>&1
@@ -23,9 +24,12 @@ part() { # NAME, its time limit in seconds, COMMAND...
 }
 
 poise="python3 -m poise compare cifar10 --extractor inception --device cuda"
-# 1. The paper's balance against three others on colour images, a small network: two seeds.
-part colour 200 python3 -m claims colour --device cuda --jobs 4 \
-    --runs "$out/colour" --results "$out/claims"
+# 1. The default for photographs: units of docs/gpu-queue.md, measured as soon as they are trained.
+mkdir -p "$out/defaults"
+cp -n results/defaults-*.json "$out/defaults/"
+part defaults 780 python3 benchmarks/defaults.py train "$POISE_DATA" floor-faces floor-cifar10 'faces-flow-60-0' \
+    'cifar10-flow-60-0' 'cifar10-*-10-0' 'faces-*-10-0' 'faces-*-10-1' 'cifar10-*-10-1' 'faces-*' 'cifar10-*' \
+    --device cuda --jobs 4 --measure --runs "$out/defaults-runs" --results "$out/defaults"
 # 2. The released network: five balances, standard latents, and a flow on the same codes.
 part balances 660 python3 benchmarks/balances.py "$out/balances"
 # 3. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.
@@ -39,8 +43,8 @@ part one 90 $compare --balances computed --jobs 1 --out "$out/one"
 part five 240 $compare --balances computed released learned learned:rate=100 optimal --jobs 5 --out "$out/five"
 # 6. The effect of TF32 and bfloat16 on a trained model: three seeds each, stage 1 only.
 for precision in float32 ieee bfloat16; do
-    part "$precision" 70 python3 -m poise compare cifar10 --extractor pixels --device cuda --balances computed --seeds 3 \
-        --epochs 3 --stages 1 --priors normal --precision "$precision" --jobs 3 --out "$out/$precision"
+    part "precisions-$precision" 70 python3 -m poise compare cifar10 --extractor pixels --device cuda --balances computed \
+        --seeds 3 --epochs 3 --stages 1 --priors normal --precision "$precision" --jobs 3 --out "$out/$precision"
 done
 # 7. Milliseconds per step of each engine, and of five runs side by side.
 part steps 200 python3 benchmarks/gpu.py --seconds 1 --json "$out/bench-gpu-steps.json" --only matrix "tf32 / stage" \

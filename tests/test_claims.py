@@ -249,6 +249,7 @@ def test_the_runs_on_colour_images_differ_in_their_balance_only():
     assert len(planned) == 8
     balances = {(recipe["first"].pop("balance"), recipe.pop("seed")) for recipe in planned}
     assert len(balances) == 8 and all(recipe == planned[0] for recipe in planned)
+    assert is_finished(experiment, there(RESULTS))
 
 
 def test_a_second_stage_that_helps_on_one_data_set_only_is_said_to_be_mixed():
