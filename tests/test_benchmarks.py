@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import forking
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = SCRIPTS.parent / "results"
 sys.path.insert(0, str(SCRIPTS.parent))  # claims and benchmarks are not in src
 
 
@@ -217,10 +219,29 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
     for unit in defaults.UNITS:
         name, candidate, minutes, seed = defaults.parts(unit)
         assert name in defaults.SETS and unit.endswith(f"-{minutes:.0f}-{seed}")
-        recipe, own = candidate.recipe, defaults.MAPS
-        assert recipe.data == own.data or candidate is defaults.CANDIDATES["resnet"]
+        found = defaults.find(candidate)
+        same_data = found.recipe.data == defaults.MAPS.data
+        assert same_data or candidate in ("resnet", *defaults.OF_SMALL_SETS)
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
     assert all(recipe != defaults.MAPS and recipe.name == "images" for recipe in plain)
+
+
+def test_units_of_the_defaults_take_their_minutes_at_the_measured_pace(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    defaults = importlib.import_module("defaults")
+    report = json.loads((RESULTS / defaults.PACE).read_text())
+    for unit in defaults.UNITS:
+        name, candidate, minutes, seed = defaults.parts(unit)
+        images = defaults.SETS[name].training or 9_000
+        recipe = defaults.at_equal_time(unit, images, RESULTS)
+        rounds = report["paces"][f"{name}-{defaults.find(candidate).pace_of or candidate}"]
+        stages = [recipe.first, *([recipe.second] if recipe.second else [])]
+        seconds = statistics.median(entry["rest"] for entry in rounds) + sum(
+            stage.steps * statistics.median(entry["stages"][number]["step"] for entry in rounds)
+            for number, stage in enumerate(stages)
+        )
+        assert recipe.seed == seed and recipe.minutes is None
+        assert 0.95 * 60 * minutes < seconds < 60 * minutes
 
 
 def test_changes_of_a_recipe_are_read_from_words(monkeypatch):
