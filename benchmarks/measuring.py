@@ -185,6 +185,19 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     print(f"written: {path}", file=sys.stderr)
 
 
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """Return a text with new content between two marks.
+
+    Raises:
+        ValueError: the text lacks one of the marks.
+    """
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{begin} and {end} are not in the text")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
 def show(rows: Sequence[Sequence[Any]]) -> None:
     """Print a Markdown table whose first row is the header."""
     head, *body = [

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 import poise
+from benchmarks.measuring import between
 from claims.design import colour, design, quick
 from claims.measure import is_finished
-from claims.page import PAGE, README, RESULTS, in_readme, page, short_table, with_table
+from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page, short_table
 from poise.errors import InputError, Interrupted, RunError
 from poise.studies.comparison.experiment import Experiment, conduct_all
 from poise.studies.results import Result, read_results
@@ -156,7 +157,8 @@ def write(options: argparse.Namespace) -> None:
     """Write docs/claims.md and the table in README.md."""
     results = there(options.results)
     write_file(PAGE, page(results).encode())
-    write_file(README, with_table(README.read_text(encoding="utf-8"), in_readme(results)).encode())
+    readme = README.read_text(encoding="utf-8")
+    write_file(README, between(readme, BEGIN, END, in_readme(results)).encode())
 
 
 def there(folder: Path) -> list[Result]:

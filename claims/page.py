@@ -1,6 +1,5 @@
 """docs/claims.md and the table in README.md, written from results."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -426,19 +425,3 @@ def in_readme(results: Iterable[Result]) -> str:
     results = list(results)
     table = short_table(results, IN_README, ("GEN-1", "GEN-2"))
     return f"{table}\n\n{fill(contrary(results) + '.')}"
-
-
-def with_table(readme: str, table: str) -> str:
-    """Return README.md with the table between its two comments.
-
-    Raises:
-        ValueError: README.md lacks one of the comments.
-    """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md lacks the comments {BEGIN} and {END}")
-    return re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}",
-        lambda _: f"{BEGIN}\n\n{table}\n\n{END}",
-        readme,
-        flags=re.DOTALL,
-    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measuring import between
 from integrations.comparing import changed_lines, tables
 from poise.studies.results import provenance
 from poise.support.files import write_json
@@ -68,11 +69,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.page:
-        text = PAGE.read_text()
-        head, rest = text.split(BEGINNING)
-        _, tail = rest.split(END)
         table = tables(json.loads(options.json.read_text()))
-        PAGE.write_text(f"{head}{BEGINNING}\n\n{table}\n\n{END}{tail}")
+        PAGE.write_text(between(PAGE.read_text(), BEGINNING, END, table))
         return
     earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
     found: dict[str, Any] = earlier.get("integrations", {})

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import poise  # noqa: E402
+from benchmarks.measuring import between  # noqa: E402
 from claims import design, figures, questions, statements  # noqa: E402
 from claims.__main__ import main, there, work  # noqa: E402
 from claims.measure import belongs, is_finished  # noqa: E402
-from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page, with_table  # noqa: E402
+from claims.page import BEGIN, END, PAGE, README, RESULTS, in_readme, page  # noqa: E402
 from claims.rules import (  # noqa: E402
     Check,
     Outcome,
@@ -423,5 +424,4 @@ def test_the_page_on_the_claims_is_what_the_results_make_of_it():
 
 def test_the_readmes_table_is_what_the_results_make_of_it():
     readme = README.read_text(encoding="utf-8")
-    assert readme == with_table(readme, in_readme(there(RESULTS))), "python -m claims page"
-    assert BEGIN in readme and END in readme
+    assert readme == between(readme, BEGIN, END, in_readme(there(RESULTS))), "python -m claims page"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import between
 from benchmarks.torture.cases import FAILURES, OK, REFUSED
 
 PAGE = Path("docs/reliability.md")
@@ -31,10 +32,7 @@ def with_tables(page: str, reports: dict[str, Report]) -> str:
     """Return the page with the tables of the reports between their marks."""
     tables = {name: table(reports[name]) if name in reports else MISSING for name in PARTS}
     for name, text in {"all": summary(reports), **tables}.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(end)
-        page = f"{before}{begin}\n{text}\n{end}{after}"
+        page = between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", text)
     return page
 
 
