@@ -4,7 +4,6 @@
     python benchmarks/defaults.py pace FOLDER UNIT...
     python benchmarks/defaults.py train FOLDER UNIT... [--device cuda --jobs 6]
     python benchmarks/defaults.py measure FOLDER UNIT... [--device cuda --jobs 4]
-    python benchmarks/defaults.py table
 
 FOLDER holds cifar10.npz and celeba64.npz. A unit is SET-CANDIDATE-MINUTES-SEED, for example
 faces-flow-10-0; shell patterns such as 'faces-*-10-?' name several, and floor-SET compares training
@@ -19,8 +18,8 @@ two cores or, in a small part of the time, on a GPU. With `--measure` it measure
 `measure` compares reconstructions and samples of each prior with the first test images (5,000 of
 CIFAR-10, 1,000 faces at 64 pixels). It searches the nearest training image of samples and of
 reconstructed test images, and draws samples of a flow with fewer steps too. It writes results/
-defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated. `table`
-prints the means over seeds.
+defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated.
+`defaults_page.py` writes the tables of docs/defaults.md.
 
 The candidates are four recipes; each variant changes one thing, or several, in the one with a flow.
 faces60 and faces500 are the first faces only.
@@ -56,9 +55,8 @@ from poise.runs.options import Options
 from poise.runs.pipeline import networks_and_balances
 from poise.runs.timing import MARGIN, Pace, Timing, lengths_within_budget
 from poise.runs.timing import measure as measure_timing
-from poise.studies.comparison.tables import markdown, table
 from poise.studies.comparison.worker import EVALUATED_AT_ONCE
-from poise.studies.results import provenance, read_results, result_of, source_commit, write_result
+from poise.studies.results import provenance, result_of, source_commit, write_result
 from poise.support.seeds import derive, seeded
 from poise.training import ImageBatches
 from poise.training.loop import count_latents
@@ -367,16 +365,6 @@ def measure_floor(folder: Path, unit: str, path: Path, device: str) -> None:
     write_report(path, report | {"evaluation": found.to_json()})
 
 
-def tabulate(results: Path) -> None:
-    """Print the mean and spread over seeds of each set, candidate and budget, and the floors."""
-    found = [result for result in read_results([results]) if result.experiment == EXPERIMENT]
-    print(markdown(table(found)))
-    for path in sorted(results.glob(f"{EXPERIMENT}-floor-*.json")):
-        evaluation = json.loads(path.read_text())["evaluation"]
-        rows = [[m["metric"], f"{m['value']:.4g}"] for m in evaluation["measurements"]]
-        print(f"\n{markdown([[path.stem, ''], *rows])}")
-
-
 def side_by_side(
     units: list[str], work: Callable[[str], None], jobs: int, device: torch.device
 ) -> None:
@@ -404,7 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("list", "pace", "train", "measure", "table"))
+    parser.add_argument("action", choices=("list", "pace", "train", "measure"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("units", nargs="*")
     parser.add_argument("--device", default="cpu")
@@ -416,9 +404,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
     folder, runs, results, device = options.folder, options.runs, options.results, options.device
-    if options.action == "table":
-        tabulate(results)
-        return
     if options.action == "list":
         print(*UNITS, *FLOORS, sep="\n")
         return

@@ -1,0 +1,154 @@
+"""Write the tables of docs/defaults.md from the results of benchmarks/defaults.py.
+
+python benchmarks/defaults_page.py
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from defaults import CANDIDATES, EXPERIMENT, OF_SMALL_SETS, SETS, SMALL_SETS, VARIANTS, find, parts
+from measuring import between
+
+from poise.errors import InputError
+from poise.studies.comparison.statistics import spread
+from poise.studies.comparison.tables import ABSENT, markdown, show
+from poise.studies.results import Result, read_results
+from poise.support.files import write_file
+from poise.variants import PRIORS
+
+ROOT = Path(__file__).parent.parent
+PAGE, RESULTS = ROOT / "docs" / "defaults.md", ROOT / "results"
+LENGTHS = (2, 5, 10, 20, 60)  # minutes
+
+
+class Unit(NamedTuple):
+    """A finished unit: see `defaults.parts`."""
+
+    name: str
+    candidate: str
+    minutes: float
+    result: Result
+
+
+def samples(unit: Unit, metric: str) -> float:
+    """Return a distance of the samples of the candidate's own prior."""
+    return unit.result.value(metric, PRIORS[find(unit.candidate).priors[-1]].label)
+
+
+def few(unit: Unit) -> float:
+    """Return the FID of samples of the flow by fewer steps of its solver."""
+    for measurement in unit.result.evaluation.get("few_steps", ()):
+        if (measurement["metric"], measurement["of"]) == ("FID", "GEN-flow"):
+            return float(measurement["value"])
+    raise InputError("the candidate has no flow")
+
+
+def copied(unit: Unit) -> float:
+    copies = unit.result.evaluation["copies"]
+    return copies["samples"] / copies["test"]
+
+
+COLUMNS: dict[str, Callable[[Unit], float]] = {
+    "test MSE": lambda unit: unit.result.value("MSE", "REC"),
+    "KL, nats": lambda unit: unit.result.value("KL"),
+    "FID of REC": lambda unit: unit.result.value("FID", "REC"),
+    "FID": partial(samples, metric="FID"),
+    "few steps": few,
+    "KID": partial(samples, metric="KID"),
+    "precision": partial(samples, metric="precision"),
+    "recall": partial(samples, metric="recall"),
+    "distance": copied,
+}
+
+
+def cell(units: list[Unit], column: Callable[[Unit], float]) -> str:
+    try:
+        return show(spread([column(unit) for unit in units]))
+    except InputError:  # not measured for this candidate
+        return ABSENT
+
+
+def row(title: str, units: list[Unit]) -> list[str]:
+    """Return the cells of units that differ in their seed only."""
+    settings = units[0].result.settings
+    steps = [settings[stage]["steps"] for stage in ("first", "second") if settings[stage]]
+    return [
+        title,
+        str(len(units)),
+        " + ".join(f"{number:,}" for number in steps),
+        *(cell(units, column) for column in COLUMNS.values()),
+    ]
+
+
+def rows(units: list[Unit], wanted: Iterable[tuple[str, str, float]]) -> str:
+    """Return the table of sets, candidates and minutes, without those that are not measured.
+
+    Args:
+        units: all finished ones.
+        wanted: set, candidate and minutes of each row.
+    """
+    lines = []
+    for key in wanted:
+        found = [unit for unit in units if (unit.name, unit.candidate, unit.minutes) == key]
+        if found:
+            name, candidate, minutes = key
+            lines.append(row(f"{name}, {candidate}, {minutes:g} min", found))
+    return markdown([["", "seeds", "steps", *COLUMNS], *lines]) if lines else "Not measured yet."
+
+
+def floors() -> str:
+    """Return the table of the distances of real training images."""
+    metrics, lines = ("FID", "KID", "precision", "recall"), []
+    for path in sorted(RESULTS.glob(f"{EXPERIMENT}-floor-*.json")):
+        name = path.stem.removeprefix(f"{EXPERIMENT}-floor-")
+        found = {
+            m["metric"]: m["value"]
+            for m in json.loads(path.read_text())["evaluation"]["measurements"]
+        }
+        lines.append(
+            [
+                f"{name}, {SETS[name].compared:,} training images",
+                *(f"{found[m]:.4g}" for m in metrics),
+            ]
+        )
+    return markdown([["", *metrics], *lines]) if lines else "Not measured yet."
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page by the names of their marks."""
+    units = [
+        Unit(*parts(f"{result.label}-{result.seed}")[:3], result)
+        for result in read_results([RESULTS])
+        if result.experiment == EXPERIMENT
+    ]
+    large, ten = ("cifar10", "faces"), 10.0
+    return {
+        "floors": floors(),
+        "candidates": rows(
+            units, ((n, c, m) for n in large for m in (ten, 60.0) for c in CANDIDATES)
+        ),
+        "lengths": rows(units, ((n, "flow", m) for n in large for m in LENGTHS)),
+        "changes": rows(
+            units, ((n, c, m) for n in large for m in (ten, 60.0) for c in ("flow", *VARIANTS))
+        ),
+        "small": rows(
+            units,
+            ((n, c, m) for n in SMALL_SETS for m in LENGTHS for c in CANDIDATES | OF_SMALL_SETS),
+        ),
+    }
+
+
+def written(page: str) -> str:
+    """Return the page with its tables."""
+    for name, table in tables().items():
+        page = between(page, f"<!-- {name} -->", f"<!-- end of {name} -->", table)
+    return page
+
+
+if __name__ == "__main__":
+    write_file(PAGE, written(PAGE.read_text(encoding="utf-8")).encode())
+    print(f"written: {PAGE.relative_to(ROOT)}", file=sys.stderr)
