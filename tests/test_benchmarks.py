@@ -244,6 +244,13 @@ def test_units_of_the_defaults_take_their_minutes_at_the_measured_pace(monkeypat
         assert 0.95 * 60 * minutes < seconds < 60 * minutes
 
 
+def test_the_page_on_the_default_is_what_the_results_make_of_it(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    pages = importlib.import_module("defaults_page")
+    page = pages.PAGE.read_text(encoding="utf-8")
+    assert page == pages.written(page), "python benchmarks/defaults_page.py"
+
+
 def test_changes_of_a_recipe_are_read_from_words(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     maps = importlib.import_module("maps")
