@@ -47,7 +47,7 @@ import poise
 from poise.data import Dataset, head, load
 from poise.networks.convolutional import ConvDecoder, ConvEncoder
 from poise.protocols import DEFAULT
-from poise.recipes import RECIPES, Recipe
+from poise.recipes import RECIPES, Generation, Recipe
 from poise.recipes.settings import Changes
 from poise.report.copies import nearest
 from poise.runs.build import first_stage
@@ -67,7 +67,7 @@ EXPERIMENT = "defaults"
 CORES = 2  # of the machine whose minutes are compared
 PACE = "defaults-pace.json"
 COPIES = 200  # samples whose nearest training image is searched
-FEW_STEPS = 4  # of the flow's solver, compared with the recipe's
+MANY_STEPS = 12  # of the flow's solver, compared with the recipe's
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class Candidate:
     pace_of: str | None = None
 
 
-MAPS = RECIPES["images"]
+FEW_STEPS = RECIPES["images"].generation.flow_steps
+MAPS = replace(RECIPES["images"], generation=Generation(flow_steps=MANY_STEPS))
 
 
 def changed(

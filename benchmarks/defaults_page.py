@@ -10,7 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from defaults import CANDIDATES, EXPERIMENT, OF_SMALL_SETS, SETS, SMALL_SETS, VARIANTS, find, parts
+from defaults import (
+    CANDIDATES,
+    EXPERIMENT,
+    MANY_STEPS,
+    OF_SMALL_SETS,
+    SETS,
+    SMALL_SETS,
+    VARIANTS,
+    find,
+    parts,
+)
 from measuring import between
 
 from poise.errors import InputError
@@ -35,16 +45,16 @@ class Unit(NamedTuple):
 
 
 def samples(unit: Unit, metric: str) -> float:
-    """Return a distance of the samples of the candidate's own prior."""
-    return unit.result.value(metric, PRIORS[find(unit.candidate).priors[-1]].label)
-
-
-def few(unit: Unit) -> float:
-    """Return the FID of samples of the flow by fewer steps of its solver."""
+    """Return a distance of the samples of the candidate's own prior, of a flow by few steps."""
+    of = PRIORS[find(unit.candidate).priors[-1]].label
     for measurement in unit.result.evaluation.get("few_steps", ()):
-        if (measurement["metric"], measurement["of"]) == ("FID", "GEN-flow"):
+        if (measurement["metric"], measurement["of"]) == (metric, of):
             return float(measurement["value"])
-    raise InputError("the candidate has no flow")
+    return unit.result.value(metric, of)
+
+
+def by_many_steps(unit: Unit) -> float:
+    return unit.result.value("FID", "GEN-flow")
 
 
 def copied(unit: Unit) -> float:
@@ -57,7 +67,7 @@ COLUMNS: dict[str, Callable[[Unit], float]] = {
     "KL, nats": lambda unit: unit.result.value("KL"),
     "FID of REC": lambda unit: unit.result.value("FID", "REC"),
     "FID": partial(samples, metric="FID"),
-    "few steps": few,
+    f"FID, {MANY_STEPS} steps": by_many_steps,
     "KID": partial(samples, metric="KID"),
     "precision": partial(samples, metric="precision"),
     "recall": partial(samples, metric="recall"),
