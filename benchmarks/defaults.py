@@ -219,9 +219,8 @@ def images_of(folder: Path, name: str) -> Dataset:
     """Return the images of a set."""
     chosen = SETS[name]
     data = load(str(folder / chosen.file), size=chosen.side)
-    if chosen.training is None:
-        return data
-    return replace(data, train=head(data.train, chosen.training))
+    data = replace(data, source=chosen.file)  # results have no paths of a machine
+    return replace(data, train=head(data.train, chosen.training or len(data.train)))
 
 
 def autoencoder(candidate: Candidate, data: Dataset) -> poise.VAE | None:

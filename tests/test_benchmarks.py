@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import forking
+from poise.studies.results import read_results
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = SCRIPTS.parent / "results"
@@ -224,6 +225,25 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
         assert same_data or candidate in ("resnet", *defaults.OF_SMALL_SETS)
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
     assert all(recipe != defaults.MAPS and recipe.name == "images" for recipe in plain)
+
+
+def test_results_of_the_defaults_name_no_folder_of_a_machine():
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("defaults-*-[0-9].json")]
+    assert results
+    for result in results:
+        assert result["data"]["source"] in ("cifar10.npz", "celeba64.npz")
+
+
+def test_the_readmes_figures_of_faces_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    pages = importlib.import_module("defaults_page")
+    (result,) = read_results([RESULTS / "defaults-faces-flow-60-0.json"])
+    fid = pages.samples(pages.Unit("faces", "flow", 60.0, result), "FID")
+    floor = json.loads((RESULTS / "defaults-floor-faces.json").read_text())["evaluation"]
+    (of_floor,) = (m["value"] for m in floor["measurements"] if m["metric"] == "FID")
+    readme = " ".join((SCRIPTS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"FID {fid:.1f} against 1,000 test images" in readme
+    assert f"real training images have {of_floor:.1f}" in readme
 
 
 def test_units_of_the_defaults_take_their_minutes_at_the_measured_pace(monkeypatch):
