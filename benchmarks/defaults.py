@@ -28,7 +28,6 @@ faces60 and faces500 are the first faces only.
 import argparse
 import json
 import statistics
-import tempfile
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,7 @@ from typing import Any
 
 import torch
 from measuring import machine, write_report
+from pace import timing_of
 
 import poise
 from poise.data import Dataset, head, load
@@ -50,16 +50,11 @@ from poise.protocols import DEFAULT
 from poise.recipes import RECIPES, Generation, Recipe
 from poise.recipes.settings import Changes
 from poise.report.copies import nearest
-from poise.runs.build import first_stage
 from poise.runs.options import Options
-from poise.runs.pipeline import networks_and_balances
 from poise.runs.timing import MARGIN, Pace, Timing, lengths_within_budget
-from poise.runs.timing import measure as measure_timing
 from poise.studies.comparison.worker import EVALUATED_AT_ONCE
 from poise.studies.results import provenance, result_of, source_commit, write_result
 from poise.support.seeds import derive, seeded
-from poise.training import ImageBatches
-from poise.training.loop import count_latents
 from poise.training.machine import choose_device
 from poise.variants import PriorName
 
@@ -241,23 +236,14 @@ def autoencoder(candidate: Candidate, data: Dataset) -> poise.VAE | None:
 def measure_pace(folder: Path, name: str, candidate: Candidate) -> Timing:
     """Return the times of a candidate on this machine, as `poise train --minutes` measures them."""
     data = images_of(folder, name)
-    vae, shape = autoencoder(candidate, data), list(data.shape)
-    device, recipe = torch.device("cpu"), replace(candidate.recipe, minutes=10.0)
-    if vae is not None or recipe.network.kind == "conv":
-        built = vae or first_stage(recipe, shape)
-        latents = count_latents(built, ImageBatches(data.train, device))
-        recipe = replace(recipe, network=replace(recipe.network, latent_dim=latents))
-    with tempfile.TemporaryDirectory() as place:
-        return measure_timing(
-            recipe,
-            networks_and_balances(recipe, shape, vae, 0),
-            data,
-            Path(place),
-            device=device,
-            engine="eager",
-            count=CORES,
-            save_seconds=Options().save_seconds,
-        )
+    return timing_of(
+        replace(candidate.recipe, minutes=10.0),
+        data,
+        torch.device("cpu"),
+        "eager",
+        vae=autoencoder(candidate, data),
+        threads=CORES,
+    )
 
 
 def measure_paces(folder: Path, units: list[str], rounds: int, path: Path) -> None:

@@ -21,7 +21,6 @@ with each of several guidances too.
 
 import argparse
 import ast
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from flow_steps import by_flow
 from measuring import machine, parameters, write_report
+from pace import timing_of
 
 import poise
 from poise.data import head, load
@@ -38,13 +38,8 @@ from poise.metrics import reconstruction
 from poise.protocols import find_protocol
 from poise.recipes import RECIPES, Recipe
 from poise.recipes.settings import Solver
-from poise.runs.build import first_stage
-from poise.runs.pipeline import networks_and_balances
 from poise.runs.run import Run
-from poise.runs.timing import measure
 from poise.studies.results import provenance
-from poise.training import ImageBatches
-from poise.training.loop import count_latents
 from poise.training.machine import choose_device
 
 RECIPE = RECIPES["images-large"]
@@ -72,31 +67,16 @@ def changes_of(words: list[str]) -> dict[str, Any]:
 def paces(data: str, engines: list[str], device: torch.device) -> dict[str, Any]:
     """Return the first seconds and the milliseconds per step of both stages, by engine."""
     dataset = load(data)
-    shape = list(dataset.shape)
-    images = ImageBatches(dataset.train, torch.device("cpu"))
-    latents = count_latents(first_stage(RECIPE, shape), images)
-    recipe = replace(RECIPE, network=replace(RECIPE.network, latent_dim=latents))
-    stages = networks_and_balances(recipe, shape, None, 0)
     found: dict[str, Any] = {}
     for engine in engines:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                timing = measure(
-                    recipe,
-                    stages,
-                    dataset,
-                    Path(folder),
-                    device=device,
-                    engine=engine,  # pyright: ignore[reportArgumentType]
-                    count=None,
-                    save_seconds=60.0,
-                )
-                found[engine] = {
-                    f"stage {number}": {"start_s": pace.start, "step_ms": 1000 * pace.step}
-                    for number, pace in enumerate(timing.stages, 1)
-                }
-            except Exception as error:  # the other engines are still worth a figure
-                found[engine] = {"error": repr(error)}
+        try:
+            timing = timing_of(RECIPE, dataset, device, engine)
+            found[engine] = {
+                f"stage {number}": {"start_s": pace.start, "step_ms": 1000 * pace.step}
+                for number, pace in enumerate(timing.stages, 1)
+            }
+        except Exception as error:  # the other engines are still worth a figure
+            found[engine] = {"error": repr(error)}
         print(engine, found[engine], flush=True)
     return found
 
