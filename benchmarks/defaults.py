@@ -17,8 +17,8 @@ two cores or, in a small part of the time, on a GPU. With `--measure` it measure
 
 `measure` compares reconstructions and samples of each prior with the first test images (5,000 of
 CIFAR-10, 1,000 faces at 64 pixels). It searches the nearest training image of samples and of
-reconstructed test images, and draws samples of a flow with fewer steps too. It writes results/
-defaults-UNIT.json and, beside the run, a grid of samples. Finished parts are not repeated.
+reconstructed test images. It writes results/defaults-UNIT.json and, beside the run, a grid of
+samples. Finished parts are not repeated.
 `defaults_page.py` writes the tables of docs/defaults.md.
 
 The candidates are four recipes; each variant changes one thing, or several, in the one with a flow.
@@ -46,8 +46,7 @@ from pace import timing_of
 import poise
 from poise.data import Dataset, head, load
 from poise.networks.convolutional import ConvDecoder, ConvEncoder
-from poise.protocols import DEFAULT
-from poise.recipes import RECIPES, Generation, Recipe
+from poise.recipes import RECIPES, Recipe
 from poise.recipes.settings import Changes
 from poise.report.copies import nearest
 from poise.runs.options import Options
@@ -62,7 +61,6 @@ EXPERIMENT = "defaults"
 CORES = 2  # of the machine whose minutes are compared
 PACE = "defaults-pace.json"
 COPIES = 200  # samples whose nearest training image is searched
-MANY_STEPS = 12  # of the flow's solver, compared with the recipe's
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ class Candidate:
     pace_of: str | None = None
 
 
-FEW_STEPS = RECIPES["images"].generation.flow_steps
-MAPS = replace(RECIPES["images"], generation=Generation(flow_steps=MANY_STEPS))
+MAPS = RECIPES["images"]
 
 
 def changed(
@@ -331,11 +328,6 @@ def measure(folder: Path, unit: str, runs: Path, results: Path, device: str) -> 
     with EVALUATED_AT_ONCE:
         number = SETS[name].compared
         page = run.evaluate(data.test, count=number, priors=priors).to_json()
-        if run.flow is not None:
-            few = replace(run.recipe.generation, flow_steps=FEW_STEPS)
-            protocol = replace(DEFAULT, generation=few)
-            found = run.evaluate(data.test, count=number, priors=("flow",), protocol=protocol)
-            page["few_steps"] = found.to_json()["measurements"]
     page["copies"] = copying(run, data, priors[-1])
     run.grid(64).save(runs / f"{unit}.png")
     label = "-".join(unit.split("-")[:-1])
