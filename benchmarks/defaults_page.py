@@ -1,8 +1,9 @@
-"""Write the tables of docs/defaults.md from the results of benchmarks/defaults.py.
+"""Write the tables and the curve of docs/defaults.md from results of benchmarks/defaults.py.
 
 python benchmarks/defaults_page.py
 """
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -30,7 +31,9 @@ from poise.support.files import write_file
 from poise.variants import PRIORS
 
 ROOT = Path(__file__).parent.parent
-PAGE, RESULTS = ROOT / "docs" / "defaults.md", ROOT / "results"
+PAGE, CURVE = ROOT / "docs" / "defaults.md", ROOT / "docs" / "defaults-minutes.png"
+RESULTS = ROOT / "results"
+LARGE = ("cifar10", "faces")
 LENGTHS = (2, 5, 10, 20, 60)  # minutes
 
 
@@ -123,41 +126,77 @@ def rows(units: list[Unit], wanted: Iterable[tuple[str, str, float]]) -> str:
     return markdown([["", "seeds", "steps", *COLUMNS], *lines]) if lines else "Not measured yet."
 
 
+def floor(name: str) -> dict[str, float]:
+    """Return the distances of training images from test images."""
+    report = json.loads((RESULTS / f"{EXPERIMENT}-floor-{name}.json").read_text())
+    return {m["metric"]: m["value"] for m in report["evaluation"]["measurements"]}
+
+
 def floors() -> str:
     """Return the table of the distances of real training images."""
-    metrics, lines = ("FID", "KID", "precision", "recall"), []
-    for path in sorted(RESULTS.glob(f"{EXPERIMENT}-floor-*.json")):
-        name = path.stem.removeprefix(f"{EXPERIMENT}-floor-")
-        found = {
-            m["metric"]: m["value"]
-            for m in json.loads(path.read_text())["evaluation"]["measurements"]
-        }
-        lines.append(
-            [
-                f"{name}, {SETS[name].compared:,} training images",
-                *(f"{found[m]:.4g}" for m in metrics),
-            ]
+    metrics = ("FID", "KID", "precision", "recall")
+    lines = [
+        [
+            f"{name}, {SETS[name].compared:,} training images",
+            *(f"{floor(name)[metric]:.4g}" for metric in metrics),
+        ]
+        for name in LARGE
+    ]
+    return markdown([["", *metrics], *lines])
+
+
+def curve(units: list[Unit]) -> bytes:
+    """Return a PNG with the FID of the default over the minutes of training, by set."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(1, len(LARGE)), LARGE, strict=True):
+        found = sorted(
+            (unit.minutes, samples(unit, "FID"), unit.result.value("FID", "REC"))
+            for unit in units
+            if (unit.name, unit.candidate, unit.result.seed) == (name, "flow", 0)
         )
-    return markdown([["", *metrics], *lines]) if lines else "Not measured yet."
+        minutes, of_samples, of_reconstructions = zip(*found, strict=True)
+        axis.plot(minutes, of_samples, "o-", color="#1f5fa8", label="samples")
+        axis.plot(minutes, of_reconstructions, "o--", color="#d9632a", label="reconstructions")
+        axis.axhline(floor(name)["FID"], color="#666", linestyle=":", label="training images")
+        axis.set_xscale("log")
+        axis.set_xticks(minutes, [f"{each:g}" for each in minutes])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{name}, {SETS[name].compared:,} test images", fontsize=10)
+        axis.set_xlabel("minutes of two cores", fontsize=9)
+        axis.set_ylabel("FID", fontsize=9)
+        axis.grid(True, alpha=0.25)
+        axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
-def tables() -> dict[str, str]:
-    """Return the tables of the page by the names of their marks."""
-    units = [
+def finished() -> list[Unit]:
+    """Return the units that have results."""
+    return [
         Unit(*parts(f"{result.label}-{result.seed}")[:3], result)
         for result in read_results([RESULTS])
         if result.experiment == EXPERIMENT
     ]
-    large, ten = ("cifar10", "faces"), 10.0
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page by the names of their marks."""
+    units, ten = finished(), 10.0
     return {
         "floors": floors(),
         "candidates": rows(
-            units, ((n, c, m) for n in large for m in (ten, 60.0) for c in CANDIDATES)
+            units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in CANDIDATES)
         ),
         "steps": solver_steps(sorted(units, key=lambda unit: (unit.name, unit.minutes))),
-        "lengths": rows(units, ((n, "flow", m) for n in large for m in LENGTHS)),
+        "lengths": rows(units, ((n, "flow", m) for n in LARGE for m in LENGTHS)),
         "changes": rows(
-            units, ((n, c, m) for n in large for m in (ten, 60.0) for c in ("flow", *VARIANTS))
+            units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in ("flow", *VARIANTS))
         ),
         "small": rows(
             units,
@@ -175,4 +214,5 @@ def written(page: str) -> str:
 
 if __name__ == "__main__":
     write_file(PAGE, written(PAGE.read_text(encoding="utf-8")).encode())
+    write_file(CURVE, curve(finished()))
     print(f"written: {PAGE.relative_to(ROOT)}", file=sys.stderr)
