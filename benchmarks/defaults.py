@@ -106,7 +106,7 @@ class Candidate:
     pace_of: str | None = None
 
 
-MAPS = RECIPES["images"]
+MAPS = Changes(latent_channels=4).apply(RECIPES["images"])  # what each variant changes
 
 
 def changed(
@@ -166,6 +166,7 @@ OF_SMALL_SETS = {
         replace(HELD_OUT, first=replace(HELD_OUT.first, patience=5)), pace_of="flow"
     ),
 }
+DEFAULT = "flow"  # the recipe `images`
 LONG_VARIANTS = ("channels-8", "average-50", "eight-average", "eight-average-50", "wide")
 LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
@@ -177,8 +178,8 @@ UNITS = [
     *(f"{n}-{v}-10-{s}" for n, v, s in product(("faces", "cifar10"), VARIANTS, range(2))),
     *(f"{n}-{v}-60-0" for n, v in product(("cifar10", "faces"), LONG_VARIANTS)),
     *(f"{n}-{c}-10-{s}" for n, c, s in product(SMALL_SETS, CANDIDATES | OF_SMALL_SETS, range(2))),
-    *(f"{n}-flow-{minutes}-0" for n, minutes in product(("faces", "cifar10"), (2, 5, 20))),
-    *(f"{n}-flow-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 60))),
+    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(("faces", "cifar10"), (2, 5, 20))),
+    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 60))),
 ]
 FLOORS = [f"floor-{name}" for name in ("cifar10", "faces")]
 

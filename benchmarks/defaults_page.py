@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from defaults import (
     CANDIDATES,
+    DEFAULT,
     EXPERIMENT,
     OF_SMALL_SETS,
     SETS,
@@ -156,7 +157,7 @@ def curve(units: list[Unit]) -> bytes:
         found = sorted(
             (unit.minutes, samples(unit, "FID"), unit.result.value("FID", "REC"))
             for unit in units
-            if (unit.name, unit.candidate, unit.result.seed) == (name, "flow", 0)
+            if (unit.name, unit.candidate, unit.result.seed) == (name, DEFAULT, 0)
         )
         minutes, of_samples, of_reconstructions = zip(*found, strict=True)
         axis.plot(minutes, of_samples, "o-", color="#1f5fa8", label="samples")
@@ -194,7 +195,7 @@ def tables() -> dict[str, str]:
             units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in CANDIDATES)
         ),
         "steps": solver_steps(sorted(units, key=lambda unit: (unit.name, unit.minutes))),
-        "lengths": rows(units, ((n, "flow", m) for n in LARGE for m in LENGTHS)),
+        "lengths": rows(units, ((n, DEFAULT, m) for n in LARGE for m in LENGTHS)),
         "changes": rows(
             units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in ("flow", *VARIANTS))
         ),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import forking
+from poise.recipes import RECIPES
 from poise.studies.results import read_results
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
@@ -225,6 +226,7 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
         assert same_data or candidate in ("resnet", *defaults.OF_SMALL_SETS)
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
     assert all(recipe != defaults.MAPS and recipe.name == "images" for recipe in plain)
+    assert defaults.find(defaults.DEFAULT).recipe == RECIPES["images"]
 
 
 def test_results_of_the_defaults_name_no_folder_of_a_machine():
