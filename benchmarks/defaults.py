@@ -18,8 +18,8 @@ two cores or, in a small part of the time, on a GPU. With `--measure` it measure
 `measure` compares reconstructions and samples of each prior with the first test images (5,000 of
 CIFAR-10, 1,000 faces at 64 pixels). It searches the nearest training image of samples and of
 reconstructed test images. It writes results/defaults-UNIT.json and, beside the run, a grid of
-samples. Finished parts are not repeated.
-`defaults_page.py` writes the tables of docs/defaults.md.
+samples. Finished parts are not repeated. `defaults_page.py` writes the tables and the curve of
+docs/defaults.md.
 
 The candidates are four recipes; each variant changes one thing, or several, in the one with a flow.
 faces60 and faces500 are the first faces only.
@@ -86,7 +86,7 @@ SETS = {
     "faces60": Set("celeba64.npz", 64, 1_000, 60),
     "faces500": Set("celeba64.npz", 64, 1_000, 500),
 }
-SMALL_SETS = ("faces60", "faces500")
+LARGE_SETS, SMALL_SETS = ("cifar10", "faces"), ("faces60", "faces500")
 
 
 @dataclass(frozen=True)
@@ -172,16 +172,16 @@ LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
     *(
         f"{name}-{candidate}-{minutes}-{seed}"
-        for name, candidate, (minutes, seeds) in product(("cifar10", "faces"), CANDIDATES, LENGTHS)
+        for name, candidate, (minutes, seeds) in product(LARGE_SETS, CANDIDATES, LENGTHS)
         for seed in range(seeds)
     ),
-    *(f"{n}-{v}-10-{s}" for n, v, s in product(("faces", "cifar10"), VARIANTS, range(2))),
-    *(f"{n}-{v}-60-0" for n, v in product(("cifar10", "faces"), LONG_VARIANTS)),
+    *(f"{n}-{v}-10-{s}" for n, v, s in product(LARGE_SETS, VARIANTS, range(2))),
+    *(f"{n}-{v}-60-0" for n, v in product(LARGE_SETS, LONG_VARIANTS)),
     *(f"{n}-{c}-10-{s}" for n, c, s in product(SMALL_SETS, CANDIDATES | OF_SMALL_SETS, range(2))),
-    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(("faces", "cifar10"), (2, 5, 20))),
+    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(LARGE_SETS, (2, 5, 20))),
     *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 60))),
 ]
-FLOORS = [f"floor-{name}" for name in ("cifar10", "faces")]
+FLOORS = [f"floor-{name}" for name in LARGE_SETS]
 
 
 def chosen(patterns: list[str]) -> list[str]:

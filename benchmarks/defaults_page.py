@@ -15,6 +15,7 @@ from defaults import (
     CANDIDATES,
     DEFAULT,
     EXPERIMENT,
+    LARGE_SETS,
     OF_SMALL_SETS,
     SETS,
     SMALL_SETS,
@@ -34,8 +35,8 @@ from poise.variants import PRIORS
 ROOT = Path(__file__).parent.parent
 PAGE, CURVE = ROOT / "docs" / "defaults.md", ROOT / "docs" / "defaults-minutes.png"
 RESULTS = ROOT / "results"
-LARGE = ("cifar10", "faces")
 LENGTHS = (2, 5, 10, 20, 60)  # minutes
+DISTANCES = ("FID", "KID", "precision", "recall")
 
 
 class Unit(NamedTuple):
@@ -73,10 +74,7 @@ COLUMNS: dict[str, Callable[[Unit], float]] = {
     "test MSE": lambda unit: unit.result.value("MSE", "REC"),
     "KL, nats": lambda unit: unit.result.value("KL"),
     "FID of REC": lambda unit: unit.result.value("FID", "REC"),
-    "FID": partial(samples, metric="FID"),
-    "KID": partial(samples, metric="KID"),
-    "precision": partial(samples, metric="precision"),
-    "recall": partial(samples, metric="recall"),
+    **{metric: partial(samples, metric=metric) for metric in DISTANCES},
     "distance": copied,
 }
 
@@ -90,13 +88,13 @@ def cell(units: list[Unit], column: Callable[[Unit], float]) -> str:
 
 def solver_steps(units: list[Unit]) -> str:
     """Return the table of distances of samples by 4 and by 12 steps of the flow's solver."""
-    metrics, lines = ("FID", "KID", "precision", "recall"), []
+    lines = []
     for unit in units:
         if few := by_few_steps(unit):
-            pairs = (f"{few[m]:.4g} / {by_recipe(unit, m):.4g}" for m in metrics)
+            pairs = (f"{few[m]:.4g} / {by_recipe(unit, m):.4g}" for m in DISTANCES)
             title = f"{unit.name}, {unit.minutes:g} min, seed {unit.result.seed}"
             lines.append([title, *pairs])
-    return markdown([["4 / 12 steps", *metrics], *lines])
+    return markdown([["4 / 12 steps", *DISTANCES], *lines])
 
 
 def row(title: str, units: list[Unit]) -> list[str]:
@@ -135,15 +133,14 @@ def floor(name: str) -> dict[str, float]:
 
 def floors() -> str:
     """Return the table of the distances of real training images."""
-    metrics = ("FID", "KID", "precision", "recall")
     lines = [
         [
             f"{name}, {SETS[name].compared:,} training images",
-            *(f"{floor(name)[metric]:.4g}" for metric in metrics),
+            *(f"{floor(name)[metric]:.4g}" for metric in DISTANCES),
         ]
-        for name in LARGE
+        for name in LARGE_SETS
     ]
-    return markdown([["", *metrics], *lines])
+    return markdown([["", *DISTANCES], *lines])
 
 
 def curve(units: list[Unit]) -> bytes:
@@ -153,7 +150,7 @@ def curve(units: list[Unit]) -> bytes:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(1, len(LARGE)), LARGE, strict=True):
+    for axis, name in zip(figure.subplots(1, len(LARGE_SETS)), LARGE_SETS, strict=True):
         found = sorted(
             (unit.minutes, samples(unit, "FID"), unit.result.value("FID", "REC"))
             for unit in units
@@ -192,12 +189,12 @@ def tables() -> dict[str, str]:
     return {
         "floors": floors(),
         "candidates": rows(
-            units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in CANDIDATES)
+            units, ((n, c, m) for n in LARGE_SETS for m in (ten, 60.0) for c in CANDIDATES)
         ),
         "steps": solver_steps(sorted(units, key=lambda unit: (unit.name, unit.minutes))),
-        "lengths": rows(units, ((n, DEFAULT, m) for n in LARGE for m in LENGTHS)),
+        "lengths": rows(units, ((n, DEFAULT, m) for n in LARGE_SETS for m in LENGTHS)),
         "changes": rows(
-            units, ((n, c, m) for n in LARGE for m in (ten, 60.0) for c in ("flow", *VARIANTS))
+            units, ((n, c, m) for n in LARGE_SETS for m in (ten, 60.0) for c in ("flow", *VARIANTS))
         ),
         "small": rows(
             units,
