@@ -74,9 +74,8 @@ def inline_math(self: Any, node: nodes.math) -> None:
 
 
 def block_math(self: Any, node: nodes.math_block) -> None:
-    self.body.append(
-        f'<div class="math" style="overflow-x: auto">{tex2mathml(node.astext(), as_block=True)}</div>'
-    )
+    formula = tex2mathml(node.astext(), as_block=True)
+    self.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>')
     raise nodes.SkipNode
 
 

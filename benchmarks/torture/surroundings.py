@@ -62,7 +62,9 @@ NO_HOME: dict[str, str | None] = dict.fromkeys(
 )
 SURROUNDINGS = {
     "as it is": Surrounding(),
-    "locale C": Surrounding({"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    "locale C": Surrounding(
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ),
     "POSIX locale, ASCII streams": Surrounding({"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}),
     "no HOME": Surrounding(NO_HOME),
     "HOME is a file": Surrounding({"HOME": "/dev/null", "XDG_CACHE_HOME": None}),

@@ -41,8 +41,8 @@ class Evaluate:
         str | None,
         arg(
             metavar="DATA",
-            help=f"real images: {ANY_IMAGES}; or reference statistics, an .npz with mu and sigma or "
-            "a .pt of torch-fidelity",
+            help=f"real images: {ANY_IMAGES}; or reference statistics, an .npz with mu and sigma "
+            "or a .pt of torch-fidelity",
             help_behavior_hint="(instead of a run; beside it only statistics)",
         ),
     ] = None

@@ -107,7 +107,8 @@ class Train(TrainingCommand):
             return
         summary = read_json(run.folder / "summary.json", dict[str, Any])
         show_table(
-            f"{run.recipe.name}: {run.data['train']} training images, {run.data['test']} test images",
+            f"{run.recipe.name}: {run.data['train']} training images, "
+            f"{run.data['test']} test images",
             figures_table(summary),
         )
         for note in [*run.data["notes"], *summary.get("notes", [])]:
