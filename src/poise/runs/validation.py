@@ -218,7 +218,8 @@ def overfitting(outcome: dict[str, Any]) -> str:
         "overfitting, the training images are being learned by heart: from step "
         f"{outcome['best_step']:,} to step {outcome['last_step']:,} the ELBO of held-out images "
         f"fell from {outcome[HELD_OUT]:.1f} to {outcome[f'last_{HELD_OUT}']:.1f} nats, while "
-        f"that of training images rose from {outcome[TRAINING]:.1f} to {outcome[f'last_{TRAINING}']:.1f}; "
+        "that of training images rose "
+        f"from {outcome[TRAINING]:.1f} to {outcome[f'last_{TRAINING}']:.1f}; "
         f"the weights of step {outcome['best_step']:,} are kept: more images, flips or patience "
         "save time"
     )
