@@ -156,7 +156,7 @@ VARIANTS = {
     "eight-average-50": Candidate(
         changed(EIGHT, AVERAGE | steps_for(0.5)), pace_of="eight-average"
     ),
-    "average-50": Candidate(changed(first=AVERAGE | steps_for(0.5)), pace_of="average"),
+    "eight-50": Candidate(changed(EIGHT, steps_for(0.5)), pace_of="channels-8"),
 }
 # With one image in ten held out: the weights with the best held-out ELBO, and early stopping.
 HELD_OUT = replace(MAPS, data=replace(MAPS.data, validation=0.1))
@@ -167,7 +167,7 @@ OF_SMALL_SETS = {
     ),
 }
 DEFAULT = "flow"  # the recipe `images`
-LONG_VARIANTS = ("channels-8", "average-50", "eight-average", "eight-average-50", "wide")
+LONG_VARIANTS = ("channels-8", "eight-50", "wide")
 LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
     *(
