@@ -148,15 +148,20 @@ def curve(units: list[Unit]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(1, len(LARGE_SETS)), LARGE_SETS, strict=True):
-        found = sorted(
+    found = {
+        name: sorted(
             (unit.minutes, samples(unit, "FID"), unit.result.value("FID", "REC"))
             for unit in units
             if (unit.name, unit.candidate, unit.result.seed) == (name, DEFAULT, 0)
         )
-        minutes, of_samples, of_reconstructions = zip(*found, strict=True)
+        for name in LARGE_SETS
+    }
+    measured = [name for name in LARGE_SETS if found[name]]
+    figure = Figure(figsize=(4 * len(measured), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(measured), squeeze=False)[0]
+    for axis, name in zip(axes, measured, strict=True):
+        minutes, of_samples, of_reconstructions = zip(*found[name], strict=True)
         axis.plot(minutes, of_samples, "o-", color="#1f5fa8", label="samples")
         axis.plot(minutes, of_reconstructions, "o--", color="#d9632a", label="reconstructions")
         axis.axhline(floor(name)["FID"], color="#666", linestyle=":", label="training images")
@@ -189,7 +194,8 @@ def tables() -> dict[str, str]:
     return {
         "floors": floors(),
         "candidates": rows(
-            units, ((n, c, m) for n in LARGE_SETS for m in (ten, 60.0) for c in CANDIDATES)
+            units,
+            ((n, c, m) for n in LARGE_SETS for m in (ten, 60.0) for c in (*CANDIDATES, DEFAULT)),
         ),
         "steps": solver_steps(sorted(units, key=lambda unit: (unit.name, unit.minutes))),
         "lengths": rows(units, ((n, DEFAULT, m) for n in LARGE_SETS for m in LENGTHS)),

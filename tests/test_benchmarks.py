@@ -254,7 +254,7 @@ def test_units_of_the_defaults_take_their_minutes_at_the_measured_pace(monkeypat
         name, candidate, minutes, seed = defaults.parts(unit)
         images = defaults.SETS[name].training or 9_000
         recipe = defaults.at_equal_time(unit, images, RESULTS)
-        rounds = report["paces"][f"{name}-{defaults.find(candidate).pace_of or candidate}"]
+        rounds = report["paces"][f"{name}-{defaults.measured_as(name, candidate)}"]
         stages = [recipe.first, *([recipe.second] if recipe.second else [])]
         seconds = statistics.median(entry["rest"] for entry in rounds) + sum(
             stage.steps * statistics.median(entry["stages"][number]["step"] for entry in rounds)

@@ -146,15 +146,15 @@ CELEBA64_RELEASED = replace(
     generation=RELEASED_GENERATION,
 )
 
-# Lengths and batch sizes were chosen on faces at 32 pixels, for 450 + 1,150 seconds of one CPU
-# core. Small batches reach a smaller error in the same time there (docs/log.md, 2026-11-26).
+# Eight channels and half of the time for each stage were compared with other settings in
+# docs/defaults.md. Small batches reach a smaller error in the same time (docs/log.md, 2026-11-26).
 IMAGES = Recipe(
     name="images",
     data=Data("images", flips=True),
-    network=Network("conv", latent_channels=4),
-    first=Stage(steps=6_100, batch_size=16, learning_rate=1e-3, decay=0.5),
+    network=Network("conv", latent_channels=8),
+    first=Stage(steps=9_800, batch_size=16, learning_rate=1e-3, decay=0.5),
     second=Stage(
-        steps=10_500,
+        steps=6_600,
         batch_size=32,
         learning_rate=1e-3,
         warmup=0.02,
