@@ -174,7 +174,7 @@ OF_SMALL_SETS = {
     ),
 }
 DEFAULT = "eight-50"  # the recipe `images`
-LONG_VARIANTS = ("channels-8", "eight-50", "wide")
+LONG_VARIANTS = ("eight-50", "wide")
 LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
     *(
@@ -191,12 +191,23 @@ UNITS = [
 FLOORS = [f"floor-{name}" for name in LARGE_SETS]
 
 
+def is_unit(text: str) -> bool:
+    """Return whether a text names a set, a candidate, minutes and a seed. `UNITS` has only some."""
+    try:
+        name, candidate, *_ = parts(text)
+    except ValueError:
+        return False
+    return name in SETS and candidate in CANDIDATES | VARIANTS | OF_SMALL_SETS
+
+
 def chosen(patterns: list[str]) -> list[str]:
-    """Return the units that match one of the patterns, in the order of the patterns."""
+    """Return the units that are named or match a pattern, in the order of the patterns."""
     everything = (*UNITS, *FLOORS)
     found: dict[str, None] = {}
     for pattern in patterns:
         matching = [unit for unit in everything if fnmatch(unit, pattern)]
+        if not matching and is_unit(pattern):
+            matching = [pattern]
         if not matching:
             raise SystemExit(f"no unit matches {pattern}: see `defaults.py list`")
         found |= dict.fromkeys(matching)

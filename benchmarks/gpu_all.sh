@@ -28,8 +28,9 @@ poise="python3 -m poise compare cifar10 --extractor inception --device cuda"
 mkdir -p "$out/defaults"
 cp -n results/defaults-*.json "$out/defaults/"
 part defaults 780 python3 benchmarks/defaults.py train "$POISE_DATA" \
-    '*-channels-8-60-0' '*-resnet-60-0' 'cifar10-flow-60-0' '*-second-stage-60-0' \
-    'cifar10-*-10-0' 'faces-*-10-0' 'faces-*-10-1' 'cifar10-*-10-1' 'faces-*' 'cifar10-*' \
+    '*-eight-50-60-0' '*-resnet-60-0' 'cifar10-flow-60-0' '*-second-stage-60-0' \
+    '*-eight-50-*' 'cifar10-*-10-0' 'faces-*-10-0' 'faces-*-10-1' 'cifar10-*-10-1' 'faces-*' \
+    'cifar10-*' \
     --device cuda --jobs 4 --measure --runs "$out/defaults-runs" --results "$out/defaults"
 # 2. The released network: five balances, standard latents, and a flow on the same codes.
 part balances 660 python3 benchmarks/balances.py "$out/balances"
