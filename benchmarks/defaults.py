@@ -147,13 +147,9 @@ CANDIDATES = {
 AVERAGE = {"ema_decay": 0.999, "ema_warmup": True}
 EIGHT = {"latent_channels": 8}
 VARIANTS = {
-    "share-30": Candidate(changed(first=steps_for(0.3)), pace_of="flow"),
-    "share-50": Candidate(changed(first=steps_for(0.5)), pace_of="flow"),
-    "share-85": Candidate(changed(first=steps_for(0.85)), pace_of="flow"),
     "channels-2": Candidate(changed({"latent_channels": 2})),
     "channels-8": Candidate(changed(EIGHT)),
     "map-4": Candidate(MAPS, map_side=4),
-    "average": Candidate(changed(first=AVERAGE)),
     "linear": Candidate(changed(first={"decay": 1.0}, second={"decay": 1.0}), pace_of="flow"),
     "wide": Candidate(changed({"conv_width": 192, "flow_width": 144})),
     "deep": Candidate(changed({"flow_blocks": 14})),
@@ -163,6 +159,7 @@ VARIANTS = {
         changed(EIGHT, AVERAGE | steps_for(0.5)), pace_of="eight-average"
     ),
     "eight-50": Candidate(IMAGES, pace_of="channels-8"),
+    "eight-30": Candidate(changed(EIGHT, steps_for(0.3)), pace_of="channels-8"),
 }
 # With one image in ten held out: the weights with the best held-out ELBO, and early stopping.
 HELD_OUT = replace(IMAGES, data=replace(IMAGES.data, validation=0.1))
