@@ -76,6 +76,8 @@ class Score:
         print_notes(given.notes)
 
     def _print_oddest(self, scores: "Scores") -> None:
+        from poise.metrics.likelihood import MOST_LATENTS
+
         likelihood, percentile = scores.log_likelihood, scores.log_likelihood_percentile
         if likelihood is None:
             print("note: this model has no likelihood: the oddest have the largest error")
@@ -93,6 +95,6 @@ class Score:
         if share is not None and float(share.mean()) < max(LOW_SHARE, 2 / self.samples):
             print(
                 f"note: the effective share of samples is {float(share.mean()):.2f}, so log p(x) "
-                "is a lower bound with an error; more --samples or --proposal refined makes it "
-                "smaller"
+                "is a lower bound with an error; more --samples make it smaller, and so does "
+                f"--proposal refined with up to {MOST_LATENTS} latents"
             )
