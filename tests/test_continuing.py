@@ -217,7 +217,7 @@ def test_a_run_starts_from_the_weights_of_another(short, tmp_path, monkeypatch):
     [
         (IMAGES, {"latent_dim": 4}, r"another shape \(latent_dim: 3 there, 4 here\)"),
         (IMAGES, {"size": 4}, r"another shape \(size: 8x8 there, 4x4 here\)"),
-        (IMAGES, {"recipe": "images"}, r"kind: mlp there, conv here; latent_dim: 3 there, 16"),
+        (IMAGES, {"recipe": "images"}, r"kind: mlp there, conv here; latent_dim: 3 there, 32"),
         (IMAGES, {"objective": "rae-l2"}, r"\(objective: vae there, rae-l2 here\)"),
         (IMAGES, {"start_from": "nowhere"}, "nowhere: no such folder"),
     ],

@@ -104,7 +104,7 @@ def test_statistics_of_a_short_run_settle_within_it():
         ("digits", 1_000, 4_000),
         ("digits", 5, 20),
         ("images-resnet", 8, 25),
-        ("images", 8, 28),
+        ("images", 8, 11),
         ("cifar10", 7, 14),
     ],
 )
