@@ -109,11 +109,12 @@ class Candidate:
 IMAGES = RECIPES["images"]
 assert IMAGES.second is not None
 # What each variant changes: the recipe `images` as it was first, with four channels and 72 % of the
-# time for the flow. The lengths of its stages were chosen for 450 and 1,150 seconds.
+# time for the flow. The lengths of its stages were chosen for so many seconds of each.
+STEPS, SECONDS, SECONDS_OF_FLOW = 6_100, 450, 1_150
 MAPS = replace(
     IMAGES,
     network=replace(IMAGES.network, latent_channels=4),
-    first=replace(IMAGES.first, steps=6_100),
+    first=replace(IMAGES.first, steps=STEPS),
     second=replace(IMAGES.second, steps=10_500),
 )
 
@@ -135,7 +136,7 @@ def changed(
 
 def steps_for(of_flow: float) -> dict[str, int]:
     """Return the length of stage 1 that gives the flow another share of the time."""
-    return {"steps": round(6_100 * 1_150 / 450 * (1 - of_flow) / of_flow)}
+    return {"steps": round(STEPS * SECONDS_OF_FLOW / SECONDS * (1 - of_flow) / of_flow)}
 
 
 CANDIDATES = {
@@ -144,6 +145,7 @@ CANDIDATES = {
     "mixture": Candidate(Changes(stages=1).apply(MAPS), ("mixture",)),
     "flow": Candidate(MAPS),
 }
+DEFAULT = "eight-50"  # the recipe `images`
 AVERAGE = {"ema_decay": 0.999, "ema_warmup": True}
 EIGHT = {"latent_channels": 8}
 VARIANTS = {
@@ -158,20 +160,20 @@ VARIANTS = {
     "eight-average-50": Candidate(
         changed(EIGHT, AVERAGE | steps_for(0.5)), pace_of="eight-average"
     ),
-    "eight-50": Candidate(IMAGES, pace_of="channels-8"),
+    DEFAULT: Candidate(IMAGES, pace_of="channels-8"),
     "eight-30": Candidate(changed(EIGHT, steps_for(0.3)), pace_of="channels-8"),
 }
 # With one image in ten held out: the weights with the best held-out ELBO, and early stopping.
 HELD_OUT = replace(IMAGES, data=replace(IMAGES.data, validation=0.1))
 OF_SMALL_SETS = {
-    "eight-50": VARIANTS["eight-50"],
+    DEFAULT: VARIANTS[DEFAULT],
     "best-weights": Candidate(HELD_OUT, pace_of="channels-8"),
     "patience": Candidate(
         replace(HELD_OUT, first=replace(HELD_OUT.first, patience=5)), pace_of="channels-8"
     ),
 }
-DEFAULT = "eight-50"  # the recipe `images`
-LONG_VARIANTS = ("eight-50", "wide")
+EVERY = CANDIDATES | VARIANTS | OF_SMALL_SETS
+LONG_VARIANTS = (DEFAULT, "wide")
 LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
 UNITS = [
     *(
@@ -194,7 +196,7 @@ def is_unit(text: str) -> bool:
         name, candidate, *_ = parts(text)
     except ValueError:
         return False
-    return name in SETS and candidate in CANDIDATES | VARIANTS | OF_SMALL_SETS
+    return name in SETS and candidate in EVERY
 
 
 def chosen(patterns: list[str]) -> list[str]:
@@ -219,7 +221,7 @@ def parts(unit: str) -> tuple[str, str, float, int]:
 
 
 def find(name: str) -> Candidate:
-    return (CANDIDATES | VARIANTS | OF_SMALL_SETS)[name]
+    return EVERY[name]
 
 
 @cache

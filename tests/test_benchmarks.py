@@ -227,6 +227,11 @@ def test_every_unit_of_the_defaults_is_read_from_its_name(monkeypatch):
     plain = [defaults.VARIANTS[name].recipe for name in defaults.VARIANTS if name != "map-4"]
     assert all(recipe != defaults.MAPS and recipe.name == "images" for recipe in plain)
     assert defaults.find(defaults.DEFAULT).recipe == RECIPES["images"]
+    assert "faces-flow-7-0" not in defaults.UNITS
+    assert defaults.chosen(["faces-flow-7-0"]) == ["faces-flow-7-0"]
+    for unknown in ("faces-flow-x-0", "faces-flows-10-0", "face-flow-10-0", "flow"):
+        with pytest.raises(SystemExit, match=f"no unit matches {unknown}"):
+            defaults.chosen([unknown])
 
 
 def test_results_of_the_defaults_name_no_folder_of_a_machine():
