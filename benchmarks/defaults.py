@@ -155,7 +155,6 @@ VARIANTS = {
     "linear": Candidate(changed(first={"decay": 1.0}, second={"decay": 1.0}), pace_of="flow"),
     "wide": Candidate(changed({"conv_width": 192, "flow_width": 144})),
     "deep": Candidate(changed({"flow_blocks": 14})),
-    "standard": Candidate(changed(first={"standardise": "during"})),
     "eight-average": Candidate(changed(EIGHT, AVERAGE)),
     "eight-average-50": Candidate(
         changed(EIGHT, AVERAGE | steps_for(0.5)), pace_of="eight-average"
@@ -173,19 +172,22 @@ OF_SMALL_SETS = {
     ),
 }
 EVERY = CANDIDATES | VARIANTS | OF_SMALL_SETS
-LONG_VARIANTS = (DEFAULT, "wide")
-LENGTHS = ((10, 2), (60, 1))  # minutes and seeds
+SECOND_BEST = "mixture"  # after 10 minutes, on both large sets
+CONFIRMED = (DEFAULT, "channels-2", "channels-8", "map-4", "linear", "wide", "deep")  # on CIFAR-10
+MINUTES_OF_SMALL_SETS = 5
 UNITS = [
-    *(
-        f"{name}-{candidate}-{minutes}-{seed}"
-        for name, candidate, (minutes, seeds) in product(LARGE_SETS, CANDIDATES, LENGTHS)
-        for seed in range(seeds)
-    ),
-    *(f"{n}-{v}-10-{s}" for n, v, s in product(LARGE_SETS, VARIANTS, range(2))),
-    *(f"{n}-{v}-60-0" for n, v in product(LARGE_SETS, LONG_VARIANTS)),
-    *(f"{n}-{c}-10-{s}" for n, c, s in product(SMALL_SETS, CANDIDATES | OF_SMALL_SETS, range(2))),
+    *(f"{n}-{c}-10-{seed}" for n, c, seed in product(LARGE_SETS, CANDIDATES, range(2))),
+    *(f"{n}-{c}-60-0" for n, c in product(LARGE_SETS, (DEFAULT, SECOND_BEST))),
+    "cifar10-resnet-60-0",
+    *(f"faces-{variant}-10-{seed}" for variant, seed in product(VARIANTS, range(2))),
+    *(f"cifar10-{variant}-10-0" for variant in CONFIRMED),
+    f"cifar10-{DEFAULT}-10-1",
     *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(LARGE_SETS, (2, 5, 20))),
-    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 60))),
+    *(
+        f"{n}-{c}-{MINUTES_OF_SMALL_SETS}-0"
+        for n, c in product(SMALL_SETS, CANDIDATES | OF_SMALL_SETS)
+    ),
+    *(f"{n}-{DEFAULT}-{minutes}-0" for n, minutes in product(SMALL_SETS, (2, 20))),
 ]
 FLOORS = [f"floor-{name}" for name in LARGE_SETS]
 
@@ -357,7 +359,7 @@ def measure(folder: Path, unit: str, runs: Path, results: Path, device: str) -> 
         number = SETS[name].compared
         page = run.evaluate(data.test, count=number, priors=priors).to_json()
     page["copies"] = copying(run, data, priors[-1])
-    run.grid(64).save(runs / f"{unit}.png")
+    run.grid(64, prior=priors[-1]).save(runs / f"{unit}.png")
     label = "-".join(unit.split("-")[:-1])
     write_result(result_of(run, page, experiment=EXPERIMENT, label=label), results)
 

@@ -24,14 +24,12 @@ part() { # NAME, its time limit in seconds, COMMAND...
 }
 
 poise="python3 -m poise compare cifar10 --extractor inception --device cuda"
-# 1. The default for photographs: units of docs/gpu-queue.md, measured as soon as they are trained.
+# 1. The default for photographs: the units without results, measured as soon as they are trained.
 mkdir -p "$out/defaults"
 cp -n results/defaults-*.json "$out/defaults/"
 part defaults 780 python3 benchmarks/defaults.py train "$POISE_DATA" \
-    '*-eight-50-60-0' '*-resnet-60-0' 'cifar10-flow-60-0' '*-second-stage-60-0' \
-    '*-eight-50-*' 'cifar10-*-10-0' 'faces-*-10-0' 'faces-*-10-1' 'cifar10-*-10-1' 'faces-*' \
-    'cifar10-*' \
-    --device cuda --jobs 4 --measure --runs "$out/defaults-runs" --results "$out/defaults"
+    '*-60-0' 'faces-*' 'cifar10-*' '*' \
+    --device cuda --jobs 6 --measure --runs "$out/defaults-runs" --results "$out/defaults"
 # 2. The released network: five balances, standard latents, and a flow on the same codes.
 part balances 660 python3 benchmarks/balances.py "$out/balances"
 # 3. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.

@@ -244,8 +244,8 @@ def test_results_of_the_defaults_name_no_folder_of_a_machine():
 def test_the_readmes_figures_of_faces_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     pages = importlib.import_module("defaults_page")
-    (result,) = read_results([RESULTS / f"defaults-faces-{pages.DEFAULT}-20-0.json"])
-    fid = pages.samples(pages.Unit("faces", pages.DEFAULT, 20.0, result), "FID")
+    (result,) = read_results([RESULTS / f"defaults-faces-{pages.DEFAULT}-60-0.json"])
+    fid = pages.samples(pages.Unit("faces", pages.DEFAULT, 60.0, result), "FID")
     readme = " ".join((SCRIPTS.parent / "README.md").read_text(encoding="utf-8").split())
     assert f"FID {fid:.1f} against 1,000 test images" in readme
     assert f"real training images have {pages.floor('faces')['FID']:.1f}" in readme
