@@ -161,6 +161,9 @@ VARIANTS = {
     ),
     DEFAULT: Candidate(IMAGES, pace_of="channels-8"),
     "eight-30": Candidate(changed(EIGHT, steps_for(0.3)), pace_of="channels-8"),
+    "small-start": Candidate(
+        changed(EIGHT, {"balance": "computed:start=0.001"} | steps_for(0.5)), pace_of="channels-8"
+    ),
 }
 # With one image in ten held out: the weights with the best held-out ELBO, and early stopping.
 HELD_OUT = replace(IMAGES, data=replace(IMAGES.data, validation=0.1))
