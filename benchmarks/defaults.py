@@ -45,10 +45,10 @@ from pace import timing_of
 
 import poise
 from poise.data import Dataset, head, load
+from poise.metrics.copies import nearest
 from poise.networks.convolutional import ConvDecoder, ConvEncoder
 from poise.recipes import RECIPES, Recipe
 from poise.recipes.settings import Changes
-from poise.report.copies import nearest
 from poise.runs.options import Options
 from poise.runs.timing import MARGIN, Pace, Timing, lengths_within_budget
 from poise.studies.comparison.worker import EVALUATED_AT_ONCE

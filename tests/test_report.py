@@ -23,10 +23,9 @@ from sklearn.neighbors import NearestNeighbors
 
 import poise
 from poise import cli
-from poise.data import Rows
 from poise.diagnosis.course import read_courses
 from poise.errors import InputError
-from poise.report import copies, curves, models, pictures, sections, write_report
+from poise.report import curves, models, pictures, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
 from poise.report.curves import training_figures
@@ -382,35 +381,6 @@ def test_each_original_lies_above_its_reconstruction():
         assert torch.allclose(tile, image, atol=0.6 / 255)
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_the_nearest_training_images_are_those_of_scikit_learn(mapped, tmp_path, monkeypatch):
-    monkeypatch.setattr(copies, "BLOCK_VALUES", 7 * 3 * 16)  # 7 images at a time
-    training = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
-    queries = torch.rand(9, 3, 4, 4)
-    queries[4] = torch.from_numpy(training[31]) / 255  # a copy
-    flat = training.reshape(50, -1) / 255
-    neighbours = NearestNeighbors(n_neighbors=1).fit(flat)
-    distances, places = neighbours.kneighbors(queries.flatten(1).double().numpy())
-    if mapped:
-        np.save(tmp_path / "training.npy", training)
-        array = np.load(tmp_path / "training.npy", mmap_mode="r")
-        training = Rows(array, np.arange(50))
-    found = copies.nearest(queries, training)
-    expected = torch.from_numpy(flat[places[:, 0]]).reshape(9, 3, 4, 4).float()
-    torch.testing.assert_close(found.images, expected)
-    torch.testing.assert_close(found.distances, torch.from_numpy(distances[:, 0] / 48**0.5).float())
-    assert found.distances[4] == 0
-
-
-def test_mirror_images_are_searched_if_they_were_trained_on():
-    training = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
-    queries = torch.from_numpy(training[[3, 5]]) / 255
-    queries[1] = queries[1].flip(2)  # without the batch: left to right
-    assert copies.nearest(queries, training).distances[1] > 0.1
-    found = copies.nearest(queries, training, mirrored=True)
-    assert (found.distances == 0).all() and torch.equal(found.images, queries)
-
-
 def test_the_curves_of_a_flow_are_those_of_its_velocity(changed):
     log, config = changed / "metrics.jsonl", json.loads((changed / "config.json").read_text())
     config["recipe"]["second"]["objective"] = "flow"
@@ -440,14 +410,6 @@ def test_a_large_picture_of_progress_is_reduced_and_a_damaged_one_is_said(tmp_pa
         file.write(bytes(1000))
     with pytest.raises(InputError, match=r"progress\.png cannot be decoded"):
         pictures.picture_uri(path)
-
-
-def test_of_a_very_large_data_set_a_fixed_part_is_searched(monkeypatch):
-    monkeypatch.setattr(copies, "MOST_VALUES", 10 * 16)
-    training = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
-    assert copies.most_searched(training) == 10 and copies.most_searched(training[:7]) == 7
-    found = copies.nearest(torch.from_numpy(training) / 255, training)
-    assert int((found.distances == 0).sum()) == 10
 
 
 def test_distances_from_training_images_stand_beside_those_of_held_out_images(page, runs):

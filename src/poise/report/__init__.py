@@ -2,8 +2,8 @@
 
 In reading order: `records` (read the files of each run), `words` (numbers and sentences), `cells`
 (tables), `curves` and `latent_page` (figures), `models` (images and the diagnosis, which need the
-trained model), `copies` (nearest training images), `pictures` (encode images), `sections` (values
-of each section), `page` (the whole page). The jinja2 templates, page.css and page.js are in
+trained model), `pictures` (encode images), `sections` (values of each section), `page` (the whole
+page). The jinja2 templates, page.css and page.js are in
 templates/.
 """
 

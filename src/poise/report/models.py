@@ -17,7 +17,7 @@ from poise.data import Dataset, gather
 from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
-from poise.report.copies import most_searched, nearest
+from poise.metrics.copies import most_searched, nearest
 from poise.report.pictures import contact_sheet, data_uri, paired_sheet, picture_uri
 from poise.report.records import Record
 from poise.runs.run import Run, load

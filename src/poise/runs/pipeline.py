@@ -21,6 +21,7 @@ from poise.errors import InputError, Interrupted, MissingExtraError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all
+from poise.metrics.copies import copies_note
 from poise.objectives import make_objective
 from poise.priors import TrainedModel, make_prior
 from poise.recipes import find_recipe
@@ -99,6 +100,7 @@ from poise.vae import VAE, latents_of
 from poise.variants import DATA_SETS, default_prior, find_prior
 
 PAIRS = 32
+SMALL_SET = 10_000  # training images: samples of more are not compared with them
 BEGINNING: dict[str, Any] = {"stage": 1, "step": 0, "seconds": 0.0, "finished": False}
 KEPT_META = ("continued", "validation")  # plain values that later checkpoints keep
 
@@ -772,11 +774,10 @@ def finish(run: Run, dataset: Dataset, meta: dict[str, Any], *, quiet: bool) -> 
     run.save_mixture()
     write_json(run.folder / "latents.json", asdict(run.latent_scale))
     test = gather(dataset.test, drawn(len(dataset.test), PAIRS))
-    pairs = torch.stack([test, run.reconstruct(test)], 1).flatten(0, 1)
+    reconstructed, samples = run.reconstruct(test), run.sample(PICTURES, seed=run.recipe.seed)
+    pairs = torch.stack([test, reconstructed], 1).flatten(0, 1)
     save_png(run.folder / "reconstructions.png", grid(pairs, columns=8))
-    save_png(
-        run.folder / "samples.png", grid(run.sample(PICTURES, seed=run.recipe.seed), columns=8)
-    )
+    save_png(run.folder / "samples.png", grid(samples, columns=8))
     try:
         write_file(run.folder / "training.png", plots.training_curves(run.folder / "metrics.jsonl"))
     except MissingExtraError as error:
@@ -794,5 +795,9 @@ def finish(run: Run, dataset: Dataset, meta: dict[str, Any], *, quiet: bool) -> 
     if validated:
         figures |= {"validation": validated}
         lines += [overfitting(validated)] if validated["overfitting"] else []
+    if len(dataset.train) <= SMALL_SET:
+        flips = run.recipe.data.flips
+        copied = copies_note(samples, reconstructed, dataset.train, run.device, mirrored=flips)
+        lines += [copied] if copied else []
     notes = {"notes": lines} if lines else {}
     write_json(run.folder / "summary.json", figures | evaluation.pages | notes)
