@@ -22,7 +22,7 @@ from poise.support.seeds import drawn
 MOST_VALUES = 2**29  # pixel values searched: 5 to 7 s for 216 images on one core (2026-11-26)
 BLOCK_VALUES = 2**24  # of training images in memory at a time: 64 MiB
 # Samples are copies if their median distance is below this share of that of reconstructions. The
-# share was 0.13 after training on 60 faces, 0.82 on 500 and 1.0 on 9,000 (docs/defaults.md).
+# share was 0.14 after training on 60 faces, 0.82 on 500 and 1.0 on 9,000 (docs/defaults.md).
 COPIED = 0.5
 
 
