@@ -101,7 +101,7 @@ def copies_note(
     if copied <= FEW * len(samples):
         return None
     return (
-        f"{copied} of {len(samples)} samples are near copies of training images: less than "
-        f"{COPIED:g} times as far from one as reconstructed test images are ({usual:.3f}): "
-        "train on more images, or for a shorter time"
+        f"{copied} of {len(samples)} samples are near copies of training images, at less than "
+        f"{COPIED:g} of the distance of reconstructed test images ({usual:.3f}): train on more "
+        "images, or for a shorter time"
     )
