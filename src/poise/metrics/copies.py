@@ -22,8 +22,8 @@ from poise.support.seeds import drawn
 MOST_VALUES = 2**29  # pixel values searched: 5 to 7 s for 216 images on one core (2026-11-26)
 BLOCK_VALUES = 2**24  # of training images in memory at a time: 64 MiB
 # A sample is a near copy if its distance is below this share of the median distance of
-# reconstructions. Of 64 samples, 61 were after 5 minutes on 60 faces, 18 after 3 minutes on 54 at
-# 32 pixels, and none after 10 minutes on 500 or 9,000 (docs/log.md, 2026-11-28).
+# reconstructions. Of 64 samples, 61 were after 5 minutes on 60 faces, 37 after 2 minutes, and none
+# after 10 minutes on 500 or 9,000 (docs/log.md, 2026-11-28).
 COPIED = 0.5
 FEW = 0.1  # share of samples of which nothing is said
 
