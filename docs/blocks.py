@@ -33,12 +33,12 @@ reconstruction = torch.rand(16, 3, 8, 8, requires_grad=True)
 mean, logvar = torch.zeros(16, 4), torch.zeros(16, 4)
 kl = poise.DiagonalGaussian(mean, logvar).kl()
 """
-RUN = """
+PICTURES = """
 import numpy as np
 import poise
 images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
-run = poise.train(images, out="runs/faces")
 """
+RUN = PICTURES + 'run = poise.train(images, out="runs/faces")'
 SETUP = {
     "README.md": f"""
 {BATCH}
@@ -69,7 +69,11 @@ loss = poise.ComputedBalance()
 vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 2, hidden=(16,)))
 """,
     "trackers.md": RUN,
-    "share.md": RUN + "\nfrom poise.runs.onnx_files import export_onnx\n",
+    "share.md": f"""
+{PICTURES}
+from poise.runs.onnx_files import export_onnx
+run = poise.train(images, out="runs/faces", recipe="images", network="conv", latent_dim=None)
+""",
     "outliers.md": """
 import numpy as np
 clean_rows = np.random.default_rng(0).normal(size=(80, 20))
@@ -87,7 +91,6 @@ more_rows = table[:20]
     "training.md": f"""
 {RUN}
 import torch
-noise = torch.randn(60, 64)
 encoder, decoder = poise.networks.mlp((3, 8, 8), 4, hidden=(16,))
 """,
 }

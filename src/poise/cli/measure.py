@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class Evaluate:
     """Measure a run on its test images, or compare two sets of images.
 
-    Of a run, the error, the likelihood and the latents are measured. Its reconstructions and the
-    samples of each prior are compared with real images: FID, KID, precision, recall, density and
-    coverage. Every number has its protocol. The output is a table on a terminal, and JSON in a file
-    or a pipe.
+    Of a run, the error, the ELBO and the latents are measured, and with --nll-samples the
+    likelihood. Its reconstructions and the samples of each prior are compared with real images:
+    FID (or another distance, by --extractor), KID, precision, recall, density and coverage. Every
+    number has its protocol. The output is a table on a terminal, and JSON in a file or a pipe.
     """
 
     run_folder: Annotated[
