@@ -108,14 +108,12 @@ class Remembered(NamedTuple):
     """Hold what a training step used, so that gradient checkpointing can recompute it.
 
     Attributes:
-        sums: as in `BatchMeans`. A recomputation finds its step by them.
-        gamma2, kl_weight, share: as in the step.
+        batch, gamma2, kl_weight: as in the step. A recomputation finds its step by `batch.sums`.
     """
 
-    sums: tuple[Tensor, Tensor]
+    batch: BatchMeans
     gamma2: Tensor
     kl_weight: Tensor | float
-    share: Tensor | float
 
 
 class Balance(nn.Module, ABC):
@@ -436,25 +434,32 @@ class Balance(nn.Module, ABC):
         gamma2 = snapshot(gamma2)
         kl_weight = snapshot(kl_weight) if isinstance(kl_weight, Tensor) else kl_weight
         if recomputed:
-            gamma2, kl_weight, share = self._recall(batch, gamma2, kl_weight)
-            batch = batch._replace(share=share)
+            batch, gamma2, kl_weight = self._recall(batch, gamma2, kl_weight)
         elif self.training:
             self._update_state(batch, gamma2)
             if not only_nats:
                 self._count_faults(error, dims)
             if not torch.compiler.is_compiling():
                 used = gamma2.detach() if gamma2.requires_grad else gamma2
-                self._steps.append(Remembered(batch.sums, used, kl_weight, batch.share))
+                self._steps.append(Remembered(batch, used, kl_weight))
         scale, log_scale = scale_and_nats(gamma2, self.power)
         normaliser = dims * log_scale
+        of_all = normaliser if isinstance(batch.num_dims, int) else batch.num_dims * log_scale
+        nats_of_groups = batch.error * batch.num_dims / scale + of_all
+        learned = None
+        if gamma2.requires_grad and isinstance(batch.share, Tensor):
+            # Its gradient comes from the errors of all ranks, because nobody averages gradients of
+            # a balance beside DDP. The term is 0.
+            learned = nats_of_groups.sum() - nats_of_groups.sum().detach()
+            scale, normaliser = scale.detach(), normaliser.detach()
         nats = error / scale + normaliser
         if self.groups is not None:
             nats = nats.sum(1)
         nats = nats + scaled(kl_weight, kl)
         loss = scaled(batch.share, (nats if nll is None else nats + nll).mean())
-        if isinstance(batch.num_dims, Tensor):
-            normaliser = batch.num_dims * log_scale
-        nats_of_groups = (batch.error * batch.num_dims / scale + normaliser).detach()
+        if learned is not None:
+            loss = loss + learned
+        nats_of_groups = nats_of_groups.detach()
         reconstruction = nats_of_groups if self.groups is None else nats_of_groups.sum()
         if batch.nll is not None:
             reconstruction = reconstruction + batch.nll
@@ -528,17 +533,20 @@ class Balance(nn.Module, ABC):
 
     def _recall(
         self, batch: BatchMeans, gamma2: Tensor, kl_weight: Tensor | float
-    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Return gamma2, kl_weight and share of the step that is recomputed.
+    ) -> tuple[BatchMeans, Tensor, Tensor | float]:
+        """Return the means over ranks, gamma2 and kl_weight of the step that is recomputed.
 
         It is the remembered step with the nearest sums, the last of equal ones, found without a
         look at values.
         """
         steps = list(reversed(self._steps))
         if not steps:
-            return gamma2, kl_weight, batch.share
+            return batch, gamma2, kl_weight
         apart = [
-            (batch.sums[0] - step.sums[0]).abs().sum() + (batch.sums[1] - step.sums[1]).abs()
+            sum(
+                (own - then).abs().sum()
+                for own, then in zip(batch.sums, step.batch.sums, strict=True)
+            )
             for step in steps
         ]
         index = torch.stack(apart).argmin(0, keepdim=True)
@@ -551,7 +559,15 @@ class Balance(nn.Module, ABC):
         if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
             gamma2 = recalled([step.gamma2 for step in steps])
         kl_weight = recalled([step.kl_weight for step in steps])
-        return gamma2, kl_weight, recalled([step.share for step in steps])
+        if isinstance(steps[0].batch.share, Tensor):  # the means were those over ranks
+            of_ranks = ("error", "num_dims", "share")
+            batch = batch._replace(
+                **{
+                    name: recalled([getattr(step.batch, name) for step in steps])
+                    for name in of_ranks
+                }
+            )
+        return batch, gamma2, kl_weight
 
     def _restore_precision(self) -> None:
         """Make buffers float32 again after something converted them in place, as FSDP1 does."""
