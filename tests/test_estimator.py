@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import poise
-from poise import VAEEstimator
+from poise import VAEEstimator, estimator
 from poise.tables.scoring import HeldOut
 from poise.tables.stopping import MOST_STEPS, EarlyStopping
 
@@ -407,6 +407,25 @@ def test_ctrl_c_keeps_the_best_weights(wine, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.fit(wine)
     assert model.n_iter_ < 20 * MOST_STEPS and np.isfinite(model.score(wine))
+
+
+@pytest.mark.parametrize("prior", ["second-stage", "flow"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ctrl_c_ends_both_stages(stage, prior, wine, monkeypatch):
+    """Former defects: in stage 2 it was swallowed, and after stage 1 all of stage 2 was trained."""
+    trained, fit = [], estimator.fit
+
+    def interrupted(state, *arguments, number, **named):
+        fit(state, *arguments, number=number, **named)
+        trained.append(state.step)
+        if number == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimator, "fit", interrupted)
+    model = VAEEstimator(2, **QUICK, prior=prior, second_steps=30, random_state=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(wine)
+    assert trained[1] == (1 if stage == 1 else 30) and model.sample(3).shape == (3, wine.shape[1])
 
 
 def test_an_uncertain_density_is_said(wine):

@@ -382,9 +382,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             float(gamma2) if gamma2.dim() == 0 else gamma2.double().numpy()
         )
         self.balance_, self.n_iter_, self.n_latents_ = state.balance, state.step, self.latent_dim
-        self.prior_ = self._fit_prior(state.network, rows, (held_out, kept), seed)
+        self.prior_, again = self._fit_prior(
+            state.network, rows, (held_out, kept), seed, 1 if interrupted else self.second_steps
+        )
         self.vae_ = state.network
-        return interrupted
+        return interrupted or again
 
     def _train_stage(
         self,
@@ -431,11 +433,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             module.cpu().eval().requires_grad_(False)
         return state, interrupted
 
-    def _fit_prior(self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int) -> Prior:
+    def _fit_prior(
+        self, vae: VAE, rows: Tensor, split: tuple[Tensor, Tensor], seed: int, second_steps: int
+    ) -> tuple[Prior, bool]:
+        """Return the prior, and whether Ctrl-C ended its training."""
         codes = cache(lambda: encode_all(vae, rows))
-        second = None
+        second, interrupted = None, False
         if kind := find_prior(self.prior).second_stage:
-            second = self._second_stage(kind, codes(), split, seed)
+            second, interrupted = self._second_stage(kind, codes(), split, seed, second_steps)
         model = TrainedModel(
             self.latent_dim,
             codes,
@@ -444,14 +449,19 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             components=min(COMPONENTS, max(1, len(rows) // (10 * self.latent_dim))),
             seed=seed,
         )
-        return make_prior(self.prior, model)
+        return make_prior(self.prior, model), interrupted
 
     def _second_stage(
-        self, kind: SecondStage, codes: DiagonalGaussian, split: tuple[Tensor, Tensor], seed: int
-    ) -> TrainingState[Any]:
+        self,
+        kind: SecondStage,
+        codes: DiagonalGaussian,
+        split: tuple[Tensor, Tensor],
+        seed: int,
+        steps: int,
+    ) -> tuple[TrainingState[Any], bool]:
         held_out, kept = split
         stage = Stage(
-            steps=self.second_steps,
+            steps=steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             objective=kind,
@@ -467,9 +477,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise = noise_per_image(len(codes.mean), self.latent_dim, derive("codes", seed))
         others = codes.sample(noise)[held_out]
         if not isinstance(second, Flow):
-            return self._train_stage(2, stage, second, data, ElboOf(others), seed)[0]
+            return self._train_stage(2, stage, second, data, ElboOf(others), seed)
         second.set_statistics(DiagonalGaussian(codes.mean[kept], codes.logvar[kept]))
-        return self._train_stage(2, stage, second, data, VelocityErrorOf(others, seed), seed)[0]
+        return self._train_stage(2, stage, second, data, VelocityErrorOf(others, seed), seed)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the posterior means of rows, (rows, latent_dim), in the precision of `X`.
