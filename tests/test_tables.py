@@ -126,6 +126,15 @@ def test_a_linear_model_trained_per_column_has_the_noise_of_factor_analysis():
     np.testing.assert_allclose(model.noise_variance_, exact.noise_variance_, rtol=0.1)
 
 
+@pytest.mark.parametrize(("rows", "columns", "latents"), [(20, 60, 5), (40, 41, 3), (60, 6, 2)])
+def test_the_shared_noise_is_the_mean_of_the_eigenvalues_left_over(rows, columns, latents):
+    """Tipping & Bishop 1999, eq. 8: over all columns, also if there are fewer rows."""
+    table = torch.randn(rows, columns, dtype=torch.float64)
+    line = Line.fitted(table, latents, TableError(columns), shared=True)
+    left_over = torch.linalg.eigvalsh(table.T.cov())[:-latents]
+    torch.testing.assert_close(line.noise, left_over.mean())
+
+
 def test_units_of_columns_move_the_density_and_nothing_else():
     table, units = factor_table(40), np.array([1, 100, 0.01, 1, 5.0])
     one, other = (VAEEstimator(2, **QUICK).fit(rows) for rows in (table, table * units))
@@ -268,6 +277,45 @@ def test_rows_come_back_in_the_types_of_the_frame(mixed):
     mixed.set_output(transform="default")
 
 
+@pytest.mark.parametrize("kind", ["bool", "boolean"])
+def test_booleans_as_numbers_are_rounded(kind):
+    """Former defect: each number but 0 was True."""
+    draws = np.random.default_rng(0)
+    table = pd.DataFrame({"yes": draws.random(400) < 0.3, "size": draws.normal(size=400)})
+    table = table.astype({"yes": kind})
+    model = VAEEstimator(1, **QUICK, categorical_features=None).fit(table)
+    drawn = model.sample(1000, random_state=0)["yes"]
+    assert drawn.dtype == kind and abs(drawn.mean() - table["yes"].mean()) < 0.1
+
+
+def test_impute_fills_missing_cells_only():
+    draws = np.random.default_rng(0)
+    table = pd.DataFrame({"id": 10**17 + 1 + np.arange(60), "size": draws.normal(size=60)})
+    model = VAEEstimator(1, **QUICK).fit(table)
+    holes = table.astype({"id": "Int64"})
+    holes.loc[3, "size"] = holes.loc[5, "id"] = None
+    filled = model.impute(holes)
+    assert filled.notna().all(axis=None) and dict(filled.dtypes) == dict(table.dtypes)
+    assert (filled["id"] == table["id"]).sum() == 59, "float64 would round them"
+
+
+def test_missing_values_of_pandas_in_an_array_of_objects_are_missing():
+    table = pd.DataFrame(
+        {"word": pd.array(["a", "b", None] * 20, "string"), "x": pd.array([1, 2, None] * 20)}
+    ).to_numpy()
+    model = VAEEstimator(1, **QUICK, categorical_features=[0]).fit(table)
+    filled = model.impute(table)
+    assert set(filled[:, 0]) == {"a", "b"} and np.isfinite(filled[:, 1].astype(float)).all()
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_value_that_is_absurdly_large_does_not_stop_impute(draws):
+    table = np.random.default_rng(0).normal(size=(60, 3))
+    model = VAEEstimator(1, **QUICK).fit(table)
+    filled = model.impute(np.array([[1e160, np.nan, 0.0]]), draws=draws)
+    assert filled[0, 0] == 1e160 and not np.isnan(filled).any()
+
+
 def test_frames_of_polars_and_columns_by_name_or_number_give_the_same_latents(mixed):
     pl = pytest.importorskip("polars")
     table, latents = mixed_table(), mixed.transform(mixed_table())
@@ -300,6 +348,7 @@ def test_columns_of_categories_alone_are_fitted():
     table = mixed_table()[["colour", "large"]]
     model = VAEEstimator(1, **QUICK, validation_fraction=0).fit(table)
     assert model.mean_.shape == (0,) and model.score(table) > -math.log(6)
+    assert not model.balance_.gamma2.isnan()
     assert model.sample(3).shape == (3, 2)
 
 
@@ -410,11 +459,26 @@ def test_the_density_of_transformed_columns_integrates_to_one(kind):
     assert gain > 0.1 and plain.transforms_ == ["none"] * 2
 
 
+@pytest.mark.parametrize("kind", ["auto", "power", "bounded", "quantile"])
+def test_a_constant_column_has_no_spread_whatever_its_value(kind):
+    """Former defect: sixty times 0.1 has a standard deviation of 1e-17, 3.0 has 0."""
+    table = np.random.default_rng(0).normal(size=(60, 3))
+    scores = []
+    for value in (0.1, 3.0):
+        table[:, 2] = value
+        model = VAEEstimator(1, **QUICK | {"steps": 1}, transforms=kind).fit(table)
+        scores.append(model.score(table))
+    assert scores[0] == pytest.approx(scores[1], abs=1)
+
+
 def test_whole_numbers_are_dequantised_and_sampled_whole():
     draws = np.random.default_rng(0)
     table = pd.DataFrame({"count": draws.poisson(20, 300), "size": SKEWED})
     model = VAEEstimator(1, **QUICK | {"steps": 1}, transforms="auto").fit(table)
     assert model.sample(50)["count"].dtype == table["count"].dtype
+    counts = table[["count"]].to_numpy(float)
+    beyond = Transforms(counts, "auto").inverse(np.array([[-1e3], [1e3]]))
+    assert (beyond == np.round(beyond)).all()
     whole = pd.DataFrame({"count": np.arange(60), "size": np.nan})
     assert np.exp(model.score_samples(whole)).sum() == pytest.approx(1, abs=0.02)
 

@@ -86,7 +86,7 @@ class Columns:
             numbers: Any = frame[:, self.numeric].to_native()
         else:
             numbers = _objects_of(X)[:, self.numeric]
-            numbers = np.where(numbers == np.array(None), np.nan, numbers)
+            numbers = np.where(np.vectorize(_is_missing, [bool])(numbers), np.nan, numbers)
         if self.numeric:
             how: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"} | checks
             numbers = check_array(numbers, **how)
@@ -119,9 +119,9 @@ class Columns:
         Args:
             numbers: (rows, numeric columns).
             codes: numbers of the categories, (rows, categorical columns).
-            exact: return numbers in the columns' own types, rounded where these are integers.
+            exact: return numbers in the columns' own types, rounded for integers and booleans.
                 False: as floating-point numbers. Categories always have their own type.
-            like: frame whose index the rows get, if it is pandas.
+            like: frame with the observed cells. If it is pandas, the rows get its index.
 
         Returns:
             A frame if the fit had a frame, else an array, of floating-point numbers or objects.
@@ -143,12 +143,18 @@ class Columns:
     def _frame(self, columns: list[np.ndarray], exact: bool, like: Any) -> Any:
         assert self.names is not None
         schema = nw.from_native(self.prototype, eager_only=True).schema
+        given = frame_of(like)
         data: dict[str, Any] = {}
-        for name, values in zip(self.names, columns, strict=True):
+        for k, (name, values) in enumerate(zip(self.names, columns, strict=True)):
             if exact and schema[name].is_integer():
                 kind = np.dtype(str(schema[name]).lower())
                 bounds = np.iinfo(kind)
                 values = np.round(values).clip(bounds.min, bounds.max).astype(kind)
+                if given is not None and given[:, k].dtype.is_integer():
+                    own = given[:, k]  # float64 would round large numbers
+                    values = np.where(own.is_null(), values, own.fill_null(0).to_numpy())
+            elif exact and schema[name] == nw.Boolean and values.dtype != object:
+                values = values > 0.5
             data[name] = values.tolist() if values.dtype == object else values
         native: Any = nw.from_dict(
             data, backend=nw.get_native_namespace(self.prototype)
@@ -229,13 +235,20 @@ def _objects(X: Any, frame: nw.DataFrame[Any] | None, column: int) -> np.ndarray
     """Return the values of a column, (rows,), None where missing."""
     if frame is None:
         listed = _objects_of(X)[:, column].tolist()
-        missing = [value is None for value in listed]
+        missing = [_is_missing(value) for value in listed]
     else:
         series = frame[:, column]
-        listed, missing = series.to_list(), series.is_null().to_list()
+        nulls = series.is_null().to_list()
+        listed = series.to_list()
+        missing = [gone or _is_missing(value) for value, gone in zip(listed, nulls, strict=True)]
     values = np.empty(len(listed), object)
-    values[:] = [
-        None if gone or value != value else value
-        for value, gone in zip(listed, missing, strict=True)
-    ]
+    values[:] = [None if gone else v for v, gone in zip(listed, missing, strict=True)]
     return values
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell is None, NaN, or pandas' NA, whose comparisons have no truth value."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True

@@ -119,7 +119,9 @@ class Line(NamedTuple):
             variances, mean = np.full(latents, noise), torch.from_numpy(table.mean(0))
         else:
             pca = PCA(number, svd_solver="full").fit(table)
-            noise = max(float(pca.noise_variance_), 1e-12)
+            # Of fewer rows than columns, scikit-learn leaves out eigenvalues that are 0 in eq. 8.
+            share = (min(table.shape) - number) / (table.shape[1] - number)
+            noise = max(share * float(pca.noise_variance_), 1e-12)
             variances = np.full(latents, noise)
             variances[:number] = pca.explained_variance_.clip(noise)
             axes: Any = pca.components_
@@ -158,7 +160,7 @@ class Line(NamedTuple):
     def model(self, balance: Balance, error: TableError) -> tuple[VAE, Balance]:
         """Return this model as a VAE and a copy of a balance."""
         balance = copy.deepcopy(balance)
-        noise = self.noise if balance.groups is not None else self.noise.mean()
+        noise = self.noise if balance.groups is not None else self.noise.mean().nan_to_num()
         balance.gamma2.copy_(noise.clamp_min(balance.floor or 0.0))
         return self.beside((), error).eval().requires_grad_(False), balance
 

@@ -185,7 +185,7 @@ def expected_rows(vae: VAE, balance: Balance, rows: Tensor, *, samples: int) -> 
         (n, columns), float64.
     """
     vae, error, found = copy.deepcopy(vae).double(), error_of(balance), []
-    rows = rows.double()
+    rows = rows.double().clamp(-MOST, MOST)
     latents = vae.encode(rows[:1]).mean.shape[1]
     many = max(1, ROW_VALUES // (max(samples, ADAPTATION_SAMPLES) * max(latents, rows.shape[1])))
     for part in rows.split(many):
@@ -199,7 +199,7 @@ def expected_rows(vae: VAE, balance: Balance, rows: Tensor, *, samples: int) -> 
 def drawn_rows(vae: VAE, balance: Balance, rows: Tensor, *, samples: int, seed: int) -> Tensor:
     """Return f(z) for one draw of z from p(z | observed cells) of each row, float64."""
     vae, source, found = copy.deepcopy(vae).double(), generator("draws of rows", seed), []
-    rows = rows.double()
+    rows = rows.double().clamp(-MOST, MOST)
     for part in rows.split(CHUNK):
         codes, weights = posterior_draws(vae, balance, part, vae.encode(part), samples=samples)
         chosen = torch.multinomial(weights, 1, generator=source)[:, 0]

@@ -75,7 +75,7 @@ class Power:
     kind: Kind = "power"
 
     def __init__(self, x: np.ndarray) -> None:
-        self.mean, self.std = float(x.mean()), float(x.std()) or 1.0
+        self.mean, self.std = float(x.mean()), _std(x) or 1.0
         likeliest: Any = yeojohnson_normmax((x - self.mean) / self.std)
         exponent = float(likeliest)
         self.exponent = min(max(exponent, -STEEPEST), STEEPEST)
@@ -113,7 +113,7 @@ class Bounded:
     kind: Kind = "bounded"
 
     def __init__(self, x: np.ndarray, *, upper: bool = False) -> None:
-        std = float(x.std()) or 1.0
+        std = _std(x) or 1.0
         margin, edge = MARGIN * std, EDGE * std
         least, most = float(x.min()), float(x.max())
         positive = 0 < least < std
@@ -169,7 +169,7 @@ class Quantile:
     kind: Kind = "quantile"
 
     def __init__(self, x: np.ndarray) -> None:
-        self.mean, self.std = float(x.mean()), float(x.std()) or 1.0
+        self.mean, self.std = float(x.mean()), _std(x) or 1.0
         u = (x - self.mean) / self.std
         number = min(KNOTS, max(3, len(x) // ROWS_PER_KNOT))
         share = (np.arange(number) + 0.5) / number
@@ -222,7 +222,7 @@ def choose(x: np.ndarray) -> Transform:
 
     Of fewer than `FEWEST_ROWS` values it is "none".
     """
-    if len(x) < FEWEST_ROWS or x.std() == 0:
+    if len(x) < FEWEST_ROWS or _std(x) == 0:
         return Identity(x)
     order = np.random.default_rng(0).permutation(len(x))
     found = {}
@@ -238,6 +238,12 @@ def choose(x: np.ndarray) -> Transform:
     if not gain.mean() > gain.std() / math.sqrt(len(x)):
         best = "none"
     return fitted(best, x)
+
+
+def _std(x: np.ndarray) -> float:
+    """Return the standard deviation, or 0 if the values differ by rounding only."""
+    std = float(x.std())
+    return std if std > 1e-12 * float(np.abs(x).max()) else 0.0
 
 
 def _log_density(transform: Transform, seen: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -310,8 +316,8 @@ class Transforms:
         """Return the columns' own values. Those of dequantised columns are rounded."""
         if self.columns is None:
             return numbers
-        found = self._each("inverse", numbers)
-        return np.where(self.whole, np.round(found), found).clip(self.least, self.most)
+        found = self._each("inverse", numbers).clip(self.least, self.most)
+        return np.where(self.whole, np.round(found), found)
 
     def log_slope(self, numbers: np.ndarray) -> np.ndarray:
         """Return the sum over the observed columns of log T'(x), (rows,)."""
