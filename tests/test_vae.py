@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from poise.latent import DiagonalGaussian, variance_law
 from poise.networks import conv, mlp
@@ -137,3 +138,14 @@ def test_latents_are_standardised_during_training_from_finite_batches_only():
     assert latents_of(kept) is kept.encoder.latents
     with torch.no_grad():
         assert torch.equal(kept.eval().reconstruct(batch), vae.reconstruct(batch))
+
+
+def test_latents_that_change_during_training_may_be_used_twice_before_backward():
+    """Gradient accumulation. Former defect: backward found a changed scale and raised an error."""
+    vae = standardised(VAE(*mlp((1, 4, 4), 2, hidden=(8,))), (2,), every=3).train()
+    images = torch.rand(8, 1, 4, 4)
+    sum(vae(images)[0].sum() for _ in range(2)).backward()
+    latents = latents_of(vae)
+    assert latents is not None and latents.steps == 2
+    checkpoint(lambda x: vae(x)[0].sum(), images, use_reentrant=False).backward()
+    assert latents.steps == 3, "a recomputation is no step"

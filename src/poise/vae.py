@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from poise.latent import LEAST_VARIANCE, DiagonalGaussian, channel_moments
 from poise.shapes import Batch, Latents, PerLatent, Values
 from poise.support.collectives import sum_over_ranks
+from poise.support.snapshots import in_backward, snapshot
 
 
 class VAE(nn.Module):
@@ -164,7 +165,7 @@ class StandardLatents(nn.Module):
         Args:
             posterior: (n, latents), or (n, c, h, w), of the network's own latents.
         """
-        if self.training and self.every is not None:
+        if self.training and self.every is not None and not in_backward():
             self._observe(posterior, self.every)
         shift, scale = (
             self._like(self.shift, posterior.mean),
@@ -219,6 +220,8 @@ class StandardLatents(nn.Module):
 
     def _like(self, values: PerLatent, latents: Batch) -> Tensor:
         """Return a value per channel with the shape of one item of `latents`."""
+        if self.training and self.every is not None:
+            values = snapshot(values)  # the next step changes it, perhaps before backward
         size = latents[0].numel() // len(values)
         return values[:, None].expand(-1, size).reshape(latents.shape[1:]).to(latents.device)
 
