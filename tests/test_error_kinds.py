@@ -70,6 +70,18 @@ def test_the_error_of_features_is_a_group_for_pixels_and_one_for_each_layer():
     assert float(inner[:, :, 1:-1, 1:-1].abs().max()) < 1e-5, "layer 1 does not see brightness"
 
 
+def test_the_error_of_features_is_the_same_under_autocast_and_in_float64():
+    """Former defect: bfloat16 rounds the difference of features that are nearly equal."""
+    images = torch.rand(4, 2, 16, 16)
+    nearly, codes = images + 1e-3 * torch.randn_like(images), torch.zeros(4, 2)
+    balance = ComputedBalance(groups=4).measuring(FeatureError(channels=2))
+    expected = balance(nearly, images, codes, codes).group_error
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(balance(nearly, images, codes, codes).group_error, expected)
+    of_double = balance(nearly.double(), images.double(), codes, codes).group_error
+    torch.testing.assert_close(of_double.float(), expected, rtol=1e-3, atol=0)
+
+
 def test_the_network_of_features_is_fixed_and_is_not_saved():
     balance = ComputedBalance(groups=4).measuring(FeatureError(channels=2))
     assert not list(balance.parameters())

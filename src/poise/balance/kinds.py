@@ -151,9 +151,11 @@ class FeatureError(nn.Module):
     def features(self, images: Batch) -> list[Tensor]:
         """Return the features of images (n, channels, height, width), a map for each layer."""
         found = []
-        for weight in self.buffers():
-            images = F.leaky_relu(F.conv2d(images, weight, stride=2, padding=1), 0.2)
-            found.append(images)
+        with torch.autocast(images.device.type, enabled=False):  # features that are nearly equal
+            for weight in self.buffers():
+                weight = weight.to(images.dtype)
+                images = F.leaky_relu(F.conv2d(images, weight, stride=2, padding=1), 0.2)
+                found.append(images)
         return found
 
     def forward(
