@@ -737,12 +737,20 @@ def test_each_group_is_balanced_by_itself(make):
         torch.testing.assert_close(together.gamma2, gamma2, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+def test_a_fixed_variance_of_each_group_may_be_an_array(form):
+    torch.testing.assert_close(
+        FixedBalance(gamma2=form([0.1, 0.2])).gamma2, torch.tensor([0.1, 0.2])
+    )
+
+
 def test_columns_of_a_table_are_groups_and_forms_of_num_dims_agree():
     rows, columns = torch.randn(2, 7, 3)
     codes = torch.zeros(7, 2)
     expected = ComputedBalance(groups=3, per="channel")(rows, columns, codes, codes)
     error = (rows - columns).square()
-    for num_dims in (1, [1, 1, 1], torch.ones(3), torch.ones(7, 1), torch.ones(7, 3).long()):
+    forms = (1, [1, 1, 1], torch.ones(3), torch.ones(7, 1), torch.ones(7, 3).long())
+    for num_dims in (*forms, np.int64(1), np.ones(3, int)):
         terms = ComputedBalance(groups=3).combine(error, torch.zeros(7), num_dims)
         torch.testing.assert_close(list(terms), list(expected))
 

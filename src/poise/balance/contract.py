@@ -5,7 +5,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -542,32 +542,26 @@ class Balance(nn.Module, ABC):
         steps = list(reversed(self._steps))
         if not steps:
             return batch, gamma2, kl_weight
-        apart = [
-            sum(
-                (own - then).abs().sum()
-                for own, then in zip(batch.sums, step.batch.sums, strict=True)
-            )
-            for step in steps
-        ]
+        errors, kls = batch.sums
+        sums = [step.batch.sums for step in steps]
+        apart = [(errors - of_step[0]).abs().sum() + (kls - of_step[1]).abs() for of_step in sums]
         index = torch.stack(apart).argmin(0, keepdim=True)
 
-        def recalled(values: list[Any]) -> Any:
+        def recalled(of_step: Callable[[Remembered], Any]) -> Any:
+            values = [of_step(step) for step in steps]
             if not isinstance(values[0], Tensor):
                 return values[0]
             return torch.stack(values).index_select(0, index).squeeze(0)  # [index] would wait
 
         if not gamma2.requires_grad:  # else it is a parameter, which only the optimizer updates
-            gamma2 = recalled([step.gamma2 for step in steps])
-        kl_weight = recalled([step.kl_weight for step in steps])
+            gamma2 = recalled(lambda step: step.gamma2)
         if isinstance(steps[0].batch.share, Tensor):  # the means were those over ranks
-            of_ranks = ("error", "num_dims", "share")
             batch = batch._replace(
-                **{
-                    name: recalled([getattr(step.batch, name) for step in steps])
-                    for name in of_ranks
-                }
+                error=recalled(lambda step: step.batch.error),
+                num_dims=recalled(lambda step: step.batch.num_dims),
+                share=recalled(lambda step: step.batch.share),
             )
-        return batch, gamma2, kl_weight
+        return batch, gamma2, recalled(lambda step: step.kl_weight)
 
     def _restore_precision(self) -> None:
         """Make buffers float32 again after something converted them in place, as FSDP1 does."""

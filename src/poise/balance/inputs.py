@@ -6,12 +6,13 @@ Of tensors only shapes, types and devices are checked. A look at values would wa
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from poise.errors import InputError
 
-NumDims = int | Sequence[int] | Tensor
+NumDims = int | np.integer | np.ndarray | Sequence[int] | Tensor
 
 
 def check_data(
@@ -179,6 +180,8 @@ def checked_dims(error: Tensor, num_dims: NumDims | None, groups: int | None) ->
     """
     if isinstance(num_dims, int) and num_dims >= 1:
         return num_dims
+    if isinstance(num_dims, (np.integer, np.ndarray)):
+        return checked_dims(error, num_dims.tolist(), groups)
     if isinstance(num_dims, Tensor):
         check_device("num_dims", num_dims, error)
         if broadcasts(num_dims.shape, error.shape):

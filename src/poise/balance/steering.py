@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,24 +44,25 @@ class FixedBalance(Balance):
     def __init__(
         self,
         *,
-        gamma2: float | Sequence[float] | None = None,
+        gamma2: float | Sequence[float] | np.ndarray | Tensor | None = None,
         beta: float | None = None,
         power: float = 2,
         process_group: Any = None,
     ) -> None:
         if gamma2 is not None and beta is not None:
             raise InputError("FixedBalance takes gamma2=... or beta=..., not both")
-        groups = len(gamma2) if isinstance(gamma2, Sequence) else None
+        given: Any = gamma2.tolist() if isinstance(gamma2, (Tensor, np.ndarray)) else gamma2
+        groups = len(given) if isinstance(given, Sequence) else None
         super().__init__(
             kl_weight=1.0 if beta is None else beta,
             power=power,
             groups=groups,
             process_group=process_group,
         )
-        if isinstance(gamma2, Sequence):
-            self._buffer("gamma2", [positive("gamma2", value) for value in gamma2])
+        if isinstance(given, Sequence):
+            self._buffer("gamma2", [positive("gamma2", value) for value in given])
         else:
-            self._buffer("gamma2", 1.0 if gamma2 is None else positive("gamma2", gamma2))
+            self._buffer("gamma2", 1.0 if given is None else positive("gamma2", given))
 
     def _factors(self, batch: BatchMeans) -> tuple[Tensor, float]:
         return self.gamma2, self.kl_weight
