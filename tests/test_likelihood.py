@@ -357,6 +357,11 @@ def test_a_value_without_a_density_does_not_spoil_the_others(pca, digits):
     assert each.nll_nats[1] == math.inf and each.standard_error_nats[1] == math.inf
 
 
+def test_the_error_of_one_sample_is_infinite(pca, digits):
+    each = nll_per_image(pca.vae(), pca.balance, digits[:3], samples=1)
+    assert each.standard_error_nats.isinf().all()
+
+
 def test_what_cannot_be_estimated_is_refused(digits, pca, unchecked):
     vae = pca.vae()
     with pytest.raises(InputError, match="samples must be at least 1, not 0"):

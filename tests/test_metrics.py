@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 from poise.balance import ComputedBalance, FixedBalance
 from poise.data.decoding import PixelMoments
+from poise.errors import InputError
 from poise.latent import DiagonalGaussian
 from poise.metrics import encode_all, latent_statistics, pixel_std, reconstruction
 from poise.metrics.reconstruction import peak_signal_to_noise, structural_similarity, summed_error
@@ -219,6 +220,13 @@ def test_figures_do_not_depend_on_the_batch_or_on_training_mode():
         assert getattr(together, name) == pytest.approx(
             (100 * first + 150 * second) / 250, rel=1e-6
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_precision_is_refused(dtype):
+    vae = VAE(*mlp((1, 8, 8), 2)).to(dtype)
+    with pytest.raises(InputError, match=r"computes in float32: pass copy.deepcopy\(vae\).float"):
+        reconstruction(vae, FixedBalance(), torch.rand(4, 1, 8, 8))
 
 
 def test_bytes_and_floats_give_the_same_figures():

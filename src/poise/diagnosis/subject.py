@@ -24,6 +24,7 @@ from poise.diagnosis.foreign import Adapted, Function, at, modules_of, parts_of,
 from poise.errors import InputError
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
+from poise.metrics.encoding import check_precision
 from poise.objectives import Deterministic
 from poise.priors import Prior
 from poise.runs.run import Run
@@ -374,7 +375,8 @@ def fitted(model: Any, images: Values, conditions: tuple[Tensor, ...], name: str
     """
     parts = parts_of(model)
     assert parts is not None
-    _check_precision(model, *parts)
+    for module in (module for part in (model, *parts) for module in modules_of(part)):
+        check_precision(module, "a diagnosis")
     given = f"{name} of shape ({', '.join(map(str, images.shape[1:]))})"
     some = images[:CHUNK]
     try:
@@ -408,14 +410,3 @@ def _latent_shape(
             f"{tuple(mean.shape)}"
         )
     return tuple(mean.shape[1:])
-
-
-def _check_precision(*parts: Any) -> None:
-    for module in (module for part in parts for module in modules_of(part)):
-        for name, parameter in module.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                kind = str(parameter.dtype).removeprefix("torch.")
-                raise InputError(
-                    f"{name} is {kind}, and a diagnosis computes in float32: "
-                    "diagnose(copy.deepcopy(vae).float(), ...)"
-                )

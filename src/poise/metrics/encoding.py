@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.data import gather
 from poise.data.decoding import PixelMoments
@@ -47,10 +47,11 @@ def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian
     Sets the networks to evaluation mode.
 
     Raises:
-        InputError: there are no images.
+        InputError: there are no images, or the networks' weights are not float32.
     """
     if not len(images):
         raise InputError("there are no images to encode")
+    check_precision(vae, "this measurement")
     device = next(vae.parameters()).device
     vae.eval()
     for start in range(0, len(images), CHUNK):
@@ -58,6 +59,16 @@ def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian
         with torch.no_grad(), own_kernels(device):
             posterior = vae.encode(batch)
         yield batch, posterior
+
+
+def check_precision(module: nn.Module, what: str) -> None:
+    """Raise an InputError if a weight is not float32, in which `what` computes."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} is {kind}, and {what} computes in float32: pass copy.deepcopy(vae).float()"
+            )
 
 
 def encoded(vae: VAE, images: Any, seed: int) -> Iterator[tuple[Values, DiagonalGaussian, Tensor]]:

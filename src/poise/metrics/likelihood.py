@@ -644,7 +644,7 @@ def _estimate(log_weights: Tensor, ratios: Tensor | None) -> NLLPerImage:
     # One sample says nothing about its error.
     error = residual.square().mean(1).sqrt() / mean / math.sqrt(max(1, number - 1))
     error = error if number > 1 else torch.full_like(error, math.inf)
-    error = error.nan_to_num(nan=math.inf)
+    error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     return NLLPerImage(
         -(mean.log() + top[:, 0]).cpu(), _effective_share(log_weights).cpu(), error.cpu()
     )
