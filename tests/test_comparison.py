@@ -522,6 +522,31 @@ def test_what_is_finished_is_not_done_again_and_more_may_be_asked(compared, tmp_
             tiny(compared.folder, "computed", **changed)
 
 
+@pytest.mark.parametrize(
+    ("network", "mixture"),
+    [
+        (Network("conv", latent_channels=2, conv_width=8, second_hidden=8), True),
+        (Network("mlp", latent_dim=513, hidden=(8,), second_hidden=8), False),
+    ],
+    ids=["latent map", "too many latents for a mixture"],
+)
+def test_a_network_whose_latents_are_counted_or_many_has_results(network, mixture, tmp_path):
+    """Former defect: they were trained, and the comparison was empty without an error."""
+    recipe = replace(TINY, network=network)
+    how = {"recipe": recipe, "balances": ["computed"], "seeds": 1, "jobs": 1, "options": QUIET}
+    compared = poise.compare(IMAGES, out=tmp_path / "one", **how)
+    assert ("GEN-mixture" in str(compared)) and len(compared.results) == 1
+    measured = {m["of"] for m in compared.results[0].measurements()}
+    assert ("GEN-mixture" in measured) == mixture and "GEN-2" in measured
+    assert poise.compare(IMAGES, out=tmp_path / "one", **how).results == compared.results
+
+
+def test_an_array_is_compared_with_the_levels_that_it_is_trained_with(tmp_path):
+    images = (IMAGES // 16).astype(float)
+    how = {"recipe": TINY, "levels": 16, "out": tmp_path, "options": QUIET, "jobs": 1}
+    assert len(poise.compare(images, balances=["computed"], seeds=1, **how).results) == 1
+
+
 @pytest.mark.parametrize("changes", [{"epochs": 5}, {"latent_dim": 2}, {"second_balance": "same"}])
 def test_another_comparison_in_the_same_folder_is_refused(compared, changes):
     with pytest.raises(poise.InputError, match="holds another experiment"):

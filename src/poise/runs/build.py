@@ -1,5 +1,8 @@
 """Build networks and balances from settings. Initial weights depend on the seed only."""
 
+from dataclasses import replace
+from typing import Any
+
 from poise import networks
 from poise.balance import Balance, make_balance
 from poise.balance.kinds import make_error
@@ -8,7 +11,22 @@ from poise.flow import Flow
 from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import VAE_OBJECTIVE, Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
+from poise.training import ImageBatches, count_latents
 from poise.vae import VAE, standardised
+
+
+def with_latents_counted(recipe: Recipe, vae: VAE, images: Any) -> Recipe:
+    """Return the recipe with the number of latents that stage 1's network has.
+
+    That of a latent map depends on the size of the images.
+
+    Args:
+        recipe: its number may be another one.
+        vae: the network.
+        images: uint8 or float images, of which one is encoded.
+    """
+    data = ImageBatches(images, next(vae.parameters()).device)
+    return replace(recipe, network=replace(recipe.network, latent_dim=count_latents(vae, data)))
 
 
 def first_stage(recipe: Recipe, shape: list[int], given: VAE | None = None) -> VAE:

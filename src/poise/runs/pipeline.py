@@ -34,7 +34,7 @@ from poise.recipes.settings import (
     to_json,
 )
 from poise.runs import plots
-from poise.runs.build import first_stage, second_stage, stage_balance
+from poise.runs.build import first_stage, second_stage, stage_balance, with_latents_counted
 from poise.runs.callbacks import Callback, Callbacks, TensorBoard
 from poise.runs.checkpoint import (
     Saved,
@@ -85,7 +85,6 @@ from poise.training import (
     Watch,
     check_weights,
     choose_engine,
-    count_latents,
     denormals_as_zero,
     distributed,
     fit,
@@ -256,9 +255,7 @@ def prepare(
     classes = len(dataset.labels.classes) if dataset.labels else 0
     if vae is not None or recipe.network.kind == "conv":
         built = vae or first_stage(recipe, list(dataset.shape))
-        data = ImageBatches(dataset.train, next(built.parameters()).device)
-        num_latents = count_latents(built, data)
-        recipe = replace(recipe, network=replace(recipe.network, latent_dim=num_latents))
+        recipe = with_latents_counted(recipe, built, dataset.train)
     shape = list(dataset.shape)
     stages = networks_and_balances(recipe, shape, vae, classes)
     if recipe.data.validation is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from poise.data import read_images
+from poise.data.loading import find_images
 from poise.errors import InputError
 from poise.protocols import Protocol, find_protocol
 from poise.recipes.settings import CHANGES, OF_ONE_RUN, Changes, Recipe
@@ -160,7 +160,8 @@ def _with_stored(array: Any, base: Recipe, folder: Path) -> Recipe:
     """Write the array to a file that other processes can read, and make it the recipe's source."""
     values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
     # Raises an error for unusable arrays before anything is written.
-    read_images(values, size=base.data.size, channels=base.data.channels)
+    settings = base.data
+    find_images(values, size=settings.size, channels=settings.channels, levels=settings.levels)
     digest = hashlib.sha256(
         f"{values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes()
     ).hexdigest()

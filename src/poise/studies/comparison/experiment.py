@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poise.data import Dataset
-from poise.errors import InputError
+from poise.errors import InputError, RunError
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.folder import differing_settings, read_data
@@ -228,7 +228,7 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
         InputError: the data, network, extractor, engine or folder cannot be used.
     """
     dataset = read_data(experiment.base.data, cache=folder / "cache")
-    device = check_start(experiment.base, dataset, options)
+    device, network = check_start(experiment.base, dataset, options)
     how = experiment.protocols, experiment.extractor, experiment.priors, device
     common = replace(measuring_for(dataset, *how), pages=experiment.pages)
     compared = completed(experiment.compared, dataset, device)
@@ -238,7 +238,7 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
         Task(
             experiment.name,
             label,
-            recipe,
+            replace(recipe, network=network),
             place / safe_name(label, recipe.seed),
             results,
             replace(common, compared=compared.get(label, ())),
@@ -348,4 +348,12 @@ def collected(
         for t in ordered
         if t.result_path in outcome.failed
     }
+    if not outcome.late and len(results) + len(failed) < len(tasks):
+        unseen = next(
+            t for t in ordered if t.result() is None and t.result_path not in outcome.failed
+        )
+        raise RunError(
+            f"{unseen.result_path} is missing, or lacks the settings or measurements that were "
+            "planned: please report this as a defect of Poise"
+        )
     return Comparison(experiment.name, folder, results, labels[0], failed, outcome.late)

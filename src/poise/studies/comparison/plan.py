@@ -16,8 +16,8 @@ from joblib.parallel import LokyBackend, get_active_backend
 from poise.data import Dataset
 from poise.errors import InputError
 from poise.objectives import make_objective
-from poise.recipes.settings import Changes, Recipe, from_json, to_json
-from poise.runs.build import first_stage, stage_balance
+from poise.recipes.settings import Changes, Network, Recipe, from_json, to_json
+from poise.runs.build import first_stage, stage_balance, with_latents_counted
 from poise.runs.options import Options
 from poise.studies.comparison.measuring import Measuring
 from poise.studies.results import Result, read_results, safe_name
@@ -172,8 +172,10 @@ def recipes(
             yield label, Changes(**changes, seed=seed).apply(base)
 
 
-def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.device:
-    """Return the device. Errors that every run would have are raised here, before the first run.
+def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> tuple[torch.device, Network]:
+    """Return the device, and the network with its number of latents.
+
+    Errors that every run would have are raised here, before the first run.
 
     Raises:
         InputError: the network cannot take the images, the device is missing, or it cannot run the
@@ -181,8 +183,8 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> torch.dev
     """
     device = choose_device(options.device)
     choose_engine(options.engine, device)
-    first_stage(recipe, list(dataset.shape))
-    return device
+    built = first_stage(recipe, list(dataset.shape))
+    return device, with_latents_counted(recipe, built, dataset.train).network
 
 
 @dataclass(frozen=True)
