@@ -44,12 +44,10 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     settings, data = config["recipe"], config["data"]
     for leftover in folder.glob(".writing-*"):  # left by a killed process
         remove(leftover)
-    is_run = (folder / "config.json").exists()
-    if not is_run and any(
-        path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
-    ):
-        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
-    if not is_run or not checkpoints(folder / "checkpoints"):  # no earlier run to protect
+    check_place(folder)
+    if not (folder / "config.json").exists() or not checkpoints(
+        folder / "checkpoints"
+    ):  # no earlier run to protect
         if (folder / "summary.json").exists():
             gone = f"{folder} was finished, and its checkpoints are gone"
             warn(f"{gone}: it is trained again from the beginning")
@@ -76,6 +74,19 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     for line in complaints:
         warn(f"{line}; using the one before")
     return saved
+
+
+def check_place(folder: Path) -> None:
+    """Check that a folder is empty or holds a run. `cache` and hidden files do not count.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    others = any(
+        path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
+    )
+    if others and not (folder / "config.json").exists():
+        raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
 
 
 @dataclass(frozen=True)

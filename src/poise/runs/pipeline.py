@@ -57,6 +57,7 @@ from poise.runs.continuing import (
     steps_of_first,
 )
 from poise.runs.folder import (
+    check_place,
     config_to_write,
     open_folder,
     read_config,
@@ -244,6 +245,7 @@ def prepare(
         began: start time of this call of `train`, from `time.monotonic`.
         more, start_from, callbacks: see `train`.
     """
+    distributed.on_first(lambda: check_place(folder))  # before images are decoded into its cache
     dataset = (
         given
         if isinstance(given, Dataset)
