@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -663,6 +664,33 @@ def test_an_unknown_setting_in_a_config_is_refused(copy):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"unknown keys.*momentum"):
         load(copy)
+
+
+def test_a_folder_of_other_files_is_refused_before_images_are_decoded_into_it(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "letter.txt").touch()
+    monkeypatch.setattr(pipeline, "read_data", Mock(side_effect=AssertionError("decoded")))
+    with pytest.raises(InputError, match="is not empty and is not a run's folder"):
+        train("digits", recipe=TINY, out=tmp_path, options=QUIET)
+    assert {path.name for path in tmp_path.iterdir()} == {"letter.txt", ".lock"}
+
+
+@pytest.mark.parametrize("recipe", ["digits", TINY])
+def test_a_run_on_a_loaded_data_set_reads_it_again(recipe, tmp_path, monkeypatch):
+    """Former defect: its config named the recipe's data, or no data that exist."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for number, image in enumerate(IMAGES[:30]):
+        Image.fromarray(image).save(f"pictures/{number:02}.png")
+    how = {"recipe": recipe, "epochs": 1, "second_epochs": 1, "options": QUIET}
+    train(datasets.load("pictures"), out="run", **how)
+    monkeypatch.chdir(tmp_path.parent)
+    again = load(tmp_path / "run")
+    assert again.recipe.data.source == str((tmp_path / "pictures").resolve())
+    assert again.dataset().checksum == again.data["checksum"]
+    named = train(datasets.load("digits"), out=tmp_path / "named", **how)
+    assert named.recipe.data.source == "digits"
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):

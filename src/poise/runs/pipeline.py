@@ -433,6 +433,9 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
     return replace(recipe, data=replace(recipe.data, source=source_of(images, recipe)))
 
 
+PLACEHOLDERS = ("images", "array")  # sources of recipes that have no data of their own
+
+
 def source_of(images: Any, recipe: Recipe) -> str:
     """Return the data source for config.json: a name, an absolute path, a Hub id, or "array".
 
@@ -441,7 +444,7 @@ def source_of(images: Any, recipe: Recipe) -> str:
     """
     own = recipe.data.source
     if isinstance(images, Dataset):
-        return own
+        return own if _is_source(own, images) else _source_again(images)
     if images is None:
         if own not in DATA_SETS:
             raise InputError(
@@ -454,6 +457,25 @@ def source_of(images: Any, recipe: Recipe) -> str:
         return own
     named = images in DATA_SETS or not Path(images).exists()
     return str(images) if named else str(Path(images).resolve())
+
+
+def _is_source(source: str, dataset: Dataset) -> bool:
+    """Return whether a recipe's source may be that of a data set. Its own words may differ."""
+    if source in DATA_SETS:
+        return source == dataset.name
+    place = Path(dataset.source)
+    if Path(source).is_absolute() and place.exists():
+        return place.resolve().is_relative_to(Path(source).resolve())
+    return source not in PLACEHOLDERS
+
+
+def _source_again(dataset: Dataset) -> str:
+    """Return the source that a data set can be read from again, or "array"."""
+    if Path(dataset.source).exists():
+        return str(Path(dataset.source).resolve())
+    if dataset.source.startswith("hf:"):
+        return dataset.source
+    return dataset.name if dataset.name in DATA_SETS else "array"
 
 
 class Job:
