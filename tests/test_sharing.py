@@ -83,6 +83,31 @@ def test_a_run_without_codes_samples_but_is_not_renormalised(small_run, tmp_path
         assert torch.equal(loaded.sample(3, prior=prior), small_run.sample(3, prior=prior))
     with pytest.raises(RunError, match="shared without"):
         _ = loaded.codes
+    evaluation = loaded.evaluate(np.zeros((9, 1, 8, 8), np.uint8), extractor="pixels")
+    measured = {m.of for m in evaluation.measurements}
+    assert {"REC", "GEN-1", "GEN-2", "GEN-mixture"} <= measured
+
+
+def test_a_run_with_classes_samples_its_mixture_without_codes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    settings = {"recipe": "digits", "latent_dim": 3, "epochs": 1, "second_epochs": 1}
+    quiet = poise.Options(device="cpu", quiet=True)
+    run = poise.train(
+        images, labels=["a", "b"] * 30, out=tmp_path / "run", options=quiet, **settings
+    )
+    loaded = poise.load(run.save_pretrained(tmp_path / "shared", codes=False), device="cpu")
+    drawn = [each.sample(3, prior="mixture", label="b") for each in (run, loaded)]
+    assert torch.equal(*drawn)
+
+
+def test_damaged_codes_are_not_shared_and_leave_no_folder_behind(small_run, tmp_path):
+    copied = shutil.copytree(small_run.folder, tmp_path / "copied")
+    (tensors,) = (copied / "codes").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-9])
+    run = poise.load(copied, device="cpu")
+    with pytest.raises(RunError, match="is damaged"):
+        run.save_pretrained(tmp_path / "shared")
+    assert run.save_pretrained(tmp_path / "shared", codes=False).is_dir()
 
 
 def test_a_network_of_your_own_is_given_to_load(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.data import checked_images, head, spread
-from poise.errors import InputError
+from poise.errors import InputError, RunError
 from poise.evaluation import (
     Evaluation,
     Produced,
@@ -138,7 +138,7 @@ def _model_figures(
         pages["latents"] = asdict(
             statistics.without_posterior() if run.deterministic else statistics
         )
-    if run.second is not None:
+    if run.second is not None and run.has_codes:
         pages["second_stage"] = _second_stage_page(run, released)
     return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
 
@@ -170,15 +170,16 @@ def _produced(
         name for name in available_priors(run.second_stage) if priors is None or name in priors
     ]
     notes: tuple[str, ...] = ()
-    if not run.has_codes:
-        plain = generation.renormalise == "never"
-        names = [name for name in names if plain and PRIORS[name].needs == "nothing"]
-        notes = ("stage 1 is not finished: whatever needs its codes is left out",)
     produced = [restored]
     for name in names:
         try:
             run._plain_prior(name, generation)
-        except InputError as error:  # too many latents for a mixture
+            if generation.renormalise != "never":
+                _ = run.codes
+        except (InputError, RunError) as error:
+            if isinstance(error, RunError) and run.has_codes:
+                raise  # they are damaged
+            # Too many latents for a mixture, or no codes.
             notes += (f"no {PRIORS[name].label}: {error}",)
             continue
         draw = partial(run.sample_chunks, prior=name, seed=seed, generation=generation)

@@ -64,11 +64,15 @@ def save_pretrained(
     saved, _ = newest_intact_checkpoint(run.folder / "checkpoints")
     if saved is None:
         raise RunError(f"{run.folder} has no checkpoint any more: put it back from a copy")
+    kept = ("codes", "mixture") if codes else ("mixture",)
+    folders = [name for name in kept if (run.folder / name).is_dir()]
+    for name in folders:
+        read_folder(run.folder / name)  # only what is intact is shared
     tensors = {}
     for stage in ("stage1.", "stage2."):
         averaged = any(name.startswith(f"{stage}average.") for name in saved.tensors)
-        kept = (f"{stage}{'average' if averaged else 'vae'}.", f"{stage}balance.")
-        tensors |= {name: t for name, t in saved.tensors.items() if name.startswith(kept)}
+        parts = (f"{stage}{'average' if averaged else 'vae'}.", f"{stage}balance.")
+        tensors |= {name: t for name, t in saved.tensors.items() if name.startswith(parts)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
@@ -76,10 +80,8 @@ def save_pretrained(
                 shutil.copyfile(run.folder / name, folder / name)
         position = saved.meta.get("position") or int(run.position)
         save_checkpoint(folder / "checkpoints", position, tensors, saved.meta)
-        for name in ("codes", "mixture") if codes else ("mixture",):
-            if (run.folder / name).is_dir():
-                read_folder(run.folder / name)  # only what is intact is shared
-                shutil.copytree(run.folder / name, folder / name)
+        for name in folders:
+            shutil.copytree(run.folder / name, folder / name)
         # The name of a folder may hold bytes that are not UTF-8.
         text = card(run, folder, license, place).encode(errors="backslashreplace")
         write_file(folder / CARD, text)
