@@ -92,10 +92,24 @@ def test_scores_of_training_images_are_kept_and_used_again(run, tmp_path, monkey
         other.score(IMAGES[:2], samples=11, training_images=15)
     given = other.score(IMAGES[:2], samples=11, training_images=15, training=IMAGES)
     assert given.training_images == 15
+    with pytest.raises(InputError, match="not stored"):  # those of other images were not kept
+        other.score(IMAGES[:2], samples=11, training_images=15)
     path = tmp_path / "copy" / "scores" / checkpoint.TENSORS
     path.write_bytes(path.read_bytes()[:-1])
     again.score(IMAGES[:2], samples=11, training_images=15)
     assert "computing the scores of training images again" in capsys.readouterr().err
+
+
+def test_scores_of_training_images_are_those_of_the_present_weights(run, tmp_path):
+    """Former defect: another run in the same folder, of the same length, got those of the first."""
+    shutil.copytree(run.folder, tmp_path / "copy")
+    found = []
+    for name in ("copy", "alone"):
+        shutil.rmtree(tmp_path / name / "checkpoints", ignore_errors=True)
+        recipe = replace(run.recipe, seed=1)
+        changed = poise.train(IMAGES, recipe=recipe, out=tmp_path / name, options=QUIET)
+        found.append(changed.score(IMAGES[:9], **FEW).mse_percentile)
+    assert torch.equal(*found)
 
 
 def test_a_model_without_a_likelihood_has_errors_only(tmp_path, monkeypatch):

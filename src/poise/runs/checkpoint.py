@@ -265,6 +265,11 @@ def _position(checkpoint: Path) -> int:
     return int(checkpoint.name)
 
 
+def hash_of(folder: Path) -> str:
+    """Return the SHA-256 of a saved folder's tensors, as its manifest says it."""
+    return read_json(folder / MANIFEST, Manifest).sha256.get(TENSORS, "")
+
+
 def _is_intact(manifest: Manifest) -> bool:
     return _sha256(_canonical(manifest.meta)) == manifest.sha256.get("meta")
 

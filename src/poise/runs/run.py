@@ -64,12 +64,10 @@ from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs import evaluating, scores, sharing
 from poise.runs.build import first_stage, second_stage, stage_balance
 from poise.runs.checkpoint import (
-    MANIFEST,
-    TENSORS,
-    Manifest,
     Saved,
     checkpoints,
     fitting,
+    hash_of,
     load_weights,
     newest_intact_checkpoint,
     read_codes,
@@ -459,6 +457,11 @@ class Run:
         """Name of the newest checkpoint in the folder."""
         return max((path.name for path in checkpoints(self.folder / "checkpoints")), default="")
 
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the newest checkpoint's tensors. Empty: there is none."""
+        return hash_of(self.folder / "checkpoints" / self.position) if self.position else ""
+
     def prior(self, name: PriorName | None = None, generation: Generation | None = None) -> Prior:
         """Return a prior of the latents, with the noise and renormalisation of `generation`.
 
@@ -480,13 +483,21 @@ class Run:
         return RenormalisedPrior(prior, factor)
 
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
-        second, needed = self.second, find_prior(name).second_stage
+        needed = find_prior(name).second_stage
         if needed not in (None, self.second_stage):
             others = [f"--prior {other}" for other in available_priors(self.second_stage)]
             what = "second VAE" if needed == "vae" else "flow"
             raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
+        saved = self._saved_mixture() if name == MIXTURE else None
+        prior = saved or self._new_prior(name, generation)
+        if needed is None:  # the noise of stage 2 and the solver differ between generations
+            self._fitted_priors[name] = prior
+        return prior.to(self.device)
+
+    def _new_prior(self, name: PriorName, generation: Generation) -> Prior:
+        second = self.second
         model = TrainedModel(
             self.recipe.network.latent_dim,
             lambda: self.codes,
@@ -497,10 +508,7 @@ class Run:
             device=self.device,
             labels=self.labels if name == MIXTURE else None,
         )
-        prior = (self._saved_mixture() if name == MIXTURE else None) or make_prior(name, model)
-        if needed is None:  # the noise of stage 2 and the solver differ between generations
-            self._fitted_priors[name] = prior
-        return prior.to(self.device)
+        return make_prior(name, model)
 
     def save_mixture(self) -> None:
         """Save the mixture prior, so that image i of a seed is the same on all machines.
@@ -512,7 +520,7 @@ class Run:
             mixture = self._plain_prior(MIXTURE, self.recipe.generation)
         except (InputError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             return
-        meta = {"codes": self._hash_of_codes(), "seed": self.recipe.seed}
+        meta = {"codes": hash_of(self.folder / "codes"), "seed": self.recipe.seed}
         write_folder(self.folder / MIXTURE, mixture.state_dict(), meta)
 
     def _saved_mixture(self) -> MixturePrior | None:
@@ -525,15 +533,12 @@ class Run:
             return None
         try:
             saved = read_folder(folder)
-            if self.has_codes and saved.meta.get("codes") != self._hash_of_codes():
+            if self.has_codes and saved.meta.get("codes") != hash_of(self.folder / "codes"):
                 return None
             return MixturePrior.restored(saved.tensors, self.recipe.network.latent_dim)
         except (InputError, RunError) as error:
             warn(f"{error}; fitting the mixture again")
             return None
-
-    def _hash_of_codes(self) -> str:
-        return read_json(self.folder / "codes" / MANIFEST, Manifest).sha256.get(TENSORS, "")
 
     @cached_property
     def _lost_much(self) -> bool:

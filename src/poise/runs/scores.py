@@ -187,9 +187,10 @@ def _of_training(
         number: of images, at most.
         samples, seed, proposal, quiet: see `Run.score`.
     """
-    how = {"checkpoint": run.position, "samples": samples, "seed": seed, "proposal": proposal}
+    how = {"weights": run.weights, "samples": samples, "seed": seed, "proposal": proposal}
     how["images"] = min(number, run.data["train"])
-    kept = _kept(run.folder / KEPT, how) if training is None else None
+    own = training is None
+    kept = _kept(run.folder / KEPT, how) if own else None
     if kept is not None:
         return kept
     if training is None:
@@ -204,7 +205,7 @@ def _of_training(
         given = checked_images(training, run.data["shape"], run.levels)
         chosen = gather(given, drawn(len(given), number))
     found = measured(run, chosen, (), samples=samples, seed=seed, proposal=proposal, quiet=quiet)
-    if how["images"] == len(chosen):
+    if own and how["images"] == len(chosen):
         tensors = {name: getattr(found, name) for name in COLUMNS}
         known = {name: value for name, value in tensors.items() if value is not None}
         try:
