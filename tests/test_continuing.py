@@ -213,6 +213,21 @@ def test_a_run_starts_from_the_weights_of_another(short, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("changes", "kind"), [({"stages": 2}, "vae"), ({"second": "flow"}, "flow")]
+)
+def test_a_second_stage_may_follow_the_weights_of_one_stage(changes, kind, tmp_path):
+    """Former defect: these settings were ignored without a word."""
+    how = {"recipe": "digits", "latent_dim": 3, "epochs": 1, "options": QUIET}
+    train(IMAGES, stages=1, out=tmp_path / "one", **how)
+    of_second = {"second_epochs": 1, "start_from": tmp_path / "one", "epochs": 1}
+    run = train(IMAGES, out=tmp_path / "two", options=QUIET, **of_second, **changes)
+    assert run.second_stage == kind and run.recipe.second.epochs == 1
+    one_stage = load(tmp_path / "one").recipe
+    with pytest.raises(InputError, match="'digits' has one stage: give a recipe with a second"):
+        train(IMAGES, recipe=one_stage, out=tmp_path / "three", options=QUIET, **changes)
+
+
+@pytest.mark.parametrize(
     "images, changes, message",
     [
         (IMAGES, {"latent_dim": 4}, r"another shape \(latent_dim: 3 there, 4 here\)"),

@@ -8,6 +8,7 @@ A field marked with `Option` is an option of `poise train` and a keyword of `poi
 This module imports no torch, because the command reads it for its help.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from math import inf
@@ -445,6 +446,15 @@ OF_ONE_RUN = frozenset({"balance", "second_balance", "objective", "seed", "minut
 """Settings that differ between the runs of a comparison."""
 
 
+OF_SECOND = {"second", "second_epochs", "second_balance"}
+
+
+def asks_for_second(changes: Mapping[str, Any]) -> bool:
+    """Return whether changes name a setting of the second stage, or say that there are two."""
+    named = any(changes.get(name) is not None for name in OF_SECOND)
+    return named or changes.get("stages") == 2
+
+
 class Changes:
     """Changes to a recipe, with the names and types of `CHANGES`.
 
@@ -475,8 +485,7 @@ class Changes:
         self.values = {name: value for name, value in values.items() if value is not None}
         for name, value in self.values.items():
             check_value(name, CHANGES[name], value)
-        of_second = self.values.keys() & {"second", "second_epochs", "second_balance"}
-        if self.values.get("stages") == 1 and of_second:
+        if self.values.get("stages") == 1 and self.values.keys() & OF_SECOND:
             raise InputError(
                 "a kind, length or balance of the second stage makes no sense with one stage: "
                 "leave out one of the two"
@@ -488,6 +497,11 @@ class Changes:
 
     def apply(self, recipe: Recipe) -> Recipe:
         """Return the changed recipe. If it differs from the given one, its `cost` is dropped."""
+        if recipe.second is None and asks_for_second(self.values):
+            raise InputError(
+                f"recipe {recipe.name!r} has one stage: give a recipe with a second stage, or "
+                "leave out its kind, length and balance"
+            )
         first, second = self._lengths(recipe)
         first = self._put(first)
         objective = self.values.get("objective", VAE_OBJECTIVE)

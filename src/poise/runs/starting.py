@@ -18,7 +18,8 @@ from poise.balance import Balance
 from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.objectives import is_deterministic
-from poise.recipes.settings import Network, Recipe, from_json
+from poise.recipes import RECIPES
+from poise.recipes.settings import Network, Recipe, asks_for_second, from_json
 from poise.runs.checkpoint import (
     checkpoints,
     fitting,
@@ -113,6 +114,9 @@ def recipe_of(run: str | Path, out: Path | None, changes: dict[str, Any]) -> Rec
         data = replace(source.recipe.data, size=size, source="array", levels=None)
         data = replace(data, channels=channels) if channels in (1, 3) else data
         recipe = replace(source.recipe, data=data)
+        if recipe.second is None and asks_for_second(changes):
+            of_preset = RECIPES.get(recipe.name, RECIPES["images"])
+            recipe = replace(recipe, second=of_preset.second)
     sets_length = changes.get("epochs") is not None or changes.get("second_epochs") is not None
     return replace(recipe, minutes=None) if sets_length else recipe
 
