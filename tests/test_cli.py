@@ -151,17 +151,29 @@ def test_interpolate_walks_from_one_picture_to_another(out, run_folder, tmp_path
     assert np.abs(shown.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("source", "jpeg"), [("celeba64", None), ("photos", 75)])
-def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(source, jpeg, tmp_path):
+@pytest.mark.parametrize(("source", "jpeg"), [("celeba64", None), ("celeba", None), ("photos", 75)])
+def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(
+    source, jpeg, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
     path = photos(tmp_path / "own", of=[(178, 218)]) / "00.jpg"
     recipe = SimpleNamespace(data=Data(source, jpeg_quality=jpeg))
-    run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe))
+    run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe, levels=None))
     with Image.open(path) as picture:
-        crop = crop_and_resize if source == "celeba64" else center_square_resize
+        crop = center_square_resize if source == "photos" else crop_and_resize
         expected = torch.from_numpy(np.array(crop(picture, size=64))).permute(2, 0, 1)
     if jpeg is not None:
         expected = jpeg_round_trip(expected[None], jpeg)[0]
     assert torch.equal(picture_for(run, path), expected)
+
+
+def test_masks_to_interpolate_have_the_white_of_the_run(tmp_path):
+    mask = np.eye(8, dtype=np.uint8)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    recipe = SimpleNamespace(data=Data("masks"))
+    run = cast(Run, SimpleNamespace(data={"shape": [1, 8, 8]}, recipe=recipe, levels=1))
+    np.testing.assert_array_equal(picture_for(run, tmp_path / "mask.png")[0], 255 * mask)
 
 
 @pytest.mark.parametrize(

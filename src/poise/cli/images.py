@@ -272,6 +272,7 @@ def picture_for(run: "Run", path: Path) -> Any:
         read_header,
         read_image,
     )
+    from poise.data.layouts import is_celeba
 
     channels, size, _ = run.data["shape"]
     width, height, _ = read_header(path)
@@ -280,8 +281,8 @@ def picture_for(run: "Run", path: Path) -> Any:
             f"{path} has {width}x{height} pixels, and the run's images have {size}x{size}: "
             "give a larger picture"
         )
-    picture = read_image(path, "L" if channels == 1 else "RGB")
-    aligned = run.recipe.data.source == "celeba64" and picture.size == ALIGNED
+    picture = read_image(path, "L" if channels == 1 else "RGB", levels=run.levels)
+    aligned = is_celeba(run.recipe.data.source) and picture.size == ALIGNED
     picture = (crop_and_resize if aligned else center_square_resize)(picture, size=size)
     pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
     quality = run.recipe.data.jpeg_quality

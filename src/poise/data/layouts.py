@@ -50,6 +50,13 @@ def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
     return found
 
 
+def is_celeba(source: str) -> bool:
+    """Return whether a source is CelebA's aligned faces, which have a crop of their own."""
+    if source == "celeba64":
+        return True
+    return any(reader is read_celeba for reader, _ in find_layouts(Path(source)))
+
+
 def read_mnist(folder: Path, reading: Reading) -> Found:
     """Return MNIST, Fashion-MNIST or a data set in the same format.
 
