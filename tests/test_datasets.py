@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -664,6 +665,15 @@ def test_a_limit_on_large_files_can_be_raised(tmp_path):
     assert "decoded: it has 2 megapixels, over the limit of 1; pass --max-megapixels 2" in message
     assert "repair" not in message and message.endswith("or pass --skip-unreadable")
     assert len(load("x", size=8, max_megapixels=2).train) == 12
+
+
+def test_a_limit_is_that_of_its_own_call_in_threads_too(tmp_path):
+    """Former defect: one thread restored the limit of another, for the whole process."""
+    write_images(tmp_path / "x", noise(12, 8, 8))
+    before = Image.MAX_IMAGE_PIXELS, warnings.showwarning
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda limit: load("x", max_megapixels=limit), [5, 6, 7] * 8))
+    assert (Image.MAX_IMAGE_PIXELS, warnings.showwarning) == before
 
 
 def test_every_image_of_a_split_folder_is_found_with_its_side(tmp_path):

@@ -39,6 +39,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_changing_the_process = threading.RLock()
 
 
 @contextmanager
@@ -178,20 +179,22 @@ def allow_megapixels(limit: int | None) -> None:
 def collecting_warnings(max_megapixels: int | None) -> Iterator[None]:
     """Turn Pillow's warnings in the block into remarks on the opened files, in all threads.
 
+    This changes settings of the whole process, so a block waits until that of another thread ends.
+
     Args:
         max_megapixels: refuse larger images. None: Pillow's limit, 179 megapixels.
     """
     from PIL import Image
 
-    show, limit = warnings.showwarning, Image.MAX_IMAGE_PIXELS
+    with _changing_the_process, warnings.catch_warnings():
+        show, limit = warnings.showwarning, Image.MAX_IMAGE_PIXELS
 
-    def collect(message: Warning | str, *others: Any, **options: Any) -> None:
-        if _current.remarks is None:
-            show(message, *others, **options)
-        else:
-            remark(str(message))
+        def collect(message: Warning | str, *others: Any, **options: Any) -> None:
+            if _current.remarks is None:
+                show(message, *others, **options)
+            else:
+                remark(str(message))
 
-    with warnings.catch_warnings():
         warnings.filterwarnings(
             "always", category=UserWarning, module=r"(.*\W)?(PIL|pillow_heif)\W"
         )
