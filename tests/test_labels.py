@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -87,6 +88,8 @@ def test_labels_stand_beside_the_arrays_of_images(tmp_path):
     )
     given = load(PIXELS, labels=torch.from_numpy(numbers))
     assert {EXPECTED[key] for key, name in by_pixels(given).items() if name == "10"} == {"eel"}
+    for listed in (list(CLASSES), pd.Series(CLASSES), np.array(list(CLASSES), object)):
+        assert by_pixels(load(PIXELS, labels=listed)) == EXPECTED
     whole = find_images(tmp_path / "split.npz", side="all", labels=True)
     assert whole.labels == tuple(map(str, numbers))
 

@@ -99,6 +99,9 @@ def as_labels(values: Any, number: int, label: str) -> np.ndarray:
         InputError: another shape or type.
     """
     array = np.asarray(values)
+    if array.dtype == object:  # texts or whole numbers of a column of pandas
+        kinds = {type(value) for value in array.flat}
+        array = np.array(array.tolist()) if len(kinds) == 1 else array
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.shape != (number,) or array.dtype.kind not in "biuUS":
