@@ -260,6 +260,7 @@ def test_columns_that_do_not_vary_are_not_scaled_by_rounding(value):
         ({"hidden": 16}, "hidden must be .* a tuple of widths"),
         ({"score_prior": "mixture", "prior": "normal"}, "score_prior must be .*, not 'mixture'"),
         ({"score_proposal": "best"}, "score_proposal must be refined or encoder, not 'best'"),
+        ({"latent_dim": 513}, 'at most 512 latents, not 513: use prior="flow" or prior="normal"'),
         ({"prior": "gauss"}, "prior must be one of .*mixture, flow, not 'gauss'"),
         ({"balance": "computd"}, "unknown balance 'computd'"),
         ({"balance": None}, "balance must be the name"),

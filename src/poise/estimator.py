@@ -59,6 +59,7 @@ from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
 from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
 from poise.priors import FlowPrior, MixturePrior, Prior, TrainedModel, make_prior
+from poise.priors.mixture import MOST_LATENTS
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.progress import progress
@@ -290,6 +291,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 raise InputError(
                     f"{name} must be a whole number of at least {bound}, not {value!r}"
                 )
+        if self.prior == "mixture" and self.latent_dim > MOST_LATENTS:
+            raise InputError(
+                f'the prior "mixture" takes at most {MOST_LATENTS} latents, not {self.latent_dim}: '
+                'use prior="flow" or prior="normal"'
+            )
         widths = self.hidden if isinstance(self.hidden, (list, tuple)) else None
         if self.hidden != "auto" and (
             widths is None

@@ -227,7 +227,7 @@ def _points(stage: int, curve: dict[str, list[float]]) -> Iterable[dict[str, flo
 
 def _label(name: str, seed: int) -> str:
     """Return the folder's name without the seed at its end."""
-    return re.sub(rf"[-_.]?(seed)?[-_=]?\b{seed}$", "", name) or name
+    return re.sub(rf"[-_.=](seed[-_=]?)?{seed}$", "", name) or name
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
