@@ -21,6 +21,7 @@ from poise import cli
 from poise.data.decoding import save_png
 from poise.errors import InputError, RunError
 from poise.features.weights import load_tensors
+from poise.networks import mlp
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.report.models import DataSetCache, exhibit
 from poise.report.records import read_record, read_records
@@ -169,6 +170,29 @@ def test_a_run_ends_without_a_mixture_if_none_can_be_fitted(tmp_path, monkeypatc
     train(IMAGES, recipe=TINY, out=tmp_path / "run", options=QUIET)
     assert (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "mixture").exists()
+
+
+class Exploding(nn.Module):
+    """An encoder some of whose variances are infinite in evaluation mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 4)
+
+    def forward(self, images):
+        mean, logvar = self.layer(images.flatten(1)).chunk(2, 1)
+        return mean, logvar if self.training else logvar + 800 * (mean > 0)
+
+
+def test_a_run_ends_whatever_its_codes(tmp_path):
+    """Former defect: it failed after training, and so did each attempt to resume it."""
+    vae = VAE(Exploding(), mlp((1, 8, 8), 2, hidden=(16,))[1])
+    recipe = replace(TINY, second=None)
+    run = train(IMAGES, recipe=recipe, vae=vae, out=tmp_path / "run", options=QUIET)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert "latents" not in summary and "no statistics of the latents" in str(summary["notes"])
+    evaluation = run.evaluate(IMAGES[:20], extractor="pixels")
+    assert any(note.startswith("no GEN-mixture: no mixture can be") for note in evaluation.notes)
 
 
 def test_an_old_run_without_a_mixture_fits_it_and_stays_as_it_is(run):

@@ -1,5 +1,7 @@
 """Test priors and samples: image i depends only on i, and options follow their formulas."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
+from poise.errors import InputError
 from poise.latent import DiagonalGaussian, variance_law
 from poise.networks import infogan, second_stage
 from poise.priors import (
@@ -100,6 +103,16 @@ def test_expectation_maximisation_is_scikit_learns(dims, components):
     np.testing.assert_allclose(weights, fitted.weights_, rtol=1e-5)
     np.testing.assert_allclose(means, fitted.means_, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(factors @ factors.mT, fitted.covariances_, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("mean", "logvar"), [(1e30, 0.0), (0.0, 800.0), (math.nan, 0.0)])
+def test_codes_without_a_mixture_are_refused_in_one_line(mean, logvar):
+    values = torch.randn(60, 3)
+    values[::3] += mean
+    codes = DiagonalGaussian(values, torch.full((60, 3), logvar))
+    with pytest.raises(InputError, match="no mixture can be fitted to"):
+        fit_mixture(codes, components=3)
 
 
 def test_a_mixture_of_many_codes_is_fitted_to_some_chosen_at_random(monkeypatch):

@@ -139,7 +139,7 @@ def fit_mixture(
         The mixture, on the CPU.
 
     Raises:
-        InputError: there are no codes, or more than 512 latents.
+        InputError: there are no codes, more than 512 latents, or values that are too large.
     """
     if len(codes) == 0:
         raise InputError("there are no codes to fit a mixture to: give at least one")
@@ -151,6 +151,8 @@ def fit_mixture(
     source = generator("mixture", seed)
     codes = DiagonalGaussian(codes.mean.cpu(), codes.logvar.cpu())
     latents = codes.sample(torch.randn(codes.mean.shape, generator=source))
+    if not latents.isfinite().all():
+        raise InputError("no mixture can be fitted to codes that are not finite or very large")
     some = torch.arange(len(latents))
     if len(latents) > MOST_CODES:
         some = torch.randperm(len(latents), generator=source)[:MOST_CODES]
@@ -228,9 +230,12 @@ def _maximisation_step(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, 
     factors = []
     for share, count, mean in zip(shares.T, counts, means, strict=True):
         centred = values - mean
-        factors.append(
-            torch.linalg.cholesky((share[:, None] * centred).T @ centred / count + ridge)
+        factor, failed = torch.linalg.cholesky_ex(
+            (share[:, None] * centred).T @ centred / count + ridge
         )
+        if failed:
+            raise InputError("no mixture can be fitted to these codes: their range is too wide")
+        factors.append(factor)
     return counts / counts.sum(), means, torch.stack(factors)
 
 

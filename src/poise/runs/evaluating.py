@@ -70,7 +70,7 @@ def evaluate_run(
     )
     images = run.images_for(conditions) if images is None else _given(run, images, conditions)
     conditions = replace(conditions, real=len(images), side=images.shape[-1])
-    pages, measured = _model_figures(run, images, conditions, nll_samples, quiet)
+    pages, measured, unmeasured = _model_figures(run, images, conditions, nll_samples, quiet)
     reference = images
     if statistics is not None:
         wanted = replace(find_protocol(protocol), real=None, generated=count)
@@ -85,6 +85,7 @@ def evaluate_run(
             reference, produced, conditions, network, infinity=infinity, quiet=quiet
         )
         notes += left_out
+    notes += unmeasured
     notes += (NO_POSTERIOR,) if run.deterministic else ()
     notes += () if run.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
     certain = pages["likelihood"]["certain_share"] if nll_samples else 1.0
@@ -115,7 +116,8 @@ def _given(run: "Run", images: Any, protocol: Protocol) -> Any:
 
 def _model_figures(
     run: "Run", images: Any, protocol: Protocol, nll_samples: int, quiet: bool
-) -> tuple[dict[str, dict[str, Any]], list[Measurement]]:
+) -> tuple[dict[str, dict[str, Any]], list[Measurement], tuple[str, ...]]:
+    """Return pages of figures, measurements, and a note on what cannot be computed."""
     generation, vae, balance = protocol.generation, run.first.vae, run.first.balance
     assert generation is not None
     released = generation.variance_law == "released"
@@ -133,14 +135,18 @@ def _model_figures(
             vae, balance, images, samples=nll_samples, seed=run.recipe.seed, quiet=quiet
         )
         pages["likelihood"] = asdict(nll)
-    if run.has_codes:
-        statistics = latent_statistics(run.codes, released=released)
-        pages["latents"] = asdict(
-            statistics.without_posterior() if run.deterministic else statistics
-        )
-    if run.second is not None and run.has_codes:
-        pages["second_stage"] = _second_stage_page(run, released)
-    return pages, measured + likelihood_measurements(figures, nll, protocol, **common)
+    notes: tuple[str, ...] = ()
+    try:
+        if run.has_codes:
+            statistics = latent_statistics(run.codes, released=released)
+            pages["latents"] = asdict(
+                statistics.without_posterior() if run.deterministic else statistics
+            )
+        if run.second is not None and run.has_codes:
+            pages["second_stage"] = _second_stage_page(run, released)
+    except InputError as error:  # they are not finite, but the run is finished
+        notes = (f"no statistics of the latents: {error}",)
+    return pages, measured + likelihood_measurements(figures, nll, protocol, **common), notes
 
 
 def _second_stage_page(run: "Run", released: bool) -> dict[str, Any]:
