@@ -212,6 +212,18 @@ def test_a_run_starts_from_the_weights_of_another(short, tmp_path, monkeypatch):
         train(new, recipe=load(whole).recipe, out=whole, options=QUIET)
 
 
+def test_a_flow_of_other_classes_is_trained_anew(tmp_path):
+    """Former defect: such a start was refused with a message about damaged checkpoints."""
+    how = {"epochs": 1, "second_epochs": 1, "options": QUIET}
+    settings = {"recipe": "digits", "latent_dim": 3, "second": "flow"}
+    train(IMAGES, labels=[0, 1, 2] * 30, out=tmp_path / "one", **settings, **how)
+    for name, labels in {"two": [0, 1] * 45, "none": False, "three": [5, 6, 7] * 30}.items():
+        start = {"start_from": tmp_path / "one", "labels": labels}
+        run = train(IMAGES, out=tmp_path / name, **start, **how)
+        kept = config(run.folder)["start"]["kept"]
+        assert ("weights of stage 2" in kept) == (name == "three")
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"), [({"stages": 2}, "vae"), ({"second": "flow"}, "flow")]
 )

@@ -159,7 +159,7 @@ def load_start(
     kept, new = ["weights of stage 1"], [*map(str, NEW)]
     networks = [network for network, _ in stages]
     _load(source, 1, networks[0])
-    if len(networks) > 1 and _same_second(source, recipe):
+    if len(networks) > 1 and _same_second(source, recipe, networks[1]):
         _load(source, 2, networks[1])
         kept.append("weights of stage 2")
     elif len(networks) > 1:
@@ -189,8 +189,10 @@ def _weights(stage: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return under("average", mine) or under("vae", mine)
 
 
-def _same_second(source: Source, recipe: Recipe) -> bool:
+def _same_second(source: Source, recipe: Recipe, network: VAE | Flow) -> bool:
     same = source.recipe.second_stage == recipe.second_stage and source.has_second
+    if isinstance(network, Flow):
+        same = same and network.classes == len(source.data.get("classes", ()))
     return same and not _differing_network(source.recipe.network, recipe.network, 2)
 
 
