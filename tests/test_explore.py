@@ -296,8 +296,16 @@ def test_a_model_too_large_for_a_page_is_one_line(small_run, unchecked, monkeypa
 def test_an_operation_without_a_kernel_is_named(unchecked):
     with pytest.raises(InputError, match=r"the decoder has the operation cumsum.*poise export"):
         graph_of(lambda_module(lambda x: x.cumsum(1)), [torch.zeros(1, 3)], "the decoder")
+    with pytest.raises(InputError, match=r"the decoder changes a view in place \(sigmoid_\)"):
+        graph_of(lambda_module(half_in_place), [torch.zeros(1, 4)], "the decoder")
     with pytest.raises(InputError, match="cannot be traced"):
         graph_of(lambda_module(lambda x: x if x.sum() > 0 else -x), [torch.zeros(1, 3)], "it")
+
+
+def half_in_place(latents: Tensor) -> Tensor:
+    values = 2 * latents
+    values[:, :2].sigmoid_()
+    return values
 
 
 def lambda_module(function: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -113,7 +113,9 @@ def graph_of(network: nn.Module, inputs: Sequence[Tensor], name: str) -> Graph:
         raise InputError(f"{name} cannot be traced by torch.export ({reason})") from error
     graph, found = Graph(), dict[Any, Any]()
     shapes = iter(inputs)
-    for node in traced.graph.nodes:  # pyright: ignore[reportAttributeAccessIssue]
+    nodes: Any = traced.graph.nodes  # pyright: ignore[reportAttributeAccessIssue]
+    order = {node: number for number, node in enumerate(nodes)}
+    for node in nodes:
         if node.op == "placeholder":
             found[node] = graph.value(next(shapes).shape)
             graph.inputs.append(found[node].number)
@@ -124,12 +126,32 @@ def graph_of(network: nn.Module, inputs: Sequence[Tensor], name: str) -> Graph:
             keywords = map_arg(node.kwargs, found.__getitem__)
             found[node] = _result(graph, node.target, arguments, keywords, name)
             if _name_of(node.target).endswith("_") and isinstance(found[node], Value):
-                found[node.args[0]] = found[node]  # an operation in place
+                _check_in_place(node, order, name)
+                found[node.args[0]] = found[node]
         elif node.op == "output":
             results = map_arg(node.args[0], found.__getitem__)
             results = [results] if isinstance(results, (Value, Tensor)) else results
             graph.outputs += [graph.operand(result).number for result in results]
     return graph
+
+
+def _check_in_place(node: Any, order: dict[Any, int], name: str) -> None:
+    """Refuse an operation in place whose memory is read later through another view."""
+    changed = node.args[0]
+    for other in order:
+        if other in (node, changed) or order[other] > order[node]:
+            continue
+        if _memory(other) == _memory(changed) and any(order[u] > order[node] for u in other.users):
+            raise InputError(
+                f"{name} changes a view in place ({_name_of(node.target)}), for which a page has no "
+                "kernel: use the form that returns a new tensor"
+            )
+
+
+def _memory(node: Any) -> int | None:
+    """Return what tells the memory of a node's tensor from that of others. None: not a tensor."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _result(graph: Graph, target: Any, arguments: Any, keywords: Any, name: str) -> Any:
@@ -380,7 +402,13 @@ def _layer_norm(
 def _reduce(kind: str) -> Callable[..., Value]:
     def rule(graph: Graph, x: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
         count = len(x.shape)
-        dims = range(count) if dims is None else [dims] if isinstance(dims, int) else dims
+        dims = (
+            range(count)
+            if dims is None or dims == []
+            else [dims]
+            if isinstance(dims, int)
+            else dims
+        )
         dims = sorted(dim % count for dim in dims)
         kept = [dim for dim in range(count) if dim not in dims]
         last = _copied(graph, x, _like(x.shape).permute(*kept, *dims))
