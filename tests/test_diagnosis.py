@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jaxtyping
@@ -362,6 +362,13 @@ def test_a_healthy_run_is_said_to_be_healthy(run):
     )
     assert figures["inferred_gamma2"] == pytest.approx(float(run.first.balance.gamma2), rel=0.2)
     assert {"distance_normal", "distance_second-stage", "distance_mixture"} <= set(figures)
+
+
+def test_a_history_is_used_in_place_of_the_log_of_a_run(run):
+    history = [0.05] * 50 + [0.01] * 50 + [0.2] * 50
+    assert "late-spike" in named(diagnose(run, history=history))
+    with pytest.raises(InputError, match="history must be"):
+        diagnose(run, history="junk")
 
 
 def test_a_run_can_be_looked_at_through_other_images_and_another_loss(run):
@@ -847,6 +854,17 @@ def test_narrow_latents_are_to_be_renormalised():
         1.94**0.5, rel=0.05
     )
     assert finding.figures["renormalised"] < 0.3 * finding.figures["distance"]
+    assert "are narrower than the codes. If they are multiplied by 1." in finding.sentence
+
+
+def test_wide_latents_are_called_wide():
+    """Former defect: they were called narrower by a factor below 1."""
+    measured = Comparison(0.0, 0.1, {"normal": 0.5}, {"normal": 0.1}, {"normal": 0.78})
+    vae, _, _, test = case("healthy")
+    found = causes.lost_variance(Facts(look(vae.eval(), test, 0), comparison=measured))
+    assert found is not None and "are wider than the codes. If they are multiplied by 0.78" in (
+        found.sentence
+    )
 
 
 def with_norm() -> VAE:
@@ -866,6 +884,54 @@ def test_running_averages_that_are_not_settled_are_named():
     vae = with_norm()
     vae.decoder[1].running_var.fill_(1e-3)
     assert named(diagnose(vae, held_out())) == ["norm-unsettled"]
+
+
+def test_averages_that_are_settled_are_not_blamed_for_the_noise_of_the_latents():
+    """Former defect: errors of posterior means were compared with those of samples."""
+    noisy = nn.BatchNorm1d(4)
+    noisy.running_var.fill_(1.5)  # images and posteriors have the variances 1 and 0.5
+    nn.init.constant_(noisy.weight, 1.5**0.5)
+
+    class Noisy(nn.Module):
+        def forward(self, values):
+            return values.flatten(1), torch.full_like(values.flatten(1), math.log(0.5))
+
+    vae = VAE(Noisy(), nn.Sequential(noisy, nn.Unflatten(1, (1, 2, 2))))
+    diagnosis = diagnose(vae, torch.randn(500, 1, 2, 2))
+    assert diagnosis.figures["mse_batch_statistics"] == pytest.approx(0.5, rel=0.1)
+    assert "norm-unsettled" not in named(diagnosis)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dead_units_are_named_also_if_their_layer_overwrites_its_input(inplace):
+    encoder, _ = mlp((1, 8, 8), LATENTS, hidden=(16,))
+    layers = [
+        nn.Linear(LATENTS, 16),
+        nn.ReLU(inplace),
+        nn.Linear(16, 64),
+        nn.Unflatten(1, (1, 8, 8)),
+    ]
+    nn.init.constant_(layers[0].bias, -1e3)
+    (finding,) = diagnose(VAE(encoder, nn.Sequential(*layers)), held_out()).findings
+    assert "all 16 units of its layer 1 (ReLU) are dead" in finding.sentence
+
+
+def test_functions_are_measured_in_evaluation_mode_and_their_network_stays_as_it_is():
+    """Former defect: only the network of a bound method was found."""
+    whole = with_norm().train()
+    before = copy.deepcopy(whole.state_dict())
+
+    def encode(images):
+        return whole.encoder(images)
+
+    found = diagnose((encode, partial(apply, whole.decoder)), held_out(), seed=0)
+    expected = diagnose(whole, held_out(), seed=0)
+    assert found.figures == expected.figures and all(part.training for part in whole.modules())
+    assert all(torch.equal(before[name], value) for name, value in whole.state_dict().items())
+
+
+def apply(network, values):
+    return network(values)
 
 
 def test_nothing_of_the_model_is_changed():

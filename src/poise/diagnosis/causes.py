@@ -449,8 +449,8 @@ def lost_variance(facts: Facts) -> Finding | None:
     if not (after <= RENORMALISED * before < math.inf) or before - after < max(GAIN, found.halves):
         return None
     sentence = (
-        f"Latents from {find_prior(used).words} are narrower than the codes by a factor of "
-        f"{factor:.3g}. If they are scaled by it, the samples' distance from the "
+        f"Latents from {find_prior(used).words} are {'narrower' if factor > 1 else 'wider'} than "
+        f"the codes. If they are multiplied by {factor:.3g}, the samples' distance from the "
         f"images falls from {before:.2f} to {after:.2f} of the images' variance."
     )
     how = "poise sample --renormalise always" if facts.is_run else "poise.priors.RenormalisedPrior"

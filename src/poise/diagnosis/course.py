@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -12,6 +13,7 @@ from poise.errors import InputError
 from poise.runs.log import read_log
 
 FEWEST_POINTS = 20  # entries of a log
+MOST_POINTS = 2_000  # the medians of more take long
 LATE = 5  # not in the first fifth of training, where a KL weight may rise within a few steps
 SPIKED = 1.5  # median error after a spike over the lowest before it
 
@@ -74,18 +76,27 @@ def late_spike(course: Course) -> tuple[float, float, float] | None:
     Returns:
         The step, the lowest error before it, and the error at the end; None: no such rise.
     """
+    course = _thinned(course)
     errors = [error for _, error in course]
     width = max(3, len(errors) // 50)
     if len(errors) < max(FEWEST_POINTS, 4 * width):
         return None
     medians = [median(errors[i : i + width]) for i in range(len(errors) - width + 1)]
+    lowest_so_far = list(accumulate(medians, min))
     end = median(errors[-max(width, len(errors) // 10) :])
     for i in range(max(2 * width, len(errors) // LATE), len(medians)):
-        lowest = min(medians[: i - width + 1])
+        lowest = lowest_so_far[i - width]
         if medians[i] > SPIKED * medians[i - 2 * width] and min(medians[i], end) > SPIKED * lowest:
             jump = next(k for k in range(i - width, i + width) if errors[k] > SPIKED * lowest)
             return course[jump][0], lowest, end
     return None
+
+
+def _thinned(course: Course) -> Course:
+    """Return means over equal parts of a course with more than `MOST_POINTS` points."""
+    size = -(-len(course) // MOST_POINTS)
+    parts = [course[i : i + size] for i in range(0, len(course), size)] if size > 1 else []
+    return [(part[0][0], fmean(e for _, e in part)) for part in parts] or course
 
 
 def relative_fall(fall: tuple[float, float]) -> float:

@@ -30,6 +30,7 @@ from poise.metrics import CHUNK
 from poise.priors import fit_prior
 from poise.shapes import Values
 from poise.support.progress import Progress, progress
+from poise.support.seeds import noise_per_image
 from poise.vae import VAE
 from poise.variants import PRIORS
 
@@ -274,15 +275,15 @@ def _dead_or_unsettled(vae: VAE, seen: Seen, figures: dict[str, Any], seed: int)
         return broken.dead_decoder(change, outputs.first_deaf(outputs.trace(vae.decoder, latents)))
     norms = [part for part in vae.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if norms:
-        figures["mse_batch_statistics"] = batch_mse = _mse_by_batch(vae, seen)
+        figures["mse_batch_statistics"] = batch_mse = _mse_by_batch(vae, seen, seed)
         momenta = [1.0 if norm.momentum is None else norm.momentum for norm in norms]
         return broken.unsettled_norm(seen, batch_mse, min(momenta))
     return None
 
 
 @torch.no_grad()
-def _mse_by_batch(vae: VAE, seen: Seen) -> float:
-    """Return the MSE with BatchNorm's statistics of each batch of 100 images.
+def _mse_by_batch(vae: VAE, seen: Seen, seed: int) -> float:
+    """Return the MSE, as `look` does, but with BatchNorm's statistics of each batch of 100 images.
 
     Everything else is in evaluation mode. BatchNorm's buffers are restored.
     """
@@ -293,13 +294,11 @@ def _mse_by_batch(vae: VAE, seen: Seen) -> float:
         norm.train()
     for start, images in zip(count(0, CHUNK), seen.images.split(CHUNK), strict=False):
         if len(images) > 1:
-            errors.append(
-                (at(vae, start).reconstruct(images.to(device)).float().cpu() - images)
-                .flatten(1)
-                .double()
-                .square()
-                .mean(1)
-            )
+            part = at(vae, start)
+            posterior = part.encode(images.to(device))
+            noise = noise_per_image(len(images), posterior.mean.shape[1], seed, start).to(device)
+            difference = part.decode(posterior.sample(noise)).float().cpu() - images
+            errors.append(difference.flatten(1).double().square().mean(1))
     for norm, buffers in zip(norms, kept, strict=True):
         norm.eval()
         norm.load_state_dict(norm.state_dict() | buffers)

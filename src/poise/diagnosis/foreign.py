@@ -3,6 +3,7 @@
 A diagnosis works on a `VAE` with flat latents. `fitted` returns a model as such a VAE.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,9 +87,25 @@ def at(vae: VAE, first: int) -> VAE:
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    """Return the modules that a function, a bound method or a module belongs to."""
-    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
-    return [owner] if isinstance(owner, nn.Module) else []
+    """Return the modules that a function refers to, that of a bound method, or a module itself."""
+    if isinstance(model, nn.Module):
+        return [model]
+    return list(
+        {id(part): part for part in referred(model) if isinstance(part, nn.Module)}.values()
+    )
+
+
+def referred(function: Any) -> list[Any]:
+    """Return the objects that a function, a bound method or a `partial` refers to by name."""
+    inner = getattr(function, "func", function)  # of a functools.partial
+    found = [getattr(inner, "__self__", None), *getattr(function, "args", ())]
+    found += getattr(function, "keywords", {}).values()
+    try:
+        named = inspect.getclosurevars(inner)
+        found += [*named.nonlocals.values(), *named.globals.values()]
+    except (TypeError, ValueError):  # not a function written in Python, or a name without a value
+        pass
+    return found
 
 
 def shown_name(name: str) -> str:
@@ -107,8 +124,8 @@ class _Part(nn.Module):
             self.network = function
         else:
             self.function = function
-            for module in modules_of(function):
-                self.model = module
+            for number, module in enumerate(modules_of(function)):
+                setattr(self, f"model_{number}" if number else "model", module)
         self.conditions, self.first = tuple(conditions), first
 
     def call(self, values: Tensor) -> Any:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,26 +143,31 @@ def _fan_in(parameter: Tensor) -> int:
 def trace(decoder: nn.Module, latents: Latents) -> list[Layer]:
     """Return the response of each innermost layer of a decoder, in the order of calls."""
     layers: list[Layer] = []
+    heard: dict[str, bool] = {}  # measured before a layer that works in place overwrites its input
+
+    def hear(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            heard[name] = response(inputs[0]) > ROUNDING
 
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-            layers.append(_layer(name, module, inputs[0], output))
+        if isinstance(output, Tensor) and name in heard:
+            layers.append(_layer(name, module, heard.pop(name), output))
 
     leaves = {
         name: module for name, module in decoder.named_modules() if not list(module.children())
     }
-    with _hooked(leaves, record):
+    with _hooked(leaves, record, before=hear):
         decoder(latents)
     return layers
 
 
-def _layer(name: str, module: nn.Module, given: Tensor, output: Tensor) -> Layer:
+def _layer(name: str, module: nn.Module, hears: bool, output: Tensor) -> Layer:
     values = output.cpu().flatten(1)
     weight = getattr(module, "weight", None)
     return Layer(
         name=name,
         kind=type(module).__name__,
-        hears=response(given) > ROUNDING,
+        hears=hears,
         answers=response(output) > ROUNDING,
         constant=float((values.amax(0) == values.amin(0)).double().mean()),
         units=values.shape[1],
@@ -176,14 +182,16 @@ def first_deaf(layers: list[Layer]) -> Layer | None:
 
 
 @contextmanager
-def _hooked(modules: dict[str, nn.Module], record: Callable[[str, nn.Module, Any, Any], Any]):
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def call(module: nn.Module, inputs: Any, output: Any) -> None:
-            record(name, module, inputs, output)
-
-        return call
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+def _hooked(
+    modules: dict[str, nn.Module],
+    record: Callable[[str, nn.Module, Any, Any], Any],
+    before: Callable[[str, nn.Module, Any], Any] | None = None,
+):
+    handles = [m.register_forward_hook(partial(record, name)) for name, m in modules.items()]
+    if before is not None:
+        handles += [
+            m.register_forward_pre_hook(partial(before, name)) for name, m in modules.items()
+        ]
     try:
         yield
     finally:

@@ -3,11 +3,10 @@
 The model is not changed.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,15 @@ from torch import Tensor, nn
 from poise.balance import Balance
 from poise.data import Rows, gather
 from poise.diagnosis.course import Course, as_course, read_courses
-from poise.diagnosis.foreign import Adapted, Function, at, modules_of, parts_of, posterior_of
+from poise.diagnosis.foreign import (
+    Adapted,
+    Function,
+    at,
+    modules_of,
+    parts_of,
+    posterior_of,
+    referred,
+)
 from poise.errors import InputError
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
 from poise.metrics import CHUNK
@@ -170,13 +177,7 @@ class Case:
 
 def balance_of(loss: Any) -> Balance | None:
     """Return the balance that is the loss, or the only one that the loss function refers to."""
-    function = getattr(loss, "func", loss)  # of a functools.partial
-    owners = [loss, getattr(function, "__self__", None), *getattr(loss, "__dict__", {}).values()]
-    try:
-        named = inspect.getclosurevars(function)
-        owners += [*named.nonlocals.values(), *named.globals.values()]
-    except TypeError:  # not a function written in Python
-        pass
+    owners = [loss, *referred(loss), *getattr(loss, "__dict__", {}).values()]
     found = {
         id(part): part
         for owner in owners
@@ -207,7 +208,9 @@ def as_case(
             "a deterministic autoencoder has no posterior to diagnose: poise evaluate measures it"
         )
     if isinstance(model, Run):
-        return _case_of_run(model, images, train_images, loss)
+        case = _case_of_run(model, images, train_images, loss)
+        own = {} if history is None else {1: as_course(history)}
+        return replace(case, courses={**case.courses, **own})
     if parts_of(model) is None:
         raise InputError(_not_a_model(model))
     if images is None:
