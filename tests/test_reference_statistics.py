@@ -40,6 +40,11 @@ def test_statistics_of_real_images_give_the_distance_of_the_images(tmp_path):
     assert (written.images, written.origin) == (60, "poise")
     by_images = evaluate(REAL, OTHER, extractor="pixels")
     by_statistics = evaluate(tmp_path / "real.npz", OTHER)  # "auto" is the network of the file
+    for count in (1, 0, -5):
+        with pytest.raises(
+            InputError, match=f"at least 2 images are needed to compare, not {count}"
+        ):
+            evaluate(tmp_path / "real.npz", OTHER, count=count)
     (found,), expected = by_statistics.measurements, by_images.measurements[0]
     assert found.value == pytest.approx(expected.value, rel=1e-9)
     same = (found.metric, found.protocol.hash, found.data)

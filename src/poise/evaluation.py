@@ -211,6 +211,7 @@ def evaluate(
         "max_megapixels": max_megapixels,
     }
     wanted = find_protocol(protocol)
+    counted = with_count(wanted, count)
     if is_statistics(real):
         others = find_images(generated, side=_side(wanted), **reading)
         if len(others.images) < 2:
@@ -221,7 +222,7 @@ def evaluate(
         )
         others = others.images
     else:
-        wanted = with_count(wanted, count)
+        wanted = counted
         found, others = (
             find_images(source, side=_side(wanted), **reading) for source in (real, generated)
         )
