@@ -29,6 +29,7 @@ from poise.report import curves, models, pictures, sections, write_report
 from poise.report import page as page_module
 from poise.report.cells import results_of
 from poise.report.curves import training_figures
+from poise.report.latent_page import latent_figures
 from poise.report.models import Exhibit
 from poise.report.pictures import paired_sheet
 from poise.report.records import read_record, read_records
@@ -176,6 +177,20 @@ def test_numbers_are_those_of_the_summary(page, runs):
     assert np.mean(np.sum(bars, 0)) == pytest.approx(summary["latents"]["variance_law"], rel=1e-4)
 
 
+def test_a_kl_that_is_infinite_comes_first_and_has_no_bar(runs):
+    """JSON has null for it. Former defect: the report ended with a TypeError."""
+    latents = {
+        "kl_nats_per_latent": [1.0, None, 2.0],
+        "variance_of_mean": [0.1, 0.2, 0.3],
+        "mean_variance": [0.9, math.inf, 0.7],
+        "aggregate": {"covariance_eigenvalues": [1.0, 1.0, 1.0]},
+    }
+    record, style = read_record(runs / "computed-0"), {"color": "#000", "dash": "solid"}
+    kl, law, _ = latent_figures([(record, {"latents": latents})], {record.label: style})
+    assert kl["traces"][0]["y"] == [None, 2.0, 1.0]
+    assert [trace["y"] for trace in law["traces"]] == [[0.2, 0.3, 0.1], [None, 0.7, 0.9]]
+
+
 def test_measurements_stand_with_their_protocols(page, runs):
     evaluation = json.loads((runs / "computed-0" / "evaluation.json").read_text())
     content = words(page)
@@ -298,7 +313,8 @@ def test_a_result_counts_once_and_of_two_that_contradict_each_other_none(runs, t
     other.parent.mkdir()
     shutil.copy(one, other)
     assert len(read_records([one, other.parent, tmp_path / "one"])) == 1
-    write_result(replace(found, seconds={"training": 1.0}), other.parent)
+    later = {"training": found.seconds["training"] + 1}
+    write_result(replace(found, seconds=later), other.parent)
     other.unlink()
     with pytest.raises(poise.InputError, match=r"there are several runs of .*computed, seed 0"):
         read_records([one, other.parent])

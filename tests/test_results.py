@@ -107,6 +107,9 @@ def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, content, message)
         path.write_text(content)
     with pytest.raises(poise.InputError, match=f"it.json.*{message}"):
         read_results([path])
+    if content is not None:
+        complaints: list[poise.InputError] = []
+        assert read_results([path], complaints.append) == [] and len(complaints) == 1
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Figures of the latents of both stages (KL, variances, spectrum), as values for page.js."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def latent_figures(
 
 
 def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
-    values = [sorted(page["kl_nats_per_latent"], reverse=True) for _, page in shown]
+    values = [sorted(page["kl_nats_per_latent"], key=_known, reverse=True) for _, page in shown]
     traces = [
         _trace(styles[record.label], record, kl)
         for (record, _), kl in zip(shown, values, strict=True)
@@ -71,7 +72,13 @@ def _variances(page: Page) -> list[tuple[float, float]]:
     columns = zip(
         page["kl_nats_per_latent"], page["variance_of_mean"], page["mean_variance"], strict=True
     )
-    return [(mean, noise) for _, mean, noise in sorted(columns, reverse=True)]
+    ordered = sorted(columns, key=lambda column: _known(column[0]), reverse=True)
+    return [(mean, noise) for _, mean, noise in ordered]
+
+
+def _known(kl: float | None) -> float:
+    """Return a KL to sort by. JSON has null for one that is infinite or not a number."""
+    return math.inf if kl is None or math.isnan(kl) else kl
 
 
 def _spectrum_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
@@ -120,7 +127,8 @@ def _ranks(values: Sequence[Any]) -> list[int]:
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    return [None if value is None else float(f"{value:.5g}") for value in values]
+    finite = [value is not None and math.isfinite(value) for value in values]
+    return [float(f"{v:.5g}") if known else None for v, known in zip(values, finite, strict=True)]
 
 
 def _figure(

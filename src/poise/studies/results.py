@@ -372,7 +372,13 @@ def read_results(
 
 def _read(path: Path, damaged: Callable[[InputError], None] | None) -> list[Result]:
     if path.is_file():
-        return [_restore(path, read_json(path, Any))]
+        try:
+            return [_restore(path, read_json(path, Any))]
+        except InputError as error:
+            if damaged is None:
+                raise
+            damaged(error)
+            return []
     if not path.is_dir():
         raise MissingInputError(
             f"{path}: no such file or folder; give results, or the folder of a comparison"
