@@ -618,6 +618,19 @@ def test_the_error_of_the_best_linear_vae_is_that_of_probabilistic_pca():
     assert linear_mse(spectrum(torch.randn(50, 4)), 4, 4) == 0
 
 
+def test_a_model_with_more_latents_than_images_can_judge_may_be_underfitted():
+    """Former defect: with 2,000 images at most, it was never found with more than 100 latents."""
+    loss = ComputedBalance()
+    vae = train_vae(train_images(), loss, steps=150)
+    few = train_images()[: 20 * LATENTS - 1]
+    found = diagnose(vae, held_out(), train_images=few, loss=loss)
+    assert found.figures["linear_latents"] == LATENTS - 1
+    told = f"The best linear VAE with {LATENTS - 1} latents has"
+    assert any(
+        finding.name == "underfitted" and told in finding.sentence for finding in found.findings
+    )
+
+
 @pytest.mark.parametrize(
     "balance",
     [ComputedBalance(), ComputedBalance(start="first-batch"), ComputedBalance(monotone=True)],

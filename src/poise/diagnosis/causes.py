@@ -313,7 +313,7 @@ def overfitting(facts: Facts) -> Finding | None:
 
 
 def underfitting(facts: Facts) -> Finding | None:
-    """Find underfitting: the MSE is far above that of the best linear VAE with as many latents."""
+    """Find underfitting: the MSE is far above that of the best linear VAE."""
     seen, linear = facts.trained_on, facts.linear_mse
     if linear is None or seen.mse <= UNDERFITTED * max(linear, 1e-30):
         return None
@@ -322,7 +322,7 @@ def underfitting(facts: Facts) -> Finding | None:
         return None  # a cross-entropy suits binary images and does not minimise the squared error
     sentence = (
         f"The model has learned little: its MSE is {seen.mse / seen.variance:.0%} of the images' "
-        f"variance ({seen.mse:.3g}). The best linear VAE with {facts.num_latents} latents has "
+        f"variance ({seen.mse:.3g}). The best linear VAE with {facts.linear_latents} latents has "
         f"{linear / seen.variance:.0%} ({linear:.3g})."
     )
     figures = {"mse": seen.mse, "linear_mse": linear, "image_variance": seen.variance}

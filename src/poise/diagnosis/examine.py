@@ -322,11 +322,9 @@ def _facts(
     enough = len(seen.images) >= FEWEST_IMAGES
     num_latents, known = seen.codes.mean.shape[1], len(trained_on.images)
     eigenvalues = spectrum(trained_on.images)
-    linear = (
-        linear_mse(eigenvalues, num_latents, seen.num_dims)
-        if known >= causes.FEW_PER_LATENT * num_latents
-        else None
-    )
+    # Fewer latents have a larger error, so a model that is far above it is underfitted anyway.
+    compared = min(num_latents, known // causes.FEW_PER_LATENT)
+    linear = linear_mse(eigenvalues, compared, seen.num_dims) if compared else None
     comparison = compare(vaes[0], seen, trained_on.codes, priors, seed) if enough else None
     display.update(STEPS, {})
     found = {stage: late_fall(course) for stage, course in case.courses.items()}
@@ -340,6 +338,7 @@ def _facts(
         inferred=inferred,
         largest_variance=largest_variance(seen.images),
         linear_mse=linear,
+        linear_latents=compared,
         falls=falls,
         spike=late_spike(case.courses.get(1, ())),
         wrapped=case.balance is not None and case.balance is not case.loss,
@@ -363,6 +362,7 @@ def _figures(facts: Facts) -> dict[str, Any]:
         shares = {
             "mse_share": trained.mse / trained.variance,
             "linear_share": facts.linear_mse / trained.variance,
+            "linear_latents": facts.linear_latents,
         }
         figures |= {"linear_mse": facts.linear_mse} | shares
     if seen.images.dim() == 4 and min(seen.images.shape[2:]) > 1:

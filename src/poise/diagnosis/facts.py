@@ -42,7 +42,8 @@ class Facts:
         is_run: whether the model is a run of Poise.
         latent_shape: shape of the latents of a model of another library; None: a VAE of Poise.
         logits: whether the decoder returns logits, so that the figures are those after a sigmoid.
-        linear_mse: MSE of the best linear VAE with as many latents; None: too few images to tell.
+        linear_mse: MSE of the best linear VAE with `linear_latents`; None: too few images to tell.
+        linear_latents: as many as the model has, but at most one for 20 images.
         falls: MSE of each stage at about 70 % of training and in the last tenth, if known.
         spike: step of a late spike of the error, the error before it, and at the end.
     """
@@ -59,6 +60,7 @@ class Facts:
     latent_shape: tuple[int, ...] | None = None
     logits: bool = False
     linear_mse: float | None = None
+    linear_latents: int = 0
     falls: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     spike: tuple[float, float, float] | None = None
     wrapped: bool = False
