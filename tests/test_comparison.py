@@ -541,6 +541,31 @@ def test_a_network_whose_latents_are_counted_or_many_has_results(network, mixtur
     assert poise.compare(IMAGES, out=tmp_path / "one", **how).results == compared.results
 
 
+def test_a_prior_that_cannot_be_made_is_left_out_of_the_table(tmp_path):
+    """Former defect: without the mixture, the result did not count as finished."""
+    wild = replace(TINY, first=replace(TINY.first, learning_rate=1e4), second=None)
+    how = {"recipe": wild, "out": tmp_path, "options": QUIET, "jobs": 1, "seeds": 1}
+    (found,) = poise.compare(IMAGES, models=["autoencoder"], **how).results
+    assert any(note.startswith("no GEN-mixture:") for note in found.evaluation["notes"])
+    assert "GEN-mixture" not in {m["of"] for m in found.measurements()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "message"),
+    [
+        ({"balances": ["computed", "controlled:target_bits=9"]}, {"validation": 0.2}, "target of"),
+        ({"models": ["rae-l2"]}, {"validation": 0.2}, "rae-l2 has no ELBO"),
+        ({"models": ["rae-l2"]}, {"standardise": "after"}, "is for the objective vae"),
+    ],
+)
+def test_a_label_that_cannot_be_trained_is_refused_before_any_is(
+    labels, changes, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(poise.studies.comparison.experiment, "execute", None)
+    with pytest.raises(poise.InputError, match=message):
+        poise.compare(IMAGES, recipe=TINY, out=tmp_path, options=QUIET, **labels, **changes)
+
+
 def test_an_array_is_compared_with_the_levels_that_it_is_trained_with(tmp_path):
     images = (IMAGES // 16).astype(float)
     how = {"recipe": TINY, "levels": 16, "out": tmp_path, "options": QUIET, "jobs": 1}

@@ -229,6 +229,8 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
     """
     dataset = read_data(experiment.base.data, cache=folder / "cache")
     device, network = check_start(experiment.base, dataset, options)
+    for _, recipe in experiment.planned()[: len(experiment.labels)]:
+        check_start(recipe, dataset, options)
     how = experiment.protocols, experiment.extractor, experiment.priors, device
     common = replace(measuring_for(dataset, *how), pages=experiment.pages)
     compared = completed(experiment.compared, dataset, device)

@@ -13,7 +13,6 @@ from poise.data import Dataset, spread
 from poise.errors import InputError, Interrupted
 from poise.evaluation import AUTO, Evaluation, Produced, choose_extractor, compare, complete
 from poise.features import Extractor, make_extractor
-from poise.priors.mixture import MOST_LATENTS
 from poise.protocols import DEFAULT, NO_EXTRACTOR, Measurement, Protocol, model_protocol
 from poise.recipes.settings import Generation, from_json
 from poise.runs.checkpoint import MANIFEST, Manifest, checkpoints
@@ -106,9 +105,9 @@ class Measuring:
         own = from_json(Generation, result.settings["generation"])
         protocols = [replace(p, generation=p.generation or own) for p in self.protocols]
         wanted = {(model_protocol(p, generation=p.generation).hash, "REC") for p in protocols}
-        # `Run.evaluate` leaves out the mixture of so many latents, with a note.
-        many = result.settings["network"]["latent_dim"] > MOST_LATENTS
-        sets = [name for name in self.sets if not (many and name == PRIORS["mixture"].label)]
+        # `Run.evaluate` leaves out a prior that cannot be made, with a note.
+        notes = tuple(result.evaluation["notes"])
+        sets = [name for name in self.sets if not any(n.startswith(f"no {name}:") for n in notes)]
         if self.extractor != NO_EXTRACTOR:
             wanted |= {(p.hash, label) for p in protocols for label in sets}
         wanted |= {(p.hash, s.name) for c in self.compared for s, p in c.protocols(own)}

@@ -19,6 +19,7 @@ from poise.objectives import make_objective
 from poise.recipes.settings import Changes, Network, Recipe, from_json, to_json
 from poise.runs.build import first_stage, stage_balance, with_latents_counted
 from poise.runs.options import Options
+from poise.runs.validation import check_elbo
 from poise.studies.comparison.measuring import Measuring
 from poise.studies.results import Result, read_results, safe_name
 from poise.support.files import strict
@@ -184,6 +185,8 @@ def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> tuple[tor
     device = choose_device(options.device)
     choose_engine(options.engine, device)
     built = first_stage(recipe, list(dataset.shape))
+    if recipe.data.validation is not None:
+        check_elbo(recipe.first, stage_balance(recipe.first, recipe, list(dataset.shape)))
     return device, with_latents_counted(recipe, built, dataset.train).network
 
 
