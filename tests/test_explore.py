@@ -21,7 +21,7 @@ from poise.data.decoding import to_bytes
 from poise.errors import InputError
 from poise.explore import explorer, graphs, write_page
 from poise.explore.graphs import Graph, graph_of
-from poise.explore.scene import scene_of
+from poise.explore.scene import OF_MIXTURE, scene_of
 from poise.networks.layers import SameConv2d, SameConvTranspose2d
 from poise.runs.parts import Decoder, Encoder
 from poise.support.seeds import drawn, noise_per_image
@@ -291,6 +291,21 @@ def test_a_model_too_large_for_a_page_is_one_line(small_run, unchecked, monkeypa
         InputError, match=r"the page would have \d MB \(decoder \d, encoder \d, .*--priors normal"
     ):
         write_page(small_run, tmp_path / "page.html")
+
+
+def test_a_mixture_too_large_for_a_page_is_left_out_unless_it_is_named(
+    small_run, unchecked, monkeypatch, tmp_path
+):
+    """Former defect: ten classes of 512 latents made the page impossible, and no word named them."""
+    scene = scene_of(small_run, None, 10)
+    whole = sum(explorer.sizes_of(scene).values())
+    of_mixture = sum(scene.arrays[name].nbytes * 4 // 3 for name in OF_MIXTURE)
+    monkeypatch.setattr(explorer, "MOST_BYTES", whole - of_mixture // 2)
+    page = write_page(small_run, tmp_path / "page.html", pictures=10).read_text()
+    assert "No prior mixture: its" in page and "a mixture of Gaussians" not in page
+    monkeypatch.setattr(explorer, "MOST_BYTES", of_mixture // 2)
+    with pytest.raises(InputError, match="mixture, codes and other arrays"):
+        write_page(small_run, tmp_path / "page.html", priors=["mixture"])
 
 
 def test_an_operation_without_a_kernel_is_named(unchecked):

@@ -56,6 +56,8 @@ def write_page(
     if pictures < 2:
         raise InputError(f"the number of pictures must be at least 2, not {pictures}")
     scene = scene_of(run, priors, pictures)
+    if priors is None and sum(sizes_of(scene).values()) > MOST_BYTES:
+        scene.leave_out_mixture()
     check_size(scene)
     write_file(out, page(run, scene).encode(errors="backslashreplace"))
     return out
@@ -67,11 +69,8 @@ def check_size(scene: Scene) -> None:
     Raises:
         InputError: it is.
     """
-    sizes = {
-        name: sum(4 * tensor.numel() for tensor in graph.constants.values()) * 4 // 3
-        for name, graph in scene.networks.items()
-    }
-    total = sum(sizes.values()) + sum(4 * a.numel() for a in scene.arrays.values()) * 4 // 3
+    sizes = sizes_of(scene)
+    total = sum(sizes.values())
     if total > MOST_BYTES:
         parts = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in sizes.items())
         raise InputError(
@@ -79,6 +78,16 @@ def check_size(scene: Scene) -> None:
             f"{MOST_BYTES / 1e6:.0f} MB are allowed: choose fewer priors (--priors normal), "
             "or use `poise export`"
         )
+
+
+def sizes_of(scene: Scene) -> dict[str, int]:
+    """Return the bytes of each network on the page, and of all arrays."""
+    parts = {name: [*graph.constants.values()] for name, graph in scene.networks.items()}
+    parts["mixture, codes and other arrays"] = [*scene.arrays.values()]
+    return {
+        name: sum(4 * tensor.numel() for tensor in tensors) * 4 // 3
+        for name, tensors in parts.items()
+    }
 
 
 def page(run: Run, scene: Scene) -> str:

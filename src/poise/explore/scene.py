@@ -24,6 +24,7 @@ from poise.support.seeds import drawn
 from poise.variants import PRIORS
 
 SLIDERS = 8
+OF_MIXTURE = ("bounds", "means", "factors")  # its arrays
 LARGEST_TILE = 48  # pixels of a picture's side on the page
 LARGEST_PNG = 400_000  # bytes; larger sheets of pictures become JPEG
 JPEG_QUALITY = 88
@@ -44,6 +45,18 @@ class Scene:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     networks: dict[str, Graph] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def leave_out_mixture(self) -> None:
+        """Remove the mixture, whose covariances are large with many latents or classes."""
+        kept = [prior for prior in self.values["priors"] if prior["kind"] != "mixture"]
+        if len(kept) < len(self.values["priors"]):
+            number = len(self.arrays["means"])
+            self.notes.append(
+                f"No prior mixture: its {number} covariances are too large for a page."
+            )
+            for name in OF_MIXTURE:
+                del self.arrays[name]
+        self.values["priors"] = kept
 
 
 def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
@@ -173,11 +186,8 @@ def _sampler(scene: Scene, prior: Prior, name: str) -> dict[str, Any]:
         case NormalPrior():
             return {"kind": "normal"}
         case MixturePrior():
-            scene.arrays |= {
-                "bounds": prior.weights.cumsum(0)[:-1],
-                "means": prior.means,
-                "factors": prior.factors,
-            }
+            values = prior.weights.cumsum(0)[:-1], prior.means, prior.factors
+            scene.arrays |= zip(OF_MIXTURE, values, strict=True)
             return {"kind": "mixture"}
         case FlowPrior():
             flow = prior.flow
