@@ -245,6 +245,7 @@ def test_a_second_stage_may_follow_the_weights_of_one_stage(changes, kind, tmp_p
         (IMAGES, {"latent_dim": 4}, r"another shape \(latent_dim: 3 there, 4 here\)"),
         (IMAGES, {"size": 4}, r"another shape \(size: 8x8 there, 4x4 here\)"),
         (IMAGES, {"recipe": "images"}, r"kind: mlp there, conv here; latent_dim: 3 there, 32"),
+        (IMAGES, {"standardise": "after"}, r"\(standardise: never there, after here\)"),
         (IMAGES, {"objective": "rae-l2"}, r"\(objective: vae there, rae-l2 here\)"),
         (IMAGES, {"start_from": "nowhere"}, "nowhere: no such folder"),
     ],

@@ -202,6 +202,9 @@ def _differing(source: Source, recipe: Recipe, shape: list[int]) -> list[str]:
     objectives = source.recipe.first.objective, recipe.first.objective
     if len(set(map(is_deterministic, objectives))) > 1:  # the encoder of a rival is wrapped
         lines.append("objective: {} there, {} here".format(*objectives))
+    ways = source.recipe.first.standardise, recipe.first.standardise
+    if len(set(ways)) > 1:  # the networks are wrapped
+        lines.append("standardise: {} there, {} here".format(*ways))
     if theirs[0] != shape[0]:
         lines.append(f"channels: {theirs[0]} there, {shape[0]} here")
     if theirs[1:] != shape[1:]:
