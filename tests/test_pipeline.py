@@ -693,6 +693,22 @@ def test_a_run_on_a_loaded_data_set_reads_it_again(recipe, tmp_path, monkeypatch
     assert named.recipe.data.source == "digits"
 
 
+def test_a_network_whose_latents_are_no_vectors_is_refused_in_one_line(tmp_path):
+    layers = nn.Conv2d(1, 4, 4, stride=4), nn.Conv2d(1, 4, 4, stride=4)
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.logvar = layers
+
+        def forward(self, images):
+            return self.mean(images), self.logvar(images)
+
+    vae = poise.VAE(Maps(), nn.ConvTranspose2d(4, 1, 4, stride=4))
+    with pytest.raises(InputError, match=r"of shape \(n, latents\), not \(1, 4, 2, 2\): flatten"):
+        train(IMAGES, recipe=TINY, vae=vae, out=tmp_path, options=QUIET)
+
+
 def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(MissingInputError, match="no such folder"):
         load(tmp_path / "nothing")

@@ -218,10 +218,20 @@ def count_noise(network: VAE | Flow, data: Batches) -> int:
 
 @torch.no_grad()
 def count_latents(vae: VAE, data: Batches) -> int:
-    """Return the number of latents of a VAE. Encodes one image, in evaluation mode."""
+    """Return the number of latents of a VAE. Encodes one image, in evaluation mode.
+
+    Raises:
+        InputError: its posteriors are not vectors.
+    """
     one = first_item(data, next(vae.parameters()).device)
     with own_kernels(one.device):
-        return vae.eval().encode(one).mean.shape[1]
+        shape = tuple(vae.eval().encode(one).mean.shape)
+    if len(shape) != 2:
+        raise InputError(
+            f"the encoder must return mean and logvar of shape (n, latents), not {shape}: flatten "
+            "them, and give the decoder a first layer nn.Unflatten(1, shape)"
+        )
+    return shape[1]
 
 
 def first_item(data: Batches, device: torch.device) -> Tensor:
