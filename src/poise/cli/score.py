@@ -72,11 +72,11 @@ class Score:
         )
         write_csv(scores, self.out)
         print(f"{len(scores)} image{'s' * (len(scores) != 1)}: {self.out}")
-        self._print_oddest(scores)
+        self._print_oddest(scores, run.recipe.network.latent_dim)
         print_notes(given.notes)
 
-    def _print_oddest(self, scores: "Scores") -> None:
-        from poise.metrics.likelihood import MOST_LATENTS
+    def _print_oddest(self, scores: "Scores", latents: int) -> None:
+        from poise.metrics.likelihood import MOST_LATENTS, no_refined
 
         likelihood, percentile = scores.log_likelihood, scores.log_likelihood_percentile
         if likelihood is None:
@@ -93,8 +93,11 @@ class Score:
         share = scores.effective_share
         # One sample that outweighs all others has the share 1 / samples.
         if share is not None and float(share.mean()) < max(LOW_SHARE, 2 / self.samples):
+            better = latents <= MOST_LATENTS and self.proposal != "refined"
             print(
                 f"note: the effective share of samples is {float(share.mean()):.2f}, so log p(x) "
-                "is a lower bound with an error; more --samples make it smaller, and so does "
-                f"--proposal refined with up to {MOST_LATENTS} latents"
+                "is a lower bound with an error; more --samples make it smaller"
+                + (", and so does --proposal refined" if better else "")
             )
+        if likelihood is not None and self.proposal == "refined" and latents > MOST_LATENTS:
+            print(f"note: {no_refined(latents)}")

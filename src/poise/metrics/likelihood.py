@@ -599,6 +599,14 @@ class MixtureNoise(NamedTuple):
         return MixtureNoise(self.choice[rows], self.normal[rows])
 
 
+def no_refined(latents: int) -> str:
+    """Return the sentence that says why the encoder's proposal was used."""
+    return (
+        f"log p(x) is by the encoder's proposal, because refined ones take at most {MOST_LATENTS} "
+        f"latents and this model has {latents}: compare it with figures of this proposal only"
+    )
+
+
 def _noise(seed: int, first: int, count: int, shift: Tensor) -> MixtureNoise:
     """Return the noise of `count` points of a Sobol sequence from the number `first`, shifted."""
     points = _sobol(shift.shape[1], seed, count, first).to(shift)

@@ -23,7 +23,7 @@ from poise.evaluation import (
 )
 from poise.features import Extractor
 from poise.metrics import encode_all, importance_weighted_nll, latent_statistics, reconstruction
-from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
+from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, MOST_LATENTS, no_refined
 from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.protocols import Measurement, Protocol, find_protocol, with_count
 from poise.variants import PRIORS, PriorName, available_priors, find_prior
@@ -88,6 +88,8 @@ def evaluate_run(
     notes += unmeasured
     notes += (NO_POSTERIOR,) if run.deterministic else ()
     notes += () if run.first.balance.error.is_likelihood else (NO_LIKELIHOOD,)
+    latents = run.recipe.network.latent_dim
+    notes += (no_refined(latents),) if nll_samples and latents > MOST_LATENTS else ()
     certain = pages["likelihood"]["certain_share"] if nll_samples else 1.0
     if certain < ENOUGH_CERTAIN:
         notes += (
