@@ -793,7 +793,7 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
     # A diagnosis of other weights does not count.
     for path in (run_folder / "checkpoints").iterdir():
         path.rename(path.with_name(f"{int(path.name) + 1:010d}"))
-    assert load(run_folder).prior_distances() == {}
+    assert load(run_folder).prior_distances() is None
 
 
 def test_help_is_complete_and_does_not_import_torch():

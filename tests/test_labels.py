@@ -272,6 +272,12 @@ def test_a_run_with_labels_draws_images_of_a_class(run, tmp_path):
     assert torch.equal(run.sample(3, label="light"), run.sample(120, label="light")[:3])
     guided = run.sample(20, label="light", guidance=2.0)
     assert not torch.equal(guided, run.sample(20, label="light"))
+    adjusted = replace(run.recipe.generation, adjust_variance=True)
+    for prior in (None, "mixture"):
+        adjust = run._adjustment(run.prior(prior, adjusted))  # that of all classes
+        found = run.sample(20, label="light", prior=prior, generation=adjusted)
+        expected = adjust(run.sample(20, label="light", prior=prior))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     both = run.sample(40).flatten(1).mean(1)
     assert 4 < int((both > 0.5).sum()) < 36, "without a label, all classes are drawn"
     shutil.copytree(run.folder, tmp_path / "copy")

@@ -118,14 +118,16 @@ class Sample:
 
     def _print_best_prior(self, run: "Run", used: str) -> None:
         distances = run.prior_distances()
-        if not distances and (run.deterministic or run.data["source"] == "array"):
+        if distances is None and (run.deterministic or run.data["source"] == "array"):
             return  # `poise diagnose` does not work for this run
-        if not distances:
+        if distances is None:
             where = shlex.quote(str(self.run_folder))
             print(
                 f"note: poise diagnose {where} finds the prior whose samples are nearest "
                 "to the images"
             )
+            return
+        if not distances:
             return
         best = next(iter(distances))
         listed = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())

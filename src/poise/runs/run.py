@@ -59,6 +59,7 @@ from poise.priors import (
     make_prior,
     renormalisation_factor,
 )
+from poise.priors.mixture import MOST_LATENTS
 from poise.protocols import Protocol
 from poise.recipes.settings import Generation, Recipe, from_json
 from poise.runs import evaluating, scores, sharing
@@ -431,23 +432,30 @@ class Run:
         return "vae" if self.second else "flow" if self.flow else None
 
     @property
+    def available_priors(self) -> tuple[PriorName, ...]:
+        """Names of the priors that can be made: no mixture of more than 512 latents."""
+        many = self.recipe.network.latent_dim > MOST_LATENTS
+        names = available_priors(self.second_stage)
+        return tuple(name for name in names if not (many and name == MIXTURE))
+
+    @property
     def default_prior(self) -> PriorName:
         """The prior that `sample` uses if none is given: that of stage 2, else normal."""
         return default_prior(self.second_stage)
 
-    def prior_distances(self) -> dict[str, float]:
+    def prior_distances(self) -> dict[str, float] | None:
         """Return the distance between images and samples of each prior, smallest first.
 
-        The distances come from the last `poise diagnose`. The dictionary is empty if there is no
-        diagnosis, or if it is older than the newest checkpoint. The distance is the Frechet
-        distance in pixels, as a fraction of the images' variance.
+        The distances come from the last `poise diagnose`, which measures none with few images. None:
+        there is no diagnosis, or it is older than the newest checkpoint. The distance is the
+        Frechet distance in pixels, as a fraction of the images' variance.
         """
         try:
             found = read_json(self.folder / DIAGNOSIS, Diagnosed)
         except InputError:
-            return {}
+            return None
         if found.checkpoint != self.position:
-            return {}
+            return None
         distances = {name: found.figures.get(f"distance_{name}") for name in PRIORS}
         known = {name: d for name, d in distances.items() if isinstance(d, float)}
         return dict(sorted(known.items(), key=lambda item: item[1]))
@@ -485,7 +493,7 @@ class Run:
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
         needed = find_prior(name).second_stage
         if needed not in (None, self.second_stage):
-            others = [f"--prior {other}" for other in available_priors(self.second_stage)]
+            others = [f"--prior {other}" for other in self.available_priors]
             what = "second VAE" if needed == "vae" else "flow"
             raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
         if name in self._fitted_priors:
@@ -620,8 +628,9 @@ class Run:
                 raise InputError("guidance is of the flow: use --prior flow, or leave it out")
         number = None if label is None else class_number(label, self.classes, self.folder)
         source = self.prior(prior, generation)
-        source = source if number is None else source.of_class(number).to(self.device)
+        # That of all classes, whose spread is the images' own.
         adjust = self._adjustment(source) if generation.adjust_variance else None
+        source = source if number is None else source.of_class(number).to(self.device)
         chunks = sample_chunks(self.first.vae, source, count, seed=seed, first=first)
         images = (chunk.clamp(0, 1) for chunk in chunks)  # a network of your own may leave [0, 1]
         return map(adjust, images) if adjust else images

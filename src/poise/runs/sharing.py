@@ -101,7 +101,7 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from poise.variants import available_priors, find_prior
+    from poise.variants import find_prior
 
     templates = Environment(
         loader=PackageLoader("poise.runs"),
@@ -124,7 +124,7 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         figures=figures_table(summary) if summary else [],
         measurements=evaluation.get("measurements", []),
         protocols=evaluation.get("protocols", {}),
-        priors=[(name, find_prior(name)) for name in available_priors(run.second_stage)],
+        priors=[(name, find_prior(name)) for name in run.available_priors],
         pictures=[
             (name, words)
             for name, words in (

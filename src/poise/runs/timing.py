@@ -397,9 +397,9 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
     except InputError:
         return ""
     lengths = " + ".join(f"{stage.steps:,}" for stage in stages_of(shorter))
-    return (
-        f"; --minutes {minutes} would take {lengths} steps, "
-        "with the learning rates halved at the same fractions of them"
+    halved = any(stage.halve_every for stage in stages_of(shorter))
+    return f"; --minutes {minutes} would take {lengths} steps" + (
+        ", with the learning rates halved at the same fractions of them" if halved else ""
     )
 
 
