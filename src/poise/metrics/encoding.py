@@ -47,17 +47,20 @@ def posteriors(vae: VAE, images: Any) -> Iterator[tuple[Values, DiagonalGaussian
     Sets the networks to evaluation mode.
 
     Raises:
-        InputError: there are no images, or the networks' weights are not float32.
+        InputError: there are no images, or the encoder does not take float32.
     """
     if not len(images):
         raise InputError("there are no images to encode")
-    check_precision(vae, "this measurement")
     device = next(vae.parameters()).device
     vae.eval()
     for start in range(0, len(images), CHUNK):
         batch = gather(images, range(start, min(start + CHUNK, len(images)))).to(device)
-        with torch.no_grad(), own_kernels(device):
-            posterior = vae.encode(batch)
+        try:
+            with torch.no_grad(), own_kernels(device):
+                posterior = vae.encode(batch)
+        except RuntimeError:
+            check_precision(vae, "this measurement")  # or else it is another error
+            raise
         yield batch, posterior
 
 
