@@ -152,6 +152,9 @@ VARIANTS = {
     "channels-2": Candidate(changed({"latent_channels": 2})),
     "channels-8": Candidate(changed(EIGHT)),
     "map-4": Candidate(MAPS, map_side=4),
+    "map-4-32": Candidate(
+        changed({"latent_channels": 32}, steps_for(0.5)), map_side=4, pace_of="map-4"
+    ),
     "linear": Candidate(changed(first={"decay": 1.0}, second={"decay": 1.0}), pace_of="flow"),
     "wide": Candidate(changed({"conv_width": 192, "flow_width": 144})),
     "deep": Candidate(changed({"flow_blocks": 14})),
