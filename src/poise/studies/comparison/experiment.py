@@ -228,9 +228,11 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
         InputError: the data, network, extractor, engine or folder cannot be used.
     """
     dataset = read_data(experiment.base.data, cache=folder / "cache")
-    device, network = check_start(experiment.base, dataset, options)
-    for _, recipe in experiment.planned()[: len(experiment.labels)]:
-        check_start(recipe, dataset, options)
+    device = choose_device(options.device)
+    networks = {
+        label: check_start(recipe, dataset, options)
+        for label, recipe in experiment.planned()[: len(experiment.labels)]
+    }
     how = experiment.protocols, experiment.extractor, experiment.priors, device
     common = replace(measuring_for(dataset, *how), pages=experiment.pages)
     compared = completed(experiment.compared, dataset, device)
@@ -240,7 +242,7 @@ def prepare(experiment: Experiment, folder: Path, results: Path, options: Option
         Task(
             experiment.name,
             label,
-            replace(recipe, network=network),
+            replace(recipe, network=networks[label]),
             place / safe_name(label, recipe.seed),
             results,
             replace(common, compared=compared.get(label, ())),

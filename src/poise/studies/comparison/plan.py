@@ -173,21 +173,20 @@ def recipes(
             yield label, Changes(**changes, seed=seed).apply(base)
 
 
-def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> tuple[torch.device, Network]:
-    """Return the device, and the network with its number of latents.
+def check_start(recipe: Recipe, dataset: Dataset, options: Options) -> Network:
+    """Return the network of a recipe with its number of latents.
 
-    Errors that every run would have are raised here, before the first run.
+    Errors that every run of the recipe would have are raised here, before the first run.
 
     Raises:
         InputError: the network cannot take the images, the device is missing, or it cannot run the
             engine.
     """
-    device = choose_device(options.device)
-    choose_engine(options.engine, device)
+    choose_engine(options.engine, choose_device(options.device))
     built = first_stage(recipe, list(dataset.shape))
     if recipe.data.validation is not None:
         check_elbo(recipe.first, stage_balance(recipe.first, recipe, list(dataset.shape)))
-    return device, with_latents_counted(recipe, built, dataset.train).network
+    return with_latents_counted(recipe, built, dataset.train).network
 
 
 @dataclass(frozen=True)
