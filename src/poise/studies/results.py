@@ -371,25 +371,18 @@ def read_results(
 
 
 def _read(path: Path, damaged: Callable[[InputError], None] | None) -> list[Result]:
-    if path.is_file():
-        try:
-            return [_restore(path, read_json(path, Any))]
-        except InputError as error:
-            if damaged is None:
-                raise
-            damaged(error)
-            return []
-    if not path.is_dir():
+    alone = path.is_file()
+    if not alone and not path.is_dir():
         raise MissingInputError(
             f"{path}: no such file or folder; give results, or the folder of a comparison"
         )
     folder = path / "results" if (path / "results").is_dir() else path
     found: list[Result] = []
     complaints = 0
-    for file in sorted(folder.glob("*.json")):
+    for file in [path] if alone else sorted(folder.glob("*.json")):
         try:
             values = read_json(file, Any)
-            if isinstance(values, dict) and "result" in values:
+            if alone or (isinstance(values, dict) and "result" in values):
                 found.append(_restore(file, values))
         except InputError as error:
             if damaged is None:
