@@ -45,9 +45,8 @@ def open_folder(folder: Path, config: dict[str, Any]) -> Saved | None:
     for leftover in folder.glob(".writing-*"):  # left by a killed process
         remove(leftover)
     check_place(folder)
-    if not (folder / "config.json").exists() or not checkpoints(
-        folder / "checkpoints"
-    ):  # no earlier run to protect
+    begun = (folder / "config.json").exists() and checkpoints(folder / "checkpoints")
+    if not begun:  # no earlier run to protect
         if (folder / "summary.json").exists():
             gone = f"{folder} was finished, and its checkpoints are gone"
             warn(f"{gone}: it is trained again from the beginning")

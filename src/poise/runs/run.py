@@ -446,9 +446,9 @@ class Run:
     def prior_distances(self) -> dict[str, float] | None:
         """Return the distance between images and samples of each prior, smallest first.
 
-        The distances come from the last `poise diagnose`, which measures none with few images. None:
-        there is no diagnosis, or it is older than the newest checkpoint. The distance is the
-        Frechet distance in pixels, as a fraction of the images' variance.
+        The distances come from the last `poise diagnose`, which measures none with few images. If
+        there is no diagnosis, or if it is older than the newest checkpoint, the result is None. The
+        distance is the Frechet distance in pixels, as a fraction of the images' variance.
         """
         try:
             found = read_json(self.folder / DIAGNOSIS, Diagnosed)

@@ -233,16 +233,9 @@ def _objects_of(X: Any) -> np.ndarray:
 
 def _objects(X: Any, frame: nw.DataFrame[Any] | None, column: int) -> np.ndarray:
     """Return the values of a column, (rows,), None where missing."""
-    if frame is None:
-        listed = _objects_of(X)[:, column].tolist()
-        missing = [_is_missing(value) for value in listed]
-    else:
-        series = frame[:, column]
-        nulls = series.is_null().to_list()
-        listed = series.to_list()
-        missing = [gone or _is_missing(value) for value, gone in zip(listed, nulls, strict=True)]
+    listed = _objects_of(X)[:, column].tolist() if frame is None else frame[:, column].to_list()
     values = np.empty(len(listed), object)
-    values[:] = [None if gone else v for v, gone in zip(listed, missing, strict=True)]
+    values[:] = [None if _is_missing(value) else value for value in listed]
     return values
 
 
