@@ -296,7 +296,7 @@ def test_a_model_too_large_for_a_page_is_one_line(small_run, unchecked, monkeypa
 def test_a_mixture_too_large_for_a_page_is_left_out_unless_it_is_named(
     small_run, unchecked, monkeypatch, tmp_path
 ):
-    """Former defect: ten classes of 512 latents made the page impossible, and no word named them."""
+    """Former defect: ten classes of 512 latents made the page impossible, and were not named."""
     scene = scene_of(small_run, None, 10)
     whole = sum(explorer.sizes_of(scene).values())
     of_mixture = sum(scene.arrays[name].nbytes * 4 // 3 for name in OF_MIXTURE)

@@ -168,8 +168,8 @@ def evidence(figures: Mapping[str, Any]) -> list[str]:
         "variance_law": "the codes' variance is {variance_law:.2f} times the prior's, on average "
         "over latents; 1 is ideal, and another value alone is not a fault",
         "linear_mse": "the MSE is {mse_share:.0%} of the images' variance ({linear_share:.0%} for "
-        f"the best linear VAE with {{linear_latents}} latents); {UNDERFITTED:g} times the latter is "
-        "underfitting",
+        f"the best linear VAE with {{linear_latents}} latents); {UNDERFITTED:g} times the latter "
+        "is underfitting",
         "detail": "reconstructions have {detail:.0%} of the images' differences between "
         "neighbouring pixels; less than that of a sharp image is blur, which longer training or "
         "more latents reduce",

@@ -143,8 +143,8 @@ def _check_in_place(node: Any, order: dict[Any, int], name: str) -> None:
             continue
         if _memory(other) == _memory(changed) and any(order[u] > order[node] for u in other.users):
             raise InputError(
-                f"{name} changes a view in place ({_name_of(node.target)}), for which a page has no "
-                "kernel: use the form that returns a new tensor"
+                f"{name} changes a view in place ({_name_of(node.target)}), for which a page has "
+                "no kernel: use the form that returns a new tensor"
             )
 
 
