@@ -15,6 +15,7 @@ from poise.support.version import __version__ as __version__
 if TYPE_CHECKING:
     from poise import (
         balance,
+        data,
         explore,
         features,
         metrics,
@@ -82,6 +83,7 @@ __all__ = [
     "WandB",
     "balance",
     "compare",
+    "data",
     "diagnose",
     "evaluate",
     "explore",
