@@ -201,8 +201,9 @@ def test_the_site_has_every_page_and_the_reference_every_name():
     pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")}
     assert listed == {page for page in pages if not page.startswith("_build/")} - {"index"}
     text = "".join(path.read_text() for path in (docs / "api").glob("*.md"))
-    modules = {"balance", "explore", "features", "metrics", "networks", "priors", "protocols"}
-    modules |= {"recipes", "report", "InputError", "Interrupted", "RunError"}  # poise.errors
+    modules = {"balance", "data", "explore", "features", "metrics", "networks", "priors"}
+    modules |= {"protocols", "recipes", "report"}
+    modules |= {"InputError", "Interrupted", "RunError"}  # poise.errors
     missing = [name for name in poise.__all__ if f"poise.{name}\n" not in text]
     assert set(missing) == modules
 
