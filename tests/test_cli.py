@@ -23,12 +23,7 @@ import forking
 from poise import Run, cli, load
 from poise.cli.images import picture_for
 from poise.data import read_images
-from poise.data.decoding import (
-    center_square_resize,
-    crop_and_resize,
-    jpeg_round_trip,
-    to_bytes,
-)
+from poise.data.decoding import crop_and_resize, jpeg_round_trip, square_resize, to_bytes
 from poise.recipes import Data
 from poise.runs import checkpoint, checkup, pipeline
 from poise.support import files
@@ -161,7 +156,7 @@ def test_pictures_to_interpolate_are_prepared_as_those_of_the_run(
     recipe = SimpleNamespace(data=Data(source, jpeg_quality=jpeg))
     run = cast(Run, SimpleNamespace(data={"shape": [3, 64, 64]}, recipe=recipe, levels=None))
     with Image.open(path) as picture:
-        crop = center_square_resize if source == "photos" else crop_and_resize
+        crop = square_resize if source == "photos" else crop_and_resize
         expected = torch.from_numpy(np.array(crop(picture, size=64))).permute(2, 0, 1)
     if jpeg is not None:
         expected = jpeg_round_trip(expected[None], jpeg)[0]

@@ -244,6 +244,20 @@ def test_images_that_use_little_of_their_range_are_named_before_anything_else(tm
         assert "multiply them by 255" in first
 
 
+def test_floats_above_the_white_of_masks_are_noted():
+    mask = (noise(12, 8, 8) > 127).astype(np.float32)
+    mask[0, 0, :3] = 3
+    (note,) = [note for note in load(mask, levels=1).notes if "became white" in note]
+    assert "3" in note
+
+
+def test_bytes_and_floats_of_one_file_are_encoded_together(tmp_path):
+    pixels = noise(12, 8, 8)
+    np.savez(tmp_path / "x.npz", x_train=pixels[:8], x_test=pixels[8:] / np.float32(255))
+    whole = find_images(tmp_path / "x.npz", side="all").images
+    np.testing.assert_allclose(whole[:, 0], pixels / 255, rtol=1e-6)
+
+
 def test_masks_are_black_and_white_whatever_their_type():
     mask = noise(12, 8, 8) > 127
     expected = load(mask * np.uint8(255)).checksum
@@ -269,6 +283,9 @@ def test_arrays_for_a_network_have_the_scale_of_its_training(shape):
         assert np.array_equal(checked_images(images, (1, 8, 8), 4095), expected)
     mask = values.reshape(shape) > 90
     assert np.array_equal(checked_images(mask, (1, 8, 8)), 255 * mask.reshape(3, 1, 8, 8))
+    if shape[-1] == 1:
+        with pytest.raises(InputError, match=r"they look like \[-1, 1\]; pass \(images"):
+            checked_images(2 * values.reshape(shape) / 191 - 1, (1, 8, 8))
 
 
 def test_floats_of_another_scale_are_divided_on_request():
@@ -584,6 +601,40 @@ def test_pages_of_tiff_files_are_images_and_frames_are_counted(tmp_path):
     assert load(folder, channels=1).notes[1:] == (
         "only the first frame is read of 1 .gif file: 2 other frames",
     )
+
+
+def test_a_tiff_file_may_begin_with_a_thumbnail(tmp_path):
+    pixels = noise(12, 8, 8)
+    folder = write_images(tmp_path / "x", pixels[:11])
+    whole = Image.fromarray(pixels[11])
+    whole.encoderinfo = {"tiffinfo": {}}
+    reduced = {254: 1}  # NewSubfileType
+    whole.resize((2, 2)).save(
+        folder / "page.tif", save_all=True, append_images=[whole], tiffinfo=reduced
+    )
+    assert together(load(folder)) == together(load(pixels))
+
+
+@pytest.mark.parametrize(("most", "plain"), [(4095, False), (4095, True), (15, False)])
+def test_a_pgm_file_has_its_own_values_not_those_that_pillow_scales(tmp_path, most, plain):
+    kind = ">u2" if most > 255 else np.uint8
+    values = np.random.default_rng(0).integers(0, most + 1, (12, 8, 8)).astype(kind)
+    values[:, 0, 0] = most
+    (tmp_path / "x").mkdir()
+    for k, page in enumerate(values):
+        pixels = " ".join(map(str, page.flat)).encode() if plain else page.tobytes()
+        head = f"{'P2' if plain else 'P5'} 8 8 {most}\n".encode()
+        (tmp_path / "x" / f"{k:02}.pgm").write_bytes(head + pixels)
+    values = values.astype(int)
+    expected = np.floor(255 * values / most + 0.5).astype(np.uint8)
+    shown = find_images(tmp_path / "x", side="all").images[:, 0]
+    np.testing.assert_array_equal(shown, expected)
+    given = find_images(tmp_path / "x", side="all", levels=most)
+    np.testing.assert_array_equal(given.images[:, 0], expected)
+    assert not any("became white" in note for note in given.notes), given.notes
+    half = find_images(tmp_path / "x", side="all", levels=most // 2).images[:, 0]
+    scaled = np.floor(255 * np.minimum(values, most // 2) / (most // 2) + 0.5)
+    np.testing.assert_array_equal(half, scaled)
 
 
 def test_colours_of_sixteen_bits_are_read_with_eight_and_that_is_noted(tmp_path):
@@ -1327,4 +1378,6 @@ def test_images_spread_over_a_set_are_evenly_spaced_and_read_when_they_are_used(
         some = spread(rows, count)
         assert isinstance(some, Rows) and len(some) == min(count, 100)
         gaps = {int(gap) for gap in np.diff(some[:])}
-        assert some[0] == 3 and gaps <= {max(1, 100 // count)}
+        shortest = max(1, 100 // count)
+        assert some[0] == 3 and gaps <= {shortest, shortest + 1}
+        assert some[-1] + shortest >= 102, "the last images count as well"

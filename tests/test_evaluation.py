@@ -43,6 +43,15 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("POISE_INCEPTION", raising=False)
 
 
+def test_all_generated_images_count_beside_an_official_split(tmp_path):
+    np.savez(tmp_path / "real.npz", x_train=REAL[20:], x_test=REAL[:20])
+    result = evaluate(tmp_path / "real.npz", OTHER, extractor="pixels")
+    protocol = result.measurements[0].protocol
+    assert (protocol.reference, protocol.real, protocol.generated) == ("test", 20, 50)
+    expected = frechet_distance(PIXELS(REAL[:20]), PIXELS(OTHER))
+    assert result.value("FD-pixels", "generated") == pytest.approx(expected, rel=1e-9)
+
+
 def test_two_arrays_are_compared_by_every_image():
     result = evaluate(REAL, OTHER, extractor="pixels")
     expected = frechet_distance(PIXELS(REAL), PIXELS(OTHER))

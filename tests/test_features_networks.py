@@ -127,6 +127,22 @@ def test_a_network_that_takes_other_images_is_named(tmp_path):
         make_extractor(f"{tmp_path / 'linear.pt'}:range=0..1")
 
 
+class Picky(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[2] == 224, "images of 224 pixels only"
+        return images.mean(3).flatten(1)
+
+
+def test_a_scripted_network_that_refuses_images_says_why(tmp_path):
+    path = tmp_path / "picky-20240115.pt"  # the digits are no checksum
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Picky()), str(path))
+    with pytest.raises(InputError, match=r"cannot take .*images of 224 pixels only") as caught:
+        make_extractor(f"{path}:range=0..1")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def random_inception(torch_fidelity, tmp_path_factory):
     """Return torch-fidelity's network with random weights and statistics, and its file."""

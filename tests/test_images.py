@@ -156,9 +156,9 @@ def test_a_picture_with_damaged_exif_data_is_upright():
     lying = Image.fromarray(NOISE)
     damaged = b"Exif\0\0\xff\xff\xff\xff\0\0\0\x08"
     with Image.open(encoded(lying, "JPEG", exif=damaged)) as picture:
-        square = images.center_square_resize(picture, 20)
+        square = images.square_resize(images.upright(picture), 20)
     with Image.open(encoded(lying, "JPEG")) as picture:
-        assert np.array_equal(square, images.center_square_resize(picture, 20))
+        assert np.array_equal(square, images.square_resize(images.upright(picture), 20))
 
 
 def test_a_file_above_the_limit_names_the_limit_and_the_option(monkeypatch):
@@ -251,11 +251,12 @@ def test_a_picture_is_turned_upright_once(kind):
         and upright.getpixel((10, 35)) > 245
     )
     # This applies EXIF too; the rotation must not happen twice.
-    square = images.center_square_resize(upright, 20)
+    square = images.square_resize(images.upright(upright), 20)
     assert square.getpixel((10, 2)) < 10 and square.getpixel((10, 17)) > 245
     with Image.open(file) as raw:
         assert np.array_equal(
-            np.asarray(images.center_square_resize(raw, 20).convert("L")), np.asarray(square)
+            np.asarray(images.square_resize(images.upright(raw), 20).convert("L")),
+            np.asarray(square),
         )
 
 
@@ -296,14 +297,14 @@ def test_damage_anywhere_gives_a_picture_or_one_clear_error(kind, data):
 )
 def test_the_centre_square_is_cut_before_resizing(shape, rows, cols):
     pixels = NOISE[: shape[0], : shape[1]]
-    square = images.center_square_resize(Image.fromarray(pixels), 20)
+    square = images.square_resize(Image.fromarray(pixels), 20)
     assert np.array_equal(np.asarray(square), pixels[slice(*rows), slice(*cols)])
 
 
 def test_reduction_is_antialiased():
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (64, 32)))
     for small in (
-        images.center_square_resize(stripes, 8),
+        images.square_resize(images.upright(stripes), 8),
         images.crop_and_resize(stripes, (0, 64), (0, 64), size=8),
     ):
         assert np.abs(np.asarray(small).astype(int) - 127)[:, 1:-1].max() <= 8

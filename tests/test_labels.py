@@ -90,6 +90,10 @@ def test_labels_stand_beside_the_arrays_of_images(tmp_path):
     assert {EXPECTED[key] for key, name in by_pixels(given).items() if name == "10"} == {"eel"}
     for listed in (list(CLASSES), pd.Series(CLASSES), np.array(list(CLASSES), object)):
         assert by_pixels(load(PIXELS, labels=listed)) == EXPECTED
+    renamed = {key.lower().replace("test", "val"): array for key, array in sides.items()}
+    np.savez(tmp_path / "val.npz", **renamed)
+    validated = load(tmp_path / "val.npz", labels=True)
+    np.testing.assert_array_equal(validated.labels.test, split.labels.test)
     whole = find_images(tmp_path / "split.npz", side="all", labels=True)
     assert whole.labels == tuple(map(str, numbers))
 
@@ -124,6 +128,7 @@ def test_labels_that_are_not_there_are_refused_in_one_line(tmp_path, unchecked):
     folder_of_classes(tmp_path / "photos", "{name}")
     Image.fromarray(PIXELS[0]).save(tmp_path / "photos" / "loose.png")
     np.savez(tmp_path / "x.npz", images=PIXELS)
+    np.savez(tmp_path / "objects.npz", images=PIXELS, labels=CLASSES.astype(object))
     np.savez(tmp_path / "short.npz", images=PIXELS, labels=CLASSES[:5])
     sides = {"x_train": PIXELS[:16], "x_test": PIXELS[16:], "y_train": np.arange(16) % 2}
     np.savez(tmp_path / "new.npz", **sides, y_test=np.arange(8))
@@ -131,6 +136,7 @@ def test_labels_that_are_not_there_are_refused_in_one_line(tmp_path, unchecked):
         (tmp_path / "photos", True, "photos has no labels: put each class into a folder"),
         (tmp_path / "x.npz", True, "has no labels: .* or y_train beside x_train"),
         (tmp_path / "short.npz", True, "one label for each of the 24 images, .* of shape \\(5,\\)"),
+        (tmp_path / "objects.npz", True, r"\(labels\) holds Python .* labels\.astype\(str\)"),
         (tmp_path / "new.npz", True, "class 2 has test images only"),
         (PIXELS, True, "array has no labels"),
         (PIXELS, np.zeros(24), "whole numbers or text, not float64"),

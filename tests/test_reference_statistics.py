@@ -1,6 +1,7 @@
 """Test the mean and covariance of real images in a file, of Poise and of other libraries."""
 
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def test_statistics_of_real_images_give_the_distance_of_the_images(tmp_path):
             InputError, match=f"at least 2 images are needed to compare, not {count}"
         ):
             evaluate(tmp_path / "real.npz", OTHER, count=count)
+    one = evaluation.Produced("REC", lambda count: iter([torch.from_numpy(OTHER[:1]) / 255]), 1)
+    with pytest.raises(InputError, match="REC: 1 image cannot be compared with others"):
+        evaluation.compare(written, [one], by_statistics.measurements[0].protocol, PIXELS)
     (found,), expected = by_statistics.measurements, by_images.measurements[0]
     assert found.value == pytest.approx(expected.value, rel=1e-9)
     same = (found.metric, found.protocol.hash, found.data)
@@ -70,6 +74,14 @@ def test_statistics_of_others_are_taken_by_the_name_of_their_file(tmp_path, monk
         "inception",
         "mu,sigma ",
     )
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    ours, theirs = b"cnumpy._core.", b"cnumpy.core."  # of numpy 2 and of numpy 1
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            renamed = (ours, theirs) if ours in content else (theirs, ours)
+            archive.writestr(name, content.replace(*renamed))
+    torch.testing.assert_close(read_statistics(path, images=400).mean, found.mean)
     clean = tmp_path / "faces_legacy_tensorflow_train_64.npz"
     clean_statistics(clean, both["mu"], both["sigma"].astype(np.float32))
     statistics = read_statistics(clean, images=3_000)
@@ -98,6 +110,7 @@ WRONG_STATISTICS = {
     "the mean mu (d,) and the covariance": ({"covariance": np.eye(2)}, {}),
     "cannot be read as an .npz file": ({"content": b"PK no archive"}, {}),
     "not a file of statistics of torch-fidelity": ({"name": "x.pt", "content": b"PK"}, {}),
+    "not a file of statistics of torch-fidelity (EOF": ({"name": "x.pt", "content": b""}, {}),
     "no such file of statistics": ({"name": "absent.npz", "content": None}, {}),
     "poise is damaged: Object missing required field": ({"poise": "{}"}, {}),
     "says itself who computed it": ({"poise": "{}"}, {"by": "ttur"}),

@@ -80,6 +80,16 @@ def test_the_names_of_tar_files_or_of_folders_inside_say_the_split(stream, tmp_p
         np.testing.assert_array_equal(np.asarray(found.test)[:, 0], PIXELS[40:])
 
 
+@pytest.mark.parametrize("above", ["/data/photos/", "../photos/"])
+def test_names_of_members_may_lead_outside(above, tmp_path):
+    members = images(range(40), f"{above}train/") | images(range(40, 60), f"{above}test/")
+    tar = write_tar(tmp_path / "outside.tar", members)
+    found = datasets.load(tar)
+    assert (len(found.train), len(found.test)) == (40, 20)
+    names = datasets.find_images(tar, side="all").names
+    assert names[0] == f"outside.tar/{above}train/000.png"
+
+
 def test_the_folders_inside_tar_files_say_the_class(tmp_path):
     for shard, numbers in enumerate((range(30), range(30, 60))):
         members = images(numbers[:15], "cats/") | images(numbers[15:], "dogs/")

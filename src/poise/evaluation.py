@@ -231,6 +231,9 @@ def evaluate(
             *(f"generated images: {note}" for note in others.notes),
         )
         conditions, network, notes = _conditions(wanted, extractor, device, found.side)
+        if wanted.real is None:  # all images of both sets, also beside an official split
+            number = conditions.generated or len(others.images)
+            conditions = replace(conditions, generated=number)
         originals, others = _first(found.images, conditions), others.images
         check_sides(originals, others)
     others = head(others, count or len(others))
@@ -517,6 +520,11 @@ def compare(
     with ThreadPoolExecutor(1) as pool:
         for item in produced:
             number = _number(item, protocol)
+            if number < 2:
+                raise InputError(
+                    f"{item.label}: {number} image cannot be compared with others, at least 2 are "
+                    'needed: extractor none (extractor="none") measures the model alone'
+                )
             chunks = (prepare(part, protocol) for part in item.chunks(number))
             features = extract(extractor, chunks, total=number, title=item.label, quiet=quiet)
             # On a GPU, measure this set while the features of the next one are computed.

@@ -268,11 +268,11 @@ def picture_for(run: "Run", path: Path) -> Any:
     import torch
 
     from poise.data.decoding import (
-        center_square_resize,
         crop_and_resize,
         jpeg_round_trip,
         read_header,
         read_image,
+        square_resize,
     )
     from poise.data.layouts import is_celeba
 
@@ -285,7 +285,7 @@ def picture_for(run: "Run", path: Path) -> Any:
         )
     picture = read_image(path, "L" if channels == 1 else "RGB", levels=run.levels)
     aligned = is_celeba(run.recipe.data.source) and picture.size == ALIGNED
-    picture = (crop_and_resize if aligned else center_square_resize)(picture, size=size)
+    picture = (crop_and_resize if aligned else square_resize)(picture, size=size)
     pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
     quality = run.recipe.data.jpeg_quality
     image = pixels.permute(0, 3, 1, 2)

@@ -102,7 +102,7 @@ def _image_keys(path: Path, archive: Any, *, whole: bool) -> tuple[dict[str, str
         named = {key: side for side, key in found.items() if key}
         if whole:
             return named, []
-        used = {train: "train", held_out: "test"}
+        used = {train: "train", held_out: "test" if test else "val"}
         return used, [key for key in named if key not in used]
     for name in WHOLE_KEYS:
         if name in lower:
@@ -131,7 +131,15 @@ def _labels(
         name = next((lower[word] for word in LABELS[side] if word in lower), None)
         if name is None:
             return None
-        found.append(as_labels(archive[name], len(arrays[key]), f"{shown(path)} ({name})"))
+        label = f"{shown(path)} ({name})"
+        try:
+            values = archive[name]
+        except ValueError as error:
+            raise InputError(
+                f"{label} holds Python objects, which are never loaded: save the labels as text, "
+                "labels.astype(str), or as whole numbers"
+            ) from error
+        found.append(as_labels(values, len(arrays[key]), label))
     return found
 
 
@@ -204,6 +212,11 @@ def as_split(
             f"{one.label} {part.shape}" for one, part in zip(checked, images, strict=True)
         )
         raise InputError(f"the images do not go together: {shapes}; pass --size N")
+    if len({part.dtype for part in images}) > 1:  # bytes and floats
+        images = [
+            np.divide(part, 255, dtype=np.float32) if part.dtype == np.uint8 else part
+            for part in images
+        ]
     whole = images[0] if len(images) == 1 else np.concatenate(images)
     classes = None if labels is None else np.concatenate(labels)
     return Split(whole, None, *shared, (), names, of_images, classes)
@@ -240,7 +253,7 @@ class _Checked:
 
     def __init__(self, array: np.ndarray, label: str, reading: Reading) -> None:
         self.label, self._reading, self.notes = label, reading, list[str]()
-        self._clips, self._divisor = False, 1
+        self._clips, self._divisor = False, None  # of floats: the value that means white
         kind = array.dtype.kind
         known = kind in "bf" or (kind == "u" and array.dtype.itemsize <= 2)
         if not known and not (reading.levels is not None and kind in "ui"):
@@ -290,7 +303,7 @@ class _Checked:
     def _scaled_by(self, levels: int) -> bool:
         kind, size = self.images.dtype.kind, self.images.dtype.itemsize
         if kind == "f":
-            return self._divisor > 1
+            return self._divisor is not None
         return kind in "ui" and not (size == 1 and levels >= 255)
 
     def fitted(self, levels: int | None) -> np.ndarray:
@@ -318,7 +331,7 @@ class _Checked:
         if block.dtype == np.bool_:
             return block * np.uint8(255)
         if block.dtype.kind == "f":
-            return (block / self._divisor).clip(0, 1) if self._clips else block
+            return (block / (self._divisor or 1)).clip(0, 1) if self._clips else block
         return block if levels is None else to_levels(block, levels)
 
 

@@ -21,7 +21,7 @@ from poise.data.encoded import Decoded, Encoded
 from poise.data.encoded import decode as decode_now
 from poise.data.storage import fits
 from poise.errors import RunError
-from poise.support.files import appearing, read_json, write_json
+from poise.support.files import appearing, delete_leftovers, read_json, write_json
 
 RULES = 1  # increased if a change of this package changes the decoded images
 WORTH_SECONDS = 3.0  # a set that is decoded faster is not kept
@@ -114,6 +114,7 @@ def _checksum(images: np.ndarray, told: dict[str, Any]) -> str:
 def _write(found: Decoded, folder: Path, key: str) -> None:
     assert isinstance(found.images, np.ndarray)
     folder.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(folder)
     if shutil.disk_usage(folder).free < 3 * found.images.nbytes:
         return
     for old in folder.glob(f"{_NAME}*"):

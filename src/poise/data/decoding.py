@@ -225,8 +225,8 @@ def decoded(image: Picture, mode: Mode, levels: int | None = None) -> Page:
         image: an opened image file.
         mode: "L" or "RGB".
         levels: the value that becomes white; larger values become white, too. Pages whose type
-            cannot hold the value are not scaled: 4095 is for 16-bit pages. None: the largest value
-            of the type.
+            cannot hold the value are not scaled: 4095 is for 16-bit pages. None: 255, or what
+            `common_white` chooses for a page of more than 8 bits.
 
     Raises:
         ValueError: 32-bit pixels without `levels`, or negative pixels.
@@ -235,14 +235,19 @@ def decoded(image: Picture, mode: Mode, levels: int | None = None) -> Page:
 
     deep = deep_pixels(image, levels)
     if deep is not None:
-        white = levels or DEEP
+        white = levels or common_white([counts_above(deep.visible)])
         clipped = int(np.count_nonzero(deep.visible > white))
         return Page(Image.fromarray(deep.to_bytes(white)).convert(mode), clipped)
+    most = _largest_value(image)
     picture, clipped = upright(image), 0
     transparent = picture.has_transparency_data
     if levels is not None and levels < 255 and picture.mode != "1":
         grey = picture.mode == "L" and not transparent
         picture = picture.convert("RGBA" if transparent else "L" if grey else "RGB")
+        if most is not None:
+            picture = picture.point(
+                [round(v * most / 255) for v in range(256)] * (1 if grey else 3)
+            )
         colours = len(picture.getbands()) - transparent
         histogram = np.reshape(picture.histogram(), (-1, 256))[:colours]
         clipped = int(histogram[:, levels + 1 :].sum())
@@ -303,12 +308,27 @@ def deep_pixels(image: Picture, levels: int | None = None) -> DeepPixels | None:
             "32-bit pixels, whose range is not known; pass --levels N with the value that means "
             "white, or save as 8 or 16 bit"
         )
-    level = image.info.get("transparency")
+    level, most = image.info.get("transparency"), _largest_value(image)
     values = np.asarray(upright(image))
+    if most is not None:
+        values = np.rint(values * (most / DEEP)).astype(np.int32)
     if values.min(initial=0) < 0 or not np.isfinite(values).all():
         kind = "signed 16-bit pixels" if signed else "32-bit pixels"
         raise ValueError(f"{kind} with values below 0 or NaN, whose range is not known")
     return DeepPixels(values, values == level if isinstance(level, int) else None)
+
+
+def _largest_value(image: Any) -> int | None:
+    """Return the value that means white in a PGM or PPM file that is not loaded yet.
+
+    Pillow scales such files to 255 or 65535. Scaled back and rounded, they have their own values.
+    None: other formats, and files that Pillow does not scale.
+    """
+    kinds = [(tile[0], tile[3]) for tile in getattr(image, "tile", ())]
+    if len(kinds) != 1 or kinds[0][0] not in ("ppm", "ppm_plain"):
+        return None
+    most = kinds[0][1][-1]
+    return None if most in (255, DEEP) else most
 
 
 def has_deep_colour(image: Picture) -> bool:
@@ -377,20 +397,14 @@ def upright(image: Picture) -> Picture:
     return image
 
 
-def center_square_resize(image: Picture, size: int) -> Picture:
-    """Crop the largest centred square of a picture and resize it to (size, size).
+def square_resize(image: Picture, size: int) -> Picture:
+    """Crop the largest centred square of an upright picture and resize it to (size, size).
 
-    The picture is first rotated by its EXIF orientation. If a margin is odd, the bottom or the
-    right loses one row or column more.
+    If a margin is odd, the bottom or the right loses one row or column more.
 
     The resize is Pillow's BICUBIC, which has antialiasing: its support grows with the reduction.
     Parmar et al. 2022 recommend this for the FID.
     """
-    return square_resize(upright(image), size)
-
-
-def square_resize(image: Picture, size: int) -> Picture:
-    """Return the result of `center_square_resize` for a picture that is upright."""
     from PIL import Image
 
     side = min(image.size)

@@ -203,7 +203,7 @@ def _streamed(
             opened(file.open(), file.page_label(page)) as image,
             room.taken_by(image),
         ):
-            if len(file.pages) > 1:
+            if file.pages != (0,):
                 image.seek(page)
             return _pixels(image, form, work, (position, page), levels)
 
@@ -382,7 +382,7 @@ def _each_page(
                             named(file.page_label(page), work.remarks),
                             room.taken_by(image) if room else nullcontext(),
                         ):
-                            if len(file.pages) > 1:
+                            if file.pages != (0,):
                                 image.seek(page)
                             visit(image, position, page)
                     except InputError as error:

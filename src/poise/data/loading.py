@@ -1,7 +1,6 @@
 """Load images from any source, with `load` (split into train and test) or `read_images`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -141,7 +140,7 @@ def load(
     notes = [*range_notes(train, test), *found.notes, *found.split.notes]
     if (
         found.split.test is not None
-        and found.name not in DATA_SETS
+        and not (isinstance(source, str) and source in DATA_SETS)
         and (shared := count_shared(train, test))
     ):
         notes.append(f"{shared} of {len(test)} test images also occur in training")
@@ -273,8 +272,9 @@ def find_images(
         whole=side == "all",
         labels=labels,
     )
-    if isinstance(source, (str, Path)) and Path(source).is_file() and is_image(Path(source)):
-        split = read_files([Path(source)], [], reading)
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    if path is not None and path.is_file() and is_image(path):
+        split = read_files([path], [], reading)
         notes = (*range_notes(split.train), *split.notes)
         return Given(split.train, "given", notes, split.names, ("",) * len(split.train))
     found = _find(source, None, reading)
@@ -410,9 +410,12 @@ def checked_images(images: Any, shape: Sequence[int], levels: int | None = None)
     images = images if isinstance(images, Tensor) else np.asarray(images)
     wide = images.dtype in (torch.uint16, torch.bool) or getattr(images.dtype, "name", "") in WIDE
     if wide or (len(images.shape) in (3, 4) and list(images.shape[1:]) != list(shape)):
-        with suppress(InputError):  # the checks below name what is wrong
+        try:
             # Bytes and floats have the network's scale.
             images = find_images(images, levels=levels if wide else None).images
+        except InputError:  # the checks below name what is wrong with other shapes
+            if list(images.shape[1:]) == [*shape[1:], shape[0]]:
+                raise
     _check_shape(images, shape)
     if images.dtype not in (torch.uint8, np.uint8):
         least, most = float(images.min()), float(images.max())

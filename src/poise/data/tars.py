@@ -100,7 +100,9 @@ def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
                 # tarfile keeps all headers otherwise.
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 parts = PurePosixPath(member.name).parts
-                hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+                hidden = any(
+                    (part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts
+                )
                 if not member.isreg() or hidden:
                     continue
                 if member.offset_data + member.size > whole:
@@ -132,7 +134,8 @@ def _place(tar: Path, folder: Path, name: str) -> tuple[Path, Path]:
     """
     stem = tar.relative_to(folder).with_suffix("")
     words = [word for word in re.split(r"[-_. ]", stem.name) if side_of((word,))[0]]
-    above, parts = Path(folder, stem.parent, *words[:1]), PurePosixPath(name).parts
+    above = Path(folder, stem.parent, *words[:1])
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", "..")]
     return Path(above, stem.name, *parts), Path(above, *parts)
 
 

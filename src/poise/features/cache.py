@@ -11,8 +11,6 @@ may be killed at any moment. The folder may be deleted at any time.
 import hashlib
 import json
 import os
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ from poise.errors import RunError
 from poise.features.extractor import Extractor, extract
 from poise.features.weights import first_line
 from poise.shapes import Features
-from poise.support.files import read_regular, write_file
+from poise.support.files import delete_leftovers, read_regular, write_file
 from poise.support.progress import warn
 
 CACHE_VARIABLE = "POISE_CACHE"
 FORMAT = 1  # part of the key; raise it when the same key would mean other numbers
-LEFTOVER_SECONDS = 24 * 3600.0  # an unfinished file older than this is from a killed process
 
 
 def cached_features(
@@ -78,7 +75,7 @@ def default_cache() -> Path | None:
     """
     named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return None if named == "off" else Path(named)
+        return None if named == "off" else Path(named).expanduser()
     try:
         return Path.home() / ".cache" / "poise" / "features"
     except RuntimeError:
@@ -138,14 +135,6 @@ def _write(path: Path, features: Features) -> None:
     features = features.contiguous()
     try:
         write_file(path, save({"features": features, "sha256": _digest(path, features)}))
-        _sweep(path.parent)
+        delete_leftovers(path.parent)
     except (RunError, OSError) as error:
         warn(f"features are not kept for the next time: {error}")
-
-
-def _sweep(folder: Path) -> None:
-    """Delete unfinished files of processes that were killed long ago."""
-    for leftover in folder.glob(".writing-*"):
-        with suppress(OSError):  # renamed or deleted by its process or another, or not ours
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-                leftover.unlink()

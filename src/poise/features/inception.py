@@ -41,13 +41,13 @@ def available_inception() -> Path | None:
     Raises:
         MissingInputError: POISE_INCEPTION does not name a file.
     """
-    named = os.environ.get(WEIGHTS_VARIABLE)
-    if named and not Path(named).is_file():
-        raise MissingInputError(
-            f"{WEIGHTS_VARIABLE} names {named}, which is no file: correct or unset it"
-        )
-    if named:
-        return Path(named)
+    if named := os.environ.get(WEIGHTS_VARIABLE):
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise MissingInputError(
+                f"{WEIGHTS_VARIABLE} names {named}, which is no file: correct or unset it"
+            )
+        return path
     return _downloaded() if _downloaded().exists() else None
 
 

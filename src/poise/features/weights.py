@@ -1,11 +1,12 @@
 """Read files of weights in two formats, and verify their checksums.
 
-By torch.hub's convention, a file name may end in "-" and the first digits of the file's SHA-256.
-The checksum of such a file must begin with these digits.
+By torch.hub's convention, the name of a .pth file may end in "-" and the first digits of the file's
+SHA-256. The checksum of such a file must begin with these digits.
 """
 
 import hashlib
 import re
+import struct
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +25,8 @@ NOT_LOADABLE = (
     AttributeError,
     EOFError,
     UnpicklingError,
+    struct.error,
+    torch.jit.Error,
 )
 
 
@@ -42,7 +45,7 @@ def sha256(path: Path) -> str:
         raise MissingInputError(f"{path}: no such file of weights") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    named = re.search(r"-([0-9a-f]{8,})\.pth?$", path.name)
+    named = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
     if named and not checksum.startswith(named[1]):
         raise InputError(
             f"{path} is damaged or cut off: its SHA-256 does not begin with {named[1]}; "
@@ -97,5 +100,9 @@ def load_torchscript(path: Path) -> torch.nn.Module | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has no text."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """Return the first line of an error's text, or its type if it has no text.
+
+    Of an error that a TorchScript network raises, it is the last line.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, torch.jit.Error) else 0]

@@ -22,7 +22,6 @@ import zipfile
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -258,7 +257,12 @@ def _read_npz(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path) -> dict[str, Any]:
     """Return mu and sigma of a file of torch-fidelity's cache, without running code in it."""
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # pyright: ignore[reportAttributeAccessIssue]
-    arrays: list[Any] = [np.ndarray, np.dtype, multiarray._reconstruct]
+    arrays: list[Any] = [np.ndarray, np.dtype]
+    # numpy 1 and 2 name it differently, and a file may be of either.
+    arrays += [
+        (multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct")
+        for core in ("core", "_core")
+    ]
     arrays += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
     try:
         with torch.serialization.safe_globals(arrays):
@@ -266,7 +270,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         return {name: np.asarray(found[name]) for name in ("mu", "sigma")}
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file of statistics") from None
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, UnpicklingError) as error:
+    except Exception as error:  # torch and pickle can raise anything on a damaged file
         raise InputError(
             f"{path} is not a file of statistics of torch-fidelity "
             f"({type(error).__name__}): give one that holds mu and sigma"

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import IO, Any, TypeVar
 
 from poise.errors import InputError, MissingInputError, RunError
 
+LEFTOVER_SECONDS = 24 * 3600.0  # an unfinished file older than this is from a killed process
 LONE_SURROGATE = re.compile(rb"\\ud[c-f]", re.IGNORECASE)
 Read = TypeVar("Read")  # `type[Read] | Any`: at run time dict[str, int] is not a type
 
@@ -60,6 +62,14 @@ def appearing(path: Path) -> Iterator[Path]:
 def temporary(path: Path) -> Path:
     """Return a path beside `path` that nobody can predict, to write to before a rename."""
     return path.with_name(f".writing-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete the temporary files in a folder whose processes were killed long ago."""
+    for leftover in folder.glob(".writing-*"):
+        with suppress(OSError):  # renamed or deleted by its process or another, or not ours
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 def remove(path: Path) -> None:
