@@ -77,7 +77,7 @@ def test_callbacks_are_called_in_the_order_of_training(tmp_path, monkeypatch):
         _ = run.history
 
 
-@pytest.mark.parametrize("method, number", [("on_samples", 3), ("on_stage_end", 1)])
+@pytest.mark.parametrize("method, number", [("on_log", 12), ("on_samples", 3), ("on_stage_end", 1)])
 def test_a_callback_that_raises_is_said_in_one_line_and_loses_nothing(
     method, number, whole, tmp_path
 ):
@@ -94,6 +94,8 @@ def test_a_callback_that_raises_is_said_in_one_line_and_loses_nothing(
     assert logged == [(1, step) for step in range(1, 13)]  # each once
     ended, other = weights(tmp_path / "cut"), weights(whole)
     assert all(torch.equal(ended[name], other[name]) for name in other)
+    pictures = [(run / "progress.png").read_bytes() for run in (tmp_path / "cut", whole)]
+    assert pictures[0] == pictures[1]
 
 
 def test_a_callback_ends_a_stage_and_the_run_is_finished(tmp_path, capsys):

@@ -21,9 +21,11 @@ from safetensors.numpy import load_file
 
 import forking
 from poise import Run, cli, load
-from poise.cli.images import picture_for
+from poise.cli.images import images_for, picture_for
+from poise.cli.options import ReadingOptions
 from poise.data import read_images
 from poise.data.decoding import crop_and_resize, jpeg_round_trip, square_resize, to_bytes
+from poise.errors import InputError
 from poise.recipes import Data
 from poise.runs import checkpoint, checkup, pipeline
 from poise.support import files
@@ -350,6 +352,27 @@ def test_memory_that_does_not_suffice_is_one_line_and_exit_code_1(monkeypatch, c
     with pytest.raises(SystemExit) as exit:
         poise("train", *QUICK)
     assert exit.value.code == 1 and "not enough memory" in capsys.readouterr().err
+
+
+def test_an_error_that_only_mentions_memory_keeps_its_trace(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "train", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        poise("train", *QUICK)
+
+
+def test_pictures_to_encode_are_prepared_as_those_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = photos(tmp_path / "own", of=[(178, 218), (60, 90)])
+    recipe = SimpleNamespace(data=Data("celeba64", jpeg_quality=75))
+    run = SimpleNamespace(data={"shape": [3, 32, 32]}, recipe=recipe, levels=None, classes=())
+    found = images_for(cast(Run, run), str(folder), ReadingOptions()).images
+    for image, path in zip(found, sorted(folder.iterdir()), strict=True):
+        assert torch.equal(image, picture_for(cast(Run, run), path))
+    with pytest.raises(InputError, match=r"--levels and .* are for images that you give"):
+        images_for(cast(Run, run), None, ReadingOptions(levels=9))
 
 
 def test_the_version_is_told(capsys):

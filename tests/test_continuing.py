@@ -126,6 +126,20 @@ def test_rates_that_fall_are_said_and_repeating_a_command_changes_nothing(
     assert len(config(out)["continued"]) == 1
 
 
+class StopEarly(poise.Callback):
+    def on_log(self, entry):
+        if entry["step"] == 5:
+            raise poise.StopStage
+
+
+def test_more_epochs_count_from_the_step_where_stage_1_ended(tmp_path):
+    recipe = replace(SHORT, second=None)
+    out = tmp_path / "run"
+    train(IMAGES, recipe=recipe, out=out, options=RARE, callbacks=[StopEarly()])
+    go_on(out, more_epochs=2)
+    assert list(load(out).history["step"]) == [*range(1, 5 + 2 * 4 + 1)]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -105,6 +105,22 @@ def test_an_odd_manifest_leaves_the_checkpoint_before(content, run):
     assert not loaded.finished and len(loaded.warnings) == 1
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    meta = {"stage": 1, "step": 1, "seconds": 0.0, "finished": False}
+    folder, real = tmp_path / "codes", Path.replace
+    checkpoint.write_folder(folder, {"mean": torch.zeros(2)}, meta)
+
+    def held_open(path, target):
+        if target == folder and not path.name.endswith("-old"):
+            raise PermissionError(13, "held open by another process")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", held_open)
+    with pytest.raises(RunError, match="cannot write"):
+        checkpoint.write_folder(folder, {"mean": torch.ones(2)}, meta)
+    assert not checkpoint.read_folder(folder).tensors["mean"].any()
+
+
 @pytest.mark.parametrize("value", [{"stage": "x"}, {"stage": 3}, {"step": -1}, {"seconds": None}])
 def test_a_checkpoint_of_no_position_is_damaged_even_with_right_hashes(value, tmp_path):
     meta = {"stage": 1, "step": 1, "seconds": 0.0, "finished": False}

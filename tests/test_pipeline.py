@@ -524,6 +524,37 @@ def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"network": "mlp"}, r"the network is your own \(vae=\): leave out network"),
+        ({"latent_dim": 3, "latent_channels": 2}, "leave out latent_dim, latent_channels"),
+        ({"second_balance": "computed:power=1"}, "stage 2 has a squared error"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_training(changes, message, tmp_path):
+    vae = VAE(*poise.networks.mlp((1, 8, 8), 5, hidden=(7,)))
+    with pytest.raises(InputError, match=message):
+        train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET, **changes)
+
+
+def test_a_dataset_of_a_name_has_its_own_recipe(tmp_path):
+    assert pipeline.resolve(poise.data.load("digits"), None, None).name == "digits"
+    assert pipeline.resolve(poise.data.load(IMAGES), None, None).name == "images"
+    with pytest.raises(InputError, match="a Dataset has labels of its own"):
+        train(poise.data.load(IMAGES), labels=[0] * len(IMAGES), out=tmp_path / "run")
+
+
+def test_the_log_names_the_absolute_error_however_it_is_chosen(tmp_path):
+    one = replace(TINY, second=None)
+    for name, stage in {
+        "balance": replace(one.first, balance="computed:power=1"),
+        "error": replace(one.first, error="absolute"),
+    }.items():
+        run = train(IMAGES, recipe=replace(one, first=stage), out=tmp_path / name, options=QUIET)
+        assert "mae" in run.history and "mse" not in run.history
+
+
 def test_any_pair_of_modules_can_be_trained_and_loaded(tmp_path):
     def network():
         return VAE(*poise.networks.mlp((1, 8, 8), 5, hidden=(7,)))
@@ -797,14 +828,15 @@ def test_a_protocol_says_how_images_are_made_and_how_many(finished):
     sampled = Generation(reconstruct_from="sample", second_stage_noise=False)
     protocol = Protocol("mine", real=30, generated=25, generation=sampled)
     evaluation = run.evaluate(test, protocol=protocol, extractor="pixels")
+    some = test[torch.arange(25) * 30 // 25]  # evenly spaced
     restored, drawn = (
-        run.reconstruct(test[:25], generation=sampled),
+        run.reconstruct(some, generation=sampled),
         run.sample(25, generation=sampled),
     )
     for label, images in {"REC": restored, "GEN-2": drawn}.items():
         expected = frechet_distance(pixels(test[:30]), pixels(to_bytes(images)))
         assert evaluation.value("FD-pixels", label) == pytest.approx(expected, rel=1e-9)
-    assert not torch.equal(restored, run.reconstruct(test[:25]))
+    assert not torch.equal(restored, run.reconstruct(some))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import poise
@@ -191,6 +192,21 @@ def test_a_changed_recipe_has_the_value_where_it_is_declared():
             others = found[1:] if option.first_only else []
             assert all(value == VALUES[name] for value in found[: len(found) - len(others)]), name
             assert all(value != VALUES[name] for value in others), name
+
+
+def test_numbers_of_numpy_become_those_of_python(unchecked):
+    changed = Changes(seed=np.int64(3), learning_rate=np.float32(0.5), minutes=np.float64(2))
+    recipe = changed.apply(RECIPES["digits"])
+    stage = Stage(steps=np.int32(7))
+    found = recipe.seed, recipe.first.learning_rate, stage.steps, poise.Options(threads=np.int8(2))
+    assert json.dumps([*found[:3], found[3].threads]) == "[3, 0.5, 7, 2]"
+
+
+def test_a_length_replaces_the_budget_of_a_recipe():
+    budget = replace(RECIPES["digits"], minutes=20.0)
+    assert Changes(epochs=3).apply(budget).minutes is None
+    assert Changes(second_epochs=3).apply(budget).minutes is None
+    assert Changes(batch_size=9).apply(budget).minutes == 20
 
 
 def test_settings_around_a_run_reach_its_options():

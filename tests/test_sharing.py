@@ -78,6 +78,10 @@ def test_the_model_card_has_the_data_the_numbers_and_a_place_for_the_licence(sma
 
 def test_a_run_without_codes_samples_but_is_not_renormalised(small_run, tmp_path):
     small_run.save_pretrained(tmp_path / "shared", codes=False)
+    assert (small_run.folder / "reconstructions.png").is_file()
+    shared = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert "samples.png" in shared and not shared & {"reconstructions.png", "progress.png"}
+    assert "reconstructions.png" not in (tmp_path / "shared" / "README.md").read_text()
     loaded = poise.load(tmp_path / "shared", device="cpu")
     for prior in available_priors("vae"):
         assert torch.equal(loaded.sample(3, prior=prior), small_run.sample(3, prior=prior))
@@ -115,7 +119,7 @@ def test_a_network_of_your_own_is_given_to_load(tmp_path):
         return poise.VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(5,)))
 
     options = poise.Options(device="cpu", quiet=True, threads=1)
-    settings = {"epochs": 1, "stages": 1, "batch_size": 20, "latent_dim": 3}
+    settings = {"epochs": 1, "stages": 1, "batch_size": 20}
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
     run = poise.train(images, out=tmp_path / "run", vae=own(), options=options, **settings)
     folder = run.save_pretrained(tmp_path / "shared")

@@ -1,6 +1,7 @@
 """Test held-out images: the split, both ELBOs, the best weights, early stopping, and overfitting."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -172,6 +173,21 @@ def test_training_stops_when_patience_is_over(tmp_path, monkeypatch):
     )
     told = summary(run)["validation"]
     assert (told["best_step"], told["last_step"], told["steps"]) == (8, 24, 80) and run.finished
+
+
+def test_a_training_elbo_that_is_not_finite_damages_no_checkpoint(tmp_path, monkeypatch):
+    levels = iter([1.0, 3.0, 2.0, *[0.0] * 200])
+
+    def elbos(mine, state):
+        level = torch.full((5,), next(levels), dtype=torch.float64)
+        return level, torch.full((5,), -math.inf if level[0] in (3, 0) else 0.0).double()
+
+    monkeypatch.setattr(validation.Validation, "_elbos", elbos)
+    recipe = replace(TINY, data=Data("array", validation=0.2))
+    recipe = replace(recipe, first=Stage(steps=40, batch_size=20))
+    run = train(IMAGES, recipe=recipe, out=tmp_path / "run", options=QUIET)
+    told = summary(load(run.folder))["validation"]
+    assert run.finished and told["held_out_elbo_nats"] == 2.0
 
 
 @pytest.mark.parametrize("steps, batch", [(30_000, 64), (400, 20), (6_100, 16), (1_000_000, 100)])

@@ -165,7 +165,8 @@ def _run() -> None:
     except OSError as error:
         fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        texts = ("out of memory", "not enough memory", "can't allocate memory")
+        if not isinstance(error, MemoryError) and not any(t in str(error) for t in texts):
             raise
         fail(f"not enough memory: {error}", 1)
     except KeyboardInterrupt:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from poise.runs.run import Run
 
 Switch = Literal["on", "off"]
-ALIGNED = (178, 218)  # pixels of CelebA's aligned faces, which have a crop of their own
 
 
 def of_recipe(text: str) -> Any:
@@ -90,6 +89,17 @@ class Sample:
         from poise.support.progress import counted, progress
 
         check_output(self.out, self.count)
+        used = self.prior or run.default_prior
+        for prior, options in (
+            ("flow", {"--flow-steps": self.flow_steps, "--flow-solver": self.flow_solver}),
+            ("second-stage", {"--noise": self.noise}),
+        ):
+            given_here = [name for name, value in options.items() if value is not None]
+            if given_here and used != prior:
+                raise InputError(
+                    f"{' and '.join(given_here)}: for the prior {prior}, and this is {used}; "
+                    "leave it out"
+                )
         generation: Generation = given(
             run.recipe.generation,
             second_stage_noise=self.noise and self.noise == "on",
@@ -109,7 +119,6 @@ class Sample:
         )
         with progress("images", self.count) as display:
             write_images(counted(chunks, display), self.out, self.count, first=self.first)
-        used = self.prior or run.default_prior
         of_class = "" if self.label is None else f" of class {self.label}"
         print(f"{_images(self.count)}{of_class} from prior {used}: {self.out}")
         if run.classes and self.label is None:
@@ -268,6 +277,7 @@ def picture_for(run: "Run", path: Path) -> Any:
     import torch
 
     from poise.data.decoding import (
+        ALIGNED,
         crop_and_resize,
         jpeg_round_trip,
         read_header,
@@ -302,13 +312,25 @@ def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Give
     None: the run's test images, without names.
     """
     from poise.data import Given, find_images
+    from poise.data.layouts import is_celeba
 
     if source is None:
+        if reading != ReadingOptions():
+            raise InputError(
+                "--skip-unreadable, --levels and --max-megapixels are for images that you give: "
+                "the images of a run are read as in its training"
+            )
         return Given(run.test_images(), "test", (), (), ())
+    from poise.evaluation import through_jpeg
+
     channels, size, _ = run.data["shape"]
-    reading = replace(reading, levels=reading.levels or run.levels)
+    if reading.levels is None:
+        reading = replace(reading, levels=run.levels)
     how = asdict(reading) | {"labels": bool(run.classes)}
-    return find_images(source, size=size, channels=channels, side="all", **how)
+    crop = "aligned" if is_celeba(run.recipe.data.source) else "square"
+    found = find_images(source, size=size, channels=channels, side="all", crop=crop, **how)
+    quality = run.recipe.data.jpeg_quality
+    return found if quality is None else found._replace(images=through_jpeg(found.images, quality))
 
 
 def _by_side(sides: Sequence[str]) -> str:

@@ -146,6 +146,8 @@ class Evaluate:
     def _write_statistics(self, out: Path) -> None:
         if not self.real or self.generated:
             raise InputError("--write-statistics takes --real, and no --generated")
+        if self.infinity or self.nll_samples:
+            raise InputError("--infinity and --nll-samples are no part of statistics: leave it out")
         from poise.evaluation import save_statistics
 
         written = save_statistics(

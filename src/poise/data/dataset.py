@@ -20,6 +20,7 @@ from poise.data.streamed import HASH_BYTES, Pictures, hash_of
 from poise.errors import InputError
 
 FileOrder = Literal["sorted", "listing"]
+Crop = Literal["square", "celeba", "aligned"]
 
 FEWEST_IMAGES = 10
 MOST_TEST_IMAGES = 10_000
@@ -90,6 +91,8 @@ class Reading:
 
     With `whole`, a reader of files returns the images of all sides as one set, with the side of
     each image. With `labels`, readers also return the class of each image, if the source has them.
+    `crop` "celeba" is the crop of CelebA's aligned faces for all pictures, and "aligned" for those
+    of the size of aligned faces.
     """
 
     size: int | None = None
@@ -101,7 +104,7 @@ class Reading:
     max_megapixels: int | None = None
     memory_budget: int | None = None
     cache: Path | None = None
-    celeba_crop: bool = False
+    crop: Crop = "square"
     whole: bool = False
     stream: bool = False
     labels: bool = False

@@ -416,6 +416,9 @@ def square_resize(image: Picture, size: int) -> Picture:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
+ALIGNED = (178, 218)  # pixels of CelebA's aligned faces
+
+
 def crop_and_resize(
     image: Picture,
     rows: tuple[int, int] = (45, 173),

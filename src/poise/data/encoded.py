@@ -19,6 +19,7 @@ import numpy as np
 
 from poise.data.dataset import Reading, counted, levels_note, shortened
 from poise.data.decoding import (
+    ALIGNED,
     Header,
     common_white,
     counts_above,
@@ -291,7 +292,7 @@ def _pixels(
     picture, clipped = decoded(image, "L" if form.channels == 1 else "RGB", levels)
     if clipped:
         work.clipped[place] = clipped
-    if reading.celeba_crop:
+    if reading.crop == "celeba" or (reading.crop == "aligned" and picture.size == ALIGNED):
         picture = _celeba_face(picture, form.size, label)
     elif reading.size:
         picture = square_resize(picture, form.size)

@@ -238,7 +238,7 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
 def celeba_reading(reading: Reading) -> Reading:
     """Return `reading` with CelebA's crop to 128x128, and 64x64 RGB as the defaults."""
     return replace(
-        reading, celeba_crop=True, size=reading.size or CELEBA_SIZE, channels=reading.channels or 3
+        reading, crop="celeba", size=reading.size or CELEBA_SIZE, channels=reading.channels or 3
     )
 
 

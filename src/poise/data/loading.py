@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poise.data.arrays import ROUNDING, as_split, read_npy, read_npz
 from poise.data.dataset import (
+    Crop,
     Dataset,
     FileOrder,
     Found,
@@ -251,6 +252,7 @@ def find_images(
     levels: int | None = None,
     max_megapixels: int | None = None,
     labels: bool = False,
+    crop: Crop = "square",
 ) -> Given:
     """Return the images of `read_images`, with their names and what the user has to know.
 
@@ -259,6 +261,7 @@ def find_images(
         side: the side of an official split to return, or "all": the images of all sides.
         skip_unreadable, levels, max_megapixels: see `load`.
         labels: also return the class of each image, if the source has them. With `side` "all".
+        crop: "aligned": pictures of 178x218 pixels are CelebA's aligned faces and get their crop.
 
     Raises:
         InputError: see `load`.
@@ -271,6 +274,7 @@ def find_images(
         max_megapixels=max_megapixels,
         whole=side == "all",
         labels=labels,
+        crop=crop,
     )
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     if path is not None and path.is_file() and is_image(path):

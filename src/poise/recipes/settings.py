@@ -63,17 +63,22 @@ hints_of = cache(get_type_hints)
 
 
 def check_values(settings: Any) -> None:
-    """Check the fields of a dataclass against their types.
+    """Check the fields of a dataclass against their types. Numbers become Python's own.
 
     Raises:
         InputError: a value has the wrong type, or is not one of the allowed values.
     """
     for name, hint in hints_of(type(settings)).items():
-        check_value(name, hint, getattr(settings, name))
+        value = getattr(settings, name)
+        plain = check_value(name, hint, value)
+        if plain is not value:
+            object.__setattr__(settings, name, plain)  # the dataclass is frozen
 
 
-def check_value(name: str, hint: Any, value: Any) -> None:
-    """Check the value of one setting against the setting's type.
+def check_value(name: str, hint: Any, value: Any) -> Any:
+    """Check the value of one setting against the setting's type, and return it.
+
+    Numbers of NumPy become Python's own, which JSON can hold.
 
     Raises:
         InputError: the value has the wrong type, or is not one of the allowed values.
@@ -83,15 +88,18 @@ def check_value(name: str, hint: Any, value: Any) -> None:
         word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)
     ]
     if (value is None and NoneType in choices) or value in allowed:
-        return
+        return value
     if allowed:
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
     kind = next((kind for kind in PLAIN if kind in choices), None)
     if kind is None:  # a part of a recipe, or a tuple
-        return
+        return value
     plain, words = PLAIN[kind]
     if not isinstance(value, plain) or isinstance(value, bool) != (kind is bool):
         raise InputError(f"{name} must be {words}, not {value!r}")
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 PLAIN: dict[type, tuple[type, str]] = {
@@ -482,9 +490,11 @@ class Changes:
                 f"a recipe has no setting {', '.join(sorted(unknown))}; "
                 f"there are {', '.join(CHANGES)}"
             )
-        self.values = {name: value for name, value in values.items() if value is not None}
-        for name, value in self.values.items():
-            check_value(name, CHANGES[name], value)
+        self.values = {
+            name: check_value(name, CHANGES[name], value)
+            for name, value in values.items()
+            if value is not None
+        }
         if self.values.get("stages") == 1 and self.values.keys() & OF_SECOND:
             raise InputError(
                 "a kind, length or balance of the second stage makes no sense with one stage: "
@@ -522,6 +532,8 @@ class Changes:
             second=second,
             generation=self._put(recipe.generation),
         )
+        if self.values.keys() & {"epochs", "second_epochs"}:  # they replace a budget of the recipe
+            changed = replace(changed, minutes=None)
         cost = recipe.cost if changed == recipe else ""
         return replace(self._put(changed), cost=cost)
 

@@ -89,6 +89,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
         RunError: the disk is full or not writable. A previous folder of this name is kept.
     """
     writing = temporary(folder)
+    replaced = writing.with_name(writing.name + "-old")
     try:
         writing.mkdir(parents=True)
         blob = save_safetensors(
@@ -103,13 +104,15 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
             "sha256": {TENSORS: _sha256(blob), "meta": _sha256(_canonical(meta))},
         }
         write_synced(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
-        replaced = writing.with_name(writing.name + "-old")
         if folder.exists():
             folder.replace(replaced)
         writing.replace(folder)
         remove(replaced)
         _sync_folder(folder.parent)
     except OSError as error:
+        if replaced.exists() and not folder.exists():
+            with suppress(OSError):
+                replaced.replace(folder)
         remove(writing)
         raise write_failure(folder, error) from error
 

@@ -132,7 +132,7 @@ def is_begun(folder: Path, saved: Saved | None, more: More) -> bool:
     return True
 
 
-def longer(recipe: Recipe, epochs: int, num_images: int) -> Recipe:
+def longer(recipe: Recipe, epochs: int, taken: int, num_images: int) -> Recipe:
     """Return a recipe whose stage 1 is longer by some epochs.
 
     Stage 2 and the schedules of the learning rates are scaled in proportion.
@@ -140,9 +140,12 @@ def longer(recipe: Recipe, epochs: int, num_images: int) -> Recipe:
     Args:
         recipe: the run's settings.
         epochs: number of further passes over the training images.
-        num_images: their number.
+        taken: steps that stage 1 has taken; fewer than its length if it ended early.
+        num_images: number of training images.
     """
     first = recipe.first
+    if taken < first.total_steps(num_images):
+        first = first.lasting(steps=taken)
     if first.epochs is not None:
         length, first = first.epochs, first.lasting(epochs=first.epochs + epochs)
         share = (length + epochs) / length

@@ -168,7 +168,12 @@ def train(
     elif start_from is not None and recipe is None:
         recipe = recipe_of(start_from, place, changes)
     listed = None if labels is None or isinstance(labels, bool) else labels
+    if listed is not None and isinstance(images, Dataset):
+        raise InputError("a Dataset has labels of its own: pass them to poise.data.load(labels=)")
     wanted = changes | ({} if labels is None else {"labels": labels is not False})
+    own = [name for name in OF_FIRST_NETWORK if vae is not None and wanted.get(name) is not None]
+    if own:
+        raise InputError(f"the network is your own (vae=): leave out {', '.join(own)}")
     recipe = Changes(**wanted).apply(resolve(images, recipe, vae))
     folder = place or Path("runs") / recipe.name
     device = distributed.device_of_rank(choose_device(options.device))
@@ -347,7 +352,7 @@ def continued(
     step = steps_of_first(folder, saved)
     old, num_images = plan.recipe, len(dataset.train)
     if more.epochs is not None:
-        new = longer(old, more.epochs, num_images)
+        new = longer(old, more.epochs, step, num_images)
     else:
         new = longer_by_time(
             old,
@@ -386,6 +391,11 @@ def networks_and_balances(
     if recipe.second is not None:
         second = second_stage(recipe, first, classes)
         stages.append((second, stage_balance(recipe.second, recipe, shape)))
+        if stages[1][1].power != 2:
+            raise InputError(
+                "stage 2 has a squared error, because its decoder's noise is Gaussian: leave power "
+                "out of its balance"
+            )
     return stages
 
 
@@ -424,15 +434,16 @@ def resolve(images: Any, recipe: str | Recipe | None, vae: VAE | None) -> Recipe
     With a network of your own, the network's kind is "custom".
     """
     if not isinstance(recipe, Recipe):
-        recipe = find_recipe(
-            recipe or ("digits" if images is None else None),
-            images if isinstance(images, str) else None,
-        )
+        name = images if isinstance(images, str) else None
+        if isinstance(images, Dataset):
+            name = _source_again(images)
+        recipe = find_recipe(recipe or ("digits" if images is None else None), name)
     if vae is not None:
         recipe = replace(recipe, network=replace(recipe.network, kind="custom", hidden=()))
     return replace(recipe, data=replace(recipe.data, source=source_of(images, recipe)))
 
 
+OF_FIRST_NETWORK = ("network", "latent_dim", "latent_channels")  # settings
 PLACEHOLDERS = ("images", "array")  # sources of recipes that have no data of their own
 
 
@@ -516,6 +527,7 @@ class Job:
         self._write_log: Callable[[dict[str, float]], None] = lambda entry: None
         self._states: list[TrainingState[Any]] = []
         self._validation: Validation | None = None
+        self._due: list[tuple[Any, ...]] = []  # calls of callbacks, once log and picture are done
         self._picture: ProgressPicture | None = None
 
     def run_stages(self, stop: Callable[[], bool]) -> None:
@@ -578,7 +590,7 @@ class Job:
         self.callbacks.stopped = False
         fell_back = self._use_eager_steps if self.options.engine == "auto" else None
         watch = Watch(
-            lambda entry: self._log(number, state, entry),
+            self._log,
             lambda s: self._save(number, s),
             stop,
             fell_back,
@@ -586,7 +598,7 @@ class Job:
             self.options.quiet,
             lambda s, tenth: self._show(number, s, tenth),
             validation.measure if validation else lambda s: {},
-            lambda: self.callbacks.ends() or (validation is not None and validation.ends()),
+            lambda: self._ends(number, state, validation),
         )
         how: dict[str, Any] = {
             "number": number,
@@ -608,9 +620,15 @@ class Job:
             self._validation = Validation(self.dataset, stage, self.recipe.seed, best)
         return self._validation
 
-    def _log(self, number: int, state: TrainingState, entry: dict[str, float]) -> None:
+    def _log(self, entry: dict[str, float]) -> None:
         self._write_log(entry)
-        self._call("on_log", entry, number=number, state=state)
+        self._due.append(("on_log", entry))
+
+    def _ends(self, number: int, state: TrainingState, validation: Validation | None) -> bool:
+        due, self._due = self._due, []
+        for name, *values in due:
+            self._call(name, *values, number=number, state=state)
+        return self.callbacks.ends() or (validation is not None and validation.ends())
 
     def _call(self, name: str, *values: Any, number: int, state: TrainingState) -> None:
         """Call the callbacks; if one raises an error, save the state first."""
@@ -654,7 +672,7 @@ class Job:
         samples = self._picture.add(number, tenth, first, prior)
         if self.callbacks:
             shown = samples.float().clamp(0, 1).cpu()
-            self._call("on_samples", number, state.step, shown, number=number, state=state)
+            self._due.append(("on_samples", number, state.step, shown))
 
     def _use_eager_steps(self, reason: str) -> None:
         warn(f"steps cannot be recorded as a CUDA graph ({reason}); taking them one by one")

@@ -206,7 +206,7 @@ class Run:
             license: name of the license for the model card. None: the card says that it is missing.
             codes: include the posteriors of the training images. The decoder turns them into images
                 like those of the training set. Without them, renormalised priors, `run.codes` and
-                `poise explore` are not available.
+                `poise explore` are not available, and pictures that show real images are left out.
 
         Raises:
             InputError: the run is not finished, or the folder is not empty.

@@ -40,6 +40,7 @@ COPIED = (
     *("config.json", "metrics.jsonl", "summary.json", "evaluation.json", "diagnosis.json"),
     *("samples.png", "reconstructions.png", "training.png", "progress.png"),
 )
+OF_REAL_IMAGES = ("reconstructions.png", "progress.png")
 PATTERNS = ["*.json", "*.safetensors", "*.jsonl", "*.png", CARD]  # what is downloaded
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
@@ -76,7 +77,7 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
-            if (run.folder / name).is_file():
+            if (run.folder / name).is_file() and (codes or name not in OF_REAL_IMAGES):
                 shutil.copyfile(run.folder / name, folder / name)
         position = saved.meta.get("position") or int(run.position)
         save_checkpoint(folder / "checkpoints", position, tensors, saved.meta)

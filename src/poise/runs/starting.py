@@ -103,7 +103,7 @@ def recipe_of(run: str | Path, out: Path | None, changes: dict[str, Any]) -> Rec
     Args:
         run: the source, see `read_source`.
         out: folder of the run that starts.
-        changes: settings that the user gave. A length given here replaces a budget of the source.
+        changes: settings that the user gave.
     """
     begun = out is not None and bool(checkpoints(out / "checkpoints"))
     if begun and out is not None and read_config(out).get("start", {}).get("run") == _name(run):
@@ -117,8 +117,7 @@ def recipe_of(run: str | Path, out: Path | None, changes: dict[str, Any]) -> Rec
         if recipe.second is None and asks_for_second(changes):
             of_preset = RECIPES.get(recipe.name, RECIPES["images"])
             recipe = replace(recipe, second=of_preset.second)
-    sets_length = changes.get("epochs") is not None or changes.get("second_epochs") is not None
-    return replace(recipe, minutes=None) if sets_length else recipe
+    return recipe
 
 
 def check_start(folder: Path, start_from: str | Path | None) -> None:

@@ -366,7 +366,7 @@ def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
     parts = ", ".join(
         f"{name} {hours_minutes(part)}" for name, part in zip(names, times, strict=True)
     )
-    rate = recipe.first.batch_size / timing.stages[0].step
+    rate = min(recipe.first.batch_size, num_images) / timing.stages[0].step
     lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in stages_of(recipe))
     line = (
         f"{lengths} steps take about {hours_minutes(sum(times))} here: {parts} "

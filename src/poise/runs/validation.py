@@ -63,7 +63,8 @@ class Validation:
         self._total = total = stage.total_steps(len(dataset.train))
         self._seed, self._patience = seed, stage.patience
         self.every = LOGS_BETWEEN * steps_between_logs(total)
-        affordable = affordable_images(total, stage.batch_size, total // self.every + 1)
+        batch_size = min(stage.batch_size, len(dataset.train))
+        affordable = affordable_images(total, batch_size, total // self.every + 1)
         self.images = int(saved["images"]) if saved else min(affordable, len(dataset.validation))
         self._held_out = head(dataset.validation, self.images)
         some = drawn(len(dataset.train), self.images)
@@ -126,7 +127,7 @@ class Validation:
     def _compare(self, state: TrainingState[VAE], held_out: Tensor, training: Tensor) -> None:
         mean, best = held_out.mean(), self._best.get("held_out")
         self._waited += 1
-        if not mean.isfinite():
+        if not (mean.isfinite() and training.mean().isfinite()):
             return
         if best is None or mean > best.mean():
             self._waited = 0

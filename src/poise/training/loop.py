@@ -51,7 +51,8 @@ class Watch:
             change the state.
         measure: called with the state at each log entry. What it returns is added to the entry. It
             must not change the state.
-        ends: called after `log` and `show`; if true, the stage ends with this step.
+        ends: called after `log` and `show`, if one of them was called; if true, the stage ends with
+            this step.
     """
 
     log: Callable[[dict[str, float]], None] = field(default=lambda entry: None)
@@ -169,7 +170,8 @@ def fit(
                 indices = next(
                     global_batches(stage, len(data), number=number, seed=seed, start=step)
                 )
-                raise nonfinite(stage, number, step, verdict, indices)
+                power = state.balance.power
+                raise nonfinite(stage, power, number, step, verdict, indices)
             statistics.keep()
             if logs:
                 now = time.monotonic()
@@ -323,7 +325,7 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry["images_seen"] = state.step * batch_size
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
-    if stage.error == "absolute":
+    if state.balance.power == 1:
         entry["mae"] = entry.pop("mse")
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
@@ -348,17 +350,25 @@ def figures(entry: dict[str, float]) -> dict[str, str]:
     return {name: f"{entry[key]:{style}}" for key, (name, style) in formats.items() if key in entry}
 
 
-def nonfinite(stage: Stage, number: int, step: int, verdict: Verdict, indices: Tensor) -> RunError:
-    """Return the error for a non-finite loss or gradient, with the non-finite terms first."""
+def nonfinite(
+    stage: Stage, power: float, number: int, step: int, verdict: Verdict, indices: Tensor
+) -> RunError:
+    """Return the error for a non-finite loss or gradient, with the non-finite terms first.
+
+    Args:
+        stage, number: settings and number of the stage.
+        power: of the balance.
+        step, verdict, indices: the step, its terms and its images.
+    """
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
-    if stage.error == "absolute":
+    if power == 1:
         numbers["mae"] = numbers.pop("mse")
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"
     some = ", ".join(map(str, indices[:8].tolist())) + (", ..." if len(indices) > 8 else "")
     options = [f"--learning-rate {stage.learning_rate / 10:g}"]
-    options += ["--precision float32"] if stage.precision != "float32" else []
+    options += ["--precision float32"] if stage.precision == "bfloat16" else []
     options += ["another --network"] if number == 1 else []
     return RunError(
         f"the loss or its gradient is not finite at step {step} of stage {number} ({terms}; "
