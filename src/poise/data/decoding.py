@@ -244,14 +244,11 @@ def decoded(image: Picture, mode: Mode, levels: int | None = None) -> Page:
     if levels is not None and levels < 255 and picture.mode != "1":
         grey = picture.mode == "L" and not transparent
         picture = picture.convert("RGBA" if transparent else "L" if grey else "RGB")
-        if most is not None:
-            picture = picture.point(
-                [round(v * most / 255) for v in range(256)] * (1 if grey else 3)
-            )
         colours = len(picture.getbands()) - transparent
         histogram = np.reshape(picture.histogram(), (-1, 256))[:colours]
-        clipped = int(histogram[:, levels + 1 :].sum())
-        table = scaling(levels)[:256].tolist()
+        values = np.rint(np.arange(256) * ((most or 255) / 255)).astype(int)
+        clipped = int(histogram[:, values > levels].sum())
+        table = scaling(levels)[values].tolist()
         picture = picture.point(table * colours + [*range(256)] * transparent)
     if transparent:
         white, clear = Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")

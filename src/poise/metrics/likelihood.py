@@ -173,8 +173,8 @@ def nll_per_image(
 ) -> NLLPerImage:
     """Return -log p(x) of each image, estimated with importance weights (eq. 1).
 
-    The noise of image i depends on (seed, i) only. A larger K keeps the noise of a smaller K and adds
-    more. So the value of an image does not depend on the other images or their number. The
+    The noise of image i depends on (seed, i) only. A larger K keeps the noise of a smaller K and
+    adds more. So the value of an image does not depend on the other images or their number. The
     memory needed does not depend on the number of images.
 
     Args:
