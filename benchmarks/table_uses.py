@@ -118,7 +118,9 @@ def mixture(seen: np.ndarray, count: int) -> np.ndarray:
     scaler = StandardScaler()
     scaled = scaler.fit_transform(seen)
     fits = [GaussianMixture(k, reg_covar=1e-3, random_state=0).fit(scaled) for k in range(1, 11)]
-    return scaler.inverse_transform(min(fits, key=lambda fit: fit.bic(scaled)).sample(count)[0])
+    drawn = min(fits, key=lambda fit: fit.bic(scaled)).sample(count)[0]
+    # They are ordered by component, and the folds of the cross-validation are parts of this order.
+    return scaler.inverse_transform(np.random.default_rng(0).permutation(drawn))
 
 
 def ctgan(seen: pd.DataFrame, count: int) -> pd.DataFrame:
