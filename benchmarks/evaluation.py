@@ -32,6 +32,7 @@ from poise.data.decoding import to_bytes
 from poise.evaluation import Reference, chunks_of, complete, every_distance
 from poise.features import CACHE_VARIABLE, Extractor, extract, make_extractor
 from poise.metrics import frechet_distance
+from poise.priors import fit_prior
 from poise.protocols import DEFAULT
 from poise.recipes import find_recipe
 from poise.runs.run import Run
@@ -79,8 +80,10 @@ def measure(run: Run, extractor: Extractor, count: int) -> dict[str, Any]:
         lambda: run.evaluate(protocol=protocol, extractor="none"),
         device,
     )
-    fresh = poise.load(run.folder, device=str(device))
-    timed(parts, "mixture fitted", lambda: fresh.prior("mixture"), device)
+    codes = run.codes
+    timed(
+        parts, "mixture fitted", lambda: fit_prior("mixture", codes, seed=run.recipe.seed), device
+    )
     real = timed(
         parts, "features of real images", lambda: features_of(extractor, test, count), device
     ).to(device)

@@ -48,11 +48,8 @@ def measure(source: str, numbers: Sequence[int]) -> dict[str, Any]:
         return extract(light, chunks, total=len(images), title="images", quiet=True)
 
     most = max(numbers)
-    order = np.random.default_rng(0).permutation(len(data.train))
-    test, train = (
-        features(data.test[:most]),
-        features(data.train[np.sort(order[: most + min(numbers)])]),
-    )
+    order = np.random.default_rng(0).permutation(len(data.train))[: DRAWS * most]
+    test, train = features(data.test[:most]), features(data.train[order])
     found: dict[str, Any] = {}
     for number in numbers:
         count = min(DRAWS, len(train) // number)

@@ -311,12 +311,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     warm_up = subject.warm_up_seconds if options.warm_up is None else options.warm_up
     loops = [loop for loop in workers if loop != "matrix"]
     poise = [loop for loop in loops if loop.startswith("poise")]
+    # A turn of pythae is one epoch of so many images.
+    most = workers["pythae"].ready["images"] // size if "pythae" in workers else sys.maxsize
     trial = workers[loops[0]].turn(TRIAL) / TRIAL
     for loop in loops:
-        workers[loop].turn(max(TRIAL, round(warm_up / trial)))
-    steps = max(2, round(options.seconds * TRIAL / workers[loops[-1]].turn(TRIAL)))
-    if "pythae" in workers:  # its turn is one epoch
-        steps = min(steps, workers["pythae"].ready["images"] // size)
+        workers[loop].turn(min(most, max(TRIAL, round(warm_up / trial))))
+    steps = min(most, max(2, round(options.seconds * TRIAL / workers[loops[-1]].turn(TRIAL))))
     times = take_turns(workers, dict.fromkeys(workers, steps), options.rounds)
     result = {
         "data": subject.data,

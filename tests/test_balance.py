@@ -344,22 +344,18 @@ def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, mo
     """Kingma & Ba 2015, algorithm 1: a moment that starts at 0, divided by 1 - decay^t."""
     balance = ComputedBalance(decay=decay, monotone=monotone)
     assert balance.debiased
-    moment, least = 0.0, math.inf
+    moment, lowest = 0.0, errors[0]
     for t, error in enumerate(errors, 1):
         expected = float(balance.gamma2) if t > 1 else error
         assert float(feed(balance, error).reconstruction) == pytest.approx(
             NUM_DIMS / 2 * (error / expected + math.log(2 * math.pi * expected)), rel=1e-4, abs=1e-2
         )
         moment = decay * moment + (1 - decay) * min(error, 100 * expected)
-        least = min(least, moment / (1 - decay**t))
-        if not monotone:
-            rounding = 1e-7 * max(errors[:t])  # 1 - share is exact to float32's rounding only
-            expected = moment / (1 - decay**t)
-            assert float(balance.gamma2) == pytest.approx(expected, rel=2e-4, abs=rounding)
-        elif t == 1:
-            assert float(balance.gamma2) == pytest.approx(error, rel=1e-4)
-        else:
-            assert float(balance.gamma2) <= expected
+        share = (1 - decay) / (1 - decay**t)
+        lowest = min(lowest, (1 - share) * lowest + share * min(error, 100 * lowest))
+        rounding = 1e-7 * max(errors[:t])  # 1 - share is exact to float32's rounding only
+        expected = lowest if monotone else moment / (1 - decay**t)
+        assert float(balance.gamma2) == pytest.approx(expected, rel=2e-4, abs=rounding)
 
 
 def test_a_debiased_gamma2_has_no_start_to_forget():

@@ -683,6 +683,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, uncheck
     )
 
 
+def test_without_out_the_folder_has_the_name_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    poise("train", "digits", *QUICK)
+    assert (tmp_path / "runs" / "digits" / "summary.json").is_file()
+
+
 def test_unreadable_images_can_be_skipped_and_are_listed(tmp_path, capsys):
     arguments = truncated(tmp_path)
     poise(*arguments, "--skip-unreadable", "--network", "mlp", "--out", "run")

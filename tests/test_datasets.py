@@ -720,10 +720,20 @@ def test_a_limit_on_large_files_can_be_raised(tmp_path):
 
 def test_a_limit_is_that_of_its_own_call_in_threads_too(tmp_path):
     """Former defect: one thread restored the limit of another, for the whole process."""
-    write_images(tmp_path / "x", noise(12, 8, 8))
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    Image.new("L", (3000, 2000)).save(folder / "large.png")
     before = Image.MAX_IMAGE_PIXELS, warnings.showwarning
+
+    def fits(limit: int) -> bool:
+        try:
+            load("x", size=8, max_megapixels=limit)
+        except InputError as error:
+            assert "over the limit of" in str(error)
+            return False
+        return True
+
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda limit: load("x", max_megapixels=limit), [5, 6, 7] * 8))
+        assert list(pool.map(fits, [5, 6, 7] * 4)) == [False, True, True] * 4
     assert (Image.MAX_IMAGE_PIXELS, warnings.showwarning) == before
 
 

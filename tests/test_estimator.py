@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -436,7 +437,12 @@ def test_an_uncertain_density_is_said(wine):
 
 
 def test_two_rows_are_trained_on_however_many_are_held_out(wine):
-    assert VAEEstimator(2, **QUICK, validation_fraction=0.9).fit(wine[:5]).score(wine) < 0
+    for count, fraction in product(range(2, 9), (0.0, 0.1, 0.9)):
+        held_out, trained = estimator._split(count, fraction, seed=0)
+        assert sorted([*held_out.tolist(), *trained.tolist()]) == [*range(count)]
+        assert len(trained) >= 2 and (len(held_out) >= 2 or not fraction or count < 4)
+    model = VAEEstimator(2, **QUICK, validation_fraction=0.9).fit(wine[:5])
+    assert np.isfinite(model.score(wine))
 
 
 def test_progress_and_history_speak_of_rows(wine, capsys):

@@ -185,6 +185,7 @@ def test_a_reader_sees_all_or_nothing_while_others_write_and_are_killed(
         deadline = time.monotonic() + 60
         while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.02)
+        assert any(tmp_path.iterdir()) and all(w.process.is_alive() for w in writers)
         ends = time.monotonic() + 1
         while time.monotonic() < ends:
             assert torch.equal(

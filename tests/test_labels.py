@@ -208,11 +208,29 @@ def test_the_class_travels_with_its_code_and_is_dropped_in_a_share_of_items():
         and set(seen.tolist()) == {0, 2}
     )
     assert float((seen == 2).double().mean()) == pytest.approx(DROPPED, abs=0.01)
-    # The loss is least at the exact velocity of each class; see test_flow for one class.
-    terms = make_objective("flow")(
-        flow, poise.FixedBalance(gamma2=0.5), many.double(), noise.double()
-    )
-    assert float(terms.mse) > 0 and float(terms.kl) == 0
+
+
+class ShiftedOfClass(ExactOfClass):
+    """The exact velocity, and 0.5 more for the second class."""
+
+    def forward(self, y, t, labels):
+        return super().forward(y, t, labels) + 0.5 * (labels == 1)[:, None]
+
+
+def test_the_loss_is_least_at_the_exact_velocity_of_each_class():
+    flow, count = exact(), 40_000
+    labels = torch.arange(count) % 2
+    rows = torch.randn(count, 2, generator=generator("codes", 1), dtype=torch.float64)
+    codes = MEANS[labels] + VARIANCES[labels].sqrt()[:, None] * rows
+    items = torch.cat([codes, labels[:, None].double()], dim=1)
+    noise = torch.randn(count, flow.noise_dims, generator=generator("noise", 1)).double()
+    balance = poise.FixedBalance(gamma2=0.5)
+    least = make_objective("flow")(flow, balance, items, noise)
+    flow.velocity = ShiftedOfClass()
+    shifted = make_objective("flow")(flow, balance, items, noise)
+    share = (1 - DROPPED) / 2  # of items that are shown as the second class
+    assert float(least.kl) == 0
+    assert float(shifted.mse - least.mse) == pytest.approx(share * 0.5**2, abs=0.02)
 
 
 def test_a_network_without_classes_has_its_weights_as_before():

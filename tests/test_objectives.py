@@ -291,6 +291,9 @@ def test_gradients_reach_every_parameter_but_the_head_of_the_log_variance(name, 
         if p.grad is not None and not p.grad.isfinite().all()
     ]
     assert not dead and float(state.verdict[0]) == 0
+    # Biases before a normalisation of batches have no influence, and ReLU may be 0 everywhere.
+    weights = [p.grad for p in state.network.parameters() if p.grad is not None and p.ndim > 1]
+    assert all(float(grad.abs().sum()) > 0 for grad in weights)
 
 
 CPU = torch.device("cpu")

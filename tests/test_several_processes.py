@@ -191,6 +191,9 @@ def work(rank: int, port: int, folder: str) -> None:
     trained = run(runs / "whole", network(seed=rank))
     seen["sample"] = trained.sample(3)
     seen["stops"] = interrupted(runs / "interrupted", rank)
+    if rank == 1:
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    seen["cut"] = error_of(lambda: run(runs / "cut"))
     run(runs / "ended", None, Stopper(), second=None)
     seen["disagree"] = error_of(lambda: run(runs / "seeds", seed=rank))
     seen["occupied"] = error_of(lambda: run(runs / "whole", seed=5))
@@ -250,6 +253,13 @@ def test_two_processes_equal_one(folder, tmp_path):
         )
     codes = poise.load(folder / "whole", vae=network(), device="cpu").codes
     torch.testing.assert_close(codes.mean, one.codes.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_one_process_resumes_what_two_began(folder, seen):
+    assert all("stopped at step" in rank["cut"] for rank in seen)
+    run(folder / "cut")
+    expected = weights(folder / "whole")
+    torch.testing.assert_close(weights(folder / "cut"), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_flow_is_the_same_in_two_processes_and_in_one(seen):

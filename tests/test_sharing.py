@@ -36,6 +36,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         if not (root / name).is_dir() or revision not in (None, "main"):
             raise OSError(f"404: no\n{name}")
+        (root / "revision").write_text(str(revision))
         return str(root / name)
 
     monkeypatch.setattr(
@@ -53,6 +54,13 @@ def test_a_run_that_was_pushed_loads_as_the_same_run(small_run, hub):
         assert torch.equal(loaded.sample(3, prior=prior), small_run.sample(3, prior=prior))
     assert torch.equal(loaded.codes.mean, small_run.codes.mean)
     assert (loaded.folder / "metrics.jsonl").exists()
+    assert (hub / "revision").read_text() == "None"
+    poise.load("hf:owner/tiny@main", device="cpu")
+    assert (hub / "revision").read_text() == "main"
+    with pytest.raises(MissingInputError, match="cannot be downloaded"):
+        poise.load("hf:owner/tiny@branch")
+    small_run.push_to_hub("owner/public", private=False)
+    assert (hub / "private").read_text() == "False"
     card = (hub / "owner" / "tiny" / "README.md").read_text()
     assert "license: mit\n" in card and 'poise.load("hf:owner/tiny")' in card
 
@@ -158,8 +166,6 @@ def test_what_is_no_shared_run_is_one_line(damage, message, small_run, tmp_path)
 def test_what_the_hub_refuses_is_one_line(small_run, hub, monkeypatch, tmp_path):
     with pytest.raises(MissingInputError, match=r"cannot be downloaded \(404: no owner/gone\)"):
         poise.load("hf:owner/gone")
-    with pytest.raises(MissingInputError, match="cannot be downloaded"):
-        poise.load("hf:owner/gone@branch")
     with pytest.raises(InputError, match="neither hf:OWNER/NAME nor"):
         poise.load("hf:nonsense here")
     with pytest.raises(InputError, match="must be OWNER/NAME, not 'tiny'"):

@@ -106,7 +106,9 @@ def kill_training(seed: int, number: int, count: int, scratch: Path) -> list[Cas
             outcome, detail = "wrong", ended.message
             if ended.outcome == OK:
                 outcome, detail = compared(expected, contents(folder))
-            cases += [Case("train", what, outcome, detail) for what in killed]
+            # A failure without a kill counts too, or it would be tried for ever.
+            what = killed or ([] if outcome == OK else [f"{route}: not killed"])
+            cases += [Case("train", each, outcome, detail) for each in what]
             break
         if len(cases) >= count:
             return cases
