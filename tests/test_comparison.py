@@ -146,14 +146,24 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
     fast, slow, never = [0.5, 0.2, 0.105, 0.1], [0.5, 0.4, 0.3, 0.11], [0.5, 0.4, 0.3, 0.2]
     results = [result("a", 0, 0, fast), result("b", 0, 0, slow), result("b", 1, 0, never)]
     assert threshold(results[:1]) == pytest.approx(0.11)
-    assert reached(results[0], 0.11).images == 3000 and reached(results[0], 0.11).seconds == 6.0
-    assert reached(results[2], 0.11) is None
+    first = reached(results[0], "mse", 0.11)
+    assert first is not None and (first.images, first.seconds) == (3000, 6.0)
+    assert reached(results[2], "mse", 0.11) is None
     assert speed(results, "a") == [
         ["until training MSE <= 0.11", "a", "b"],
         ["runs that reached it", "1 of 1", "1 of 2"],
         ["thousand training images", "3.000", "4.000"],
         ["training seconds", "6.000", "8.000"],
     ]
+
+
+def test_speed_compares_errors_of_one_kind_only():
+    one, other = result("a", 0, 0, [0.5, 0.1]), result("b", 0, 0, [0.9, 0.3])
+    other.curves["1"]["mae"] = other.curves["1"].pop("mse")
+    for reference, words in (("a", "MSE <= 0.11"), ("b", "MAE <= 0.33")):
+        head, counts, *_ = speed([one, other], reference)
+        assert head[0] == f"until training {words}"
+        assert counts[1:] == (["1 of 1", "-"] if reference == "a" else ["-", "1 of 1"])
 
 
 def measured_as(seed: int, *made: tuple[str, str, float], label: str = "a") -> Result:

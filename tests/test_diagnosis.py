@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import jaxtyping
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import poise
 from poise.balance import Balance, ComputedBalance, FixedBalance
-from poise.diagnosis import Diagnosis, Finding, causes, diagnose, facts
+from poise.diagnosis import Diagnosis, Finding, causes, diagnose, facts, subject
 from poise.diagnosis.facts import Facts
 from poise.diagnosis.outputs import (
     Comparison,
@@ -193,9 +195,9 @@ def named(diagnosis: Diagnosis) -> list[str]:
             "stay between 0 and 1: ",
             "Divide the images by 255",
         ),
-        ("kl times 100", "over-regularised", "multiplies the KL by 100", "Leave out kl_weight"),
-        ("kl times 2.5", "over-regularised", "multiplies the KL by 2.5", "Leave out kl_weight"),
-        ("kl times 0.1", "under-regularised", "multiplies the KL by 0.1", "Leave out kl_weight"),
+        ("kl times 100", "over-regularised", "multiplies the KL by 100", "without kl_weight"),
+        ("kl times 2.5", "over-regularised", "multiplies the KL by 2.5", "without kl_weight"),
+        ("kl times 0.1", "under-regularised", "multiplies the KL by 0.1", "without kl_weight"),
         (
             "gamma2 = 1",
             "over-regularised",
@@ -362,6 +364,13 @@ def test_a_healthy_run_is_said_to_be_healthy(run):
     )
     assert figures["inferred_gamma2"] == pytest.approx(float(run.first.balance.gamma2), rel=0.2)
     assert {"distance_normal", "distance_second-stage", "distance_mixture"} <= set(figures)
+
+
+def test_images_of_sixteen_bits_are_scaled_as_in_training(unchecked):
+    values = torch.arange(192, dtype=torch.int32).reshape(3, 8, 8, 1).numpy().astype("uint16")
+    trained = cast(poise.Run, SimpleNamespace(data={"shape": [1, 8, 8]}, levels=191))
+    found = subject._as_trained(values, "images", trained)
+    assert found.dtype == "uint8" and found.shape == (3, 1, 8, 8) and found.max() == 255
 
 
 def test_a_history_is_used_in_place_of_the_log_of_a_run(run):

@@ -551,10 +551,12 @@ def test_the_log_names_the_absolute_error_however_it_is_chosen(tmp_path):
     for name, stage in {
         "balance": replace(one.first, balance="computed:power=1"),
         "error": replace(one.first, error="absolute"),
+        "power": replace(one.first, balance="computed:power=1.5"),
     }.items():
         run = train(IMAGES, recipe=replace(one, first=stage), out=tmp_path / name, options=QUIET)
+        key = "error" if name == "power" else "mae"
         named = set(read_log(run.folder / "metrics.jsonl")[0])
-        assert "mae" in named and "mse" not in named
+        assert key in named and "mse" not in named
 
 
 def test_any_pair_of_modules_can_be_trained_and_loaded(tmp_path):
@@ -953,10 +955,12 @@ def test_the_training_images_are_the_reference_where_the_protocol_says_so(tmp_pa
         out=tmp_path / "run",
         options=QUIET,
     )
-    counts = {
-        name: run.evaluate(protocol=name, extractor="pixels").measurements[-1].protocol
-        for name in PROTOCOLS
-    }
+    found = {name: run.evaluate(protocol=name, extractor="pixels") for name in PROTOCOLS}
+    counts = {name: evaluation.measurements[-1].protocol for name, evaluation in found.items()}
+    pages = [found[name].pages["reconstruction"] for name in ("50k-train", "default")]
+    assert pages[0] == pages[1] and pages[0]["images"] == 9, (
+        "the model's figures are of test images"
+    )
     assert (counts["50k-train"].real, counts["default"].real, counts["50k-train"].generated) == (
         81,
         9,

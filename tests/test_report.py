@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -175,6 +177,17 @@ def test_numbers_are_those_of_the_summary(page, runs):
     assert sum(figures["latents1-kl"]["traces"][0]["y"]) == pytest.approx(total, rel=1e-4)
     bars = [trace["y"] for trace in figures["latents1-law"]["traces"]]
     assert np.mean(np.sum(bars, 0)) == pytest.approx(summary["latents"]["variance_law"], rel=1e-4)
+
+
+def test_a_data_set_that_is_gone_for_one_run_may_be_there_for_another(unchecked):
+    def gone():
+        raise InputError("gone")
+
+    cache = models.DataSetCache()
+    data = {"source": "photos", "checksum": "1"}
+    first = SimpleNamespace(data=data, dataset=gone)
+    second = SimpleNamespace(data=data, dataset=lambda: "images")
+    assert [cache.dataset(cast(Any, run)) for run in (first, second)] == ["gone", "images"]
 
 
 def test_a_kl_that_is_infinite_comes_first_and_has_no_bar(runs):

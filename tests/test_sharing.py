@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import poise
 from poise.errors import InputError, MissingExtraError, MissingInputError, RunError
+from poise.report import models
 from poise.runs import sharing
 from poise.variants import available_priors
 
@@ -98,6 +99,28 @@ def test_a_run_without_codes_samples_but_is_not_renormalised(small_run, tmp_path
     evaluation = loaded.evaluate(np.zeros((9, 1, 8, 8), np.uint8), extractor="pixels")
     measured = {m.of for m in evaluation.measurements}
     assert {"REC", "GEN-1", "GEN-2", "GEN-mixture"} <= measured
+
+
+def test_a_model_without_kl_is_called_deterministic(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    options = poise.Options(device="cpu", quiet=True, threads=1)
+    settings = {"epochs": 1, "stages": 1, "objective": "autoencoder", "network": "mlp"}
+    run = poise.train(images, out=tmp_path / "run", options=options, **settings)
+    card = (run.save_pretrained(tmp_path / "shared") / "README.md").read_text()
+    assert "A deterministic autoencoder of grey images" in card and "KL" not in card.split("##")[0]
+    assert "- autoencoder\n" in card and "- vae\n" not in card
+    assert (tmp_path / "shared" / "latents.json").is_file()
+    assert models._of_codes(run)["kl_nats_per_latent"] is None
+
+
+def test_the_source_of_a_card_has_no_folders(tmp_path):
+    for source, shown in (
+        ("hf:owner/name@main", "hf:owner/name@main"),
+        (f"hf:{tmp_path}/faces", "faces"),
+        (f"{tmp_path}/faces/", "faces"),
+        ("digits", "digits"),
+    ):
+        assert sharing._public(source) == shown
 
 
 def test_a_run_with_classes_samples_its_mixture_without_codes(tmp_path):

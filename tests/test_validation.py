@@ -14,6 +14,7 @@ import poise
 from poise import data as datasets
 from poise.data import hold_out
 from poise.data.storage import Rows
+from poise.diagnosis import subject
 from poise.errors import InputError
 from poise.metrics import reconstruction
 from poise.recipes import Data, Stage
@@ -126,6 +127,12 @@ def test_learning_by_heart_is_said(run):
     assert told["last_held_out_elbo_nats"] < told["held_out_elbo_nats"]
     (note,) = (text for text in notes if "are being learned by heart" in text)
     assert f"the weights of step {told['best_step']} are kept" in note
+
+
+def test_the_diagnosis_looks_at_the_course_of_the_kept_weights(run):
+    course = subject._courses(run)[1]
+    kept = summary(run)["validation"]["best_step"]
+    assert course[-1][0] <= kept < run.history["step"].max()
 
 
 def test_evaluations_change_no_bit(run, tmp_path):

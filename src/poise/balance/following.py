@@ -197,7 +197,10 @@ class ComputedBalance(AveragingBalance):
 
     def remedy(self, *, over_regularised: bool) -> str:
         if self.monotone and not over_regularised:
-            return "Leave out monotone: gamma2 may then rise to the error again."
+            return (
+                "Use the balance computed without monotone: gamma2 may then rise to the error "
+                "again."
+            )
         batches = round(5 / (1 - self.decay))
         return (
             "Train longer: gamma2 is a running average of the error. At "

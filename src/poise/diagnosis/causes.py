@@ -220,7 +220,10 @@ def _balance_remedy(facts: Facts) -> str:
         if not _near(loss.gamma2, own, IMBALANCED - 1):
             return RETURN_ITS_LOSS
     if balance.follows_error and not _near(balance.kl_weight, 1, IMBALANCED - 1):
-        return "Leave out kl_weight: its default 1 gives the evidence lower bound."
+        return (
+            "Use the balance computed without kl_weight: its default 1 gives the evidence lower "
+            "bound."
+        )
     over = weighing is not None and weighing.side == "over"
     other = FOLLOW_SOONER if balance.follows_error else USE_COMPUTED
     return balance.remedy(over_regularised=over) or other
@@ -347,9 +350,12 @@ def still_falling(facts: Facts, stage: int) -> Finding | None:
         f"Stage {stage} was still learning when training ended: its MSE fell from {before:.3g} to "
         f"{after:.3g} in the last third."
     )
-    option = "--epochs" if stage == 1 else "--second-epochs"
     figures = {"before": before, "after": after}
-    remedy = f"Train it longer: {option}." if facts.is_run else "Train it longer."
+    remedy = "Train it longer."
+    if facts.is_run:
+        remedy = "Train it longer: --more-minutes or --more-epochs continue a run" + (
+            "." if stage == 1 else ", or a new run with --second-epochs."
+        )
     return Finding("still-falling", sentence, figures, remedy)
 
 
@@ -362,10 +368,13 @@ def late_spike(facts: Facts) -> Finding | None:
         f"Training went well until step {step:,.0f}: the MSE was {before:.3g}, rose suddenly, and "
         f"was {after:.3g} at the end."
     )
-    remedy = (
-        "Train again from a checkpoint before that step, at half the learning rate, and look at "
-        "the batches of that step: one of them may hold damaged values."
+    again = (
+        "Train again at half the learning rate, with --validation 0.05, which keeps the best "
+        "weights"
+        if facts.is_run
+        else "Train again from a checkpoint before that step, at half the learning rate"
     )
+    remedy = f"{again}, and look at the batches of that step: one of them may hold damaged values."
     figures = {"step": step, "before": before, "after": after}
     return Finding("late-spike", sentence, figures, remedy)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.balance import Balance
-from poise.data import Rows, gather
+from poise.data import Rows, checked_images, gather
 from poise.diagnosis.course import Course, as_course, read_courses
 from poise.diagnosis.foreign import (
     Adapted,
@@ -36,6 +36,7 @@ from poise.objectives import Deterministic
 from poise.priors import Prior
 from poise.runs.run import Run
 from poise.shapes import PerImage, Values
+from poise.support.files import read_json
 from poise.support.seeds import derive, noise_per_image
 from poise.vae import VAE
 from poise.variants import PRIORS, available_priors
@@ -251,12 +252,8 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
     if images is None:
         dataset = run.dataset()
         images, train_images = dataset.test, dataset.train if train_images is None else train_images
-    images = _as_trained(images, "images", run.data["shape"])
-    train_images = (
-        None
-        if train_images is None
-        else _as_trained(train_images, "train_images", run.data["shape"])
-    )
+    images = _as_trained(images, "images", run)
+    train_images = None if train_images is None else _as_trained(train_images, "train_images", run)
     of_second = {
         name: run.prior(name)
         for name in available_priors(run.second_stage)
@@ -270,14 +267,34 @@ def _case_of_run(run: Run, images: Any, train_images: Any, loss: Loss | None) ->
         balance,
         priors=of_second,
         is_run=True,
-        courses=read_courses(run.folder / "metrics.jsonl"),
+        courses=_courses(run),
     )
 
 
-def _as_trained(images: Any, name: str, shape: list[int]) -> Any:
-    """Bring images to a run's shape (c, h, w), from (c, h, w), (h, w, c), or (h, w) if grey."""
+def _courses(run: Run) -> dict[int, Course]:
+    """Return the courses of a run's stages; of stage 1 up to the weights that validation kept."""
+    courses = read_courses(run.folder / "metrics.jsonl")
+    try:
+        summary = read_json(run.folder / "summary.json", dict[str, Any])
+    except InputError:  # the run is not finished
+        summary = {}
+    kept = (summary.get("validation") or {}).get("best_step")
+    if kept is not None and 1 in courses:
+        courses[1] = [point for point in courses[1] if point[0] <= kept]
+    return courses
+
+
+def _as_trained(images: Any, name: str, run: Run) -> Any:
+    """Bring images to a run's shape (c, h, w), from (c, h, w), (h, w, c), or (h, w) if grey.
+
+    Images of 16 bits and masks are scaled as in training. Floats stay as they are: another range is
+    something to find.
+    """
     _check_array(images, name)
+    shape = run.data["shape"]
     given, (channels, height, width) = list(images.shape[1:]), shape
+    if str(images.dtype).removeprefix("torch.") in ("uint16", "bool"):
+        return checked_images(images, shape, run.levels)
     if given == list(shape):
         return images
     if given == [height, width, channels]:

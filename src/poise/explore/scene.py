@@ -94,6 +94,8 @@ def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
             for name, prior in priors_of(run, priors, scene.notes)
         ],
     }
+    if run.classes and run.flow is not None:
+        scene.notes.append("Samples of the flow are those of all classes, without guidance.")
     if run.recipe.generation.adjust_variance:
         scene.notes.append("Samples are shown without the adjustment of their variance.")
     return scene
@@ -113,7 +115,8 @@ def _directions(scene: Scene, means: Latents, total: Tensor) -> dict[str, list[s
     eigenvalues, vectors = eigenvalues.flip(0)[:SLIDERS].clamp_min(0), vectors.flip(1)[:, :SLIDERS]
     scene.arrays["centre"] = means.mean(0)
     scene.arrays["active"] = torch.diag(total.sqrt())[active]
-    scene.arrays["principal"] = (vectors * eigenvalues.sqrt()).T
+    noise = vectors.square().T @ (total.double() - variances)  # E[s^2] along each direction
+    scene.arrays["principal"] = (vectors * (eigenvalues + noise).sqrt()).T
     scene.arrays["plane"] = vectors[:, :2].T
     share = eigenvalues / variances.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return {

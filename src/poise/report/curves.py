@@ -91,6 +91,13 @@ QUANTITIES = (
         "log",
     ),
     Quantity(
+        "error",
+        "Mean error per dimension",
+        lambda e: e["error"],
+        "Mean of |x − x̂| to the power of the balance, of reconstructions from posterior samples.",
+        "log",
+    ),
+    Quantity(
         "velocity",
         "MSE of the velocity, per latent",
         lambda e: e["velocity_mse"],
@@ -101,8 +108,8 @@ QUANTITIES = (
         "reconstruction",
         "Reconstruction, nats",
         lambda e: e["reconstruction_nats"],
-        "−log p(x|z) per image: SE/(2γ²) + D/2·log(2πγ²). It can be negative, because p is a "
-        "density.",
+        "−log p(x|z) per image, for the squared error SE/(2γ²) + D/2·log(2πγ²). It can be "
+        "negative, because p is a density.",
     ),
     Quantity(
         "kl",
@@ -115,14 +122,14 @@ QUANTITIES = (
         "gamma2",
         "γ², decoder variance",
         lambda e: e["gamma2"],
-        "The loss divides the squared error SE by 2γ².",
+        "The loss divides the squared error SE by 2γ², an absolute error by γ².",
         "log",
     ),
     Quantity(
         "share",
         "Quadratic term over D/2",
         lambda e: mean_error(e) / e["gamma2"],
-        "SE/(2γ²) over D/2, which is MSE/γ². It is 1 at balance, for any error.",
+        "SE/(2γ²) over D/2, which is the mean error over γ². It is 1 at balance, for any error.",
         "log",
         1.0,
     ),
@@ -130,8 +137,8 @@ QUANTITIES = (
         "beta",
         "Equivalent β",
         equivalent_beta,
-        "KL weight over the balanced KL weight: k·γ²/MSE, where k is the factor of the KL. 1 is "
-        "balanced, more is over-regularised. (In the form SE/2 + β·KL, β is k·γ².)",
+        "KL weight over the balanced KL weight: k·γ² over the mean error, where k is the factor of "
+        "the KL. 1 is balanced, more is over-regularised. (In the form SE/2 + β·KL, β is k·γ².)",
         "log",
         1.0,
         needs_kl=True,

@@ -39,7 +39,9 @@ def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
         for (record, _), kl in zip(shown, values, strict=True)
     ]
     if len(shown) == 1:
-        traces = [_bars("", values[0], next(iter(styles.values()))["color"])]
+        record = shown[0][0]
+        name = record.label if len(styles) > 1 else ""
+        traces = [_bars(name, values[0], styles[record.label]["color"])]
     caption = (
         "KL of each latent, sorted. Their sum is the KL term of the loss. A latent with zero KL is "
         "inactive: the decoder ignores it."

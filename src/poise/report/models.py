@@ -87,10 +87,13 @@ class Exhibit:
 
 
 class DataSetCache:
-    """Cache of data sets by checksum. The runs of a comparison share a data set."""
+    """Cache of data sets by checksum. The runs of a comparison share a data set.
+
+    A data set that cannot be read for one run may be readable for another, from another place.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[str, Dataset | str] = {}
+        self._kept: dict[str, Dataset] = {}
 
     def dataset(self, run: Run) -> Dataset | str:
         """Return the data set of a run, or the reason why it cannot be read."""
@@ -101,7 +104,7 @@ class DataSetCache:
             try:
                 self._kept[key] = run.dataset()
             except (InputError, RunError, OSError) as error:
-                self._kept[key] = _sentence(error)
+                return _sentence(error)
         return self._kept[key]
 
 
@@ -149,6 +152,8 @@ def _show_samples(shown: Exhibit, run: Run) -> dict[str, Images]:
                 shown.missing.append(
                     f"Stage 2 has not begun, so there are no samples from {named.words} ({label})."
                 )
+            continue
+        if named.second_stage is None and prior not in run.available_priors:
             continue
         _attempt(
             shown,
@@ -282,8 +287,13 @@ def _add_codes(shown: Exhibit, run: Run) -> None:
         _attempt(
             shown,
             "No latent page",
-            lambda: shown.latents.update(latents=asdict(latent_statistics(run.codes))),
+            lambda: shown.latents.update(latents=_of_codes(run)),
         )
+
+
+def _of_codes(run: Run) -> dict[str, Any]:
+    found = latent_statistics(run.codes)
+    return asdict(found.without_posterior() if run.deterministic else found)
 
 
 def _take_kept_pictures(shown: Exhibit, *, samples: bool = False) -> None:

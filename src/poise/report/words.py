@@ -146,8 +146,8 @@ def _balance(record: Record) -> str:
     if not shares:
         return ""
     return (
-        f"At the end of stage 1's log, the quadratic term was {number(fmean(shares), '.3g')} of "
-        "D/2; 1 is balanced."
+        f"At the end of stage 1's log, the mean error was {number(fmean(shares), '.3g')} times γ²; "
+        "1 is balanced."
     )
 
 

@@ -70,7 +70,12 @@ def evaluate_run(
     )
     images = run.images_for(conditions) if images is None else _given(run, images, conditions)
     conditions = replace(conditions, real=len(images), side=images.shape[-1])
-    pages, measured, unmeasured = _model_figures(run, images, conditions, nll_samples, quiet)
+    test, of_model = images, conditions
+    if conditions.reference == "train":  # error and ELBO are those of images not trained on
+        of_model = replace(conditions, reference="test")
+        test = run.images_for(of_model)
+        of_model = replace(of_model, real=len(test))
+    pages, measured, unmeasured = _model_figures(run, test, of_model, nll_samples, quiet)
     reference = images
     if statistics is not None:
         wanted = replace(find_protocol(protocol), real=None, generated=count)

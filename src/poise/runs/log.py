@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Entry = dict[str, int | float]
+ERRORS = ("mse", "mae", "error")  # mean squared, mean absolute, and of another power
 OF_CURVES = {"stage", "images_seen", "images_per_second"}
 HELD_OUT, TRAINING = "held_out_elbo_nats", "train_elbo_nats"
 OF_EVERY_ENTRY = OF_CURVES | {"step"}
@@ -100,8 +101,8 @@ def history(path: Path) -> "DataFrame":
 
 
 def mean_error(entry: Entry) -> float:
-    """Return the error of an entry that gamma2 follows: "mse", or "mae" of an absolute error."""
-    return entry["mse"] if "mse" in entry else entry["mae"]
+    """Return the error of an entry that gamma2 follows: see `ERRORS`."""
+    return next(entry[name] for name in ERRORS if name in entry)
 
 
 def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:

@@ -9,7 +9,7 @@ from poise.priors import Prior
 from poise.runs.run import Run
 from poise.shapes import Images, Latents, Noise
 from poise.vae import VAE, as_posterior
-from poise.variants import PriorName, available_priors
+from poise.variants import PriorName
 
 
 class Encoder(nn.Module):
@@ -59,7 +59,7 @@ def priors_of(
     Raises:
         InputError, RunError: a prior that was named cannot be made.
     """
-    for name in names or available_priors(run.second_stage):
+    for name in names or run.available_priors:
         try:
             yield name, run.prior(name)
         except (InputError, RunError) as error:

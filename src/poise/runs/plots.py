@@ -13,6 +13,7 @@ COLUMNS = 3
 CURVES = (
     ("mse", "MSE", "log"),
     ("mae", "mean absolute error", "log"),
+    ("error", "mean error", "log"),
     ("velocity_mse", "MSE of the velocity", "log"),
     ("kl_nats", "KL (nats per image)", "linear"),
     ("penalty", "penalty", "linear"),

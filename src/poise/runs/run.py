@@ -493,9 +493,11 @@ class Run:
     def _plain_prior(self, name: PriorName, generation: Generation) -> Prior:
         needed = find_prior(name).second_stage
         if needed not in (None, self.second_stage):
-            others = [f"--prior {other}" for other in self.available_priors]
             what = "second VAE" if needed == "vae" else "flow"
-            raise InputError(f"{self.folder} has no trained {what}: use {' or '.join(others)}")
+            raise InputError(
+                f"{self.folder} has no trained {what}: its priors are "
+                f"{', '.join(self.available_priors)}"
+            )
         if name in self._fitted_priors:
             return self._fitted_priors[name].to(self.device)
         saved = self._saved_mixture() if name == MIXTURE else None

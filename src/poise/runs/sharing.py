@@ -7,7 +7,7 @@ config.json      settings, data and versions
 checkpoints/     one checkpoint with the weights and balances only
 codes/           the posteriors of the training images
 mixture/         the mixture prior
-metrics.jsonl, summary.json, evaluation.json, diagnosis.json, pictures
+latents.json, metrics.jsonl, summary.json, evaluation.json, diagnosis.json, pictures
 
 Weights are safetensors, all else is JSON and text. A repository is data: no code of it is ever run.
 """
@@ -37,7 +37,8 @@ HUB_PREFIX = "hf:"
 CARD = "README.md"
 LIBRARY = "poise"
 COPIED = (
-    *("config.json", "metrics.jsonl", "summary.json", "evaluation.json", "diagnosis.json"),
+    *("config.json", "latents.json", "metrics.jsonl"),
+    *("summary.json", "evaluation.json", "diagnosis.json"),
     *("samples.png", "reconstructions.png", "training.png", "progress.png"),
 )
 OF_REAL_IMAGES = ("reconstructions.png", "progress.png")
@@ -122,6 +123,7 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         data=config["data"],
         source=_public(config["data"]["source"]),
         custom=run.recipe.network.kind == "custom",
+        deterministic=run.deterministic,
         figures=figures_table(summary) if summary else [],
         measurements=evaluation.get("measurements", []),
         protocols=evaluation.get("protocols", {}),
@@ -144,7 +146,10 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
 
 def _public(source: str) -> str:
     """Return the name of the data without the folders of this machine."""
-    return source if source.startswith(HUB_PREFIX) else source.rstrip("/\\").split("/")[-1]
+    name = source.removeprefix(HUB_PREFIX)
+    if name != source and NAME.fullmatch(name) and not Path(name).exists():
+        return source
+    return name.rstrip("/\\").split("/")[-1]
 
 
 def _read(path: Path) -> dict[str, Any]:

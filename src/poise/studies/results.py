@@ -28,7 +28,7 @@ from poise.metrics.pages import Measured, check_pages
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, from_json, to_json
 from poise.runs.folder import Described
-from poise.runs.log import Entry, read_log
+from poise.runs.log import ERRORS, Entry, read_log
 from poise.support.files import convert, read_json, write_json
 from poise.support.version import __version__
 from poise.variants import DATA_SETS
@@ -41,7 +41,7 @@ Page = dict[str, Any]
 FORMAT = 1
 POINTS = 100  # at most, per curve
 # Objectives without KL log "penalty" in place of "kl_nats".
-CURVES = ("mse", "mae", "velocity_mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")
+CURVES = (*ERRORS, "velocity_mse", "kl_nats", "penalty", "gamma2", "reconstruction_nats")
 
 
 @dataclass(frozen=True)

@@ -325,8 +325,8 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     entry["images_seen"] = state.step * batch_size
     entry["epoch"] = round(state.step / stage.steps_per_epoch(num_images), 4)
     entry |= {name: value / count for name, value in zip(TERMS, sums, strict=True)}
-    if state.balance.power == 1:
-        entry["mae"] = entry.pop("mse")
+    if (name := error_name(state.balance.power)) != "mse":
+        entry[name] = entry.pop("mse")
     if is_deterministic(stage.objective):
         entry["penalty"] = entry.pop("kl_nats")  # this objective has a penalty instead of a KL
     if stage.objective == FLOW_OBJECTIVE:  # no reconstruction and no KL
@@ -335,11 +335,17 @@ def log_entry(state: TrainingState, stage: Stage, number: int, num_images: int) 
     return entry | {"learning_rate": stage.learning_rate_at(state.step - 1, num_images)}
 
 
+def error_name(power: float) -> str:
+    """Return the name of the mean error |x - x^|^power in the log."""
+    return "mse" if power == 2 else "mae" if power == 1 else "error"
+
+
 def figures(entry: dict[str, float]) -> dict[str, str]:
     """Return the part of a log entry that the progress bar shows."""
     formats = {
         "mse": ("MSE", ".5f"),
         "mae": ("MAE", ".5f"),
+        "error": ("error", ".5f"),
         "velocity_mse": ("MSE of the velocity", ".5f"),
         "penalty": ("penalty", ".3f"),
         "kl_nats": ("KL", ".1f"),
@@ -361,8 +367,7 @@ def nonfinite(
         step, verdict, indices: the step, its terms and its images.
     """
     numbers = {name: getattr(verdict, name) for name in ("kl", "mse", "reconstruction", "gradient")}
-    if power == 1:
-        numbers["mae"] = numbers.pop("mse")
+    numbers[error_name(power)] = numbers.pop("mse")
     ordered = sorted(numbers.items(), key=lambda item: math.isfinite(item[1]))
     terms = ", ".join(f"{name}={value:g}" for name, value in ordered)
     images = "batch images" if number == 1 else "batch codes"

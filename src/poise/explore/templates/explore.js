@@ -31,7 +31,7 @@
     if (canvas.width !== side || canvas.height !== side) canvas.width = canvas.height = side;
     const pixels = new ImageData(side, side), plane = side * side;
     for (let i = 0; i < plane; i++) {
-      for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = 255 * image[Math.min(c, channels - 1) * plane + i] + 0.5;
+      for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = 255 * image[Math.min(c, channels - 1) * plane + i];
       pixels.data[4 * i + 3] = 255;
     }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
@@ -103,6 +103,7 @@
     }));
   }
   byId("kinds").addEventListener("change", (event) => {
+    if (sliders.some((slider) => Number(slider.value))) origin = "the code before the switch";
     base = latents();
     kind = event.target.value;
     makeSliders();

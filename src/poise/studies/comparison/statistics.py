@@ -19,6 +19,7 @@ from scipy.special import stdtrit
 from poise.errors import InputError
 from poise.metrics.listed import FIGURES, is_compared
 from poise.protocols import DEFAULT
+from poise.runs.log import ERRORS
 from poise.studies.results import Result
 from poise.variants import PRIORS
 
@@ -136,12 +137,12 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
 
 
 def threshold(reference: Iterable[Result]) -> float | None:
-    """Return the training MSE that counts as reached, or None if there are no runs.
+    """Return the training error that counts as reached, or None if there are no runs.
 
-    It is 1.1 times the training MSE of the last hundredth of stage 1, averaged over the reference's
+    It is 1.1 times the training error of the last hundredth of stage 1, averaged over the reference's
     runs.
     """
-    last = [_errors(result)[-1] for result in reference]
+    last = [result.curves["1"][error_of(result)][-1] for result in reference]
     return NEAR * statistics.fmean(last) if last else None
 
 
@@ -153,16 +154,21 @@ class Reached:
     seconds: float
 
 
-def reached(result: Result, mse: float) -> Reached | None:
-    """Return the first point of a run's curve with a training MSE of at most `mse`, or None.
+def reached(result: Result, name: str, error: float) -> Reached | None:
+    """Return the first point of a run's curve with at most a training error, or None.
 
     A point is the mean over a hundredth of stage 1, which limits the resolution.
+
+    Args:
+        result: the run.
+        name: of the error in the curve. Runs with another error never reach it.
+        error: the training error.
     """
     curve = result.curves["1"]
-    place = next((k for k, value in enumerate(_errors(result)) if value <= mse), None)
+    place = next((k for k, value in enumerate(curve.get(name, ())) if value <= error), None)
     return None if place is None else Reached(curve["images_seen"][place], curve["seconds"][place])
 
 
-def _errors(result: Result) -> list[float]:
-    curve = result.curves["1"]
-    return curve["mse"] if "mse" in curve else curve["mae"]
+def error_of(result: Result) -> str:
+    """Return the name of the error in a run's curve that gamma2 follows."""
+    return next(name for name in ERRORS if name in result.curves["1"])

@@ -14,6 +14,7 @@ from poise.studies.comparison.statistics import (
     Spread,
     by_label,
     difference,
+    error_of,
     figures,
     namesakes,
     paired,
@@ -125,7 +126,8 @@ def _paired_figures(
 def speed(results: Iterable[Result], reference: str) -> Rows:
     """Return the table of training images and seconds until an error is reached.
 
-    The error is 1.1 times the reference's final training MSE: see `statistics.threshold`.
+    The error is 1.1 times the reference's final training error: see `statistics.threshold`. Runs
+    with another kind of error are not compared.
 
     Args:
         results: results of one experiment.
@@ -135,16 +137,26 @@ def speed(results: Iterable[Result], reference: str) -> Rows:
         Three rows and one column per label, below a head row. No rows if the reference has no runs.
     """
     groups = by_label(results)
-    mse = threshold(groups.get(reference, {}).values())
-    if mse is None:
+    ours = [*groups.get(reference, {}).values()]
+    error = threshold(ours)
+    if error is None:
         return []
+    name = error_of(ours[0])
     found = {
-        label: [reached(result, mse) for result in runs.values()] for label, runs in groups.items()
+        label: [reached(result, name, error) for result in runs.values()]
+        for label, runs in groups.items()
     }
-    counts = [f"{sum(r is not None for r in places)} of {len(places)}" for places in found.values()]
+    alike = {
+        label: all(name in r.curves["1"] for r in runs.values()) for label, runs in groups.items()
+    }
+    counts = [
+        f"{sum(r is not None for r in places)} of {len(places)}" if alike[label] else ABSENT
+        for label, places in found.items()
+    ]
     images = [_over_places(places, lambda place: place.images / 1000) for places in found.values()]
     seconds = [_over_places(places, lambda place: place.seconds) for places in found.values()]
-    head = [f"until training MSE <= {mse:.4g}", *groups]
+    words = {"mse": "MSE", "mae": "MAE"}.get(name, name)
+    head = [f"until training {words} <= {error:.4g}", *groups]
     return [
         head,
         ["runs that reached it", *counts],
