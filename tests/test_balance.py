@@ -24,6 +24,7 @@ from poise.balance import (
     LossTerms,
     OptimalBalance,
     ScheduledBalance,
+    TableError,
     make_balance,
 )
 from poise.diagnosis import diagnose
@@ -356,6 +357,20 @@ def test_a_debiased_gamma2_is_adams_estimate_of_earlier_errors(errors, decay, mo
         rounding = 1e-7 * max(errors[:t])  # 1 - share is exact to float32's rounding only
         expected = lowest if monotone else moment / (1 - decay**t)
         assert float(balance.gamma2) == pytest.approx(expected, rel=2e-4, abs=rounding)
+
+
+def test_the_error_of_a_table_is_for_its_own_columns():
+    balance = ComputedBalance().measuring(TableError(2, [3]))
+    with pytest.raises(InputError, match=r"rows of 5 columns .* not \(4, 6\) and \(4, 6\)"):
+        balance(torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, 1), torch.zeros(4, 1))
+
+
+def test_one_hot_values_of_a_table_are_not_called_bits(recwarn):
+    balance = ComputedBalance().measuring(TableError(0, [2, 2]))
+    rows = torch.eye(2).repeat(4, 2)
+    balance(torch.zeros(8, 4), rows, torch.zeros(8, 1), torch.zeros(8, 1))
+    balance.state_dict()
+    assert not [w for w in recwarn if "cross-entropy" in str(w.message)]
 
 
 def test_a_debiased_gamma2_has_no_start_to_forget():

@@ -36,6 +36,7 @@ from poise.studies.comparison.execution import execute
 from poise.studies.comparison.measuring import Measuring, resolve_extractor
 from poise.studies.comparison.plan import Crew, Share, Task, crew_for, variants
 from poise.studies.comparison.statistics import mean_interval, reached, spread, threshold
+from poise.studies.comparison.tables import conditions
 from poise.studies.comparison.worker import is_held, leased
 from poise.studies.results import Result, read_results, write_result
 from poise.support.guards import locked
@@ -155,6 +156,12 @@ def test_speed_counts_images_until_the_error_is_near_the_references_last():
         ["thousand training images", "3.000", "4.000"],
         ["training seconds", "6.000", "8.000"],
     ]
+
+
+def test_conditions_that_hold_for_some_labels_name_them():
+    one, other = result("a", 0, 0), result("b", 0, 0)
+    other.provenance["poise"] = "1"
+    assert [line[:3] for line in conditions([one, other])] == ["a: ", "b: "]
 
 
 def test_speed_compares_errors_of_one_kind_only():

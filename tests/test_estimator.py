@@ -386,12 +386,13 @@ def test_a_network_has_to_beat_pca_beyond_chance():
         for gain in (0.0, 0.5, 1.0):
             rise, fall = draws.normal(gain, 1, rows), draws.normal(gain, 1, rows)
             zeros = torch.zeros(rows, dtype=torch.float64)
-            network = HeldOut(torch.from_numpy(rise), torch.from_numpy(-fall))
-            better = network.is_better_than(HeldOut(zeros, zeros))
+            ones = torch.ones(len(rise), dtype=torch.float64)
+            network = HeldOut(torch.from_numpy(rise), torch.from_numpy(-fall), ones)
+            better = network.is_better_than(HeldOut(zeros, zeros, ones))
             chance = ttest_1samp(rise, 0, alternative="greater").pvalue
             assert better == bool(rows >= 10 and chance < 0.05 and fall.mean() > sem(fall))
             found[better] += 1
-            per_column = network.is_better_than(HeldOut(zeros, zeros), shared=False)
+            per_column = network.is_better_than(HeldOut(zeros, zeros, ones), shared=False)
             assert per_column == bool(rows >= 10 and rise.mean() > sem(rise))
     assert min(found.values()) > 0
 
@@ -443,6 +444,50 @@ def test_two_rows_are_trained_on_however_many_are_held_out(wine):
         assert len(trained) >= 2 and (len(held_out) >= 2 or not fraction or count < 4)
     model = VAEEstimator(2, **QUICK, validation_fraction=0.9).fit(wine[:5])
     assert np.isfinite(model.score(wine))
+
+
+def test_copies_of_rows_make_no_network_better():
+    """Former defect: the standard error fell with the root of the weights."""
+    source = torch.Generator().manual_seed(0)
+    gains = 0.1 * torch.randn(12, generator=source, dtype=torch.float64)
+    gains += 0.5 * gains.std() / math.sqrt(12) - gains.mean()  # half a standard error
+    ones = torch.ones(12, dtype=torch.float64)
+    for weight in (1, 50):
+        line = HeldOut(torch.zeros_like(gains), ones, weight * ones)
+        assert not HeldOut(gains, ones - 1e-3 * gains, weight * ones).is_better_than(
+            line, shared=False
+        )
+        nine = HeldOut(gains[:9] + 9, ones[:9], 50 * ones[:9])
+        assert not nine.is_better_than(HeldOut(0 * gains[:9], ones[:9], ones[:9]))
+    sure = HeldOut(gains + 1, ones, ones)
+    assert sure.is_better_than(HeldOut(0 * gains, ones, ones), shared=False)
+    # The weighted mean counts, and one row cannot hide behind the others.
+    heavy = torch.where(torch.arange(12) == 0, 1e6, 1.0).double()
+    gains[0] = -1
+    assert not HeldOut(gains + 1, ones, heavy).is_better_than(
+        HeldOut(0 * gains, ones, heavy), shared=False
+    )
+
+
+def test_large_whole_weights_do_not_fill_the_memory():
+    weights = np.full(50, 190_000.0)
+    weights[0] = 380_000
+    counts = estimator._counts(np.zeros((50, 2)), weights)
+    assert counts.sum() == 50 and counts[0] in (1, 2)
+    assert estimator._counts(np.zeros((50, 2)), np.full(50, 3)).tolist() == [3] * 50
+
+
+def test_a_prior_for_scores_that_the_fit_lacks_is_refused(wine):
+    model = VAEEstimator(1, **QUICK, prior="mixture", random_state=0).fit(wine)
+    assert np.isfinite(model.set_params(score_prior="mixture").score(wine[:5]))
+    with pytest.raises(poise.InputError, match="score_prior='flow' is not the prior of the fit"):
+        model.set_params(score_prior="flow").score(wine[:5])
+
+
+def test_many_latents_are_scored_by_the_encoder_and_that_is_said(wine):
+    model = VAEEstimator(300, **QUICK, prior="normal", random_state=0).fit(wine[:30])
+    with pytest.warns(ConvergenceWarning, match="refined ones take at most 256 latents"):
+        model.score(wine[:3])
 
 
 def test_progress_and_history_speak_of_rows(wine, capsys):

@@ -531,12 +531,16 @@ def test_a_gradient_that_is_not_finite_stops_before_weights_change(tmp_path):
         ({"network": "mlp"}, r"the network is your own \(vae=\): leave out network"),
         ({"latent_dim": 3, "latent_channels": 2}, "leave out latent_dim, latent_channels"),
         ({"second_balance": "computed:power=1"}, "stage 2 has a squared error"),
+        ({"second_balance": "computed:groups=2"}, "training logs one gamma2"),
+        ({"balance": "computed:groups=1,per=channel"}, "training logs one gamma2"),
+        ({"balance": "fixed:beta=-1"}, "beta must be a finite number >= 0, not -1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_training(changes, message, tmp_path):
     vae = VAE(*poise.networks.mlp((1, 8, 8), 5, hidden=(7,)))
     with pytest.raises(InputError, match=message):
         train(IMAGES, recipe=TINY, vae=vae, out=tmp_path / "run", options=QUIET, **changes)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_dataset_of_a_name_has_its_own_recipe(tmp_path):

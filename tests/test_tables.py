@@ -46,6 +46,10 @@ def observed_density(table: np.ndarray, mean: np.ndarray, covariance: np.ndarray
     return found
 
 
+def draws_of(rows: int) -> np.ndarray:
+    return np.random.default_rng(2).normal(size=rows)
+
+
 def mixed_table(rows: int = 120) -> pd.DataFrame:
     draws = np.random.default_rng(1)
     z = draws.normal(size=rows)
@@ -297,6 +301,46 @@ def test_impute_fills_missing_cells_only():
     filled = model.impute(holes)
     assert filled.notna().all(axis=None) and dict(filled.dtypes) == dict(table.dtypes)
     assert (filled["id"] == table["id"]).sum() == 59, "float64 would round them"
+
+
+def test_observed_cells_that_are_no_whole_numbers_stay_as_they_are():
+    table = pd.DataFrame({"age": np.arange(60) % 9, "size": draws_of(60)})
+    model = VAEEstimator(1, **QUICK).fit(table)
+    holes = pd.DataFrame({"age": [30.5, np.nan, 2.0], "size": [0.1, 0.2, 0.3]})
+    filled = model.impute(holes)
+    assert filled["age"].iloc[[0, 2]].tolist() == [30.5, 2.0] and filled.notna().all(axis=None)
+    whole = model.impute(holes.assign(age=[30.0, np.nan, 2.0]))
+    assert whole["age"].dtype == table["age"].dtype and whole["age"].iloc[0] == 30
+
+
+def test_samples_of_large_whole_numbers_do_not_wrap():
+    large = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 200, np.int64)
+    table = pd.DataFrame({"id": large, "size": draws_of(200)})
+    rows = VAEEstimator(1, **QUICK).fit(table).sample(4000)["id"].to_numpy()
+    top = rows[rows > 0].max()
+    assert top == np.nextafter(2.0**63, 0) and (rows == -(2**63)).any()
+    assert abs((rows > 0).mean() - 0.5) < 0.2
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pd.DataFrame({"x": pd.Series([1, pd.NA, 3, 4] * 9, dtype=object), "y": np.arange(36.0)}),
+        pd.DataFrame({"x": [1, None, 3, 4] * 9, "y": np.arange(36.0)}, dtype=object).to_numpy(),
+    ],
+)
+def test_missing_values_of_pandas_in_columns_of_numbers_are_missing(table):
+    model = VAEEstimator(1, **QUICK).fit(table)
+    assert np.isfinite(np.asarray(model.impute(table), float)).all()
+
+
+def test_dates_and_lists_are_refused_whatever_the_categories_are():
+    table = pd.DataFrame({"city": ["a", "b"] * 9, "age": np.arange(18.0)})
+    dated = table.assign(when=pd.Timestamp("2026-01-01"))
+    listed = table.assign(tags=[[1]] * 18)
+    for frame, chosen, name in ((dated, ["city"], "when"), (listed, ["city", "tags"], "tags")):
+        with pytest.raises(poise.InputError, match=f"column '{name}' holds .* convert it to numb"):
+            VAEEstimator(1, **QUICK, categorical_features=chosen).fit(frame)
 
 
 def test_missing_values_of_pandas_in_an_array_of_objects_are_missing():

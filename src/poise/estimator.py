@@ -57,14 +57,15 @@ from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
 from poise.metrics import CHUNK, encode_all
-from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN
+from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, no_refined
+from poise.metrics.likelihood import MOST_LATENTS as MOST_REFINED
 from poise.priors import FlowPrior, MixturePrior, Prior, TrainedModel, make_prior
 from poise.priors.mixture import MOST_LATENTS
 from poise.recipes.settings import Stage
 from poise.sampling import sample
 from poise.support.progress import progress
 from poise.support.seeds import derive, generator, noise_per_image, seeded
-from poise.tables.columns import DTYPES, Columns
+from poise.tables.columns import DTYPES, Columns, with_nan
 from poise.tables.line import FLOOR, Line
 from poise.tables.scoring import (
     LARGEST_ROW,
@@ -93,6 +94,7 @@ from poise.variants import PRIORS, PriorName, Proposal, SecondStage, find_prior
 
 Noise = Literal["column", "shared"]
 
+MOST_REPEATED = 1_000_000  # rows that whole sample weights may repeat a table to
 FEWEST_TO_SPLIT = 4  # minimum number of rows for a split; two of them are held out
 WIDTHS = (16, 128)  # smallest and largest width of hidden="auto"
 COMPONENTS = 10  # mixture components, if there are ten rows per latent and component
@@ -224,8 +226,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 determine stay N(0, 1).
             y: not used.
             sample_weight: (rows,), >= 0. A weight of 2 counts as two equal rows. Weights that are
-                not whole are rounded, up or down in proportion, so that as many rows are trained on
-                as X has. None: 1 for each row.
+                not whole, or whose sum is above a million and above ten for each row, are rounded,
+                up or down in proportion, so that as many rows are trained on as X has. None: 1 for
+                each row.
 
         Returns:
             The estimator itself.
@@ -357,6 +360,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             warnings.warn(text, UserWarning, stacklevel=3)  # at the caller of `fit`
         # Rows are repeated after the split, so that equal rows are not on both sides of it.
         repeats = torch.from_numpy(counts)
+        compared = held_out[repeats[held_out] > 0]
+        distinct, weights = rows[compared], repeats[compared]
         rows = rows.repeat_interleave(repeats, 0)
         number = torch.arange(len(counts)).repeat_interleave(repeats)
         held_out, kept = (torch.isin(number, part).nonzero()[:, 0] for part in (held_out, kept))
@@ -377,8 +382,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         unseen = rows[held_out]
         state, interrupted = self._train_stage(1, stage, vae, data, ElboOf(unseen), seed, balance)
         if len(unseen) and _is_elbo(state.balance):
-            trained = HeldOut.of(state.network, state.balance, unseen)
-            linear = HeldOut.of(*line.model(state.balance, error), unseen)
+            trained = HeldOut.of(state.network, state.balance, distinct, weights)
+            linear = HeldOut.of(*line.model(state.balance, error), distinct, weights)
             if not trained.is_better_than(linear, shared=shared):
                 line = Line.fitted(rows, self.latent_dim, error, shared=shared)
                 state.step, (state.network, state.balance) = 0, line.model(state.balance, error)
@@ -431,8 +436,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 raise RunError(
                     f"the loss or its gradient is not finite at step {state.step} of stage "
                     f"{number}: try a lower learning rate, such as "
-                    f"learning_rate={self.learning_rate / 10:g}, or standardise the columns "
-                    "(StandardScaler)"
+                    f"learning_rate={self.learning_rate / 10:g}"
+                    + (
+                        ", or standardise the columns (StandardScaler)"
+                        if self.noise == "shared" and number == 1
+                        else ""
+                    )
                 ) from None
         stopping.restore()
         for module in (state.network, state.balance):
@@ -598,6 +607,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ConvergenceWarning: more than a tenth of the rows is not certain, see `score_details`.
         """
         scores = self.score_details(X)
+        if self.score_proposal == "refined" and self.n_latents_ > MOST_REFINED:
+            warnings.warn(no_refined(self.n_latents_), ConvergenceWarning, stacklevel=2)
         uncertain = int((~scores.certain).sum())
         if self.score_proposal == "refined" and scores.certain.mean() < ENOUGH_CERTAIN:
             text = (
@@ -618,7 +629,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         table = self._checked(X)
         prior = None if self.score_prior == "normal" else self.prior_
-        assert prior is None or isinstance(prior, (MixturePrior, FlowPrior))
+        wanted = {"mixture": MixturePrior, "flow": FlowPrior}.get(self.score_prior)
+        known = prior is None or isinstance(prior, (MixturePrior, FlowPrior))
+        if not known or (prior is not None and type(prior) is not wanted):
+            raise InputError(
+                f"score_prior={self.score_prior!r} is not the prior of the fit: fit again with "
+                f"prior={self.score_prior!r}"
+            )
         takes_long = isinstance(prior, FlowPrior)
         found = row_nll(
             self.vae_,
@@ -653,13 +670,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _read(self, X: Any, **checks: Any) -> np.ndarray:
         """Return a table as numbers, then one-hot categories; see `poise.tables.columns`."""
+        given = with_nan(X)
         if self.columns_.plain:
             table: Any = validate_data(
-                self, X, dtype=DTYPES, ensure_all_finite="allow-nan", **checks
+                self, given, dtype=DTYPES, ensure_all_finite="allow-nan", **checks
             )
             return table
-        validate_data(self, X, skip_check_array=True, reset=checks.pop("reset", True))
-        return self.columns_.encoded(X, **checks)
+        validate_data(self, given, skip_check_array=True, reset=checks.pop("reset", True))
+        return self.columns_.encoded(given, **checks)
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -755,7 +773,8 @@ def _counts(table: np.ndarray, sample_weight: Any) -> np.ndarray:
     weights = np.asarray(_check_sample_weight(sample_weight, table, dtype=np.float64))
     if (weights < 0).any():
         raise InputError(f"sample_weight must be at least 0, not {weights.min():g}")
-    whole = bool((weights == np.round(weights)).all()) and weights.sum() < 1e9
+    few = weights.sum() <= max(MOST_REPEATED, 10 * len(table))  # repeated rows are held in memory
+    whole = bool((weights == np.round(weights)).all()) and few
     total = max(weights.sum(), np.finfo(float).tiny)
     sums = weights.cumsum() if whole else weights.cumsum() / total * len(weights)
     counts = np.diff(np.round(sums), prepend=0).astype(np.int64)

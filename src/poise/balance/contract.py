@@ -322,7 +322,9 @@ class Balance(nn.Module, ABC):
                 f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} must agree in "
                 f"shape, (n, ...), with {len(target)} rows"
             )
-        if self.training and not self.data_checked and not torch.compiler.is_compiling():
+        of_rows = isinstance(self.error, TableError)  # one-hot values are categories
+        looks = self.training and not (self.data_checked or of_rows)
+        if looks and not torch.compiler.is_compiling():
             self._look_at(target)
         kl = gaussian_kl(mean, logvar)
         if isinstance(self.error, TableError):

@@ -51,6 +51,8 @@ class FixedBalance(Balance):
     ) -> None:
         if gamma2 is not None and beta is not None:
             raise InputError("FixedBalance takes gamma2=... or beta=..., not both")
+        if beta is not None and not 0 <= beta < math.inf:
+            raise InputError(f"beta must be a finite number >= 0, not {beta}")
         given: Any = gamma2.tolist() if isinstance(gamma2, (Tensor, np.ndarray)) else gamma2
         groups = len(given) if isinstance(given, Sequence) else None
         super().__init__(

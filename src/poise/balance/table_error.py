@@ -75,6 +75,12 @@ class TableError:
                 "the error of a table takes rows (n, columns) without mask and samples, not "
                 f"{tuple(target.shape)}: missing cells are NaN"
             )
+        columns = self.numeric + sum(self.categories)
+        if target.shape[1] != columns or reconstruction.shape[-1] != columns:
+            raise InputError(
+                f"this error is for rows of {columns} columns (numbers, and a value for each "
+                f"category), not {tuple(reconstruction.shape)} and {tuple(target.shape)}"
+            )
         given = at_least_float32(reconstruction[:, : self.numeric])
         wanted = at_least_float32(target[:, : self.numeric])
         if not self.holes:

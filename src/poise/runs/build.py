@@ -11,7 +11,7 @@ from poise.flow import Flow
 from poise.objectives import Deterministic, is_deterministic
 from poise.recipes.settings import VAE_OBJECTIVE, Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
-from poise.training import ImageBatches, count_latents
+from poise.training import ImageBatches, check_groups, count_latents
 from poise.vae import VAE, standardised
 
 
@@ -113,11 +113,18 @@ def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
     The balance "released" depends on the image size and the number of latents.
 
     Raises:
-        InputError: the balance cannot weigh the stage's error.
+        InputError: the balance cannot weigh the stage's error, or has groups.
     """
     known = {"image_size": shape[1], "latent_dim": recipe.network.latent_dim}
     if stage.error == "squared":  # or the power that the balance's text has
-        return make_balance(stage.balance, **known)
+        balance = make_balance(stage.balance, **known)
+        check_groups(balance)
+        if stage is recipe.second and balance.power != 2:
+            raise InputError(
+                "stage 2 has a squared error, because its decoder's noise is Gaussian: leave power "
+                "out of its balance"
+            )
+        return balance
     error = make_error(stage.error, shape[0])
     known |= {} if error.groups is None else {"groups": error.groups}
     return make_balance(stage.balance, **known).measuring(error)

@@ -391,11 +391,6 @@ def networks_and_balances(
     if recipe.second is not None:
         second = second_stage(recipe, first, classes)
         stages.append((second, stage_balance(recipe.second, recipe, shape)))
-        if stages[1][1].power != 2:
-            raise InputError(
-                "stage 2 has a squared error, because its decoder's noise is Gaussian: leave power "
-                "out of its balance"
-            )
     return stages
 
 

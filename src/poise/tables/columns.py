@@ -40,6 +40,9 @@ class Columns:
         self.prototype: Any = None if frame is None else frame.head(0).to_native()
         self.names = None if frame is None else list(frame.columns)
         chosen = _chosen(X, frame, categorical)
+        for column in range(len(self.names or ())):
+            if frame is not None and column not in chosen:
+                _holds_categories(frame[:, column], frame.columns[column])  # refuses dates
         self.plain = not chosen
         self.levels: list[np.ndarray] = []
         self.categorical = sorted(chosen)
@@ -47,7 +50,13 @@ class Columns:
         self.numeric = [column for column in range(count) if column not in chosen]
         for column in self.categorical:
             values = _objects(X, frame, column)
-            known = {value for value in values if value is not None}
+            try:
+                known = {value for value in values if value is not None}
+            except TypeError:
+                raise InputError(
+                    f"column {self.name(column)} holds lists or other objects: convert it to "
+                    "numbers or texts, or leave it out"
+                ) from None
             if not known:
                 raise InputError(f"column {self.name(column)} has no observed value: leave it out")
             if len(known) > MOST_CATEGORIES:
@@ -145,11 +154,21 @@ class Columns:
         schema = nw.from_native(self.prototype, eager_only=True).schema
         given = frame_of(like)
         data: dict[str, Any] = {}
+        as_given: set[int] = set()  # columns of whole numbers whose given cells are not
         for k, (name, values) in enumerate(zip(self.names, columns, strict=True)):
             if exact and schema[name].is_integer():
                 kind = np.dtype(str(schema[name]).lower())
                 bounds = np.iinfo(kind)
-                values = np.round(values).clip(bounds.min, bounds.max).astype(kind)
+                if given is not None and given[:, k].dtype.is_float():
+                    own = given[:, k].to_numpy()
+                    own = own[~np.isnan(own)]
+                    if not ((own == own.round()) & (own >= bounds.min) & (own <= bounds.max)).all():
+                        as_given.add(k)
+                        data[name] = values
+                        continue
+                most = float(bounds.max)  # rounded up for 64 bits
+                most = most if most <= bounds.max else np.nextafter(most, 0)
+                values = np.round(values).clip(bounds.min, most).astype(kind)
                 if given is not None and given[:, k].dtype.is_integer():
                     own = given[:, k]  # float64 would round large numbers
                     values = np.where(own.is_null(), values, own.fill_null(0).to_numpy())
@@ -159,13 +178,31 @@ class Columns:
         native: Any = nw.from_dict(
             data, backend=nw.get_native_namespace(self.prototype)
         ).to_native()
-        wanted = [k for k in range(len(columns)) if exact or k in self.categorical]
+        typed = [k for k in range(len(columns)) if exact or k in self.categorical]
+        wanted = [k for k in typed if k not in as_given]
         names = [self.names[k] for k in wanted]
         if hasattr(native, "astype"):  # pandas
             native = native.astype({name: self.prototype.dtypes[name] for name in names})
             return native.set_index(like.index) if hasattr(like, "iloc") else native
         cast = [nw.col(name).cast(schema[name]) for name in names]
         return nw.from_native(native, eager_only=True).with_columns(*cast).to_native()
+
+
+def with_nan(table: Any) -> Any:
+    """Return a table with NaN for the missing cells of columns of objects, such as pandas' NA."""
+    objects = np.dtype(object)
+    if isinstance(table, np.ndarray):
+        if table.dtype != objects or table.ndim != 2 or not table.size:
+            return table
+        return np.where(np.vectorize(_is_missing, [bool])(table), np.nan, table)
+    if not (hasattr(table, "iloc") and hasattr(table, "dtypes")):  # pandas has both
+        return table
+    names = [name for name, kind in table.dtypes.items() if kind == objects]
+    if not names or not table[names].isna().any(axis=None):
+        return table
+    filled = table.copy(deep=False)
+    filled[names] = table[names].where(table[names].notna(), np.nan)
+    return filled
 
 
 def frame_of(X: Any) -> nw.DataFrame[Any] | None:

@@ -34,18 +34,23 @@ ROW_VALUES = 2**21  # latents of importance samples held in memory
 
 
 class HeldOut(NamedTuple):
-    """Figures of held-out rows, (n,): log densities in nats, and squared reconstruction errors."""
+    """Figures of held-out rows, (n,): log densities in nats, squared reconstruction errors, weights.
+
+    A row of weight 2 counts twice in means, and once as an observation.
+    """
 
     densities: Tensor
     errors: Tensor
+    weights: Tensor
 
     @classmethod
-    def of(cls, vae: VAE, balance: Balance, rows: Tensor) -> "HeldOut":
-        """Compute the figures of at most `MOST_COMPARED` rows."""
-        rows = rows[:MOST_COMPARED]
+    def of(cls, vae: VAE, balance: Balance, rows: Tensor, weights: Tensor) -> "HeldOut":
+        """Compute the figures of at most `MOST_COMPARED` different rows."""
+        rows, weights = rows[:MOST_COMPARED], weights[:MOST_COMPARED]
         density = -row_nll(vae, balance, rows.double(), samples=100, most=1_000).nll_nats
         latents = encode_all(vae, rows).mean * stretch(vae, error_of(balance), rows)
-        return cls(density, squared_errors(vae, error_of(balance), rows, latents))
+        errors = squared_errors(vae, error_of(balance), rows, latents)
+        return cls(density, errors, weights.double())
 
     def is_better_than(self, line: "HeldOut", *, shared: bool = True) -> bool:
         """Return whether these figures are better beyond their noise.
@@ -60,17 +65,19 @@ class HeldOut(NamedTuple):
         """
         if len(self.densities) < FEWEST_COMPARED:
             return False
-        gain = _standardised(self.densities - line.densities)
+        gain = _standardised(self.densities - line.densities, self.weights)
         if not shared:
             return gain > 1
         quantile = float(student.ppf(1 - LEVEL, len(self.densities) - 1))
-        return gain > quantile and _standardised(line.errors - self.errors) > 1
+        return gain > quantile and _standardised(line.errors - self.errors, self.weights) > 1
 
 
-def _standardised(differences: Tensor) -> float:
-    """Return the mean over its standard error, for two values or more."""
-    error = float(differences.std()) / math.sqrt(len(differences))
-    return float(differences.mean()) / max(error, 1e-300)
+def _standardised(differences: Tensor, weights: Tensor) -> float:
+    """Return the weighted mean over its standard error, for two values or more."""
+    shares, n = weights / weights.sum(), len(differences)
+    mean = (shares * differences).sum()
+    error = math.sqrt(float((shares * (differences - mean)).square().sum()) * n / (n - 1))
+    return float(mean) / max(error, 1e-300)
 
 
 def error_of(balance: Balance) -> TableError:
@@ -119,18 +126,19 @@ def row_nll(
 @torch.no_grad()
 def elbo(vae: VAE, balance: Balance, rows: Tensor) -> float:
     """Return the mean ELBO of rows in nats, with one posterior sample each."""
-    error, elbos = error_of(balance), []
+    error, elbos, gamma2 = error_of(balance), [], balance.gamma2
+    place = torch.device("cpu") if gamma2.device.type == "mps" else gamma2.device  # for float64
+    gamma2 = gamma2.to(place).double()
     for batch, posterior, noise in encoded(vae, rows, 0):
-        decoded = vae.decode(posterior.sample(noise))
+        decoded, batch = vae.decode(posterior.sample(noise)).to(place), batch.to(place)
         squares, dims = _squares(error, decoded, batch)
-        gamma2 = balance.gamma2.double()
         if error.groups is None:
             nll = negative_log_likelihood(squares.sum(1), gamma2, dims.sum(1))
         else:
             nll = negative_log_likelihood(squares, gamma2, dims).sum(1)
         of_categories = error.nats(decoded.double(), batch.double())
         nll = nll if of_categories is None else nll + of_categories
-        elbos.append(-nll - posterior.kl().double())
+        elbos.append(-nll - posterior.kl().to(place).double())
     return float(torch.cat(elbos).mean())
 
 

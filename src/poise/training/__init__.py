@@ -17,6 +17,7 @@ from poise.training.loop import (
 from poise.training.machine import denormals_as_zero, threads, usual_threads
 from poise.training.state import (
     TrainingState,
+    check_groups,
     check_weights,
     new_state,
     restore_state,
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingState",
     "VectorBatches",
     "Watch",
+    "check_groups",
     "check_weights",
     "choose_engine",
     "count_latents",

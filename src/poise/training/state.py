@@ -75,6 +75,15 @@ class TrainingState(Generic[Network]):
         return self.network if self.average is None else self.average
 
 
+def check_groups(balance: Balance) -> None:
+    """Raise InputError for a balance with groups that are not those of its error."""
+    if balance.groups is not None and balance.error.groups is None:
+        raise InputError(
+            f"training logs one gamma2, but this balance has groups={balance.groups}: leave groups "
+            "out, or use the balance in a loop of your own"
+        )
+
+
 def new_state(
     network: Network, balance: Balance, stage: Stage, device: torch.device
 ) -> TrainingState[Network]:
@@ -86,11 +95,7 @@ def new_state(
     Raises:
         InputError: the balance has groups that are not those of its error.
     """
-    if balance.groups is not None and balance.error.groups is None:
-        raise InputError(
-            f"training logs one gamma2, but this balance has groups={balance.groups}: leave groups "
-            "out, or use the balance in a loop of your own"
-        )
+    check_groups(balance)
     network, balance = network.to(device), balance.to(device)
     if has_convolutions(network):
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -265,13 +265,14 @@ def conditions(results: Iterable[Result]) -> list[str]:
     A line that does not apply to all labels names its labels.
     """
     of: dict[str, dict[str, None]] = {}
+    everyone: set[str] = set()
     for result in results:
+        everyone.add(result.label)
         notes = [*result.data.get("notes", []), *result.evaluation["notes"]]
         for line in [*_protocols(result), *notes, made_by(result)]:
             of.setdefault(line, {})[result.label] = None
-    everyone = max((len(labels) for labels in of.values()), default=0)
     return [
-        line if len(labels) == everyone else f"{', '.join(labels)}: {line}"
+        line if len(labels) == len(everyone) else f"{', '.join(labels)}: {line}"
         for line, labels in of.items()
     ]
 
