@@ -630,8 +630,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         table = self._checked(X)
         prior = None if self.score_prior == "normal" else self.prior_
         wanted = {"mixture": MixturePrior, "flow": FlowPrior}.get(self.score_prior)
-        known = prior is None or isinstance(prior, (MixturePrior, FlowPrior))
-        if not known or (prior is not None and type(prior) is not wanted):
+        if prior is not None and (
+            not isinstance(prior, (MixturePrior, FlowPrior)) or type(prior) is not wanted
+        ):
             raise InputError(
                 f"score_prior={self.score_prior!r} is not the prior of the fit: fit again with "
                 f"prior={self.score_prior!r}"
