@@ -101,8 +101,13 @@ def history(path: Path) -> "DataFrame":
 
 
 def mean_error(entry: Entry) -> float:
-    """Return the error of an entry that gamma2 follows: see `ERRORS`."""
-    return next(entry[name] for name in ERRORS if name in entry)
+    """Return the error of an entry that gamma2 follows: see `ERRORS`.
+
+    Raises:
+        KeyError: the entry is of a flow.
+    """
+    name = next((name for name in ERRORS if name in entry), ERRORS[0])
+    return entry[name]
 
 
 def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:
