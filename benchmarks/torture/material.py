@@ -15,6 +15,7 @@ from PIL import Image, features
 import poise
 from poise.data import cached
 from poise.data import load as load_data
+from poise.data.decoding import save_png
 from poise.features import cached_features, make_extractor
 from poise.recipes import Data, Network, Recipe, Stage
 from poise.runs.options import Options
@@ -104,7 +105,7 @@ def make_arrays(folder: Path) -> None:
 def make_pictures(folder: Path, count: int = 12) -> None:
     for number in range(count):
         picture = IMAGES[number].transpose(1, 2, 0)
-        poise.data.decoding.save_png(folder / f"{number}.png", picture)
+        save_png(folder / f"{number}.png", picture)
 
 
 def make_album(folder: Path) -> None:
