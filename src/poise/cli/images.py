@@ -17,6 +17,7 @@ from poise.cli.options import (
     ReadingGroup,
     ReadingOptions,
     RunFolder,
+    refuse_reading,
 )
 from poise.cli.showing import load_run
 from poise.errors import InputError, RunError
@@ -315,11 +316,7 @@ def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Give
     from poise.data.layouts import is_celeba
 
     if source is None:
-        if reading != ReadingOptions():
-            raise InputError(
-                "--skip-unreadable, --levels and --max-megapixels are for images that you give: "
-                "the images of a run are read as in its training"
-            )
+        refuse_reading(reading, "images that you give")
         return Given(run.test_images(), "test", (), (), ())
     from poise.evaluation import through_jpeg
 

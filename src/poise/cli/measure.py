@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from poise.cli.options import ANY_IMAGES, Device, ReadingGroup, ReadingOptions, RunFolder
+from poise.cli.options import (
+    ANY_IMAGES,
+    Device,
+    ReadingGroup,
+    ReadingOptions,
+    RunFolder,
+    refuse_reading,
+)
 from poise.cli.showing import load_run, show_cells, show_table
 from poise.errors import InputError
 from poise.protocols import ORIGINS, PROTOCOLS, table
@@ -185,11 +192,7 @@ class Evaluate:
     def _measure(self, folder: Path) -> None:
         if self.size is not None:
             raise InputError("--size is for --real and --generated: a run has its own size")
-        if self.reading != ReadingOptions():
-            raise InputError(
-                "--skip-unreadable, --levels and --max-megapixels are for --real and --generated: "
-                "the images of a run are read as in its training"
-            )
+        refuse_reading(self.reading, "--real and --generated")
         from poise.metrics.reference_statistics import ReferenceStatistics
         from poise.support.files import write_json
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hi
 import docstring_parser
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from poise.errors import InputError
 from poise.recipes import CHANGES, RECIPES
 from poise.recipes.settings import DECLARED, Option, Recipe, Stage, options_of
 from poise.runs.options import Options
@@ -93,6 +94,20 @@ class ReadingOptions:
         int | None,
         arg(help="refuse image files of more megapixels", help_behavior_hint="(default: 179)"),
     ] = None
+
+
+def refuse_reading(reading: ReadingOptions, images: str) -> None:
+    """Raise InputError if options for reading are given for a run's own images.
+
+    Args:
+        reading: the options.
+        images: the images that they are for, in words.
+    """
+    if reading != ReadingOptions():
+        raise InputError(
+            f"--skip-unreadable, --levels and --max-megapixels are for {images}: "
+            "the images of a run are read as in its training"
+        )
 
 
 ReadingGroup = Annotated[ReadingOptions, OmitArgPrefixes, arg(name="reading")]
