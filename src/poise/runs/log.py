@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,13 +101,17 @@ def history(path: Path) -> "DataFrame":
 
 
 def mean_error(entry: Entry) -> float:
-    """Return the error of an entry that gamma2 follows: see `ERRORS`.
+    """Return the error of an entry that gamma2 follows.
 
     Raises:
         KeyError: the entry is of a flow.
     """
-    name = next((name for name in ERRORS if name in entry), ERRORS[0])
-    return entry[name]
+    return entry[error_among(entry)]
+
+
+def error_among(names: Container[str]) -> str:
+    """Return which of `ERRORS` is among names of figures; the first, if none is."""
+    return next((name for name in ERRORS if name in names), ERRORS[0])
 
 
 def _read(path: Path, required: set[str]) -> tuple[list[Entry], int]:

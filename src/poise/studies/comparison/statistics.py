@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from poise.errors import InputError
 from poise.metrics.listed import FIGURES, is_compared
 from poise.protocols import DEFAULT
-from poise.runs.log import ERRORS
+from poise.runs.log import error_among
 from poise.studies.results import Result
 from poise.variants import PRIORS
 
@@ -139,10 +139,11 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
 def threshold(reference: Iterable[Result]) -> float | None:
     """Return the training error that counts as reached, or None if there are no runs.
 
-    It is 1.1 times the training error of the last hundredth of stage 1, averaged over the reference's
-    runs.
+    It is 1.1 times the training error of the last hundredth of stage 1, averaged over the runs of
+    the reference.
     """
-    last = [result.curves["1"][error_of(result)][-1] for result in reference]
+    curves = [result.curves["1"] for result in reference]
+    last = [curve[error_among(curve)][-1] for curve in curves]
     return NEAR * statistics.fmean(last) if last else None
 
 
@@ -167,8 +168,3 @@ def reached(result: Result, name: str, error: float) -> Reached | None:
     curve = result.curves["1"]
     place = next((k for k, value in enumerate(curve.get(name, ())) if value <= error), None)
     return None if place is None else Reached(curve["images_seen"][place], curve["seconds"][place])
-
-
-def error_of(result: Result) -> str:
-    """Return the name of the error in a run's curve that gamma2 follows."""
-    return next(name for name in ERRORS if name in result.curves["1"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from poise.protocols import Protocol
 from poise.recipes.settings import from_json
+from poise.runs.log import error_among
 from poise.studies.comparison.statistics import (
     COVERED,
     FEWEST,
@@ -14,7 +15,6 @@ from poise.studies.comparison.statistics import (
     Spread,
     by_label,
     difference,
-    error_of,
     figures,
     namesakes,
     paired,
@@ -141,7 +141,7 @@ def speed(results: Iterable[Result], reference: str) -> Rows:
     error = threshold(ours)
     if error is None:
         return []
-    name = error_of(ours[0])
+    name = error_among(ours[0].curves["1"])
     found = {
         label: [reached(result, name, error) for result in runs.values()]
         for label, runs in groups.items()
@@ -265,9 +265,9 @@ def conditions(results: Iterable[Result]) -> list[str]:
     A line that does not apply to all labels names its labels.
     """
     of: dict[str, dict[str, None]] = {}
-    everyone: set[str] = set()
+    results = [*results]
+    everyone = {result.label for result in results}
     for result in results:
-        everyone.add(result.label)
         notes = [*result.data.get("notes", []), *result.evaluation["notes"]]
         for line in [*_protocols(result), *notes, made_by(result)]:
             of.setdefault(line, {})[result.label] = None
