@@ -630,13 +630,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         table = self._checked(X)
         prior = None if self.score_prior == "normal" else self.prior_
         wanted = {"mixture": MixturePrior, "flow": FlowPrior}.get(self.score_prior)
-        if prior is not None and (
-            not isinstance(prior, (MixturePrior, FlowPrior)) or type(prior) is not wanted
-        ):
+        if prior is not None and type(prior) is not wanted:
             raise InputError(
                 f"score_prior={self.score_prior!r} is not the prior of the fit: fit again with "
                 f"prior={self.score_prior!r}"
             )
+        assert prior is None or isinstance(prior, (MixturePrior, FlowPrior))
         takes_long = isinstance(prior, FlowPrior)
         found = row_nll(
             self.vae_,
@@ -671,14 +670,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _read(self, X: Any, **checks: Any) -> np.ndarray:
         """Return a table as numbers, then one-hot categories; see `poise.tables.columns`."""
-        given = with_nan(X)
         if self.columns_.plain:
             table: Any = validate_data(
-                self, given, dtype=DTYPES, ensure_all_finite="allow-nan", **checks
+                self, with_nan(X), dtype=DTYPES, ensure_all_finite="allow-nan", **checks
             )
             return table
-        validate_data(self, given, skip_check_array=True, reset=checks.pop("reset", True))
-        return self.columns_.encoded(given, **checks)
+        validate_data(self, X, skip_check_array=True, reset=checks.pop("reset", True))
+        return self.columns_.encoded(X, **checks)
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)

@@ -40,9 +40,9 @@ class Columns:
         self.prototype: Any = None if frame is None else frame.head(0).to_native()
         self.names = None if frame is None else list(frame.columns)
         chosen = _chosen(X, frame, categorical)
-        for column in range(len(self.names or ())):
+        for column, name in enumerate(self.names or ()):
             if frame is not None and column not in chosen:
-                _holds_categories(frame[:, column], frame.columns[column])  # refuses dates
+                _check_numeric(frame[:, column], name)
         self.plain = not chosen
         self.levels: list[np.ndarray] = []
         self.categorical = sorted(chosen)
@@ -95,10 +95,9 @@ class Columns:
             numbers: Any = frame[:, self.numeric].to_native()
         else:
             numbers = _objects_of(X)[:, self.numeric]
-            numbers = np.where(np.vectorize(_is_missing, [bool])(numbers), np.nan, numbers)
         if self.numeric:
             how: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"} | checks
-            numbers = check_array(numbers, **how)
+            numbers = check_array(with_nan(numbers), **how)
         else:
             numbers = np.empty((len(X), 0))
         blocks = [numbers]
@@ -223,7 +222,7 @@ def _chosen(X: Any, frame: nw.DataFrame[Any] | None, categorical: Any) -> set[in
     if isinstance(categorical, str) and categorical == "from_dtype":
         if frame is None:
             return set()
-        return {k for k, name in enumerate(frame.columns) if _holds_categories(frame[:, k], name)}
+        return {k for k in range(len(frame.columns)) if _holds_categories(frame[:, k])}
     if categorical is None:
         return set()
     if isinstance(categorical, str) or not isinstance(categorical, (Sequence, np.ndarray)):
@@ -251,16 +250,19 @@ def _chosen(X: Any, frame: nw.DataFrame[Any] | None, categorical: Any) -> set[in
     return {int(value) for value in found}
 
 
-def _holds_categories(column: nw.Series[Any], name: Any) -> bool:
-    if column.dtype.is_numeric() or column.dtype == nw.Unknown:
-        return False
-    if column.dtype in CATEGORIES:
-        return True
+def _holds_categories(column: nw.Series[Any]) -> bool:
     if column.dtype == nw.Object:
         return any(isinstance(value, (str, bool)) for value in column.to_list())
-    raise InputError(
-        f"column {name!r} holds {column.dtype}: convert it to numbers or texts, or leave it out"
-    )
+    return column.dtype in CATEGORIES
+
+
+def _check_numeric(column: nw.Series[Any], name: Any) -> None:
+    """Raise InputError for a column of dates, lists or the like, which are no numbers."""
+    kind = column.dtype
+    if not kind.is_numeric() and kind not in (*CATEGORIES, nw.Object, nw.Unknown):
+        raise InputError(
+            f"column {name!r} holds {kind}: convert it to numbers or texts, or leave it out"
+        )
 
 
 def _objects_of(X: Any) -> np.ndarray:
