@@ -169,8 +169,8 @@ def contrary(results: Iterable[Result]) -> str:
         pairs.append(f"{ours} and {theirs} after {epochs} epoch{'s' * (int(epochs) != 1)}")
     return (
         "The computed balance has worse samples from N(0, I) (GEN-1) than the learned one, whose "
-        "KL is smaller because its gamma2 is still too large. FD-pixels on Fashion-MNIST, "
-        f"computed and learned: {', '.join(pairs)}"
+        "KL is smaller because its gamma2 is still too large. FD-pixels, the Fréchet distance of "
+        f"pixels, on Fashion-MNIST, computed and learned: {', '.join(pairs)}"
     )
 
 

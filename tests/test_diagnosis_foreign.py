@@ -263,7 +263,7 @@ WRONG: list[tuple[str, str, Any, Any, Any, str, str]] = [
         "The error of column 0 is 9",
     ),
     (
-        "table, a column known by heart",
+        "table, an overfitted column",
         "squared error / (2 gamma2) + KL, one gamma2 for each column",
         Table(),
         (columns(1), columns(2)[:, 7:]),

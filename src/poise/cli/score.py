@@ -46,7 +46,7 @@ class Score:
         Proposal,
         arg(
             help="where the samples are drawn. encoder: the posterior of the encoder. refined: a "
-            "distribution that is fitted to each image, which is exact for more images and takes "
+            "distribution that is fitted to each image, which is accurate for more images and takes "
             "about a hundred times as long"
         ),
     ] = SCORE_PROPOSAL

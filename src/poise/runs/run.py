@@ -754,7 +754,7 @@ class Run:
             training: the training images. None: those of the run's data, read again.
             names: of the images, for the table. Default: their numbers.
             seed: seed of the samples. The score of an image depends on its number.
-            proposal: "encoder", or "refined", which is exact for more images and takes about a
+            proposal: "encoder", or "refined", which is accurate for more images and takes about a
                 hundred times as long; see `poise.metrics.likelihood`.
             quiet: show no progress.
 
