@@ -110,8 +110,7 @@ class Bench:
         ]
 
     def stage(self, number: int, precision: str) -> Stage:
-        stage = RECIPE.first if number == 1 else RECIPE.second
-        assert stage is not None
+        stage = RECIPE.stages[number - 1]
         word = "float32" if precision == "tf32" else precision
         return replace(stage, batch_size=self.scale.batch_size, precision=word)
 

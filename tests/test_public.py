@@ -95,7 +95,7 @@ def test_recipes_survive_json_and_build(name):
     recipe = RECIPES[name]
     restored = from_json(Recipe, to_json(recipe))
     assert to_json(restored) == to_json(recipe)
-    for stage in filter(None, (recipe.first, recipe.second)):
+    for stage in recipe.stages:
         poise.balance.make_balance(stage.balance, image_size=64, latent_dim=64)
     shape = {
         "digits": [1, 8, 8],

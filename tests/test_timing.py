@@ -36,7 +36,7 @@ HALF_A_MINUTE = Timing((Pace(3.0, 0.5), Pace(1.0, 0.25)), 2.0)
 
 def final_rates(recipe: Recipe, num_images: int) -> list[float]:
     """Return the rates of the last steps, without a linear fall, which ends at 1 / length."""
-    stages = [replace(stage, decay=0.0) for stage in timing.stages_of(recipe)]
+    stages = [replace(stage, decay=0.0) for stage in recipe.stages]
     return [
         stage.learning_rate_at(stage.total_steps(num_images) - 1, num_images) for stage in stages
     ]
@@ -167,9 +167,7 @@ def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace
 
     paced(monkeypatch, 1.0)
     undisturbed = budgeted(tmp_path / "undisturbed")
-    assert sum(stage.steps or 0 for stage in timing.stages_of(undisturbed.recipe)) == pytest.approx(
-        60, abs=2
-    )
+    assert sum(stage.steps or 0 for stage in undisturbed.recipe.stages) == pytest.approx(60, abs=2)
     taken, real = iter(range(step)), training.engines.training_step
 
     def mortal(*arguments):
@@ -199,7 +197,7 @@ def test_a_budget_is_measured_and_told_with_its_lengths(tmp_path, monkeypatch, c
     monkeypatch.setattr(timing, "PICTURES_SECONDS", 2.0)
     options = Options(device="cpu", threads=1)
     run = train(IMAGES, recipe=TINY, out=tmp_path / "run", options=options, minutes=0.1)
-    steps = [stage.steps for stage in timing.stages_of(run.recipe)]
+    steps = [stage.steps for stage in run.recipe.stages]
     assert run.recipe.minutes == 0.1 and min(steps) >= 10
     told = capsys.readouterr().err
     assert (

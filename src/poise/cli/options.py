@@ -200,7 +200,7 @@ def recipe_texts(recipe: Recipe) -> dict[str, str]:
 
     Values that differ between the stages are joined with "and".
     """
-    stages = [stage for stage in (recipe.first, recipe.second) if stage]
+    stages = recipe.stages
     lengths = [str(stage.epochs) if stage.epochs else f"{stage.steps:,} steps" for stage in stages]
     values: dict[str, list[Any]] = {
         "network": [recipe.network.kind],

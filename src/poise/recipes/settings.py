@@ -414,6 +414,11 @@ class Recipe:
             check_value("the objective of stage 2", SecondStage, self.second.objective)
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The settings of each stage, one or two."""
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    @property
     def second_stage(self) -> SecondStage | None:
         """Kind of the second stage, or None."""
         if self.second is None:

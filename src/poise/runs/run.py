@@ -184,9 +184,7 @@ class Run:
     def _stage(
         self, number: int, saved: Saved, network: TrainedNetwork
     ) -> tuple[TrainedNetwork, Balance]:
-        settings = self.recipe.first if number == 1 else self.recipe.second
-        assert settings is not None
-        balance = stage_balance(settings, self.recipe, self.data["shape"])
+        balance = stage_balance(self.recipe.stages[number - 1], self.recipe, self.data["shape"])
         tensors = under(f"stage{number}", saved.tensors)
         with fitting(self.folder, number):
             load_weights(network, under("average", tensors) or under("vae", tensors))

@@ -212,9 +212,7 @@ class Timing:
 
     def seconds(self, recipe: Recipe, num_images: int) -> list[float]:
         """Return the seconds of each stage at the recipe's lengths."""
-        lengths = [
-            stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage
-        ]
+        lengths = [stage.total_steps(num_images) for stage in recipe.stages]
         return [pace.seconds(steps) for pace, steps in zip(self.stages, lengths, strict=True)]
 
 
@@ -239,7 +237,7 @@ def lengths_within_budget(
     left = seconds - timing.rest - sum(pace.start for pace in timing.stages)
     parts = [
         pace.step * stage.total_steps(num_images)
-        for pace, stage in zip(timing.stages, stages_of(recipe), strict=True)
+        for pace, stage in zip(timing.stages, recipe.stages, strict=True)
     ]
     shares = [part / sum(parts) for part in parts]
     if len(shares) > 1:
@@ -328,7 +326,7 @@ def lengths_with_more(
         InputError: the budget is too short for stage 2 and a few steps of stage 1.
     """
     left = seconds - timing.rest - sum(pace.start for pace in timing.stages)
-    paces, stages = timing.stages, stages_of(recipe)
+    paces, stages = timing.stages, recipe.stages
     spent, share = paces[0].step * done, 0.0
     if len(stages) > 1:
         parts = [
@@ -350,11 +348,6 @@ def lengths_with_more(
     return replace(recipe, first=recipe.first.lasting(steps=done + steps), second=second)
 
 
-def stages_of(recipe: Recipe) -> list[Stage]:
-    """Return the stages of a recipe, one or two."""
-    return [stage for stage in (recipe.first, recipe.second) if stage]
-
-
 def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
     """Return one line with the estimated time of the run and of each part.
 
@@ -367,7 +360,7 @@ def estimate(recipe: Recipe, timing: Timing, num_images: int) -> str:
         f"{name} {hours_minutes(part)}" for name, part in zip(names, times, strict=True)
     )
     rate = min(recipe.first.batch_size, num_images) / timing.stages[0].step
-    lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in stages_of(recipe))
+    lengths = " + ".join(f"{stage.total_steps(num_images):,}" for stage in recipe.stages)
     line = (
         f"{lengths} steps take about {hours_minutes(sum(times))} here: {parts} "
         f"({rate:.3g} images/s in stage 1)"
@@ -396,8 +389,8 @@ def hint(recipe: Recipe, timing: Timing, num_images: int, seconds: float) -> str
         )
     except InputError:
         return ""
-    lengths = " + ".join(f"{stage.steps:,}" for stage in stages_of(shorter))
-    halved = any(stage.halve_every for stage in stages_of(shorter))
+    lengths = " + ".join(f"{stage.steps:,}" for stage in shorter.stages)
+    halved = any(stage.halve_every for stage in shorter.stages)
     return f"; --minutes {minutes} would take {lengths} steps" + (
         ", with the learning rates halved at the same fractions of them" if halved else ""
     )
@@ -449,7 +442,7 @@ def measure(
     latents = recipe.network.latent_dim
     paces, rest = [], PICTURES_SECONDS + mixture_seconds(len(dataset.train), latents, device)
     for number, ((network, balance), stage) in enumerate(
-        zip(stages, stages_of(recipe), strict=True), 1
+        zip(stages, recipe.stages, strict=True), 1
     ):
         data = (
             ImageBatches(dataset.train, device, flips=recipe.data.flips)

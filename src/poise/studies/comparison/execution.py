@@ -259,8 +259,7 @@ class Following:
             if self._first_seen.setdefault(stage, step) == step:
                 continue  # the first steps of a process are slow
             self._said.add(stage)
-            settings = task.recipe.first if stage == 1 else task.recipe.second
-            assert settings is not None
+            settings = task.recipe.stages[stage - 1]
             seconds = min(settings.batch_size, task.num_images) / entry["images_per_second"]
             left = sum(self._left(other, stage) for other in self.tasks)
             line = (
