@@ -27,6 +27,7 @@ from poise.data import read_images
 from poise.data.decoding import crop_and_resize, jpeg_round_trip, square_resize, to_bytes
 from poise.errors import InputError
 from poise.recipes import Data
+from poise.recipes.settings import Changes
 from poise.runs import checkpoint, checkup, pipeline
 from poise.support import files
 from poise.training import Engine
@@ -554,9 +555,14 @@ def test_every_engine_can_be_chosen(command):
 
 
 def test_a_recipe_brings_its_own_data(tmp_path, monkeypatch):
-    assert cli.parse(["train", "--recipe", "cifar10"]).settings().data.source == "cifar10"
-    assert cli.parse(["train"]).settings().data.source == "digits"
-    released = cli.parse(["train", "cifar10-released", "--latent-dim", "128"]).settings()
+    def recipe_of(*words):
+        command = cli.parse(["train", *words])
+        recipe = pipeline.resolve(command.data, command.recipe, None)
+        return Changes(**command.changes()).apply(recipe)
+
+    assert recipe_of("--recipe", "cifar10").data.source == "cifar10"
+    assert recipe_of().data.source == "digits"
+    released = recipe_of("cifar10-released", "--latent-dim", "128")
     weight = pipeline.stage_balance(released.first, released, [3, 32, 32]).kl_weight
     assert weight == (2 * 32 / 128) ** 2
 

@@ -9,8 +9,7 @@ from tyro.conf import Positional, arg
 
 from poise.cli.options import RecipeName, TrainingCommand
 from poise.cli.showing import show_table
-from poise.recipes import RECIPES, find_recipe
-from poise.recipes.settings import Changes, Recipe
+from poise.recipes import RECIPES
 from poise.variants import DATA_SETS
 
 DATA_NAMES = [
@@ -70,39 +69,22 @@ class Train(TrainingCommand):
         ),
     ] = None
 
-    def settings(self) -> Recipe:
-        """Return the recipe with the given changes."""
-        recipe = find_recipe(self.recipe or (None if self.data else "digits"), self.data)
-        return Changes(**self.changes()).apply(recipe)
-
     def run(self) -> None:
         from poise.metrics.listed import figures_table
-        from poise.objectives import make_objective
-        from poise.runs.build import stage_balance
         from poise.runs.pipeline import train
         from poise.support.files import read_json
         from poise.training import distributed
 
-        of_others = (self.more_epochs, self.more_minutes, self.start_from)
-        if any(value is not None for value in of_others):  # of another run, whose settings it has
-            more_epochs, more_minutes, start_from = of_others
-            run = train(
-                self.data,
-                recipe=self.recipe,
-                out=self.out,
-                options=self.options(),
-                more_epochs=more_epochs,
-                more_minutes=more_minutes,
-                start_from=start_from and str(start_from),
-                **self.changes(),
-            )
-        else:
-            recipe = self.settings()
-            for stage in filter(None, (recipe.first, recipe.second)):
-                # Report a wrong balance before the data are read.
-                stage_balance(stage, recipe, [1, 1, 1])
-            make_objective(recipe.first.objective)
-            run = train(self.data, recipe=recipe, out=self.out, options=self.options())
+        run = train(
+            self.data,
+            recipe=self.recipe,
+            out=self.out,
+            options=self.options(),
+            more_epochs=self.more_epochs,
+            more_minutes=self.more_minutes,
+            start_from=self.start_from and str(self.start_from),
+            **self.changes(),
+        )
         if distributed.rank() > 0:
             return
         summary = read_json(run.folder / "summary.json", dict[str, Any])

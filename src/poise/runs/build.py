@@ -8,7 +8,7 @@ from poise.balance import Balance, make_balance
 from poise.balance.kinds import make_error
 from poise.errors import InputError
 from poise.flow import Flow
-from poise.objectives import Deterministic, is_deterministic
+from poise.objectives import Deterministic, is_deterministic, make_objective
 from poise.recipes.settings import VAE_OBJECTIVE, Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
 from poise.training import ImageBatches, check_groups, count_latents
@@ -105,6 +105,17 @@ def second_stage(recipe: Recipe, first: VAE, classes: int = 0) -> VAE | Flow:
             sizes = {"width": network.flow_width, "blocks": network.flow_blocks}
             return Flow(networks.flow(shape, **sizes, classes=classes), shape, classes)
         return VAE(*networks.second_stage(network.latent_dim, network.second_hidden))
+
+
+def check_specs(recipe: Recipe) -> None:
+    """Check that the balances and objectives of a recipe can be made, before images are read.
+
+    Raises:
+        InputError: one of them cannot.
+    """
+    for stage in recipe.stages:
+        stage_balance(stage, recipe, [1, 1, 1])
+        make_objective(stage.objective)
 
 
 def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:

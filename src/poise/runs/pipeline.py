@@ -34,7 +34,13 @@ from poise.recipes.settings import (
     to_json,
 )
 from poise.runs import plots
-from poise.runs.build import first_stage, second_stage, stage_balance, with_latents_counted
+from poise.runs.build import (
+    check_specs,
+    first_stage,
+    second_stage,
+    stage_balance,
+    with_latents_counted,
+)
 from poise.runs.callbacks import Callback, Callbacks, TensorBoard
 from poise.runs.checkpoint import (
     Saved,
@@ -180,6 +186,7 @@ def train(
     choose_engine(options.engine, device)
     boards = [TensorBoard()] if options.tensorboard else []
     called = Callbacks(callbacks, boards)
+    check_specs(recipe)
     check_objective(recipe.first.objective)
     given = images if recipe.data.source == "array" or isinstance(images, Dataset) else None
     if listed is not None:
@@ -411,7 +418,7 @@ def announce(recipe: Recipe, num_images: int, device: torch.device, asked: str) 
         recipe, num_images, device: of the run.
         asked: the device as the user gave it.
     """
-    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    counts = [stage.total_steps(num_images) for stage in recipe.stages]
     lengths = [f"{steps:,} step{'s' * (steps != 1)}" for steps in counts]
     length = " + ".join(lengths) if recipe.minutes is None else f"{recipe.minutes:g} minutes"
     where = (
@@ -570,7 +577,7 @@ class Job:
         return None if labels is None else torch.from_numpy(labels.train)
 
     def _stage(self, number: int, data: Batches, stop: Callable[[], bool]) -> TrainingState[Any]:
-        stage, (network, balance) = self._settings(number), self.stages[number - 1]
+        stage, (network, balance) = self.recipe.stages[number - 1], self.stages[number - 1]
         state: TrainingState[Any] = new_state(network, balance, stage, self.device)
         self._states.append(state)
         mine = under(f"stage{number}", self.tensors)
@@ -636,7 +643,7 @@ class Job:
 
     def _begin_picture(self) -> ProgressPicture:
         number, step = self.meta["stage"], self.meta["step"]
-        steps = self._settings(number).total_steps(len(self.dataset.train))
+        steps = self.recipe.stages[number - 1].total_steps(len(self.dataset.train))
         began = [entry["step"] for entry in self.config.get("continued", [])[-1:]]
         whole = self.recipe.first.total_steps(len(self.dataset.train))
         names = [default_prior(kind) for kind in (None, self.recipe.second_stage)]
@@ -679,11 +686,6 @@ class Job:
         written = read_config(self.folder)
         if written.get("engine") != engine:
             write_json(self.folder / "config.json", written | {"engine": engine})
-
-    def _settings(self, number: int) -> Stage:
-        stage = self.recipe.first if number == 1 else self.recipe.second
-        assert stage is not None
-        return stage
 
     def _codes(self, first: TrainingState[VAE]) -> tuple[DiagonalGaussian, DiagonalGaussian | None]:
         """Return the posteriors of the training images, and mark stage 1 as finished.
@@ -761,7 +763,7 @@ class Job:
         Raises:
             RunError: a weight is not finite.
         """
-        check_weights(state, self._settings(number), number)
+        check_weights(state, self.recipe.stages[number - 1], number)
         mine = {
             name: tensor
             for name, tensor in self._all_tensors(number, state).items()

@@ -18,6 +18,7 @@ from poise.data import Dataset
 from poise.errors import InputError, RunError
 from poise.protocols import Protocol
 from poise.recipes.settings import Recipe, from_json, to_json
+from poise.runs.build import check_specs
 from poise.runs.folder import differing_settings, read_data
 from poise.runs.options import Options
 from poise.runs.run import PriorName, Run
@@ -26,7 +27,6 @@ from poise.studies.comparison.measuring import Compared, completed, measuring_fo
 from poise.studies.comparison.plan import (
     Crew,
     Task,
-    check_specs,
     check_start,
     crew_for,
     recipes,
@@ -328,7 +328,7 @@ def announce(
 ) -> str:
     """Return a line that says how many runs are planned, finished and done at a time."""
     recipe, num_images = tasks[0].recipe, tasks[0].num_images
-    counts = [stage.total_steps(num_images) for stage in (recipe.first, recipe.second) if stage]
+    counts = [stage.total_steps(num_images) for stage in recipe.stages]
     lengths = " + ".join(f"{steps:,}" for steps in counts) + " step" + "s" * (counts != [1])
     runs = (
         f"{len(tasks)} run{'s' * (len(tasks) > 1)} "

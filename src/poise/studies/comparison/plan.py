@@ -15,7 +15,6 @@ from joblib.parallel import LokyBackend, get_active_backend
 
 from poise.data import Dataset
 from poise.errors import InputError
-from poise.objectives import make_objective
 from poise.recipes.settings import Changes, Network, Recipe, from_json, to_json
 from poise.runs.build import first_stage, stage_balance, with_latents_counted
 from poise.runs.options import Options
@@ -151,17 +150,6 @@ def variants(
         for label in balances
     }
     return named | {label: {"objective": label} | own for label in models}
-
-
-def check_specs(recipe: Recipe) -> None:
-    """Check that the recipe's balances and objectives can be made.
-
-    Raises:
-        InputError: one of them cannot.
-    """
-    for stage in filter(None, (recipe.first, recipe.second)):
-        stage_balance(stage, recipe, [1, 1, 1])
-        make_objective(stage.objective)
 
 
 def recipes(
