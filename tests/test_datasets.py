@@ -38,7 +38,7 @@ from poise.data import (
     read_images,
     spread,
 )
-from poise.data.arrays import as_images
+from poise.data.arrays import as_split
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.data.decoding import read_image
 from poise.data.storage import gather_rows
@@ -314,14 +314,14 @@ def test_the_same_pictures_give_the_same_bytes_as_files_and_as_an_array(tmp_path
 
 def test_floats_are_resized_and_greyed_like_bytes_within_rounding():
     pixels, form = noise(12, 20, 30, 3), Reading(size=8, channels=1)
-    floats = as_images(pixels / np.float32(255), "floats", form)
+    floats = as_split({"floats": pixels / np.float32(255)}, form).train
     assert (
         floats.dtype == np.float32
         and floats.shape == (12, 1, 8, 8)
         and floats.min() >= 0
         and floats.max() <= 1
     )
-    assert np.abs(floats * 255 - as_images(pixels, "bytes", form)).max() < 2
+    assert np.abs(floats * 255 - as_split({"bytes": pixels}, form).train).max() < 2
 
 
 def test_grey_becomes_colour_on_request():

@@ -154,7 +154,6 @@ def test_a_resnet_needs_a_scale(scales):
         (conv, (32,), {"width": 20}, "multiples of 8, not 20"),
         (flow, ((4, 8, 8),), {"width": 0}, "multiples of 8, not 0"),
         (flow, ((4, 8),), {}, r"\(L,\) or \(c, h, w\), not \(4, 8\)"),
-        (flow, ((4, 8, 8),), {"blocks": 4, "attentions": 3}, "0 to 2 for 4 .* not 3"),
         (flow, ((4, 8, 8),), {"blocks": 2}, "3 blocks or more here, not 2"),
         (flow, ((4,),), {"blocks": 0}, "1 blocks or more here, not 0"),
     ],

@@ -487,7 +487,7 @@ def test_a_wrong_objective_is_said_before_the_data_are_read(spec, message, tmp_p
 @pytest.mark.parametrize("setting", ["balance", "second_balance"])
 def test_a_wrong_balance_is_said_before_the_data_are_read(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "read_data", lambda *arguments: pytest.fail("the data were read"))
-    with pytest.raises(InputError, match="'zen'.*computed"):
+    with pytest.raises(InputError, match=r"'zen'.*computed"):
         train("digits", out=tmp_path / "run", options=QUIET, **{setting: "zen"})
 
 

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from poise.errors import InputError
+from poise.recipes.presets import RELEASED_GENERATION
 from poise.recipes.settings import Generation, check_values
 from poise.support.version import __version__
 
@@ -166,13 +167,6 @@ def model_protocol(protocol: Protocol, *, generation: Generation | None = None) 
     )
 
 
-RELEASED_GENERATION = Generation(
-    second_stage_noise=False,
-    renormalise="when-lost",
-    variance_law="released",
-    adjust_reconstructions=True,
-    reconstruct_from="sample",
-)
 DEFAULT = Protocol("default")
 RELEASED_CELEBA = Protocol(
     "released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION

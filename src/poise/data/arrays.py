@@ -38,7 +38,7 @@ def read_npy(path: Path, reading: Reading) -> Found:
     """Return the images of an .npy file, memory-mapped. The file has no split.
 
     Raises:
-        InputError: the file is damaged, holds Python objects, or holds no images (see `as_images`).
+        InputError: the file is damaged, holds Python objects, or holds no images (see `as_split`).
     """
     _check_start(path)
     try:
@@ -57,7 +57,7 @@ def read_npz(path: Path, reading: Reading) -> Found:
 
     Raises:
         InputError: the file is damaged, holds Python objects, has no array of such a name, or holds
-            no images (see `as_images`).
+            no images (see `as_split`).
     """
     _check_start(path)
     try:
@@ -182,7 +182,8 @@ def as_split(
         labels: the classes of the images of each array. None: not known.
 
     Raises:
-        InputError: see `as_images`.
+        InputError: another layout or type; values outside the range, NaN or infinite; images are
+            not square and `reading` gives no size.
     """
     checked = [_Checked(array, label, reading) for label, array in arrays.items()]
     levels, notes = reading.levels, [note for one in checked for note in one.notes]
@@ -220,27 +221,6 @@ def as_split(
     whole = images[0] if len(images) == 1 else np.concatenate(images)
     classes = None if labels is None else np.concatenate(labels)
     return Split(whole, None, *shared, (), names, of_images, classes)
-
-
-def as_images(array: np.ndarray, label: str, reading: Reading) -> np.ndarray:
-    """Convert an array to the images of a `Dataset`: (n, channels, side, side), uint8 or float32.
-
-    Args:
-        array: (n, h, w), (n, h, w, c) or (n, c, h, w), with 1 or 3 channels; bytes, booleans,
-            16-bit integers, or floats in [0, 1].
-        label: the name of the array in error messages.
-        reading: the size, channels and levels to convert to.
-
-    Returns:
-        A view of `array` if nothing has to change, otherwise a new array.
-
-    Raises:
-        InputError: another layout or type; values outside the range, NaN or infinite; images are
-            not square and `reading` gives no size.
-    """
-    images = as_split({label: array}, reading).train
-    assert isinstance(images, np.ndarray)  # not `Rows`, which only readers of files return
-    return images
 
 
 class _Checked:

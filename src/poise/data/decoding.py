@@ -24,6 +24,7 @@ Mode = Literal["L", "RGB"]  # Pillow's names of grey and RGB
 
 TILE_PIXELS = 64  # a grid enlarges smaller images to about this side
 SEPARATOR_PIXELS = 2
+GIF_MILLISECONDS = 100  # that an image of an animation is shown
 DEEP = 65535  # the largest value of 16 bits
 WHITES = (255, 1023, 4095, 16383, DEEP)  # the largest values of 8, 10, 12, 14 and 16 bits
 HOT_SHARE = 0.001  # of the values of an image may exceed white: hot pixels do not decide the scale
@@ -126,14 +127,13 @@ def to_png(pixels: np.ndarray, *, effort: int = 6) -> bytes:
     return file.getvalue()
 
 
-def to_gif(images: Images, *, seconds_per_image: float = 0.1) -> bytes:
+def to_gif(images: Images) -> bytes:
     """Encode images as an animated GIF that runs there and back, for ever.
 
     Small images are enlarged as in a `grid`. A GIF has 256 colours for each image.
 
     Args:
         images: (n, channels, height, width), n >= 2; float in [0, 1], or uint8.
-        seconds_per_image: duration of each image, in steps of 0.01 s.
 
     Returns:
         The content of the file.
@@ -141,8 +141,7 @@ def to_gif(images: Images, *, seconds_per_image: float = 0.1) -> bytes:
     there = [to_picture(grid(image[None])) for image in images]
     first, *others = there + there[-2:0:-1]
     file = io.BytesIO()
-    duration = round(1000 * seconds_per_image)
-    first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
+    first.save(file, "GIF", save_all=True, append_images=others, duration=GIF_MILLISECONDS, loop=0)
     return file.getvalue()
 
 
@@ -414,24 +413,17 @@ def square_resize(image: Picture, size: int) -> Picture:
 
 
 ALIGNED = (178, 218)  # pixels of CelebA's aligned faces
+FACE = (25, 45, 153, 173)  # left, top, right and bottom of the crop
 
 
-def crop_and_resize(
-    image: Picture,
-    rows: tuple[int, int] = (45, 173),
-    cols: tuple[int, int] = (25, 153),
-    *,
-    size: int = 64,
-) -> Picture:
+def crop_and_resize(image: Picture, *, size: int = 64) -> Picture:
     """Crop one of CelebA's aligned 178x218 faces and resize it to (size, size).
 
-    The resize is Pillow's BILINEAR, which has antialiasing, as has the scipy.misc.imresize of
-    Dai & Wipf's code.
+    The crop has rows 45 to 172 and columns 25 to 152, as is usual for CelebA. The resize is
+    Pillow's BILINEAR, which has antialiasing, as has the scipy.misc.imresize of Dai & Wipf's code.
 
     Args:
         image: the aligned face.
-        rows, cols: first and last + 1 of the crop; by default rows 45 to 172 and columns 25 to 152,
-            as is usual for CelebA.
         size: side of the result in pixels.
 
     Raises:
@@ -439,12 +431,13 @@ def crop_and_resize(
     """
     from PIL import Image
 
-    if image.width < cols[1] or image.height < rows[1]:
+    left, top, right, bottom = FACE
+    if image.width < right or image.height < bottom:
         raise InputError(
-            f"an image of {image.width}x{image.height} pixels has no rows {rows[0]}:{rows[1]} "
-            f"and columns {cols[0]}:{cols[1]}: the crop is for CelebA's aligned images of 178x218"
+            f"an image of {image.width}x{image.height} pixels has no rows {top}:{bottom} "
+            f"and columns {left}:{right}: the crop is for CelebA's aligned images of 178x218"
         )
-    face = image.crop((cols[0], rows[0], cols[1], rows[1]))
+    face = image.crop(FACE)
     return face.resize((size, size), Image.Resampling.BILINEAR)
 
 

@@ -78,7 +78,7 @@ def response(outputs: Tensor) -> float:
 
 
 @torch.no_grad()
-def reachable_range(decoder: nn.Module, latents: Latents, seed: int = 0) -> tuple[float, float]:
+def reachable_range(decoder: nn.Module, latents: Latents) -> tuple[float, float]:
     """Return the smallest and largest value that a decoder's last activation allows.
 
     A missing bound is infinite. All weights are replaced by random ones. Those of the last layer
@@ -91,7 +91,7 @@ def reachable_range(decoder: nn.Module, latents: Latents, seed: int = 0) -> tupl
     if last is None or isinstance(last[1], ParametrizationList):
         return -math.inf, math.inf
     (low, high), (further_low, further_high) = (
-        _range_at(decoder, last[0], latents, scale, seed) for scale in LARGE
+        _range_at(decoder, last[0], latents, scale) for scale in LARGE
     )
     width = high - low
     if not 0 < width < math.inf:
@@ -112,10 +112,8 @@ def _last_weighted(decoder: nn.Module, latents: Latents) -> tuple[str, nn.Module
     return called[-1] if called else None
 
 
-def _range_at(
-    decoder: nn.Module, last: str, latents: Latents, scale: float, seed: int
-) -> tuple[float, float]:
-    source, prefix = generator("range", seed), f"{last}." if last else ""
+def _range_at(decoder: nn.Module, last: str, latents: Latents, scale: float) -> tuple[float, float]:
+    source, prefix = generator("range", 0), f"{last}." if last else ""
     state = {
         name: buffer.where(buffer.isfinite(), torch.ones_like(buffer))
         for name, buffer in decoder.named_buffers()

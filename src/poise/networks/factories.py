@@ -233,7 +233,6 @@ def flow(
     *,
     width: int | None = None,
     blocks: int | None = None,
-    attentions: int | None = None,
     classes: int = 0,
 ) -> nn.Module:
     """Return the velocity network of the flow prior: latents (n, L) and times (n,) to (n, L).
@@ -244,9 +243,8 @@ def flow(
         width: channels or width of the hidden layers, a multiple of 8. Default: 96 for maps, 512
             for vectors. The convolutional network has twice as many at half resolution.
         blocks: number of residual blocks, >= 3 for maps, >= 1 for vectors. Default: 7 for maps, of
-            which 3 at half resolution; 6 for vectors.
-        attentions: number of self-attention layers of the convolutional network, from 0 to the
-            number of blocks at half resolution. Default: one after each of these.
+            which 3 at half resolution; 6 for vectors. Each block at half resolution is followed by
+            a self-attention layer.
         classes: number of classes. The network then takes a third argument, the class of each
             latent vector (n,), where `classes` stands for none. 0: none.
 
@@ -264,14 +262,7 @@ def flow(
     if not maps:
         return VectorVelocity(latent_shape[0], width, blocks, classes)
     outer = blocks // 3
-    inside = blocks - 2 * outer
-    attentions = inside if attentions is None else attentions
-    if not 0 <= attentions <= inside:
-        raise InputError(
-            f"attentions must be 0 to {inside} for {blocks} blocks "
-            f"({inside} at half resolution), not {attentions}"
-        )
-    return MapVelocity(latent_shape, width, (outer, inside, outer), attentions, classes)
+    return MapVelocity(latent_shape, width, (outer, blocks - 2 * outer, outer), classes)
 
 
 def _check_width(name: str, width: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from poise.shapes import Scalar
 
 SMALLEST_NORM = 1e-12
+FIRST_ITERATIONS = 15  # power iterations at construction
 
 
 class SameConv2d(nn.Conv2d):
@@ -83,7 +84,6 @@ class SpectrallyNormalised(nn.Module):
 
     Args:
         layer: the layer to normalise.
-        first_iterations: number of power iterations at construction, >= 0.
 
     Source: Miyato et al. 2018, algorithm 1.
     """
@@ -91,13 +91,13 @@ class SpectrallyNormalised(nn.Module):
     u: Tensor
     v: Tensor
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, *, first_iterations: int = 15) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.layer = layer
         weight = self._weight().detach()
         self.register_buffer("u", F.normalize(torch.randn_like(weight[:, 0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn_like(weight[0]), dim=0))
-        for _ in range(first_iterations):
+        for _ in range(FIRST_ITERATIONS):
             self._iterate()
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class MapVelocity(nn.Module):
     Args:
         latent_shape: (c, h, w) of the latent map.
         width: channels at full resolution.
-        blocks: number of residual blocks before, at and after half resolution.
-        attentions: number of self-attention layers, each after a block at half resolution.
+        blocks: number of residual blocks before, at and after half resolution. Each block at half
+            resolution is followed by a self-attention layer.
         classes: number of classes that it is conditioned on. 0: none.
     """
 
@@ -42,7 +42,6 @@ class MapVelocity(nn.Module):
         latent_shape: tuple[int, int, int],
         width: int,
         blocks: tuple[int, int, int],
-        attentions: int,
         classes: int = 0,
     ) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class MapVelocity(nn.Module):
         self.down = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, inner, 1))
         self.inner_position = nn.Parameter(torch.zeros(1, inner, *halves))
         self.inside = nn.ModuleList(AdaptiveConvBlock(inner, inner) for _ in range(inside))
-        self.attentions = nn.ModuleList(SelfAttention(inner) for _ in range(attentions))
+        self.attentions = nn.ModuleList(SelfAttention(inner) for _ in range(inside))
         self.up = nn.Sequential(nn.Conv2d(inner, 4 * width, 1), nn.PixelShuffle(2))
         self.after = nn.ModuleList(AdaptiveConvBlock(width, inner) for _ in range(after))
         self.output = nn.Sequential(
@@ -78,10 +77,8 @@ class MapVelocity(nn.Module):
         for block in self.before:
             maps = block(maps, features)
         inner = self.down(maps) + self.inner_position
-        for index, block in enumerate(self.inside):
-            inner = block(inner, features)
-            if index < len(self.attentions):
-                inner = self.attentions[index](inner)
+        for block, attention in zip(self.inside, self.attentions, strict=True):
+            inner = attention(block(inner, features))
         maps = maps + self.up(inner)
         for block in self.after:
             maps = block(maps, features)
