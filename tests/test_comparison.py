@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import doubles
 import poise
@@ -565,6 +566,36 @@ def test_a_prior_that_cannot_be_made_is_left_out_of_the_table(tmp_path):
     (found,) = poise.compare(IMAGES, models=["autoencoder"], **how).results
     assert any(note.startswith("no GEN-mixture:") for note in found.evaluation["notes"])
     assert "GEN-mixture" not in {m["of"] for m in found.measurements()}
+
+
+def test_figures_of_the_model_are_of_test_images_if_samples_are_compared_with_training_images(
+    tmp_path,
+):
+    """Former defect: the runs were trained, and their results then counted as missing."""
+    found = tiny(tmp_path, "computed", protocol="50k-train", extractor="pixels")
+    (result,) = found.results
+    counts = {m["metric"]: m["protocol"] for m in result.measurements() if m["of"] == "REC"}
+    protocols = {m: result.evaluation["protocols"][code] for m, code in counts.items()}
+    assert (protocols["MSE"]["reference"], protocols["MSE"]["real"]) == ("test", 9)
+    assert (protocols["FD-pixels"]["reference"], protocols["FD-pixels"]["real"]) == ("train", 81)
+
+
+def test_too_few_test_images_are_said_before_training(tmp_path):
+    how = {"recipe": TINY, "balances": ["computed"], "seeds": 1, "options": QUIET, "jobs": 1}
+    with pytest.raises(poise.InputError, match="1 test image cannot be compared with others"):
+        poise.compare(IMAGES[:12], out=tmp_path / "a", extractor="pixels", **how)
+    found = poise.compare(IMAGES[:12], out=tmp_path / "b", extractor="none", **how)
+    assert found.results[0].value("MSE", "REC") > 0
+
+
+def test_a_folder_called_like_a_data_set_is_compared_as_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    for number, image in enumerate(IMAGES[:30]):
+        Image.fromarray(image).save(f"digits/{number:02}.png")
+    how = {"recipe": TINY, "balances": ["computed"], "seeds": 1, "options": QUIET, "jobs": 1}
+    found = poise.compare(Path("digits"), out="a", extractor="none", **how)
+    assert found.results[0].data["train"] + found.results[0].data["test"] == 30
 
 
 @pytest.mark.parametrize(

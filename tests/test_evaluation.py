@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from poise import evaluation, features
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
@@ -345,8 +346,16 @@ def test_json_is_strict_and_holds_each_protocol_once():
     assert protocol["real"] == 60 and protocol["extractor_checksum"] == PIXELS.checksum
 
 
+def test_a_folder_with_a_config_of_another_program_is_a_folder_of_images(tmp_path):
+    for number in range(4):
+        Image.fromarray(OTHER[number].transpose(1, 2, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    assert evaluate(REAL, tmp_path, extractor="pixels").distance() > 0
+
+
 def test_wrong_sets_are_refused(unchecked, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
     for others, message in {
         "no-such-folder": "no-such-folder",
         str(tmp_path): "is a run: poise evaluate",

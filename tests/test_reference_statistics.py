@@ -57,6 +57,20 @@ def test_statistics_of_real_images_give_the_distance_of_the_images(tmp_path):
     assert not any("the same images" in note for note in by_statistics.notes)
 
 
+def test_all_generated_images_are_compared_as_with_the_images_of_a_split(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=OTHER, x_test=REAL[:20])
+    evaluation.save_statistics(tmp_path / "x.npz", tmp_path / "statistics.npz", extractor="pixels")
+    for count in (None, 10):
+        found, expected = (
+            evaluate(tmp_path / name, OTHER, extractor="pixels", count=count).measurements[0]
+            for name in ("statistics.npz", "x.npz")
+        )
+        assert found.protocol.generated == (count or len(OTHER))
+        if count is None:  # the statistics are of all 20 real images
+            assert found.protocol.hash == expected.protocol.hash
+            assert found.value == pytest.approx(expected.value, rel=1e-9)
+
+
 def test_statistics_of_others_are_taken_by_the_name_of_their_file(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_statistics, "FEATURES", 64)  # in place of 2048
     values = np.random.default_rng(0).random((400, 64)).astype(np.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from poise.data import find_images, gather, head
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
+from poise.data.listing import is_run
 from poise.errors import InputError, MissingExtraError
 from poise.features import Extractor, available_inception, cached_features, extract, make_extractor
 from poise.metrics import CHUNK, ImportanceWeightedNLL, Reconstruction
@@ -197,7 +198,7 @@ def evaluate(
         31.4
     """
     for source in (real, generated):
-        if isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file():
+        if isinstance(source, (str, Path)) and is_run(Path(source)):
             raise InputError(
                 f"{source} is a run: poise evaluate {source} measures it, "
                 "or write its samples to a folder"
@@ -217,6 +218,9 @@ def evaluate(
         if len(others.images) < 2:
             raise InputError("generated images: at least 2 are needed to compare")
         reading_notes = tuple(f"generated images: {note}" for note in others.notes)
+        if wanted.real is None:  # all generated images, as with real ones
+            number = count or wanted.generated or len(others.images)
+            wanted = replace(wanted, generated=number)
         originals, conditions, network, notes = prepare_statistics(
             real, wanted, extractor, choose_device(device), others.images.shape[-1]
         )
@@ -570,7 +574,7 @@ def complete(protocol: Protocol, generated: int) -> Protocol:
     return replace(
         protocol,
         generated=generated,
-        kid_subset_size=min(protocol.kid_subset_size, protocol.real, generated),
+        kid_subset_size=max(2, min(protocol.kid_subset_size, protocol.real, generated)),
     )
 
 
@@ -648,6 +652,7 @@ def likelihood_measurements(
     *,
     seed: int,
     device: str,
+    data: str,
 ) -> list[Measurement]:
     """Return KL and ELBO and, if it was estimated, the importance-weighted likelihood of a model.
 
@@ -657,13 +662,14 @@ def likelihood_measurements(
         figures: KL and ELBO, in nats per image.
         nll: estimate of the negative log likelihood, or None.
         protocol: with the number of real images and their side.
-        seed, device: see `Measurement`.
+        seed, device, data: see `Measurement`.
     """
     common = {
         "protocol": model_protocol(protocol),
         "unit": "nats per image",
         "seed": seed,
         "device": device,
+        "data": data,
     }
     known = {"KL": figures.kl_nats, "ELBO": figures.elbo_nats}
     named = [
@@ -686,13 +692,14 @@ def restored_measurements(
     *,
     seed: int,
     device: str,
+    data: str,
 ) -> list[Measurement]:
     """Measure how much reconstructions differ from their images.
 
     Args:
         images, restored: images and their reconstructions, in chunks of equal length.
         protocol: with the true number of images.
-        seed, device: see `Measurement`.
+        seed, device, data: see `Measurement`.
     """
     parts: list[Tensor] = []
     for a, b in zip(images, restored, strict=True):
@@ -703,6 +710,7 @@ def restored_measurements(
         "protocol": model_protocol(protocol, generation=protocol.generation),
         "seed": seed,
         "device": device,
+        "data": data,
     }
     return [
         Measurement(metric.name, "REC", value, unit=metric.unit, **common)

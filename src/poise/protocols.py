@@ -167,6 +167,21 @@ def model_protocol(protocol: Protocol, *, generation: Generation | None = None) 
     )
 
 
+def of_unseen_images(protocol: Protocol, there: int) -> Protocol:
+    """Return the protocol of the model's own figures, which are those of test images.
+
+    A protocol may compare with training images. Error and ELBO are then measured on test images.
+
+    Args:
+        protocol: with its number of real images.
+        there: number of test images.
+    """
+    if protocol.reference != "train":
+        return protocol
+    assert protocol.real is not None
+    return replace(protocol, reference="test", real=min(protocol.real, there))
+
+
 DEFAULT = Protocol("default")
 RELEASED_CELEBA = Protocol(
     "released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION

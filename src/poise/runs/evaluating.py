@@ -15,6 +15,7 @@ from poise.evaluation import (
     choose_extractor,
     chunks_of,
     compare,
+    content_checksum,
     likelihood_measurements,
     prepare_statistics,
     remarks,
@@ -25,7 +26,13 @@ from poise.features import Extractor
 from poise.metrics import encode_all, importance_weighted_nll, latent_statistics, reconstruction
 from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, MOST_LATENTS, no_refined
 from poise.metrics.reference_statistics import ReferenceStatistics
-from poise.protocols import Measurement, Protocol, find_protocol, with_count
+from poise.protocols import (
+    Measurement,
+    Protocol,
+    find_protocol,
+    of_unseen_images,
+    with_count,
+)
 from poise.variants import PRIORS, PriorName, available_priors, find_prior
 
 if TYPE_CHECKING:
@@ -70,11 +77,8 @@ def evaluate_run(
     )
     images = run.images_for(conditions) if images is None else _given(run, images, conditions)
     conditions = replace(conditions, real=len(images), side=images.shape[-1])
-    test, of_model = images, conditions
-    if conditions.reference == "train":  # error and ELBO are those of images not trained on
-        of_model = replace(conditions, reference="test")
-        test = run.images_for(of_model)
-        of_model = replace(of_model, real=len(test))
+    of_model = of_unseen_images(conditions, run.data["test"])
+    test = images if of_model == conditions else run.images_for(of_model)
     pages, measured, unmeasured = _model_figures(run, test, of_model, nll_samples, quiet)
     reference = images
     if statistics is not None:
@@ -128,7 +132,11 @@ def _model_figures(
     generation, vae, balance = protocol.generation, run.first.vae, run.first.balance
     assert generation is not None
     released = generation.variance_law == "released"
-    common = {"seed": run.recipe.seed, "device": str(run.device)}
+    common = {
+        "seed": run.recipe.seed,
+        "device": str(run.device),
+        "data": content_checksum(chunks_of(images, len(images)))[:12],
+    }
     figures, nll = reconstruction(vae, balance, images, seed=run.recipe.seed), None
     figures = figures.without_posterior() if run.deterministic else figures
     restored = run.reconstruct_chunks(images, generation=generation)

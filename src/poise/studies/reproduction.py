@@ -117,7 +117,7 @@ def with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
     """
     if data is None:
         return recipe
-    found = resolve(str(data), recipe, None)
+    found = resolve(Path(data) if Path(data).exists() else data, recipe, None)
     if found.data.source not in DATA_SETS and Path(found.data.source).is_file():
         return replace(found, data=replace(found.data, file_order="sorted"))
     return found

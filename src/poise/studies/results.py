@@ -354,7 +354,7 @@ class ResultFile:
 
 
 def read_results(
-    paths: Iterable[str | Path], damaged: Callable[[InputError], None] | None = None
+    paths: str | Path | Iterable[str | Path], damaged: Callable[[InputError], None] | None = None
 ) -> list[Result]:
     """Return the results in files and folders, in the given order, and by name within a folder.
 
@@ -367,7 +367,8 @@ def read_results(
     Raises:
         InputError: a path does not exist, a file is not a result, or a folder has no results.
     """
-    return [result for path in paths for result in _read(Path(path), damaged)]
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    return [result for path in several for result in _read(Path(path), damaged)]
 
 
 def _read(path: Path, damaged: Callable[[InputError], None] | None) -> list[Result]:

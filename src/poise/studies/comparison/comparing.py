@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from poise.data.loading import find_images
+from poise.data.loading import find_images, to_numpy
 from poise.errors import InputError
 from poise.protocols import Protocol, find_protocol
 from poise.recipes.settings import CHANGES, OF_ONE_RUN, Changes, Recipe
@@ -144,9 +144,7 @@ def base_recipe(data: Any, recipe: str | Recipe | None, changes: Mapping[str, An
             f"compare has no setting {', '.join(sorted(unknown))}; "
             f"a recipe's are {', '.join(sorted(allowed))}"
         )
-    return Changes(**changes).apply(
-        resolve(str(data) if isinstance(data, Path) else data, recipe, None)
-    )
+    return Changes(**changes).apply(resolve(data, recipe, None))
 
 
 def _name(data: Any, base: Recipe) -> str:
@@ -158,7 +156,7 @@ def _name(data: Any, base: Recipe) -> str:
 
 def _with_stored(array: Any, base: Recipe, folder: Path) -> Recipe:
     """Write the array to a file that other processes can read, and make it the recipe's source."""
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    values = to_numpy(array) if isinstance(array, Tensor) else np.asarray(array)
     # Raises an error for unusable arrays before anything is written.
     settings = base.data
     find_images(values, size=settings.size, channels=settings.channels, levels=settings.levels)

@@ -13,7 +13,14 @@ from poise.data import Dataset, spread
 from poise.errors import InputError, Interrupted
 from poise.evaluation import AUTO, Evaluation, Produced, choose_extractor, compare, complete
 from poise.features import Extractor, make_extractor
-from poise.protocols import DEFAULT, NO_EXTRACTOR, Measurement, Protocol, model_protocol
+from poise.protocols import (
+    DEFAULT,
+    NO_EXTRACTOR,
+    Measurement,
+    Protocol,
+    model_protocol,
+    of_unseen_images,
+)
 from poise.recipes.settings import Generation, from_json
 from poise.runs.checkpoint import MANIFEST, Manifest, checkpoints
 from poise.runs.run import Run
@@ -104,7 +111,8 @@ class Measuring:
         """Return whether a result has a measurement of every set under every protocol."""
         own = from_json(Generation, result.settings["generation"])
         protocols = [replace(p, generation=p.generation or own) for p in self.protocols]
-        wanted = {(model_protocol(p, generation=p.generation).hash, "REC") for p in protocols}
+        of_model = [of_unseen_images(p, result.data["test"]) for p in protocols]
+        wanted = {(model_protocol(p, generation=p.generation).hash, "REC") for p in of_model}
         # `Run.evaluate` leaves out a prior that cannot be made, with a note.
         notes = tuple(result.evaluation["notes"])
         sets = [name for name in self.sets if not any(n.startswith(f"no {name}:") for n in notes)]
@@ -138,6 +146,12 @@ def measuring_for(
     spec, notes = resolve_extractor(extractor, dataset.shape[1], device)
     known = identity(spec, device)
     counted = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
+    fewest = min((protocol.real or 0 for protocol in counted), default=2)
+    if fewest < 2 and spec != NO_EXTRACTOR:
+        raise InputError(
+            f"{fewest} test image cannot be compared with others, at least 2 are needed: give more "
+            "images, or --extractor none, which measures the model alone"
+        )
     return Measuring(counted, spec, tuple(priors), notes)
 
 
