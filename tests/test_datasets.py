@@ -288,6 +288,16 @@ def test_arrays_for_a_network_have_the_scale_of_its_training(shape):
             checked_images(2 * values.reshape(shape) / 191 - 1, (1, 8, 8))
 
 
+def test_bytes_of_the_scale_of_the_masks_of_training_are_warned_of(capsys):
+    masks = noise(3, 8, 8) % 2
+    checked_images(masks, (1, 8, 8), 1)
+    assert "divide them by 1 and pass floats" in capsys.readouterr().err
+    checked_images(255 * masks, (1, 8, 8), 1)
+    checked_images(masks, (1, 8, 8))
+    checked_images(masks, (1, 8, 8), 4095)
+    assert not capsys.readouterr().err
+
+
 def test_floats_of_another_scale_are_divided_on_request():
     array = noise(12, 8, 8) * np.float32(16)
     array[0, 0, 0] = 5000
@@ -927,6 +937,27 @@ def test_images_beyond_the_memory_budget_go_to_a_file_that_goes_with_them(tmp_pa
     assert torch.equal(gather(mapped.test, [2, 0, 0]), gather(plain.test, [2, 0, 0]))
     del mapped
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_images_go_to_the_folder_for_temporary_files_if_a_cache_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("poise.data.storage.os.access", lambda folder, mode: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder, cache = write_images(tmp_path / "x", noise(12, 8, 8)), tmp_path / "cache"
+    mapped = load(folder, memory_budget=0, cache=cache)
+    assert isinstance(mapped.train, Rows) and not list(cache.iterdir())
+
+
+def test_skipped_files_are_tried_again(tmp_path, monkeypatch):
+    folder, decode = write_images(tmp_path / "x", noise(12, 8, 8)), cached.decode_now
+    skipping = Mock(side_effect=lambda *given: decode(*given)._replace(skipped=("x/000.png",)))
+    monkeypatch.setattr(cached, "decode_now", skipping)
+    monkeypatch.setattr(cached, "WORTH_SECONDS", 0)
+    for _ in range(2):
+        load(folder, cache=tmp_path / "c", skip_unreadable=True)
+    assert skipping.call_count == 2
 
 
 def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkeypatch):

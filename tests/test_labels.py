@@ -74,6 +74,26 @@ def test_the_class_is_the_folder_of_the_image(form, tmp_path):
     assert dict(zip(map(bytes, given.images), given.labels, strict=True)) == EXPECTED
 
 
+@pytest.mark.parametrize("form", ["{name}", "{name}/batch"])
+def test_without_a_split_a_folder_called_like_a_side_is_a_class(form, tmp_path):
+    called = {"cat": "valid", "dog": "invalid", "eel": "train"}
+    for number, (pixels, name) in enumerate(zip(PIXELS, CLASSES, strict=True)):
+        place = tmp_path / form.format(name=called[name]) / f"{number:02d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    shutil.rmtree(tmp_path / "train")
+    found = load(tmp_path, labels=True)
+    assert found.labels is not None and found.labels.classes == ("invalid", "valid")
+
+
+def test_labels_may_be_bytes_of_utf8(unchecked):
+    names = np.array([name.encode() for name in np.where(CLASSES == "cat", "café", CLASSES)])
+    found = load(PIXELS, labels=names).labels
+    assert found is not None and found.classes == ("café", "dog", "eel")
+    with pytest.raises(InputError, match="labels are bytes that are not UTF-8"):
+        load(PIXELS, labels=np.where(CLASSES == "cat", b"\xe9", b"dog"))
+
+
 def test_labels_stand_beside_the_arrays_of_images(tmp_path):
     numbers = (CLASSES == "dog") + 10 * (CLASSES == "eel")
     np.savez(tmp_path / "whole.npz", images=PIXELS, labels=CLASSES)

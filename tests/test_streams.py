@@ -90,6 +90,25 @@ def test_names_of_members_may_lead_outside(above, tmp_path):
     assert names[0] == f"outside.tar/{above}train/000.png"
 
 
+def test_links_in_a_tar_file_are_the_images_that_they_lead_to(tmp_path):
+    tar = tmp_path / "links.tar"
+    with tarfile.open(tar, "w") as archive:
+        for name, target, kind in (
+            ("a/soft.png", "../b/real.png", tarfile.SYMTYPE),
+            ("b/real.png", "", tarfile.REGTYPE),
+            ("b/hard.png", "b/real.png", tarfile.LNKTYPE),
+            ("loop.png", "loop.png", tarfile.SYMTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            content = as_file(PIXELS[0]) if kind == tarfile.REGTYPE else b""
+            member.type, member.linkname, member.size = kind, target, len(content)
+            archive.addfile(member, io.BytesIO(content))
+    found = datasets.find_images(tar, side="all")
+    assert found.names == tuple(f"links.tar/{name}.png" for name in ("a/soft", "b/real", "b/hard"))
+    assert np.array_equal(found.images[:, 0], PIXELS[[0, 0, 0]])
+    assert any("1 link in" in note for note in found.notes)
+
+
 def test_the_folders_inside_tar_files_say_the_class(tmp_path):
     for shard, numbers in enumerate((range(30), range(30, 60))):
         members = images(numbers[:15], "cats/") | images(numbers[15:], "dogs/")

@@ -285,7 +285,6 @@ def picture_for(run: "Run", path: Path) -> Any:
         read_image,
         square_resize,
     )
-    from poise.data.layouts import is_celeba
 
     channels, size, _ = run.data["shape"]
     width, height, _ = read_header(path)
@@ -295,12 +294,18 @@ def picture_for(run: "Run", path: Path) -> Any:
             "give a larger picture"
         )
     picture = read_image(path, "L" if channels == 1 else "RGB", levels=run.levels)
-    aligned = is_celeba(run.recipe.data.source) and picture.size == ALIGNED
+    aligned = _is_celeba(run) and picture.size == ALIGNED
     picture = (crop_and_resize if aligned else square_resize)(picture, size=size)
     pixels = torch.from_numpy(np.array(picture)).reshape(1, size, size, channels)
     quality = run.recipe.data.jpeg_quality
     image = pixels.permute(0, 3, 1, 2)
     return (image if quality is None else jpeg_round_trip(image, quality))[0]
+
+
+def _is_celeba(run: "Run") -> bool:
+    from poise.data.layouts import is_celeba
+
+    return is_celeba(run.recipe.data.source, run.data.get("name", ""))
 
 
 def _images(count: int) -> str:
@@ -313,7 +318,6 @@ def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Give
     None: the run's test images, without names.
     """
     from poise.data import Given, find_images
-    from poise.data.layouts import is_celeba
 
     if source is None:
         refuse_reading(reading, "images that you give")
@@ -324,7 +328,7 @@ def images_for(run: "Run", source: str | None, reading: ReadingOptions) -> "Give
     if reading.levels is None:
         reading = replace(reading, levels=run.levels)
     how = asdict(reading) | {"labels": bool(run.classes)}
-    crop = "aligned" if is_celeba(run.recipe.data.source) else "square"
+    crop = "aligned" if _is_celeba(run) else "square"
     found = find_images(source, size=size, channels=channels, side="all", crop=crop, **how)
     quality = run.recipe.data.jpeg_quality
     return found if quality is None else found._replace(images=through_jpeg(found.images, quality))

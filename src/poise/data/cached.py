@@ -48,8 +48,8 @@ class Told:
 def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
     """Return the images of `encoded.decode`, from the folder `reading.cache` if they are there.
 
-    Images are kept if decoding them takes `WORTH_SECONDS` or more, and the disk has room for three
-    times their size.
+    Images are kept if decoding them takes `WORTH_SECONDS` or more, none was skipped, and the disk
+    has room for three times their size.
     """
     key = _key(files, reading) if reading.cache and not reading.stream else None
     if key is None or reading.cache is None:
@@ -59,7 +59,8 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
         return kept
     began = time.monotonic()
     found = decode_now(files, reading)
-    if time.monotonic() - began >= WORTH_SECONDS:
+    # A skipped file may be readable the next time.
+    if time.monotonic() - began >= WORTH_SECONDS and not found.skipped:
         with suppress(OSError, RunError):  # a full or read-only disk costs time, and no more
             _write(found, reading.cache, key)
     return found

@@ -12,6 +12,7 @@ from poise.data.dataset import Found, Reading, Split, counted
 from poise.data.encoded import Encoded
 from poise.data.listing import (
     IMAGE_ENDINGS,
+    FolderSplit,
     by_ending,
     check_readable,
     classes_of_folders,
@@ -21,7 +22,7 @@ from poise.data.listing import (
 )
 from poise.data.opening import shown
 from poise.data.storage import part
-from poise.data.tars import TarImages, is_tar, list_images
+from poise.data.tars import is_tar, list_images
 from poise.errors import InputError
 
 
@@ -49,12 +50,12 @@ def read_folder(folder: Path, reading: Reading) -> Found:
         notes.append(f"ignored: {by_ending(others)}")
     found = official_split(folder, images)
     if reading.whole:
-        labels = classes_of_folders(images, folder) if reading.labels else None
+        labels = _classes(images, folder, found, reading)
         split = read_files(images, [], reading, [found.sides[path] for path in images], labels)
     else:
         notes += found.notes
         used = [*found.train, *found.test]
-        labels = classes_of_folders(used, folder) if reading.labels else None
+        labels = _classes(used, folder, found, reading)
         split = read_files(found.train, found.test, reading, labels=labels)
     inside = f"{shown(folder)}/"
     split = split._replace(names=tuple(name.removeprefix(inside) for name in split.names))
@@ -87,11 +88,12 @@ def read_tars(
     files = listed.files
     if reading.whole:
         sides = [found.sides[path] for path in images]
-        labels = _classes(listed, images, folder, reading)
+        labels = _classes([listed.inner[path] for path in images], folder, found, reading)
         split = decode_split([*files.values()], [], reading, sides, labels)
     else:
         train, test = ([files[path] for path in side] for side in (found.train, found.test))
-        labels = _classes(listed, [*found.train, *found.test], folder, reading)
+        inner = [listed.inner[path] for path in (*found.train, *found.test)]
+        labels = _classes(inner, folder, found, reading)
         split = decode_split(train, test, reading, labels=labels)
         notes = [*notes, *found.notes]
     inside = f"{shown(folder)}/"
@@ -100,12 +102,12 @@ def read_tars(
 
 
 def _classes(
-    listed: TarImages, used: Sequence[Path], folder: Path, reading: Reading
+    paths: Sequence[Path], folder: Path, split: FolderSplit, reading: Reading
 ) -> list[str] | None:
-    """Return the classes of images in tar files, by the folders inside. None: none are wanted."""
+    """Return the classes of images by their folders. None: none are wanted."""
     if not reading.labels:
         return None
-    return classes_of_folders([listed.inner[path] for path in used], folder)
+    return classes_of_folders(paths, folder, has_split=bool(split.test))
 
 
 def read_files(

@@ -109,4 +109,9 @@ def as_labels(values: Any, number: int, label: str) -> np.ndarray:
             f"{label} must hold one label for each of the {number} images, as whole numbers or "
             f"text, not {array.dtype} of shape {array.shape}"
         )
+    if array.dtype.kind == "S":
+        try:
+            return np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{label} are bytes that are not UTF-8 ({error}): give text") from None
     return array.astype(np.int64) if array.dtype.kind in "biu" else array.astype(np.str_)

@@ -30,6 +30,7 @@ _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 _IDX_LABELS = 0x00000801  # one dimension
 _PARTS = {"0": "train", "1": "val", "2": "test"}  # CelebA's partition file
 _TRAIN, _TEST = "0", "2"
+CELEBA = "celeba64"
 
 
 def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
@@ -50,9 +51,14 @@ def find_layouts(folder: Path) -> list[tuple[Reader, Path]]:
     return found
 
 
-def is_celeba(source: str) -> bool:
-    """Return whether a source is CelebA's aligned faces, which have a crop of their own."""
-    if source == "celeba64":
+def is_celeba(source: str, name: str = "") -> bool:
+    """Return whether a source is CelebA's aligned faces, which have a crop of their own.
+
+    Args:
+        source: a data set's name or a path.
+        name: the data set's name, if a run has kept it. The path may be gone.
+    """
+    if CELEBA in (source, name):
         return True
     return any(reader is read_celeba for reader, _ in find_layouts(Path(source)))
 
@@ -232,7 +238,7 @@ def read_celeba(folder: Path, reading: Reading) -> Found:
         split = read_files(
             [images / name for name in train], [images / name for name in test], reading
         )
-    return Found("celeba64", split, shown(folder), file_order=reading.file_order)
+    return Found(CELEBA, split, shown(folder), file_order=reading.file_order)
 
 
 def celeba_reading(reading: Reading) -> Reading:

@@ -96,7 +96,9 @@ def _add_tree(
             continue
         kind = _kind(entry)
         if kind == "folder" and entry.name != "__MACOSX":
-            if entry.is_symlink():
+            if is_run(path):
+                found.notes.append(f"ignored: {shown(path)}, which is the folder of a run")
+            elif entry.is_symlink():
                 links.append(path)
             elif _is_new(path, found, seen):
                 _add_tree(path, found, seen, links)
@@ -104,6 +106,12 @@ def _add_tree(
             found.files.append(path)
         elif kind == "special" and is_image(path):
             found.notes.append(f"ignored: {shown(path)}, which is a pipe, a socket or a device")
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds what `poise train` writes. Its pictures are no data."""
+    written = ("checkpoints", "metrics.jsonl")
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in written)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -202,16 +210,22 @@ def side_of(folders: Sequence[str]) -> tuple[str, str]:
     return "", ""
 
 
-def classes_of_folders(paths: Sequence[Path], folder: Path) -> list[str] | None:
+def classes_of_folders(paths: Sequence[Path], folder: Path, *, has_split: bool) -> list[str] | None:
     """Return the class of each image: the folder it is in. None: an image is in none.
 
-    The class is the folder below that of a side (train/cat/1.png), or above it (cat/train/1.png).
-    Without sides it is the first folder, after those that all images share.
+    The class is the first folder, after those that all images share. In an official split it is
+    the folder below that of a side (train/cat/1.png), or above it (cat/train/1.png).
+
+    Args:
+        paths: the images.
+        folder: the folder that holds them.
+        has_split: whether folders are sides of an official split. Else a folder that is called
+            like a side, such as valid/ beside invalid/, is a class.
     """
     inner = [path.parent.relative_to(folder).parts for path in paths]
     found: list[tuple[str, ...]] = []
     for parts in inner:
-        side, place = side_of(parts)
+        side, place = side_of(parts) if has_split else ("", "")
         depth = len(place.split("/")) if side else 0
         found.append(parts[depth:] or parts[: depth - 1][-1:] if side else parts)
     while found and all(len(parts) > 1 and parts[0] == found[0][0] for parts in found):

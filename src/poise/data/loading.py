@@ -33,6 +33,7 @@ from poise.data.storage import Pixels, Rows, blocks, take
 from poise.data.streamed import Pictures
 from poise.data.tars import is_tar, refuse_compressed
 from poise.errors import InputError, MissingInputError
+from poise.support.progress import warn
 from poise.variants import DATA_SETS
 
 HUB_PREFIX = "hf:"
@@ -299,7 +300,7 @@ def _find(
     source: str | Path | np.ndarray | Tensor, data_dir: str | Path | None, reading: Reading
 ) -> Found:
     if isinstance(source, (np.ndarray, Tensor)):
-        array = source if isinstance(source, np.ndarray) else _to_numpy(source)
+        array = source if isinstance(source, np.ndarray) else to_numpy(source)
         return Found("array", as_split({"the array": array}, reading), "array")
     if isinstance(source, Path):
         return _read_path(source.expanduser(), reading)
@@ -314,9 +315,9 @@ def _find(
     return _read_path(Path(source).expanduser(), reading) if source else _read_nothing(source)
 
 
-def _to_numpy(images: Tensor) -> np.ndarray:
+def to_numpy(images: Tensor) -> np.ndarray:
+    """Return a tensor on any device as an array. bfloat16 becomes float32."""
     images = images.detach().cpu()
-    # numpy has no bfloat16.
     return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
 
 
@@ -402,7 +403,8 @@ def checked_images(images: Any, shape: Sequence[int], levels: int | None = None)
             width, channels), uint8 or floats in [0, 1]; or `Rows`, which are returned as they are.
             Booleans and 16-bit integers are converted to bytes.
         shape: channels, height, width of the images that the network takes.
-        levels: the value of 16-bit integers that becomes white; see `load`.
+        levels: the value of 16-bit integers that becomes white; see `load`. Bytes have the
+            network's scale already, and a warning says so if they do not exceed this value.
 
     Raises:
         InputError: the shape or the type differs, a float is outside [0, 1], or there are no
@@ -421,7 +423,14 @@ def checked_images(images: Any, shape: Sequence[int], levels: int | None = None)
             if list(images.shape[1:]) == [*shape[1:], shape[0]]:
                 raise
     _check_shape(images, shape)
-    if images.dtype not in (torch.uint8, np.uint8):
+    if images.dtype in (torch.uint8, np.uint8):
+        if levels is not None and levels < 255 and 0 < (most := int(images.max())) <= levels:
+            warn(
+                f"the bytes reach only {most}, and are taken as values from 0 to 255; the images "
+                f"of training had values from 0 to {levels}. If these have, too, divide them by "
+                f"{levels} and pass floats"
+            )
+    else:
         least, most = float(images.min()), float(images.max())
         if not ("float" in str(images.dtype) and least >= -ROUNDING and most <= 1 + ROUNDING):
             given = f"{images.dtype} from {least:.9g} to {most:.9g}"

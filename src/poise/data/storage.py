@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -198,7 +198,8 @@ def allocate(
         shape, dtype: of the array.
         memory_budget: bytes; None: half of the free memory, shared by the processes of this
             machine.
-        cache: folder for the file; None: the system's folder for temporary files.
+        cache: folder for the file; None, or if it cannot be written: the system's folder for
+            temporary files.
 
     Raises:
         RunError: too little space on the disk.
@@ -207,7 +208,10 @@ def allocate(
     if fits(size, memory_budget):
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if cache is None else cache)
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # such as that of a shared run
+        folder = Path(tempfile.gettempdir())
     free = shutil.disk_usage(folder).free
     if free < size:  # a mapped file on a full disk kills the process instead of raising
         raise RunError(

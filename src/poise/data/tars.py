@@ -4,9 +4,10 @@ A tar file is a row of members: a header, then the content as it is. One pass ov
 where each content begins. Any image is then one read of the file, so that images come in any order.
 """
 
+import posixpath
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -55,7 +56,9 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
     inner: dict[Path, Path] = {}
     others, beside, notes = list[Path](), 0, list[str]()
     for tar in tars:
-        members, end = _members(tar)
+        members, links, end = _members(tar)
+        if links:
+            notes.append(f"ignored: {counted(links, 'link')} in {shown(tar)} to what it lacks")
         if not end:
             notes.append(f"{shown(tar)} has no mark of its end: it may have been cut short")
         samples = {_sample(name) for name, _, _ in members if _is_plain_image(name)}
@@ -87,12 +90,14 @@ def _is_plain_image(name: str) -> bool:
     return is_image(Path(name)) and PurePosixPath(name).name.count(".") == 1
 
 
-def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
-    """Return name, start and size of each file in a tar file, and whether it has a mark of its end.
+def _members(tar: Path) -> tuple[list[tuple[str, int, int]], int, bool]:
+    """Return the files in a tar file, the number of broken links, and whether it has its end mark.
 
-    Hidden files are left out.
+    Each file has a name, a start and a size. A link to a file in the same tar file is that file
+    under another name. Hidden files are left out.
     """
-    found: list[tuple[str, int, int]] = []
+    found: list[tuple[str, tuple[int, int] | str]] = []  # the place of a link is its target's name
+    places: dict[str, tuple[int, int] | str] = {}
     try:
         whole = tar.stat().st_size
         with tarfile.open(tar, "r:") as archive:
@@ -103,21 +108,41 @@ def _members(tar: Path) -> tuple[list[tuple[str, int, int]], bool]:
                 hidden = any(
                     (part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts
                 )
-                if not member.isreg() or hidden:
+                if not (member.isreg() or member.islnk() or member.issym()):
                     continue
-                if member.offset_data + member.size > whole:
+                place: tuple[int, int] | str = member.offset_data, member.size
+                if member.issym():
+                    place = posixpath.join(posixpath.dirname(member.name), member.linkname)
+                elif member.islnk():
+                    place = member.linkname
+                elif member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends within {member.name}")
-                found.append((member.name, member.offset_data, member.size))
+                places[posixpath.normpath(member.name)] = place
+                if not hidden:
+                    found.append((member.name, place))
             # tarfile takes a header that is cut short for the end.
             end = _content(tar, archive.offset, tarfile.BLOCKSIZE).read()
             if end.strip(b"\0"):
                 raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
-            return found, bool(end)
+            resolved = [(name, _followed(place, places)) for name, place in found]
+            files = [(name, *place) for name, place in resolved if place is not None]
+            return files, len(found) - len(files), bool(end)
     except (OSError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{shown(tar)} cannot be read as a tar file ({reason}): copy or download it again"
         ) from error
+
+
+def _followed(
+    place: tuple[int, int] | str, places: Mapping[str, tuple[int, int] | str]
+) -> tuple[int, int] | None:
+    """Return start and size of the file that a link leads to. None: it leads to none."""
+    for _ in range(len(places) + 1):  # links may form a loop
+        if not isinstance(place, str):
+            return place
+        place = places.get(posixpath.normpath(place), "")
+    return None
 
 
 def _content(tar: Path, start: int, size: int) -> BytesIO:

@@ -11,6 +11,7 @@ import torch
 from poise.data import Dataset, hold_out
 from poise.data import load as load_data
 from poise.data.decoding import DEEP
+from poise.data.listing import is_run
 from poise.errors import InputError, MissingInputError
 from poise.metrics import pixel_std
 from poise.recipes.settings import Data, Recipe, from_json, to_json
@@ -84,8 +85,13 @@ def check_place(folder: Path) -> None:
     others = any(
         path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
     )
-    if others and not (folder / "config.json").exists():
+    if others and not _is_ours(folder / "config.json"):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
+
+
+def _is_ours(config: Path) -> bool:
+    """Return whether a config.json is of a run. Other programs have files of this name, too."""
+    return config.exists() and {"recipe", "data"} <= read_json(config, dict[str, Any]).keys()
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class Described:
     test: int
     checksum: str
     pixel_std: float
+    name: str = ""
     levels: int | None = None
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -202,7 +209,7 @@ def read_data(
         InputError: the images cannot be used, or their folder is that of a run.
     """
     source = settings.source if images is None else images
-    if isinstance(source, (str, Path)) and holds_run(Path(source)):
+    if isinstance(source, (str, Path)) and is_run(Path(source)):
         raise InputError(
             f"{source} is a run, not a folder of images: poise train --out {source} continues it, "
             f"and --from {source} starts another run from its weights"
@@ -223,11 +230,6 @@ def read_data(
     return dataset if settings.validation is None else hold_out(dataset, settings.validation)
 
 
-def holds_run(folder: Path) -> bool:
-    """Return whether a folder holds what `poise train` writes."""
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
-
-
 def config_to_write(recipe: Recipe, dataset: Dataset, engine: Engine) -> dict[str, Any]:
     """Return the contents of config.json."""
     versions = {"poise": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
@@ -244,6 +246,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     """Return what config.json says about the data."""
     return {
         "source": dataset.source,
+        "name": dataset.name,
         "shape": list(dataset.shape),
         "train": len(dataset.train),
         "test": len(dataset.test),
