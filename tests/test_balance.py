@@ -761,7 +761,7 @@ def test_columns_of_a_table_are_groups_and_forms_of_num_dims_agree():
     expected = ComputedBalance(groups=3, per="channel")(rows, columns, codes, codes)
     error = (rows - columns).square()
     forms = (1, [1, 1, 1], torch.ones(3), torch.ones(7, 1), torch.ones(7, 3).long())
-    for num_dims in (*forms, np.int64(1), np.ones(3, int)):
+    for num_dims in (*forms, np.int64(1), np.ones(3, int), np.ones((7, 3))):
         terms = ComputedBalance(groups=3).combine(error, torch.zeros(7), num_dims)
         torch.testing.assert_close(list(terms), list(expected))
 
@@ -918,6 +918,7 @@ def test_posteriors_may_have_any_shape():
         ({"error": (3,), "kl": (3,), "num_dims": torch.ones(2)}, r"shape \(2,\)"),
         ({"error": (3, 2), "kl": (3,), "groups": 2, "num_dims": [1, 2, 3]}, "2 of them"),
         ({"error": (3, 2), "kl": (3,), "groups": 2, "num_dims": torch.ones(3)}, r"\(n, 1\)"),
+        ({"error": (3, 2), "kl": (3,), "groups": 2, "num_dims": np.ones(3)}, r"shape \(3,\)"),
     ],
 )
 def test_combine_names_what_is_wrong(arguments, message, unchecked):

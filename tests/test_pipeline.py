@@ -27,7 +27,8 @@ from poise.latent import spherical_path, variance_law
 from poise.metrics import frechet_distance, structural_similarity
 from poise.priors import NormalPrior
 from poise.protocols import PROTOCOLS, Protocol
-from poise.recipes import Data, Generation, Network, Recipe, Stage
+from poise.recipes import RECIPES, Data, Generation, Network, Recipe, Stage
+from poise.recipes.settings import Changes
 from poise.runs import checkpoint, growth, pipeline
 from poise.runs.log import read_log
 from poise.runs.options import Options
@@ -713,6 +714,112 @@ def test_a_folder_of_other_files_is_refused_before_images_are_decoded_into_it(
     with pytest.raises(InputError, match="is not empty and is not a run's folder"):
         train("digits", recipe=TINY, out=tmp_path, options=QUIET)
     assert {path.name for path in tmp_path.iterdir()} == {"letter.txt", ".lock"}
+
+
+def test_a_folder_with_a_config_of_another_program_is_refused(tmp_path):
+    others = {"config.json": '{"model_type": "x"}', "summary.json": "{}", "metrics.jsonl": "{}"}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="is not empty and is not a run's folder"):
+        train(IMAGES, recipe=TINY, out=tmp_path, options=QUIET)
+    assert {name: (tmp_path / name).read_text() for name in others} == others
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation": Generation(guidance=2.0)}, "guidance 2 needs a flow that is trained with"),
+        ({"second": replace(TINY.second, error="absolute")}, "give it no error 'absolute'"),
+    ],
+)
+def test_settings_that_stage_2_cannot_use_are_refused_before_stage_1(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        tiny(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_latent_map_with_another_number_of_latents_is_refused_before_stage_1(tmp_path):
+    vae = poise.VAE(*poise.networks.mlp((1, 8, 8), 3, hidden=(8,)))
+    vae.decoder.latent_shape = (4, 2, 2)
+    recipe = Changes(second="flow").apply(TINY)
+    with pytest.raises(InputError, match=r"latent_shape \(4, 2, 2\) has 16 values, .* 3 latents"):
+        train(IMAGES, recipe=recipe, vae=vae, out=tmp_path / "run", options=QUIET)
+
+
+def test_the_released_weight_of_the_kl_is_that_of_stage_1_only():
+    recipe = Changes(second_balance="released", balance="released").apply(RECIPES["celeba64"])
+    first, second = (pipeline.stage_balance(stage, recipe, [3, 64, 64]) for stage in recipe.stages)
+    assert (first.kl_weight, second.kl_weight) == (4, 1) and second.monotone
+
+
+def test_numbers_of_numpy_are_those_of_python_in_the_files_of_a_run(tmp_path, unchecked):
+    run = tiny(tmp_path / "run", seed=np.int64(1))
+    assert run.recipe.seed == 1 and type(run.recipe.seed) is int
+    more = train(IMAGES, out=tmp_path / "run", more_epochs=np.int64(1), options=QUIET)
+    assert more.recipe.first.epochs == 5
+
+
+def test_a_path_is_never_the_name_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInputError, match="mnist"):
+        train(Path("mnist"), out="run", options=QUIET)
+    Path("digits").mkdir()
+    for number, image in enumerate(IMAGES[:30]):
+        Image.fromarray(image).save(f"digits/{number:02}.png")
+    how = {"recipe": TINY, "epochs": 1, "second": None, "options": QUIET}
+    run = train(Path("digits"), out="run", **how)
+    assert run.recipe.data.source == str(Path("digits").resolve())
+    assert run.data["train"] + run.data["test"] == 30
+
+
+def test_a_run_inside_the_folder_that_it_is_trained_on_is_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, image in enumerate(IMAGES[:30]):
+        Image.fromarray(image).save(f"{number:02}.png")
+    how = {"recipe": replace(TINY, second=None), "out": "runs/x", "options": QUIET}
+    with pytest.raises(RunError, match="same command to go on"):
+        train(".", **how, callbacks=[StopsAfter(3)])
+    assert (tmp_path / "runs" / "x" / "progress.png").exists()
+    run = train(".", **how)
+    assert load("runs/x").dataset().checksum == run.data["checksum"]
+    assert "ignored: runs/x, which is the folder of a run" in datasets.load(".").notes
+
+
+def test_an_evaluation_of_earlier_weights_goes_when_training_ends(tmp_path):
+    with pytest.raises(RunError, match="same command to go on"):
+        train(IMAGES, recipe=TINY, out=tmp_path, options=QUIET, callbacks=[StopsAfter(2)])
+    (tmp_path / "evaluation.json").write_text("{}")
+    tiny(tmp_path)
+    assert not (tmp_path / "evaluation.json").exists() and (tmp_path / "summary.json").exists()
+
+
+def test_an_array_that_was_compressed_is_not_looked_for_on_disk(tmp_path):
+    recipe = replace(TINY, data=replace(TINY.data, jpeg_quality=75))
+    run = train(IMAGES, recipe=recipe, out=tmp_path, options=QUIET)
+    with pytest.raises(InputError, match="was trained on an array, which is not stored"):
+        run.evaluate(extractor="none")
+
+
+def test_figures_of_a_model_say_which_images_they_are_of(copy):
+    run = load(copy)
+    found = [
+        run.evaluate(images, extractor="none").measurements for images in (IMAGES, 255 - IMAGES)
+    ]
+    first, second = ({m.metric: m.data for m in measured} for measured in found)
+    assert {"MSE", "KL", "ELBO"} <= first.keys() and all(map(len, first.values()))
+    assert not set(first.values()) & set(second.values())
+
+
+class StopsAfter(poise.Callback):
+    """Stop training with an error after some entries of the log."""
+
+    def __init__(self, entries: int) -> None:
+        self.left = entries
+
+    def on_log(self, entry):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("stop")
 
 
 @pytest.mark.parametrize("recipe", ["digits", TINY])

@@ -86,7 +86,7 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report([runs], tmp_path_factory.mktemp("page") / "compared.html")
+    return write_report(runs, tmp_path_factory.mktemp("page") / "compared.html")
 
 
 @pytest.fixture

@@ -126,3 +126,11 @@ def test_wrong_numbers_of_samples_and_images_are_refused(run, unchecked):
     for wrong in ({"samples": 0}, {"training_images": -1}):
         with pytest.raises(InputError, match="samples must be at least 1 and training_images"):
             run.score(IMAGES[:2], **wrong)
+    with pytest.raises(InputError, match="1 names for 2 images"):
+        run.score(IMAGES[:2], names=["a"])
+
+
+def test_numbers_of_numpy_are_numbers_of_samples_and_seeds(run, unchecked):
+    plain = run.score(IMAGES[:2], samples=3, training_images=4, seed=1)
+    counted = {"samples": np.int64(3), "training_images": np.int64(4), "seed": np.int64(1)}
+    assert torch.equal(run.score(IMAGES[:2], **counted).log_likelihood, plain.log_likelihood)

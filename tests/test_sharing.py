@@ -118,6 +118,7 @@ def test_the_source_of_a_card_has_no_folders(tmp_path):
         ("hf:owner/name@main", "hf:owner/name@main"),
         (f"hf:{tmp_path}/faces", "faces"),
         (f"{tmp_path}/faces/", "faces"),
+        (r"C:\Users\someone\faces", "faces"),
         ("digits", "digits"),
     ):
         assert sharing._public(source) == shown

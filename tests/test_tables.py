@@ -1,5 +1,6 @@
 """Test tables with missing cells, categories and transforms: closed forms, quadrature, frames."""
 
+import datetime
 import math
 
 import numpy as np
@@ -415,6 +416,8 @@ def test_it_works_behind_a_column_transformer():
             "'colour' has 300 categories, more than 255",
         ),
         ({"size": pd.Timestamp("2026-01-01")}, "column 'size' holds Datetime.* convert it"),
+        ({"size": datetime.date(2026, 1, 1)}, "column 'size' holds date: convert it"),
+        ({"size": pd.Period("2026-01")}, "column 'size' holds Period: convert it"),
     ],
 )
 def test_columns_that_cannot_be_fitted_are_refused_by_name(change, message):

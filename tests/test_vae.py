@@ -140,6 +140,17 @@ def test_latents_are_standardised_during_training_from_finite_batches_only():
         assert torch.equal(kept.eval().reconstruct(batch), vae.reconstruct(batch))
 
 
+@pytest.mark.parametrize(("group", "shared"), [(None, [None]), (False, []), ("mine", ["mine"])])
+def test_moments_are_shared_within_the_process_group(group, shared, monkeypatch):
+    groups = []
+    monkeypatch.setattr("poise.vae.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("poise.vae.sum_over_ranks", lambda totals, group: groups.append(group))
+    plain = VAE(*mlp((1, 4, 4), 2, hidden=(8,)))
+    vae = standardised(plain, (2,), every=3, process_group=group).train()
+    vae.encode(torch.rand(20, 1, 4, 4))
+    assert groups == shared
+
+
 def test_latents_that_change_during_training_may_be_used_twice_before_backward():
     """Gradient accumulation. Former defect: backward found a changed scale and raised an error."""
     vae = standardised(VAE(*mlp((1, 4, 4), 2, hidden=(8,))), (2,), every=3).train()

@@ -129,6 +129,7 @@ class StandardLatents(nn.Module):
         latent_shape: (latents,), or (c, h, w) of a latent map.
         every: number of training steps between two settings of the map. None: only `fit` sets it.
         decay: decay of the running average, which is corrected for its start.
+        process_group: group of ranks that share the average, as of a `Balance`. False: none.
 
     Example:
         >>> latents = StandardLatents((2,))
@@ -147,10 +148,16 @@ class StandardLatents(nn.Module):
     steps: Tensor
 
     def __init__(
-        self, latent_shape: tuple[int, ...], *, every: int | None = None, decay: float = 0.99
+        self,
+        latent_shape: tuple[int, ...],
+        *,
+        every: int | None = None,
+        decay: float = 0.99,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.latent_shape, self.every, self.decay = latent_shape, every, decay
+        self.process_group = process_group
         channels = latent_shape[0]
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
@@ -204,8 +211,9 @@ class StandardLatents(nn.Module):
         count = mean.new_full((), mean.shape[0] * mean.shape[2])
         sums = torch.stack([mean.sum((0, 2)), (mean.square() + logvar.exp()).sum((0, 2))])
         totals = torch.cat([sums.flatten(), count[None]])
-        if dist.is_available() and dist.is_initialized():
-            sum_over_ranks(totals)
+        shared = self.process_group is not False
+        if shared and dist.is_available() and dist.is_initialized():
+            sum_over_ranks(totals, self.process_group or None)
         batch = (totals[:-1].view_as(sums) / totals[-1]).to(self.moments)
         finite = torch.isfinite(batch).all()
         share = torch.where(finite, 1 - self.decay, 0.0)
@@ -254,7 +262,13 @@ class StandardisedDecoder(nn.Module):
         return self.decoder(self.latents.restore(latents))
 
 
-def standardised(vae: VAE, latent_shape: tuple[int, ...], *, every: int | None = None) -> VAE:
+def standardised(
+    vae: VAE,
+    latent_shape: tuple[int, ...],
+    *,
+    every: int | None = None,
+    process_group: Any = None,
+) -> VAE:
     """Return a VAE with the same networks and `StandardLatents` between them.
 
     Call `latents_of(vae).fit(posterior)` with the posteriors of the training images after training.
@@ -262,9 +276,9 @@ def standardised(vae: VAE, latent_shape: tuple[int, ...], *, every: int | None =
     Args:
         vae: any VAE. Its networks are shared, not copied.
         latent_shape: (latents,), or (c, h, w) of a latent map.
-        every: see `StandardLatents`.
+        every, process_group: see `StandardLatents`.
     """
-    latents = StandardLatents(latent_shape, every=every)
+    latents = StandardLatents(latent_shape, every=every, process_group=process_group)
     return VAE(StandardisedEncoder(vae.encoder, latents), StandardisedDecoder(vae.decoder, latents))
 
 

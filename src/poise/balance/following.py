@@ -177,7 +177,7 @@ class ComputedBalance(AveragingBalance):
         self._buffer("reference", 0.0)
 
     @classmethod
-    def released(cls, image_size: int, latent_dim: int) -> "ComputedBalance":
+    def released(cls, image_size: float, latent_dim: float) -> "ComputedBalance":
         """Return the balance of the authors' released code.
 
         gamma2 starts at 1 and never grows. The KL weight is (2 image_size / latent_dim)^2. At 64

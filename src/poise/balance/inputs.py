@@ -124,8 +124,8 @@ def aligned(mask: Tensor, item: Tensor) -> Tensor:
     agrees = len(widened) == len(item) and broadcasts(widened.shape, item.shape)
     if mask.dim() == 0 or not agrees:
         raise InputError(
-            f"mask {tuple(mask.shape)} must have the sizes of the data {tuple(item.shape)}, or 1; "
-            "dimensions may lack at the end"
+            f"mask {tuple(mask.shape)} must have the batch size of the data {tuple(item.shape)} "
+            "first, then its sizes or 1; dimensions may lack at the end"
         )
     return widened
 
@@ -181,7 +181,9 @@ def checked_dims(error: Tensor, num_dims: NumDims | None, groups: int | None) ->
     if isinstance(num_dims, int) and num_dims >= 1:
         return num_dims
     if isinstance(num_dims, (np.integer, np.ndarray)):
-        return checked_dims(error, num_dims.tolist(), groups)
+        plain = num_dims.shape in ((), (groups,))
+        given = num_dims.tolist() if plain else torch.from_numpy(num_dims).to(error.device)
+        return checked_dims(error, given, groups)
     if isinstance(num_dims, Tensor):
         check_device("num_dims", num_dims, error)
         if broadcasts(num_dims.shape, error.shape):

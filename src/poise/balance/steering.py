@@ -115,8 +115,8 @@ class ScheduledBalance(Balance):
             raise InputError(
                 f"period_steps ({period_steps}) must be at least ramp_steps ({ramp_steps})"
             )
-        if not start >= 0:
-            raise InputError(f"start must be >= 0, not {start}")
+        if not 0 <= start < math.inf:
+            raise InputError(f"start must be a finite number >= 0, not {start}")
         self.start = start
         self._buffer("gamma2", positive("gamma2", gamma2))
         self._buffer("step", 0)

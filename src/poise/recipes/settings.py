@@ -399,6 +399,7 @@ class Recipe:
     minutes: Annotated[float | None, Option("training")] = None
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes must be greater than 0, not {self.minutes}")
         if self.minutes == inf:

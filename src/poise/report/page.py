@@ -21,7 +21,7 @@ from poise.support.version import __version__
 
 
 def write_report(
-    folders: Sequence[str | Path],
+    folders: str | Path | Sequence[str | Path],
     out: str | Path = "report.html",
     *,
     device: str = "auto",
@@ -44,7 +44,8 @@ def write_report(
     Example:
         >>> poise.report.write_report(["runs/digits"], "digits.html")  # doctest: +SKIP
     """
-    paths, out = [Path(folder) for folder in folders], Path(out)
+    several = [folders] if isinstance(folders, (str, Path)) else folders
+    paths, out = [Path(folder) for folder in several], Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise InputError(f"the report must be an .html file, not {out}")
     records = read_records(paths)

@@ -1,5 +1,6 @@
 """Build networks and balances from settings. Initial weights depend on the seed only."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from poise.recipes.settings import VAE_OBJECTIVE, Network, Recipe, Stage
 from poise.support.seeds import derive, seeded
 from poise.training import ImageBatches, check_groups, count_latents
 from poise.vae import VAE, standardised
+
+SQUARED_STAGE_2 = "stage 2 has a squared error, because its decoder's noise is Gaussian"
 
 
 def with_latents_counted(recipe: Recipe, vae: VAE, images: Any) -> Recipe:
@@ -97,11 +100,19 @@ def second_stage(recipe: Recipe, first: VAE, classes: int = 0) -> VAE | Flow:
         first: stage 1's network. If its decoder has an attribute `latent_shape`, its latents are a
             map of this shape.
         classes: number of classes of a run with labels, which a flow is conditioned on.
+
+    Raises:
+        InputError: the decoder's latent map has another number of latents.
     """
     network = recipe.network
     with seeded(derive("weights", recipe.seed, 2)):
         if recipe.second_stage == "flow":
             shape = getattr(first.decoder, "latent_shape", (network.latent_dim,))
+            if math.prod(shape) != network.latent_dim:
+                raise InputError(
+                    f"the decoder's latent_shape {tuple(shape)} has {math.prod(shape)} values, but "
+                    f"the encoder returns {network.latent_dim} latents"
+                )
             sizes = {"width": network.flow_width, "blocks": network.flow_blocks}
             return Flow(networks.flow(shape, **sizes, classes=classes), shape, classes)
         return VAE(*networks.second_stage(network.latent_dim, network.second_hidden))
@@ -121,20 +132,22 @@ def check_specs(recipe: Recipe) -> None:
 def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
     """Return the balance that a stage names.
 
-    The balance "released" depends on the image size and the number of latents.
+    The balance "released" depends on the image size and the number of latents. In stage 2 its KL
+    weight is 1, as in the released code.
 
     Raises:
-        InputError: the balance cannot weigh the stage's error, or has groups.
+        InputError: the balance cannot weigh the stage's error, or has groups; or stage 2 has
+            another error than the squared one.
     """
-    known = {"image_size": shape[1], "latent_dim": recipe.network.latent_dim}
+    latents, second = recipe.network.latent_dim, stage is recipe.second
+    known = {"image_size": latents / 2 if second else shape[1], "latent_dim": latents}
+    if second and stage.error != "squared":
+        raise InputError(f"{SQUARED_STAGE_2}: give it no error {stage.error!r}")
     if stage.error == "squared":  # or the power that the balance's text has
         balance = make_balance(stage.balance, **known)
         check_groups(balance)
-        if stage is recipe.second and balance.power != 2:
-            raise InputError(
-                "stage 2 has a squared error, because its decoder's noise is Gaussian: leave power "
-                "out of its balance"
-            )
+        if second and balance.power != 2:
+            raise InputError(f"{SQUARED_STAGE_2}: leave power out of its balance")
         return balance
     error = make_error(stage.error, shape[0])
     known |= {} if error.groups is None else {"groups": error.groups}

@@ -234,8 +234,10 @@ class Callbacks:
                     warn(what)
                     continue
                 place = save() if save else "nothing is lost"
+                once = "; it is not called again for this stage" * (name == "on_stage_end")
                 raise RunError(
-                    f"callback {what}; {place}: mend the callback and run the same command to go on"
+                    f"callback {what}; {place}: mend the callback and run the same command to go "
+                    f"on{once}"
                 ) from error
 
     def ends(self) -> bool:

@@ -57,8 +57,9 @@ class More:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        check_value("more_epochs", int | None, self.epochs)
-        check_value("more_minutes", float | None, self.minutes)
+        for name, hint in {"epochs": int | None, "minutes": float | None}.items():
+            plain = check_value(f"more_{name}", hint, getattr(self, name))
+            object.__setattr__(self, name, plain)  # the dataclass is frozen
         if (self.epochs is None) == (self.minutes is None):
             raise InputError("give either more_epochs or more_minutes")
         for name in ("epochs", "minutes"):

@@ -267,6 +267,11 @@ def prepare(
         dataset = hold_out(dataset, recipe.data.validation)
     dataset = with_labels(dataset, recipe.data)
     classes = len(dataset.labels.classes) if dataset.labels else 0
+    if recipe.generation.guidance != 1 and not (classes and recipe.second_stage == "flow"):
+        raise InputError(
+            f"guidance {recipe.generation.guidance:g} needs a flow that is trained with labels: "
+            "--second flow --labels, or leave guidance at 1"
+        )
     if vae is not None or recipe.network.kind == "conv":
         built = vae or first_stage(recipe, list(dataset.shape))
         recipe = with_latents_counted(recipe, built, dataset.train)
@@ -468,7 +473,7 @@ def source_of(images: Any, recipe: Recipe) -> str:
         return "array"
     if images == recipe.name and own in DATA_SETS:
         return own
-    named = images in DATA_SETS or not Path(images).exists()
+    named = isinstance(images, str) and (images in DATA_SETS or not Path(images).exists())
     return str(images) if named else str(Path(images).resolve())
 
 
@@ -826,6 +831,7 @@ def finish(run: Run, dataset: Dataset, meta: dict[str, Any], *, quiet: bool) -> 
         "seconds": round(meta["seconds"], 1),
         "device": str(run.device),
     }
+    (run.folder / "evaluation.json").unlink(missing_ok=True)  # of weights before the last ones
     evaluation = run.evaluate(dataset.test, extractor="none")
     lines, validated = list(evaluation.notes), meta.get("validation")
     if validated:

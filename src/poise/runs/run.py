@@ -709,6 +709,7 @@ class Run:
         """
         dataset, own = self.dataset(), self.recipe.data.jpeg_quality
         if own not in (None, protocol.jpeg):  # JPEG loses detail, so read the source again
+            self._check_stored()
             settings = data_settings(self.recipe, self.data)
             dataset = read_data(
                 replace(settings, jpeg_quality=protocol.jpeg), cache=self.folder / "cache"
@@ -801,10 +802,7 @@ class Run:
         """
         if self._dataset is not None:
             return self._dataset
-        if self.data["source"] == "array":
-            raise InputError(
-                f"{self.folder} was trained on an array, which is not stored: pass the images"
-            )
+        self._check_stored()
         dataset = read_data(data_settings(self.recipe, self.data), cache=self.folder / "cache")
         if dataset.checksum != self.data["checksum"]:
             rules = (
@@ -822,6 +820,12 @@ class Run:
                 "trained with"
             )
         return dataset
+
+    def _check_stored(self) -> None:
+        if self.data["source"] == "array":
+            raise InputError(
+                f"{self.folder} was trained on an array, which is not stored: pass the images"
+            )
 
     def grid(
         self,

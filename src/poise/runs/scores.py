@@ -26,6 +26,7 @@ from poise.errors import InputError, RunError
 from poise.metrics.encoding import posteriors
 from poise.metrics.likelihood import NLLPerImage, nll_per_image
 from poise.metrics.reconstruction import summed_error
+from poise.recipes.settings import check_value
 from poise.runs.checkpoint import read_folder, write_folder
 from poise.support.files import write_file
 from poise.support.progress import warn
@@ -124,12 +125,16 @@ def score(
     quiet: bool = True,
 ) -> Scores:
     """Return the scores of images under a run: see `Run.score`."""
+    samples, seed = check_value("samples", int, samples), check_value("seed", int, seed)
+    training_images = check_value("training_images", int, training_images)
     if samples < 1 or training_images < 0:
         raise InputError(
             f"samples must be at least 1 and training_images at least 0, "
             f"not {samples} and {training_images}"
         )
     images = checked_images(images, run.data["shape"], run.levels)
+    if names and len(names) != len(images):
+        raise InputError(f"{len(names)} names for {len(images)} images: give one for each")
     how: dict[str, Any] = {"samples": samples, "seed": seed, "proposal": proposal, "quiet": quiet}
     if training_images == 0:
         return measured(run, images, names, **how)

@@ -149,7 +149,7 @@ def _public(source: str) -> str:
     name = source.removeprefix(HUB_PREFIX)
     if name != source and NAME.fullmatch(name) and not Path(name).exists():
         return source
-    return name.rstrip("/\\").split("/")[-1]
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]  # the run may come from Windows
 
 
 def _read(path: Path) -> dict[str, Any]:

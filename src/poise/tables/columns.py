@@ -258,8 +258,16 @@ def _holds_categories(column: nw.Series[Any]) -> bool:
 
 def _check_numeric(column: nw.Series[Any], name: Any) -> None:
     """Raise InputError for a column of dates, lists or the like, which are no numbers."""
-    kind = column.dtype
-    if not kind.is_numeric() and kind not in (*CATEGORIES, nw.Object, nw.Unknown):
+    kind: Any = column.dtype
+    usable = kind.is_numeric() or kind in (*CATEGORIES, nw.Object, nw.Unknown)
+    if kind in (nw.Object, nw.Unknown):
+        for value in column.to_list():
+            try:
+                float(0 if _is_missing(value) else value)
+            except TypeError:  # text that is no number has an error of its own
+                usable, kind = False, type(value).__name__
+                break
+    if not usable:
         raise InputError(
             f"column {name!r} holds {kind}: convert it to numbers or texts, or leave it out"
         )
