@@ -19,7 +19,7 @@ from poise.cli.options import (
     RunFolder,
     refuse_reading,
 )
-from poise.cli.showing import load_run
+from poise.cli.showing import load_run, print_notes
 from poise.errors import InputError, RunError
 from poise.recipes.settings import Generation, Renormalise, Solver, given
 from poise.variants import PRIORS
@@ -341,11 +341,6 @@ def _by_side(sides: Sequence[str]) -> str:
         return ""
     listed = ", ".join(f"{number:,} {side or 'other'}" for side, number in numbers.items())
     return f" ({listed})"
-
-
-def print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        print(f"note: {note}")
 
 
 def interleave(left: Any, right: Any) -> Any:

@@ -16,7 +16,7 @@ from poise.cli.options import (
     RunFolder,
     refuse_reading,
 )
-from poise.cli.showing import load_run, show_cells, show_table
+from poise.cli.showing import load_run, print_notes, show_cells, show_table
 from poise.errors import InputError
 from poise.protocols import ORIGINS, PROTOCOLS, table
 from poise.recipes import RECIPES
@@ -220,8 +220,7 @@ class Evaluate:
                 evaluation, f"{folder}: {evaluation.pages['reconstruction']['images']} images"
             )
             if self._for_people:
-                for note in run.data.get("notes", []):
-                    print(f"note: {note}")
+                print_notes(run.data.get("notes", []))
                 self._show_published(run)
 
     @property
@@ -243,8 +242,7 @@ class Evaluate:
             show_cells("" if evaluation.pages else title, table(compared, mixed=True))
         for protocol in {m.protocol.hash: m.protocol for m in evaluation.measurements}.values():
             print(f"protocol {protocol}")
-        for note in evaluation.notes:
-            print(f"note: {note}")
+        print_notes(evaluation.notes)
 
     def _show_published(self, run: "Run") -> None:
         recipe = RECIPES.get(run.recipe.name)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from poise.cli.images import images_for, print_notes
+from poise.cli.images import images_for
 from poise.cli.options import Device, Images, ReadingGroup, ReadingOptions, RunFolder
-from poise.cli.showing import load_run
+from poise.cli.showing import load_run, print_notes
 from poise.errors import InputError
 from poise.variants import SCORE_PROPOSAL, SCORE_SAMPLES, SCORE_TRAINING_IMAGES, Proposal
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from poise.cli.options import PriorChoice, RunFolder
-from poise.cli.showing import load_run, show_cells
+from poise.cli.showing import load_run, print_notes, show_cells
 
 Priors = Annotated[
     tuple[PriorChoice, ...] | None,
@@ -41,8 +41,7 @@ class Export:
             [file.path.name, f"{file.size / 1e6:.2f}", f"{file.difference:.1e}"] for file in written
         ]
         show_cells("", [["", "MB", "difference from PyTorch"], *rows])
-        for note in notes:
-            print(f"note: {note}")
+        print_notes(notes)
         print(f"folder: {self.out}")
 
 

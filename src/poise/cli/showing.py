@@ -1,5 +1,6 @@
 """Show tables on stdout, and the warnings of a run on stderr."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,11 @@ def load_run(folder: Path, device: str) -> "Run":
         )
         warn(f"{folder} is not finished{without}")
     return run
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from poise.cli.options import RecipeName, TrainingCommand
-from poise.cli.showing import show_table
+from poise.cli.showing import print_notes, show_table
 from poise.recipes import RECIPES
 from poise.variants import DATA_SETS
 
@@ -93,8 +93,7 @@ class Train(TrainingCommand):
             f"{run.data['test']} test images",
             figures_table(summary),
         )
-        for note in [*run.data["notes"], *summary.get("notes", [])]:
-            print(f"note: {note}")
+        print_notes([*run.data["notes"], *summary.get("notes", [])])
         names = ("samples.png", "reconstructions.png", "training.png", "progress.png")
         pictures = [name for name in names if (run.folder / name).exists()]
         print(f"pictures: {run.folder}/{', '.join(pictures)}")

@@ -18,6 +18,7 @@ from poise.data.labels import Labels
 from poise.data.storage import Pixels, Rows, allocate, blocks, take
 from poise.data.streamed import HASH_BYTES, Pictures, hash_of
 from poise.errors import InputError
+from poise.support.progress import plural
 
 FileOrder = Literal["sorted", "listing"]
 Crop = Literal["square", "celeba", "aligned"]
@@ -177,12 +178,7 @@ def shortened(lines: Sequence[str], what: str, noun: str) -> Iterator[str]:
     """Yield the first `MOST_LISTED` lines, and one that counts the others."""
     yield from lines[:MOST_LISTED]
     if len(lines) > MOST_LISTED:
-        yield f"{what} {counted(len(lines) - MOST_LISTED, f'more {noun}')}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural if necessary."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
+        yield f"{what} {plural(len(lines) - MOST_LISTED, f'more {noun}')}"
 
 
 def levels_note(what: str, levels: int, *, clipped: int, images: int, chosen: bool) -> str:
@@ -196,7 +192,7 @@ def levels_note(what: str, levels: int, *, clipped: int, images: int, chosen: bo
     """
     note = f"{what}: the value {levels:,} became white"
     if clipped:
-        note += f", and so did {counted(clipped, 'larger value')} in {counted(images, 'image')}"
+        note += f", and so did {plural(clipped, 'larger value')} in {plural(images, 'image')}"
     return note + ("; --levels N sets another" if chosen else "")
 
 
@@ -239,7 +235,7 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
     if count < 2:
         raise InputError(
             f"a validation share of {share:g} of {len(dataset.train)} training images is "
-            f"{counted(count, 'image')}, and at least two are needed: give a larger share"
+            f"{plural(count, 'image')}, and at least two are needed: give a larger share"
         )
     kept, held = first_by_content(dataset.train, count)
     return replace(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from poise.data.dataset import Reading, counted, levels_note, shortened
+from poise.data.dataset import Reading, levels_note, shortened
 from poise.data.decoding import (
     ALIGNED,
     Header,
@@ -42,7 +42,7 @@ from poise.data.opening import (
 from poise.data.storage import Pixels, Rows, room
 from poise.data.streamed import Pictures, Seen
 from poise.errors import InputError
-from poise.support.progress import SafeStream, progress
+from poise.support.progress import SafeStream, plural, progress
 
 # Files per call of the thread pool: limits the pending results, and the delay of an interrupt.
 _FILES_AT_ONCE = 512
@@ -319,17 +319,17 @@ def _notes(work: _Work, levels: int | None) -> Iterator[str]:
             chosen=bool(work.counts),
         )
     if work.deep_colours:
-        number = counted(len(work.deep_colours), "image")
+        number = plural(len(work.deep_colours), "image")
         yield f"{number} of 16-bit colour: read with 8 bits a channel, so that 4,095 became 15"
     stacks = [len(file.pages) for file in files if len(file.pages) > 1]
     if stacks:
-        yield f"{counted(len(stacks), 'TIFF file')} with {sum(stacks)} pages: each is an image"
+        yield f"{plural(len(stacks), 'TIFF file')} with {sum(stacks)} pages: each is an image"
     endings = Counter(Path(label).suffix.lower() for label in work.frames)
     for ending, number in sorted(endings.items()):
         lost = sum(n for label, n in work.frames.items() if Path(label).suffix.lower() == ending)
         yield (
-            f"only the first frame is read of {counted(number, f'{ending} file')}: "
-            f"{counted(lost, 'other frame')}"
+            f"only the first frame is read of {plural(number, f'{ending} file')}: "
+            f"{plural(lost, 'other frame')}"
         )
     errors = (str(work.errors[place]) for place in sorted(work.errors))
     yield from shortened([f"skipped: {error}" for error in errors], "skipped", "file")

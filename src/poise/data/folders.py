@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from poise.data.cached import decode
-from poise.data.dataset import Found, Reading, Split, counted
+from poise.data.dataset import Found, Reading, Split
 from poise.data.encoded import Encoded
 from poise.data.listing import (
     IMAGE_ENDINGS,
@@ -24,6 +24,7 @@ from poise.data.opening import shown
 from poise.data.storage import part
 from poise.data.tars import is_tar, list_images
 from poise.errors import InputError
+from poise.support.progress import plural
 
 
 def read_folder(folder: Path, reading: Reading) -> Found:
@@ -178,6 +179,6 @@ def _no_images(folder: Path, files: list[Path]) -> InputError:
     elif tables:
         hint = f"; for a data set of the Hub's library, give hf:{shown(folder)}"
     return InputError(
-        f"{shown(folder)} holds {counted(len(files), 'file')}, none an image: "
+        f"{shown(folder)} holds {plural(len(files), 'file')}, none an image: "
         f"accepted are {endings}; there are {by_ending(files)}{hint}"
     )

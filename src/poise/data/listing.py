@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from poise.data.dataset import counted, shortened
+from poise.data.dataset import shortened
 from poise.data.opening import shown
 from poise.errors import InputError
+from poise.support.progress import plural
 
 IMAGE_ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic", ".heif", ".hif"),
@@ -260,7 +261,7 @@ def _split_notes(
             yield f"split: train is {_some(names['train'])}, test is {_some(names[held_out])}"
         rest = len(images) - len(groups["train"]) - len(groups[held_out])
         if rest:
-            yield f"ignored: {counted(rest, 'image')} outside the split's two folders"
+            yield f"ignored: {plural(rest, 'image')} outside the split's two folders"
     elif names:
         found = _some({name for some in names.values() for name in some})
         missing = "train" if "train" not in names else "test"

@@ -13,11 +13,11 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from poise.data.dataset import counted
 from poise.data.encoded import Encoded
 from poise.data.listing import by_ending, is_image, side_of
 from poise.data.opening import shown
 from poise.errors import InputError
+from poise.support.progress import plural
 
 ENDING = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -58,7 +58,7 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
     for tar in tars:
         members, links, end = _members(tar)
         if links:
-            notes.append(f"ignored: {counted(links, 'link')} in {shown(tar)} to what it lacks")
+            notes.append(f"ignored: {plural(links, 'link')} in {shown(tar)} to what it lacks")
         if not end:
             notes.append(f"{shown(tar)} has no mark of its end: it may have been cut short")
         samples = {_sample(name) for name, _, _ in members if _is_plain_image(name)}
@@ -76,7 +76,7 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
     if others:
         notes.append(f"ignored: {by_ending(others)}")
     if beside:
-        notes.append(f"ignored: {counted(beside, 'image')} beside another one of the same sample")
+        notes.append(f"ignored: {plural(beside, 'image')} beside another one of the same sample")
     return TarImages(files, inner, tuple(notes))
 
 

@@ -22,7 +22,7 @@ from poise.diagnosis.outputs import (
     linear_mse,
     spectrum,
 )
-from poise.diagnosis.subject import Case, Loss, Seen, as_case, chosen, device_of, look, undisturbed
+from poise.diagnosis.subject import Case, Loss, Seen, as_case, chosen, device_of, look
 from poise.diagnosis.verdict import LARGE_LOGVAR, Diagnosis, Finding
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
@@ -31,6 +31,7 @@ from poise.priors import fit_prior
 from poise.shapes import Values
 from poise.support.progress import Progress, progress
 from poise.support.seeds import noise_per_image
+from poise.support.snapshots import evaluating
 from poise.vae import VAE
 from poise.variants import PRIORS
 
@@ -86,7 +87,12 @@ def diagnose(
            Try: Use poise.ComputedBalance() as the loss, ...
     """
     case = as_case(model, images, train_images, loss, history)
-    with undisturbed(*case.modules), progress("diagnose", STEPS, quiet=quiet) as display:
+    # The generator of the user's process stays as it is.
+    with (
+        evaluating(*case.modules),
+        torch.random.fork_rng(devices=[]),
+        progress("diagnose", STEPS, quiet=quiet) as display,
+    ):
         return _examine(case, seed, display)
 
 

@@ -4,8 +4,7 @@ The model is not changed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,23 +81,6 @@ class Seen:
     @property
     def num_dims(self) -> int:
         return math.prod(self.images.shape[1:])
-
-
-@contextmanager
-def undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """Set modules to evaluation mode inside the block.
-
-    On exit, restores their modes and the state of torch's global generator.
-    """
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from poise.report.records import Record, labels_of
 from poise.runs.log import mean_error
 from poise.studies.comparison.statistics import spread as spread_of
 from poise.studies.comparison.tables import show
+from poise.support.progress import duration, plural
 
 NETWORKS = {
     "mlp": "an MLP",
@@ -27,20 +28,8 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
-def plural(count: int, thing: str) -> str:
-    """Format a count with its noun, as in "1 run" or "1,000 runs"."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
 def number(value: float | None, style: str = ".4g") -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, style)
-
-
-def duration(seconds: float) -> str:
-    """Format a time in seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def spread(values: Sequence[float]) -> str:

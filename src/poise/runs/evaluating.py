@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.data import checked_images, head, spread
+from poise.data import head, spread
 from poise.errors import InputError, RunError
 from poise.evaluation import (
     Evaluation,
@@ -121,7 +121,7 @@ def _completed(run: "Run", protocol: str | Protocol, images: Any) -> Protocol:
 
 
 def _given(run: "Run", images: Any, protocol: Protocol) -> Any:
-    images = head(checked_images(images, run.data["shape"], run.levels), protocol.real or MANY)
+    images = head(run.checked(images), protocol.real or MANY)
     return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
 

@@ -8,14 +8,13 @@ the others again. So it ends with the same picture as a run without interruption
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from poise.data.decoding import SEPARATOR_PIXELS, grid, read_image, to_png
 from poise.errors import InputError, RunError
@@ -25,6 +24,7 @@ from poise.support.files import write_file
 from poise.support.kernels import kernels
 from poise.support.progress import warn
 from poise.support.seeds import noise_per_image
+from poise.support.snapshots import evaluating
 from poise.vae import VAE
 
 COLUMNS = 8  # samples and reconstructions in a row of stage 1; stage 2 has twice as many samples
@@ -164,16 +164,3 @@ def _row(images: Images) -> np.ndarray:
         height, width = (max(1, round(one * LARGEST_TILE / side)) for one in images.shape[2:])
         images = F.adaptive_avg_pool2d(images, (height, width))
     return grid(images.float().nan_to_num(nan=0.0), columns=len(images))
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Set networks to evaluation mode inside the block, and restore the mode of every module."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -311,6 +311,14 @@ class Run:
         shape = tuple(getattr(self.first.vae.decoder, "latent_shape", vectors))
         return latent_scale(self.codes, shape if math.prod(shape) == vectors[0] else vectors)
 
+    def checked(self, images: Any) -> Any:
+        """Return images in the layout and the range of the network, see `encode`.
+
+        Raises:
+            InputError: another shape, or values out of range.
+        """
+        return checked_images(images, self.data["shape"], self.levels)
+
     def encode(self, images: Any) -> DiagonalGaussian:
         """Return the posterior of each image, (n, latents), on the CPU.
 
@@ -320,7 +328,7 @@ class Run:
         Raises:
             InputError: another shape, or values out of range.
         """
-        return encode_all(self.first.vae, checked_images(images, self.data["shape"], self.levels))
+        return encode_all(self.first.vae, self.checked(images))
 
     def encode_chunks(self, images: Any) -> Iterator[DiagonalGaussian]:
         """Return the posteriors of `encode` as an iterator of chunks that fit into memory.
@@ -333,9 +341,7 @@ class Run:
         Raises:
             InputError: see `encode`.
         """
-        return encode_chunks(
-            self.first.vae, checked_images(images, self.data["shape"], self.levels)
-        )
+        return encode_chunks(self.first.vae, self.checked(images))
 
     def reconstruct(self, images: Any, *, generation: Generation | None = None) -> Images:
         """Return the reconstruction of each image, float in [0, 1], on the CPU.
@@ -369,7 +375,7 @@ class Run:
         )
         for _, posterior, noise in encoded(
             self.first.vae,
-            checked_images(images, self.data["shape"], self.levels),
+            self.checked(images),
             self.recipe.seed,
         ):
             latents = posterior.sample(noise) if source == "sample" else posterior.mean

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from poise.data import checked_images, gather
+from poise.data import gather
 from poise.errors import InputError, RunError
 from poise.metrics.encoding import posteriors
 from poise.metrics.likelihood import NLLPerImage, nll_per_image
@@ -31,7 +31,7 @@ from poise.runs.checkpoint import read_folder, write_folder
 from poise.support.files import write_file
 from poise.support.progress import warn
 from poise.support.seeds import drawn
-from poise.variants import SCORE_PROPOSAL, SCORE_SAMPLES, SCORE_TRAINING_IMAGES, Proposal
+from poise.variants import Proposal
 
 if TYPE_CHECKING:
     from poise.runs.run import Run
@@ -116,13 +116,13 @@ def score(
     run: "Run",
     images: Any,
     *,
-    samples: int = SCORE_SAMPLES,
-    training_images: int = SCORE_TRAINING_IMAGES,
-    training: Any = None,
-    names: Sequence[str] = (),
-    seed: int = 0,
-    proposal: Proposal = SCORE_PROPOSAL,
-    quiet: bool = True,
+    samples: int,
+    training_images: int,
+    training: Any,
+    names: Sequence[str],
+    seed: int,
+    proposal: Proposal,
+    quiet: bool,
 ) -> Scores:
     """Return the scores of images under a run: see `Run.score`."""
     samples, seed = check_value("samples", int, samples), check_value("seed", int, seed)
@@ -132,7 +132,7 @@ def score(
             f"samples must be at least 1 and training_images at least 0, "
             f"not {samples} and {training_images}"
         )
-    images = checked_images(images, run.data["shape"], run.levels)
+    images = run.checked(images)
     if names and len(names) != len(images):
         raise InputError(f"{len(names)} names for {len(images)} images: give one for each")
     how: dict[str, Any] = {"samples": samples, "seed": seed, "proposal": proposal, "quiet": quiet}
@@ -207,7 +207,7 @@ def _of_training(
             ) from None
         chosen = gather(training, drawn(len(training), number))
     else:
-        given = checked_images(training, run.data["shape"], run.levels)
+        given = run.checked(training)
         chosen = gather(given, drawn(len(given), number))
     found = measured(run, chosen, (), samples=samples, seed=seed, proposal=proposal, quiet=quiet)
     if own and how["images"] == len(chosen):

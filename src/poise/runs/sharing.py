@@ -50,8 +50,8 @@ def save_pretrained(
     run: "Run",
     folder: str | Path,
     *,
-    license: str | None = None,
-    codes: bool = True,
+    license: str | None,
+    codes: bool,
     place: str = "OWNER/NAME",
 ) -> Path:
     """Write a run to a folder for others: see the module's docstring, and `Run.save_pretrained`."""
@@ -172,10 +172,10 @@ def push_to_hub(
     run: "Run",
     name: str,
     *,
-    private: bool = True,
-    license: str | None = None,
-    codes: bool = True,
-    token: str | None = None,
+    private: bool,
+    license: str | None,
+    codes: bool,
+    token: str | None,
 ) -> str:
     """Upload a run to the Hugging Face Hub and return its address: see `Run.push_to_hub`."""
     if not NAME.fullmatch(name) or "@" in name:

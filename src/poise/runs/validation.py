@@ -28,12 +28,12 @@ from poise.metrics import encoded
 from poise.metrics.reconstruction import grouped_error
 from poise.objectives import is_deterministic
 from poise.recipes.settings import Stage
-from poise.runs.growth import evaluating
 from poise.runs.log import HELD_OUT, TRAINING
 from poise.shapes import PerImage
 from poise.support.kernels import kernels
 from poise.support.progress import warn
 from poise.support.seeds import drawn
+from poise.support.snapshots import evaluating
 from poise.training import TrainingState, distributed, steps_between_logs, under
 from poise.vae import VAE
 

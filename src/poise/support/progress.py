@@ -139,6 +139,29 @@ def counted(parts: Iterable[Part], display: Progress) -> Iterator[Part]:
         display.update(done, {"per second": f"{done / max(time.monotonic() - began, 1e-9):.0f}"})
 
 
+def plural(count: int, noun: str) -> str:
+    """Format a number with its noun.
+
+    Example:
+        >>> plural(1, "run"), plural(1000, "run")
+        ('1 run', '1,000 runs')
+    """
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def duration(seconds: float) -> str:
+    """Format a time in words, to two figures.
+
+    Example:
+        >>> duration(50), duration(600), duration(9000)
+        ('50 s', '10 min', '2.5 h')
+    """
+    for unit, size, style in (("h", 3600, ".1f"), ("min", 60, ".0f")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:{style}} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def hours_minutes(seconds: float) -> str:
     """Format a time as h:mm, rounded up to a whole minute.
 

@@ -1,7 +1,10 @@
-"""Keep a module's state correct under torch.compile and gradient checkpointing."""
+"""Keep a module's state: in torch.compile, in gradient checkpointing, and while it is looked at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def snapshot(state: Tensor) -> Tensor:
@@ -37,3 +40,16 @@ def in_backward() -> bool:
     ask, and returns False.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Set modules to evaluation mode inside the block, and restore the mode of each part."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -24,7 +24,7 @@ from poise.studies.comparison.plan import Crew, Share, Task
 from poise.studies.comparison.worker import POLL_SECONDS, Ended, forget_images, leased, work
 from poise.support.files import decode_json
 from poise.support.guards import stop_signals
-from poise.support.progress import progress, say
+from poise.support.progress import duration, progress, say
 
 IDLE_SECONDS = 10.0  # until an idle worker ends; loky adds 30 if this process was killed
 SHOWN = 4  # tasks in the progress display
@@ -299,16 +299,3 @@ def last_entry(log: Path) -> Entry | None:
             if entry.keys() >= OF_EVERY_ENTRY:
                 return entry
     return None
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words, to two figures.
-
-    Example:
-        >>> duration(50), duration(600), duration(9000)
-        ('50 s', '10 min', '2.5 h')
-    """
-    for unit, size, style in (("h", 3600, ".1f"), ("min", 60, ".0f")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:{style}} {unit}"
-    return f"{seconds:.0f} s"
