@@ -38,6 +38,7 @@ from poise.report.records import read_record, read_records
 from poise.report.words import model_sentence
 from poise.studies.comparison import table
 from poise.studies.results import write_result
+from poise.support.html import templates
 from poise.support.seeds import drawn
 
 QUICK = {
@@ -605,8 +606,8 @@ def test_the_command_takes_several_folders_and_writes_where_it_says(
 
 
 def test_a_name_that_a_template_lacks_is_an_error():
-    with pytest.raises(UndefinedError, match="'title' is undefined"):
-        page_module._templates().get_template("page.html").render()
+    with pytest.raises(UndefinedError, match="is undefined"):
+        templates("poise.runs", autoescape=False).get_template("card.md").render()
 
 
 def test_a_name_that_is_not_utf8_is_escaped(monkeypatch, tmp_path):

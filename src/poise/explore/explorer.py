@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from poise.errors import InputError
 from poise.explore.scene import Scene, scene_of
 from poise.runs.run import Run
 from poise.support.files import write_file
+from poise.support.html import templates
 from poise.support.version import __version__
 
 MOST_BYTES = 128_000_000  # of a page. The networks of 64-pixel faces take 103 MB
@@ -92,16 +92,9 @@ def sizes_of(scene: Scene) -> dict[str, int]:
 
 def page(run: Run, scene: Scene) -> str:
     """Return the HTML of the page."""
-    templates = Environment(
-        loader=PackageLoader("poise.explore"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     channels, size, _ = run.data["shape"]
-    return templates.get_template("explore.html").render(
+    template = templates("poise.explore", autoescape=True).get_template("explore.html")
+    return template.render(
         title=run.folder.resolve().name,
         subtitle=f"recipe {run.recipe.name}, network {run.recipe.network.kind}, "
         f"{size}×{size} {'grey' if channels == 1 else 'colour'} images, "

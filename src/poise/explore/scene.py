@@ -1,6 +1,5 @@
 """What the page shows of a run: directions in latent space, pictures, codes, priors, networks."""
 
-import base64
 import io
 import math
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from poise.priors import FlowPrior, MixturePrior, NormalPrior, Prior, Renormalis
 from poise.runs.parts import Decoder, Encoder, Sampler, priors_of
 from poise.runs.run import Run
 from poise.shapes import Images, Latents
+from poise.support.html import data_uri
 from poise.support.seeds import drawn
 from poise.variants import PRIORS
 
@@ -166,7 +166,7 @@ def _sheet(images: Images) -> tuple[str, int, int]:
     picture, file = to_picture(pixels), io.BytesIO()
     kind = "png" if pixels.nbytes < LARGEST_PNG else "jpeg"
     picture.save(file, kind, **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", columns, side
+    return data_uri(file.getvalue(), kind), columns, side
 
 
 def _prior(scene: Scene, name: str, prior: Prior, *, default: bool) -> dict[str, Any]:

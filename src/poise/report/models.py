@@ -18,11 +18,12 @@ from poise.diagnosis import Diagnosis, diagnose
 from poise.errors import InputError, RunError
 from poise.metrics import latent_statistics
 from poise.metrics.copies import most_searched, nearest
-from poise.report.pictures import contact_sheet, data_uri, paired_sheet, picture_uri
+from poise.report.pictures import contact_sheet, paired_sheet, picture_uri
 from poise.report.records import Record
 from poise.runs.run import Run, load
 from poise.shapes import Images
 from poise.support.files import read_regular
+from poise.support.html import data_uri
 from poise.support.seeds import drawn
 from poise.variants import PRIORS as NAMED
 

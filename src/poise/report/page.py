@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from poise.errors import InputError
@@ -16,6 +15,7 @@ from poise.report.records import Record, first_of_each, labels_of, read_records
 from poise.report.sections import Report, sections_of
 from poise.report.words import listed
 from poise.support.files import write_file
+from poise.support.html import templates
 from poise.support.progress import progress
 from poise.support.version import __version__
 
@@ -76,8 +76,9 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
     axes, curves = training_figures(records)
     codes = latent_figures([(shown.record, shown.latents) for shown in exhibits], styles)
     report = Report(records, exhibits, styles, axes, curves, codes)
-    template = _templates().get_template("page.html")
-    return template.render(
+    pages = templates("poise.report", autoescape=True)
+    pages.filters["prose"] = prose
+    return pages.get_template("page.html").render(
         title=title,
         subtitle=subtitle(records),
         report=report,
@@ -86,20 +87,6 @@ def page(records: Sequence[Record], exhibits: Sequence[Exhibit], title: str) -> 
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     )
-
-
-def _templates() -> Environment:
-    """Load the templates. They escape every value, and an undefined name is an error."""
-    templates = Environment(
-        loader=PackageLoader("poise.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["prose"] = prose
-    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return templates
 
 
 def prose(sentence: str) -> Markup:

@@ -1,6 +1,5 @@
 """Encode images as data URIs, so that the page needs no other file."""
 
-import base64
 import io
 from pathlib import Path
 
@@ -10,16 +9,12 @@ from poise.data.decoding import grid, read_image, to_png
 from poise.errors import InputError
 from poise.shapes import ByteImages, Images
 from poise.support.files import read_regular
+from poise.support.html import data_uri
 
 PAIRS_IN_A_ROW = 8
 LARGEST_PNG = 500_000  # bytes of a file that is embedded as it is
 WIDEST = 1_200  # pixels of a picture that is reduced
 JPEG_QUALITY = 90
-
-
-def data_uri(content: bytes, kind: str = "png") -> str:
-    """Return the content of an image file as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def picture_uri(path: Path) -> str:

@@ -14,7 +14,6 @@ diagnosis.json         the last result of `poise diagnose`
 scores/                the scores of training images, for percentiles of `poise score`
 """
 
-import base64
 import io
 import math
 import sys
@@ -88,6 +87,7 @@ from poise.sampling import (
 )
 from poise.shapes import Images, Latents
 from poise.support.files import read_json
+from poise.support.html import data_uri
 from poise.support.kernels import own_kernels
 from poise.support.progress import warn
 from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
@@ -884,11 +884,9 @@ class Run:
     def _repr_html_(self) -> str:
         """Return a summary with samples and training curves, for a notebook."""
         shown = [self.folder / name for name in ("samples.png", "training.png")]
-        encoded = [base64.b64encode(path.read_bytes()).decode() for path in shown if path.is_file()]
+        sources = [data_uri(path.read_bytes()) for path in shown if path.is_file()]
         style = "max-width:48%; vertical-align:top"
-        pictures = "".join(
-            f'<img style="{style}" src="data:image/png;base64,{png}">' for png in encoded
-        )
+        pictures = "".join(f'<img style="{style}" src="{source}">' for source in sources)
         return f"<p>{escape(repr(self))}</p>{pictures}"
 
     def __repr__(self) -> str:

@@ -28,7 +28,9 @@ from poise.runs.checkpoint import (
 )
 from poise.runs.folder import read_config
 from poise.support.files import read_json, read_regular, write_failure, write_file
+from poise.support.html import templates
 from poise.support.version import __version__
+from poise.variants import find_prior
 
 if TYPE_CHECKING:
     from poise.runs.run import Run
@@ -101,22 +103,12 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         place: name of the run on the Hub.
         license: its name on the Hub. None: the card says that it is missing.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from poise.variants import find_prior
-
-    templates = Environment(
-        loader=PackageLoader("poise.runs"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     config = read_config(run.folder)
     summary = _read(run.folder / "summary.json")
     evaluation = _read(run.folder / "evaluation.json")
     versions = config.get("versions", {})
-    return templates.get_template("card.md").render(
+    cards = templates("poise.runs", autoescape=False, keep_trailing_newline=True)
+    return cards.get_template("card.md").render(
         name=run.folder.resolve().name,
         place=place,
         recipe=run.recipe,
