@@ -35,6 +35,7 @@ jaxtyping.install_import_hook("poise", "poise_checker.check")
 
 # For networks this small a second thread costs more than it gains, above all on a busy machine.
 torch.set_num_threads(1)
+os.environ["POISE_CACHE"] = "off"  # features of images that are kept between tests hide faults
 for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
     os.environ.setdefault(name, "1")  # the same in the processes of the tests
 

@@ -122,9 +122,11 @@ def test_kl_and_mse_are_those_of_torch(spec):
     torch.testing.assert_close(terms.mse, error(reconstruction, target), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name", ["computed", "learned", "optimal", "constrained:target_mse=0.05"])
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, 2.5])
-def test_loss_is_reconstruction_plus_weighted_kl(kl_weight):
-    terms = ComputedBalance(kl_weight=kl_weight)(*make_batch(dtype=torch.float64))
+def test_loss_is_reconstruction_plus_weighted_kl(kl_weight, name):
+    balance = make_balance(f"{name}{',' if ':' in name else ':'}kl_weight={kl_weight}")
+    terms = balance(*make_batch(dtype=torch.float64))
     torch.testing.assert_close(
         terms.loss, terms.reconstruction + kl_weight * terms.kl, rtol=1e-12, atol=0
     )

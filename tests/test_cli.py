@@ -6,11 +6,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast, get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,7 +33,7 @@ from poise.errors import InputError
 from poise.recipes import Data
 from poise.recipes.settings import Changes
 from poise.runs import checkpoint, checkup, pipeline
-from poise.support import files
+from poise.support import files, guards
 from poise.training import Engine
 
 RANDOM = np.random.default_rng(0)
@@ -202,6 +206,63 @@ def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):
         np.load("whole.npz")["images"][120:], np.load("rest.npz")["images"]
     )
     assert "images 250/250" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--seed", "5"], {"seed": 5}),
+        (["--noise", "off"], {"second_stage_noise": False}),
+        (["--noise", "on"], {"second_stage_noise": True}),
+        (["--renormalise", "always"], {"renormalise": "always"}),
+        (["--adjust-variance", "on"], {"adjust_variance": True}),
+        (["--prior", "normal", "--adjust-variance", "off"], {"prior": "normal"}),
+    ],
+)
+def test_options_of_sample_are_those_of_python(options, settings, run_folder):
+    poise("sample", run_folder, "-n", "5", "--out", "drawn.npz", *options)
+    run = load(run_folder)
+    own = {name: settings[name] for name in ("seed", "prior") if name in settings}
+    others = {name: value for name, value in settings.items() if name not in own}
+    expected = run.sample(5, generation=replace(run.recipe.generation, **others), **own)
+    with np.load("drawn.npz") as drawn:
+        np.testing.assert_array_equal(drawn["images"], to_bytes(expected).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--more-epochs", "3", "--out", "x"], {"more_epochs": 3, "out": Path("x")}),
+        (["--more-minutes", "2.5", "--out", "x"], {"more_minutes": 2.5, "out": Path("x")}),
+        (["photos", "--from", "runs/x"], {"start_from": "runs/x"}),
+        (["photos", "--balance", "learned", "--epochs", "2"], {"balance": "learned", "epochs": 2}),
+    ],
+)
+def test_options_of_train_are_arguments_of_python(options, settings, monkeypatch):
+    trained = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(pipeline, "train", trained)
+    with pytest.raises(SystemExit) as exit:
+        poise("train", *options)
+    given = {name: value for name, value in trained.call_args.kwargs.items() if value is not None}
+    assert given.pop("options") and given == settings and exit.value.code == 130
+    assert trained.call_args.args == (options[0] if options[0] == "photos" else None,)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_signal_outside_training_ends_a_command_with_its_exit_code(number, code, monkeypatch):
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {one: signal.getsignal(one) for one in signals}
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr(guards, "_any_asked", threading.Event())
+    try:
+        with pytest.raises(SystemExit) as exit:
+            poise("train", "digits")
+        assert exit.value.code == code
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def test_encode_writes_the_posteriors_of_test_images_or_of_ones_own(run_folder, capsys):
@@ -546,6 +607,7 @@ def test_diagnosis_is_in_words_or_in_json(run_folder, capsys):
     poise("diagnose", run_folder, "--json")
     values = json.loads(capsys.readouterr().out)
     assert all(finding["sentence"] in words for finding in values["findings"])
+    assert values["figures"]["mse"] > 0 and ("Healthy" in words) == values["healthy"]
 
 
 @pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "cifar10"]])
@@ -799,7 +861,7 @@ def test_a_finished_run_without_checkpoints_says_so_and_is_trained_again(
     assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns > before
 
 
-def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
+def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys, tmp_path):
     (run_folder / "diagnosis.json").unlink(missing_ok=True)
     poise("sample", run_folder, "-n", "1")
     out = capsys.readouterr().out
@@ -821,9 +883,11 @@ def test_sample_says_which_prior_diagnosis_found_best(run_folder, capsys):
     out = capsys.readouterr().out
     assert f"found {best} best" in out and "try" not in out
     # A diagnosis of other weights does not count.
-    for path in (run_folder / "checkpoints").iterdir():
+    shutil.copytree(run_folder, tmp_path / "copy")
+    assert load(tmp_path / "copy").prior_distances() is not None
+    for path in (tmp_path / "copy" / "checkpoints").iterdir():
         path.rename(path.with_name(f"{int(path.name) + 1:010d}"))
-    assert load(run_folder).prior_distances() is None
+    assert load(tmp_path / "copy").prior_distances() is None
 
 
 def test_help_is_complete_and_does_not_import_torch():

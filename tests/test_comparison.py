@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,19 +324,39 @@ def test_a_task_that_fails_stops_no_other_in_one_process(tmp_path, double, capfd
 
 
 def test_when_the_time_is_up_all_stop(tmp_path, double):
-    began = time.monotonic()
-    todo = tasks(tmp_path, "good", "sleeps", "sleeps", "better")
-    outcome = execute(todo, Crew(("cpu",), 1), title="t", until=began + 1, quiet=True)
-    assert outcome.late and not outcome.failed and time.monotonic() - began < 30
+    todo, until = tasks(tmp_path, "good", "sleeps", "sleeps", "better"), time.monotonic() + 1
+    outcome = execute(todo, Crew(("cpu",), 1), title="t", until=until, quiet=True)
+    assert outcome.late and not outcome.failed
 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_stops_all_and_says_how_to_go_on(jobs, tmp_path, double):
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    began, todo = time.monotonic(), tasks(tmp_path, "sleeps", "sleeps", "sleeps")
-    with pytest.raises(poise.Interrupted, match="run the same command to go on"):
+    todo = tasks(tmp_path, "sleeps", "sleeps", "sleeps")
+    with (
+        signalled_when(lambda: any(tmp_path.rglob(".going-*"))),
+        pytest.raises(poise.Interrupted, match="run the same command to go on"),
+    ):
         execute(todo, Crew(("cpu",) * jobs, 1), title="t", quiet=True)
-    assert time.monotonic() - began < 30
+
+
+@contextmanager
+def signalled_when(begun: Callable[[], bool]) -> Iterator[None]:
+    """Send SIGTERM to this process as soon as a condition holds, unless the block ends before."""
+    over = threading.Event()
+
+    def watch():
+        while not begun():
+            if over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_lease_ends_when_it_is_released_and_when_its_process_is_killed(tmp_path):
@@ -472,17 +494,15 @@ def test_runs_side_by_side_stop_together_and_go_on(whole, one_process, tmp_path,
         "out": tmp_path / "stopped",
     }
 
-    def stop_when_both_have_begun():
-        while len(list((tmp_path / "stopped").glob("*/checkpoints/[0-9]*"))) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def both_have_begun() -> bool:
+        return len(list((tmp_path / "stopped").glob("*/checkpoints/[0-9]*"))) >= 2
 
     def save_slowly(*given):  # so that neither run is over before the signal is noticed
         save_checkpoint(*given)
         time.sleep(0.2)
 
-    threading.Thread(target=stop_when_both_have_begun).start()
     with (
+        signalled_when(both_have_begun),
         monkeypatch.context() as patch,
         pytest.raises(poise.Interrupted, match="run the same command to go on"),
     ):

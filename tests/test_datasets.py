@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -945,9 +946,12 @@ def test_images_go_to_the_folder_for_temporary_files_if_a_cache_cannot_be_writte
     monkeypatch.setattr("poise.data.storage.os.access", lambda folder, mode: False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    folder, cache = write_images(tmp_path / "x", noise(12, 8, 8)), tmp_path / "cache"
-    mapped = load(folder, memory_budget=0, cache=cache)
-    assert isinstance(mapped.train, Rows) and not list(cache.iterdir())
+    made = Mock(wraps=tempfile.mkstemp)
+    monkeypatch.setattr(tempfile, "mkstemp", made)
+    folder = write_images(tmp_path / "x", noise(12, 8, 8))
+    mapped = load(folder, memory_budget=0, cache=tmp_path / "cache")
+    assert isinstance(mapped.train, Rows)
+    assert {Path(call.args[2]) for call in made.call_args_list} == {tmp_path / "temporary"}
 
 
 def test_skipped_files_are_tried_again(tmp_path, monkeypatch):

@@ -204,8 +204,6 @@ def test_a_run_with_a_flow_keeps_it_and_samples_from_it(run):
     steps = Generation(flow_steps=2, flow_solver="euler")
     assert not torch.equal(run.sample(3, generation=steps), run.sample(3))
     assert run.flow is not None
-    expected = run.flow.mean + run.flow.std * torch.zeros(32)
-    assert run.prior("flow").latents(torch.zeros(1, 32)).sub(expected).abs().max() < 3
     scale = json.loads((run.folder / "latents.json").read_text())
     assert scale["latent_shape"] == [2, 4, 4]
     np.testing.assert_allclose(scale["latents_mean"], run.flow.mean[::16], rtol=1e-6)

@@ -103,6 +103,8 @@ def test_scores_of_training_images_are_kept_and_used_again(run, tmp_path, monkey
 def test_scores_of_training_images_are_those_of_the_present_weights(run, tmp_path):
     """Former defect: another run in the same folder, of the same length, got those of the first."""
     shutil.copytree(run.folder, tmp_path / "copy")
+    poise.load(tmp_path / "copy", device="cpu").remember(run.dataset()).score(IMAGES[:2], **FEW)
+    assert (tmp_path / "copy" / "scores").exists()
     found = []
     for name in ("copy", "alone"):
         shutil.rmtree(tmp_path / name / "checkpoints", ignore_errors=True)

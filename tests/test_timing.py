@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poise
@@ -45,6 +45,7 @@ def final_rates(recipe: Recipe, num_images: int) -> list[float]:
 # Lengths
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 60), min_size=3, max_size=3),
     st.floats(1e-3, 5),
@@ -281,6 +282,7 @@ def test_a_clock_does_not_count_the_first_step(monkeypatch):
     assert state.step == 4 and clock.pace() == Pace(start=8.0, step=2.0)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e6))
 def test_hours_and_minutes_round_up(seconds):
     hours, minutes = map(int, hours_minutes(seconds).removesuffix(" h").split(":"))
