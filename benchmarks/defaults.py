@@ -368,7 +368,7 @@ def measure(folder: Path, unit: str, runs: Path, results: Path, device: str) -> 
     run = poise.load(runs / unit, device=device, vae=autoencoder(find(candidate), data))
     with EVALUATED_AT_ONCE:
         number = SETS[name].compared
-        page = run.evaluate(data.test, count=number, priors=priors).to_json()
+        page = run.evaluate(head(data.test, number), count=number, priors=priors).to_json()
     page["copies"] = copying(run, data, priors[-1])
     run.grid(64, prior=priors[-1]).save(runs / f"{unit}.png")
     label = "-".join(unit.split("-")[:-1])

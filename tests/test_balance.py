@@ -572,6 +572,14 @@ def test_constrained_moves_gamma2_against_the_error(error, direction):
     assert (steps > 0).all() and (steps < 0.0101).all(), "at most `rate` a step"
 
 
+@pytest.mark.parametrize("floor", [0.2, 2.0])
+def test_constrained_lets_gamma2_rise_although_the_floor_is_above_the_target(floor):
+    balance = ConstrainedBalance(target_mse=0.1, floor=floor, start=3.0)
+    for _ in range(5):
+        feed(balance, 0.01)
+    assert balance.gamma2 > 3.1
+
+
 @pytest.mark.parametrize("start", [1e-3, 10.0])
 def test_constrained_settles_at_its_target(start):
     balance = ConstrainedBalance(target_mse=0.03, rate=0.05, decay=0.9, start=start)

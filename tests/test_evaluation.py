@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from poise import evaluation, features
+from poise.data import spread
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.errors import InputError, MissingExtraError
 from poise.evaluation import (
@@ -29,7 +30,7 @@ from poise.metrics import (
     listed,
     manifold_figures,
 )
-from poise.protocols import PROTOCOLS, Measurement, Protocol
+from poise.protocols import DEFAULT, PROTOCOLS, Measurement, Protocol
 from poise.runs.export import write_images
 
 GENERATOR = np.random.default_rng(0)
@@ -88,10 +89,19 @@ def test_an_evaluation_shows_itself_as_its_table():
     )
 
 
+def test_images_of_sorted_files_are_of_all_classes_but_under_the_released_protocols():
+    """Former defect: the first images were taken, those of the first folder."""
+    sorted_images = np.repeat(np.arange(4, dtype=np.uint8), 10).reshape(-1, 1, 1, 1)
+    some = evaluation.real_images(sorted_images, replace(DEFAULT, real=8))
+    assert np.bincount(some[:, 0, 0, 0]).tolist() == [2, 2, 2, 2]
+    released = replace(PROTOCOLS["released-celeba"], real=8)
+    assert evaluation.real_images(sorted_images, released).max() == 0
+
+
 def test_so_many_images_of_each_set_are_compared():
     limited, cut = (
         evaluate(REAL, OTHER, extractor="pixels", count=20),
-        evaluate(REAL[:20], OTHER[:20], extractor="pixels"),
+        evaluate(spread(REAL, 20), spread(OTHER, 20), extractor="pixels"),
     )
     assert (
         limited.distance() == cut.distance() != evaluate(REAL, OTHER, extractor="pixels").distance()

@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 import poise
 from poise import VAEEstimator
 from poise.balance import ComputedBalance, TableError
+from poise.tables import line as linear
 from poise.tables.line import Line, expectation_maximisation, factor_analysis
 from poise.tables.transforms import KNOTS, Bounded, Identity, Power, Quantile, Transforms, choose
 
@@ -173,6 +174,26 @@ def test_missing_cells_do_not_count(holed):
 def holed_factors(model: VAEEstimator) -> tuple[torch.Tensor, ...]:
     encoder = model.vae_.encoder
     return encoder.weight, encoder.mean, encoder.psi
+
+
+def test_few_rows_with_a_hole_keep_the_model_that_cross_validation_chose():
+    """Former defect: EM then fitted a psi to each column, and some of them became nearly 0."""
+    found = 0
+    for seed in range(20):
+        draws = np.random.default_rng(seed)
+        table = draws.normal(size=(12, 1)) @ draws.normal(size=(1, 6)) + draws.normal(size=(12, 6))
+        if linear._floor(table, 1) is None:
+            found += 1
+            table[3, 2] = np.nan
+            psi = linear._factors(table, 1, 0)[2]
+            assert psi == pytest.approx(np.full(6, psi.mean()))
+    assert found
+
+
+def test_a_missing_cell_has_no_slope_under_a_quantile_transform_of_equal_values():
+    column = np.where(np.arange(100) < 95, 0.0, 1_000.0)
+    slopes = Quantile(column).log_slope(np.array([0.0, np.nan]))
+    assert np.isfinite(slopes[0]) and np.isnan(slopes[1])
 
 
 def test_a_network_is_told_what_is_missing():

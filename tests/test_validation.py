@@ -148,6 +148,16 @@ def test_evaluations_change_no_bit(run, tmp_path):
     assert all(torch.equal(last[name], tensor) for name, tensor in mine.items())
 
 
+def test_the_held_out_images_that_are_measured_are_of_all_classes():
+    """Former defect: of sorted files, the first ones were measured, all of one class."""
+    noise = np.random.default_rng(0).integers(0, 16, (1_000, 8, 8))
+    classes = np.repeat(np.arange(10), 100).reshape(-1, 1, 1)
+    dataset = hold_out(datasets.load((16 * classes + noise).astype(np.uint8)), 0.5)
+    held_out = validation.Validation(dataset, Stage(steps=5, batch_size=8), 0, {})._held_out
+    assert dataset.validation is not None and len(held_out) < len(dataset.validation) / 2
+    assert len(np.unique(held_out[:, 0, 0, 0] // 16)) == 10
+
+
 def test_best_weights_and_patience_survive_a_kill(tmp_path, monkeypatch):
     recipe = replace(OVERFITTING, first=replace(OVERFITTING.first, epochs=30, patience=1))
     folders = []

@@ -25,7 +25,7 @@ for all steps: its ELBO may be higher on the way than at its target.
 
 Kept line. With a computed balance, these weights have to beat the linear model on the held-out
 rows: their density (see `score`) must be higher by one standard error of the difference. With
-`noise="shared"` the density must be higher by a paired t-test at the level 0.05, and the
+`noise="shared"` the density must be higher by a paired t-test at a nominal level of 0.05, and the
 reconstruction error lower by one standard error. Otherwise the linear model is kept and fitted to
 all rows, as always with fewer than ten held-out rows. The ELBO does not compare them: it equals the
 density for the linear model only.
@@ -536,9 +536,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Args:
             X: (rows, features), NaN or null where missing.
-            draws: fill with one draw from p(missing | observed cells), for multiple imputation.
-                False: fill numbers with their conditional means, and categories with the most
-                probable one, by importance sampling.
+            draws: fill with one draw from p(missing | observed cells), under the parameters of
+                this fit. For multiple imputation, fit on a bootstrap sample of the rows for each
+                draw. False: fill numbers with their conditional means (under transforms: the
+                inverse transform of the mean), and categories with the most probable one, by
+                importance sampling.
             random_state: seed of the draws, as in scikit-learn. None: that of the estimator.
 
         Returns:

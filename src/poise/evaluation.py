@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.data import find_images, gather, head
+from poise.data import find_images, gather, head, spread
 from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.data.listing import is_run
 from poise.errors import InputError, MissingExtraError
@@ -29,6 +29,7 @@ from poise.metrics.reference_statistics import (
     write_statistics,
 )
 from poise.protocols import (
+    FIRST_IMAGES,
     NO_EXTRACTOR,
     Measurement,
     Protocol,
@@ -181,7 +182,7 @@ def evaluate(
         extractor: "inception", "light", "dinov2", "pixels", or a TorchScript file. "auto": the
             protocol's, or "light" if Inception's weights are not on this machine.
         size: crop both sets to the centre square and resize to this side, in pixels.
-        count: number of images of each set, the first ones. None: as the protocol says.
+        count: number of images of each set, evenly spaced. None: as the protocol says.
         infinity: also extrapolate the Frechet distance to infinitely many images.
         device: where the extractor runs.
         quiet: show no progress.
@@ -238,10 +239,12 @@ def evaluate(
         if wanted.real is None:  # all images of both sets, also beside an official split
             number = conditions.generated or len(others.images)
             conditions = replace(conditions, generated=number)
-        originals, others = _first(found.images, conditions), others.images
+        originals, others = real_images(found.images, conditions), others.images
         check_sides(originals, others)
-    others = head(others, count or len(others))
-    produced = Produced("generated", lambda count: chunks_of(others, count), len(others))
+    others = spread(others, count or len(others))
+    produced = Produced(
+        "generated", lambda count: chunks_of(spread(others, count), count), len(others)
+    )
     measured = compare(originals, [produced], conditions, network, infinity=infinity, quiet=quiet)
     if isinstance(originals, ReferenceStatistics):
         infinity = False  # the note says that it is left out
@@ -269,10 +272,15 @@ def _conditions(
     return replace(conditions, reference=side, generation=None), network, notes
 
 
-def _first(originals: Any, conditions: Protocol) -> Any:
-    """Return the real images of a protocol: the first ones, after JPEG if it says so."""
-    originals = head(originals, conditions.real or len(originals))
-    return through_jpeg(originals, conditions.jpeg) if conditions.jpeg is not None else originals
+def real_images(images: Any, protocol: Protocol) -> Any:
+    """Return as many images as a protocol has real ones, after JPEG if it says so.
+
+    They are evenly spaced, because files are often sorted by class. The released protocols take
+    the first ones, as the released code does.
+    """
+    choose = head if protocol.name in FIRST_IMAGES else spread
+    images = choose(images, protocol.real or len(images))
+    return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
 
 def prepare_statistics(
@@ -345,7 +353,7 @@ def save_statistics(
     wanted = with_count(find_protocol(protocol), count)
     found = find_images(real, size=size, side=_side(wanted), **reading)
     conditions, network, _ = _conditions(wanted, extractor, device, found.side)
-    images = _first(found.images, conditions)
+    images = real_images(found.images, conditions)
     if len(images) < 2:
         raise InputError(f"statistics need at least 2 images, not {len(images)}")
     conditions = replace(conditions, real=len(images), side=images.shape[-1])

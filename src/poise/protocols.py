@@ -187,6 +187,8 @@ RELEASED_CELEBA = Protocol(
     "released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION
 )
 
+FIRST_IMAGES = ("released", "released-celeba")  # protocols of the first images, not of spaced ones
+
 PROTOCOLS: dict[str, Protocol] = {
     "default": DEFAULT,
     "released": replace(RELEASED_CELEBA, name="released", jpeg=75),

@@ -145,8 +145,8 @@ class ConstrainedBalance(Balance):
         rate: largest relative change of gamma2 per batch, > 0.
         decay: decay of the running average of the error, in [0, 1).
         start: initial gamma2, > 0.
-        floor: minimum of gamma2, > 0; the ceiling is 1 / floor. None: from 1e-8 to 1e8 times
-            target_mse.
+        floor: minimum of gamma2, > 0. The ceiling is 1 / floor, or 1e8 times target_mse if the
+            floor is 1 or more. None: gamma2 is from 1e-8 to 1e8 times target_mse.
         kl_weight, power, process_group: see `Balance`.
 
     Raises:
@@ -179,7 +179,8 @@ class ConstrainedBalance(Balance):
         self.rate = positive("rate", rate)
         self.decay = checked_decay(decay)
         self._least = WIDEST * self.target_mse if self.floor is None else self.floor
-        self._most = self.target_mse / WIDEST if self.floor is None else 1 / self.floor
+        known = self.floor is not None and self.floor < 1
+        self._most = 1 / self._least if known else self.target_mse / WIDEST
         self._buffer("gamma2", positive("start", start))
         self._buffer("error_average", 0.0)
         self._buffer("started", 0.0)
@@ -190,7 +191,8 @@ class ConstrainedBalance(Balance):
     def _next_state(self, batch: BatchMeans, gamma2: Tensor) -> dict[str, Tensor]:
         previous = torch.where(self.started > 0, self.error_average, batch.error)
         error = torch.minimum(batch.error, LARGEST_ERROR * previous)
-        average = (self.decay * previous + (1 - self.decay) * error).clamp_min(self._least)
+        average = self.decay * previous + (1 - self.decay) * error
+        average = average.clamp_min(WIDEST * self.target_mse)  # the cap is relative to it
         constraint = (average / self.target_mse - 1).clamp(-1, 1)
         gamma2 = (gamma2 * (-self.rate * constraint).exp()).clamp(self._least, self._most)
         return {"gamma2": gamma2, "error_average": average, "started": torch.ones_like(average)}

@@ -26,8 +26,10 @@ NO_WEIGHT = 1e-6  # KL weight relative to its value at balance
 # (1 + L/N) / (1 - L/N) times as large on new images: 10 % more here.
 FEW_PER_LATENT = 20
 FEW = 200  # with fewer images, any network with some thousand weights overfits
-# Largest variance of a direction over gamma2. For pure noise it is (1 + sqrt(D/n))^2.
-WORTH_ENCODING = 2.0
+# Largest variance of a direction over gamma2, divided by that of pure noise, (1 + sqrt(D/n))^2
+# (Marchenko & Pastur 1967). Below it, images look like noise.
+WORTH_ENCODING = 1.1
+LEAST_RATIO = 2.0  # the same, not divided
 MOST_NAMED = 16  # latents in a sentence
 RENORMALISED = 0.8  # distance with renormalisation over distance without; healthy models: 0.92
 # Reduction of the distance by renormalisation, as a share of the variance. Healthy 8x8 digits:
@@ -255,7 +257,8 @@ def collapse(facts: Facts) -> Finding | None:
 
 def _why_collapsed(facts: Facts) -> tuple[str, str]:
     ratio = facts.largest_variance / max(facts.seen.mse, 1e-30)
-    if ratio < WORTH_ENCODING:
+    of_noise = (1 + math.sqrt(facts.seen.num_dims / len(facts.seen.images))) ** 2
+    if ratio < max(LEAST_RATIO, WORTH_ENCODING * of_noise):
         noise = (
             "The images do not vary enough in any direction to be worth encoding: "
             "they look like noise."

@@ -26,8 +26,9 @@ linear decoder the estimate is then exact.
 
 When to trust the estimate. The effective sample size is (sum w)^2 / sum w^2. Divided by K it is 1
 if all samples have equal weight, and 1/K if one sample outweighs all others. In the second case (1)
-is still an upper bound, but its value means little. The standard error of log p(x) follows from the
-spread of w. Neither is proof. All samples can miss a part of the true posterior, such as a mode.
+is still an upper bound (up to the bias of the control variates, which is of order 1/K), but its
+value means little. The standard error of log p(x) follows from the spread of w. Neither is proof.
+All samples can miss a part of the true posterior, such as a mode.
 
 p(x|z) is the likelihood of `poise.balance`, with its gamma2 and power; p(z) is N(0, I). Weights and
 sums are float64; decoders run in their own precision.
@@ -76,7 +77,7 @@ class ImportanceWeightedNLL:
     Attributes:
         mean_nats: mean of -log p(x) over images, in nats per image, for values in [0, 1].
         standard_error_nats: standard error of that mean, from the spread over images. It does not
-            include the bias of the estimate, which is never negative.
+            include the bias of the estimate, which is not negative without control variates.
         bits_per_dim: `mean_nats` in bits per dimension, see `bits_per_dim`; None if the data are
             not images.
         samples: K, the number of samples per image.

@@ -1,13 +1,12 @@
 """Evaluate a run: its error, likelihood and latents, and its images beside real ones."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.data import head, spread
+from poise.data import spread
 from poise.errors import InputError, RunError
 from poise.evaluation import (
     Evaluation,
@@ -18,9 +17,9 @@ from poise.evaluation import (
     content_checksum,
     likelihood_measurements,
     prepare_statistics,
+    real_images,
     remarks,
     restored_measurements,
-    through_jpeg,
 )
 from poise.features import Extractor
 from poise.metrics import encode_all, importance_weighted_nll, latent_statistics, reconstruction
@@ -38,7 +37,6 @@ from poise.variants import PRIORS, PriorName, available_priors, find_prior
 if TYPE_CHECKING:
     from poise.runs.run import Run
 
-MANY = sys.maxsize
 NO_POSTERIOR = (
     "a deterministic autoencoder: its codes are points, "
     "and it has no KL, ELBO, likelihood or variance law"
@@ -121,8 +119,7 @@ def _completed(run: "Run", protocol: str | Protocol, images: Any) -> Protocol:
 
 
 def _given(run: "Run", images: Any, protocol: Protocol) -> Any:
-    images = head(run.checked(images), protocol.real or MANY)
-    return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
+    return real_images(run.checked(images), protocol)
 
 
 def _model_figures(

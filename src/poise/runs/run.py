@@ -16,7 +16,6 @@ scores/                the scores of training images, for percentiles of `poise 
 
 import io
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,14 +28,10 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance
-from poise.data import Dataset, checked_images, head
+from poise.data import Dataset, checked_images
 from poise.data.decoding import DEEP, grid, to_picture
 from poise.errors import InputError, RunError
-from poise.evaluation import (
-    AUTO,
-    Evaluation,
-    through_jpeg,
-)
+from poise.evaluation import AUTO, Evaluation, real_images
 from poise.features import Extractor
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian, LatentScale, latent_scale, spherical_path
@@ -90,7 +85,7 @@ from poise.support.files import read_json
 from poise.support.html import data_uri
 from poise.support.kernels import own_kernels
 from poise.support.progress import warn
-from poise.support.seeds import REFERENCE_SEED, generator, noise_per_image
+from poise.support.seeds import REFERENCE_SEED, drawn, generator, noise_per_image
 from poise.training import under
 from poise.training.machine import choose_device
 from poise.vae import VAE
@@ -112,7 +107,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 TrainedNetwork = TypeVar("TrainedNetwork", bound=VAE | Flow)
-MANY = sys.maxsize
 MOST_STEPS = 1_000  # of an interpolation
 DIAGNOSIS = "diagnosis.json"
 MIXTURE: PriorName = "mixture"  # also the folder's name
@@ -418,13 +412,12 @@ class Run:
         return images.cpu()
 
     def _reconstruction_adjustment(self, source: str) -> VarianceAdjustment:
-        """Fit the adjustment to reconstructions of the first training images.
+        """Fit the adjustment to reconstructions of some training images.
 
         So the adjusted reconstruction of an image does not depend on the other images of a call.
         """
-        some = DiagonalGaussian(
-            self.codes.mean[:ADJUSTMENT_DRAWS], self.codes.logvar[:ADJUSTMENT_DRAWS]
-        )
+        rows = drawn(len(self.codes.mean), ADJUSTMENT_DRAWS)
+        some = DiagonalGaussian(self.codes.mean[rows], self.codes.logvar[rows])
         noise = noise_per_image(*some.mean.shape, seed=self.recipe.seed)
         latents = some.sample(noise) if source == "sample" else some.mean
         decoded = torch.cat([self._decode(part) for part in latents.split(CHUNK)])
@@ -676,7 +669,7 @@ class Run:
                 no comparison.
             priors: names of the priors whose samples are compared, if the run has them. None: all
                 of `poise.variants.PRIORS`.
-            count: number of real images, the first ones, and of generated ones. None: as the
+            count: number of real images, evenly spaced, and of generated ones. None: as the
                 protocol says.
             infinity: also extrapolate Frechet distances to infinitely many images.
             nll_samples: importance samples per image for the log likelihood. 0: do not estimate it.
@@ -720,14 +713,8 @@ class Run:
             dataset = read_data(
                 replace(settings, jpeg_quality=protocol.jpeg), cache=self.folder / "cache"
             )
-        images = head(
-            dataset.train if protocol.reference == "train" else dataset.test, protocol.real or MANY
-        )
-        return (
-            through_jpeg(images, protocol.jpeg)
-            if own is None and protocol.jpeg is not None
-            else images
-        )
+        images = dataset.train if protocol.reference == "train" else dataset.test
+        return real_images(images, protocol if own is None else replace(protocol, jpeg=None))
 
     @property
     def has_codes(self) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance, negative_log_likelihood
-from poise.data import Dataset, head
+from poise.data import Dataset, spread
 from poise.data.storage import take
 from poise.errors import InputError
 from poise.metrics import encoded
@@ -66,7 +66,7 @@ class Validation:
         batch_size = min(stage.batch_size, len(dataset.train))
         affordable = affordable_images(total, batch_size, total // self.every + 1)
         self.images = int(saved["images"]) if saved else min(affordable, len(dataset.validation))
-        self._held_out = head(dataset.validation, self.images)
+        self._held_out = spread(dataset.validation, self.images)
         some = drawn(len(dataset.train), self.images)
         self._training = take(dataset.train, torch.tensor(some).numpy())
         self._best = {name: tensor.clone() for name, tensor in saved.items()}

@@ -208,7 +208,8 @@ def _factors(
     part, psi = _linear_models(filled, number, [floor])[0]
     least = (floor or FLOOR) * unit
     if shared or not observed.all():
-        part, mean, psi = expectation_maximisation(table, part, mean, psi, least, shared)
+        together = columns if floor is None else shared  # probabilistic PCA has one psi
+        part, mean, psi = expectation_maximisation(table, part, mean, psi, least, together)
     _, vectors = np.linalg.eigh(part.T @ (part / psi[:, None]))
     turned = (part @ vectors)[:, ::-1]
     # The sign of an axis is a matter of rounding: its largest entry is made positive.

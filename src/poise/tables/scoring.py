@@ -25,7 +25,9 @@ from poise.support.seeds import generator
 from poise.vae import VAE
 from poise.variants import Proposal
 
-LEVEL = 0.05  # of the one-sided test that a network is better than a linear model
+# Nominal level of the one-sided test that a network is better than a linear model. The rows also
+# chose the network's weights, so that the real level is higher.
+LEVEL = 0.05
 # Rows of this test. Of fewer rows a t-test says nothing if the densities have heavy tails.
 FEWEST_COMPARED, MOST_COMPARED = 10, 1_000
 LARGEST_ROW = 1e30  # bound of scaled values in float32, whose products must be finite

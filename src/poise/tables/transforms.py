@@ -15,8 +15,9 @@ Kinds. With u = (x - m) / s, the standardised values of a column,
 Choice. A Gaussian is fitted to T(x), and each kind is scored by the density (1) of held-out rows in
 `FOLDS`-fold cross-validation. The best is chosen if it beats "none" by one standard error.
 
-Whole numbers are dequantised: the fit adds uniform noise from -1/2 to 1/2. The density of a whole
-number is then the average probability density of the numbers that round to it.
+Whole numbers are dequantised: the fit adds uniform noise from -1/2 to 1/2. `score` takes the density
+at the number itself. If the other columns determine a column, this density exceeds 1, while the
+average over the numbers that round to it does not.
 """
 
 import math
@@ -185,7 +186,7 @@ class Quantile:
     def _parts(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the curve and its slope."""
         if self.curve is None:
-            return u, np.ones_like(u)
+            return u, np.where(np.isnan(u), np.nan, 1.0)
         (low, high), (of_low, of_high) = self.ends, self.slopes
         inside = u.clip(low, high)
         beyond = of_low * np.minimum(u - low, 0.0) + of_high * np.maximum(u - high, 0.0)
