@@ -1,11 +1,13 @@
 """Test the page that explores a run: its kernels against PyTorch, and its parts in a browser."""
 
+import copy
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -23,6 +25,7 @@ from poise.explore import explorer, graphs, write_page
 from poise.explore.graphs import Graph, graph_of
 from poise.explore.scene import OF_MIXTURE, scene_of
 from poise.networks.layers import SameConv2d, SameConvTranspose2d
+from poise.recipes import Generation
 from poise.runs.parts import Decoder, Encoder
 from poise.support.seeds import drawn, noise_per_image
 
@@ -288,7 +291,8 @@ def test_what_a_page_cannot_show_is_said(options, message, small_run, unchecked,
 def test_a_model_too_large_for_a_page_is_one_line(small_run, unchecked, monkeypatch, tmp_path):
     monkeypatch.setattr(explorer, "MOST_BYTES", 100_000)
     with pytest.raises(
-        InputError, match=r"the page would have \d MB \(decoder \d, encoder \d, .*--priors normal"
+        InputError,
+        match=r"the page would have \d MB \(decoder \d, second-stage \d, .*--priors normal",
     ):
         write_page(small_run, tmp_path / "page.html")
 
@@ -306,6 +310,40 @@ def test_a_mixture_too_large_for_a_page_is_left_out_unless_it_is_named(
     monkeypatch.setattr(explorer, "MOST_BYTES", of_mixture // 2)
     with pytest.raises(InputError, match="mixture, codes and other arrays"):
         write_page(small_run, tmp_path / "page.html", priors=["mixture"])
+
+
+def test_an_encoder_that_is_too_large_beside_its_decoder_is_left_out(
+    small_run, unchecked, monkeypatch, tmp_path
+):
+    """Former defect: the page of a large network was refused, whatever the priors."""
+    sizes = explorer.sizes_of(scene_of(small_run, ["normal"], 10))
+    monkeypatch.setattr(explorer, "MOST_BYTES", sum(sizes.values()) - sizes["encoder"] // 2)
+    page = write_page(small_run, tmp_path / "page.html", priors=["normal"], pictures=10).read_text()
+    assert "cannot be encoded: the page would be too large" in page and 'id="own"' not in page
+
+
+def test_the_page_says_where_its_images_are_not_those_of_the_command(small_run, unchecked):
+    assert scene_of(small_run, None, 5).values["same"] is True
+    generation = Generation(adjust_variance=True, reconstruct_from="sample")
+    other = copy.copy(small_run)
+    other.recipe = replace(small_run.recipe, generation=generation)
+    other.data = small_run.data | {"levels": 4095}
+    scene = scene_of(other, ["normal"], 5)
+    assert scene.values["same"] is False and "encoder" not in scene.networks
+    notes = " ".join(scene.notes)
+    assert "4095 is white" in notes and "posterior means" in notes and "Samples are shown" in notes
+
+
+def test_what_the_kernels_would_compute_wrongly_is_refused(unchecked):
+    one, weight = torch.zeros(1, 4), torch.zeros(1, 1, 3, 3)
+    for function in (
+        lambda x: torch.nn.functional.conv2d(x.view(4, 1, 1, 1), weight, padding=1),
+        lambda x: torch.nn.functional.conv_transpose2d(x.view(4, 1, 1, 1), weight),
+        lambda x: x.clamp(min=torch.ones(4)),
+        lambda x: (3 * x).to(torch.int64),
+    ):
+        with pytest.raises(InputError, match="poise export"):
+            graph_of(lambda_module(function), [one], "the decoder")
 
 
 def test_an_operation_without_a_kernel_is_named(unchecked):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (root / "private").write_text(str(private))
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(
+            self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list
+        ) -> None:
+            for old in [path for path in (root / repo_id).rglob("*") if path.is_file()]:
+                name = old.relative_to(root / repo_id).as_posix()
+                if any(fnmatch(name, pattern) for pattern in delete_patterns):
+                    old.unlink()
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -44,6 +51,29 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sharing, "_library", lambda: SimpleNamespace(HfApi=Api, snapshot_download=download)
     )
     return root
+
+
+def test_pushing_again_leaves_nothing_of_the_earlier_run(small_run, hub):
+    """Former defects: earlier checkpoints were loaded, and codes stayed despite codes=False."""
+    place = hub / "owner" / "tiny"
+    (place / "checkpoints" / "0000999999").mkdir(parents=True)
+    (place / "checkpoints" / "0000999999" / "tensors.safetensors").write_text("old")
+    (place / "own.md").write_text("mine")
+    small_run.push_to_hub("owner/tiny")
+    assert (place / "codes").exists()
+    small_run.push_to_hub("owner/tiny", codes=False)
+    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert not any(name.startswith(("codes/", "checkpoints/0000999999")) for name in files)
+    assert "own.md" in files and "reconstructions.png" not in files
+
+
+def test_names_in_a_card_are_no_markdown_and_a_licence_is_a_name(small_run, tmp_path):
+    shutil.copytree(small_run.folder, tmp_path / "faces<b>*x*")
+    run = poise.load(tmp_path / "faces<b>*x*", device="cpu")
+    card = (run.save_pretrained(tmp_path / "shared") / "README.md").read_text()
+    assert r"# faces\<b\>\*x\*" in card
+    with pytest.raises(InputError, match="license must be a name of the Hub"):
+        run.save_pretrained(tmp_path / "other", license="other: research only")
 
 
 def test_a_run_that_was_pushed_loads_as_the_same_run(small_run, hub):

@@ -45,7 +45,7 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:
@@ -61,7 +61,9 @@ def show_cells(title: str, rows: list[list[str]]) -> None:
     from rich.table import Table
 
     head, *body = rows
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=escape(title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in head:
         table.add_column(escape(name), justify="right" if name else "left", no_wrap=True)
     for row in body:

@@ -58,6 +58,8 @@ def write_page(
     scene = scene_of(run, priors, pictures)
     if priors is None and sum(sizes_of(scene).values()) > MOST_BYTES:
         scene.leave_out_mixture()
+    if sum(sizes_of(scene).values()) > MOST_BYTES:
+        scene.leave_out_encoder()
     check_size(scene)
     write_file(out, page(run, scene).encode(errors="backslashreplace"))
     return out

@@ -232,6 +232,8 @@ def _unary(kind: str) -> Callable[..., Value]:
 def _clamp(graph: Graph, x: Value, low: float | None = None, high: float | None = None) -> Value:
     largest = torch.finfo(torch.float32).max
     limits = [-largest if low is None else low, largest if high is None else high]
+    if not all(isinstance(limit, (int, float)) for limit in limits):
+        raise NotImplementedError
     return graph.step("unary", [x], x.shape, kind="clamp", settings=limits)
 
 
@@ -278,6 +280,12 @@ def _linear(graph: Graph, x: Value, weight: Any, bias: Any = None) -> Value:
     return graph.step("linear", operands, (*x.shape[:-1], outputs), inputs=inputs, outputs=outputs)
 
 
+def _check_one_item(x: Value) -> None:
+    """The kernels of convolutions compute one item, (1, channels, height, width)."""
+    if len(x.shape) != 4 or x.shape[0] != 1:
+        raise NotImplementedError
+
+
 def _conv(
     graph: Graph,
     x: Value,
@@ -288,6 +296,7 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
+    _check_one_item(x)
     view = F.conv2d(_like(x.shape), _like(weight.shape), None, stride, padding, dilation, groups)
     stride, dilation = _pair(stride), _pair(dilation)
     kernel = weight.shape[2:]
@@ -319,6 +328,7 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Value:
+    _check_one_item(x)
     view = F.conv_transpose2d(
         _like(x.shape),
         _like(weight.shape),
@@ -483,9 +493,9 @@ def _attention(
     causal: bool = False,
     *,
     scale: float | None = None,
-    **_: Any,
+    enable_gqa: bool = False,
 ) -> Value:
-    if mask is not None or causal:
+    if mask is not None or causal or enable_gqa:
         raise NotImplementedError
     *batch, rows, width = query.shape
     return graph.step(
@@ -515,7 +525,10 @@ def _softmax(graph: Graph, x: Value, dim: int, *_: Any) -> Value:
     return graph.step("softmax", [x], x.shape, size=x.shape[-1])
 
 
-def _same(graph: Graph, x: Value, *_: Any, **__: Any) -> Value:
+def _same(graph: Graph, x: Value, *settings: Any, **named: Any) -> Value:
+    given = (*settings, *named.values())
+    if any(isinstance(kind, torch.dtype) and not kind.is_floating_point for kind in given):
+        raise NotImplementedError
     return x
 
 

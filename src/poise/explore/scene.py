@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poise.data import gather
 from poise.data.decoding import to_bytes, to_picture
-from poise.errors import InputError
+from poise.errors import InputError, RunError
 from poise.explore.graphs import Graph, graph_of
 from poise.latent import ACTIVE_VARIANCE, variance_law
 from poise.priors import FlowPrior, MixturePrior, NormalPrior, Prior, RenormalisedPrior
@@ -25,6 +25,7 @@ from poise.variants import PRIORS
 
 SLIDERS = 8
 OF_MIXTURE = ("bounds", "means", "factors")  # its arrays
+WHITE_OF_BROWSERS = (None, 255, 65535)  # values that browsers show as white
 LARGEST_TILE = 48  # pixels of a picture's side on the page
 LARGEST_PNG = 400_000  # bytes; larger sheets of pictures become JPEG
 JPEG_QUALITY = 88
@@ -45,6 +46,11 @@ class Scene:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     networks: dict[str, Graph] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def leave_out_encoder(self) -> None:
+        """Remove the encoder, so that a large decoder has room."""
+        if self.networks.pop("encoder", None) is not None:
+            self.notes.append("Images of your own cannot be encoded: the page would be too large.")
 
     def leave_out_mixture(self) -> None:
         """Remove the mixture, whose covariances are large with many latents or classes."""
@@ -78,6 +84,8 @@ def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
         Decoder(run.first.vae), [torch.zeros(1, latents, device=device)], "the decoder"
     )
     try:
+        if run.levels not in WHITE_OF_BROWSERS:
+            raise InputError(f"the value {run.levels} is white in this run, which browsers ignore")
         scene.networks["encoder"] = graph_of(
             Encoder(run.first.vae), [torch.zeros(1, *shape, device=device)], "the encoder"
         )
@@ -94,10 +102,16 @@ def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
             for name, prior in priors_of(run, priors, scene.notes)
         ],
     }
-    if run.classes and run.flow is not None:
-        scene.notes.append("Samples of the flow are those of all classes, without guidance.")
-    if run.recipe.generation.adjust_variance:
+    generation = run.recipe.generation
+    if generation.adjust_variance:
         scene.notes.append("Samples are shown without the adjustment of their variance.")
+    if generation.adjust_reconstructions or generation.reconstruct_from != "mean":
+        scene.notes.append(
+            "Reconstructions are those of posterior means, without the adjustment of their variance."
+        )
+    of_all_classes = run.classes and any(p["kind"] == "flow" for p in scene.values["priors"])
+    # Whether image i of a seed is that of `poise sample`.
+    scene.values["same"] = not (generation.adjust_variance or of_all_classes)
     return scene
 
 
@@ -141,7 +155,7 @@ def _pictures(scene: Scene, run: Run, most: int) -> dict[str, Any]:
             raise InputError("the data have no test images")
         shown = gather(images, drawn(len(images), most))
         codes, kind = run.encode(shown).mean, "test images"
-    except InputError as error:
+    except (InputError, RunError, OSError) as error:
         scene.notes.append(f"The pictures are reconstructions of training images, since {error}.")
         codes, kind = run.codes.mean[drawn(len(run.codes), most)], "training images, reconstructed"
         with torch.no_grad():
@@ -197,7 +211,10 @@ def _sampler(scene: Scene, prior: Prior, name: str) -> dict[str, Any]:
             zeros = torch.zeros(1, len(flow.mean), device=flow.mean.device)
             inputs = [zeros, zeros[:, 0]]
             if flow.classes:
-                scene.notes.append("The flow is that of all classes: this page takes no label.")
+                scene.notes.append(
+                    "The flow is that of all classes, without guidance: this page takes no label. "
+                    "Its images are not those of `poise sample`."
+                )
             scene.networks[name] = graph_of(flow, inputs, "the flow")
             scene.arrays |= {"flow mean": flow.mean, "flow std": flow.std}
             return {"kind": "flow", "steps": prior.steps, "solver": prior.solver}

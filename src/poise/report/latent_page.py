@@ -100,6 +100,7 @@ def _spectrum_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
         traces,
         line=1.0,
         axis="log",
+        ranks="eigenvalue, largest first",
     )
 
 
@@ -143,4 +144,4 @@ def _figure(
         "caption": caption,
         "traces": traces,
     }
-    return head | {"axis": "linear", "line": None, "ranks": True} | more
+    return head | {"axis": "linear", "line": None, "ranks": "rank by KL, largest first"} | more

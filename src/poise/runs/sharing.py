@@ -44,6 +44,8 @@ COPIED = (
     *("samples.png", "reconstructions.png", "training.png", "progress.png"),
 )
 OF_REAL_IMAGES = ("reconstructions.png", "progress.png")
+FOLDERS = ("checkpoints", "codes", "mixture")
+LICENSE = re.compile(r"[\w.+-]+", re.ASCII)
 PATTERNS = ["*.json", "*.safetensors", "*.jsonl", "*.png", CARD]  # what is downloaded
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
@@ -57,6 +59,8 @@ def save_pretrained(
     place: str = "OWNER/NAME",
 ) -> Path:
     """Write a run to a folder for others: see the module's docstring, and `Run.save_pretrained`."""
+    if license is not None and not LICENSE.fullmatch(license):
+        raise InputError(f"license must be a name of the Hub, such as mit, not {license!r}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: choose another name")
@@ -68,7 +72,7 @@ def save_pretrained(
     saved, _ = newest_intact_checkpoint(run.folder / "checkpoints")
     if saved is None:
         raise RunError(f"{run.folder} has no checkpoint any more: put it back from a copy")
-    kept = ("codes", "mixture") if codes else ("mixture",)
+    kept = FOLDERS[1:] if codes else FOLDERS[2:]
     folders = [name for name in kept if (run.folder / name).is_dir()]
     for name in folders:
         read_folder(run.folder / name)  # only what is intact is shared
@@ -109,11 +113,11 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
     versions = config.get("versions", {})
     cards = templates("poise.runs", autoescape=False, keep_trailing_newline=True)
     return cards.get_template("card.md").render(
-        name=run.folder.resolve().name,
+        name=_plain(run.folder.resolve().name),
         place=place,
         recipe=run.recipe,
         data=config["data"],
-        source=_public(config["data"]["source"]),
+        source=_plain(_public(config["data"]["source"])),
         custom=run.recipe.network.kind == "custom",
         deterministic=run.deterministic,
         figures=figures_table(summary) if summary else [],
@@ -134,6 +138,11 @@ def card(run: "Run", folder: Path, license: str | None, place: str) -> str:
         version=__version__,
         shown=_shown,
     )
+
+
+def _plain(text: str) -> str:
+    """Return a name with the characters escaped that Markdown and HTML give a meaning."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(text.split()))
 
 
 def _public(source: str) -> str:
@@ -180,7 +189,12 @@ def push_to_hub(
         try:
             api = hub.HfApi(token=token)
             place = api.create_repo(name, private=private, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Share a run")
+            api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message="Share a run",
+                delete_patterns=[*(f"{kept}/*" for kept in FOLDERS), *COPIED],  # of earlier runs
+            )
         except Exception as error:  # the library and the network raise dozens of types
             raise RunError(f"{name} cannot be uploaded ({_reason(error)})") from error
     return str(place)

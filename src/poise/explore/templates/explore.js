@@ -14,9 +14,12 @@
 
   function bytesOf(id) {
     const element = byId(id), text = element.textContent;
+    if (!text) throw new Error("this copy has no weights; open the original file");
     element.textContent = "";  // the text is a third larger than its bytes
     if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-    return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const letters = atob(text), bytes = new Uint8Array(letters.length);
+    for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+    return bytes;
   }
 
   const model = new Model(scene, bytesOf);
@@ -47,7 +50,9 @@
 
   // -- Latents ---------------------------------------------------------------------------------
   const sliders = [];
-  let base = arrays.centre, origin = "", kind = "active", waiting = false, milliseconds = 0, shown = 0;
+  // A browser that reloads the page restores the choice.
+  let kind = document.querySelector("[name=kind]:checked").value;
+  let base = arrays.centre, origin = "", waiting = false, milliseconds = 0, shown = 0;
 
   function latents() {
     const z = Float32Array.from(base);
@@ -74,7 +79,10 @@
     base = Float32Array.from(code);
     origin = words;
     resetSliders();
-    if (scroll) byId("latents").scrollIntoView();
+    if (scroll) {
+      byId("latents").scrollIntoView();
+      sliders[0].focus({ preventScroll: true });
+    }
   }
   function resetSliders() {
     for (const slider of sliders) {
@@ -96,7 +104,6 @@
         output.textContent = Number(slider.value).toFixed(1);
         show();
       });
-      slider.addEventListener("dblclick", resetSliders);
       sliders.push(slider);
       line.append(label, slider, output);
       return line;
@@ -123,14 +130,15 @@
     const mine = ++turn, seed = Math.trunc(Number(byId("seed").value) || 0);
     const prior = scene.priors[document.querySelector("[name=prior]:checked").value];
     const tiles = [...byId("grid").children];
+    byId("drawn").textContent = `Drawing ${SAMPLES} images of seed ${seed}, from ${prior.words}`;
     for (let image = 0; image < SAMPLES; image++) {
-      byId("drawn").textContent = `Image ${image + 1} of ${SAMPLES}, from ${prior.words}`;
       await Model.pause();
       const z = await model.latentsOf(prior, seed, image);
       if (mine !== turn) return;
       draw(tiles[image].firstChild, decode(z));
       tiles[image].onclick = () => startAt(z, `image ${image} of seed ${seed}, prior ${prior.name}`);
       tiles[image].ariaLabel = `image ${image} of seed ${seed}`;
+      tiles[image].disabled = false;
     }
     byId("drawn").textContent = `Images 0 to ${SAMPLES - 1} of seed ${seed}, from ${prior.words}`;
   }
@@ -139,7 +147,7 @@
     if (!document.querySelector("[name=prior]:checked")) document.querySelector("[name=prior]").checked = true;
     for (let k = 0; k < SAMPLES; k++) {
       const tile = document.createElement("button"), canvas = document.createElement("canvas");
-      tile.type = "button";
+      Object.assign(tile, { type: "button", disabled: true, ariaLabel: `image ${k}, not drawn yet` });
       canvas.width = canvas.height = side;
       tile.append(canvas);
       byId("grid").append(tile);
@@ -159,11 +167,23 @@
   function showMiddle() {
     draw(byId("middle"), decode(between(...ends(), byId("t").value / 100)));
   }
-  function showPath() {
+  // Draw at most once in a frame, however often a slider moves.
+  function eachFrame(drawing) {
+    let due = false;
+    return () => {
+      if (due) return;
+      due = true;
+      requestAnimationFrame(() => { due = false; drawing(); });
+    };
+  }
+  function showEnds() {
     drawPicture(byId("start"), Number(byId("a").value));
     drawPicture(byId("end"), Number(byId("b").value));
-    [...byId("strip").children].forEach((canvas, k) => draw(canvas, decode(between(...ends(), k / (STRIP - 1)))));
     showMiddle();
+  }
+  function showPath() {
+    [...byId("strip").children].forEach((canvas, k) => draw(canvas, decode(between(...ends(), k / (STRIP - 1)))));
+    showEnds();
   }
   function makePath() {
     for (let k = 0; k < STRIP; k++) {
@@ -174,10 +194,11 @@
     }
     for (const id of ["a", "b"]) {
       byId(id).max = scene.pictures.count - 1;
-      byId(id).addEventListener("input", showPath);
+      byId(id).addEventListener("input", eachFrame(showEnds));
+      byId(id).addEventListener("change", showPath);
     }
     byId("b").value = 1;
-    byId("t").addEventListener("input", showMiddle);
+    byId("t").addEventListener("input", eachFrame(showMiddle));
     const play = byId("play");
     play.hidden = still.matches;
     still.addEventListener("change", () => { play.hidden = still.matches; stop(); });

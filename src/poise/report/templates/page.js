@@ -21,7 +21,7 @@
   function traceOf(trace, figure) {
     const isBar = trace.type === "bar";
     const name = escaped(isBar ? trace.name : `${trace.label}, seed ${trace.seed}${trace.of || ""}`);
-    const place = figure.ranks ? "latent %{x}" : "%{x:.4~s} %{xaxis.title.text}";
+    const place = figure.ranks ? "rank %{x}" : "%{x:.4~s} %{xaxis.title.text}";
     const common = { x: xOf(trace, "images"), y: trace.y, name, hovertemplate: `%{y:.4~g}<br>${place}<extra>${name}</extra>` };
     if (isBar) return { ...common, type: "bar", marker: { color: trace.colour } };
     return { ...common, type: "scatter", mode: figure.ranks && trace.y.length < 40 ? "lines+markers" : "lines", line: trace.line, marker: { size: 4 } };
@@ -35,7 +35,7 @@
       margin: { l: 46, r: 10, t: 6, b: 34 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { size: 12 },
       showlegend: figure.stacked === true, legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 } },
       barmode: "stack", bargap: 0.15, dragmode: touch ? false : "zoom", hovermode: "closest", shapes: line,
-      xaxis: { ...axis, title: { ...axis.title, text: figure.ranks ? "latent, largest first" : "images" }, tickformat: figure.ranks ? "d" : "~s" },
+      xaxis: { ...axis, title: { ...axis.title, text: figure.ranks || "images" }, tickformat: figure.ranks ? "d" : "~s" },
       yaxis: { ...axis, ...kind },
     };
   }
@@ -44,7 +44,7 @@
   function logTicks(figure) {
     const all = figure.traces.flatMap((trace) => trace.y).filter((value) => value > 0);
     if (figure.line) all.push(figure.line);
-    const [low, high] = [Math.log10(Math.min(...all)), Math.log10(Math.max(...all))];
+    const [low, high] = [Math.min, Math.max].map((of) => Math.log10(all.reduce((a, b) => of(a, b))));
     if (high - low < 0.3) return { tickformat: "~g" };
     const steps = high - low < 0.7 ? [1, 1.5, 2, 3, 4, 5, 7] : high - low < 2.2 ? [1, 2, 5] : [1];
     const every = Math.max(1, Math.ceil((high - low) / 6));
@@ -53,7 +53,7 @@
       if (steps.length > 1 || power % every === 0) tickvals.push(...steps.map((step) => Number((step * 10 ** power).toPrecision(3))));
     }
     const margin = Math.max(0.05 * (high - low), 0.02);
-    const ticktext = tickvals.map((value) => (value >= 1e-4 && value < 1e5 ? String(value) : value.toExponential().replace("e", "·10^")));
+    const ticktext = tickvals.map((value) => (value >= 1e-4 && value < 1e5 ? String(value) : value.toExponential().replace(/e\+?(-?\d+)/, "·10<sup>$1</sup>")));
     return { type: "log", range: [low - margin, high + margin], tickmode: "array", tickvals, ticktext };
   }
 
