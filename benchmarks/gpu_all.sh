@@ -32,7 +32,7 @@ part defaults 780 python3 benchmarks/defaults.py train "$POISE_DATA" \
     '*-10-?' '*-5-0' '*-20-0' '*-2-0' '*' \
     --device cuda --jobs 6 --measure --runs "$out/defaults-runs" --results "$out/defaults"
 # 2. The released network: five balances, standard latents, and a flow on the same codes.
-part balances 660 python3 benchmarks/balances.py "$out/balances"
+part balances 720 python3 benchmarks/balances.py "$out/balances"
 # 3. GPU tests: a captured step equals an eager one; a network that cannot be captured falls back.
 part tests 100 python3 -m pytest -m gpu tests/test_captured.py -q -p no:cacheprovider
 # 4. Seconds of each part of an evaluation, TF32 against float32, and the FID of test against
@@ -41,7 +41,7 @@ part evaluation 120 python3 benchmarks/evaluation.py --json "$out/bench-evaluati
 # 5. One balance alone, then five at once: compare their figures and times.
 compare="$poise --seeds 1 --epochs 10 --second-epochs 20"
 part one 90 $compare --balances computed --jobs 1 --out "$out/one"
-part five 240 $compare --balances computed released learned learned:rate=100 optimal --jobs 5 --out "$out/five"
+part five 300 $compare --balances computed released learned learned:rate=100 optimal --jobs 5 --out "$out/five"
 # 6. The effect of TF32 and bfloat16 on a trained model: three seeds each, stage 1 only.
 for precision in float32 ieee bfloat16; do
     part "precisions-$precision" 70 python3 -m poise compare cifar10 --extractor pixels --device cuda --balances computed \

@@ -68,6 +68,26 @@ def test_a_streamed_data_set_is_trained_on_beside_one_in_memory(tmp_path):
 
 
 @pytest.mark.slow
+def test_latent_maps_are_trained_and_measured_by_one_command(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 28, 28, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=pixels[:150], x_test=pixels[150:])
+    out = tmp_path / "out.json"
+    small = ["--network", "conv_width=16", "flow_width=16", "flow_blocks=3"]
+    small += ["--first", "batch_size=16", "--second", "batch_size=16", "--device", "cpu"]
+    counts = ["--steps", "3", "2", "--images", "150", "--few", "20", "--extractor", "pixels"]
+    given = [str(tmp_path / "x.npz"), str(tmp_path / "run"), str(out), *small, *counts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forking.run(forking.SCRIPT, [str(SCRIPTS / "maps.py"), *given], tmp_path)
+    found = json.loads(out.read_text())
+    assert found["training"]["steps"] == [3, 2] and found["device_seconds"] > 0
+    assert {"commit", "finished"} <= found["provenance"].keys() and found["settings"]["seed"] == 0
+    sets = found["sets"]
+    assert sets["REC"]["images"] == 50 and sets["GEN-flow, heun, 15 evaluations"]["images"] == 150
+    assert all(np.isfinite(values["FD-pixels"]) for values in sets.values())
+
+
+@pytest.mark.slow
 def test_sampling_is_measured_beside_the_decoder(tmp_path):
     short = ("--images", "100", "--rounds", "1", "--many", "1000")
     rates = report("sampling_rate.py", tmp_path, *short)["rates"]
