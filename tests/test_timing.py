@@ -159,16 +159,26 @@ def paced(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
     )
 
 
+def budgeted(out: Path, options: Options = QUIET) -> poise.Run:
+    return train(IMAGES, recipe=TINY, out=out, options=options, minutes=1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> poise.Run:
+    """Return a run with a budget that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        paced(patch, 1.0)
+        seldom = replace(QUIET, save_seconds=60)
+        run = budgeted(tmp_path_factory.mktemp("budgeted") / "undisturbed", seldom)
+    assert sum(stage.steps or 0 for stage in run.recipe.stages) == pytest.approx(60, abs=2)
+    return run
+
+
 @pytest.mark.parametrize("step", [0, 1, 30, 57])
 def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace(
-    step, tmp_path, monkeypatch
+    step, undisturbed, tmp_path, monkeypatch
 ):
-    def budgeted(out: Path) -> poise.Run:
-        return train(IMAGES, recipe=TINY, out=out, options=QUIET, minutes=1)
-
     paced(monkeypatch, 1.0)
-    undisturbed = budgeted(tmp_path / "undisturbed")
-    assert sum(stage.steps or 0 for stage in undisturbed.recipe.stages) == pytest.approx(60, abs=2)
     taken, real = iter(range(step)), training.engines.training_step
 
     def mortal(*arguments):
@@ -181,7 +191,7 @@ def test_a_run_killed_at_any_step_keeps_its_lengths_on_a_machine_of_another_pace
         budgeted(tmp_path / "run")
     paced(monkeypatch, 0.5)
     assert budgeted(tmp_path / "run").recipe == undisturbed.recipe
-    again, expected = weights(tmp_path / "run"), weights(tmp_path / "undisturbed")
+    again, expected = weights(tmp_path / "run"), weights(undisturbed.folder)
     assert again.keys() == expected.keys() and all(
         torch.equal(again[name], expected[name]) for name in again
     )
