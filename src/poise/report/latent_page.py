@@ -39,9 +39,9 @@ def _kl_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]:
         for (record, _), kl in zip(shown, values, strict=True)
     ]
     if len(shown) == 1:
-        record = shown[0][0]
-        name = record.label if len(styles) > 1 else ""
-        traces = [_bars(name, values[0], styles[record.label]["color"])]
+        label = shown[0][0].label
+        name = label if len(styles) > 1 else ""
+        traces = [_bars(name, values[0], styles[label]["color"], label)]
     caption = (
         "KL of each latent, sorted. Their sum is the KL term of the loss. A latent with zero KL is "
         "inactive: the decoder ignores it."
@@ -61,9 +61,13 @@ def _variance_figure(stage: int, shown: Shown, styles: Styles) -> dict[str, Any]
             for record, page in shown
         ]
         return _figure(stage, "law", "Variance law of each latent", caption, traces, line=1.0)
-    page = shown[0][1]
+    record, page = shown[0]
     mean, noise = zip(*_variances(page), strict=True)
-    parts = [_bars("Var(μ)", mean, "#3b7dd8"), _bars("E[s²]", noise, "#a9b4c2")]
+    colour = styles[record.label]["color"]
+    parts = [
+        _bars("Var(μ)", mean, colour, record.label),
+        _bars("E[s²]", noise, "#a9b4c2", record.label),
+    ]
     return _figure(
         stage, "law", "Variance law of each latent", caption, parts, line=1.0, stacked=True
     )
@@ -115,8 +119,9 @@ def _trace(style: dict[str, str], record: Record, values: Sequence[float | None]
     }
 
 
-def _bars(name: str, values: Sequence[float | None], colour: str) -> dict[str, Any]:
+def _bars(name: str, values: Sequence[float | None], colour: str, label: str) -> dict[str, Any]:
     return {
+        "label": label,
         "name": name,
         "type": "bar",
         "x": _ranks(values),
