@@ -30,7 +30,8 @@ from measuring import machine, seconds, write_report
 import poise
 from poise.data.decoding import to_bytes
 from poise.evaluation import Reference, chunks_of, complete, every_distance
-from poise.features import CACHE_VARIABLE, Extractor, extract, make_extractor
+from poise.features import Extractor, extract, make_extractor
+from poise.features.cache import CACHE_VARIABLE
 from poise.metrics import frechet_distance
 from poise.priors import fit_prior
 from poise.protocols import DEFAULT

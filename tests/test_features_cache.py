@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 
 import forking
-from poise.features import Extractor, cache, cached_features, default_cache, make_extractor
+from poise.features import Extractor, cache, cached_features, make_extractor
+from poise.features.cache import default_cache
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
 

@@ -56,7 +56,8 @@ from poise.balance import Balance, ComputedBalance, TableError, make_balance
 from poise.errors import InputError, RunError
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian
-from poise.metrics import CHUNK, encode_all
+from poise.metrics import encode_all
+from poise.metrics.encoding import CHUNK
 from poise.metrics.likelihood import CERTAIN_NATS, ENOUGH_CERTAIN, no_refined
 from poise.metrics.likelihood import MOST_LATENTS as MOST_REFINED
 from poise.priors import FlowPrior, MixturePrior, Prior, TrainedModel, make_prior

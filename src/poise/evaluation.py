@@ -18,8 +18,9 @@ from poise.data.decoding import jpeg_round_trip, stretch_each, to_bytes
 from poise.data.listing import is_run
 from poise.errors import InputError, MissingExtraError
 from poise.features import Extractor, available_inception, cached_features, extract, make_extractor
-from poise.metrics import CHUNK, ImportanceWeightedNLL, Reconstruction
+from poise.metrics import ImportanceWeightedNLL, Reconstruction
 from poise.metrics.distances import covariance, fit_gaussian
+from poise.metrics.encoding import CHUNK
 from poise.metrics.listed import DISTANCES, SIMILARITIES, Pair, Reference, is_frechet
 from poise.metrics.reference_statistics import (
     Conditions,

@@ -24,7 +24,7 @@ from poise.diagnosis.verdict import (
     white,
 )
 from poise.diagnosis.weight import LossWeights
-from poise.metrics import CHUNK
+from poise.metrics.encoding import CHUNK
 from poise.shapes import Values
 from poise.vae import VAE
 

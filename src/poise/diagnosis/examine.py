@@ -26,7 +26,7 @@ from poise.diagnosis.subject import Case, Loss, Seen, as_case, chosen, device_of
 from poise.diagnosis.verdict import LARGE_LOGVAR, Diagnosis, Finding
 from poise.diagnosis.weight import LossWeights, inferred_weight, loss_weights
 from poise.errors import InputError
-from poise.metrics import CHUNK
+from poise.metrics.encoding import CHUNK
 from poise.priors import fit_prior
 from poise.shapes import Values
 from poise.support.progress import Progress, progress

@@ -29,8 +29,7 @@ from poise.diagnosis.foreign import (
 )
 from poise.errors import InputError
 from poise.latent import ACTIVE_VARIANCE, DiagonalGaussian
-from poise.metrics import CHUNK
-from poise.metrics.encoding import check_precision
+from poise.metrics.encoding import CHUNK, check_precision
 from poise.objectives import Deterministic
 from poise.priors import Prior
 from poise.runs.run import Run

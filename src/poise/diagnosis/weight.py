@@ -15,7 +15,7 @@ from torch import Tensor
 from poise.diagnosis.foreign import at
 from poise.diagnosis.subject import Seen, device_of, first_line
 from poise.errors import InputError
-from poise.metrics import CHUNK
+from poise.metrics.encoding import CHUNK
 from poise.shapes import Batch, Latents, Values
 from poise.support.seeds import generator
 from poise.vae import VAE

@@ -12,19 +12,15 @@ In reading order:
     cache         keep features on disk
 """
 
-from poise.features.cache import CACHE_VARIABLE, cached_features, default_cache
-from poise.features.extractor import EXTRACTION_BATCH, Extractor, extract
-from poise.features.inception import WEIGHTS_VARIABLE, available_inception, inception
+from poise.features.cache import cached_features
+from poise.features.extractor import Extractor, extract
+from poise.features.inception import available_inception, inception
 from poise.features.making import make_extractor
 
 __all__ = [
-    "CACHE_VARIABLE",
-    "EXTRACTION_BATCH",
-    "WEIGHTS_VARIABLE",
     "Extractor",
     "available_inception",
     "cached_features",
-    "default_cache",
     "extract",
     "inception",
     "make_extractor",

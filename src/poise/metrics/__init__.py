@@ -16,7 +16,7 @@ from poise.metrics.distances import (
     inception_score,
     kernel_distance,
 )
-from poise.metrics.encoding import CHUNK, encode_all, encode_chunks, encoded, pixel_std
+from poise.metrics.encoding import encode_all, pixel_std
 from poise.metrics.latents import AggregatePosterior, LatentStatistics, latent_statistics
 from poise.metrics.likelihood import ImportanceWeightedNLL, importance_weighted_nll, nll_per_image
 from poise.metrics.manifold import Manifold, manifold_figures
@@ -33,7 +33,6 @@ from poise.metrics.reference_statistics import (
 )
 
 __all__ = [
-    "CHUNK",
     "AggregatePosterior",
     "Extrapolation",
     "ImportanceWeightedNLL",
@@ -43,8 +42,6 @@ __all__ = [
     "ReferenceStatistics",
     "Spread",
     "encode_all",
-    "encode_chunks",
-    "encoded",
     "frechet_distance",
     "frechet_infinity",
     "importance_weighted_nll",

@@ -11,7 +11,6 @@ Reading order: `base` (base class and renormalisation), then one module per prio
 """
 
 from poise.priors.base import (
-    LOST_SHARE,
     Prior,
     RenormalisedPrior,
     TrainedModel,
@@ -25,7 +24,6 @@ from poise.priors.normal import NormalPrior
 from poise.priors.second_stage import SecondStagePrior
 
 __all__ = [
-    "LOST_SHARE",
     "FlowPrior",
     "MixturePrior",
     "NormalPrior",

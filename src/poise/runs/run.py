@@ -35,17 +35,11 @@ from poise.evaluation import AUTO, Evaluation, real_images
 from poise.features import Extractor
 from poise.flow import Flow
 from poise.latent import DiagonalGaussian, LatentScale, latent_scale, spherical_path
-from poise.metrics import (
-    CHUNK,
-    encode_all,
-    encode_chunks,
-    encoded,
-    reconstruction,
-)
+from poise.metrics import encode_all, reconstruction
+from poise.metrics.encoding import CHUNK, encode_chunks, encoded
 from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.objectives import is_deterministic
 from poise.priors import (
-    LOST_SHARE,
     MixturePrior,
     Prior,
     RenormalisedPrior,
@@ -53,6 +47,7 @@ from poise.priors import (
     make_prior,
     renormalisation_factor,
 )
+from poise.priors.base import LOST_SHARE
 from poise.priors.mixture import MOST_LATENTS
 from poise.protocols import Protocol
 from poise.recipes.settings import Generation, Recipe, from_json

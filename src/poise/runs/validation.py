@@ -24,7 +24,7 @@ from poise.balance import Balance, negative_log_likelihood
 from poise.data import Dataset, spread
 from poise.data.storage import take
 from poise.errors import InputError
-from poise.metrics import encoded
+from poise.metrics.encoding import encoded
 from poise.metrics.reconstruction import grouped_error
 from poise.objectives import is_deterministic
 from poise.recipes.settings import Stage

@@ -12,8 +12,8 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from poise.balance import Balance, TableError, negative_log_likelihood
-from poise.metrics import CHUNK, encode_all
-from poise.metrics.encoding import encoded
+from poise.metrics import encode_all
+from poise.metrics.encoding import CHUNK, encoded
 from poise.metrics.likelihood import (
     ADAPTATION_SAMPLES,
     NLLPerImage,
