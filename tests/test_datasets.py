@@ -954,14 +954,20 @@ def test_images_go_to_the_folder_for_temporary_files_if_a_cache_cannot_be_writte
     assert {Path(call.args[2]) for call in made.call_args_list} == {tmp_path / "temporary"}
 
 
-def test_skipped_files_are_tried_again(tmp_path, monkeypatch):
-    folder, decode = write_images(tmp_path / "x", noise(12, 8, 8)), cached.decode_now
-    skipping = Mock(side_effect=lambda *given: decode(*given)._replace(skipped=("x/000.png",)))
-    monkeypatch.setattr(cached, "decode_now", skipping)
+@pytest.mark.parametrize("remedy", ["poise.data.cached.os.access", "poise.data.cached.find_spec"])
+def test_skipped_files_are_tried_again_once_they_may_be_read(remedy, tmp_path, monkeypatch):
+    folder, decoding = write_images(tmp_path / "x", noise(12, 8, 8)), Mock(wraps=cached.decode_now)
+    (folder / "003.png").write_text("no image")
+    monkeypatch.setattr(cached, "decode_now", decoding)
     monkeypatch.setattr(cached, "WORTH_SECONDS", 0)
-    for _ in range(2):
-        load(folder, cache=tmp_path / "c", skip_unreadable=True)
-    assert skipping.call_count == 2
+    how = {"cache": tmp_path / "c", "skip_unreadable": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(remedy, lambda *_: None)
+        for _ in range(2):
+            assert load(folder, **how).skipped
+        assert decoding.call_count == 1, "the others are kept"
+    load(folder, **how)
+    assert decoding.call_count == 2
 
 
 def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkeypatch):

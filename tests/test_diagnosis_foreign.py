@@ -269,7 +269,7 @@ WRONG: list[tuple[str, str, Any, Any, Any, str, str]] = [
         (columns(1), columns(2)[:, 7:]),
         lambda r, x, m, v: ((r - x).square() / (2 * OF_COLUMNS)).sum(1).mean() + kl(m, v).mean(),
         "learned-by-heart",
-        "has learned column 7 by heart",
+        "overfits column 7",
     ),
     (
         "encode and decode, vectors",

@@ -30,7 +30,7 @@ from poise.metrics import (
     listed,
     manifold_figures,
 )
-from poise.protocols import DEFAULT, PROTOCOLS, Measurement, Protocol
+from poise.protocols import DEFAULT, PROTOCOLS, Measurement, Protocol, counted
 from poise.runs.export import write_images
 
 GENERATOR = np.random.default_rng(0)
@@ -92,10 +92,14 @@ def test_an_evaluation_shows_itself_as_its_table():
 def test_images_of_sorted_files_are_of_all_classes_but_under_the_released_protocols():
     """Former defect: the first images were taken, those of the first folder."""
     sorted_images = np.repeat(np.arange(4, dtype=np.uint8), 10).reshape(-1, 1, 1, 1)
-    some = evaluation.real_images(sorted_images, replace(DEFAULT, real=8))
+    wanted = replace(DEFAULT, real=8)
+    some = evaluation.real_images(sorted_images, wanted)
     assert np.bincount(some[:, 0, 0, 0]).tolist() == [2, 2, 2, 2]
-    released = replace(PROTOCOLS["released-celeba"], real=8)
+    released = replace(PROTOCOLS["released-celeba"], real=8, name="mine")
     assert evaluation.real_images(sorted_images, released).max() == 0
+    # Measurements of spaced images are told from earlier ones of the first images.
+    assert counted(wanted, 40).hash != wanted.hash == counted(wanted, 8).hash
+    assert replace(wanted, chosen="first").hash == wanted.hash
 
 
 def test_so_many_images_of_each_set_are_compared():
@@ -360,11 +364,12 @@ def test_a_folder_with_a_config_of_another_program_is_a_folder_of_images(tmp_pat
     for number in range(4):
         Image.fromarray(OTHER[number].transpose(1, 2, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    (tmp_path / "checkpoints").mkdir()
     assert evaluate(REAL, tmp_path, extractor="pixels").distance() > 0
 
 
 def test_wrong_sets_are_refused(unchecked, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"recipe": {}, "data": {}}')
     (tmp_path / "checkpoints").mkdir()
     for others, message in {
         "no-such-folder": "no-such-folder",

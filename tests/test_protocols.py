@@ -21,6 +21,7 @@ COMPLETE = Protocol(
     "mine", real=100, generated=100, extractor="pixels", extractor_checksum="ab" * 32, resize="none"
 )
 OTHER = {
+    "chosen": "spaced",
     "reference": "train",
     "real": 99,
     "generated": 7,

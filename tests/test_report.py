@@ -606,7 +606,7 @@ def test_the_command_takes_several_folders_and_writes_where_it_says(
 
 
 def test_a_name_that_a_template_lacks_is_an_error():
-    with pytest.raises(UndefinedError, match="is undefined"):
+    with pytest.raises(UndefinedError, match="'deterministic' is undefined"):
         templates("poise.runs", autoescape=False).get_template("card.md").render()
 
 

@@ -1,6 +1,7 @@
 """Test that any encoder and decoder make a VAE whose outputs depend only on the noise."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -140,7 +141,10 @@ def test_latents_are_standardised_during_training_from_finite_batches_only():
         assert torch.equal(kept.eval().reconstruct(batch), vae.reconstruct(batch))
 
 
-@pytest.mark.parametrize(("group", "shared"), [(None, [None]), (False, []), ("mine", ["mine"])])
+GROUP = threading.Lock()  # like a process group, it cannot be copied
+
+
+@pytest.mark.parametrize(("group", "shared"), [(None, [None]), (False, []), (GROUP, [GROUP])])
 def test_moments_are_shared_within_the_process_group(group, shared, monkeypatch):
     groups = []
     monkeypatch.setattr("poise.vae.dist.is_initialized", lambda: True)
@@ -149,6 +153,8 @@ def test_moments_are_shared_within_the_process_group(group, shared, monkeypatch)
     vae = standardised(plain, (2,), every=3, process_group=group).train()
     vae.encode(torch.rand(20, 1, 4, 4))
     assert groups == shared
+    latents = latents_of(copy.deepcopy(vae))
+    assert latents is not None and latents.process_group is group and latents.steps == 1
 
 
 def test_latents_that_change_during_training_may_be_used_twice_before_backward():

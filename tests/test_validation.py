@@ -125,7 +125,7 @@ def test_learning_by_heart_is_said(run):
     told, notes = summary(run)["validation"], summary(run)["notes"]
     assert told["overfitting"] and told["last_train_elbo_nats"] > told["train_elbo_nats"]
     assert told["last_held_out_elbo_nats"] < told["held_out_elbo_nats"]
-    (note,) = (text for text in notes if "are being learned by heart" in text)
+    (note,) = (text for text in notes if "overfitting: from step" in text)
     assert f"the weights of step {told['best_step']} are kept" in note
 
 

@@ -30,10 +30,10 @@ from poise.metrics.reference_statistics import (
     write_statistics,
 )
 from poise.protocols import (
-    FIRST_IMAGES,
     NO_EXTRACTOR,
     Measurement,
     Protocol,
+    counted,
     find_protocol,
     model_protocol,
     protocols_json,
@@ -176,14 +176,15 @@ def evaluate(
         real, generated: each a folder, an image array, a file with one, hf:owner/name or a data
             set's name; or an array or tensor, bytes or floats in [0, 1]. If a data set has an
             official split, its test images are used (its training images if the protocol's
-            reference is "train"). Otherwise all images are used. The protocol may limit the number:
-            then the first ones are used. `real` may also be reference statistics, or a file of
-            them: see `poise.metrics.read_statistics`.
+            reference is "train"). Otherwise all images are used. The protocol may limit the number,
+            and says which ones are used (`Protocol.chosen`). `real` may also be reference
+            statistics, or a file of them: see `poise.metrics.read_statistics`.
         protocol: a name or a `Protocol`.
         extractor: "inception", "light", "dinov2", "pixels", or a TorchScript file. "auto": the
             protocol's, or "light" if Inception's weights are not on this machine.
         size: crop both sets to the centre square and resize to this side, in pixels.
-        count: number of images of each set, evenly spaced. None: as the protocol says.
+        count: number of images of each set, chosen as the protocol says (`Protocol.chosen`). None:
+            as the protocol says.
         infinity: also extrapolate the Frechet distance to infinitely many images.
         device: where the extractor runs.
         quiet: show no progress.
@@ -214,7 +215,7 @@ def evaluate(
         "max_megapixels": max_megapixels,
     }
     wanted = find_protocol(protocol)
-    counted = with_count(wanted, count)
+    limited = with_count(wanted, count)
     if is_statistics(real):
         others = find_images(generated, side=_side(wanted), **reading)
         if len(others.images) < 2:
@@ -228,7 +229,7 @@ def evaluate(
         )
         others = others.images
     else:
-        wanted = counted
+        wanted = limited
         found, others = (
             find_images(source, side=_side(wanted), **reading) for source in (real, generated)
         )
@@ -240,6 +241,7 @@ def evaluate(
         if wanted.real is None:  # all images of both sets, also beside an official split
             number = conditions.generated or len(others.images)
             conditions = replace(conditions, generated=number)
+        conditions = counted(conditions, len(found.images))
         originals, others = real_images(found.images, conditions), others.images
         check_sides(originals, others)
     others = spread(others, count or len(others))
@@ -274,13 +276,9 @@ def _conditions(
 
 
 def real_images(images: Any, protocol: Protocol) -> Any:
-    """Return as many images as a protocol has real ones, after JPEG if it says so.
-
-    They are evenly spaced, because files are often sorted by class. The released protocols take
-    the first ones, as the released code does.
-    """
-    choose = head if protocol.name in FIRST_IMAGES else spread
-    images = choose(images, protocol.real or len(images))
+    """Return the real images of a protocol, after JPEG if it says so."""
+    known = counted(protocol, len(images))
+    images = (spread if known.chosen == "spaced" else head)(images, known.real or 0)
     return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
 
@@ -354,6 +352,7 @@ def save_statistics(
     wanted = with_count(find_protocol(protocol), count)
     found = find_images(real, size=size, side=_side(wanted), **reading)
     conditions, network, _ = _conditions(wanted, extractor, device, found.side)
+    conditions = counted(conditions, len(found.images))
     images = real_images(found.images, conditions)
     if len(images) < 2:
         raise InputError(f"statistics need at least 2 images, not {len(images)}")
@@ -595,6 +594,11 @@ def _number(item: Produced, protocol: Protocol) -> int:
     )
     assert wanted is not None
     return wanted if item.count is None else min(wanted, item.count)
+
+
+def data_of(images: Any, protocol: Protocol) -> str:
+    """Return the checksum of real images as a measurement has it: see `Measurement.data`."""
+    return content_checksum(_compared(images, protocol))[:12]
 
 
 def _compared(real: Any, protocol: Protocol) -> Iterator[Images | ByteImages]:

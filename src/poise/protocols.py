@@ -43,7 +43,10 @@ class Protocol:
         name: name of the protocol. It does not change the hash.
         reference: source of the real images: the "test" or the "train" side of the data, or "given"
             by the user.
-        real: number of real images, the first ones. None: all.
+        real: number of real images. None: all.
+        chosen: which ones if there are more. "spaced": evenly spaced, because files are often
+            sorted by class. "first": the first ones, as in the released code. Empty: spaced; filled
+            in when measured.
         generated: number of images for each label. None: as many as there are real ones (of a given
             set, all).
         pixels: "8-bit": rounded to the nearest of 256 levels. "float": as the network returns them.
@@ -85,6 +88,7 @@ class Protocol:
     coverage_neighbours: int = 5
     score_splits: int = 10
     statistics: str = ""
+    chosen: Literal["", "spaced", "first"] = ""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -109,12 +113,14 @@ class Protocol:
         """Ten hexadecimal digits that depend on every attribute except the name.
 
         Attributes with their default value are left out. An attribute that a later version adds
-        then leaves older hashes unchanged.
+        then leaves older hashes unchanged. So does `chosen="first"`, which was the only choice.
         """
         settings = _differing(self) | (
             {"generation": _differing(self.generation)} if self.generation else {}
         )
         settings.pop("name")
+        if self.chosen == "first":
+            settings.pop("chosen")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[
             :HASH_LENGTH
         ]
@@ -128,7 +134,8 @@ class Protocol:
     def __str__(self) -> str:
         jpeg = f" after JPEG {self.jpeg}" if self.jpeg else ""
         side = f" of side {self.side}" if self.side else ""
-        images = f"{self.real} {self.reference} images{side}{jpeg}"
+        spaced = "spaced " if self.chosen == "spaced" else ""
+        images = f"{self.real} {spaced}{self.reference} images{side}{jpeg}"
         if self.extractor == NO_EXTRACTOR:
             return f"{self.name} ({self.hash}), figures of the model: {images}"
         produced = f"{self.generated} produced" + (
@@ -161,6 +168,7 @@ def model_protocol(protocol: Protocol, *, generation: Generation | None = None) 
         jpeg=protocol.jpeg,
         side=protocol.side,
         generation=generation,
+        chosen=protocol.chosen,
     )
     return replace(
         images, real=protocol.real, generated=protocol.real, pixels="float", extractor=NO_EXTRACTOR
@@ -178,16 +186,30 @@ def of_unseen_images(protocol: Protocol, there: int) -> Protocol:
     """
     if protocol.reference != "train":
         return protocol
-    assert protocol.real is not None
-    return replace(protocol, reference="test", real=min(protocol.real, there))
+    policy = "" if protocol.chosen == "spaced" else protocol.chosen
+    return counted(replace(protocol, reference="test", chosen=policy), there)
+
+
+def counted(protocol: Protocol, there: int) -> Protocol:
+    """Return the protocol with the number of real images, and how they are chosen.
+
+    Args:
+        protocol: its number of real images may be unknown or too large.
+        there: number of images of its side.
+    """
+    real = min(protocol.real or there, there)
+    spaced = not protocol.chosen and real < there
+    return replace(protocol, real=real, chosen="spaced" if spaced else protocol.chosen)
 
 
 DEFAULT = Protocol("default")
 RELEASED_CELEBA = Protocol(
-    "released-celeba", real=9_984, pixels="float", generation=RELEASED_GENERATION
+    "released-celeba",
+    real=9_984,
+    pixels="float",
+    generation=RELEASED_GENERATION,
+    chosen="first",
 )
-
-FIRST_IMAGES = ("released", "released-celeba")  # protocols of the first images, not of spaced ones
 
 PROTOCOLS: dict[str, Protocol] = {
     "default": DEFAULT,

@@ -15,6 +15,7 @@ end would find m and t itself, since its first and last layers can express them.
 this direction, and training stops before.
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,6 +166,14 @@ class StandardLatents(nn.Module):
             self.register_buffer("moments", torch.zeros(2, channels))
             self.register_buffer("weight", torch.zeros(()))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StandardLatents":
+        """Copy the module. The copy has the same process group, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
         """Return the posterior of standard latents.

@@ -37,7 +37,7 @@ FAULTS = {
     "binary": "data of 0 and 1 only. A cross-entropy fits them better: pass it to combine as nll=",
 }
 # In a running average, the error of a batch counts at most this many times the average so far. At
-# decay=0.99 one batch then at most doubles it, after the first hundred batches. Before, a batch has
+# decay=0.99 one batch then at most doubles it, after some hundred batches. Before, a batch has
 # a greater share of the average (docs/balances.md has measurements).
 LARGEST_ERROR = 100.0
 # A recomputed forward finds the state that it used among this many forwards.

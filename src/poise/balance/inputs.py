@@ -182,8 +182,10 @@ def checked_dims(error: Tensor, num_dims: NumDims | None, groups: int | None) ->
         return num_dims
     if isinstance(num_dims, (np.integer, np.ndarray)):
         plain = num_dims.shape in ((), (groups,))
-        given = num_dims.tolist() if plain else torch.from_numpy(num_dims).to(error.device)
-        return checked_dims(error, given, groups)
+        if plain or num_dims.dtype.kind not in "iuf":
+            return checked_dims(error, num_dims.tolist(), groups)
+        given = torch.from_numpy(np.ascontiguousarray(num_dims))
+        return checked_dims(error, given.to(error.device), groups)
     if isinstance(num_dims, Tensor):
         check_device("num_dims", num_dims, error)
         if broadcasts(num_dims.shape, error.shape):

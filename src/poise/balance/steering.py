@@ -31,8 +31,8 @@ class FixedBalance(Balance):
         gamma2: decoder variance, > 0, with KL weight 1. Default: 1, if beta is not given either. A
             sequence has one variance per group, for errors (n, groups).
         beta: KL weight of a beta-VAE, >= 0, at gamma2 = 1. The loss is SE/2 + beta KL, both
-            *summed* over dimensions. Its gradient equals that of gamma2 = beta, times beta. A beta
-            quoted for errors averaged over D pixels is D times larger here.
+            *summed* over dimensions. Its gradient equals that of gamma2 = beta, times beta. A
+            weight w beside a mean squared error of D pixels, w KL + SE/D, is beta = w D / 2 here.
         power, process_group: see `Balance`.
 
     Raises:

@@ -46,8 +46,8 @@ class Score:
         Proposal,
         arg(
             help="where the samples are drawn. encoder: the posterior of the encoder. refined: a "
-            "distribution that is fitted to each image, which is accurate for more images and takes "
-            "about a hundred times as long"
+            "distribution that is fitted to each image, which is accurate for more images and "
+            "takes about a hundred times as long"
         ),
     ] = SCORE_PROPOSAL
     seed: Annotated[int, arg(help="seed of the samples")] = 0

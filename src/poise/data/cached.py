@@ -6,11 +6,13 @@ If any of them changes, the images are decoded again.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,8 @@ class Told:
 def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
     """Return the images of `encoded.decode`, from the folder `reading.cache` if they are there.
 
-    Images are kept if decoding them takes `WORTH_SECONDS` or more, none was skipped, and the disk
-    has room for three times their size.
+    Images are kept if decoding them takes `WORTH_SECONDS` or more, and the disk has room for three
+    times their size.
     """
     key = _key(files, reading) if reading.cache and not reading.stream else None
     if key is None or reading.cache is None:
@@ -59,8 +61,7 @@ def decode(files: Sequence[Encoded], reading: Reading) -> Decoded:
         return kept
     began = time.monotonic()
     found = decode_now(files, reading)
-    # A skipped file may be readable the next time.
-    if time.monotonic() - began >= WORTH_SECONDS and not found.skipped:
+    if time.monotonic() - began >= WORTH_SECONDS:
         with suppress(OSError, RunError):  # a full or read-only disk costs time, and no more
             _write(found, reading.cache, key)
     return found
@@ -73,7 +74,9 @@ def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
     options = asdict(reading) | {"cache": None, "memory_budget": None, "jpeg_quality": None}
     del options["stream"]  # what is kept was not streamed
     del options["labels"]  # they do not change the images
-    digest = hashlib.sha256(f"{RULES} {PIL.__version__} {sorted(options.items())}\n".encode())
+    heic = find_spec("pillow_heif") is not None
+    known = f"{RULES} {PIL.__version__} {heic} {sorted(options.items())}\n"
+    digest = hashlib.sha256(known.encode())
     for file in files:
         try:
             if file.path is None:
@@ -81,7 +84,9 @@ def _key(files: Sequence[Encoded], reading: Reading) -> str | None:
             found = file.path.stat()
         except OSError:
             return None
-        line = f"{file.label}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        # A file that was skipped is tried again once it may be read.
+        readable = os.access(file.path, os.R_OK)
+        line = f"{file.label}\0{found.st_size}\0{found.st_mtime_ns}\0{readable}\n"
         digest.update(line.encode())
     return digest.hexdigest()[:32]
 

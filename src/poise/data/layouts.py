@@ -58,7 +58,8 @@ def is_celeba(source: str, name: str = "") -> bool:
         source: a data set's name or a path.
         name: the data set's name, if a run has kept it. The path may be gone.
     """
-    if CELEBA in (source, name):
+    # Any folder or file of that name has it, too.
+    if source == CELEBA or (name == CELEBA and Path(source).stem != CELEBA):
         return True
     return any(reader is read_celeba for reader, _ in find_layouts(Path(source)))
 

@@ -3,6 +3,7 @@
 A folder that can be reached by several paths is read once, by its path without links if it has one.
 """
 
+import json
 import os
 import re
 import stat
@@ -111,8 +112,16 @@ def _add_tree(
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds what `poise train` writes. Its pictures are no data."""
-    written = ("checkpoints", "metrics.jsonl")
-    return (folder / "config.json").is_file() and any((folder / name).exists() for name in written)
+    written = any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    return written and is_config(folder / "config.json")
+
+
+def is_config(path: Path) -> bool:
+    """Return whether a config.json is of a run. Other programs have files of this name, too."""
+    try:
+        return path.is_file() and {"recipe", "data"} <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return True  # it is damaged: whoever reads it says so
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

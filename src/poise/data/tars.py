@@ -20,6 +20,7 @@ from poise.errors import InputError
 from poise.support.progress import plural
 
 ENDING = ".tar"
+MOST_LINKS = 40  # in a chain, as on Linux; a loop has no end
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -58,7 +59,9 @@ def list_images(tars: Sequence[Path], folder: Path) -> TarImages:
     for tar in tars:
         members, links, end = _members(tar)
         if links:
-            notes.append(f"ignored: {plural(links, 'link')} in {shown(tar)} to what it lacks")
+            notes.append(
+                f"ignored: {plural(links, 'link')} in {shown(tar)} to files that it does not hold"
+            )
         if not end:
             notes.append(f"{shown(tar)} has no mark of its end: it may have been cut short")
         samples = {_sample(name) for name, _, _ in members if _is_plain_image(name)}
@@ -138,10 +141,13 @@ def _followed(
     place: tuple[int, int] | str, places: Mapping[str, tuple[int, int] | str]
 ) -> tuple[int, int] | None:
     """Return start and size of the file that a link leads to. None: it leads to none."""
-    for _ in range(len(places) + 1):  # links may form a loop
+    for _ in range(MOST_LINKS):
         if not isinstance(place, str):
             return place
-        place = places.get(posixpath.normpath(place), "")
+        target = places.get(posixpath.normpath(place))
+        if target is None:
+            return None
+        place = target
     return None
 
 

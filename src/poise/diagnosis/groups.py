@@ -1,7 +1,7 @@
 """Find single columns of a table, or channels of images, that spoil the others or are overfitted.
 
 A mean over all values hides both. With one gamma2 for all values, a column with a large error
-decides gamma2 for all. A column with a small error may be learned by heart, and the mean error of
+decides gamma2 for all. A column with a small error may be overfitted, and the mean error of
 all columns does not show it.
 """
 
@@ -105,7 +105,7 @@ def learned_by_heart(facts: Facts) -> Finding | None:
     noun, known = _noun(seen), "on training rows" if facts.train else "in training, by its gamma2,"
     more = int((ratios >= BY_HEART).sum()) - 1
     sentence = (
-        f"The model has learned {noun} {worst} by heart: its MSE is {float(old[worst]):.3g} "
+        f"The model overfits {noun} {worst}: its MSE is {float(old[worst]):.3g} "
         f"{known} and {float(new[worst]):.3g} on others, {ratio:.3g} times as much"
         f"{f'; and {more} more {noun}s' if more else ''}."
     )

@@ -107,7 +107,7 @@ def scene_of(run: Run, priors: Sequence[str] | None, pictures: int) -> Scene:
         scene.notes.append("Samples are shown without the adjustment of their variance.")
     if generation.adjust_reconstructions or generation.reconstruct_from != "mean":
         scene.notes.append(
-            "Reconstructions are those of posterior means, without the adjustment of their variance."
+            "Reconstructions are those of posterior means, and their variance is not adjusted."
         )
     of_all_classes = run.classes and any(p["kind"] == "flow" for p in scene.values["priors"])
     # Whether image i of a seed is that of `poise sample`.

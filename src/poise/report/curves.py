@@ -149,7 +149,7 @@ QUANTITIES = (
         lambda e: e[HELD_OUT],
         "ELBO per image of held-out images, and of training images (dotted), measured alike. "
         "The run has the weights of the highest held-out ELBO. If it falls while that of training "
-        "images rises, they are being learned by heart.",
+        "images rises, the model overfits.",
         of_training=lambda e: e[TRAINING],
     ),
 )

@@ -139,7 +139,8 @@ def stage_balance(stage: Stage, recipe: Recipe, shape: list[int]) -> Balance:
         InputError: the balance cannot weigh the stage's error, or has groups; or stage 2 has
             another error than the squared one.
     """
-    latents, second = recipe.network.latent_dim, stage is recipe.second
+    latents = recipe.network.latent_dim
+    second = stage is recipe.second and stage is not recipe.first
     known = {"image_size": latents / 2 if second else shape[1], "latent_dim": latents}
     if second and stage.error != "squared":
         raise InputError(f"{SQUARED_STAGE_2}: give it no error {stage.error!r}")

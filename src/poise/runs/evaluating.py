@@ -14,7 +14,7 @@ from poise.evaluation import (
     choose_extractor,
     chunks_of,
     compare,
-    content_checksum,
+    data_of,
     likelihood_measurements,
     prepare_statistics,
     real_images,
@@ -28,6 +28,7 @@ from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.protocols import (
     Measurement,
     Protocol,
+    counted,
     find_protocol,
     of_unseen_images,
     with_count,
@@ -73,8 +74,14 @@ def evaluate_run(
         extractor,
         run.device,
     )
-    images = run.images_for(conditions) if images is None else _given(run, images, conditions)
-    conditions = replace(conditions, real=len(images), side=images.shape[-1])
+    if images is None:
+        conditions = counted(conditions, run.data[conditions.reference])
+        images = run.images_for(conditions)
+    else:
+        images = run.checked(images)
+        conditions = counted(conditions, len(images))
+        images = real_images(images, conditions)
+    conditions = replace(conditions, side=images.shape[-1])
     of_model = of_unseen_images(conditions, run.data["test"])
     test = images if of_model == conditions else run.images_for(of_model)
     pages, measured, unmeasured = _model_figures(run, test, of_model, nll_samples, quiet)
@@ -118,10 +125,6 @@ def _completed(run: "Run", protocol: str | Protocol, images: Any) -> Protocol:
     return replace(found, reference="test") if found.reference == "given" else found
 
 
-def _given(run: "Run", images: Any, protocol: Protocol) -> Any:
-    return real_images(run.checked(images), protocol)
-
-
 def _model_figures(
     run: "Run", images: Any, protocol: Protocol, nll_samples: int, quiet: bool
 ) -> tuple[dict[str, dict[str, Any]], list[Measurement], tuple[str, ...]]:
@@ -132,7 +135,7 @@ def _model_figures(
     common = {
         "seed": run.recipe.seed,
         "device": str(run.device),
-        "data": content_checksum(chunks_of(images, len(images)))[:12],
+        "data": data_of(images, protocol),
     }
     figures, nll = reconstruction(vae, balance, images, seed=run.recipe.seed), None
     figures = figures.without_posterior() if run.deterministic else figures

@@ -11,7 +11,7 @@ import torch
 from poise.data import Dataset, hold_out
 from poise.data import load as load_data
 from poise.data.decoding import DEEP
-from poise.data.listing import is_run
+from poise.data.listing import is_config, is_run
 from poise.errors import InputError, MissingInputError
 from poise.metrics import pixel_std
 from poise.recipes.settings import Data, Recipe, from_json, to_json
@@ -85,13 +85,8 @@ def check_place(folder: Path) -> None:
     others = any(
         path.name != "cache" and not path.name.startswith(".") for path in folder.iterdir()
     )
-    if others and not _is_ours(folder / "config.json"):
+    if others and not is_config(folder / "config.json"):
         raise InputError(f"{folder} is not empty and is not a run's folder: choose another --out")
-
-
-def _is_ours(config: Path) -> bool:
-    """Return whether a config.json is of a run. Other programs have files of this name, too."""
-    return config.exists() and {"recipe", "data"} <= read_json(config, dict[str, Any]).keys()
 
 
 @dataclass(frozen=True)

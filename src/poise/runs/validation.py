@@ -10,8 +10,7 @@ most `SHARE_OF_TIME` 3 N B / (2 e). It is at least `FEWEST_IMAGES`, whatever the
 
 Overfitting. The held-out ELBO is compared image by image with that of the best weights. If it is
 lower by more than `CERTAIN` standard errors of the difference, while that of the training images is
-higher, and if the last `FALLING` evaluations were all worse than the best one, the training images
-are being learned by heart.
+higher, and if the last `FALLING` evaluations were all worse than the best one, the model overfits.
 """
 
 import math
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from poise.balance import Balance, negative_log_likelihood
-from poise.data import Dataset, spread
+from poise.data import Dataset, head, spread
 from poise.data.storage import take
 from poise.errors import InputError
 from poise.metrics.encoding import encoded
@@ -66,8 +65,11 @@ class Validation:
         batch_size = min(stage.batch_size, len(dataset.train))
         affordable = affordable_images(total, batch_size, total // self.every + 1)
         self.images = int(saved["images"]) if saved else min(affordable, len(dataset.validation))
-        self._held_out = spread(dataset.validation, self.images)
+        # Checkpoints of versions that measured the first images have no "spaced".
+        spaced = not saved or "spaced" in saved
+        self._held_out = (spread if spaced else head)(dataset.validation, self.images)
         some = drawn(len(dataset.train), self.images)
+        self._choice = {"spaced": torch.tensor(1)} if spaced else {}
         self._training = take(dataset.train, torch.tensor(some).numpy())
         self._best = {name: tensor.clone() for name, tensor in saved.items()}
         self._waited = int(saved["waited"]) if saved else 0
@@ -137,6 +139,7 @@ class Validation:
                 | {f"balance.{name}": tensor.detach().clone() for name, tensor in balance.items()}
                 | {"held_out": held_out, "training": training.mean()}
                 | {"step": torch.tensor(state.step), "images": torch.tensor(self.images)}
+                | self._choice
             )
         self._best |= {"last_held_out": held_out, "last_training": training.mean()}
         if not self._said and distributed.rank() == 0 and self._overfits():
@@ -210,13 +213,13 @@ def check_elbo(stage: Stage, balance: Balance) -> None:
 
 
 def overfitting(outcome: dict[str, Any]) -> str:
-    """Return the sentence that says that training images are being learned by heart.
+    """Return the sentence that says that the model overfits the training images.
 
     Args:
         outcome: see `Validation.outcome`.
     """
     return (
-        "overfitting, the training images are being learned by heart: from step "
+        "overfitting: from step "
         f"{outcome['best_step']:,} to step {outcome['last_step']:,} the ELBO of held-out images "
         f"fell from {outcome[HELD_OUT]:.1f} to {outcome[f'last_{HELD_OUT}']:.1f} nats, while "
         "that of training images rose "

@@ -1,4 +1,4 @@
-"""Keep a module's state: in torch.compile, in gradient checkpointing, and while it is looked at."""
+"""Keep a module's state: in torch.compile, in gradient checkpointing, and during evaluation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -264,7 +264,7 @@ def _check_numeric(column: nw.Series[Any], name: Any) -> None:
         for value in column.to_list():
             try:
                 float(0 if _is_missing(value) else value)
-            except TypeError:  # text that is no number has an error of its own
+            except (TypeError, ValueError):
                 usable, kind = False, type(value).__name__
                 break
     if not usable:

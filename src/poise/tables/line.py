@@ -208,7 +208,7 @@ def _factors(
     part, psi = _linear_models(filled, number, [floor])[0]
     least = (floor or FLOOR) * unit
     if shared or not observed.all():
-        together = columns if floor is None else shared  # probabilistic PCA has one psi
+        together = shared or (columns if floor is None else 0)  # probabilistic PCA has one psi
         part, mean, psi = expectation_maximisation(table, part, mean, psi, least, together)
     _, vectors = np.linalg.eigh(part.T @ (part / psi[:, None]))
     turned = (part @ vectors)[:, ::-1]

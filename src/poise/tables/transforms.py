@@ -15,9 +15,9 @@ Kinds. With u = (x - m) / s, the standardised values of a column,
 Choice. A Gaussian is fitted to T(x), and each kind is scored by the density (1) of held-out rows in
 `FOLDS`-fold cross-validation. The best is chosen if it beats "none" by one standard error.
 
-Whole numbers are dequantised: the fit adds uniform noise from -1/2 to 1/2. `score` takes the density
-at the number itself. If the other columns determine a column, this density exceeds 1, while the
-average over the numbers that round to it does not.
+Whole numbers are dequantised: the fit adds uniform noise from -1/2 to 1/2. `score` takes the
+density at the number itself. If the other columns determine a column, this density exceeds 1, while
+the average over the numbers that round to it does not.
 """
 
 import math

@@ -18,6 +18,7 @@ from poise.protocols import (
     NO_EXTRACTOR,
     Measurement,
     Protocol,
+    counted,
     model_protocol,
     of_unseen_images,
 )
@@ -145,14 +146,14 @@ def measuring_for(
     """
     spec, notes = resolve_extractor(extractor, dataset.shape[1], device)
     known = identity(spec, device)
-    counted = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
-    fewest = min((protocol.real or 0 for protocol in counted), default=2)
+    filled = tuple(_counted(replace(protocol, **known), dataset) for protocol in protocols)
+    fewest = min((protocol.real or 0 for protocol in filled), default=2)
     if fewest < 2 and spec != NO_EXTRACTOR:
         raise InputError(
             f"{fewest} test image cannot be compared with others, at least 2 are needed: give more "
             "images, or --extractor none, which measures the model alone"
         )
-    return Measuring(counted, spec, tuple(priors), notes)
+    return Measuring(filled, spec, tuple(priors), notes)
 
 
 def completed(
@@ -178,11 +179,8 @@ def identity(extractor: str, device: torch.device) -> dict[str, str]:
 def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
     side: Literal["train", "test"] = "train" if protocol.reference == "train" else "test"
     there = len(getattr(dataset, side))
-    real = min(protocol.real or there, there)
-    return complete(
-        replace(protocol, reference=side, real=real, side=dataset.shape[1]),
-        protocol.generated or real,
-    )
+    known = counted(replace(protocol, reference=side, side=dataset.shape[1]), there)
+    return complete(known, protocol.generated or known.real or 0)
 
 
 def resolve_extractor(spec: str, side: int, device: torch.device) -> tuple[str, tuple[str, ...]]:
