@@ -30,7 +30,7 @@ from poise.metrics import (
     listed,
     manifold_figures,
 )
-from poise.protocols import DEFAULT, PROTOCOLS, Measurement, Protocol, counted
+from poise.protocols import DEFAULT, PROTOCOLS, Measurement, Protocol, with_real
 from poise.runs.export import write_images
 
 GENERATOR = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def test_images_of_sorted_files_are_of_all_classes_but_under_the_released_protoc
     released = replace(PROTOCOLS["released-celeba"], real=8, name="mine")
     assert evaluation.real_images(sorted_images, released).max() == 0
     # Measurements of spaced images are told from earlier ones of the first images.
-    assert counted(wanted, 40).hash != wanted.hash == counted(wanted, 8).hash
+    assert with_real(wanted, 40).hash != wanted.hash == with_real(wanted, 8).hash
     assert replace(wanted, chosen="first").hash == wanted.hash
 
 

@@ -33,12 +33,12 @@ from poise.protocols import (
     NO_EXTRACTOR,
     Measurement,
     Protocol,
-    counted,
     find_protocol,
     model_protocol,
     protocols_json,
     table,
     with_count,
+    with_real,
 )
 from poise.shapes import ByteImages, Features, Images
 from poise.support.files import strict
@@ -241,7 +241,7 @@ def evaluate(
         if wanted.real is None:  # all images of both sets, also beside an official split
             number = conditions.generated or len(others.images)
             conditions = replace(conditions, generated=number)
-        conditions = counted(conditions, len(found.images))
+        conditions = with_real(conditions, len(found.images))
         originals, others = real_images(found.images, conditions), others.images
         check_sides(originals, others)
     others = spread(others, count or len(others))
@@ -277,7 +277,7 @@ def _conditions(
 
 def real_images(images: Any, protocol: Protocol) -> Any:
     """Return the real images of a protocol, after JPEG if it says so."""
-    known = counted(protocol, len(images))
+    known = with_real(protocol, len(images))
     images = (spread if known.chosen == "spaced" else head)(images, known.real or 0)
     return images if protocol.jpeg is None else through_jpeg(images, protocol.jpeg)
 
@@ -352,7 +352,7 @@ def save_statistics(
     wanted = with_count(find_protocol(protocol), count)
     found = find_images(real, size=size, side=_side(wanted), **reading)
     conditions, network, _ = _conditions(wanted, extractor, device, found.side)
-    conditions = counted(conditions, len(found.images))
+    conditions = with_real(conditions, len(found.images))
     images = real_images(found.images, conditions)
     if len(images) < 2:
         raise InputError(f"statistics need at least 2 images, not {len(images)}")

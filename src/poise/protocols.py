@@ -187,10 +187,10 @@ def of_unseen_images(protocol: Protocol, there: int) -> Protocol:
     if protocol.reference != "train":
         return protocol
     policy = "" if protocol.chosen == "spaced" else protocol.chosen
-    return counted(replace(protocol, reference="test", chosen=policy), there)
+    return with_real(replace(protocol, reference="test", chosen=policy), there)
 
 
-def counted(protocol: Protocol, there: int) -> Protocol:
+def with_real(protocol: Protocol, there: int) -> Protocol:
     """Return the protocol with the number of real images, and how they are chosen.
 
     Args:

@@ -28,10 +28,10 @@ from poise.metrics.reference_statistics import ReferenceStatistics
 from poise.protocols import (
     Measurement,
     Protocol,
-    counted,
     find_protocol,
     of_unseen_images,
     with_count,
+    with_real,
 )
 from poise.variants import PRIORS, PriorName, available_priors, find_prior
 
@@ -75,11 +75,11 @@ def evaluate_run(
         run.device,
     )
     if images is None:
-        conditions = counted(conditions, run.data[conditions.reference])
+        conditions = with_real(conditions, run.data[conditions.reference])
         images = run.images_for(conditions)
     else:
         images = run.checked(images)
-        conditions = counted(conditions, len(images))
+        conditions = with_real(conditions, len(images))
         images = real_images(images, conditions)
     conditions = replace(conditions, side=images.shape[-1])
     of_model = of_unseen_images(conditions, run.data["test"])

@@ -18,9 +18,9 @@ from poise.protocols import (
     NO_EXTRACTOR,
     Measurement,
     Protocol,
-    counted,
     model_protocol,
     of_unseen_images,
+    with_real,
 )
 from poise.recipes.settings import Generation, from_json
 from poise.runs.checkpoint import MANIFEST, Manifest, checkpoints
@@ -179,7 +179,7 @@ def identity(extractor: str, device: torch.device) -> dict[str, str]:
 def _counted(protocol: Protocol, dataset: Dataset) -> Protocol:
     side: Literal["train", "test"] = "train" if protocol.reference == "train" else "test"
     there = len(getattr(dataset, side))
-    known = counted(replace(protocol, reference=side, side=dataset.shape[1]), there)
+    known = with_real(replace(protocol, reference=side, side=dataset.shape[1]), there)
     return complete(known, protocol.generated or known.real or 0)
 
 
