@@ -147,7 +147,7 @@ GROUP = threading.Lock()  # like a process group, it cannot be copied
 @pytest.mark.parametrize(("group", "shared"), [(None, [None]), (False, []), (GROUP, [GROUP])])
 def test_moments_are_shared_within_the_process_group(group, shared, monkeypatch):
     groups = []
-    monkeypatch.setattr("poise.vae.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("poise.vae.sum_over_ranks", lambda totals, group: groups.append(group))
     plain = VAE(*mlp((1, 4, 4), 2, hidden=(8,)))
     vae = standardised(plain, (2,), every=3, process_group=group).train()

@@ -19,12 +19,11 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from poise.latent import LEAST_VARIANCE, DiagonalGaussian, channel_moments
 from poise.shapes import Batch, Latents, PerLatent, Values
-from poise.support.collectives import sum_over_ranks
+from poise.support.collectives import is_shared, sum_over_ranks
 from poise.support.snapshots import in_backward, snapshot
 
 
@@ -220,8 +219,7 @@ class StandardLatents(nn.Module):
         count = mean.new_full((), mean.shape[0] * mean.shape[2])
         sums = torch.stack([mean.sum((0, 2)), (mean.square() + logvar.exp()).sum((0, 2))])
         totals = torch.cat([sums.flatten(), count[None]])
-        shared = self.process_group is not False
-        if shared and dist.is_available() and dist.is_initialized():
+        if is_shared(self.process_group):
             sum_over_ranks(totals, self.process_group or None)
         batch = (totals[:-1].view_as(sums) / totals[-1]).to(self.moments)
         finite = torch.isfinite(batch).all()

@@ -25,7 +25,7 @@ from poise.balance.table_error import TableError
 from poise.errors import InputError
 from poise.latent import gaussian_kl
 from poise.shapes import Batch, PerImage
-from poise.support.collectives import sum_over_ranks
+from poise.support.collectives import is_shared, sum_over_ranks
 from poise.support.snapshots import in_backward, snapshot
 
 # Faults of training batches that show only in the values. `Balance.doubtful_batches` counts them on
@@ -483,8 +483,7 @@ class Balance(nn.Module, ABC):
         items, kls = len(error), kl.sum()
         errors = error.sum() if self.groups is None else error.sum(0)
         sums = (errors, kls)
-        communicates = not alone and self.process_group is not False
-        communicates = communicates and dist.is_available() and dist.is_initialized()
+        communicates = not alone and is_shared(self.process_group)
         if isinstance(dims, int) and not communicates:
             mean_nll = None if nll is None else nll.sum() / items
             count = items * dims

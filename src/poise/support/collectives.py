@@ -17,6 +17,15 @@ REMEDY = (
 )
 
 
+def is_shared(process_group: Any) -> bool:
+    """Return whether a module shares its state with other ranks.
+
+    Args:
+        process_group: a group, None (all ranks, if there are several) or False (no other rank).
+    """
+    return process_group is not False and dist.is_available() and dist.is_initialized()
+
+
 def sum_over_ranks(values: Tensor, group: Any = None) -> None:
     """Sum values over the ranks of a process group, in place.
 
