@@ -341,22 +341,18 @@ def test_a_signal_stops_all_and_says_how_to_go_on(jobs, tmp_path, double):
 
 @contextmanager
 def signalled_when(begun: Callable[[], bool]) -> Iterator[None]:
-    """Send SIGTERM to this process as soon as a condition holds, unless the block ends before."""
-    over = threading.Event()
+    """Send SIGTERM to this process once a condition holds, unless the block ends before."""
+    sent = []
 
-    def watch():
-        while not begun():
-            if over.wait(0.01):
-                return
-        os.kill(os.getpid(), signal.SIGTERM)
+    def send():
+        if not sent and begun():
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "POLL_SECONDS", 0.01)
+        with execution.repeated(send):
+            yield
 
 
 def test_a_lease_ends_when_it_is_released_and_when_its_process_is_killed(tmp_path):
