@@ -698,6 +698,7 @@ def test_a_text_names_a_balance(text, kind, attributes):
         ("scheduled:ramp_steps=9,period_steps=5", "period_steps"),
         ("scheduled:ramp_steps=9,period_steps=nan", "period_steps"),
         ("scheduled:ramp_steps=9,start=-1", "start"),
+        ("scheduled:ramp_steps=9,start=inf", "start"),
         ("constrained:target_mse=0", "target_mse"),
         ("controlled:target_kl=5,least=2", "least"),
         ("controlled:target_kl=5,ki=-1", "ki"),

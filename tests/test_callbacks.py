@@ -87,6 +87,7 @@ def test_a_callback_that_raises_is_said_in_one_line_and_loses_nothing(
     with pytest.raises(RunError, match=message) as raised:
         train(IMAGES, recipe=ONE, out=tmp_path / "cut", options=options, callbacks=[broken])
     assert isinstance(raised.value.__cause__, KeyError) and "\n" not in str(raised.value)
+    assert ("not called again for this stage" in str(raised.value)) == (method == "on_stage_end")
     assert broken.calls[-1] == ("on_end",)
     again = Recorder()
     train(IMAGES, recipe=ONE, out=tmp_path / "cut", options=options, callbacks=[again])

@@ -27,6 +27,7 @@ import forking
 from poise import Run, cli, load
 from poise.cli.images import images_for, picture_for
 from poise.cli.options import ReadingOptions
+from poise.cli.showing import show_cells, show_table
 from poise.data import read_images
 from poise.data.decoding import crop_and_resize, jpeg_round_trip, square_resize, to_bytes
 from poise.errors import InputError
@@ -197,6 +198,13 @@ def test_what_interpolate_cannot_do_is_one_line(arguments, expected, run_folder,
         poise("interpolate", run_folder, folder / a, folder / b, *options)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and len(error.splitlines()) == 1 and re.search(expected, error)
+
+
+def test_titles_of_tables_are_shown_as_they_are(capsys):
+    show_table("runs/faces[old]", [("[MSE]", "1")])
+    show_cells("runs/faces[old]", [["", "[MB]"], ["a", "1"]])
+    shown = "".join(capsys.readouterr().out.split())  # a title may be wrapped
+    assert shown.count("runs/faces[old]") == 2 and "[MSE]" in shown and "[MB]" in shown
 
 
 def test_a_set_drawn_in_parts_is_the_set(run_folder, capsys):

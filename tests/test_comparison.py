@@ -604,6 +604,13 @@ def test_too_few_test_images_are_said_before_training(tmp_path):
     assert found.results[0].value("MSE", "REC") > 0
 
 
+def test_half_precision_tensors_are_compared_as_they_are_trained_on(tmp_path):
+    images = torch.from_numpy(IMAGES[:30, None] / 255).bfloat16()
+    how = {"recipe": TINY, "balances": ["computed"], "seeds": 1, "options": QUIET, "jobs": 1}
+    found = poise.compare(images, out=tmp_path, extractor="none", **how)
+    assert found.results[0].data["train"] == 27
+
+
 def test_a_folder_called_like_a_data_set_is_compared_as_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()

@@ -42,6 +42,7 @@ from poise.data import (
 from poise.data.arrays import as_split
 from poise.data.dataset import Reading, content_hashes, count_shared, split_by_content
 from poise.data.decoding import read_image
+from poise.data.layouts import is_celeba
 from poise.data.storage import gather_rows
 from poise.errors import InputError, MissingExtraError, MissingInputError
 from poise.variants import DATA_SETS
@@ -968,6 +969,13 @@ def test_skipped_files_are_tried_again_once_they_may_be_read(remedy, tmp_path, m
         assert decoding.call_count == 1, "the others are kept"
     load(folder, **how)
     assert decoding.call_count == 2
+
+
+def test_the_crop_of_celeba_is_known_once_its_files_are_gone(tmp_path):
+    """A plain folder called like the data set has no such crop."""
+    assert is_celeba("celeba64") and is_celeba(str(tmp_path / "gone"), "celeba64")
+    assert not is_celeba(str(tmp_path / "celeba64"), "celeba64")
+    assert not is_celeba(str(tmp_path / "gone"), "gone") and not is_celeba(str(tmp_path / "gone"))
 
 
 def test_the_memory_budget_is_half_of_what_is_free_unless_given(tmp_path, monkeypatch):

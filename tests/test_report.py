@@ -562,6 +562,7 @@ def test_a_deterministic_rival_has_no_kl(tmp_path):
     run = poise.train("digits", out=tmp_path / "run", objective="autoencoder", **QUICK)
     out = write_report([run.folder], tmp_path / "report.html")
     assert "deterministic, without a KL" in words(out) and "objective autoencoder" in words(out)
+    assert "reconstruction from the code" in words(out) and "posterior mean" not in words(out)
     drawn = {figure["id"] for figure in values(out)["figures"]}
     assert (
         not {"stage1-kl", "stage1-beta", "latents1-kl"} & drawn
