@@ -217,7 +217,7 @@ def run_forked(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a finished and evaluated run of two stages on 60 grey images. Tests do not change it."""
+    """Return a finished and evaluated run of two stages on 60 images. Tests do not change it."""
     import poise
 
     folder = tmp_path_factory.mktemp("runs") / "small"

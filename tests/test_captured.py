@@ -122,7 +122,7 @@ def test_every_step_is_taken_once_with_its_own_batch_and_noise(
     )
     eager = trained("eager", kind, stage, device="cpu")
     replay = Mock(side_effect=Graph.replay)
-    monkeypatch.setattr(Graph, "replay", lambda graph: replay(graph))  # noqa: PLW0108 a mock does not bind
+    monkeypatch.setattr(Graph, "replay", lambda graph: replay(graph))  # noqa: PLW0108
     replayed = trained("captured", kind, stage, device="cpu")
     assert replay.call_count == 7 - engines.EAGER_STEPS
     assert all(torch.equal(eager[name], replayed[name]) for name in eager)

@@ -1,4 +1,4 @@
-"""Test held-out images: the split, both ELBOs, the best weights, early stopping, and overfitting."""
+"""Test held-out images: the split, both ELBOs, best weights, early stopping, and overfitting."""
 
 import json
 import math

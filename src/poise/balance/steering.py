@@ -179,8 +179,8 @@ class ConstrainedBalance(Balance):
         self.rate = positive("rate", rate)
         self.decay = checked_decay(decay)
         self._least = WIDEST * self.target_mse if self.floor is None else self.floor
-        known = self.floor is not None and self.floor < 1
-        self._most = 1 / self._least if known else self.target_mse / WIDEST
+        below_1 = self.floor is not None and self.floor < 1
+        self._most = 1 / self._least if below_1 else self.target_mse / WIDEST
         self._buffer("gamma2", positive("start", start))
         self._buffer("error_average", 0.0)
         self._buffer("started", 0.0)

@@ -664,8 +664,7 @@ class Run:
                 no comparison.
             priors: names of the priors whose samples are compared, if the run has them. None: all
                 of `poise.variants.PRIORS`.
-            count: number of real images, and of generated ones. None: as the
-                protocol says.
+            count: number of real images, and of generated ones. None: as the protocol says.
             infinity: also extrapolate Frechet distances to infinitely many images.
             nll_samples: importance samples per image for the log likelihood. 0: do not estimate it.
             seed: seed of the generated images.

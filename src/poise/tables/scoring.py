@@ -36,7 +36,7 @@ ROW_VALUES = 2**21  # latents of importance samples held in memory
 
 
 class HeldOut(NamedTuple):
-    """Figures of held-out rows, (n,): log densities in nats, squared reconstruction errors, weights.
+    """Log densities in nats, squared reconstruction errors and weights of held-out rows, (n,).
 
     A row of weight 2 counts twice in means, and once as an observation.
     """
