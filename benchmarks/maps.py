@@ -142,7 +142,7 @@ def trained(recipe: Recipe, options: argparse.Namespace) -> tuple[Run, dict[str,
     second, flow = run.recipe.second, run.flow
     assert second is not None and flow is not None
     return run, {
-        "minutes": run.recipe.minutes if options.steps else options.minutes,
+        "minutes": None if options.steps else options.minutes,
         "seconds": seconds_since(began),
         "engine": options.engine,
         "labels": options.labels,
