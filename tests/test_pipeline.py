@@ -104,6 +104,10 @@ def test_a_run_folder_describes_itself(finished):
         "mixture",
         *pictures,
     }
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["poise"] == poise.__version__
+    assert {"KL", "ELBO"} <= {entry["metric"] for entry in summary["measurements"]}
+    assert all(entry["protocol"] in summary["protocols"] for entry in summary["measurements"])
     config = json.loads((finished / "config.json").read_text())
     assert (
         config["recipe"]["first"]["epochs"] == 4

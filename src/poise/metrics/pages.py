@@ -62,7 +62,7 @@ PAGES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Lists:
-    """The parts of an evaluation beside its pages. summary.json lacks some of them."""
+    """The parts of an evaluation beside its pages."""
 
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
     measurements: list[Measured] = field(default_factory=list)

@@ -841,5 +841,4 @@ def finish(run: Run, dataset: Dataset, meta: dict[str, Any], *, quiet: bool) -> 
         flips = run.recipe.data.flips
         copied = copies_note(samples, reconstructed, dataset.train, run.device, mirrored=flips)
         lines += [copied] if copied else []
-    notes = {"notes": lines} if lines else {}
-    write_json(run.folder / "summary.json", figures | evaluation.pages | notes)
+    write_json(run.folder / "summary.json", figures | evaluation.to_json() | {"notes": lines})
