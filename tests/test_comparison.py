@@ -502,7 +502,7 @@ def test_runs_side_by_side_stop_together_and_go_on(whole, one_process, tmp_path,
         monkeypatch.context() as patch,
         pytest.raises(poise.Interrupted, match="run the same command to go on"),
     ):
-        patch.setattr("poise.runs.pipeline.save_checkpoint", save_slowly)
+        patch.setattr("poise.runs.job.save_checkpoint", save_slowly)
         poise.compare(IMAGES, **shared, options=OFTEN)
     assert not (tmp_path / "stopped" / "results").exists()
     went_on = poise.compare(IMAGES, **shared, options=QUIET)

@@ -3,6 +3,7 @@
 In reading order:
 
 - `pipeline`: `train`, from images to trained stages, pictures and figures.
+- `job`: the training of both stages of a prepared run.
 - `options`: device, checkpoints and display.
 - `folder`: config.json, and whether a run can continue in a folder.
 - `continuing`: a finished run that is trained for longer.
