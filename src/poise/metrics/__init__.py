@@ -3,9 +3,9 @@
 Statistics are float64. Nothing here depends on the batch size or the order of images.
 
 In reading order: `encoding` (posteriors of images), `reconstruction` (error and ELBO), `likelihood`
-(importance-weighted), `latents` (the latent page), `distances` (Frechet distance, kernel distance,
-Inception Score), `manifold` (precision, recall, density, coverage), `copies` (nearest training
-images), `reference_statistics` (mean and covariance of real images in a file).
+and `proposal` (importance-weighted), `latents` (the latent page), `distances` (Frechet distance,
+kernel distance, Inception Score), `manifold` (precision, recall, density, coverage), `copies`
+(nearest training images), `reference_statistics` (mean and covariance of real images in a file).
 """
 
 from poise.metrics.distances import (
