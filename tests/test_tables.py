@@ -280,6 +280,21 @@ def test_the_start_of_categories_is_their_logistic_regression():
     assert float(nats) < -(shares * np.log(shares)).sum() - 0.2
 
 
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_logits_of_categories_have_the_slope_of_a_known_model(noise):
+    """Former defect: the regression on posterior means had a slope of 8.6 in place of 2."""
+    random = np.random.default_rng(0)
+    latent = random.normal(size=(20_000, 1))
+    numbers = latent * [1.0, -0.8, 0.5] + noise * random.normal(size=(20_000, 3))
+    codes = (random.random(20_000) < 1 / (1 + np.exp(-2 * latent[:, 0]))).astype(int)
+    rows = torch.from_numpy(np.concatenate([numbers, np.eye(2)[codes]], 1))
+    line = Line.fitted(rows, 2, TableError(3, [2]), shared=False)
+    slopes = line.weight[4] - line.weight[3]
+    known = line.weight[:3].norm(dim=0).argmax()
+    assert abs(slopes[known]) == pytest.approx(2.0, rel=0.1)
+    assert slopes[1 - known].abs() < 0.2
+
+
 def test_rows_come_back_in_the_types_of_the_frame(mixed):
     table = mixed_table()
     drawn = mixed.sample(200, random_state=0)

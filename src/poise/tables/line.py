@@ -19,8 +19,9 @@ E step is (2) for each row, and the M step is a least squares fit of each column
 with sums over the rows that have column j; psi_j is the mean squared residual.
 
 Categories. Their indicators, without that of the most frequent category, are columns of (1) of
-their own. The decoder needs logits. They are a logistic regression of the categories on the means
-(2).
+their own. The decoder needs logits. They are a logistic regression of the categories on draws of
+(2). On the means of (2) it would be too sure of the categories, because a row's mean follows from
+its category, too.
 """
 
 import copy
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from poise import networks
 from poise.balance import Balance, TableError
+from poise.support.seeds import generator
 from poise.vae import VAE
 
 LARGEST_LOGVAR = 20.0  # bound of the posterior's logvar, infinite for a row far from all others
@@ -105,8 +107,8 @@ class Line(NamedTuple):
         noise = noise[:1].sum() if shared else noise  # without numbers: 0
         decoder, centre = of_weight.clone(), of_mean.clone()
         if error.categories:
-            codes = posterior_means(torch.from_numpy(table), of_weight, of_mean, of_psi)
-            decoder[numeric:], centre[numeric:] = _logits(codes.numpy(), blocks)
+            draws = _draws(torch.from_numpy(table), of_weight, of_mean, of_psi)
+            decoder[numeric:], centre[numeric:] = _logits(draws.numpy(), blocks)
         return cls(decoder, centre, encoder, bias, logvar, noise, (of_weight, of_mean, of_psi))
 
     @classmethod
@@ -165,15 +167,24 @@ class Line(NamedTuple):
         return self.beside((), error).eval().requires_grad_(False), balance
 
 
-def posterior_means(rows: Tensor, weight: Tensor, mean: Tensor, psi: Tensor) -> Tensor:
-    """Return the posterior means (2) of rows with missing cells, (n, L)."""
+def posteriors(rows: Tensor, weight: Tensor, mean: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the posteriors (2) of rows with missing cells: means (n, L), precisions (n, L, L)."""
     observed = ~rows.isnan()
     scaled = weight / psi[:, None]
     outer = (weight[:, :, None] * scaled[:, None]).flatten(1)
     precision = (observed.to(rows) @ outer).view(len(rows), weight.shape[1], -1)
     precision = precision + torch.eye(weight.shape[1]).to(rows)
     seen = torch.where(observed, rows - mean, 0.0) @ scaled
-    return torch.linalg.solve(precision, seen[..., None])[..., 0]
+    return torch.linalg.solve(precision, seen[..., None])[..., 0], precision
+
+
+def _draws(rows: Tensor, *factors: Tensor) -> Tensor:
+    """Return two opposite draws of each row's posterior, (2, n, L), with a fixed seed."""
+    means, precision = posteriors(rows, *factors)
+    noise = torch.randn(means.shape, generator=generator("line"), dtype=rows.dtype)[..., None]
+    root = torch.linalg.cholesky(precision).mT
+    apart = torch.linalg.solve_triangular(root, noise, upper=True)[..., 0]
+    return torch.stack([means + apart, means - apart])
 
 
 def _indicators(blocks: list[np.ndarray], numeric: int) -> list[int]:
@@ -339,21 +350,28 @@ def expectation_maximisation(
     return weight, mean, psi
 
 
-def _logits(codes: np.ndarray, blocks: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+def _logits(draws: np.ndarray, blocks: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Return the linear map from latents to logits of all categories, (K, L), and its bias, (K,).
 
     Counts of categories are smoothed by 1/2. Categories that the rows lack get their bias only.
+
+    Args:
+        draws: latents of each row, (draws, n, L).
+        blocks: the indicators of each column of categories, (n, categories).
     """
     weights, biases = [], []
     for block in blocks:
         seen = ~np.isnan(block[:, 0])
         counts = block[seen].sum(0)
-        weight = np.zeros((block.shape[1], codes.shape[1]))
+        weight = np.zeros((block.shape[1], draws.shape[2]))
         bias = np.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)))
         labels = block[seen].argmax(1)
         found = np.unique(labels)
         if len(found) > 1:
-            model = LogisticRegression(max_iter=1_000, tol=1e-3).fit(codes[seen], labels)
+            codes = draws[:, seen].reshape(-1, draws.shape[2])
+            share = np.full(len(codes), 1 / len(draws))
+            model = LogisticRegression(max_iter=1_000, tol=1e-3)
+            model.fit(codes, np.tile(labels, len(draws)), share)
             slope, offset = model.coef_, model.intercept_
             if len(found) == 2:  # scikit-learn has one row, the logit of the second
                 slope, offset = np.vstack([-slope, slope]) / 2, np.r_[-offset, offset] / 2
@@ -414,7 +432,7 @@ class LineEncoder(nn.Module):
         """Return rows without missing cells, and what is added to the log variances."""
         kind = torch.float32 if rows.device.type == "mps" else torch.float64  # Apple's GPUs
         weight, mean, psi = (value.to(kind) for value in (self.weight, self.mean, self.psi))
-        codes = posterior_means(rows.to(kind), weight, mean, psi)
+        codes, _ = posteriors(rows.to(kind), weight, mean, psi)
         filled = torch.where(observed, rows, (codes @ weight.T + mean).to(rows))
         told = weight.square() / psi[:, None]
         lost = (1 + told.sum(0)).log() - (1 + observed.to(kind) @ told).log()
