@@ -196,9 +196,11 @@ def test_the_commit_is_that_of_the_clone_with_a_mark_if_the_source_was_changed(
         results.source_commit.cache_clear()
         return results.source_commit()
 
-    source = tmp_path / "src" / "results.py"
-    source.parent.mkdir()
+    package = tmp_path / "src"
+    source, other = package / "studies" / "results.py", package / "vae.py"
+    source.parent.mkdir(parents=True)
     source.write_text("1")
+    other.write_text("1")
     monkeypatch.setattr(results, "__file__", str(source))
     assert commit() is None
     git("init")
@@ -211,6 +213,6 @@ def test_the_commit_is_that_of_the_clone_with_a_mark_if_the_source_was_changed(
     assert commit() == git("rev-parse", "--short=12", "HEAD")
     (tmp_path / "other").write_text("2")
     assert commit() == git("rev-parse", "--short=12", "HEAD")
-    source.write_text("2")
+    other.write_text("2")  # former defect: changes outside `studies` were not seen
     assert commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
     results.source_commit.cache_clear()

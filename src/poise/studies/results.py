@@ -234,10 +234,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
 @cache
 def source_commit() -> str | None:
     """Return the commit of the package's source, or None outside a clone or without git."""
-    source = Path(__file__).parent
+    file = Path(__file__)
+    source, own = file.parents[1], file.relative_to(file.parents[1]).as_posix()
     commit = _git(source, "rev-parse", "--short=12", "HEAD")
     # An installed copy may be in a folder of some other repository, which does not list this file.
-    if not commit or _git(source, "ls-files", Path(__file__).name) != Path(__file__).name:
+    if not commit or _git(source, "ls-files", own) != own:
         return None
     return commit + ("-dirty" if _git(source, "status", "--porcelain", ".") else "")
 
